@@ -1,1 +1,207 @@
-fn main() {}
+//! Renders every kernel variant of `kernels/registry.rs` to PTX, assembles it where `ptxas` is found, and writes the table
+//! that `src/embedded.rs` includes.
+//!
+//! Variables: `PTXAS` (path of ptxas; `none` to do without), `CUDA_HOME`, `PATH`; `MOE_PTXAS_ARCHS` (comma-separated, e.g.
+//! `sm_80,sm_90`; default `sm_80`) names the architectures whose machine code is embedded.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use minijinja::{Environment, UndefinedBehavior, Value, syntax::SyntaxConfig};
+
+#[path = "kernels/registry.rs"]
+#[allow(dead_code)]
+mod registry;
+
+use registry::{Constant, Kernel};
+
+fn main() {
+    let kernels_dir = Path::new("kernels");
+    println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=build.rs");
+    for variable in ["PTXAS", "CUDA_HOME", "MOE_PTXAS_ARCHS"] {
+        println!("cargo::rerun-if-env-changed={variable}");
+    }
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("ptx");
+    std::fs::create_dir_all(&out).expect("the build's own folder can be made");
+
+    let environment = template_environment(kernels_dir);
+    let kernels = registry::all();
+    for kernel in &kernels {
+        let text = render(&environment, kernel).unwrap_or_else(|error| panic!("{}: {error:#}", kernel.name()));
+        // An unchanged file keeps its time stamp and so its machine code.
+        let path = out.join(format!("{}.ptx", kernel.name()));
+        if std::fs::read_to_string(&path).ok().as_deref() != Some(&text) {
+            std::fs::write(&path, text).expect("the build's own folder can be written");
+        }
+    }
+
+    let images = match find_ptxas() {
+        Some(ptxas) => assemble_all(&ptxas, &out, &kernels),
+        None => BTreeMap::new(),
+    };
+    let table = embedded_table(&out, &kernels, &images);
+    std::fs::write(out.parent().unwrap().join("embedded_table.rs"), table)
+        .expect("the build's own folder can be written");
+}
+
+/// Templates use `<% %>`, `<< >>`, `<# #>` and lines that begin with `##`: braces and percent signs are PTX.
+fn template_environment(dir: &Path) -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_syntax(
+        SyntaxConfig::builder()
+            .block_delimiters("<%", "%>")
+            .variable_delimiters("<<", ">>")
+            .comment_delimiters("<#", "#>")
+            .line_statement_prefix("##")
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .expect("the delimiters are valid"),
+    );
+    environment.set_undefined_behavior(UndefinedBehavior::Strict);
+    let mut stack = vec![dir.to_path_buf()];
+    while let Some(folder) = stack.pop() {
+        for entry in std::fs::read_dir(&folder).expect("kernels/ can be read") {
+            let path = entry.expect("kernels/ can be read").path();
+            if path.is_dir() {
+                stack.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "jinja") {
+                let name = path.strip_prefix(dir).unwrap().to_str().expect("template names are UTF-8").to_owned();
+                let text = std::fs::read_to_string(&path).expect("kernels/ can be read");
+                environment
+                    .add_template_owned(name, text)
+                    .unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
+            }
+        }
+    }
+    environment
+}
+
+fn render(environment: &Environment, kernel: &Kernel) -> Result<String, minijinja::Error> {
+    let mut context: BTreeMap<&str, Value> = kernel
+        .constants()
+        .into_iter()
+        .map(|(key, constant)| {
+            let value = match constant {
+                Constant::Int(number) => Value::from(number),
+                Constant::Text(text) => Value::from(text),
+            };
+            (key, value)
+        })
+        .collect();
+    context.insert("name", Value::from(kernel.name()));
+    context.insert("target", Value::from(kernel.arch().target()));
+    context.insert("threads", Value::from(kernel.threads()));
+    environment.get_template(kernel.template())?.render(context)
+}
+
+fn find_ptxas() -> Option<PathBuf> {
+    if let Some(path) = std::env::var_os("PTXAS") {
+        return (path != "none" && !path.is_empty()).then(|| PathBuf::from(path));
+    }
+    let mut candidates: Vec<PathBuf> = Vec::new();
+    if let Some(home) = std::env::var_os("CUDA_HOME") {
+        candidates.push(PathBuf::from(home).join("bin"));
+    }
+    candidates.extend(std::env::var_os("PATH").iter().flat_map(std::env::split_paths));
+    candidates.into_iter().map(|folder| folder.join("ptxas")).find(|path| path.is_file())
+}
+
+/// What ptxas says of one variant for one architecture.
+struct Image {
+    arch: String,
+    path: PathBuf,
+    registers: u32,
+    shared_bytes: u32,
+}
+
+/// Assembles every variant for every wanted architecture; an error or a spill ends the build.
+fn assemble_all(ptxas: &Path, out: &Path, kernels: &[Kernel]) -> BTreeMap<(usize, String), Image> {
+    let archs = std::env::var("MOE_PTXAS_ARCHS").unwrap_or_else(|_| "sm_80".into());
+    let archs: Vec<String> =
+        archs.split(',').map(|arch| arch.trim().to_owned()).filter(|arch| !arch.is_empty()).collect();
+    let jobs: Vec<(usize, String)> =
+        archs.iter().flat_map(|arch| (0..kernels.len()).map(move |index| (index, arch.clone()))).collect();
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(BTreeMap::new());
+    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some((index, arch)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let result = assemble(ptxas, out, &kernels[*index].name(), arch);
+                    results.lock().unwrap().insert((*index, arch.clone()), result);
+                }
+            });
+        }
+    });
+    results
+        .into_inner()
+        .unwrap()
+        .into_iter()
+        .map(|(key, result)| (key, result.unwrap_or_else(|error| panic!("{error}"))))
+        .collect()
+}
+
+fn assemble(ptxas: &Path, out: &Path, name: &str, arch: &str) -> Result<Image, String> {
+    let source = out.join(format!("{name}.ptx"));
+    let path = out.join(format!("{name}.{arch}.cubin"));
+    let report_path = out.join(format!("{name}.{arch}.txt"));
+    let modified = |path: &Path| path.metadata().and_then(|data| data.modified()).ok();
+    let fresh = matches!((modified(&source), modified(&report_path)), (Some(s), Some(r)) if path.is_file() && s <= r);
+    if !fresh {
+        let output = Command::new(ptxas)
+            .args(["-v", "--warn-on-spills", "--warn-on-local-memory-usage", "-arch", arch, "-o"])
+            .arg(&path)
+            .arg(&source)
+            .output()
+            .map_err(|error| format!("{}: cannot be started: {error}", ptxas.display()))?;
+        let report = String::from_utf8_lossy(&output.stderr).into_owned() + &String::from_utf8_lossy(&output.stdout);
+        if !output.status.success() {
+            return Err(format!("ptxas rejects {name} for {arch} ({}):\n{report}", source.display()));
+        }
+        std::fs::write(&report_path, report).map_err(|error| error.to_string())?;
+    }
+    let report = std::fs::read_to_string(&report_path).map_err(|error| error.to_string())?;
+    let spilled = number_before(&report, " bytes spill stores").unwrap_or(0);
+    let stack = number_before(&report, " bytes stack frame").unwrap_or(0);
+    if spilled != 0 || stack != 0 {
+        std::fs::remove_file(&report_path).ok();
+        return Err(format!("{name} for {arch}: {spilled} bytes spilled, {stack} bytes of stack:\n{report}"));
+    }
+    let registers = number_before(&report, " registers")
+        .ok_or_else(|| format!("{name} for {arch}: no register count in:\n{report}"))?;
+    Ok(Image { arch: arch.into(), path, registers, shared_bytes: number_before(&report, " bytes smem").unwrap_or(0) })
+}
+
+/// The number that stands just before `suffix`.
+fn number_before(text: &str, suffix: &str) -> Option<u32> {
+    let before = &text[..text.find(suffix)?];
+    let start = before.rfind(|c: char| !c.is_ascii_digit()).map_or(0, |at| at + 1);
+    before[start..].parse().ok()
+}
+
+/// `&[Embedded { .. }]` in the order of `registry::all()`.
+fn embedded_table(out: &Path, kernels: &[Kernel], images: &BTreeMap<(usize, String), Image>) -> String {
+    let mut table = String::from("&[\n");
+    for (index, kernel) in kernels.iter().enumerate() {
+        let ptx = out.join(format!("{}.ptx", kernel.name()));
+        write!(table, "    Embedded {{ name: {:?}, ptx: include_str!({ptx:?}), images: &[", kernel.name()).unwrap();
+        for image in images.iter().filter(|((of, _), _)| *of == index).map(|(_, image)| image) {
+            write!(
+                table,
+                "Image {{ arch: {:?}, cubin: include_bytes!({:?}), registers: {}, shared_bytes: {} }}, ",
+                image.arch, image.path, image.registers, image.shared_bytes
+            )
+            .unwrap();
+        }
+        table.push_str("] },\n");
+    }
+    table.push_str("]\n");
+    table
+}

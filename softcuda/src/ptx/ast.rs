@@ -104,7 +104,11 @@ pub enum Init {
     F32(u32),
     F64(u64),
     /// Address of a symbol plus an offset; `generic(sym)` sets `generic`; `mask(sym)` forms are rejected by the parser.
-    Symbol { name: String, offset: i64, generic: bool },
+    Symbol {
+        name: String,
+        offset: i64,
+        generic: bool,
+    },
 }
 
 /// `.entry` or `.func`.
@@ -125,15 +129,27 @@ pub struct Function {
 
 #[derive(Debug, Clone)]
 pub enum Statement {
-    Label { name: String, line: u32 },
+    Label {
+        name: String,
+        line: u32,
+    },
     Variable(Variable),
     Instruction(Instruction),
     /// `{ ... }`: a scope for names.
     Block(Vec<Statement>),
     /// `label: .branchtargets a, b;` or `.calltargets`.
-    Targets { name: String, targets: Vec<String>, line: u32 },
+    Targets {
+        name: String,
+        targets: Vec<String>,
+        line: u32,
+    },
     /// `label: .callprototype ...;`
-    Prototype { name: String, returns: Vec<Variable>, params: Vec<Variable>, line: u32 },
+    Prototype {
+        name: String,
+        returns: Vec<Variable>,
+        params: Vec<Variable>,
+        line: u32,
+    },
 }
 
 /// `@p`, `@!p`.

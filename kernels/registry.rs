@@ -1,0 +1,408 @@
+//! Every kernel variant that exists, listed once.
+//!
+//! `build.rs` renders a PTX module for each entry of [`all`]; `src/` selects entries, and takes launch geometry from the
+//! same values that the template was rendered with. The file is compiled into both, so it depends on nothing.
+
+/// Storage type of activations and expert weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dtype {
+    Bf16,
+    F16,
+    F32,
+}
+
+impl Dtype {
+    pub const ALL: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
+
+    /// Size of one element in bytes.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Dtype::Bf16 => "bf16",
+            Dtype::F16 => "f16",
+            Dtype::F32 => "f32",
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Oldest architecture a variant runs on. `sm_80` PTX is compiled forward by the driver for every later GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Arch {
+    Sm80,
+}
+
+impl Arch {
+    /// The `.target` of the PTX.
+    pub const fn target(self) -> &'static str {
+        match self {
+            Arch::Sm80 => "sm_80",
+        }
+    }
+}
+
+/// How logits become scores and which come first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Score {
+    /// Softmax over all experts, then top-k of the probabilities (Switch, Mixtral, Qwen3, OLMoE, ERNIE 4.5).
+    Softmax,
+    /// Top-k of the logits, then softmax over the chosen (gpt-oss, GraniteMoE).
+    TopkSoftmax,
+    /// Sigmoid of each logit (DeepSeek-V3, GLM-4, MiniMax, Llama 4).
+    Sigmoid,
+}
+
+impl Score {
+    pub const ALL: [Score; 3] = [Score::Softmax, Score::TopkSoftmax, Score::Sigmoid];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Score::Softmax => "softmax",
+            Score::TopkSoftmax => "topksoftmax",
+            Score::Sigmoid => "sigmoid",
+        }
+    }
+}
+
+/// What the first expert matrix yields per intermediate column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Glu {
+    /// One value: `act(a W)`, or a plain product.
+    None,
+    /// Gate in the first half of the output rows, up in the second: `w_gate_up [E,2I,H]`.
+    Split,
+    /// Gate and up alternate (gpt-oss): row `2i` is gate `i`, row `2i+1` is up `i`.
+    Interleaved,
+}
+
+impl Glu {
+    pub const ALL: [Glu; 3] = [Glu::None, Glu::Split, Glu::Interleaved];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Glu::None => "plain",
+            Glu::Split => "glu",
+            Glu::Interleaved => "iglu",
+        }
+    }
+}
+
+/// How an expert's weight matrix lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Layout {
+    /// `[E, N, K]`, K contiguous, as `nn.Linear` holds it.
+    Nk,
+    /// `[E, K, N]`, N contiguous (gpt-oss, Llama 4).
+    Kn,
+}
+
+impl Layout {
+    pub const ALL: [Layout; 2] = [Layout::Nk, Layout::Kn];
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            Layout::Nk => "nk",
+            Layout::Kn => "kn",
+        }
+    }
+}
+
+/// A thread block's share of a GEMM: `bm x bn` accumulators, `bk` deep stages, `warps_m x warps_n` warps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Tile {
+    pub bm: u32,
+    pub bn: u32,
+    pub bk: u32,
+    pub warps_m: u32,
+    pub warps_n: u32,
+    pub stages: u32,
+}
+
+impl Tile {
+    const fn new(bm: u32, bn: u32, bk: u32, warps_m: u32, warps_n: u32, stages: u32) -> Tile {
+        Tile { bm, bn, bk, warps_m, warps_n, stages }
+    }
+
+    pub const fn threads(&self) -> u32 {
+        self.warps_m * self.warps_n * 32
+    }
+
+    pub fn name(&self) -> String {
+        format!("{}x{}x{}", self.bm, self.bn, self.bk)
+    }
+}
+
+/// `logits = x W^T + bias` in f32 arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Router {
+    pub x: Dtype,
+    /// Type of the router's weight: that of x, or f32.
+    pub weight: Dtype,
+    pub shape: RouterShape,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RouterShape {
+    /// 64 tokens by 64 experts a block.
+    Tile,
+    /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
+    Warp,
+}
+
+impl RouterShape {
+    pub const ALL: [RouterShape; 2] = [RouterShape::Tile, RouterShape::Warp];
+
+    /// Tokens and experts that one block covers.
+    pub const fn block(self) -> (u32, u32) {
+        match self {
+            RouterShape::Tile => (64, 64),
+            RouterShape::Warp => (4, 8),
+        }
+    }
+
+    pub const fn threads(self) -> u32 {
+        256
+    }
+
+    pub const fn name(self) -> &'static str {
+        match self {
+            RouterShape::Tile => "tile",
+            RouterShape::Warp => "warp",
+        }
+    }
+}
+
+/// Top-k gating, one warp a token, `values` logits in each lane's registers; with `dispatch` the same launch also
+/// sorts the slots by expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Gate {
+    pub score: Score,
+    /// Logits a lane holds: experts up to `32 * values`.
+    pub values: u32,
+    pub dispatch: bool,
+}
+
+impl Gate {
+    pub const VALUES: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
+
+    pub const fn max_experts(&self) -> u32 {
+        32 * self.values
+    }
+
+    pub const fn warps(&self) -> u32 {
+        warps_for_experts(self.max_experts())
+    }
+}
+
+/// Dispatch alone, from ids that somebody else chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Dispatch {
+    pub max_experts: u32,
+}
+
+impl Dispatch {
+    pub const MAX_EXPERTS: [u32; 2] = [1024, 4096];
+
+    pub const fn warps(&self) -> u32 {
+        warps_for_experts(self.max_experts)
+    }
+}
+
+/// Warps of a block that counts slots by expert: each warp keeps a counter for each expert in shared memory, 32 KiB in all.
+const fn warps_for_experts(max_experts: u32) -> u32 {
+    if max_experts <= 1024 { 8 } else { 2 }
+}
+
+/// One GEMM for all experts: rows of A by slot, B by the tile's expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GroupedGemm {
+    pub dtype: Dtype,
+    pub tile: Tile,
+    pub glu: Glu,
+    pub layout: Layout,
+}
+
+impl GroupedGemm {
+    /// Tiles by falling `bm`; the selection walks them.
+    pub const fn tiles(dtype: Dtype) -> &'static [Tile] {
+        const HALF: [Tile; 3] =
+            [Tile::new(128, 128, 64, 2, 2, 3), Tile::new(64, 128, 64, 2, 2, 3), Tile::new(16, 128, 64, 1, 4, 4)];
+        const SINGLE: [Tile; 2] = [Tile::new(64, 64, 32, 2, 2, 3), Tile::new(16, 64, 32, 1, 4, 4)];
+        match dtype {
+            Dtype::Bf16 | Dtype::F16 => &HALF,
+            Dtype::F32 => &SINGLE,
+        }
+    }
+
+    /// Dynamic shared memory in bytes: the stages of A and B.
+    pub const fn shared_bytes(&self) -> u32 {
+        let t = &self.tile;
+        t.stages * (t.bm + t.bn) * t.bk * self.dtype.bytes()
+    }
+
+    /// Output columns that one block writes: half of `bn` where gate and up fold into one.
+    pub const fn out_columns(&self) -> u32 {
+        match self.glu {
+            Glu::None => self.tile.bn,
+            Glu::Split | Glu::Interleaved => self.tile.bn / 2,
+        }
+    }
+}
+
+/// Weighted sum of a token's expert outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Combine {
+    pub dtype: Dtype,
+}
+
+impl Combine {
+    pub const THREADS: u32 = 256;
+}
+
+/// One compiled kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kernel {
+    Router(Router),
+    Gate(Gate),
+    Dispatch(Dispatch),
+    GroupedGemm(GroupedGemm),
+    Combine(Combine),
+}
+
+impl Kernel {
+    /// The whole specialisation in one word: the PTX entry's name, the module's file name, the name of its tests.
+    pub fn name(&self) -> String {
+        match self {
+            Kernel::Router(k) => format!("router_{}_{}_{}", k.x, k.weight, k.shape.name()),
+            Kernel::Gate(k) => {
+                format!("gate_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
+            }
+            Kernel::Dispatch(k) => format!("dispatch_e{}", k.max_experts),
+            Kernel::GroupedGemm(k) => {
+                format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.glu.name(), k.layout.name())
+            }
+            Kernel::Combine(k) => format!("combine_{}", k.dtype),
+        }
+    }
+
+    pub const fn arch(&self) -> Arch {
+        Arch::Sm80
+    }
+
+    /// Threads of a block.
+    pub const fn threads(&self) -> u32 {
+        match self {
+            Kernel::Router(k) => k.shape.threads(),
+            Kernel::Gate(k) => k.warps() * 32,
+            Kernel::Dispatch(k) => k.warps() * 32,
+            Kernel::GroupedGemm(k) => k.tile.threads(),
+            Kernel::Combine(_) => Combine::THREADS,
+        }
+    }
+
+    /// Dynamic shared memory in bytes.
+    pub const fn shared_bytes(&self) -> u32 {
+        match self {
+            Kernel::GroupedGemm(k) => k.shared_bytes(),
+            _ => 0,
+        }
+    }
+
+    /// File below `kernels/` that this variant is rendered from.
+    pub const fn template(&self) -> &'static str {
+        match self {
+            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "router_tile.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "router_warp.ptx.jinja",
+            Kernel::Gate(_) => "gate.ptx.jinja",
+            Kernel::Dispatch(_) => "dispatch.ptx.jinja",
+            Kernel::GroupedGemm(_) => "grouped_gemm.ptx.jinja",
+            Kernel::Combine(_) => "combine.ptx.jinja",
+        }
+    }
+
+    /// The constants that the template sees, beside `name`, `target` and `threads`.
+    pub fn constants(&self) -> Vec<(&'static str, Constant)> {
+        use Constant::{Int, Text};
+        match self {
+            Kernel::Router(k) => vec![
+                ("x_dtype", Text(k.x.name())),
+                ("w_dtype", Text(k.weight.name())),
+                ("block_tokens", Int(k.shape.block().0)),
+                ("block_experts", Int(k.shape.block().1)),
+            ],
+            Kernel::Gate(k) => vec![
+                ("score", Text(k.score.name())),
+                ("values", Int(k.values)),
+                ("dispatch", Int(k.dispatch as u32)),
+                ("max_experts", Int(k.max_experts())),
+                ("warps", Int(k.warps())),
+            ],
+            Kernel::Dispatch(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
+            Kernel::GroupedGemm(k) => vec![
+                ("dtype", Text(k.dtype.name())),
+                ("bm", Int(k.tile.bm)),
+                ("bn", Int(k.tile.bn)),
+                ("bk", Int(k.tile.bk)),
+                ("warps_m", Int(k.tile.warps_m)),
+                ("warps_n", Int(k.tile.warps_n)),
+                ("stages", Int(k.tile.stages)),
+                ("glu", Text(k.glu.name())),
+                ("layout", Text(k.layout.name())),
+            ],
+            Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
+        }
+    }
+}
+
+/// A constant of a template.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Constant {
+    Int(u32),
+    Text(&'static str),
+}
+
+/// All variants, in the order of the embedded table.
+pub fn all() -> Vec<Kernel> {
+    let mut kernels = Vec::new();
+    for x in Dtype::ALL {
+        for weight in if x == Dtype::F32 { vec![Dtype::F32] } else { vec![x, Dtype::F32] } {
+            for shape in RouterShape::ALL {
+                kernels.push(Kernel::Router(Router { x, weight, shape }));
+            }
+        }
+    }
+    for score in Score::ALL {
+        for values in Gate::VALUES {
+            for dispatch in [false, true] {
+                kernels.push(Kernel::Gate(Gate { score, values, dispatch }));
+            }
+        }
+    }
+    for max_experts in Dispatch::MAX_EXPERTS {
+        kernels.push(Kernel::Dispatch(Dispatch { max_experts }));
+    }
+    for dtype in Dtype::ALL {
+        for &tile in GroupedGemm::tiles(dtype) {
+            for glu in Glu::ALL {
+                for layout in Layout::ALL {
+                    kernels.push(Kernel::GroupedGemm(GroupedGemm { dtype, tile, glu, layout }));
+                }
+            }
+        }
+    }
+    for dtype in Dtype::ALL {
+        kernels.push(Kernel::Combine(Combine { dtype }));
+    }
+    kernels
+}
