@@ -4,4 +4,6 @@
 //! into a compact program, `exec` runs that program on warps of 32 lanes, `memory` is the device's memory, and
 //! `driver` is the C API over all of them.
 
+pub mod exec;
+pub mod lower;
 pub mod ptx;

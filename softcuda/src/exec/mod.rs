@@ -1,0 +1,78 @@
+//! Runs lowered kernels: warps of 32 lanes executed together, blocks in parallel over the host's cores.
+
+mod counters;
+mod fault;
+
+pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
+pub use fault::{Fault, FaultKind};
+
+use crate::lower::Kernel;
+
+/// Base of the shared window in the generic address space; the offset into the block's shared memory is added.
+pub const SHARED_WINDOW: u64 = 0x0100_0000_0000_0000;
+/// Base of the local window in the generic address space; the offset into the thread's local memory is added.
+pub const LOCAL_WINDOW: u64 = 0x0200_0000_0000_0000;
+
+/// The device's global memory as the executor sees it. A device address is the host address of the same byte.
+pub trait GlobalMemory: Sync {
+    /// Start and end of the live allocation that contains `addr`.
+    fn find(&self, addr: u64) -> Option<(u64, u64)>;
+    /// What there is to say about an address that no live allocation contains.
+    fn describe(&self, addr: u64) -> String;
+}
+
+/// How to execute, apart from what the program says.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Chooses the order of warps, the poison of shared memory and every other freedom the device has.
+    pub seed: u64,
+    /// Host threads to run blocks on; 0 means one for each core.
+    pub threads: usize,
+    /// Streaming multiprocessors that the device reports (`%nsmid`).
+    pub sm_count: u32,
+    pub compute_capability: (u32, u32),
+    /// Most blocks that one host thread keeps in flight at once. Cooperative launches keep all of theirs.
+    pub max_resident_blocks: usize,
+    /// Fill [`Counters`]; slower.
+    pub count: bool,
+    /// A launch that runs longer is a fault ([`FaultKind::LaunchTimeout`]).
+    pub timeout: Option<std::time::Duration>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            threads: 0,
+            sm_count: 108,
+            compute_capability: (8, 0),
+            max_resident_blocks: 64,
+            count: false,
+            timeout: None,
+        }
+    }
+}
+
+/// A kernel launch.
+pub struct Launch<'a> {
+    pub kernel: &'a Kernel,
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    /// Blocks per cluster; `[1, 1, 1]` without clusters.
+    pub cluster: [u32; 3],
+    pub dynamic_shared_bytes: u32,
+    /// The parameter buffer, laid out as [`Kernel::params`] says.
+    pub params: &'a [u8],
+    /// All blocks must be able to wait for one another.
+    pub cooperative: bool,
+    pub memory: &'a dyn GlobalMemory,
+    pub config: &'a Config,
+}
+
+/// Runs a kernel to its end.
+///
+/// # Errors
+/// The first fault that any thread of the launch met; memory is then in an unspecified state, as on a GPU.
+pub fn launch(l: &Launch) -> Result<Counters, Fault> {
+    Err(Fault::of_launch(l.kernel, FaultKind::IllegalInstruction, "the executor is not there yet"))
+}

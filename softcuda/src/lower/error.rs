@@ -1,0 +1,39 @@
+//! What the lowering reports.
+
+use crate::ptx::ast::Module;
+
+/// Why a module cannot be lowered, with the line it stands on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("line {line}: {kind} in `{text}`")]
+pub struct LowerError {
+    /// One-based source line.
+    pub line: u32,
+    /// The line's text, trimmed.
+    pub text: String,
+    pub kind: LowerErrorKind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LowerErrorKind {
+    #[error("unknown instruction `{0}`")]
+    UnknownInstruction(String),
+    #[error("`{instruction}` does not take the modifier `.{modifier}`")]
+    UnknownModifier { instruction: String, modifier: String },
+    #[error("not implemented: {0}")]
+    Unsupported(String),
+    #[error("undeclared {what} `{name}`")]
+    Undeclared { what: &'static str, name: String },
+    #[error("`{0}` is declared twice")]
+    Duplicate(String),
+    #[error("{expected}, got {got}")]
+    Operand { expected: String, got: String },
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl LowerError {
+    pub(crate) fn new(module: &Module, line: u32, kind: LowerErrorKind) -> Self {
+        let text = module.lines.get((line as usize).wrapping_sub(1)).map_or("", |l| l.trim()).to_string();
+        Self { line, text, kind }
+    }
+}
