@@ -18,6 +18,8 @@ pub struct Module {
     pub variables: Vec<Variable>,
     /// `.entry` and `.func`, declarations (no body) and definitions, in order.
     pub functions: Vec<Function>,
+    /// `.alias alias, aliasee;` in order.
+    pub aliases: Vec<(String, String)>,
     /// Source text by line, `lines[0]` is line 1.
     pub lines: Vec<String>,
 }
@@ -85,11 +87,12 @@ pub struct Variable {
     pub vector: u32,
     /// `.align`, in bytes, where given.
     pub align: Option<u32>,
-    /// Array dimensions, outermost first; an unsized `[]` is 0. Empty for a scalar.
+    /// Array dimensions, outermost first; an unsized `[]` without initialiser is 0. Empty for a scalar.
     pub dims: Vec<u64>,
     /// `<N>`: the parameterised names `name0 .. name{N-1}`.
     pub count: Option<u32>,
-    /// Initialiser, flattened in memory order.
+    /// Initialiser, flattened in memory order; elements that the text leaves out of an inner list are zero here, those
+    /// after the last are zero without being listed. Empty: no initialiser.
     pub init: Vec<Init>,
     pub linkage: Linkage,
     /// For `.param`: `.ptr` attributes (space, align) where given.
@@ -103,7 +106,7 @@ pub enum Init {
     Int(i128),
     F32(u32),
     F64(u64),
-    /// Address of a symbol plus an offset; `generic(sym)` sets `generic`; `mask(sym)` forms are rejected by the parser.
+    /// Address of a symbol plus an offset; `generic(sym)` sets `generic`. Masked forms (`0xFF(sym)`) are a parse error.
     Symbol {
         name: String,
         offset: i64,
@@ -176,11 +179,11 @@ pub enum Operand {
     Name(String),
     /// `!p`.
     NotName(String),
-    /// `-x` before a name (`neg` shorthand is not PTX; kept for constants only).
+    /// An integer constant expression, evaluated in 64 bits: within `i64` where signed, within `u64` where unsigned.
     Int(i128),
     /// `0f3F800000`.
     F32(u32),
-    /// `0d...` or a decimal floating literal.
+    /// `0d...` or a decimal floating constant expression.
     F64(u64),
     /// `{a, b, c, d}`.
     Vector(Vec<Operand>),
@@ -192,10 +195,76 @@ pub enum Operand {
     Pair(Box<Operand>, Box<Operand>),
     /// `%r1.x` style vector element: register and component 0 to 3.
     Element { name: String, index: u32 },
-    /// `name[3]`, `name + 4` used as a value (an address constant).
+    /// `name[3]` (scaled by the element size here) or `name + 4`, in bytes: an address as a value for `mov`, the
+    /// location itself for `ld` and `st`.
     SymbolOffset { name: String, offset: i64 },
     /// `_`.
     Sink,
     /// `(a, b)` lists of a `call`.
     List(Vec<Operand>),
+}
+
+impl Type {
+    /// Size in memory, in bytes; 1 for a predicate, which has no memory form.
+    pub fn bytes(self) -> u32 {
+        use Type::*;
+        match self {
+            Pred | B8 | U8 | S8 | E4M3 | E5M2 => 1,
+            B16 | U16 | S16 | F16 | BF16 | E4M3x2 | E5M2x2 => 2,
+            B32 | U32 | S32 | F16x2 | BF16x2 | TF32 | F32 => 4,
+            B64 | U64 | S64 | F32x2 | F64 => 8,
+            B128 => 16,
+        }
+    }
+
+    /// The type a modifier such as `u32` names.
+    pub fn from_name(name: &str) -> Option<Type> {
+        use Type::*;
+        Some(match name {
+            "pred" => Pred,
+            "b8" => B8,
+            "b16" => B16,
+            "b32" => B32,
+            "b64" => B64,
+            "b128" => B128,
+            "u8" => U8,
+            "u16" => U16,
+            "u32" => U32,
+            "u64" => U64,
+            "s8" => S8,
+            "s16" => S16,
+            "s32" => S32,
+            "s64" => S64,
+            "f16" => F16,
+            "f16x2" => F16x2,
+            "bf16" => BF16,
+            "bf16x2" => BF16x2,
+            "tf32" => TF32,
+            "e4m3" => E4M3,
+            "e5m2" => E5M2,
+            "e4m3x2" => E4M3x2,
+            "e5m2x2" => E5M2x2,
+            "f32" => F32,
+            "f32x2" => F32x2,
+            "f64" => F64,
+            _ => return None,
+        })
+    }
+}
+
+impl Variable {
+    /// Size of one element of the (possibly vector) type, in bytes.
+    pub fn element_bytes(&self) -> u64 {
+        u64::from(self.ty.bytes()) * u64::from(self.vector)
+    }
+
+    /// Size of the whole variable, in bytes; 0 for an unsized array, `None` where it overflows.
+    pub fn bytes(&self) -> Option<u64> {
+        self.dims.iter().try_fold(self.element_bytes(), |size, &dim| size.checked_mul(dim))
+    }
+
+    /// Alignment in bytes: as declared, else the size of an element.
+    pub fn alignment(&self) -> u64 {
+        self.align.map_or(self.element_bytes(), u64::from)
+    }
 }
