@@ -1,0 +1,82 @@
+//! Combine: every token's sum of its experts' outputs.
+
+use rayon::prelude::*;
+
+use super::{Real, ReferenceError, require, require_shape};
+
+/// `y[t] = residual[t] + addend[t] + sum_j weights[t,j] y_slots[token_slot[t,j]]`, `[T,H]`.
+///
+/// `y_slots` is `[slots,H]`, `token_slot` `[T,k]` with -1 for a dropped slot, which contributes zero; `weights` `[T,k]` are 1 where
+/// absent (Llama 4 weighs the input instead). `addend [T,H]` is the shared expert's output (DeepSeekMoE: Dai et al. 2024, eq. 9).
+/// The weighted sum is Shazeer et al. 2017, eq. 1.
+///
+/// # Errors
+/// Lengths that do not fit, a slot beyond `y_slots`.
+pub fn combine<Y: Real, A: Real>(
+    y_slots: &[Y],
+    token_slot: &[i32],
+    weights: Option<&[f64]>,
+    residual: Option<&[A]>,
+    addend: Option<&[A]>,
+    top_k: usize,
+    hidden: usize,
+) -> Result<Vec<f64>, ReferenceError> {
+    require("hidden", hidden > 0, || "at least 1".into(), hidden)?;
+    require("top_k", top_k > 0, || "at least 1".into(), top_k)?;
+    require("token_slot", token_slot.len().is_multiple_of(top_k), || format!("rows of {top_k}"), token_slot.len())?;
+    require("y_slots", y_slots.len().is_multiple_of(hidden), || format!("rows of {hidden}"), y_slots.len())?;
+    let (tokens, slots) = (token_slot.len() / top_k, y_slots.len() / hidden);
+    let last = token_slot.iter().copied().max().unwrap_or(-1);
+    require("token_slot", (last as i64) < slots as i64, || format!("slots below {slots}"), last)?;
+    if let Some(weights) = weights {
+        require_shape("weights", weights, &[tokens, top_k])?;
+    }
+    for (name, rows) in [("residual", residual), ("addend", addend)] {
+        if let Some(rows) = rows {
+            require_shape(name, rows, &[tokens, hidden])?;
+        }
+    }
+
+    let mut y = vec![0.0; tokens * hidden];
+    y.par_chunks_mut(hidden).enumerate().for_each(|(t, y)| {
+        for rows in [residual, addend].into_iter().flatten() {
+            y.iter_mut().zip(&rows[t * hidden..]).for_each(|(y, &value)| *y += value.into());
+        }
+        for j in t * top_k..(t + 1) * top_k {
+            let Ok(slot) = usize::try_from(token_slot[j]) else { continue };
+            let weight = weights.map_or(1.0, |weights| weights[j]);
+            y.iter_mut().zip(&y_slots[slot * hidden..]).for_each(|(y, &value)| *y += weight * value.into());
+        }
+    });
+    Ok(y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_what_is_there() {
+        let y_slots = [1.0, 2.0, 10.0, 20.0, f64::NAN, f64::NAN];
+        let y = combine(
+            &y_slots,
+            &[1, 0, -1, 0],
+            Some(&[0.5, 3.0, 9.0, 2.0]),
+            Some(&[100.0; 4]),
+            Some(&[1.0, 2.0, 3.0, 4.0]),
+            2,
+            2,
+        );
+        assert_eq!(y.unwrap(), [109.0, 118.0, 105.0, 108.0]);
+    }
+
+    #[test]
+    fn a_token_without_slots_is_zero() {
+        assert_eq!(combine::<f64, f64>(&[], &[-1], None, None, None, 1, 3).unwrap(), [0.0; 3]);
+    }
+
+    #[test]
+    fn a_slot_out_of_range_is_an_error() {
+        assert_eq!(combine::<f64, f64>(&[1.0], &[1], None, None, None, 1, 1).unwrap_err().argument, "token_slot");
+    }
+}

@@ -1,0 +1,275 @@
+//! Gating: from logits to the ids and weights of the chosen experts.
+
+use rayon::prelude::*;
+
+use super::activation::sigmoid;
+use super::{Real, ReferenceError, require, require_shape};
+pub use crate::registry::Score;
+
+/// What a group of experts is worth when only the best groups are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// Sum of its two largest choice values (DeepSeek-V3; the value itself in a group of one).
+    TopTwo,
+    /// Its largest choice value (DeepSeek-V2's group-limited greedy).
+    Max,
+}
+
+/// How experts are chosen and weighed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GatingRule {
+    /// From logits to scores.
+    pub score: Score,
+    /// Experts of a token, `k`.
+    pub top_k: usize,
+    /// Groups of `E / groups` neighbouring experts; 1 for no grouping.
+    pub groups: usize,
+    /// Groups whose experts can be chosen.
+    pub groups_kept: usize,
+    /// The value that groups are compared by.
+    pub group_score: GroupScore,
+    /// Divide the chosen scores by their sum (plus 1e-20).
+    pub renormalise: bool,
+    /// Factor on every weight (`routed_scaling_factor`).
+    pub scale: f64,
+}
+
+impl GatingRule {
+    /// `top_k` experts by `score`, without groups, renormalisation or scaling.
+    pub fn new(score: Score, top_k: usize) -> GatingRule {
+        GatingRule {
+            score,
+            top_k,
+            groups: 1,
+            groups_kept: 1,
+            group_score: GroupScore::TopTwo,
+            renormalise: false,
+            scale: 1.0,
+        }
+    }
+}
+
+/// The chosen experts of every token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gated {
+    /// `[T,k]`, by descending choice value.
+    pub ids: Vec<i32>,
+    /// `[T,k]`.
+    pub weights: Vec<f64>,
+}
+
+/// Chooses `k` of `E` experts for each row of `logits [T,E]`.
+///
+/// The score p of an expert is `softmax(logits)` over all experts (Shazeer et al. 2017; Switch, Mixtral, Qwen3-MoE, OLMoE), or
+/// `sigmoid(logit)` (DeepSeek-V3, GLM-4.5, MiniMax-M2, Llama 4), or the softmax over the chosen logits alone (gpt-oss, GraniteMoE).
+/// Experts are compared by the choice value: `p + bias` where there is a correction `bias [E]` (DeepSeek-V3: Wang et al. 2024,
+/// "Auxiliary-Loss-Free Load Balancing"), else the logit itself, of which p is a monotone function. Larger comes first, of equal
+/// values the lower id, and NaN comes after -Inf, so that ids are distinct and in range whatever the logits. With groups,
+/// only experts of the best `groups_kept` groups can be chosen (DeepSeek-V3, section 2.1.2 of its report).
+///
+/// The weight is p without the bias, divided by the sum of the chosen plus 1e-20 if `renormalise`, times `scale`. NaN
+/// and infinite logits reach weights as the arithmetic of the formula has it, never ids.
+///
+/// Choice values and group scores are rounded to `L`: with f32 logits they are what f32 arithmetic gives, up to the
+/// rounding of p itself.
+///
+/// # Errors
+/// Lengths that do not fit `experts`, groups that do not divide it, `top_k` of 0 or beyond the eligible experts.
+pub fn gate<L: Real, B: Real>(
+    logits: &[L],
+    bias: Option<&[B]>,
+    experts: usize,
+    rule: &GatingRule,
+) -> Result<Gated, ReferenceError> {
+    require("experts", experts > 0, || "at least 1".into(), experts)?;
+    require("logits", logits.len().is_multiple_of(experts), || format!("rows of {experts}"), logits.len())?;
+    require(
+        "groups",
+        rule.groups > 0 && experts.is_multiple_of(rule.groups),
+        || format!("a divisor of {experts}"),
+        rule.groups,
+    )?;
+    require(
+        "groups_kept",
+        (1..=rule.groups).contains(&rule.groups_kept),
+        || format!("1 to {}", rule.groups),
+        rule.groups_kept,
+    )?;
+    let eligible = experts / rule.groups * rule.groups_kept;
+    require("top_k", (1..=eligible).contains(&rule.top_k), || format!("1 to {eligible}"), rule.top_k)?;
+    if let Some(bias) = bias {
+        require_shape("bias", bias, &[experts])?;
+    }
+    let bias: Option<Vec<f64>> = bias.map(|bias| bias.iter().map(|&b| b.into()).collect());
+
+    let rows: Vec<Vec<(usize, f64)>> =
+        logits.par_chunks(experts).map(|row| gate_token(row, bias.as_deref(), rule)).collect();
+    Ok(Gated {
+        ids: rows.iter().flatten().map(|&(id, _)| id as i32).collect(),
+        weights: rows.iter().flatten().map(|&(_, weight)| weight).collect(),
+    })
+}
+
+fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, rule: &GatingRule) -> Vec<(usize, f64)> {
+    let logits: Vec<f64> = logits.iter().map(|&logit| logit.into()).collect();
+    let scores = match rule.score {
+        Score::Softmax => softmax(&logits),
+        Score::Sigmoid => logits.iter().map(|&logit| sigmoid(logit)).collect(),
+        Score::TopkSoftmax => logits.clone(),
+    };
+    let choice: Vec<f64> = match bias {
+        Some(bias) => scores.iter().zip(bias).map(|(&p, &b)| L::round(L::round(p) + L::round(b))).collect(),
+        None => logits.clone(),
+    };
+    let mut candidates = eligible::<L>(&choice, rule);
+    candidates.sort_by(|&a, &b| descending(choice[a], choice[b]).then(a.cmp(&b)));
+    candidates.truncate(rule.top_k);
+
+    let mut weights: Vec<f64> = candidates.iter().map(|&id| scores[id]).collect();
+    if rule.score == Score::TopkSoftmax {
+        weights = softmax(&weights);
+    }
+    if rule.renormalise {
+        let sum = weights.iter().sum::<f64>() + 1e-20;
+        weights.iter_mut().for_each(|weight| *weight /= sum);
+    }
+    candidates.into_iter().zip(weights).map(|(id, weight)| (id, weight * rule.scale)).collect()
+}
+
+/// Experts of the groups that are kept, ascending.
+fn eligible<L: Real>(choice: &[f64], rule: &GatingRule) -> Vec<usize> {
+    let size = choice.len() / rule.groups;
+    let worth: Vec<f64> = choice
+        .chunks(size)
+        .map(|group| {
+            let mut values = group.to_vec();
+            values.sort_by(|&a, &b| descending(a, b));
+            match rule.group_score {
+                GroupScore::TopTwo if size > 1 => L::round(values[0] + values[1]),
+                _ => values[0],
+            }
+        })
+        .collect();
+    let mut groups: Vec<usize> = (0..rule.groups).collect();
+    groups.sort_by(|&a, &b| descending(worth[a], worth[b]).then(a.cmp(&b)));
+    groups.truncate(rule.groups_kept);
+    groups.sort();
+    groups.iter().flat_map(|group| group * size..(group + 1) * size).collect()
+}
+
+/// Larger first, NaN last; zeros of both signs are equal.
+fn descending(a: f64, b: f64) -> std::cmp::Ordering {
+    b.partial_cmp(&a).unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
+}
+
+/// `exp(v - max) / sum exp(v - max)`.
+pub fn softmax(values: &[f64]) -> Vec<f64> {
+    let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let exponentials: Vec<f64> = values.iter().map(|&value| (value - max).exp()).collect();
+    let sum: f64 = exponentials.iter().sum();
+    exponentials.into_iter().map(|exponential| exponential / sum).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gate_f32(logits: &[f32], bias: Option<&[f32]>, experts: usize, rule: GatingRule) -> Gated {
+        gate(logits, bias, experts, &rule).unwrap()
+    }
+
+    fn near(got: &[f64], want: &[f64]) {
+        assert_eq!(got.len(), want.len());
+        for (got, want) in got.iter().zip(want) {
+            assert!((got - want).abs() < 1e-12 || (got.is_nan() && want.is_nan()), "{got} is not {want}");
+        }
+    }
+
+    // exp(ln 4), exp(ln 3), ... make scores that can be computed by hand.
+    fn ln(values: &[f64]) -> Vec<f64> {
+        values.iter().map(|value| value.ln()).collect()
+    }
+
+    #[test]
+    fn softmax_with_and_without_renormalisation() {
+        let logits = ln(&[1.0, 4.0, 2.0, 3.0]);
+        let mut rule = GatingRule::new(Score::Softmax, 2);
+        let gated = gate::<f64, f64>(&logits, None, 4, &rule).unwrap();
+        assert_eq!(gated.ids, [1, 3]);
+        near(&gated.weights, &[0.4, 0.3]);
+        rule.renormalise = true;
+        rule.scale = 7.0;
+        near(&gate::<f64, f64>(&logits, None, 4, &rule).unwrap().weights, &[4.0, 3.0]);
+    }
+
+    #[test]
+    fn softmax_over_the_chosen_only() {
+        let gated =
+            gate::<f64, f64>(&ln(&[1.0, 4.0, 2.0, 3.0]), None, 4, &GatingRule::new(Score::TopkSoftmax, 3)).unwrap();
+        assert_eq!(gated.ids, [1, 3, 2]);
+        near(&gated.weights, &[4.0 / 9.0, 3.0 / 9.0, 2.0 / 9.0]);
+    }
+
+    #[test]
+    fn the_bias_chooses_but_does_not_weigh() {
+        // sigmoid(ln(a / (1 - a))) = a
+        let logit = |a: f64| (a / (1.0 - a)).ln();
+        let logits = [logit(0.8), logit(0.5), logit(0.25), logit(0.2)];
+        let rule = GatingRule { renormalise: true, scale: 3.0, ..GatingRule::new(Score::Sigmoid, 2) };
+        let gated = gate(&logits, Some(&[0.0, 0.0, 0.0, 0.7]), 4, &rule).unwrap();
+        assert_eq!(gated.ids, [3, 0]);
+        near(&gated.weights, &[0.6, 2.4]);
+    }
+
+    #[test]
+    fn groups_by_their_two_best() {
+        // Group sums of the two best: 10, 9, 11; the largest single value is in the group that loses.
+        let logits = [4.0f32, 6.0, 0.0, 9.0, 0.0, 0.0, 5.0, 6.0, 1.0];
+        let mut rule = GatingRule { groups: 3, groups_kept: 2, ..GatingRule::new(Score::Sigmoid, 3) };
+        assert_eq!(gate_f32(&logits, None, 9, rule).ids, [1, 7, 6]);
+        rule.group_score = GroupScore::Max;
+        rule.groups_kept = 1;
+        assert_eq!(gate_f32(&logits, None, 9, rule).ids, [3, 4, 5]);
+    }
+
+    #[test]
+    fn equal_values_prefer_the_lower_id_and_group() {
+        let rule = GatingRule::new(Score::Softmax, 3);
+        assert_eq!(gate_f32(&[0.0, -0.0, 0.0, -0.0], None, 4, rule).ids, [0, 1, 2]);
+        let rule = GatingRule { groups: 2, groups_kept: 1, ..GatingRule::new(Score::Sigmoid, 1) };
+        assert_eq!(gate_f32(&[1.0; 4], None, 4, rule).ids, [0]);
+    }
+
+    #[test]
+    fn nan_comes_last_and_ids_stay_distinct() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, GatingRule::new(Score::Sigmoid, 4));
+        assert_eq!(gated.ids, [2, 1, 0, 3]);
+        near(&gated.weights, &[sigmoid(1.0), 0.0, f64::NAN, f64::NAN]);
+        let gated = gate_f32(&[nan; 4], None, 4, GatingRule::new(Score::TopkSoftmax, 2));
+        assert_eq!(gated.ids, [0, 1]);
+        let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, GatingRule::new(Score::TopkSoftmax, 2));
+        assert_eq!(gated.ids, [3, 2]);
+        near(&gated.weights, &[f64::NAN, f64::NAN]);
+        // A number's weight is lost only through the sum over all experts.
+        let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, GatingRule::new(Score::Softmax, 2));
+        assert_eq!(gated.ids, [2, 0]);
+        near(&gated.weights, &[f64::NAN, f64::NAN]);
+    }
+
+    #[test]
+    fn choice_values_are_f32_sums() {
+        // 0.5 + 2^-25 is 0.5 in f32, so that the lower id wins; in f64 the second is larger.
+        let bias = [0.0, 2f64.powi(-26)];
+        let rule = GatingRule::new(Score::Sigmoid, 1);
+        assert_eq!(gate(&[0.0f32, 0.0], Some(&bias), 2, &rule).unwrap().ids, [0]);
+        assert_eq!(gate(&[0.0f64, 0.0], Some(&bias), 2, &rule).unwrap().ids, [1]);
+    }
+
+    #[test]
+    fn more_experts_than_eligible_is_an_error() {
+        let rule = GatingRule { groups: 2, groups_kept: 1, ..GatingRule::new(Score::Sigmoid, 3) };
+        let error = gate::<f32, f32>(&[0.0; 4], None, 4, &rule).unwrap_err();
+        assert_eq!((error.argument, error.expected.as_str()), ("top_k", "1 to 2"));
+    }
+}

@@ -1,0 +1,188 @@
+//! Grouped GEMM: each row times the matrix of its expert, with scale, bias and activation.
+
+use rayon::prelude::*;
+
+use super::activation::Activation;
+use super::dispatch::Dispatched;
+use super::{Real, ReferenceError, require, require_shape};
+pub use crate::registry::{Glu, Layout};
+
+/// One matrix for each expert.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertMatrix<'a, W> {
+    /// `[E, Nb, K]` ([`Layout::Nk`]) or `[E, K, Nb]` ([`Layout::Kn`]); `Nb` is `N`, or `2N` where gate and up lie together.
+    pub weight: &'a [W],
+    /// `[E, Nb]`, in the order of the weight's rows.
+    pub bias: Option<&'a [W]>,
+    /// Columns of the output, `N`.
+    pub n: usize,
+    /// Columns of the input, `K`.
+    pub k: usize,
+    /// Whether a gate is folded in, and where it lies.
+    pub glu: Glu,
+    /// Which of `Nb` and `K` is contiguous.
+    pub layout: Layout,
+}
+
+impl<W: Real> ExpertMatrix<'_, W> {
+    /// Rows of the weight, `Nb`.
+    pub fn weight_rows(&self) -> usize {
+        if self.glu == Glu::None { self.n } else { 2 * self.n }
+    }
+
+    /// `scale * (a . W[expert]^T)[row] + bias[expert, row]`.
+    fn product<A: Real>(&self, a: &[A], scale: f64, expert: usize, row: usize) -> f64 {
+        let rows = self.weight_rows();
+        let weight = &self.weight[expert * rows * self.k..][..rows * self.k];
+        let sum: f64 = match self.layout {
+            Layout::Nk => super::router::dot(a, &weight[row * self.k..][..self.k]),
+            Layout::Kn => a.iter().zip(weight[row..].iter().step_by(rows)).map(|(&a, &w)| a.into() * w.into()).sum(),
+        };
+        scale * sum + self.bias.map_or(0.0, |bias| bias[expert * rows + row].into())
+    }
+
+    /// One output element.
+    fn element<A: Real>(&self, a: &[A], scale: f64, expert: usize, column: usize, activation: Activation) -> f64 {
+        let at = |row| self.product(a, scale, expert, row);
+        match self.glu {
+            Glu::None => activation.apply(at(column)),
+            Glu::Split => activation.apply_glu(at(column), at(self.n + column)),
+            Glu::Interleaved => activation.apply_glu(at(2 * column), at(2 * column + 1)),
+        }
+    }
+}
+
+/// `out[r] = act(row_scale[r] * (a[s] W[e]^T) + bias[e])` for every row `r` that `plan` gives to an expert `e`, `[rows, N]`.
+///
+/// `s` is `plan.slot_token[r]` with `gather` (the first matrix reads tokens, `a [T,K]`), else `r` (the second reads what the
+/// first wrote, `a [rows,K]`). `row_scale [rows]` multiplies the product alone, as if it had multiplied the input (Llama 4).
+/// Rows that no slot fills are NaN: nothing may depend on them.
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn grouped_gemm<A: Real, W: Real>(
+    a: &[A],
+    matrix: &ExpertMatrix<W>,
+    plan: &Dispatched,
+    gather: bool,
+    row_scale: Option<&[f64]>,
+    activation: Activation,
+) -> Result<Vec<f64>, ReferenceError> {
+    let (experts, rows) = (plan.counts.len(), plan.slot_token.len());
+    check(matrix, experts, activation)?;
+    require("a", a.len().is_multiple_of(matrix.k), || format!("rows of {} elements", matrix.k), a.len())?;
+    let rows_a = a.len() / matrix.k;
+    if gather {
+        let last = plan.slot_token.iter().copied().max().unwrap_or(-1);
+        require("a", (last as i64) < rows_a as i64, || format!("a row for token {last}"), rows_a)?;
+    } else {
+        require_shape("a", a, &[rows, matrix.k])?;
+    }
+    if let Some(scale) = row_scale {
+        require_shape("row_scale", scale, &[rows])?;
+    }
+
+    let mut expert_of = vec![None; rows];
+    for (expert, (&first, &count)) in plan.offsets.iter().zip(&plan.counts).enumerate() {
+        expert_of[first as usize..][..count as usize].fill(Some(expert));
+    }
+    let mut out = vec![f64::NAN; rows * matrix.n];
+    out.par_chunks_mut(matrix.n).enumerate().for_each(|(row, out)| {
+        let Some(expert) = expert_of[row] else { return };
+        let source = if gather { plan.slot_token[row] as usize } else { row };
+        let a = &a[source * matrix.k..][..matrix.k];
+        let scale = row_scale.map_or(1.0, |scale| scale[row]);
+        for (column, value) in out.iter_mut().enumerate() {
+            *value = matrix.element(a, scale, expert, column, activation);
+        }
+    });
+    Ok(out)
+}
+
+/// The same with a single expert for all rows: `out = act(a W^T + bias)`, `[rows, N]`. The shared expert.
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn dense_gemm<A: Real, W: Real>(
+    a: &[A],
+    matrix: &ExpertMatrix<W>,
+    activation: Activation,
+) -> Result<Vec<f64>, ReferenceError> {
+    check(matrix, 1, activation)?;
+    require("a", a.len().is_multiple_of(matrix.k), || format!("rows of {} elements", matrix.k), a.len())?;
+    Ok(a.par_chunks(matrix.k)
+        .flat_map_iter(|a| (0..matrix.n).map(move |column| matrix.element(a, 1.0, 0, column, activation)))
+        .collect())
+}
+
+fn check<W: Real>(matrix: &ExpertMatrix<W>, experts: usize, activation: Activation) -> Result<(), ReferenceError> {
+    require("n", matrix.n > 0, || "at least 1".into(), 0)?;
+    require("k", matrix.k > 0, || "at least 1".into(), 0)?;
+    require_shape("weight", matrix.weight, &[experts, matrix.weight_rows(), matrix.k])?;
+    if let Some(bias) = matrix.bias {
+        require_shape("bias", bias, &[experts, matrix.weight_rows()])?;
+    }
+    let needs_gate = matches!(activation, Activation::ClampedSwiglu { .. });
+    require("activation", !needs_gate || matrix.glu != Glu::None, || "a gated matrix".into(), "none")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::dispatch::{DispatchRule, dispatch};
+    use super::*;
+
+    fn plan(ids: &[i32], experts: usize) -> Dispatched {
+        dispatch(ids, &DispatchRule { experts, top_k: 1, capacity: None, padded: false, tile_m: 16 }).unwrap()
+    }
+
+    fn matrix(weight: &[f64], n: usize, k: usize) -> ExpertMatrix<'_, f64> {
+        ExpertMatrix { weight, bias: None, n, k, glu: Glu::None, layout: Layout::Nk }
+    }
+
+    #[test]
+    fn gathers_tokens_and_picks_the_expert() {
+        let weight = [1.0, 0.0, 0.0, 1.0, /* expert 1 */ 1.0, 1.0, 2.0, -1.0];
+        let out = grouped_gemm(
+            &[5.0, 7.0, 1.0, 2.0],
+            &matrix(&weight, 2, 2),
+            &plan(&[1, 0], 2),
+            true,
+            None,
+            Activation::Identity,
+        );
+        assert_eq!(out.unwrap(), [1.0, 2.0, 12.0, 3.0]);
+    }
+
+    #[test]
+    fn transposed_weight_is_the_same_matrix() {
+        let nk = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
+        let kn = [1.0, 4.0, 2.0, 5.0, 3.0, 6.0];
+        let a = [1.0, 10.0, 100.0];
+        let want = dense_gemm(&a, &matrix(&nk, 2, 3), Activation::Identity).unwrap();
+        let got =
+            dense_gemm(&a, &ExpertMatrix { layout: Layout::Kn, ..matrix(&kn, 2, 3) }, Activation::Identity).unwrap();
+        assert_eq!(want, [321.0, 654.0]);
+        assert_eq!(got, want);
+    }
+
+    #[test]
+    fn scale_comes_before_the_bias() {
+        let with_bias = ExpertMatrix { bias: Some(&[10.0][..]), ..matrix(&[3.0], 1, 1) };
+        let out = grouped_gemm(&[2.0], &with_bias, &plan(&[0], 1), true, Some(&[0.5]), Activation::Identity).unwrap();
+        assert_eq!(out, [13.0]);
+    }
+
+    #[test]
+    fn gate_and_up_split_and_interleaved() {
+        let split = ExpertMatrix { glu: Glu::Split, ..matrix(&[1.0, -2.0, 3.0, 4.0], 2, 1) };
+        assert_eq!(dense_gemm(&[1.0], &split, Activation::Relu).unwrap(), [3.0, 0.0]);
+        let interleaved = ExpertMatrix { glu: Glu::Interleaved, ..split };
+        assert_eq!(dense_gemm(&[1.0], &interleaved, Activation::Relu).unwrap(), [-2.0, 12.0]);
+    }
+
+    #[test]
+    fn a_short_weight_is_an_error() {
+        let error = dense_gemm(&[1.0, 2.0], &matrix(&[1.0; 5], 3, 2), Activation::Identity).unwrap_err();
+        assert_eq!(error.to_string(), "reference argument `weight`: expected a slice of [1, 3, 2] elements, found 5");
+    }
+}

@@ -1,0 +1,163 @@
+//! The whole layer: router, gating, dispatch, two expert matrices, combine.
+
+use super::activation::Activation;
+use super::combine::combine;
+use super::dispatch::{Capacity, DispatchRule, Dispatched, dispatch};
+use super::gating::{GatingRule, gate};
+use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
+use super::router::router;
+use super::{Real, ReferenceError, require};
+
+/// A Mixture-of-Experts layer and its parameters, of type `W` (router and its biases: `R`).
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a, R, W> {
+    /// Hidden size, `H`.
+    pub hidden: usize,
+    /// `[E,H]`.
+    pub router_weight: &'a [R],
+    /// `[E]`, added to the logits (gpt-oss).
+    pub router_bias: Option<&'a [R]>,
+    /// `[E]`, added to the scores when experts are chosen (DeepSeek-V3).
+    pub correction_bias: Option<&'a [R]>,
+    /// How experts are chosen and weighed.
+    pub gating: GatingRule,
+    /// Whether the weight multiplies the expert's input instead of its output (Llama 4).
+    pub weigh_input: bool,
+    /// Limit of slots per expert (Switch).
+    pub capacity: Option<Capacity>,
+    /// First matrix, `K = H`, `N = I`.
+    pub up: ExpertMatrix<'a, W>,
+    /// Between the two.
+    pub activation: Activation,
+    /// Second matrix, `K = I`, `N = H`.
+    pub down: ExpertMatrix<'a, W>,
+    /// The two matrices of the expert that every token passes, with their own intermediate size.
+    pub shared: Option<(ExpertMatrix<'a, W>, ExpertMatrix<'a, W>)>,
+}
+
+/// Everything that the layer computes on its way.
+#[derive(Clone, Debug)]
+pub struct Forward {
+    /// `[T,E]`.
+    pub logits: Vec<f64>,
+    /// `[T,k]`.
+    pub ids: Vec<i32>,
+    /// `[T,k]`.
+    pub weights: Vec<f64>,
+    /// Slots by expert, with tiles of 16 rows.
+    pub plan: Dispatched,
+    /// `[rows,I]`, after the activation.
+    pub hidden: Vec<f64>,
+    /// `[rows,H]`.
+    pub y_slots: Vec<f64>,
+    /// `[T,H]`, output of the shared expert.
+    pub shared: Option<Vec<f64>>,
+    /// `[T,H]`.
+    pub y: Vec<f64>,
+}
+
+/// `y = shared(x) + sum_j weights[j] down(act(up(x)))` over the chosen experts, each stage as its own module defines it.
+///
+/// `x` is `[T,H]`.
+///
+/// # Errors
+/// Parameters whose lengths or extents do not fit together.
+pub fn forward<X: Real, R: Real, W: Real>(x: &[X], layer: &Layer<R, W>) -> Result<Forward, ReferenceError> {
+    let experts = layer.router_weight.len() / layer.hidden.max(1);
+    let logits = router(x, layer.router_weight, layer.router_bias, layer.hidden)?;
+    let gated = gate(&logits, layer.correction_bias, experts, &layer.gating)?;
+    let rule = DispatchRule { experts, top_k: layer.gating.top_k, capacity: layer.capacity, padded: false, tile_m: 16 };
+    let plan = dispatch(&gated.ids, &rule)?;
+    chain("up", "down", &layer.up, &layer.down, layer.hidden)?;
+
+    let row_scale = layer.weigh_input.then(|| plan.slot_weight(&gated.weights));
+    let hidden = grouped_gemm(x, &layer.up, &plan, true, row_scale.as_deref(), layer.activation)?;
+    let y_slots = grouped_gemm(&hidden, &layer.down, &plan, false, None, Activation::Identity)?;
+    let shared = match &layer.shared {
+        Some((up, down)) => {
+            chain("shared.up", "shared.down", up, down, layer.hidden)?;
+            Some(dense_gemm(&dense_gemm(x, up, layer.activation)?, down, Activation::Identity)?)
+        }
+        None => None,
+    };
+    let weights = (!layer.weigh_input).then_some(gated.weights.as_slice());
+    let y = combine(&y_slots, &plan.token_slot, weights, None, shared.as_deref(), layer.gating.top_k, layer.hidden)?;
+    Ok(Forward { logits, ids: gated.ids, weights: gated.weights, plan, hidden, y_slots, shared, y })
+}
+
+fn chain<W>(
+    up_name: &'static str,
+    down_name: &'static str,
+    up: &ExpertMatrix<W>,
+    down: &ExpertMatrix<W>,
+    hidden: usize,
+) -> Result<(), ReferenceError> {
+    require(up_name, up.k == hidden, || format!("k = {hidden}"), up.k)?;
+    require(down_name, down.k == up.n, || format!("k = {}", up.n), down.k)?;
+    require(down_name, down.n == hidden, || format!("n = {hidden}"), down.n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gemm::{Glu, Layout};
+    use super::*;
+    use crate::registry::Score;
+
+    fn plain(weight: &[f64]) -> ExpertMatrix<'_, f64> {
+        ExpertMatrix { weight, bias: None, n: 1, k: 1, glu: Glu::None, layout: Layout::Nk }
+    }
+
+    /// H = I = 1, two experts that multiply by 2 and by 3 (then 10), one that every token passes.
+    fn layer<'a>(shared: bool) -> Layer<'a, f64, f64> {
+        Layer {
+            hidden: 1,
+            router_weight: &[1.0, -1.0],
+            router_bias: None,
+            correction_bias: None,
+            gating: GatingRule::new(Score::Sigmoid, 1),
+            weigh_input: false,
+            capacity: None,
+            up: plain(&[2.0, 3.0]),
+            activation: Activation::Relu,
+            down: plain(&[10.0, 10.0]),
+            shared: shared.then_some((plain(&[1.0]), plain(&[7.0]))),
+        }
+    }
+
+    fn sigmoid(v: f64) -> f64 {
+        super::super::activation::sigmoid(v)
+    }
+
+    #[test]
+    fn routed_and_shared() {
+        let got = forward(&[4.0, -5.0], &layer(true)).unwrap();
+        assert_eq!(got.ids, [0, 1]);
+        assert_eq!(got.hidden, [8.0, 0.0]);
+        assert_eq!(got.y, [28.0 + 80.0 * sigmoid(4.0), 0.0]);
+    }
+
+    #[test]
+    fn weighing_the_input_passes_through_the_activation() {
+        let squared = Layer {
+            weigh_input: true,
+            up: ExpertMatrix { glu: Glu::Split, ..plain(&[2.0, 2.0, 3.0, 3.0]) },
+            ..layer(false)
+        };
+        let got = forward(&[4.0], &squared).unwrap();
+        let input = 4.0 * sigmoid(4.0);
+        assert!((got.y[0] - 10.0 * (2.0 * input) * (2.0 * input)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn dropped_tokens_are_zero() {
+        let capacity = Some(Capacity { slots: 1, tokens_per_sequence: 2 });
+        let got = forward(&[1.0, 1.0, 1.0], &Layer { capacity, ..layer(false) }).unwrap();
+        assert!(got.y[0] > 0.0 && got.y[1] == 0.0 && got.y[2] == got.y[0]);
+    }
+
+    #[test]
+    fn matrices_that_do_not_chain_are_an_error() {
+        let wrong = Layer { down: ExpertMatrix { k: 2, ..plain(&[1.0; 4]) }, ..layer(false) };
+        assert_eq!(forward(&[1.0], &wrong).unwrap_err().argument, "down");
+    }
+}
