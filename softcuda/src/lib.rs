@@ -6,4 +6,6 @@
 
 pub mod exec;
 pub mod lower;
+#[cfg(target_os = "linux")]
+pub mod memory;
 pub mod ptx;
