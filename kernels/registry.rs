@@ -196,6 +196,12 @@ pub struct Gate {
 impl Gate {
     pub const VALUES: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 
+    /// Experts of a token: a lane holds one choice.
+    pub const MAX_TOP_K: u32 = 32;
+
+    /// Expert groups: a lane holds the score of one.
+    pub const MAX_GROUPS: u32 = 32;
+
     pub const fn max_experts(&self) -> u32 {
         32 * self.values
     }
@@ -268,6 +274,23 @@ pub struct Combine {
 
 impl Combine {
     pub const THREADS: u32 = 256;
+
+    /// Threads side by side on one token, each with 16 bytes of it: a power of two, at most a block.
+    const fn across(self, hidden: u32) -> u32 {
+        let vectors = self.vectors(hidden).next_power_of_two();
+        if vectors < Combine::THREADS { vectors } else { Combine::THREADS }
+    }
+
+    const fn vectors(self, hidden: u32) -> u32 {
+        hidden / (16 / self.dtype.bytes())
+    }
+
+    /// Blocks for `tokens` > 0 rows of `hidden` > 0 elements: x over tokens, of which a block takes several where a row
+    /// does not fill it, y over parts of a row.
+    pub const fn grid(self, tokens: u32, hidden: u32) -> [u32; 3] {
+        let tokens_per_block = Combine::THREADS / self.across(hidden);
+        [tokens.div_ceil(tokens_per_block), self.vectors(hidden).div_ceil(Combine::THREADS), 1]
+    }
 }
 
 /// One compiled kernel.
