@@ -158,7 +158,7 @@ fn eligible<L: Real>(choice: &[f64], rule: &GatingRule) -> Vec<usize> {
 }
 
 /// Larger first, NaN last; zeros of both signs are equal.
-fn descending(a: f64, b: f64) -> std::cmp::Ordering {
+pub(super) fn descending(a: f64, b: f64) -> std::cmp::Ordering {
     b.partial_cmp(&a).unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
 }
 

@@ -8,12 +8,18 @@
 //! `S = T*k` slots.
 
 pub mod activation;
+pub mod balance;
 pub mod combine;
 pub mod dispatch;
+pub mod expert_map;
 pub mod gating;
 pub mod gemm;
+pub mod jitter;
 pub mod layer;
+pub mod noisy;
+pub mod random;
 pub mod router;
+pub mod sampled;
 
 /// A storage type whose every value is an f64.
 pub trait Real: Copy + Into<f64> + Send + Sync {

@@ -1,0 +1,307 @@
+//! Noisy top-k gating, and the hierarchical mixture of experts made of it.
+//!
+//! Shazeer et al. 2017, "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", section 2.1 and
+//! appendices A (load) and B (hierarchy).
+
+use super::activation::erf;
+use super::balance::cv_squared;
+use super::gating::{descending, softmax};
+use super::random::{NoiseSource, softplus, standard_normal};
+use super::{ReferenceError, require, require_shape};
+
+/// How noise is added and how many experts are kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NoisyRule {
+    /// Experts of a token, `k`.
+    pub top_k: usize,
+    /// Added to every noise deviation (1e-2 in the authors' published code; 0 in the paper).
+    pub noise_epsilon: f32,
+    /// The random words.
+    pub noise: NoiseSource,
+}
+
+/// What noisy gating yields.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NoisyGated {
+    /// `[T,k]`, by descending noisy logit.
+    pub ids: Vec<i32>,
+    /// `[T,k]`, softmax of the kept noisy logits.
+    pub weights: Vec<f64>,
+    /// `[T,E]`, `H(x)`: exactly the f32 numbers that experts are chosen by.
+    pub noisy: Vec<f32>,
+    /// `[E]`, tokens of each expert.
+    pub counts: Vec<i32>,
+    /// `[E]`, `Importance(X)`: sums of weights (eq. 6).
+    pub importance: Vec<f64>,
+    /// `[E]`, `Load(X)`: the smooth estimate of `counts` (eq. 10).
+    pub load: Vec<f64>,
+}
+
+impl NoisyGated {
+    /// `CV(Importance)^2` and `CV(Load)^2`: the two losses before their factors (eq. 7 and 11).
+    pub fn losses(&self) -> (f64, f64) {
+        (cv_squared(&self.importance), cv_squared(&self.load))
+    }
+}
+
+/// The deviation of the noise: `softplus(raw) + noise_epsilon`, in f32, at least the smallest normal number.
+pub fn noise_deviation(raw: f32, noise_epsilon: f32) -> f32 {
+    let deviation = softplus(raw) + noise_epsilon;
+    // A comparison that NaN fails.
+    if deviation < f32::MIN_POSITIVE { f32::MIN_POSITIVE } else { deviation }
+}
+
+/// Gates each token of `clean [T,E]` (`x Wg`) by noisy logits.
+///
+/// `H(x)_i = clean_i + StandardNormal() * softplus(raw_i)` (eq. 4), `raw [T,E]` being `x Wnoise`; the k largest are kept (eq. 5),
+/// and the gate is their softmax (eq. 3). H is computed in f32 with one fused rounding, so that choices are those of a
+/// kernel bit for bit. `Load(X)_i` sums over tokens the chance that expert i is kept if its noise alone is drawn again:
+/// `P(x,i) = Phi((clean_i - kth_excluding(H,k,i)) / softplus(raw_i))` (eq. 8, 9).
+///
+/// # Errors
+/// Lengths that do not fit `experts`, `top_k` of 0 or above `experts`.
+pub fn noisy_top_k(clean: &[f32], raw: &[f32], experts: usize, rule: &NoisyRule) -> Result<NoisyGated, ReferenceError> {
+    let tokens = check(clean, raw, experts, rule)?;
+    let all: Vec<usize> = (0..tokens).collect();
+    Ok(level(clean, raw, experts, rule, 0, &all, |t| t * experts, |_, e| e as u32))
+}
+
+/// The two levels of a hierarchical mixture: `groups` groups of `experts` experts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hierarchical {
+    /// The first level, over groups.
+    pub primary: NoisyGated,
+    /// `[T, k1 * k2]`, numbers of experts over all groups; those of a token's first group come first.
+    pub ids: Vec<i32>,
+    /// `[T, k1 * k2]`, `G_primary(x)_i * G_i(x)_j` (appendix B, eq. 12).
+    pub weights: Vec<f64>,
+    /// `[groups * experts]`, slots of each expert.
+    pub counts: Vec<i32>,
+    /// `[groups * experts]`, `Importance_H(X)` (eq. 13): sums of weights.
+    pub importance: Vec<f64>,
+    /// `[groups * experts]`, `Load_H(X)_{i,j} = Load_primary(X)_i * Load_i(X^(i))_j / |X^(i)|` (eq. 14), where `X^(i)` are the tokens of
+    /// group i; 0 for a group without tokens.
+    pub load: Vec<f64>,
+}
+
+impl Hierarchical {
+    /// `CV(Importance_H)^2` and `CV(Load_H)^2`.
+    pub fn losses(&self) -> (f64, f64) {
+        (cv_squared(&self.importance), cv_squared(&self.load))
+    }
+}
+
+/// Chooses groups, then experts within each chosen group: appendix B.
+///
+/// `primary_clean`, `primary_raw` are `[T,groups]`, `clean` and `raw` `[T, groups, experts]`. Both rules use random words of their own
+/// also where their sources are the same.
+///
+/// # Errors
+/// Those of [`noisy_top_k`], for either level.
+#[allow(clippy::too_many_arguments)]
+pub fn hierarchical(
+    primary_clean: &[f32],
+    primary_raw: &[f32],
+    groups: usize,
+    primary_rule: &NoisyRule,
+    clean: &[f32],
+    raw: &[f32],
+    experts: usize,
+    rule: &NoisyRule,
+) -> Result<Hierarchical, ReferenceError> {
+    let tokens = check(primary_clean, primary_raw, groups, primary_rule)?;
+    check(clean, raw, experts, rule)?;
+    require_shape("clean", clean, &[tokens, groups, experts])?;
+    let primary = noisy_top_k(primary_clean, primary_raw, groups, primary_rule)?;
+    let (k1, k2) = (primary_rule.top_k, rule.top_k);
+    let mut result = Hierarchical {
+        ids: vec![0; tokens * k1 * k2],
+        weights: vec![0.0; tokens * k1 * k2],
+        counts: vec![0; groups * experts],
+        importance: vec![0.0; groups * experts],
+        load: vec![0.0; groups * experts],
+        primary,
+    };
+    for group in 0..groups {
+        // X^(i), and where among a token's choices the group stands.
+        let places: Vec<usize> = (0..tokens * k1).filter(|&at| result.primary.ids[at] == group as i32).collect();
+        let members: Vec<usize> = places.iter().map(|at| at / k1).collect();
+        let row = |t: usize| (t * groups + group) * experts;
+        let word = |_, e: usize| (group * experts + e) as u32;
+        let secondary = level(clean, raw, experts, rule, 1, &members, row, word);
+        for (n, &at) in places.iter().enumerate() {
+            for j in 0..k2 {
+                let expert = group * experts + secondary.ids[n * k2 + j] as usize;
+                let weight = result.primary.weights[at] * secondary.weights[n * k2 + j];
+                result.ids[at * k2 + j] = expert as i32;
+                result.weights[at * k2 + j] = weight;
+                result.counts[expert] += 1;
+                result.importance[expert] += weight;
+            }
+        }
+        for e in 0..experts {
+            let share = secondary.load[e] / members.len().max(1) as f64;
+            result.load[group * experts + e] = result.primary.load[group] * share;
+        }
+    }
+    Ok(result)
+}
+
+fn check(clean: &[f32], raw: &[f32], experts: usize, rule: &NoisyRule) -> Result<usize, ReferenceError> {
+    require("experts", experts > 0, || "at least 1".into(), experts)?;
+    require("clean", clean.len().is_multiple_of(experts), || format!("rows of {experts}"), clean.len())?;
+    require("raw", raw.len() == clean.len(), || format!("{} elements, as `clean` has", clean.len()), raw.len())?;
+    require("top_k", (1..=experts).contains(&rule.top_k), || format!("1 to {experts}"), rule.top_k)?;
+    Ok(clean.len() / experts)
+}
+
+/// One gating network on the tokens `members`, whose logits begin at `row(t)` and whose experts draw word `word(t, e)`.
+#[allow(clippy::too_many_arguments)]
+fn level(
+    clean: &[f32],
+    raw: &[f32],
+    experts: usize,
+    rule: &NoisyRule,
+    stream: u32,
+    members: &[usize],
+    row: impl Fn(usize) -> usize,
+    word: impl Fn(usize, usize) -> u32,
+) -> NoisyGated {
+    let mut result = NoisyGated {
+        ids: Vec::new(),
+        weights: Vec::new(),
+        noisy: Vec::new(),
+        counts: vec![0; experts],
+        importance: vec![0.0; experts],
+        load: vec![0.0; experts],
+    };
+    for &t in members {
+        let clean = &clean[row(t)..row(t) + experts];
+        let deviation: Vec<f32> =
+            raw[row(t)..row(t) + experts].iter().map(|&raw| noise_deviation(raw, rule.noise_epsilon)).collect();
+        let noisy: Vec<f32> = (0..experts)
+            .map(|e| {
+                let normal = standard_normal(rule.noise.gate_word(stream, t as u32, word(t, e)));
+                normal.mul_add(deviation[e], clean[e])
+            })
+            .collect();
+
+        let wide: Vec<f64> = noisy.iter().map(|&h| h.into()).collect();
+        // One more than are kept: kth_excluding needs it.
+        let order = top(&wide, rule.top_k + 1);
+        let kept = &order[..rule.top_k];
+        let gates = softmax(&kept.iter().map(|&e| wide[e]).collect::<Vec<_>>());
+        for (&e, &gate) in kept.iter().zip(&gates) {
+            result.ids.push(e as i32);
+            result.weights.push(gate);
+            result.counts[e] += 1;
+            result.importance[e] += gate;
+        }
+        for e in 0..experts {
+            let excluding = if kept.contains(&e) { order.get(rule.top_k) } else { kept.last() };
+            // With no other expert left, e is always kept.
+            let threshold = excluding.map_or(f64::NEG_INFINITY, |&other| wide[other]);
+            result.load[e] += normal_cdf((f64::from(clean[e]) - threshold) / f64::from(deviation[e]));
+        }
+        result.noisy.extend(noisy);
+    }
+    result
+}
+
+/// The first `k` of the numbers of `values`, by descending value: equal ones by rising number, NaN last.
+pub(super) fn top(values: &[f64], k: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&a, &b| descending(values[a], values[b]).then(a.cmp(&b)));
+    order.truncate(k);
+    order
+}
+
+/// `Phi(z)`.
+fn normal_cdf(z: f64) -> f64 {
+    0.5 * (1.0 + erf(z * std::f64::consts::FRAC_1_SQRT_2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOISE: NoiseSource = NoiseSource { seed: 3, offset: 0 };
+
+    #[test]
+    fn without_noise_it_is_topk_softmax_and_load_counts() {
+        // softplus(-200) is 0: noise vanishes against any logit.
+        let rule = NoisyRule { top_k: 2, noise_epsilon: 0.0, noise: NOISE };
+        let clean = [4f32.ln(), 0.25, 2f32.ln(), -1.0, 0.25, 1.0, -2.0, 3.0];
+        let gated = noisy_top_k(&clean, &[-200.0; 8], 4, &rule).unwrap();
+        assert_eq!(gated.ids, [0, 2, 3, 1]);
+        assert!((gated.weights[0] - 2.0 / 3.0).abs() < 1e-6);
+        assert_eq!(gated.noisy, clean);
+        assert_eq!(gated.counts, [1, 1, 1, 1]);
+        assert_eq!(gated.load, [1.0; 4]);
+    }
+
+    #[test]
+    fn load_estimates_the_count() {
+        // Over many draws, the mean number of tokens of an expert and its mean load agree: P(x,i) is its chance of being
+        // kept given the others' noise. 2000 tokens, chance near 0.2 to 0.7: standard error below 0.012.
+        let tokens = 2000;
+        let clean: Vec<f32> = (0..tokens).flat_map(|_| [0.5, 0.0, -0.3, 0.2, -0.6]).collect();
+        let raw = vec![0.3f32; tokens * 5];
+        let rule = NoisyRule { top_k: 2, noise_epsilon: 1e-2, noise: NOISE };
+        let gated = noisy_top_k(&clean, &raw, 5, &rule).unwrap();
+        for e in 0..5 {
+            let (count, load) = (f64::from(gated.counts[e]) / tokens as f64, gated.load[e] / tokens as f64);
+            assert!((count - load).abs() < 5.0 * 0.012, "expert {e}: {count} tokens, load {load}");
+        }
+        assert!((gated.load.iter().sum::<f64>() / tokens as f64 - 2.0).abs() < 0.06);
+    }
+
+    #[test]
+    fn all_experts_kept_means_certain_load() {
+        let rule = NoisyRule { top_k: 3, noise_epsilon: 0.0, noise: NOISE };
+        let gated = noisy_top_k(&[1.0, 2.0, 3.0], &[0.0; 3], 3, &rule).unwrap();
+        assert_eq!(gated.load, [1.0; 3]);
+        assert_eq!(gated.losses().1, 0.0);
+    }
+
+    #[test]
+    fn hierarchy_multiplies_gates_and_loads() {
+        let (groups, experts, tokens) = (3, 4, 50);
+        let logits = |n: usize, seed: usize| -> Vec<f32> {
+            (0..n).map(|i| ((i * 7919 + seed * 104_729) % 1009) as f32 / 500.0 - 1.0).collect()
+        };
+        let rule = |top_k| NoisyRule { top_k, noise_epsilon: 0.0, noise: NOISE };
+        let got = hierarchical(
+            &logits(tokens * groups, 1),
+            &logits(tokens * groups, 2),
+            groups,
+            &rule(2),
+            &logits(tokens * groups * experts, 3),
+            &logits(tokens * groups * experts, 4),
+            experts,
+            &rule(3),
+        )
+        .unwrap();
+        for t in 0..tokens {
+            let (ids, weights) = (&got.ids[t * 6..][..6], &got.weights[t * 6..][..6]);
+            assert!((weights.iter().sum::<f64>() - 1.0).abs() < 1e-12);
+            for (j, id) in ids.iter().enumerate() {
+                assert_eq!(id / 4, got.primary.ids[t * 2 + j / 3]);
+                assert!(!ids[..j].contains(id));
+            }
+        }
+        // Loads of a group's experts sum to k2 times the group's load, but for the estimate's spread.
+        assert_eq!(got.counts.iter().sum::<i32>(), 300);
+        assert!((got.importance.iter().sum::<f64>() - tokens as f64).abs() < 1e-9);
+        for group in 0..groups {
+            let sum: f64 = got.load[group * 4..][..4].iter().sum();
+            assert!((sum / got.primary.load[group] - 3.0).abs() < 0.5, "{sum}");
+        }
+    }
+
+    #[test]
+    fn raw_of_another_length_is_an_error() {
+        let rule = NoisyRule { top_k: 1, noise_epsilon: 0.0, noise: NOISE };
+        assert_eq!(noisy_top_k(&[0.0; 4], &[0.0; 3], 2, &rule).unwrap_err().argument, "raw");
+    }
+}
