@@ -8,18 +8,23 @@
 //! `S = T*k` slots.
 
 pub mod activation;
+pub mod admission;
 pub mod balance;
+pub mod base;
 pub mod combine;
 pub mod dispatch;
+pub mod expert_choice;
 pub mod expert_map;
 pub mod gating;
 pub mod gemm;
+pub mod hash;
 pub mod jitter;
 pub mod layer;
 pub mod noisy;
 pub mod random;
 pub mod router;
 pub mod sampled;
+pub mod sinkhorn;
 
 /// A storage type whose every value is an f64.
 pub trait Real: Copy + Into<f64> + Send + Sync {

@@ -1,0 +1,201 @@
+//! Admission: which of its chosen experts a token gets, where experts have a capacity.
+//!
+//! It stands between gating and dispatch, and turns the ids of gating into ids of which dispatch need drop none.
+
+use super::gating::descending;
+use super::random::{NoiseSource, uniform};
+use super::{ReferenceError, require, require_shape};
+
+/// Whose turn it is when an expert's places are given away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Token by token, all choices of one before the next token (Switch Transformers: Fedus et al. 2021).
+    ByToken,
+    /// All first choices before all second choices (GShard: Lepikhin et al. 2020, algorithm 1).
+    ByChoice,
+}
+
+/// Whether a token is sent to its second expert, whose weight is `g2`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum SecondExpert {
+    /// Always.
+    Always,
+    /// If `g2 > threshold`.
+    Above(f32),
+    /// With probability `min(1, g2 / threshold)`: if `g2 > threshold u`, `u` uniform in [0,1). GShard's policy has threshold
+    /// 1/2 ("proportional to its weight", `2 g2 > u`).
+    Random {
+        /// Weight from which on the second expert is certain.
+        threshold: f32,
+        /// Where u comes from: the gate word of stream 2 and expert 0.
+        noise: NoiseSource,
+    },
+}
+
+/// Who is admitted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdmissionRule {
+    /// Experts, `E`.
+    pub experts: usize,
+    /// Choices of a token, `K`, best first.
+    pub candidates: usize,
+    /// Experts that a token gets at most, `n <= K`. If fewer, a choice whose expert is full is passed on to the next one
+    /// (Switch Transformers, appendix B, "no token left behind"); if equal, it is dropped.
+    pub top_k: usize,
+    /// Tokens that an expert takes of each group.
+    pub capacity: usize,
+    /// Tokens of a group; the last may be shorter.
+    pub tokens_per_group: usize,
+    /// Whose turn it is.
+    pub order: Order,
+    /// Take the tokens of a group by falling priority, equal ones by token (batch-prioritised routing: Riquelme et al. 2021,
+    /// "Scaling Vision with Sparse Mixture of Experts", section 4.1).
+    pub prioritised: bool,
+    /// The second expert's chance; needs `top_k` of 2 unless it is [`SecondExpert::Always`].
+    pub second: SecondExpert,
+}
+
+/// What every token got.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Admitted {
+    /// `[T,n]`; -1 where nothing was got. With `n = K`, place `j` belongs to choice `j`; else the experts stand in the order in
+    /// which they were got.
+    pub ids: Vec<i32>,
+    /// `[T,n]`, the weight of that choice, 0 where nothing was got.
+    pub weights: Vec<f32>,
+}
+
+/// Admits the choices `ids [T,K]` with `weights [T,K]`, group by group.
+///
+/// `priority` is `[T]`; absent, the weight of the first choice counts. NaN has the least priority. Ids outside `0..E` ask for
+/// nothing.
+///
+/// # Errors
+/// Lengths that do not fit, a zero in the rule, `top_k` above `candidates`, a policy for the second expert where `top_k` is not 2.
+pub fn admit(
+    ids: &[i32],
+    weights: &[f32],
+    priority: Option<&[f32]>,
+    rule: &AdmissionRule,
+) -> Result<Admitted, ReferenceError> {
+    let AdmissionRule { experts, candidates, top_k, capacity, tokens_per_group, .. } = *rule;
+    require("experts", experts > 0, || "at least 1".into(), experts)?;
+    require("candidates", candidates > 0, || "at least 1".into(), candidates)?;
+    require("top_k", (1..=candidates).contains(&top_k), || format!("1 to {candidates}"), top_k)?;
+    require("capacity", capacity > 0, || "at least 1".into(), capacity)?;
+    require("tokens_per_group", tokens_per_group > 0, || "at least 1".into(), tokens_per_group)?;
+    require("top_k", rule.second == SecondExpert::Always || top_k == 2, || "2 with a policy".into(), top_k)?;
+    require("ids", ids.len().is_multiple_of(candidates), || format!("rows of {candidates}"), ids.len())?;
+    let tokens = ids.len() / candidates;
+    require_shape("weights", weights, &[tokens, candidates])?;
+    if let Some(priority) = priority {
+        require_shape("priority", priority, &[tokens])?;
+    }
+
+    let mut got = Admitted { ids: vec![-1; tokens * top_k], weights: vec![0.0; tokens * top_k] };
+    for first in (0..tokens).step_by(tokens_per_group) {
+        let mut group: Vec<usize> = (first..(first + tokens_per_group).min(tokens)).collect();
+        if rule.prioritised {
+            let of = |t: usize| f64::from(priority.map_or(weights[t * candidates], |priority| priority[t]));
+            group.sort_by(|&a, &b| descending(of(a), of(b)));
+        }
+        let turns: Vec<(usize, usize)> = match rule.order {
+            Order::ByToken => group.iter().flat_map(|&t| (0..candidates).map(move |j| (t, j))).collect(),
+            Order::ByChoice => (0..candidates).flat_map(|j| group.iter().map(move |&t| (t, j))).collect(),
+        };
+        let mut taken = vec![0; experts];
+        let mut places = vec![0; tokens_per_group];
+        for (t, choice) in turns {
+            let place = if top_k == candidates { choice } else { places[t - first] };
+            let slot = t * candidates + choice;
+            let Some(expert) = usize::try_from(ids[slot]).ok().filter(|&id| id < experts) else { continue };
+            if place < wanted(t, weights, rule) && taken[expert] < capacity {
+                taken[expert] += 1;
+                places[t - first] += 1;
+                got.ids[t * top_k + place] = ids[slot];
+                got.weights[t * top_k + place] = weights[slot];
+            }
+        }
+    }
+    Ok(got)
+}
+
+/// Experts that the token asks for: its second one only if the policy has it so.
+fn wanted(t: usize, weights: &[f32], rule: &AdmissionRule) -> usize {
+    let second = || weights[t * rule.candidates + 1];
+    let two = match rule.second {
+        SecondExpert::Always => return rule.top_k,
+        SecondExpert::Above(threshold) => second() > threshold,
+        SecondExpert::Random { threshold, noise } => second() > threshold * uniform(noise.gate_word(2, t as u32, 0)),
+    };
+    if two { 2 } else { 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rule() -> AdmissionRule {
+        AdmissionRule {
+            experts: 3,
+            candidates: 2,
+            top_k: 2,
+            capacity: 1,
+            tokens_per_group: 2,
+            order: Order::ByToken,
+            prioritised: false,
+            second: SecondExpert::Always,
+        }
+    }
+
+    const IDS: [i32; 4] = [0, 1, 1, 2];
+    const WEIGHTS: [f32; 4] = [0.6, 0.4, 0.9, 0.1];
+
+    fn ids(rule: AdmissionRule) -> Vec<i32> {
+        admit(&IDS, &WEIGHTS, None, &rule).unwrap().ids
+    }
+
+    #[test]
+    fn first_choices_come_before_second_ones() {
+        assert_eq!(ids(rule()), [0, 1, -1, 2]);
+        let got = admit(&IDS, &WEIGHTS, None, &AdmissionRule { order: Order::ByChoice, ..rule() }).unwrap();
+        assert_eq!(got.ids, [0, -1, 1, 2]);
+        assert_eq!(got.weights, [0.6, 0.0, 0.9, 0.1]);
+    }
+
+    #[test]
+    fn capacity_counts_anew_in_each_group() {
+        assert_eq!(ids(AdmissionRule { tokens_per_group: 1, ..rule() }), IDS);
+    }
+
+    #[test]
+    fn the_best_token_is_served_first() {
+        assert_eq!(ids(AdmissionRule { prioritised: true, ..rule() }), [0, -1, 1, 2]);
+        let priority = [2.0, f32::NAN];
+        let got = admit(&IDS, &WEIGHTS, Some(&priority), &AdmissionRule { prioritised: true, ..rule() }).unwrap();
+        assert_eq!(got.ids, [0, 1, -1, 2]);
+    }
+
+    #[test]
+    fn a_full_expert_passes_the_token_on() {
+        let rule = AdmissionRule { top_k: 1, order: Order::ByChoice, ..rule() };
+        let got = admit(&[0, 1, 0, 2], &WEIGHTS, None, &rule).unwrap();
+        assert_eq!((got.ids, got.weights), (vec![0, 2], vec![0.6, 0.1]));
+    }
+
+    #[test]
+    fn a_second_expert_must_weigh_enough() {
+        assert_eq!(
+            ids(AdmissionRule { second: SecondExpert::Above(0.3), tokens_per_group: 1, ..rule() }),
+            [0, 1, 1, -1]
+        );
+        let certain = SecondExpert::Random { threshold: 0.0, noise: NoiseSource { seed: 1, offset: 2 } };
+        assert_eq!(ids(AdmissionRule { second: certain, tokens_per_group: 1, ..rule() }), IDS);
+    }
+
+    #[test]
+    fn a_policy_without_a_second_expert_is_an_error() {
+        let rule = AdmissionRule { top_k: 1, second: SecondExpert::Above(0.3), ..rule() };
+        assert_eq!(admit(&IDS, &WEIGHTS, None, &rule).unwrap_err().argument, "top_k");
+    }
+}
