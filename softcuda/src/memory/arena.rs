@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
@@ -40,6 +41,11 @@ impl Arena {
         let start = base.next_multiple_of(CHUNK);
         let chunks = (base + size - start) / CHUNK;
         Ok(Arena { base: start, chunks, poison, live: BTreeMap::new(), cursor: 0 })
+    }
+
+    /// All addresses that allocations may get.
+    pub fn range(&self) -> Range<u64> {
+        self.base..self.base + self.chunks * CHUNK
     }
 
     pub fn address(&self, chunk: u64) -> u64 {
@@ -101,7 +107,7 @@ impl Arena {
         }
     }
 
-    fn indices(&self, start: u64, end: u64) -> std::ops::Range<u64> {
+    fn indices(&self, start: u64, end: u64) -> Range<u64> {
         (start - self.base) / CHUNK..(end - self.base).div_ceil(CHUNK)
     }
 

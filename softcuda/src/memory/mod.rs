@@ -9,6 +9,7 @@ mod history;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -76,6 +77,7 @@ pub enum MemoryError {
 /// The device's global memory. See the [module](self) for what it does to find mistakes.
 pub struct Memory {
     total: u64,
+    range: Range<u64>,
     generation: AtomicU64,
     state: RwLock<State>,
 }
@@ -101,15 +103,11 @@ impl Memory {
     /// # Errors
     /// The host grants no address space.
     pub fn new(total: u64) -> io::Result<Memory> {
-        let state = State {
-            arena: Arena::new()?,
-            live: BTreeMap::new(),
-            history: History::default(),
-            used: 0,
-            serial: 0,
-            small: None,
-        };
-        Ok(Memory { total, generation: AtomicU64::new(0), state: RwLock::new(state) })
+        let arena = Arena::new()?;
+        let range = arena.range();
+        let state =
+            State { arena, live: BTreeMap::new(), history: History::default(), used: 0, serial: 0, small: None };
+        Ok(Memory { total, range, generation: AtomicU64::new(0), state: RwLock::new(state) })
     }
 
     /// [`Memory::alloc_kind`] of device memory.
@@ -177,6 +175,11 @@ impl Memory {
     /// Changes at every allocation and release, so that what was cached from [`Memory::find`] can be dropped.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
+    }
+
+    /// Whether `addr` is of the range that allocations come from, allocated or not.
+    pub fn contains(&self, addr: u64) -> bool {
+        self.range.contains(&addr)
     }
 
     /// The device's memory in bytes.

@@ -1,0 +1,130 @@
+//! The safe face of the controls that the loaded driver exports.
+
+use std::ffi::{CStr, c_char};
+
+use libloading::os::unix::Library;
+
+/// Controls of the loaded software device, beyond CUDA's API. Obtained from [`crate::Installed::control`].
+///
+/// They act on the library that [`crate::install`] loaded, the one that CUDA calls go to, and on the whole process.
+#[derive(Debug, Clone, Copy)]
+pub struct Control {
+    version: unsafe extern "C" fn() -> *const c_char,
+    set_seed: unsafe extern "C" fn(u64),
+    set_threads: unsafe extern "C" fn(u64),
+    set_timeout_ms: unsafe extern "C" fn(u64),
+    launch_count: unsafe extern "C" fn() -> u64,
+    log_launches: unsafe extern "C" fn(bool),
+    launches: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    last_fault: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+}
+
+/// One line of the launch log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LaunchRecord {
+    pub kernel: String,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads.
+    pub block: [u32; 3],
+    pub dynamic_shared_bytes: u32,
+}
+
+impl PartialEq for Control {
+    fn eq(&self, other: &Self) -> bool {
+        self.version as usize == other.version as usize
+    }
+}
+
+impl Eq for Control {}
+
+impl Control {
+    pub(crate) fn from_library(library: &Library) -> Result<Control, libloading::Error> {
+        // SAFETY: the functions of `driver::control`, with the signatures they have there.
+        unsafe {
+            Ok(Control {
+                version: *library.get(b"softcuda_version\0")?,
+                set_seed: *library.get(b"softcuda_set_seed\0")?,
+                set_threads: *library.get(b"softcuda_set_threads\0")?,
+                set_timeout_ms: *library.get(b"softcuda_set_timeout_ms\0")?,
+                launch_count: *library.get(b"softcuda_launch_count\0")?,
+                log_launches: *library.get(b"softcuda_log_launches\0")?,
+                launches: *library.get(b"softcuda_launches\0")?,
+                last_fault: *library.get(b"softcuda_last_fault\0")?,
+            })
+        }
+    }
+
+    /// Version of the loaded driver's crate.
+    pub fn version(&self) -> String {
+        // SAFETY: returns a static NUL-terminated text.
+        unsafe { CStr::from_ptr((self.version)()) }.to_string_lossy().into_owned()
+    }
+
+    /// Sets the seed of every order that the device is free to choose: warps, blocks, nodes of graphs. 0 is the plain order.
+    pub fn set_seed(&self, seed: u64) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_seed)(seed) }
+    }
+
+    /// Sets how many host threads run a launch's blocks; 0 for one a core.
+    pub fn set_threads(&self, threads: usize) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_threads)(threads as u64) }
+    }
+
+    /// Sets after how many milliseconds a launch fails with `CUDA_ERROR_LAUNCH_TIMEOUT`; 0 for never.
+    pub fn set_timeout_ms(&self, milliseconds: u64) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_timeout_ms)(milliseconds) }
+    }
+
+    /// Kernels run since the process began, those of graphs included. Captured launches count when the graph runs.
+    pub fn launch_count(&self) -> u64 {
+        // SAFETY: no arguments.
+        unsafe { (self.launch_count)() }
+    }
+
+    /// Starts an empty log of launches, or drops it.
+    pub fn log_launches(&self, on: bool) {
+        // SAFETY: takes any value.
+        unsafe { (self.log_launches)(on) }
+    }
+
+    /// The launches since [`Control::log_launches`], in order.
+    pub fn launches(&self) -> Vec<LaunchRecord> {
+        read(self.launches).lines().filter_map(LaunchRecord::parse).collect()
+    }
+
+    /// Kernel, PTX line, thread and address of the latest fault of any kernel; `None` if there was none.
+    pub fn last_fault(&self) -> Option<String> {
+        Some(read(self.last_fault)).filter(|text| !text.is_empty())
+    }
+}
+
+/// Reads a text whose length can change between asking for it and copying it.
+fn read(from: unsafe extern "C" fn(*mut c_char, usize) -> usize) -> String {
+    let mut buffer: Vec<u8> = Vec::new();
+    loop {
+        // SAFETY: the buffer has the length given.
+        let len = unsafe { from(buffer.as_mut_ptr().cast(), buffer.len()) };
+        if len < buffer.len() {
+            buffer.truncate(len);
+            return String::from_utf8_lossy(&buffer).into_owned();
+        }
+        buffer.resize(len + 1, 0);
+    }
+}
+
+impl LaunchRecord {
+    fn parse(line: &str) -> Option<LaunchRecord> {
+        let mut fields = line.split('\t');
+        let kernel = fields.next()?.to_owned();
+        let mut extents = || {
+            let mut numbers = fields.next()?.trim_matches(['[', ']']).split(", ").map(str::parse);
+            Some([numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.ok()?])
+        };
+        let (grid, block) = (extents()?, extents()?);
+        Some(LaunchRecord { kernel, grid, block, dynamic_shared_bytes: fields.next()?.parse().ok()? })
+    }
+}

@@ -1,0 +1,376 @@
+//! Contexts: `cuCtx*` and `cuDevicePrimaryCtx*`.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::thread::ThreadId;
+
+use super::handles::{Handle, Table, fresh};
+use super::status::{CUresult, Failure, Outcome};
+use super::stream::Stream;
+use super::{api, driver, lock, out};
+
+/// A context owns streams, events, modules and memory, and keeps the first fault of any kernel it ran.
+pub(super) struct Context {
+    pub handle: Handle,
+    flags: AtomicU32,
+    destroyed: AtomicBool,
+    fault: Mutex<Option<Failure>>,
+    faulted: AtomicBool,
+    /// Start addresses of everything allocated in this context.
+    pub allocations: Mutex<HashSet<u64>>,
+    pub legacy_stream: Arc<Stream>,
+    pub per_thread_streams: Mutex<HashMap<ThreadId, Arc<Stream>>>,
+    /// Work of blocking streams reads, work of the legacy stream writes: neither overlaps the other.
+    pub legacy_gate: RwLock<()>,
+    limits: Mutex<HashMap<u32, usize>>,
+    cache_config: AtomicU32,
+}
+
+pub(super) static CONTEXTS: Table<Context> = Table::new("context", CUresult::ERROR_INVALID_CONTEXT);
+
+/// The device's primary context while it is retained.
+static PRIMARY: Mutex<Option<(Arc<Context>, u32)>> = Mutex::new(None);
+
+/// Flags for the primary context's next activation.
+static PRIMARY_FLAGS: AtomicU32 = AtomicU32::new(0);
+
+thread_local! {
+    static CURRENT: RefCell<Vec<Arc<Context>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Context {
+    fn create(flags: u32) -> Arc<Context> {
+        let handle = fresh();
+        let context = Arc::new_cyclic(|this| Context {
+            handle,
+            flags: AtomicU32::new(flags),
+            destroyed: AtomicBool::new(false),
+            fault: Mutex::new(None),
+            faulted: AtomicBool::new(false),
+            allocations: Mutex::default(),
+            legacy_stream: Arc::new(Stream::legacy(this.clone(), handle)),
+            per_thread_streams: Mutex::default(),
+            legacy_gate: RwLock::new(()),
+            limits: Mutex::default(),
+            cache_config: AtomicU32::new(0),
+        });
+        CONTEXTS.insert(handle, context.clone());
+        context
+    }
+
+    /// Frees all that the context owns.
+    fn destroy(&self) {
+        self.destroyed.store(true, Ordering::Release);
+        let _ = CONTEXTS.remove(self.handle);
+        super::stream::STREAMS.retain(|stream| !stream.belongs_to(self.handle));
+        super::event::EVENTS.retain(|event| event.context != self.handle);
+        super::module::MODULES.retain(|module| module.context != self.handle);
+        super::function::FUNCTIONS.retain(|function| function.context != self.handle);
+        if let Ok(driver) = driver() {
+            for addr in lock(&self.allocations).drain() {
+                let _ = driver.memory.free(addr);
+            }
+        }
+    }
+
+    /// Puts the context in error; the first fault stays.
+    pub fn set_fault(&self, failure: Failure) {
+        lock(&self.fault).get_or_insert(failure);
+        self.faulted.store(true, Ordering::Release);
+    }
+
+    /// The error that every call on this context returns, if it is in error or gone.
+    pub fn check(&self) -> Outcome {
+        if self.destroyed.load(Ordering::Acquire) {
+            return Err(CUresult::ERROR_CONTEXT_IS_DESTROYED.into());
+        }
+        if self.faulted.load(Ordering::Acquire)
+            && let Some(failure) = &*lock(&self.fault)
+        {
+            return Err(failure.clone());
+        }
+        Ok(())
+    }
+}
+
+/// The calling thread's context, even one in error.
+pub(super) fn current_any() -> Outcome<Arc<Context>> {
+    driver()?;
+    CURRENT
+        .with_borrow(|stack| stack.last().cloned())
+        .ok_or_else(|| CUresult::ERROR_INVALID_CONTEXT.with("no context is current to this thread"))
+}
+
+/// The calling thread's context.
+pub(super) fn current() -> Outcome<Arc<Context>> {
+    let context = current_any()?;
+    context.check()?;
+    Ok(context)
+}
+
+fn device(device: i32) -> Outcome {
+    driver()?;
+    super::init::check_device(device)
+}
+
+fn release(all: bool) -> Outcome {
+    let mut primary = lock(&PRIMARY);
+    let Some((context, count)) = &mut *primary else {
+        return Err(CUresult::ERROR_INVALID_CONTEXT.with("the primary context is not retained"));
+    };
+    *count -= 1;
+    if *count == 0 || all {
+        context.destroy();
+        *primary = None;
+    }
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut Handle, dev: i32) -> CUresult {
+    api("cuDevicePrimaryCtxRetain", || {
+        device(dev)?;
+        let mut primary = lock(&PRIMARY);
+        let (active, count) =
+            primary.get_or_insert_with(|| (Context::create(PRIMARY_FLAGS.load(Ordering::Relaxed)), 0));
+        unsafe { out(context, "pctx", active.handle)? };
+        *count += 1;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(dev: i32) -> CUresult {
+    api("cuDevicePrimaryCtxRelease_v2", || device(dev).and_then(|()| release(false)))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxReset_v2(dev: i32) -> CUresult {
+    api("cuDevicePrimaryCtxReset_v2", || {
+        device(dev)?;
+        // Resetting an inactive context is no error.
+        if lock(&PRIMARY).is_some() { release(true) } else { Ok(()) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxGetState(dev: i32, flags: *mut u32, active: *mut i32) -> CUresult {
+    api("cuDevicePrimaryCtxGetState", || {
+        device(dev)?;
+        let primary = lock(&PRIMARY);
+        unsafe {
+            out(flags, "flags", PRIMARY_FLAGS.load(Ordering::Relaxed))?;
+            out(active, "active", primary.is_some().into())
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxSetFlags_v2(dev: i32, flags: u32) -> CUresult {
+    api("cuDevicePrimaryCtxSetFlags_v2", || {
+        device(dev)?;
+        PRIMARY_FLAGS.store(flags, Ordering::Relaxed);
+        if let Some((context, _)) = &*lock(&PRIMARY) {
+            context.flags.store(flags, Ordering::Relaxed);
+        }
+        Ok(())
+    })
+}
+
+fn create(flags: u32, dev: i32) -> Outcome<Handle> {
+    device(dev)?;
+    let context = Context::create(flags);
+    let handle = context.handle;
+    CURRENT.with_borrow_mut(|stack| stack.push(context));
+    Ok(handle)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxCreate_v2(context: *mut Handle, flags: u32, dev: i32) -> CUresult {
+    api("cuCtxCreate_v2", || unsafe { out(context, "pctx", create(flags, dev)?) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxCreate_v3(
+    context: *mut Handle,
+    _affinity: *const u8,
+    affinities: i32,
+    flags: u32,
+    dev: i32,
+) -> CUresult {
+    api("cuCtxCreate_v3", || {
+        if affinities != 0 {
+            return Err(super::unsupported("execution affinity"));
+        }
+        unsafe { out(context, "pctx", create(flags, dev)?) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxCreate_v4(context: *mut Handle, params: *const u8, flags: u32, dev: i32) -> CUresult {
+    api("cuCtxCreate_v4", || {
+        if !params.is_null() {
+            return Err(super::unsupported("a context with affinity or graphics parameters"));
+        }
+        unsafe { out(context, "pctx", create(flags, dev)?) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxDestroy_v2(context: Handle) -> CUresult {
+    api("cuCtxDestroy_v2", || {
+        let context = CONTEXTS.get(context)?;
+        if matches!(&*lock(&PRIMARY), Some((primary, _)) if primary.handle == context.handle) {
+            return Err(CUresult::ERROR_INVALID_CONTEXT.with("the primary context is released, not destroyed"));
+        }
+        CURRENT.with_borrow_mut(|stack| {
+            if stack.last().is_some_and(|top| top.handle == context.handle) {
+                stack.pop();
+            }
+        });
+        context.destroy();
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut Handle) -> CUresult {
+    api("cuCtxGetCurrent", || {
+        driver()?;
+        let handle = CURRENT.with_borrow(|stack| stack.last().map_or(0, |context| context.handle));
+        unsafe { out(context, "pctx", handle) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSetCurrent(context: Handle) -> CUresult {
+    api("cuCtxSetCurrent", || {
+        driver()?;
+        let next = if context == 0 { None } else { Some(CONTEXTS.get(context)?) };
+        CURRENT.with_borrow_mut(|stack| {
+            stack.pop();
+            stack.extend(next);
+        });
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPushCurrent_v2(context: Handle) -> CUresult {
+    api("cuCtxPushCurrent_v2", || {
+        driver()?;
+        let context = CONTEXTS.get(context)?;
+        CURRENT.with_borrow_mut(|stack| stack.push(context));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut Handle) -> CUresult {
+    api("cuCtxPopCurrent_v2", || {
+        let top = current_any()?;
+        CURRENT.with_borrow_mut(Vec::pop);
+        if context.is_null() { Ok(()) } else { unsafe { out(context, "pctx", top.handle) } }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetDevice(dev: *mut i32) -> CUresult {
+    api("cuCtxGetDevice", || {
+        current_any()?;
+        unsafe { out(dev, "device", 0) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetApiVersion(context: Handle, version: *mut u32) -> CUresult {
+    api("cuCtxGetApiVersion", || {
+        if context != 0 {
+            CONTEXTS.get(context)?;
+        }
+        // The version of the interface that cuCtxCreate_v2 and later give.
+        unsafe { out(version, "version", 3020) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetFlags(flags: *mut u32) -> CUresult {
+    api("cuCtxGetFlags", || unsafe { out(flags, "flags", current()?.flags.load(Ordering::Relaxed)) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSetFlags(flags: u32) -> CUresult {
+    api("cuCtxSetFlags", || {
+        current()?.flags.store(flags, Ordering::Relaxed);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSynchronize() -> CUresult {
+    api("cuCtxSynchronize", || {
+        let context = current()?;
+        super::capture::forbid_in(context.handle, "cuCtxSynchronize")?;
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut i32, greatest: *mut i32) -> CUresult {
+    api("cuCtxGetStreamPriorityRange", || {
+        current()?;
+        // Either pointer may be null.
+        for (to, value) in [(least, 0), (greatest, super::stream::GREATEST_PRIORITY)] {
+            if !to.is_null() {
+                unsafe { out(to, "priority", value)? };
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Limits by `CUlimit`: stack size, printf buffer, malloc heap, device-runtime depth and launches, L2 fetch granularity and
+/// persisting L2.
+const LIMITS: [(u32, usize); 7] = [(0, 1024), (1, 1 << 20), (2, 8 << 20), (3, 2), (4, 2048), (5, 64), (6, 0)];
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetLimit(value: *mut usize, limit: u32) -> CUresult {
+    api("cuCtxGetLimit", || {
+        let context = current()?;
+        let default = LIMITS.iter().find(|(known, _)| *known == limit);
+        let (_, default) = default.ok_or(CUresult::ERROR_UNSUPPORTED_LIMIT)?;
+        let set = lock(&context.limits).get(&limit).copied();
+        unsafe { out(value, "pvalue", set.unwrap_or(*default)) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSetLimit(limit: u32, value: usize) -> CUresult {
+    api("cuCtxSetLimit", || {
+        let context = current()?;
+        if !LIMITS.iter().any(|(known, _)| *known == limit) {
+            return Err(CUresult::ERROR_UNSUPPORTED_LIMIT.into());
+        }
+        lock(&context.limits).insert(limit, value);
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCacheConfig(config: *mut u32) -> CUresult {
+    api("cuCtxGetCacheConfig", || unsafe { out(config, "pconfig", current()?.cache_config.load(Ordering::Relaxed)) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSetCacheConfig(config: u32) -> CUresult {
+    api("cuCtxSetCacheConfig", || {
+        if config > 3 {
+            return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{config} is not a CUfunc_cache")));
+        }
+        // A preference without effect: caches are not modelled.
+        current()?.cache_config.store(config, Ordering::Relaxed);
+        Ok(())
+    })
+}

@@ -1,0 +1,132 @@
+//! Controls beyond CUDA's API: what tests and tools set and ask. [`crate::Control`] is their safe face.
+
+use std::ffi::c_char;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::lock;
+use crate::device::{Description, SettingError};
+use crate::exec::Config;
+
+static SEED: AtomicU64 = AtomicU64::new(0);
+static THREADS: AtomicU64 = AtomicU64::new(0);
+/// Milliseconds, 0 for no limit.
+static TIMEOUT: AtomicU64 = AtomicU64::new(0);
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
+static LOGGING: AtomicBool = AtomicBool::new(false);
+static LOG: Mutex<String> = Mutex::new(String::new());
+static LAST_FAULT: Mutex<String> = Mutex::new(String::new());
+
+/// Takes `SOFTCUDA_SEED`, `SOFTCUDA_THREADS` and `SOFTCUDA_TIMEOUT_MS`.
+pub(super) fn read_environment() -> Result<(), SettingError> {
+    let settings = [("SOFTCUDA_SEED", &SEED), ("SOFTCUDA_THREADS", &THREADS), ("SOFTCUDA_TIMEOUT_MS", &TIMEOUT)];
+    for (variable, setting) in settings {
+        if let Some(found) = std::env::var(variable).ok().filter(|value| !value.is_empty()) {
+            let Ok(value) = found.parse() else {
+                return Err(SettingError { variable, expected: "a whole number", found });
+            };
+            setting.store(value, Ordering::Relaxed);
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn seed() -> u64 {
+    SEED.load(Ordering::Relaxed)
+}
+
+pub(super) fn config(device: &Description) -> Config {
+    let timeout = TIMEOUT.load(Ordering::Relaxed);
+    Config {
+        seed: seed(),
+        threads: THREADS.load(Ordering::Relaxed) as usize,
+        sm_count: device.sm_count,
+        compute_capability: device.compute_capability,
+        timeout: (timeout > 0).then(|| Duration::from_millis(timeout)),
+        ..Config::default()
+    }
+}
+
+pub(super) fn record_launch(line: impl FnOnce() -> String) {
+    LAUNCHES.fetch_add(1, Ordering::Relaxed);
+    if LOGGING.load(Ordering::Relaxed) {
+        let mut log = lock(&LOG);
+        log.push_str(&line());
+        log.push('\n');
+    }
+}
+
+/// Keeps a fault's full text and prints it.
+pub(super) fn record_fault(text: &str) {
+    eprintln!("softcuda: {text}");
+    *lock(&LAST_FAULT) = text.to_owned();
+}
+
+/// Copies as much of `text` as fits, NUL-terminated, and returns its whole length in bytes without the NUL.
+unsafe fn give(text: &str, to: *mut c_char, len: usize) -> usize {
+    if !to.is_null() && len > 0 {
+        let fits = text.len().min(len - 1);
+        // SAFETY: the caller's buffer has `len` bytes, of which `fits + 1` are written.
+        unsafe {
+            std::ptr::copy_nonoverlapping(text.as_ptr(), to.cast(), fits);
+            to.add(fits).write(0);
+        }
+    }
+    text.len()
+}
+
+/// The crate's version, NUL-terminated: its presence tells this driver from NVIDIA's.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_version() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// Sets the seed of every order that the device is free to choose; 0 is the plain order.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_set_seed(seed: u64) {
+    SEED.store(seed, Ordering::Relaxed);
+}
+
+/// Sets how many host threads run blocks; 0 for one a core.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_set_threads(threads: u64) {
+    THREADS.store(threads, Ordering::Relaxed);
+}
+
+/// Sets after how many milliseconds a launch fails with `CUDA_ERROR_LAUNCH_TIMEOUT`; 0 for never.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_set_timeout_ms(milliseconds: u64) {
+    TIMEOUT.store(milliseconds, Ordering::Relaxed);
+}
+
+/// Kernels run since the process began, those of graphs included.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_launch_count() -> u64 {
+    LAUNCHES.load(Ordering::Relaxed)
+}
+
+/// Starts an empty log of launches, or drops it.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_log_launches(on: bool) {
+    LOGGING.store(on, Ordering::Relaxed);
+    lock(&LOG).clear();
+}
+
+/// The log, one line a launch: name, grid, block and dynamic shared bytes, separated by tabs. Returns its length.
+///
+/// # Safety
+/// `to` is null or has room for `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn softcuda_launches(to: *mut c_char, len: usize) -> usize {
+    unsafe { give(&lock(&LOG), to, len) }
+}
+
+/// The text of the latest fault of any kernel, empty if there was none. Returns its length.
+///
+/// # Safety
+/// `to` is null or has room for `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn softcuda_last_fault(to: *mut c_char, len: usize) -> usize {
+    unsafe { give(&lock(&LAST_FAULT), to, len) }
+}

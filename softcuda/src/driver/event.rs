@@ -1,0 +1,150 @@
+//! Events: `cuEvent*`.
+
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use super::capture::{self, Capture};
+use super::context::current;
+use super::handles::{Handle, Table};
+use super::status::{CUresult, Outcome};
+use super::stream::{Kind, stream};
+use super::{api, driver, lock, out};
+
+const DISABLE_TIMING: u32 = 2;
+const INTERPROCESS: u32 = 4;
+
+pub(super) struct Event {
+    pub context: Handle,
+    timing: bool,
+    state: Mutex<Mark>,
+}
+
+/// What an event was last recorded at.
+#[derive(Clone, Default)]
+pub(super) struct Mark {
+    pub recorded: bool,
+    at: Option<Instant>,
+    /// Nodes of a capture rather than a point in time.
+    pub captured: Option<(Arc<Capture>, Vec<usize>)>,
+}
+
+pub(super) static EVENTS: Table<Event> = Table::new("event", CUresult::ERROR_INVALID_HANDLE);
+
+impl Event {
+    pub fn mark(&self) -> Mark {
+        lock(&self.state).clone()
+    }
+}
+
+/// The event of a handle, the current context being usable.
+fn event(handle: Handle) -> Outcome<Arc<Event>> {
+    driver()?;
+    let event = EVENTS.get(handle)?;
+    super::context::CONTEXTS.get(event.context)?.check()?;
+    Ok(event)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(to: *mut Handle, flags: u32) -> CUresult {
+    api("cuEventCreate", || {
+        let context = current()?.handle;
+        // CU_EVENT_BLOCKING_SYNC, DISABLE_TIMING, INTERPROCESS
+        if flags > 7 || (flags & INTERPROCESS != 0 && flags & DISABLE_TIMING == 0) {
+            return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{flags:#x} are not flags of an event")));
+        }
+        if flags & INTERPROCESS != 0 {
+            return Err(super::unsupported("an interprocess event"));
+        }
+        let event = Event { context, timing: flags & DISABLE_TIMING == 0, state: Mutex::default() };
+        unsafe { out(to, "phEvent", EVENTS.add(event)) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventDestroy_v2(handle: Handle) -> CUresult {
+    api("cuEventDestroy_v2", || {
+        let checked = event(handle).map(drop);
+        EVENTS.remove(handle)?;
+        checked
+    })
+}
+
+fn record(handle: Handle, stream_handle: Handle, flags: u32) -> Outcome {
+    let event = event(handle)?;
+    let stream = stream(stream_handle)?;
+    let context = stream.context()?;
+    if context.handle != event.context {
+        return Err(CUresult::ERROR_INVALID_HANDLE.with("the event and the stream belong to different contexts"));
+    }
+    if flags != 0 {
+        return Err(super::unsupported(format!("cuEventRecordWithFlags with flags {flags:#x}")));
+    }
+    if let Some(captured) = &*lock(&stream.capture) {
+        let captured = Some((captured.capture.clone(), captured.tail.clone()));
+        *lock(&event.state) = Mark { recorded: true, at: None, captured };
+        return Ok(());
+    }
+    if stream.kind == Kind::Legacy {
+        capture::forbid_implicit(context.handle)?;
+    }
+    let at = stream.exclusively(&context, Instant::now);
+    *lock(&event.state) = Mark { recorded: true, at: Some(at), captured: None };
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> CUresult {
+    api("cuEventRecord", || record(event, stream, 0))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventRecordWithFlags(event: Handle, stream: Handle, flags: u32) -> CUresult {
+    api("cuEventRecordWithFlags", || record(event, stream, flags))
+}
+
+/// An event that the host may ask about: not one of a capture.
+fn on_timeline(event: &Event) -> Outcome<Mark> {
+    let mark = event.mark();
+    if let Some((capture, _)) = &mark.captured {
+        capture.invalidate();
+        return Err(CUresult::ERROR_CAPTURED_EVENT.into());
+    }
+    Ok(mark)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventQuery(handle: Handle) -> CUresult {
+    api("cuEventQuery", || {
+        let event = event(handle)?;
+        on_timeline(&event)?;
+        capture::forbid_unsafe("cuEventQuery")
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventSynchronize(handle: Handle) -> CUresult {
+    api("cuEventSynchronize", || on_timeline(&*event(handle)?).map(drop))
+}
+
+fn elapsed(to: *mut f32, start: Handle, end: Handle) -> Outcome {
+    let (start, end) = (event(start)?, event(end)?);
+    if !start.timing || !end.timing {
+        return Err(CUresult::ERROR_INVALID_HANDLE.with("an event was made with CU_EVENT_DISABLE_TIMING"));
+    }
+    let (Some(from), Some(till)) = (on_timeline(&start)?.at, on_timeline(&end)?.at) else {
+        return Err(CUresult::ERROR_INVALID_HANDLE.with("an event has not been recorded"));
+    };
+    let milliseconds =
+        if till >= from { (till - from).as_secs_f64() * 1e3 } else { -((from - till).as_secs_f64() * 1e3) };
+    unsafe { out(to, "pMilliseconds", milliseconds as f32) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime(to: *mut f32, start: Handle, end: Handle) -> CUresult {
+    api("cuEventElapsedTime", || elapsed(to, start, end))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime_v2(to: *mut f32, start: Handle, end: Handle) -> CUresult {
+    api("cuEventElapsedTime_v2", || elapsed(to, start, end))
+}

@@ -1,0 +1,319 @@
+//! Kernel launches: `cuLaunchKernel`, `cuLaunchKernelEx`, `cuLaunchCooperativeKernel`.
+
+use std::ffi::c_void;
+use std::ptr;
+use std::sync::Arc;
+
+use super::context::Context;
+use super::function::{FUNCTIONS, Function};
+use super::handles::Handle;
+use super::status::{CUresult, Outcome};
+use super::stream::stream;
+use super::work::Op;
+use super::{api, control, driver, occupancy};
+use crate::device::{MAX_BLOCK, MAX_CLUSTER, MAX_GRID, MAX_PORTABLE_CLUSTER, MAX_THREADS_PER_BLOCK};
+use crate::exec::{self, FaultKind, Launch};
+
+/// A launch that has passed every check made before it is enqueued.
+pub(super) struct LaunchSpec {
+    function: Arc<Function>,
+    grid: [u32; 3],
+    block: [u32; 3],
+    cluster: [u32; 3],
+    dynamic_shared: u32,
+    params: Vec<u8>,
+    cooperative: bool,
+}
+
+fn invalid(text: String) -> super::status::Failure {
+    CUresult::ERROR_INVALID_VALUE.with(text)
+}
+
+impl LaunchSpec {
+    fn check(&self) -> Outcome {
+        let device = &driver()?.device;
+        let kernel = &self.function.kernel;
+        let name = &kernel.name;
+        for (what, extents, limits) in [("grid", self.grid, MAX_GRID), ("block", self.block, MAX_BLOCK)] {
+            if extents.iter().zip(limits).any(|(&extent, limit)| extent == 0 || extent > limit) {
+                return Err(invalid(format!("{name}: {what} {extents:?} is not within 1..={limits:?}")));
+            }
+        }
+        let threads = self.block.iter().product::<u32>();
+        if threads > MAX_THREADS_PER_BLOCK {
+            return Err(invalid(format!("{name}: a block of {threads} threads; at most {MAX_THREADS_PER_BLOCK}")));
+        }
+        if let Some(required) = kernel.reqntid
+            && required != self.block
+        {
+            return Err(invalid(format!("{name}: block {:?}, but .reqntid says {required:?}", self.block)));
+        }
+        if let Some(most) = kernel.max_threads
+            && threads > most
+        {
+            return Err(invalid(format!("{name}: a block of {threads} threads, but .maxntid allows {most}")));
+        }
+        let most = self.function.max_dynamic_shared();
+        if self.dynamic_shared > most {
+            return Err(invalid(format!(
+                "{name}: {} bytes of dynamic shared memory; {most} are allowed \
+                 (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)",
+                self.dynamic_shared
+            )));
+        }
+        self.check_cluster()?;
+        if self.cooperative {
+            let resident = occupancy::blocks_per_sm(device, &self.function, threads, self.dynamic_shared.into())
+                * u64::from(device.sm_count);
+            let blocks = self.grid.iter().map(|&extent| u64::from(extent)).product::<u64>();
+            if blocks > resident {
+                return Err(CUresult::ERROR_COOPERATIVE_LAUNCH_TOO_LARGE
+                    .with(format!("{name}: {blocks} blocks, but only {resident} can be resident at once")));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_cluster(&self) -> Outcome {
+        let name = &self.function.kernel.name;
+        let blocks = self.cluster.iter().try_fold(1u32, |product, &extent| product.checked_mul(extent)).unwrap_or(0);
+        if blocks == 1 {
+            return Ok(());
+        }
+        if driver()?.device.compute_capability < (9, 0) {
+            return Err(invalid(format!("{name}: clusters need compute capability 9.0")));
+        }
+        let most = if self.function.non_portable_cluster() { MAX_CLUSTER } else { MAX_PORTABLE_CLUSTER };
+        if blocks == 0 || blocks > most {
+            return Err(invalid(format!("{name}: cluster {:?}; 1 to {most} blocks are allowed", self.cluster)));
+        }
+        if self.grid.iter().zip(self.cluster).any(|(grid, cluster)| grid % cluster != 0) {
+            return Err(invalid(format!("{name}: grid {:?} is no multiple of cluster {:?}", self.grid, self.cluster)));
+        }
+        Ok(())
+    }
+
+    /// Runs the kernel. A fault puts the context in error and is not this call's: the launch itself was fine.
+    pub fn run(&self, context: &Context) -> Outcome {
+        let driver = driver()?;
+        let kernel = &self.function.kernel;
+        control::record_launch(|| {
+            format!("{}\t{:?}\t{:?}\t{}", kernel.name, self.grid, self.block, self.dynamic_shared)
+        });
+        let config = control::config(&driver.device);
+        let launch = Launch {
+            kernel,
+            grid: self.grid,
+            block: self.block,
+            cluster: self.cluster,
+            dynamic_shared_bytes: self.dynamic_shared,
+            params: &self.params,
+            cooperative: self.cooperative,
+            memory: &driver.memory,
+            config: &config,
+        };
+        let Err(fault) = exec::launch(&launch) else { return Ok(()) };
+        let text = fault.to_string();
+        let code = match fault.kind {
+            FaultKind::IllegalAddress => CUresult::ERROR_ILLEGAL_ADDRESS,
+            FaultKind::MisalignedAddress => CUresult::ERROR_MISALIGNED_ADDRESS,
+            FaultKind::InvalidAddressSpace => CUresult::ERROR_INVALID_ADDRESS_SPACE,
+            FaultKind::InvalidPc => CUresult::ERROR_INVALID_PC,
+            FaultKind::IllegalInstruction => CUresult::ERROR_ILLEGAL_INSTRUCTION,
+            FaultKind::Trap => CUresult::ERROR_LAUNCH_FAILED,
+            FaultKind::Assert => CUresult::ERROR_ASSERT,
+            FaultKind::Deadlock | FaultKind::LaunchTimeout => CUresult::ERROR_LAUNCH_TIMEOUT,
+            FaultKind::InvalidLaunch => return Err(invalid(text)),
+        };
+        control::record_fault(&text);
+        context.set_fault(code.with(text));
+        Ok(())
+    }
+}
+
+/// Gathers the parameter buffer from `kernelParams` or from `extra`.
+unsafe fn parameters(function: &Function, params: *const *const u8, extra: *const *const c_void) -> Outcome<Vec<u8>> {
+    let kernel = &function.kernel;
+    let mut buffer = vec![0u8; kernel.param_bytes as usize];
+    if !extra.is_null() {
+        if !params.is_null() {
+            return Err(invalid("both `kernelParams` and `extra` are given".into()));
+        }
+        let (mut data, mut size) = (ptr::null::<u8>(), 0);
+        // SAFETY: a list of keys and values that CU_LAUNCH_PARAM_END closes, by the API's contract.
+        unsafe {
+            let mut at = extra;
+            while !(*at).is_null() {
+                match *at as usize {
+                    1 => data = (*at.add(1)).cast(),
+                    2 => size = (*at.add(1)).cast::<usize>().read_unaligned(),
+                    key => return Err(invalid(format!("{key} is not a key of `extra`"))),
+                }
+                at = at.add(2);
+            }
+        }
+        if size != buffer.len() || data.is_null() {
+            return Err(invalid(format!(
+                "{}: a parameter buffer of {size} bytes; the kernel takes {}",
+                kernel.name, kernel.param_bytes
+            )));
+        }
+        // SAFETY: the caller's buffer has the size it says.
+        unsafe { ptr::copy_nonoverlapping(data, buffer.as_mut_ptr(), size) };
+        return Ok(buffer);
+    }
+    if kernel.params.is_empty() {
+        return Ok(buffer);
+    }
+    if params.is_null() {
+        return Err(invalid(format!("{}: `kernelParams` is null", kernel.name)));
+    }
+    for (index, param) in kernel.params.iter().enumerate() {
+        // SAFETY: one pointer for each parameter, each to at least the parameter's size, by the API's contract.
+        let value = unsafe { *params.add(index) };
+        if value.is_null() {
+            return Err(invalid(format!("{}: parameter {index} is a null pointer", kernel.name)));
+        }
+        let place = &mut buffer[param.offset as usize..][..param.size as usize];
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(value, place.as_mut_ptr(), place.len()) };
+    }
+    Ok(buffer)
+}
+
+fn launch(
+    function: Handle,
+    grid: [u32; 3],
+    block: [u32; 3],
+    cluster: Option<[u32; 3]>,
+    dynamic_shared: u32,
+    handle: Handle,
+    params: *const *const u8,
+    extra: *const *const c_void,
+    cooperative: bool,
+) -> Outcome {
+    let stream = stream(handle)?;
+    let function = FUNCTIONS.get(function)?;
+    if !stream.belongs_to(function.context) {
+        return Err(CUresult::ERROR_INVALID_HANDLE.with("the function and the stream belong to different contexts"));
+    }
+    let cluster = match (function.required_cluster, cluster) {
+        (Some(required), Some(asked)) if required != asked => {
+            return Err(invalid(format!("cluster {asked:?}, but .reqnctapercluster says {required:?}")));
+        }
+        (required, asked) => required.or(asked).unwrap_or([1; 3]),
+    };
+    let params = unsafe { parameters(&function, params, extra)? };
+    let spec = LaunchSpec { function, grid, block, cluster, dynamic_shared, params, cooperative };
+    let checked = spec.check();
+    if let (Err(_), Some(captured)) = (&checked, &*super::lock(&stream.capture)) {
+        captured.capture.invalidate();
+    }
+    checked?;
+    stream.submit(Op::Launch(Box::new(spec)))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernel(
+    function: Handle,
+    grid_x: u32,
+    grid_y: u32,
+    grid_z: u32,
+    block_x: u32,
+    block_y: u32,
+    block_z: u32,
+    shared: u32,
+    stream: Handle,
+    params: *const *const u8,
+    extra: *const *const c_void,
+) -> CUresult {
+    let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
+    api("cuLaunchKernel", || launch(function, grid, block, None, shared, stream, params, extra, false))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchCooperativeKernel(
+    function: Handle,
+    grid_x: u32,
+    grid_y: u32,
+    grid_z: u32,
+    block_x: u32,
+    block_y: u32,
+    block_z: u32,
+    shared: u32,
+    stream: Handle,
+    params: *const *const u8,
+) -> CUresult {
+    let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
+    api("cuLaunchCooperativeKernel", || launch(function, grid, block, None, shared, stream, params, ptr::null(), true))
+}
+
+/// `CUlaunchAttribute`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Attribute {
+    id: u32,
+    pad: u32,
+    value: [u32; 16],
+}
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+pub struct LaunchConfig {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: Handle,
+    attributes: *const Attribute,
+    attribute_count: u32,
+}
+
+impl LaunchConfig {
+    /// Cluster extents and whether the launch is cooperative.
+    unsafe fn attributes(&self) -> Outcome<(Option<[u32; 3]>, bool)> {
+        let (mut cluster, mut cooperative) = (None, false);
+        for index in 0..self.attribute_count as usize {
+            if self.attributes.is_null() {
+                return Err(invalid("`attrs` is null".into()));
+            }
+            // SAFETY: the array has `numAttrs` elements by the API's contract.
+            let Attribute { id, value, .. } = unsafe { self.attributes.add(index).read_unaligned() };
+            match id {
+                // IGNORE; ACCESS_POLICY_WINDOW, SYNCHRONIZATION_POLICY and PRIORITY are hints; programmatic stream
+                // serialization allows an overlap that this device never makes use of; memory synchronisation domains
+                // only restrict what fences order.
+                0 | 1 | 3 | 6 | 8 | 9 | 10 => {}
+                2 => cooperative = value[0] != 0,
+                4 => cluster = Some([value[0], value[1], value[2]]),
+                // CLUSTER_SCHEDULING_POLICY_PREFERENCE
+                5 => {}
+                _ => return Err(super::unsupported(format!("launch attribute {id}"))),
+            }
+        }
+        Ok((cluster, cooperative))
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernelEx(
+    config: *const LaunchConfig,
+    function: Handle,
+    params: *const *const u8,
+    extra: *const *const c_void,
+) -> CUresult {
+    api("cuLaunchKernelEx", || {
+        // SAFETY: null, or a CUlaunchConfig of the caller's.
+        let config = unsafe { config.as_ref() }.ok_or_else(|| invalid("`config` is null".into()))?;
+        let (cluster, cooperative) = unsafe { config.attributes()? };
+        let LaunchConfig { grid, block, shared, stream, .. } = *config;
+        launch(function, grid, block, cluster, shared, stream, params, extra, cooperative)
+    })
+}
+
+/// The cluster that a `CUlaunchConfig` asks for, for occupancy.
+pub(super) unsafe fn config_parts(config: *const LaunchConfig) -> Outcome<([u32; 3], u32, Option<[u32; 3]>)> {
+    // SAFETY: null, or a CUlaunchConfig of the caller's.
+    let config = unsafe { config.as_ref() }.ok_or_else(|| invalid("`config` is null".into()))?;
+    let (cluster, _) = unsafe { config.attributes()? };
+    Ok((config.block, config.shared, cluster))
+}

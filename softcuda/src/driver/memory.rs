@@ -1,0 +1,181 @@
+//! Memory that is allocated at once: `cuMemAlloc`, `cuMemHostAlloc` and their kin, and what addresses can tell.
+
+use std::ffi::c_void;
+
+use super::context::{Context, current, current_any};
+use super::handles::Handle;
+use super::status::{CUresult, Outcome};
+use super::{api, capture, driver, lock, out};
+use crate::memory::{Allocation, Kind, Memory};
+
+/// Allocates for `context`, which frees what is left when it is destroyed.
+pub(super) fn allocate(context: &Context, bytes: usize, kind: Kind) -> Outcome<u64> {
+    let addr = driver()?.memory.alloc_kind(bytes as u64, kind)?;
+    lock(&context.allocations).insert(addr);
+    Ok(addr)
+}
+
+/// Frees an allocation whose kind is among `kinds`.
+pub(super) fn release(context: &Context, addr: u64, kinds: &[Kind]) -> Outcome {
+    let memory = &driver()?.memory;
+    let found = memory.find(addr).filter(|allocation| allocation.start == addr);
+    match found {
+        Some(allocation) if kinds.contains(&allocation.kind) => {
+            memory.free(addr)?;
+            lock(&context.allocations).remove(&addr);
+            Ok(())
+        }
+        Some(allocation) => {
+            Err(CUresult::ERROR_INVALID_VALUE.with(format!("{addr:#x} is {} memory", kind_name(allocation.kind))))
+        }
+        None => {
+            let reason = memory.describe(addr);
+            Err(CUresult::ERROR_INVALID_VALUE.with(format!("not the start of an allocation: {reason}")))
+        }
+    }
+}
+
+fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Device => "device",
+        Kind::Host => "page-locked host",
+        Kind::Managed => "managed",
+        Kind::Module => "a module's",
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAlloc_v2(to: *mut u64, bytes: usize) -> CUresult {
+    api("cuMemAlloc_v2", || {
+        let context = current()?;
+        capture::forbid_unsafe("cuMemAlloc_v2")?;
+        unsafe { out(to, "dptr", allocate(&context, bytes, Kind::Device)?) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemFree_v2(addr: u64) -> CUresult {
+    api("cuMemFree_v2", || {
+        let context = current_any()?;
+        if addr == 0 {
+            return context.check();
+        }
+        capture::forbid_unsafe("cuMemFree_v2")?;
+        let freed = release(&context, addr, &[Kind::Device, Kind::Managed]);
+        context.check()?;
+        freed
+    })
+}
+
+fn allocate_host(to: *mut u64, bytes: usize, flags: u32) -> Outcome {
+    let context = current()?;
+    // CU_MEMHOSTALLOC_PORTABLE, DEVICEMAP, WRITECOMBINED
+    if flags > 7 {
+        return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{flags:#x} are not flags of cuMemHostAlloc")));
+    }
+    capture::forbid_unsafe("cuMemHostAlloc")?;
+    unsafe { out(to, "pp", allocate(&context, bytes, Kind::Host)?) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostAlloc(to: *mut u64, bytes: usize, flags: u32) -> CUresult {
+    api("cuMemHostAlloc", || allocate_host(to, bytes, flags))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAllocHost_v2(to: *mut u64, bytes: usize) -> CUresult {
+    api("cuMemAllocHost_v2", || allocate_host(to, bytes, 0))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemFreeHost(addr: u64) -> CUresult {
+    api("cuMemFreeHost", || {
+        let context = current_any()?;
+        capture::forbid_unsafe("cuMemFreeHost")?;
+        let freed = release(&context, addr, &[Kind::Host]);
+        context.check()?;
+        freed
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(to: *mut u64, host: u64, flags: u32) -> CUresult {
+    api("cuMemHostGetDevicePointer_v2", || {
+        current()?;
+        let known = driver()?.memory.find(host).is_some_and(|allocation| allocation.kind == Kind::Host);
+        if flags != 0 || !known {
+            return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{host:#x} is not page-locked host memory")));
+        }
+        unsafe { out(to, "pdptr", host) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CUresult {
+    api("cuMemGetInfo_v2", || {
+        current()?;
+        let memory = &driver()?.memory;
+        unsafe {
+            out(free, "free", memory.available() as usize)?;
+            out(total, "total", memory.total() as usize)
+        }
+    })
+}
+
+fn containing(memory: &Memory, addr: u64) -> Outcome<Allocation> {
+    memory.find(addr).ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with(memory.describe(addr)))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usize, addr: u64) -> CUresult {
+    api("cuMemGetAddressRange_v2", || {
+        current()?;
+        let allocation = containing(&driver()?.memory, addr)?;
+        for (to, value) in [(base, allocation.start), (bytes.cast(), allocation.bytes())] {
+            if !to.is_null() {
+                unsafe { out(to, "pointer", value)? };
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Writes one `CUpointer_attribute` of `addr`.
+unsafe fn attribute(to: *mut c_void, attribute: u32, addr: u64) -> Outcome {
+    let context: Handle = current()?.handle;
+    let allocation = containing(&driver()?.memory, addr)?;
+    let on_host = matches!(allocation.kind, Kind::Host | Kind::Managed);
+    let flag = |value: bool| unsafe { out(to.cast::<u32>(), "data", value.into()) };
+    let wide = |value: u64| unsafe { out(to.cast::<u64>(), "data", value) };
+    match attribute {
+        // CONTEXT
+        1 => wide(context as u64),
+        // MEMORY_TYPE: CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE
+        2 => unsafe { out(to.cast::<u32>(), "data", if allocation.kind == Kind::Host { 1 } else { 2 }) },
+        // DEVICE_POINTER
+        3 => wide(addr),
+        // HOST_POINTER
+        4 if on_host => wide(addr),
+        4 => Err(CUresult::ERROR_INVALID_VALUE.with(format!("{addr:#x} has no host pointer"))),
+        // SYNC_MEMOPS: every operation is synchronous
+        6 => flag(true),
+        // BUFFER_ID
+        7 => wide(allocation.serial),
+        // IS_MANAGED
+        8 => flag(allocation.kind == Kind::Managed),
+        // DEVICE_ORDINAL
+        9 => unsafe { out(to.cast::<i32>(), "data", 0) },
+        // RANGE_START_ADDR
+        11 => wide(allocation.start),
+        // RANGE_SIZE
+        12 => wide(allocation.bytes()),
+        // MAPPED
+        13 => flag(true),
+        _ => Err(super::unsupported(format!("pointer attribute {attribute}"))),
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuPointerGetAttribute(to: *mut c_void, which: u32, addr: u64) -> CUresult {
+    api("cuPointerGetAttribute", || unsafe { attribute(to, which, addr) })
+}

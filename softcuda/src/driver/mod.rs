@@ -1,0 +1,125 @@
+//! The CUDA driver API (`cu*`, C calling convention) over the software device.
+//!
+//! Work runs to its end inside the call that enqueues it, in stream order: one of the schedules that CUDA allows. A fault of
+//! a kernel does not fail its launch; it puts the context in error, and every later call on that context returns it, until
+//! the context is destroyed.
+//!
+//! Handles are numbers that are never dereferenced and never reused, so a stale or foreign one is an error rather than
+//! undefined behaviour. What is not implemented has no symbol, or returns `CUDA_ERROR_NOT_SUPPORTED` with a line on
+//! standard error that names it.
+//!
+//! `cuGetErrorString` appends what the driver knows beyond the code. Environment: `SOFTCUDA_DEVICE`, `SOFTCUDA_MEMORY_MIB`
+//! ([`crate::device`]), `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_LOG=1` (every failure on standard error).
+
+// The names and the safety contracts are those of the CUDA driver API reference.
+#![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
+
+mod absent;
+mod capture;
+mod context;
+mod control;
+mod copy;
+mod event;
+mod function;
+mod globals;
+mod graph;
+mod handles;
+mod init;
+mod launch;
+mod managed;
+mod memory;
+mod module;
+mod occupancy;
+mod pool;
+mod proc_address;
+mod status;
+mod stream;
+mod work;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crate::device::{Description, SettingError};
+use crate::memory::Memory;
+use status::Outcome;
+
+pub use status::CUresult;
+
+/// The one device, its memory and how it runs; made by `cuInit`.
+struct Driver {
+    device: Description,
+    memory: Memory,
+}
+
+static DRIVER: OnceLock<Driver> = OnceLock::new();
+
+/// Settings of the environment that hold before `cuInit`.
+struct Settings {
+    log: bool,
+}
+
+fn settings() -> &'static Settings {
+    static SETTINGS: OnceLock<Settings> = OnceLock::new();
+    SETTINGS.get_or_init(|| Settings { log: std::env::var("SOFTCUDA_LOG").is_ok_and(|value| value == "1") })
+}
+
+fn initialize() -> Outcome {
+    static ONCE: Mutex<()> = Mutex::new(());
+    let _one = lock(&ONCE);
+    if DRIVER.get().is_some() {
+        return Ok(());
+    }
+    let complain = |error: SettingError| {
+        eprintln!("softcuda: {error}");
+        CUresult::ERROR_INVALID_VALUE.with(error.to_string())
+    };
+    let device = Description::from_environment().map_err(complain)?;
+    control::read_environment().map_err(complain)?;
+    let memory = Memory::new(device.memory_bytes)
+        .map_err(|error| CUresult::ERROR_OPERATING_SYSTEM.with(format!("no address space: {error}")))?;
+    let _ = DRIVER.set(Driver { device, memory });
+    Ok(())
+}
+
+fn driver() -> Outcome<&'static Driver> {
+    DRIVER.get().ok_or_else(|| CUresult::ERROR_NOT_INITIALIZED.into())
+}
+
+/// Every entry point's frame: turns the outcome into a code, and a panic, which must not cross into C, into an error.
+fn api(function: &'static str, body: impl FnOnce() -> Outcome) -> CUresult {
+    let failure = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => return CUresult::SUCCESS,
+        Ok(Err(failure)) => failure,
+        Err(_) => {
+            eprintln!("softcuda: {function} failed for a reason of its own; please report this");
+            CUresult::ERROR_UNKNOWN.with("internal error of softcuda")
+        }
+    };
+    status::note(function, &failure);
+    failure.code
+}
+
+/// The error for something that CUDA has and this driver has not; never silent.
+fn unsupported(what: impl std::fmt::Display) -> status::Failure {
+    let text = format!("{what} is not implemented by softcuda");
+    eprintln!("softcuda: {text}");
+    CUresult::ERROR_NOT_SUPPORTED.with(text)
+}
+
+/// Writes a result through a pointer of the caller.
+///
+/// # Safety
+/// `to` is null or valid for a write.
+unsafe fn out<T>(to: *mut T, what: &str, value: T) -> Outcome {
+    if to.is_null() {
+        return Err(CUresult::ERROR_INVALID_VALUE.with(format!("`{what}` is null")));
+    }
+    // SAFETY: not null, and the caller vouches for the rest. C callers may pass addresses less aligned than Rust asks for.
+    unsafe { to.write_unaligned(value) };
+    Ok(())
+}
+
+/// Locks regardless of a panic elsewhere: state is changed in single steps.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,310 @@
+//! Modules: `cuModule*`. PTX text is parsed and lowered at once; machine code is not executed.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_void};
+use std::sync::{Arc, Mutex};
+
+use super::context::{Context, current, current_any};
+use super::function::{FUNCTIONS, Function};
+use super::handles::{Handle, Table, fresh};
+use super::memory::{allocate, release};
+use super::status::{CUresult, Outcome};
+use super::{api, capture, driver, globals, lock, out};
+use crate::lower::{Environment, Program, lower_module};
+use crate::memory::Kind;
+use crate::ptx;
+use crate::ptx::ast::Module as Ast;
+
+pub(super) struct Module {
+    pub context: Handle,
+    program: Program,
+    /// `.reqnctapercluster` by kernel.
+    clusters: HashMap<String, [u32; 3]>,
+    /// Address and size of each variable.
+    globals: HashMap<String, (u64, u64)>,
+    /// Handles given out, by kernel.
+    functions: Mutex<HashMap<String, Handle>>,
+}
+
+pub(super) static MODULES: Table<Module> = Table::new("module", CUresult::ERROR_INVALID_HANDLE);
+
+/// The newest PTX that the parser follows.
+const PTX_VERSION: (u32, u32) = (9, 5);
+
+/// Whether a device of this capability runs code for `target`, as PTX ISA 11.1.2 has it: plain targets run on all later
+/// devices, `f` ones on later ones of the same family, `a` ones only on their own.
+fn check_target(target: &str, (major, minor): (u32, u32)) -> Outcome {
+    let invalid = |why: String| CUresult::ERROR_INVALID_PTX.with(why);
+    let digits = target.strip_prefix("sm_").unwrap_or("");
+    let (digits, suffix) = match digits.char_indices().find(|(_, c)| !c.is_ascii_digit()) {
+        Some((at, _)) => digits.split_at(at),
+        None => (digits, ""),
+    };
+    let number: u32 = digits.parse().map_err(|_| invalid(format!("`{target}` is not a target")))?;
+    let wanted = (number / 10, number % 10);
+    let runs = match suffix {
+        "" => wanted <= (major, minor),
+        "f" => wanted.0 == major && wanted.1 <= minor,
+        "a" => wanted == (major, minor),
+        _ => return Err(invalid(format!("`{target}` is not a target"))),
+    };
+    if runs {
+        Ok(())
+    } else {
+        Err(invalid(format!("target {target} does not run on a device of compute capability {major}.{minor}")))
+    }
+}
+
+/// Memory of a module that is being made: given back if that fails.
+pub(super) struct Placed<'a> {
+    pub context: &'a Context,
+    pub addresses: Vec<u64>,
+}
+
+impl Drop for Placed<'_> {
+    fn drop(&mut self) {
+        for addr in self.addresses.drain(..) {
+            let _ = release(self.context, addr, &[Kind::Module]);
+        }
+    }
+}
+
+impl Placed<'_> {
+    pub fn add(&mut self, bytes: usize) -> Outcome<u64> {
+        let addr = allocate(self.context, bytes, Kind::Module)?;
+        self.addresses.push(addr);
+        Ok(addr)
+    }
+}
+
+fn clusters(ast: &Ast) -> HashMap<String, [u32; 3]> {
+    let found = ast.functions.iter().filter_map(|function| {
+        let (_, extents) = function.directives.iter().find(|(word, _)| word == "reqnctapercluster")?;
+        let extent = |axis: usize| extents.get(axis).map_or(1, |&extent| extent as u32);
+        Some((function.name.clone(), [extent(0), extent(1), extent(2)]))
+    });
+    found.collect()
+}
+
+fn compile(text: &str, context: &Context) -> Outcome<Module> {
+    let capability = driver()?.device.compute_capability;
+    let invalid = |why: String| CUresult::ERROR_INVALID_PTX.with(why);
+    let ast = ptx::parse(text).map_err(|error| invalid(error.to_string()))?;
+    if ast.version > PTX_VERSION {
+        let ((a, b), (c, d)) = (ast.version, PTX_VERSION);
+        return Err(CUresult::ERROR_UNSUPPORTED_PTX_VERSION
+            .with(format!("the module is PTX {a}.{b}; the newest supported is {c}.{d}")));
+    }
+    check_target(&ast.target, capability)?;
+    let mut placed = Placed { context, addresses: Vec::new() };
+    let globals = globals::place(&ast, &mut placed)?;
+    let symbols = globals.iter().map(|(name, (addr, _))| (name.clone(), *addr)).collect();
+    let environment = Environment { symbols, compute_capability: capability };
+    let program = lower_module(&ast, &environment).map_err(|error| invalid(error.to_string()))?;
+    // From here on the context's list of allocations alone keeps them.
+    placed.addresses.clear();
+    let clusters = clusters(&ast);
+    Ok(Module { context: context.handle, program, clusters, globals, functions: Mutex::default() })
+}
+
+/// The text of an image, which is PTX or nothing this device can run.
+unsafe fn text_of(image: *const u8) -> Outcome<String> {
+    if image.is_null() {
+        return Err(CUresult::ERROR_INVALID_VALUE.with("`image` is null"));
+    }
+    // SAFETY: every kind of image has at least four bytes, the shortest text its NUL before them.
+    let mut magic = [0; 4];
+    for (place, byte) in magic.iter_mut().enumerate() {
+        *byte = unsafe { *image.add(place) };
+        if *byte == 0 {
+            break;
+        }
+    }
+    let fat_binaries = [0xba55_ed50_u32, 0x4662_43b1];
+    if &magic == b"\x7fELF" || fat_binaries.contains(&u32::from_le_bytes(magic)) {
+        return Err(CUresult::ERROR_NO_BINARY_FOR_GPU.with("the image is machine code; softcuda executes PTX text"));
+    }
+    // SAFETY: not machine code, so by the API's contract a NUL-terminated text.
+    let text = unsafe { CStr::from_ptr(image.cast()) };
+    Ok(text.to_string_lossy().into_owned())
+}
+
+fn load(to: *mut Handle, text: &str) -> Outcome {
+    let context = current()?;
+    capture::forbid_unsafe("cuModuleLoadData")?;
+    let module = compile(text, &context).inspect_err(|failure| {
+        if let Some(detail) = &failure.detail {
+            eprintln!("softcuda: module not loaded: {detail}");
+        }
+    })?;
+    unsafe { out(to, "module", MODULES.add(module)) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadData(to: *mut Handle, image: *const u8) -> CUresult {
+    api("cuModuleLoadData", || load(to, &unsafe { text_of(image)? }))
+}
+
+/// Writes the log of a failed load to the buffer that the options name, and its length to their size.
+unsafe fn write_log(text: &str, keys: &[u32], values: *mut *mut c_void) {
+    // CU_JIT_INFO_LOG_BUFFER and its size, CU_JIT_ERROR_LOG_BUFFER and its size
+    for (buffer_key, size_key, text) in [(3, 4, ""), (5, 6, text)] {
+        let find = |key| keys.iter().position(|&found| found == key);
+        let (Some(buffer), Some(size)) = (find(buffer_key), find(size_key)) else { continue };
+        // SAFETY: the values are as many as the keys; the buffer has the size that its own option gives.
+        unsafe {
+            let (to, room) = ((*values.add(buffer)).cast::<u8>(), *values.add(size) as usize);
+            if to.is_null() || room == 0 {
+                continue;
+            }
+            let len = text.len().min(room - 1);
+            std::ptr::copy_nonoverlapping(text.as_ptr(), to, len);
+            to.add(len).write(0);
+            *values.add(size) = len as *mut c_void;
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadDataEx(
+    to: *mut Handle,
+    image: *const u8,
+    count: u32,
+    keys: *const u32,
+    values: *mut *mut c_void,
+) -> CUresult {
+    api("cuModuleLoadDataEx", || {
+        if count > 0 && (keys.is_null() || values.is_null()) {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("options are counted but not given"));
+        }
+        // Options other than the logs direct an optimiser that is not here.
+        // SAFETY: `count` keys, by the API's contract.
+        let keys = if count == 0 { &[] } else { unsafe { std::slice::from_raw_parts(keys, count as usize) } };
+        let outcome = unsafe { text_of(image) }.and_then(|text| load(to, &text));
+        let log = outcome.as_ref().err().and_then(|failure| failure.detail.as_deref()).unwrap_or("");
+        unsafe { write_log(log, keys, values) };
+        outcome
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoad(to: *mut Handle, path: *const c_char) -> CUresult {
+    api("cuModuleLoad", || {
+        if path.is_null() {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("`fname` is null"));
+        }
+        // SAFETY: a NUL-terminated path, by the API's contract.
+        let path = unsafe { CStr::from_ptr(path) }.to_string_lossy();
+        let image = std::fs::read(&*path);
+        let mut image = image.map_err(|error| CUresult::ERROR_FILE_NOT_FOUND.with(format!("{path}: {error}")))?;
+        // Long enough for any magic number, and terminated.
+        image.extend([0; 4]);
+        load(to, &unsafe { text_of(image.as_ptr())? })
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleUnload(handle: Handle) -> CUresult {
+    api("cuModuleUnload", || {
+        let context = current_any()?;
+        capture::forbid_unsafe("cuModuleUnload")?;
+        let module = MODULES.remove(handle)?;
+        for (_, function) in lock(&module.functions).drain() {
+            let _ = FUNCTIONS.remove(function);
+        }
+        for (addr, _) in module.globals.values() {
+            let _ = release(&context, *addr, &[Kind::Module]);
+        }
+        context.check()
+    })
+}
+
+/// The module of a handle, and a name given with it.
+unsafe fn module_and_name(handle: Handle, name: *const c_char) -> Outcome<(Arc<Module>, String)> {
+    driver()?;
+    let module = MODULES.get(handle)?;
+    super::context::CONTEXTS.get(module.context)?.check()?;
+    if name.is_null() {
+        return Err(CUresult::ERROR_INVALID_VALUE.with("`name` is null"));
+    }
+    // SAFETY: a NUL-terminated name, by the API's contract.
+    Ok((module, unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunction(to: *mut Handle, handle: Handle, name: *const c_char) -> CUresult {
+    api("cuModuleGetFunction", || {
+        let (module, name) = unsafe { module_and_name(handle, name)? };
+        let mut functions = lock(&module.functions);
+        if let Some(&known) = functions.get(&name) {
+            return unsafe { out(to, "hfunc", known) };
+        }
+        let kernel = module.program.kernel(&name).cloned();
+        let kernel = kernel.ok_or_else(|| CUresult::ERROR_NOT_FOUND.with(format!("no kernel `{name}`")))?;
+        let function = Function::new(&module, handle, kernel, module.clusters.get(&name).copied())?;
+        let new = fresh();
+        FUNCTIONS.insert(new, Arc::new(function));
+        functions.insert(name, new);
+        unsafe { out(to, "hfunc", new) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunctionCount(count: *mut u32, handle: Handle) -> CUresult {
+    api("cuModuleGetFunctionCount", || {
+        driver()?;
+        unsafe { out(count, "count", MODULES.get(handle)?.program.kernels.len() as u32) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetGlobal_v2(
+    addr: *mut u64,
+    bytes: *mut usize,
+    handle: Handle,
+    name: *const c_char,
+) -> CUresult {
+    api("cuModuleGetGlobal_v2", || {
+        let (module, name) = unsafe { module_and_name(handle, name)? };
+        let found = module.globals.get(&name);
+        let (start, size) = found.ok_or_else(|| CUresult::ERROR_NOT_FOUND.with(format!("no variable `{name}`")))?;
+        // Either pointer may be null.
+        for (to, value) in [(addr, *start), (bytes.cast(), *size)] {
+            if !to.is_null() {
+                unsafe { out(to, "pointer", value)? };
+            }
+        }
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetLoadingMode(mode: *mut u32) -> CUresult {
+    // CU_MODULE_EAGER_LOADING
+    api("cuModuleGetLoadingMode", || driver().and_then(|_| unsafe { out(mode, "mode", 1) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_run_where_the_manual_says() {
+        let cases = [
+            ("sm_80", (8, 0), true),
+            ("sm_80", (9, 0), true),
+            ("sm_90", (8, 0), false),
+            ("sm_90a", (9, 0), true),
+            ("sm_90a", (8, 0), false),
+            ("sm_80a", (9, 0), false),
+            ("sm_100a", (9, 0), false),
+            ("sm_100f", (10, 3), true),
+            ("sm_120", (10, 0), false),
+            ("compute_80", (9, 0), false),
+            ("sm_80x", (9, 0), false),
+        ];
+        for (target, capability, runs) in cases {
+            assert_eq!(check_target(target, capability).is_ok(), runs, "{target} on {capability:?}");
+        }
+    }
+}

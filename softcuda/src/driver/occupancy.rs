@@ -1,0 +1,217 @@
+//! `cuOccupancy*`, computed as the CUDA occupancy calculator does, from the lowering's estimate of registers.
+
+use super::function::{FUNCTIONS, Function};
+use super::handles::Handle;
+use super::launch::{LaunchConfig, config_parts};
+use super::status::{CUresult, Outcome};
+use super::{api, driver, out};
+use crate::device::{
+    Description, MAX_BLOCKS_PER_SM, MAX_CLUSTER, MAX_PORTABLE_CLUSTER, MAX_THREADS_PER_BLOCK, MAX_THREADS_PER_SM,
+    REGISTERS, SHARED_RESERVED, WARP_SIZE,
+};
+
+/// Registers are allocated to warps in units of this many.
+const REGISTER_UNIT: u32 = 256;
+/// Warps of a multiprocessor are spread over this many partitions.
+const PARTITIONS: u32 = 4;
+/// Shared memory is allocated in units of this many bytes.
+const SHARED_UNIT: u64 = 128;
+
+/// `CUoccupancyB2DSize`: dynamic shared memory as a function of the block size.
+type SharedOfBlock = Option<unsafe extern "C" fn(i32) -> usize>;
+
+/// Blocks of `threads` threads that one multiprocessor holds at once.
+pub(super) fn blocks_per_sm(device: &Description, function: &Function, threads: u32, dynamic_shared: u64) -> u64 {
+    if threads == 0 || threads > MAX_THREADS_PER_BLOCK {
+        return 0;
+    }
+    let warps = threads.div_ceil(WARP_SIZE);
+    let by_threads = MAX_THREADS_PER_SM / (warps * WARP_SIZE);
+    let per_warp = (function.registers() * WARP_SIZE).next_multiple_of(REGISTER_UNIT);
+    let resident_warps = REGISTERS / per_warp / PARTITIONS * PARTITIONS;
+    let by_registers = resident_warps / warps;
+    let shared = u64::from(function.kernel.static_shared_bytes) + dynamic_shared;
+    if shared > device.shared_per_block_optin.into() {
+        return 0;
+    }
+    let shared = (shared + u64::from(SHARED_RESERVED)).next_multiple_of(SHARED_UNIT);
+    let by_shared = u64::from(device.shared_per_sm) / shared;
+    u64::from(by_threads.min(by_registers).min(MAX_BLOCKS_PER_SM)).min(by_shared)
+}
+
+/// Threads of a block, 0 where there are too many to count.
+fn volume(block: [u32; 3]) -> u32 {
+    block.iter().try_fold(1u32, |product, &extent| product.checked_mul(extent)).unwrap_or(0)
+}
+
+fn threads(block_size: i32) -> Outcome<u32> {
+    u32::try_from(block_size)
+        .ok()
+        .filter(|threads| *threads > 0)
+        .ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with(format!("a block of {block_size} threads")))
+}
+
+fn max_active(to: *mut i32, function: Handle, block_size: i32, dynamic: usize) -> Outcome {
+    let driver = driver()?;
+    let function = FUNCTIONS.get(function)?;
+    let blocks = blocks_per_sm(&driver.device, &function, threads(block_size)?, dynamic as u64);
+    unsafe { out(to, "numBlocks", blocks as i32) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
+    blocks: *mut i32,
+    function: Handle,
+    block_size: i32,
+    dynamic: usize,
+) -> CUresult {
+    api("cuOccupancyMaxActiveBlocksPerMultiprocessor", || max_active(blocks, function, block_size, dynamic))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+    blocks: *mut i32,
+    function: Handle,
+    block_size: i32,
+    dynamic: usize,
+    flags: u32,
+) -> CUresult {
+    api("cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", || {
+        // CU_OCCUPANCY_DISABLE_CACHING_OVERRIDE
+        if flags > 1 {
+            return Err(CUresult::ERROR_INVALID_VALUE.into());
+        }
+        max_active(blocks, function, block_size, dynamic)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
+    bytes: *mut usize,
+    function: Handle,
+    blocks: i32,
+    block_size: i32,
+) -> CUresult {
+    api("cuOccupancyAvailableDynamicSMemPerBlock", || {
+        let device = &driver()?.device;
+        let function = FUNCTIONS.get(function)?;
+        let most = blocks_per_sm(device, &function, threads(block_size)?, 0);
+        let blocks = u64::try_from(blocks).ok().filter(|blocks| (1..=most).contains(blocks));
+        let blocks = blocks.ok_or_else(|| {
+            CUresult::ERROR_INVALID_VALUE.with(format!("1 to {most} such blocks fit a multiprocessor"))
+        })?;
+        let share = u64::from(device.shared_per_sm) / blocks / SHARED_UNIT * SHARED_UNIT;
+        let share = share.saturating_sub(SHARED_RESERVED.into()).min(device.shared_per_block_optin.into());
+        let available = share.saturating_sub(function.kernel.static_shared_bytes.into());
+        unsafe { out(bytes, "dynamicSmemSize", available as usize) }
+    })
+}
+
+fn potential_block_size(
+    min_grid: *mut i32,
+    block_size: *mut i32,
+    function: Handle,
+    shared_of_block: SharedOfBlock,
+    dynamic: usize,
+    limit: i32,
+) -> Outcome {
+    let device = &driver()?.device;
+    let function = FUNCTIONS.get(function)?;
+    let most = function.kernel.max_threads.unwrap_or(MAX_THREADS_PER_BLOCK).min(MAX_THREADS_PER_BLOCK);
+    let most = if limit > 0 { most.min(limit as u32) } else { most };
+    // Largest first: of equal occupancies the largest block wins.
+    let sizes = (1..=most.div_ceil(WARP_SIZE)).rev().map(|warps| (warps * WARP_SIZE).min(most));
+    let mut best = (0, 0, 0);
+    for threads in sizes {
+        // SAFETY: the caller's function, for which it vouches.
+        let dynamic = shared_of_block.map_or(dynamic, |shared| unsafe { shared(threads as i32) });
+        let blocks = blocks_per_sm(device, &function, threads, dynamic as u64);
+        let resident = blocks * u64::from(threads);
+        if resident > best.0 {
+            best = (resident, threads, blocks);
+        }
+    }
+    let (_, threads, blocks) = best;
+    if threads == 0 {
+        return Err(CUresult::ERROR_INVALID_VALUE.with("no block size fits a multiprocessor"));
+    }
+    unsafe {
+        out(min_grid, "minGridSize", blocks as i32 * device.sm_count as i32)?;
+        out(block_size, "blockSize", threads as i32)
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSize(
+    min_grid: *mut i32,
+    block_size: *mut i32,
+    function: Handle,
+    shared_of_block: SharedOfBlock,
+    dynamic: usize,
+    limit: i32,
+) -> CUresult {
+    api("cuOccupancyMaxPotentialBlockSize", || {
+        potential_block_size(min_grid, block_size, function, shared_of_block, dynamic, limit)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSizeWithFlags(
+    min_grid: *mut i32,
+    block_size: *mut i32,
+    function: Handle,
+    shared_of_block: SharedOfBlock,
+    dynamic: usize,
+    limit: i32,
+    flags: u32,
+) -> CUresult {
+    api("cuOccupancyMaxPotentialBlockSizeWithFlags", || {
+        if flags > 1 {
+            return Err(CUresult::ERROR_INVALID_VALUE.into());
+        }
+        potential_block_size(min_grid, block_size, function, shared_of_block, dynamic, limit)
+    })
+}
+
+fn check_clusters(device: &Description) -> Outcome {
+    if device.compute_capability < (9, 0) {
+        return Err(CUresult::ERROR_NOT_SUPPORTED.with("clusters need compute capability 9.0"));
+    }
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialClusterSize(
+    size: *mut i32,
+    function: Handle,
+    config: *const LaunchConfig,
+) -> CUresult {
+    api("cuOccupancyMaxPotentialClusterSize", || {
+        let device = &driver()?.device;
+        check_clusters(device)?;
+        let function = FUNCTIONS.get(function)?;
+        let (block, shared, _) = unsafe { config_parts(config)? };
+        let blocks = blocks_per_sm(device, &function, volume(block), shared.into());
+        let most = if function.non_portable_cluster() { MAX_CLUSTER } else { MAX_PORTABLE_CLUSTER };
+        unsafe { out(size, "clusterSize", if blocks == 0 { 0 } else { most as i32 }) }
+    })
+}
+
+/// Clusters that fit the device, as if its multiprocessors were one group; hardware loses a few to the groups' borders.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxActiveClusters(
+    clusters: *mut i32,
+    function: Handle,
+    config: *const LaunchConfig,
+) -> CUresult {
+    api("cuOccupancyMaxActiveClusters", || {
+        let device = &driver()?.device;
+        check_clusters(device)?;
+        let function = FUNCTIONS.get(function)?;
+        let (block, shared, cluster) = unsafe { config_parts(config)? };
+        let size = volume(function.required_cluster.or(cluster).unwrap_or([1; 3])).max(1);
+        let blocks = blocks_per_sm(device, &function, volume(block), shared.into());
+        let resident = blocks * u64::from(device.sm_count) / u64::from(size);
+        unsafe { out(clusters, "numClusters", resident as i32) }
+    })
+}

@@ -1,0 +1,249 @@
+//! `cuGetProcAddress`: entry points by name and CUDA version.
+
+use std::ffi::{CStr, c_char, c_void};
+
+use super::status::{CUresult, Outcome};
+use super::{
+    api, capture, context, copy, event, function, graph, init, launch, managed, memory, module, occupancy, out,
+};
+use super::{pool, status, stream};
+
+/// Name without version suffix, the CUDA version (1000 * major + 10 * minor) from which that name means this entry point,
+/// and the entry point.
+struct Entry(&'static str, i32, *const c_void);
+
+// SAFETY: addresses of functions.
+unsafe impl Sync for Entry {}
+
+macro_rules! entries {
+    ($($module:ident { $($name:literal $since:literal $symbol:ident,)* })*) => {
+        static ENTRIES: &[Entry] = &[
+            Entry("cuGetProcAddress", 11030, cuGetProcAddress as *const c_void),
+            Entry("cuGetProcAddress", 12000, cuGetProcAddress_v2 as *const c_void),
+            $($(Entry($name, $since, $module::$symbol as *const c_void),)*)*
+        ];
+    };
+}
+
+entries! {
+    status {
+        "cuGetErrorName" 2000 cuGetErrorName,
+        "cuGetErrorString" 2000 cuGetErrorString,
+    }
+    init {
+        "cuInit" 2000 cuInit,
+        "cuDriverGetVersion" 2000 cuDriverGetVersion,
+        "cuDeviceGet" 2000 cuDeviceGet,
+        "cuDeviceGetCount" 2000 cuDeviceGetCount,
+        "cuDeviceGetName" 2000 cuDeviceGetName,
+        "cuDeviceGetUuid" 2000 cuDeviceGetUuid,
+        "cuDeviceGetUuid" 11040 cuDeviceGetUuid_v2,
+        "cuDeviceTotalMem" 3020 cuDeviceTotalMem_v2,
+        "cuDeviceGetAttribute" 2000 cuDeviceGetAttribute,
+        "cuDeviceComputeCapability" 2000 cuDeviceComputeCapability,
+        "cuDeviceCanAccessPeer" 2000 cuDeviceCanAccessPeer,
+        "cuProfilerStart" 2000 cuProfilerStart,
+        "cuProfilerStop" 2000 cuProfilerStop,
+    }
+    context {
+        "cuDevicePrimaryCtxRetain" 2000 cuDevicePrimaryCtxRetain,
+        "cuDevicePrimaryCtxRelease" 11000 cuDevicePrimaryCtxRelease_v2,
+        "cuDevicePrimaryCtxReset" 11000 cuDevicePrimaryCtxReset_v2,
+        "cuDevicePrimaryCtxGetState" 2000 cuDevicePrimaryCtxGetState,
+        "cuDevicePrimaryCtxSetFlags" 11000 cuDevicePrimaryCtxSetFlags_v2,
+        "cuCtxCreate" 3020 cuCtxCreate_v2,
+        "cuCtxCreate" 11040 cuCtxCreate_v3,
+        "cuCtxCreate" 12050 cuCtxCreate_v4,
+        "cuCtxDestroy" 4000 cuCtxDestroy_v2,
+        "cuCtxGetCurrent" 2000 cuCtxGetCurrent,
+        "cuCtxSetCurrent" 2000 cuCtxSetCurrent,
+        "cuCtxPushCurrent" 4000 cuCtxPushCurrent_v2,
+        "cuCtxPopCurrent" 4000 cuCtxPopCurrent_v2,
+        "cuCtxGetDevice" 2000 cuCtxGetDevice,
+        "cuCtxGetApiVersion" 2000 cuCtxGetApiVersion,
+        "cuCtxGetFlags" 2000 cuCtxGetFlags,
+        "cuCtxSetFlags" 2000 cuCtxSetFlags,
+        "cuCtxSynchronize" 2000 cuCtxSynchronize,
+        "cuCtxGetStreamPriorityRange" 2000 cuCtxGetStreamPriorityRange,
+        "cuCtxGetLimit" 2000 cuCtxGetLimit,
+        "cuCtxSetLimit" 2000 cuCtxSetLimit,
+        "cuCtxGetCacheConfig" 2000 cuCtxGetCacheConfig,
+        "cuCtxSetCacheConfig" 2000 cuCtxSetCacheConfig,
+    }
+    stream {
+        "cuStreamCreate" 2000 cuStreamCreate,
+        "cuStreamCreateWithPriority" 2000 cuStreamCreateWithPriority,
+        "cuStreamDestroy" 4000 cuStreamDestroy_v2,
+        "cuStreamSynchronize" 2000 cuStreamSynchronize,
+        "cuStreamQuery" 2000 cuStreamQuery,
+        "cuStreamWaitEvent" 2000 cuStreamWaitEvent,
+        "cuStreamGetCtx" 2000 cuStreamGetCtx,
+        "cuStreamGetFlags" 2000 cuStreamGetFlags,
+        "cuStreamGetPriority" 2000 cuStreamGetPriority,
+        "cuStreamGetDevice" 2000 cuStreamGetDevice,
+        "cuStreamGetId" 2000 cuStreamGetId,
+        "cuLaunchHostFunc" 2000 cuLaunchHostFunc,
+        "cuStreamIsCapturing" 2000 cuStreamIsCapturing,
+    }
+    capture {
+        "cuStreamBeginCapture" 10010 cuStreamBeginCapture_v2,
+        "cuStreamEndCapture" 2000 cuStreamEndCapture,
+        "cuThreadExchangeStreamCaptureMode" 2000 cuThreadExchangeStreamCaptureMode,
+    }
+    event {
+        "cuEventCreate" 2000 cuEventCreate,
+        "cuEventDestroy" 4000 cuEventDestroy_v2,
+        "cuEventRecord" 2000 cuEventRecord,
+        "cuEventRecordWithFlags" 2000 cuEventRecordWithFlags,
+        "cuEventQuery" 2000 cuEventQuery,
+        "cuEventSynchronize" 2000 cuEventSynchronize,
+        "cuEventElapsedTime" 2000 cuEventElapsedTime,
+        "cuEventElapsedTime" 12080 cuEventElapsedTime_v2,
+    }
+    memory {
+        "cuMemAlloc" 3020 cuMemAlloc_v2,
+        "cuMemFree" 3020 cuMemFree_v2,
+        "cuMemHostAlloc" 2020 cuMemHostAlloc,
+        "cuMemAllocHost" 3020 cuMemAllocHost_v2,
+        "cuMemFreeHost" 2000 cuMemFreeHost,
+        "cuMemHostGetDevicePointer" 3020 cuMemHostGetDevicePointer_v2,
+        "cuMemGetInfo" 3020 cuMemGetInfo_v2,
+        "cuMemGetAddressRange" 3020 cuMemGetAddressRange_v2,
+        "cuPointerGetAttribute" 2000 cuPointerGetAttribute,
+    }
+    pool {
+        "cuMemAllocAsync" 2000 cuMemAllocAsync,
+        "cuMemAllocFromPoolAsync" 2000 cuMemAllocFromPoolAsync,
+        "cuMemFreeAsync" 2000 cuMemFreeAsync,
+        "cuDeviceGetDefaultMemPool" 2000 cuDeviceGetDefaultMemPool,
+        "cuDeviceGetMemPool" 2000 cuDeviceGetMemPool,
+        "cuDeviceSetMemPool" 2000 cuDeviceSetMemPool,
+        "cuMemPoolCreate" 2000 cuMemPoolCreate,
+        "cuMemPoolDestroy" 2000 cuMemPoolDestroy,
+        "cuMemPoolTrimTo" 2000 cuMemPoolTrimTo,
+        "cuMemPoolGetAttribute" 2000 cuMemPoolGetAttribute,
+        "cuMemPoolSetAttribute" 2000 cuMemPoolSetAttribute,
+    }
+    managed {
+        "cuMemAllocManaged" 2000 cuMemAllocManaged,
+        "cuMemAdvise" 12020 cuMemAdvise_v2,
+        "cuMemPrefetchAsync" 12020 cuMemPrefetchAsync_v2,
+        "cuStreamAttachMemAsync" 2000 cuStreamAttachMemAsync,
+    }
+    copy {
+        "cuMemcpyPeerAsync" 2000 cuMemcpyPeerAsync,
+        "cuMemcpyHtoD" 3020 cuMemcpyHtoD_v2,
+        "cuMemcpyHtoDAsync" 3020 cuMemcpyHtoDAsync_v2,
+        "cuMemcpyDtoH" 3020 cuMemcpyDtoH_v2,
+        "cuMemcpyDtoHAsync" 3020 cuMemcpyDtoHAsync_v2,
+        "cuMemcpyDtoD" 3020 cuMemcpyDtoD_v2,
+        "cuMemcpyDtoDAsync" 3020 cuMemcpyDtoDAsync_v2,
+        "cuMemcpy" 2000 cuMemcpy,
+        "cuMemcpyAsync" 2000 cuMemcpyAsync,
+        "cuMemsetD8" 3020 cuMemsetD8_v2,
+        "cuMemsetD8Async" 2000 cuMemsetD8Async,
+        "cuMemsetD16" 3020 cuMemsetD16_v2,
+        "cuMemsetD16Async" 2000 cuMemsetD16Async,
+        "cuMemsetD32" 3020 cuMemsetD32_v2,
+        "cuMemsetD32Async" 2000 cuMemsetD32Async,
+    }
+    module {
+        "cuModuleLoadData" 2000 cuModuleLoadData,
+        "cuModuleLoadDataEx" 2000 cuModuleLoadDataEx,
+        "cuModuleLoad" 2000 cuModuleLoad,
+        "cuModuleUnload" 2000 cuModuleUnload,
+        "cuModuleGetFunction" 2000 cuModuleGetFunction,
+        "cuModuleGetFunctionCount" 2000 cuModuleGetFunctionCount,
+        "cuModuleGetGlobal" 3020 cuModuleGetGlobal_v2,
+        "cuModuleGetLoadingMode" 2000 cuModuleGetLoadingMode,
+    }
+    function {
+        "cuFuncGetAttribute" 2000 cuFuncGetAttribute,
+        "cuFuncSetAttribute" 2000 cuFuncSetAttribute,
+        "cuFuncSetCacheConfig" 2000 cuFuncSetCacheConfig,
+        "cuFuncGetName" 2000 cuFuncGetName,
+        "cuFuncGetModule" 2000 cuFuncGetModule,
+        "cuFuncGetParamInfo" 2000 cuFuncGetParamInfo,
+    }
+    occupancy {
+        "cuOccupancyMaxActiveBlocksPerMultiprocessor" 2000 cuOccupancyMaxActiveBlocksPerMultiprocessor,
+        "cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags" 2000 cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags,
+        "cuOccupancyAvailableDynamicSMemPerBlock" 2000 cuOccupancyAvailableDynamicSMemPerBlock,
+        "cuOccupancyMaxPotentialBlockSize" 2000 cuOccupancyMaxPotentialBlockSize,
+        "cuOccupancyMaxPotentialBlockSizeWithFlags" 2000 cuOccupancyMaxPotentialBlockSizeWithFlags,
+        "cuOccupancyMaxPotentialClusterSize" 2000 cuOccupancyMaxPotentialClusterSize,
+        "cuOccupancyMaxActiveClusters" 2000 cuOccupancyMaxActiveClusters,
+    }
+    launch {
+        "cuLaunchKernel" 2000 cuLaunchKernel,
+        "cuLaunchCooperativeKernel" 2000 cuLaunchCooperativeKernel,
+        "cuLaunchKernelEx" 2000 cuLaunchKernelEx,
+    }
+    graph {
+        "cuGraphInstantiateWithFlags" 11040 cuGraphInstantiateWithFlags,
+        "cuGraphInstantiate" 12000 cuGraphInstantiateWithFlags,
+        "cuGraphLaunch" 2000 cuGraphLaunch,
+        "cuGraphUpload" 2000 cuGraphUpload,
+        "cuGraphDestroy" 2000 cuGraphDestroy,
+        "cuGraphExecDestroy" 2000 cuGraphExecDestroy,
+        "cuGraphGetNodes" 2000 cuGraphGetNodes,
+        "cuGraphGetEdges" 2000 cuGraphGetEdges,
+        "cuGraphNodeGetType" 2000 cuGraphNodeGetType,
+    }
+}
+
+/// `CU_GET_PROC_ADDRESS_SUCCESS`, `_SYMBOL_NOT_FOUND`, `_VERSION_NOT_SUFFICIENT`
+const FOUND: u32 = 0;
+const NOT_FOUND: u32 = 1;
+const TOO_OLD: u32 = 2;
+
+unsafe fn look_up(symbol: *const c_char, to: *mut *const c_void, version: i32, flags: u64) -> Outcome<u32> {
+    if symbol.is_null() {
+        return Err(CUresult::ERROR_INVALID_VALUE.with("`symbol` is null"));
+    }
+    // CU_GET_PROC_ADDRESS_LEGACY_STREAM, CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM
+    if flags > 1 {
+        return Err(super::unsupported(format!("cuGetProcAddress with flags {flags:#x}")));
+    }
+    // SAFETY: a NUL-terminated name, by the API's contract.
+    let symbol = unsafe { CStr::from_ptr(symbol) }.to_string_lossy();
+    let named = ENTRIES.iter().filter(|entry| entry.0 == symbol);
+    let found = named.clone().filter(|entry| entry.1 <= version).max_by_key(|entry| entry.1);
+    unsafe { out(to, "pfn", found.map_or(std::ptr::null(), |entry| entry.2))? };
+    Ok(match found {
+        Some(_) => FOUND,
+        None if named.count() > 0 => TOO_OLD,
+        None => NOT_FOUND,
+    })
+}
+
+fn outcome(status: u32) -> Outcome {
+    if status == FOUND { Ok(()) } else { Err(CUresult::ERROR_NOT_FOUND.with("softcuda has no such entry point")) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetProcAddress(
+    symbol: *const c_char,
+    to: *mut *const c_void,
+    version: i32,
+    flags: u64,
+) -> CUresult {
+    api("cuGetProcAddress", || unsafe { look_up(symbol, to, version, flags) }.and_then(outcome))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetProcAddress_v2(
+    symbol: *const c_char,
+    to: *mut *const c_void,
+    version: i32,
+    flags: u64,
+    status: *mut u32,
+) -> CUresult {
+    api("cuGetProcAddress_v2", || {
+        let found = unsafe { look_up(symbol, to, version, flags)? };
+        if !status.is_null() {
+            unsafe { out(status, "symbolStatus", found)? };
+        }
+        outcome(found)
+    })
+}

@@ -1,0 +1,254 @@
+//! Streams: `cuStream*`, apart from capture.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use super::capture::{self, Captured};
+use super::context::{Context, current};
+use super::event::EVENTS;
+use super::handles::{Handle, Table, fresh};
+use super::status::{CUresult, Outcome};
+use super::work::Op;
+use super::{api, lock, out};
+
+/// Priorities run from 0, the least, to this.
+pub(super) const GREATEST_PRIORITY: i32 = -5;
+
+const NON_BLOCKING: u32 = 1;
+
+/// `CU_STREAM_LEGACY` and `CU_STREAM_PER_THREAD`.
+const LEGACY: Handle = 1;
+const PER_THREAD: Handle = 2;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// The null stream: waits for all blocking streams, and they for it.
+    Legacy,
+    Blocking,
+    NonBlocking,
+}
+
+pub(super) struct Stream {
+    pub handle: Handle,
+    pub kind: Kind,
+    priority: i32,
+    context: Weak<Context>,
+    context_handle: Handle,
+    /// Held while the stream's work runs: host threads that share a stream take turns.
+    work: Mutex<()>,
+    /// The capture that this stream takes part in.
+    pub capture: Mutex<Option<Captured>>,
+}
+
+pub(super) static STREAMS: Table<Stream> = Table::new("stream", CUresult::ERROR_INVALID_HANDLE);
+
+impl Stream {
+    fn new(handle: Handle, kind: Kind, priority: i32, context: Weak<Context>, context_handle: Handle) -> Stream {
+        Stream { handle, kind, priority, context, context_handle, work: Mutex::new(()), capture: Mutex::new(None) }
+    }
+
+    /// The null stream of a context that is being made.
+    pub fn legacy(context: Weak<Context>, context_handle: Handle) -> Stream {
+        Stream::new(LEGACY, Kind::Legacy, 0, context, context_handle)
+    }
+
+    pub fn belongs_to(&self, context: Handle) -> bool {
+        self.context_handle == context
+    }
+
+    pub fn context(&self) -> Outcome<Arc<Context>> {
+        self.context.upgrade().ok_or_else(|| CUresult::ERROR_CONTEXT_IS_DESTROYED.into())
+    }
+
+    /// Adds `op` to the stream: to the graph where it is capturing, else runs it.
+    pub fn submit(&self, op: Op) -> Outcome {
+        let context = self.context()?;
+        if let Some(captured) = &mut *lock(&self.capture) {
+            return captured.add(op);
+        }
+        if self.kind == Kind::Legacy {
+            capture::forbid_implicit(context.handle)?;
+        }
+        op.check()?;
+        self.exclusively(&context, || op.run(&context))
+    }
+
+    /// Runs `work` when all that was submitted before it is done.
+    pub fn exclusively<T>(&self, context: &Context, work: impl FnOnce() -> T) -> T {
+        let _turn = lock(&self.work);
+        match self.kind {
+            Kind::Legacy => {
+                let _gate = context.legacy_gate.write().unwrap_or_else(PoisonError::into_inner);
+                work()
+            }
+            Kind::Blocking => {
+                let _gate = context.legacy_gate.read().unwrap_or_else(PoisonError::into_inner);
+                work()
+            }
+            Kind::NonBlocking => work(),
+        }
+    }
+}
+
+/// The stream of a handle, special ones included, whose context is alive and not in error.
+pub(super) fn stream(handle: Handle) -> Outcome<Arc<Stream>> {
+    match handle {
+        0 | LEGACY => Ok(current()?.legacy_stream.clone()),
+        PER_THREAD => {
+            let context = current()?;
+            let mut streams = lock(&context.per_thread_streams);
+            let make =
+                || Arc::new(Stream::new(PER_THREAD, Kind::Blocking, 0, Arc::downgrade(&context), context.handle));
+            Ok(streams.entry(std::thread::current().id()).or_insert_with(make).clone())
+        }
+        _ => {
+            super::driver()?;
+            let stream = STREAMS.get(handle)?;
+            stream.context()?.check()?;
+            Ok(stream)
+        }
+    }
+}
+
+fn create(to: *mut Handle, flags: u32, priority: i32) -> Outcome {
+    let context = current()?;
+    if flags > NON_BLOCKING {
+        return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{flags:#x} are not flags of a stream")));
+    }
+    let kind = if flags == NON_BLOCKING { Kind::NonBlocking } else { Kind::Blocking };
+    let handle = fresh();
+    let priority = priority.clamp(GREATEST_PRIORITY, 0);
+    unsafe { out(to, "phStream", handle)? };
+    STREAMS.insert(handle, Arc::new(Stream::new(handle, kind, priority, Arc::downgrade(&context), context.handle)));
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreate(to: *mut Handle, flags: u32) -> CUresult {
+    api("cuStreamCreate", || create(to, flags, 0))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamCreateWithPriority(to: *mut Handle, flags: u32, priority: i32) -> CUresult {
+    api("cuStreamCreateWithPriority", || create(to, flags, priority))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamDestroy_v2(handle: Handle) -> CUresult {
+    api("cuStreamDestroy_v2", || {
+        super::driver()?;
+        let stream = STREAMS.remove(handle)?;
+        if let Some(captured) = lock(&stream.capture).take() {
+            captured.capture.invalidate();
+        }
+        stream.context()?.check()
+    })
+}
+
+/// What waiting for a stream may not be: part of a capture, or a wait for one.
+fn check_wait(stream: &Stream, function: &str) -> Outcome {
+    if let Some(captured) = &*lock(&stream.capture) {
+        captured.capture.invalidate();
+        return Err(CUresult::ERROR_STREAM_CAPTURE_UNSUPPORTED.with(format!("{function} of a capturing stream")));
+    }
+    if stream.kind == Kind::Legacy {
+        capture::forbid_implicit(stream.context()?.handle)?;
+    }
+    Ok(())
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamSynchronize(handle: Handle) -> CUresult {
+    api("cuStreamSynchronize", || {
+        let stream = stream(handle)?;
+        check_wait(&stream, "synchronisation")?;
+        let context = stream.context()?;
+        stream.exclusively(&context, || ());
+        context.check()
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamQuery(handle: Handle) -> CUresult {
+    api("cuStreamQuery", || {
+        let stream = stream(handle)?;
+        check_wait(&stream, "query")?;
+        if stream.work.try_lock().is_err() { Err(CUresult::ERROR_NOT_READY.into()) } else { Ok(()) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamWaitEvent(handle: Handle, event: Handle, flags: u32) -> CUresult {
+    api("cuStreamWaitEvent", || {
+        let stream = stream(handle)?;
+        let event = EVENTS.get(event)?;
+        if flags != 0 {
+            return Err(super::unsupported(format!("cuStreamWaitEvent with flags {flags:#x}")));
+        }
+        // Outside capture there is nothing to wait for: what the event marks was done when it was recorded.
+        capture::wait(&stream, &event)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetCtx(handle: Handle, context: *mut Handle) -> CUresult {
+    api("cuStreamGetCtx", || unsafe { out(context, "pctx", stream(handle)?.context_handle) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetFlags(handle: Handle, flags: *mut u32) -> CUresult {
+    api("cuStreamGetFlags", || {
+        let value = if stream(handle)?.kind == Kind::NonBlocking { NON_BLOCKING } else { 0 };
+        unsafe { out(flags, "flags", value) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetPriority(handle: Handle, priority: *mut i32) -> CUresult {
+    api("cuStreamGetPriority", || unsafe { out(priority, "priority", stream(handle)?.priority) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetDevice(handle: Handle, device: *mut i32) -> CUresult {
+    api("cuStreamGetDevice", || {
+        stream(handle)?;
+        unsafe { out(device, "device", 0) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetId(handle: Handle, id: *mut u64) -> CUresult {
+    api("cuStreamGetId", || {
+        let stream = stream(handle)?;
+        // Special handles are shared by contexts, their identifiers are not.
+        let value = if stream.handle > PER_THREAD { stream.handle } else { stream.context_handle + stream.handle };
+        unsafe { out(id, "streamId", value as u64) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchHostFunc(
+    handle: Handle,
+    function: Option<unsafe extern "C" fn(*mut std::ffi::c_void)>,
+    data: usize,
+) -> CUresult {
+    api("cuLaunchHostFunc", || {
+        let function = function.ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with("`fn` is null"))?;
+        stream(handle)?.submit(Op::Host { function, data })
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamIsCapturing(handle: Handle, status: *mut u32) -> CUresult {
+    api("cuStreamIsCapturing", || {
+        let stream = stream(handle)?;
+        if stream.kind == Kind::Legacy {
+            capture::forbid_implicit(stream.context()?.handle)?;
+        }
+        // CU_STREAM_CAPTURE_STATUS_NONE, ACTIVE, INVALIDATED
+        let value = lock(&stream.capture)
+            .as_ref()
+            .map_or(0, |captured| if captured.capture.invalid.load(Ordering::Acquire) { 2 } else { 1 });
+        unsafe { out(status, "captureStatus", value) }
+    })
+}
