@@ -36,8 +36,10 @@ static DEFAULT: LazyLock<Handle> = LazyLock::new(|| POOLS.add(Pool::new()));
 /// The pool that `cuMemAllocAsync` takes from, if not the default.
 static CURRENT: Mutex<Option<Handle>> = Mutex::new(None);
 
+type Owners = HashMap<u64, (Arc<Pool>, u64)>;
+
 /// Pool and size of every live stream-ordered allocation.
-static OWNERS: LazyLock<Mutex<HashMap<u64, (Arc<Pool>, u64)>>> = LazyLock::new(Mutex::default);
+static OWNERS: LazyLock<Mutex<Owners>> = LazyLock::new(Mutex::default);
 
 impl Pool {
     fn new() -> Pool {
