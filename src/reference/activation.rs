@@ -1,67 +1,43 @@
-//! Activations between the two expert matrices.
+//! Activations between the two expert matrices. Sources are with each variant of [`Activation`].
 
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, FRAC_2_SQRT_PI};
 
-/// The function between the two expert matrices.
-///
-/// Without gated matrices the hidden value is `act(v)`; with a gate and an up value it is `act(gate) * up` (Shazeer 2020,
-/// "GLU Variants Improve Transformer").
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Activation {
-    /// `v`.
-    Identity,
-    /// `max(v, 0)` (Switch Transformers).
-    Relu,
-    /// `v Phi(v)` with the error function (Hendrycks and Gimpel 2016).
-    Gelu,
-    /// The tanh approximation of GELU (Hendrycks and Gimpel 2016; `gelu_new`, `gelu_pytorch_tanh`).
-    GeluTanh,
-    /// `v sigmoid(v)` (Elfwing et al. 2017; SwiGLU with a gate: Mixtral, Qwen3, DeepSeek-V3).
-    Silu,
-    /// gpt-oss: `g = min(gate, limit)`, `u = clamp(up, -limit, limit)`, `(u + 1) g sigmoid(alpha g)`. Needs a gate.
-    ClampedSwiglu {
-        /// Slope of the sigmoid, 1.702 in gpt-oss.
-        alpha: f64,
-        /// Bound of both halves, 7.0 in gpt-oss.
-        limit: f64,
-    },
-}
+pub use crate::gemm::Activation;
 
-impl Activation {
-    /// `act(value)`. Of [`Activation::ClampedSwiglu`] it is the gate's factor alone, `g sigmoid(alpha g)`.
-    pub fn apply(self, value: f64) -> f64 {
-        match self {
-            Activation::Identity => value,
-            // NaN stays NaN, which f64::max would drop.
-            Activation::Relu => {
-                if value < 0.0 {
-                    0.0
-                } else {
-                    value
-                }
+/// `act(value)`. Of [`Activation::ClampedSwiglu`] it is the gate's factor alone, `g sigmoid(alpha g)`.
+pub fn activate(activation: Activation, value: f64) -> f64 {
+    match activation {
+        Activation::Identity => value,
+        // NaN stays NaN, which f64::max would drop.
+        Activation::Relu => {
+            if value < 0.0 {
+                0.0
+            } else {
+                value
             }
-            Activation::Gelu => 0.5 * value * (1.0 + erf(value * FRAC_1_SQRT_2)),
-            Activation::GeluTanh => {
-                0.5 * value * (1.0 + (FRAC_2_PI.sqrt() * (value + 0.044715 * value * value * value)).tanh())
-            }
-            Activation::Silu => value * sigmoid(value),
-            Activation::ClampedSwiglu { alpha, limit } => {
-                let gate = if value > limit { limit } else { value };
-                gate * sigmoid(alpha * gate)
-            }
+        }
+        Activation::Gelu => 0.5 * value * (1.0 + erf(value * FRAC_1_SQRT_2)),
+        Activation::GeluTanh => {
+            0.5 * value * (1.0 + (FRAC_2_PI.sqrt() * (value + 0.044715 * value * value * value)).tanh())
+        }
+        Activation::Silu => value * sigmoid(value),
+        Activation::ClampedSwiglu { alpha, limit } => {
+            let gate = if value > limit.into() { limit.into() } else { value };
+            gate * sigmoid(f64::from(alpha) * gate)
         }
     }
+}
 
-    /// The hidden value of a gated expert.
-    pub fn apply_glu(self, gate: f64, up: f64) -> f64 {
-        match self {
-            Activation::ClampedSwiglu { limit, .. } => {
-                let up = if up > limit { limit } else { up };
-                let up = if up < -limit { -limit } else { up };
-                (up + 1.0) * self.apply(gate)
-            }
-            _ => self.apply(gate) * up,
+/// The hidden value of a gated expert: `act(gate) * up`, gpt-oss's `(up + 1) * act(gate)` with a clamped `up`.
+pub fn activate_glu(activation: Activation, gate: f64, up: f64) -> f64 {
+    match activation {
+        Activation::ClampedSwiglu { limit, .. } => {
+            let limit = f64::from(limit);
+            let up = if up > limit { limit } else { up };
+            let up = if up < -limit { -limit } else { up };
+            (up + 1.0) * activate(activation, gate)
         }
+        _ => activate(activation, gate) * up,
     }
 }
 
@@ -106,18 +82,18 @@ mod tests {
 
     #[test]
     fn activations_at_one() {
-        close(Activation::Silu.apply(1.0), 0.731_058_578_630_004_9);
-        close(Activation::Gelu.apply(1.0), 0.841_344_746_068_542_9);
-        close(Activation::GeluTanh.apply(1.0), 0.841_191_990_608_276_8);
-        close(Activation::Relu.apply(-1.0), 0.0);
-        assert!(Activation::Relu.apply(f64::NAN).is_nan());
+        close(activate(Activation::Silu, 1.0), 0.731_058_578_630_004_9);
+        close(activate(Activation::Gelu, 1.0), 0.841_344_746_068_542_9);
+        close(activate(Activation::GeluTanh, 1.0), 0.841_191_990_608_276_8);
+        close(activate(Activation::Relu, -1.0), 0.0);
+        assert!(activate(Activation::Relu, f64::NAN).is_nan());
     }
 
     #[test]
     fn clamped_swiglu_clamps_the_gate_from_above_only() {
         let act = Activation::ClampedSwiglu { alpha: 2.0, limit: 3.0 };
-        close(act.apply_glu(10.0, 10.0), 4.0 * 3.0 * sigmoid(6.0));
-        close(act.apply_glu(-10.0, -10.0), -2.0 * -10.0 * sigmoid(-20.0));
-        close(act.apply_glu(1.0, 0.5), 1.5 * sigmoid(2.0));
+        close(activate_glu(act, 10.0, 10.0), 4.0 * 3.0 * sigmoid(6.0));
+        close(activate_glu(act, -10.0, -10.0), -2.0 * -10.0 * sigmoid(-20.0));
+        close(activate_glu(act, 1.0, 0.5), 1.5 * sigmoid(2.0));
     }
 }

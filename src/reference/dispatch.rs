@@ -1,6 +1,7 @@
 //! Dispatch: slots sorted by expert.
 
 use super::{ReferenceError, require, require_shape};
+pub use crate::dispatch::Capacity;
 
 /// How slots are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,19 +12,8 @@ pub struct DispatchRule {
     pub top_k: usize,
     /// Limit of slots per expert; without it nothing is dropped.
     pub capacity: Option<Capacity>,
-    /// Give every expert as many rows as its capacity allows, filled or not. Needs a capacity.
-    pub padded: bool,
     /// Rows of a tile.
     pub tile_m: usize,
-}
-
-/// Slots an expert takes of each sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Capacity {
-    /// Slots per expert and sequence.
-    pub slots: usize,
-    /// Tokens of a sequence; the last sequence may be shorter.
-    pub tokens_per_sequence: usize,
 }
 
 /// Slots by expert.
@@ -57,19 +47,18 @@ impl Dispatched {
 /// Sorts the slots of `ids [T,k]` by expert, stably: within an expert by token, then by place among the token's choices.
 ///
 /// An id outside `0..E` (-1 above all) is a skipped slot. With a capacity, an expert takes its first slots of every sequence
-/// and the others are dropped (Fedus et al. 2021, "Switch Transformers", section 2.2; GShard's padded layout with `padded`).
+/// and the others are dropped (Fedus et al. 2021, "Switch Transformers", section 2.2; GShard's layout if it is padded).
 ///
 /// # Errors
-/// Lengths that do not fit, a zero in the rule, `padded` without a capacity.
+/// Lengths that do not fit, a zero in the rule.
 pub fn dispatch(ids: &[i32], rule: &DispatchRule) -> Result<Dispatched, ReferenceError> {
     require("experts", rule.experts > 0, || "at least 1".into(), rule.experts)?;
     require("top_k", rule.top_k > 0, || "at least 1".into(), rule.top_k)?;
     require("tile_m", rule.tile_m > 0, || "at least 1".into(), rule.tile_m)?;
-    require("padded", !rule.padded || rule.capacity.is_some(), || "a capacity".into(), "none")?;
     require("ids", ids.len().is_multiple_of(rule.top_k), || format!("rows of {}", rule.top_k), ids.len())?;
     let tokens = ids.len() / rule.top_k;
     if let Some(capacity) = rule.capacity {
-        require("capacity.slots", capacity.slots > 0, || "at least 1".into(), 0)?;
+        require("capacity.per_expert", capacity.per_expert > 0, || "at least 1".into(), 0)?;
         require("capacity.tokens_per_sequence", capacity.tokens_per_sequence > 0, || "at least 1".into(), 0)?;
     }
 
@@ -80,14 +69,14 @@ pub fn dispatch(ids: &[i32], rule: &DispatchRule) -> Result<Dispatched, Referenc
         let mut taken = vec![0; rule.experts];
         for (at, &id) in sequence_ids.iter().enumerate() {
             let Some(expert) = usize::try_from(id).ok().filter(|&id| id < rule.experts) else { continue };
-            if rule.capacity.is_none_or(|capacity| taken[expert] < capacity.slots) {
+            if rule.capacity.is_none_or(|capacity| taken[expert] < capacity.per_expert) {
                 taken[expert] += 1;
                 kept[expert].push(index * sequence * rule.top_k + at);
             }
         }
     }
 
-    let room = rule.capacity.filter(|_| rule.padded).map(|c| c.slots * tokens.div_ceil(c.tokens_per_sequence));
+    let room = rule.capacity.filter(|c| c.padded).map(|c| c.per_expert * tokens.div_ceil(c.tokens_per_sequence));
     let mut result = Dispatched {
         counts: kept.iter().map(|slots| slots.len() as i32).collect(),
         offsets: vec![0],
@@ -127,7 +116,7 @@ mod tests {
     use super::*;
 
     fn rule(experts: usize, top_k: usize, tile_m: usize) -> DispatchRule {
-        DispatchRule { experts, top_k, capacity: None, padded: false, tile_m }
+        DispatchRule { experts, top_k, capacity: None, tile_m }
     }
 
     #[test]
@@ -151,7 +140,7 @@ mod tests {
 
     #[test]
     fn capacity_counts_anew_in_each_sequence() {
-        let capacity = Some(Capacity { slots: 2, tokens_per_sequence: 3 });
+        let capacity = Some(Capacity { per_expert: 2, tokens_per_sequence: 3, padded: false });
         let got = dispatch(&[0, 0, 0, 0, 1], &DispatchRule { capacity, ..rule(2, 1, 8) }).unwrap();
         assert_eq!(got.counts, [3, 1]);
         assert_eq!(got.token_slot, [0, 1, -1, 2, 3]);
@@ -160,8 +149,8 @@ mod tests {
 
     #[test]
     fn padded_rows_hold_no_token() {
-        let capacity = Some(Capacity { slots: 2, tokens_per_sequence: 3 });
-        let got = dispatch(&[0, 0, 0, 0, 1], &DispatchRule { capacity, padded: true, ..rule(2, 1, 8) }).unwrap();
+        let capacity = Some(Capacity { per_expert: 2, tokens_per_sequence: 3, padded: true });
+        let got = dispatch(&[0, 0, 0, 0, 1], &DispatchRule { capacity, ..rule(2, 1, 8) }).unwrap();
         assert_eq!(got.counts, [3, 1]);
         assert_eq!(got.offsets, [0, 4, 8]);
         assert_eq!(got.slot_token, [0, 1, 3, -1, 4, -1, -1, -1]);
@@ -175,11 +164,5 @@ mod tests {
         let got = dispatch(&[], &rule(3, 2, 4)).unwrap();
         assert_eq!((got.counts, got.offsets), (vec![0; 3], vec![0; 4]));
         assert!(got.tiles.is_empty() && got.slot_token.is_empty());
-    }
-
-    #[test]
-    fn padding_without_a_capacity_is_an_error() {
-        let error = dispatch(&[0], &DispatchRule { padded: true, ..rule(1, 1, 1) }).unwrap_err();
-        assert_eq!(error.argument, "padded");
     }
 }

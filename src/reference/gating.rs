@@ -4,50 +4,7 @@ use rayon::prelude::*;
 
 use super::activation::sigmoid;
 use super::{Real, ReferenceError, require, require_shape};
-pub use crate::registry::Score;
-
-/// What a group of experts is worth when only the best groups are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum GroupScore {
-    /// Sum of its two largest choice values (DeepSeek-V3; the value itself in a group of one).
-    TopTwo,
-    /// Its largest choice value (DeepSeek-V2's group-limited greedy).
-    Max,
-}
-
-/// How experts are chosen and weighed.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct GatingRule {
-    /// From logits to scores.
-    pub score: Score,
-    /// Experts of a token, `k`.
-    pub top_k: usize,
-    /// Groups of `E / groups` neighbouring experts; 1 for no grouping.
-    pub groups: usize,
-    /// Groups whose experts can be chosen.
-    pub groups_kept: usize,
-    /// The value that groups are compared by.
-    pub group_score: GroupScore,
-    /// Divide the chosen scores by their sum (plus 1e-20).
-    pub renormalise: bool,
-    /// Factor on every weight (`routed_scaling_factor`).
-    pub scale: f64,
-}
-
-impl GatingRule {
-    /// `top_k` experts by `score`, without groups, renormalisation or scaling.
-    pub fn new(score: Score, top_k: usize) -> GatingRule {
-        GatingRule {
-            score,
-            top_k,
-            groups: 1,
-            groups_kept: 1,
-            group_score: GroupScore::TopTwo,
-            renormalise: false,
-            scale: 1.0,
-        }
-    }
-}
+pub use crate::gating::{Gating, GroupScore, Groups, Score};
 
 /// The chosen experts of every token.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +22,7 @@ pub struct Gated {
 /// Experts are compared by the choice value: `p + bias` where there is a correction `bias [E]` (DeepSeek-V3: Wang et al. 2024,
 /// "Auxiliary-Loss-Free Load Balancing"), else the logit itself, of which p is a monotone function. Larger comes first, of equal
 /// values the lower id, and NaN comes after -Inf, so that ids are distinct and in range whatever the logits. With groups,
-/// only experts of the best `groups_kept` groups can be chosen (DeepSeek-V3, section 2.1.2 of its report).
+/// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report).
 ///
 /// The weight is p without the bias, divided by the sum of the chosen plus 1e-20 if `renormalise`, times `scale`. NaN
 /// and infinite logits reach weights as the arithmetic of the formula has it, never ids.
@@ -79,38 +36,36 @@ pub fn gate<L: Real, B: Real>(
     logits: &[L],
     bias: Option<&[B]>,
     experts: usize,
-    rule: &GatingRule,
+    top_k: usize,
+    rule: &Gating,
 ) -> Result<Gated, ReferenceError> {
     require("experts", experts > 0, || "at least 1".into(), experts)?;
     require("logits", logits.len().is_multiple_of(experts), || format!("rows of {experts}"), logits.len())?;
+    let Groups { count, kept, .. } = groups(rule);
+    require("groups.count", count > 0 && experts.is_multiple_of(count), || format!("a divisor of {experts}"), count)?;
+    require("groups.kept", (1..=count).contains(&kept), || format!("1 to {count}"), kept)?;
+    let eligible = experts / count * kept;
+    require("top_k", (1..=eligible).contains(&top_k), || format!("1 to {eligible}"), top_k)?;
     require(
-        "groups",
-        rule.groups > 0 && experts.is_multiple_of(rule.groups),
-        || format!("a divisor of {experts}"),
-        rule.groups,
+        "correction_bias",
+        bias.is_none() || rule.score != Score::TopkSoftmax,
+        || "none, as softmax over the chosen has no score before the choice".into(),
+        "one",
     )?;
-    require(
-        "groups_kept",
-        (1..=rule.groups).contains(&rule.groups_kept),
-        || format!("1 to {}", rule.groups),
-        rule.groups_kept,
-    )?;
-    let eligible = experts / rule.groups * rule.groups_kept;
-    require("top_k", (1..=eligible).contains(&rule.top_k), || format!("1 to {eligible}"), rule.top_k)?;
     if let Some(bias) = bias {
-        require_shape("bias", bias, &[experts])?;
+        require_shape("correction_bias", bias, &[experts])?;
     }
     let bias: Option<Vec<f64>> = bias.map(|bias| bias.iter().map(|&b| b.into()).collect());
 
     let rows: Vec<Vec<(usize, f64)>> =
-        logits.par_chunks(experts).map(|row| gate_token(row, bias.as_deref(), rule)).collect();
+        logits.par_chunks(experts).map(|row| gate_token(row, bias.as_deref(), top_k, rule)).collect();
     Ok(Gated {
         ids: rows.iter().flatten().map(|&(id, _)| id as i32).collect(),
         weights: rows.iter().flatten().map(|&(_, weight)| weight).collect(),
     })
 }
 
-fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, rule: &GatingRule) -> Vec<(usize, f64)> {
+fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, top_k: usize, rule: &Gating) -> Vec<(usize, f64)> {
     let logits: Vec<f64> = logits.iter().map(|&logit| logit.into()).collect();
     let scores = match rule.score {
         Score::Softmax => softmax(&logits),
@@ -121,9 +76,9 @@ fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, rule: &GatingRule) ->
         Some(bias) => scores.iter().zip(bias).map(|(&p, &b)| L::round(L::round(p) + L::round(b))).collect(),
         None => logits.clone(),
     };
-    let mut candidates = eligible::<L>(&choice, rule);
+    let mut candidates = eligible::<L>(&choice, groups(rule));
     candidates.sort_by(|&a, &b| descending(choice[a], choice[b]).then(a.cmp(&b)));
-    candidates.truncate(rule.top_k);
+    candidates.truncate(top_k);
 
     let mut weights: Vec<f64> = candidates.iter().map(|&id| scores[id]).collect();
     if rule.score == Score::TopkSoftmax {
@@ -133,28 +88,33 @@ fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, rule: &GatingRule) ->
         let sum = weights.iter().sum::<f64>() + 1e-20;
         weights.iter_mut().for_each(|weight| *weight /= sum);
     }
-    candidates.into_iter().zip(weights).map(|(id, weight)| (id, weight * rule.scale)).collect()
+    candidates.into_iter().zip(weights).map(|(id, weight)| (id, weight * f64::from(rule.scale))).collect()
+}
+
+/// One group of all experts where there are none.
+fn groups(rule: &Gating) -> Groups {
+    rule.groups.unwrap_or(Groups { count: 1, kept: 1, score: GroupScore::Max })
 }
 
 /// Experts of the groups that are kept, ascending.
-fn eligible<L: Real>(choice: &[f64], rule: &GatingRule) -> Vec<usize> {
-    let size = choice.len() / rule.groups;
+fn eligible<L: Real>(choice: &[f64], groups: Groups) -> Vec<usize> {
+    let size = choice.len() / groups.count;
     let worth: Vec<f64> = choice
         .chunks(size)
         .map(|group| {
             let mut values = group.to_vec();
             values.sort_by(|&a, &b| descending(a, b));
-            match rule.group_score {
+            match groups.score {
                 GroupScore::TopTwo if size > 1 => L::round(values[0] + values[1]),
                 _ => values[0],
             }
         })
         .collect();
-    let mut groups: Vec<usize> = (0..rule.groups).collect();
-    groups.sort_by(|&a, &b| descending(worth[a], worth[b]).then(a.cmp(&b)));
-    groups.truncate(rule.groups_kept);
-    groups.sort();
-    groups.iter().flat_map(|group| group * size..(group + 1) * size).collect()
+    let mut best: Vec<usize> = (0..groups.count).collect();
+    best.sort_by(|&a, &b| descending(worth[a], worth[b]).then(a.cmp(&b)));
+    best.truncate(groups.kept);
+    best.sort();
+    best.iter().flat_map(|group| group * size..(group + 1) * size).collect()
 }
 
 /// Larger first, NaN last; zeros of both signs are equal.
@@ -174,8 +134,8 @@ pub fn softmax(values: &[f64]) -> Vec<f64> {
 mod tests {
     use super::*;
 
-    fn gate_f32(logits: &[f32], bias: Option<&[f32]>, experts: usize, rule: GatingRule) -> Gated {
-        gate(logits, bias, experts, &rule).unwrap()
+    fn gate_f32(logits: &[f32], bias: Option<&[f32]>, experts: usize, top_k: usize, rule: Gating) -> Gated {
+        gate(logits, bias, experts, top_k, &rule).unwrap()
     }
 
     fn near(got: &[f64], want: &[f64]) {
@@ -193,19 +153,19 @@ mod tests {
     #[test]
     fn softmax_with_and_without_renormalisation() {
         let logits = ln(&[1.0, 4.0, 2.0, 3.0]);
-        let mut rule = GatingRule::new(Score::Softmax, 2);
-        let gated = gate::<f64, f64>(&logits, None, 4, &rule).unwrap();
+        let mut rule = Gating::new(Score::Softmax);
+        let gated = gate::<f64, f64>(&logits, None, 4, 2, &rule).unwrap();
         assert_eq!(gated.ids, [1, 3]);
         near(&gated.weights, &[0.4, 0.3]);
         rule.renormalise = true;
         rule.scale = 7.0;
-        near(&gate::<f64, f64>(&logits, None, 4, &rule).unwrap().weights, &[4.0, 3.0]);
+        near(&gate::<f64, f64>(&logits, None, 4, 2, &rule).unwrap().weights, &[4.0, 3.0]);
     }
 
     #[test]
     fn softmax_over_the_chosen_only() {
-        let gated =
-            gate::<f64, f64>(&ln(&[1.0, 4.0, 2.0, 3.0]), None, 4, &GatingRule::new(Score::TopkSoftmax, 3)).unwrap();
+        let rule = Gating::new(Score::TopkSoftmax);
+        let gated = gate::<f64, f64>(&ln(&[1.0, 4.0, 2.0, 3.0]), None, 4, 3, &rule).unwrap();
         assert_eq!(gated.ids, [1, 3, 2]);
         near(&gated.weights, &[4.0 / 9.0, 3.0 / 9.0, 2.0 / 9.0]);
     }
@@ -215,44 +175,43 @@ mod tests {
         // sigmoid(ln(a / (1 - a))) = a
         let logit = |a: f64| (a / (1.0 - a)).ln();
         let logits = [logit(0.8), logit(0.5), logit(0.25), logit(0.2)];
-        let rule = GatingRule { renormalise: true, scale: 3.0, ..GatingRule::new(Score::Sigmoid, 2) };
-        let gated = gate(&logits, Some(&[0.0, 0.0, 0.0, 0.7]), 4, &rule).unwrap();
+        let rule = Gating { scale: 3.0, ..Gating::new(Score::Sigmoid).renormalised() };
+        let gated = gate(&logits, Some(&[0.0, 0.0, 0.0, 0.7]), 4, 2, &rule).unwrap();
         assert_eq!(gated.ids, [3, 0]);
         near(&gated.weights, &[0.6, 2.4]);
+    }
+
+    fn grouped(count: usize, kept: usize, score: GroupScore) -> Gating {
+        Gating { groups: Some(Groups { count, kept, score }), ..Gating::new(Score::Sigmoid) }
     }
 
     #[test]
     fn groups_by_their_two_best() {
         // Group sums of the two best: 10, 9, 11; the largest single value is in the group that loses.
         let logits = [4.0f32, 6.0, 0.0, 9.0, 0.0, 0.0, 5.0, 6.0, 1.0];
-        let mut rule = GatingRule { groups: 3, groups_kept: 2, ..GatingRule::new(Score::Sigmoid, 3) };
-        assert_eq!(gate_f32(&logits, None, 9, rule).ids, [1, 7, 6]);
-        rule.group_score = GroupScore::Max;
-        rule.groups_kept = 1;
-        assert_eq!(gate_f32(&logits, None, 9, rule).ids, [3, 4, 5]);
+        assert_eq!(gate_f32(&logits, None, 9, 3, grouped(3, 2, GroupScore::TopTwo)).ids, [1, 7, 6]);
+        assert_eq!(gate_f32(&logits, None, 9, 3, grouped(3, 1, GroupScore::Max)).ids, [3, 4, 5]);
     }
 
     #[test]
     fn equal_values_prefer_the_lower_id_and_group() {
-        let rule = GatingRule::new(Score::Softmax, 3);
-        assert_eq!(gate_f32(&[0.0, -0.0, 0.0, -0.0], None, 4, rule).ids, [0, 1, 2]);
-        let rule = GatingRule { groups: 2, groups_kept: 1, ..GatingRule::new(Score::Sigmoid, 1) };
-        assert_eq!(gate_f32(&[1.0; 4], None, 4, rule).ids, [0]);
+        assert_eq!(gate_f32(&[0.0, -0.0, 0.0, -0.0], None, 4, 3, Gating::new(Score::Softmax)).ids, [0, 1, 2]);
+        assert_eq!(gate_f32(&[1.0; 4], None, 4, 1, grouped(2, 1, GroupScore::TopTwo)).ids, [0]);
     }
 
     #[test]
     fn nan_comes_last_and_ids_stay_distinct() {
         let (nan, inf) = (f32::NAN, f32::INFINITY);
-        let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, GatingRule::new(Score::Sigmoid, 4));
+        let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, Gating::new(Score::Sigmoid));
         assert_eq!(gated.ids, [2, 1, 0, 3]);
         near(&gated.weights, &[sigmoid(1.0), 0.0, f64::NAN, f64::NAN]);
-        let gated = gate_f32(&[nan; 4], None, 4, GatingRule::new(Score::TopkSoftmax, 2));
+        let gated = gate_f32(&[nan; 4], None, 4, 2, Gating::new(Score::TopkSoftmax));
         assert_eq!(gated.ids, [0, 1]);
-        let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, GatingRule::new(Score::TopkSoftmax, 2));
+        let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, 2, Gating::new(Score::TopkSoftmax));
         assert_eq!(gated.ids, [3, 2]);
         near(&gated.weights, &[f64::NAN, f64::NAN]);
         // A number's weight is lost only through the sum over all experts.
-        let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, GatingRule::new(Score::Softmax, 2));
+        let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, 2, Gating::new(Score::Softmax));
         assert_eq!(gated.ids, [2, 0]);
         near(&gated.weights, &[f64::NAN, f64::NAN]);
     }
@@ -261,15 +220,20 @@ mod tests {
     fn choice_values_are_f32_sums() {
         // 0.5 + 2^-25 is 0.5 in f32, so that the lower id wins; in f64 the second is larger.
         let bias = [0.0, 2f64.powi(-26)];
-        let rule = GatingRule::new(Score::Sigmoid, 1);
-        assert_eq!(gate(&[0.0f32, 0.0], Some(&bias), 2, &rule).unwrap().ids, [0]);
-        assert_eq!(gate(&[0.0f64, 0.0], Some(&bias), 2, &rule).unwrap().ids, [1]);
+        let rule = Gating::new(Score::Sigmoid);
+        assert_eq!(gate(&[0.0f32, 0.0], Some(&bias), 2, 1, &rule).unwrap().ids, [0]);
+        assert_eq!(gate(&[0.0f64, 0.0], Some(&bias), 2, 1, &rule).unwrap().ids, [1]);
     }
 
     #[test]
     fn more_experts_than_eligible_is_an_error() {
-        let rule = GatingRule { groups: 2, groups_kept: 1, ..GatingRule::new(Score::Sigmoid, 3) };
-        let error = gate::<f32, f32>(&[0.0; 4], None, 4, &rule).unwrap_err();
+        let error = gate::<f32, f32>(&[0.0; 4], None, 4, 3, &grouped(2, 1, GroupScore::Max)).unwrap_err();
         assert_eq!((error.argument, error.expected.as_str()), ("top_k", "1 to 2"));
+    }
+
+    #[test]
+    fn a_bias_without_scores_is_an_error() {
+        let error = gate(&[0.0f32; 4], Some(&[0.0f32; 4]), 4, 1, &Gating::new(Score::TopkSoftmax)).unwrap_err();
+        assert_eq!(error.argument, "correction_bias");
     }
 }

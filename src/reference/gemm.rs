@@ -2,7 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::activation::Activation;
+pub use super::activation::Activation;
+use super::activation::{activate, activate_glu};
 use super::dispatch::Dispatched;
 use super::{Real, ReferenceError, require, require_shape};
 pub use crate::registry::{Glu, Layout};
@@ -45,9 +46,9 @@ impl<W: Real> ExpertMatrix<'_, W> {
     fn element<A: Real>(&self, a: &[A], scale: f64, expert: usize, column: usize, activation: Activation) -> f64 {
         let at = |row| self.product(a, scale, expert, row);
         match self.glu {
-            Glu::None => activation.apply(at(column)),
-            Glu::Split => activation.apply_glu(at(column), at(self.n + column)),
-            Glu::Interleaved => activation.apply_glu(at(2 * column), at(2 * column + 1)),
+            Glu::None => activate(activation, at(column)),
+            Glu::Split => activate_glu(activation, at(column), at(self.n + column)),
+            Glu::Interleaved => activate_glu(activation, at(2 * column), at(2 * column + 1)),
         }
     }
 }
@@ -132,7 +133,7 @@ mod tests {
     use super::*;
 
     fn plan(ids: &[i32], experts: usize) -> Dispatched {
-        dispatch(ids, &DispatchRule { experts, top_k: 1, capacity: None, padded: false, tile_m: 16 }).unwrap()
+        dispatch(ids, &DispatchRule { experts, top_k: 1, capacity: None, tile_m: 16 }).unwrap()
     }
 
     fn matrix(weight: &[f64], n: usize, k: usize) -> ExpertMatrix<'_, f64> {

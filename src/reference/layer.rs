@@ -3,7 +3,7 @@
 use super::activation::Activation;
 use super::combine::combine;
 use super::dispatch::{Capacity, DispatchRule, Dispatched, dispatch};
-use super::gating::{GatingRule, gate};
+use super::gating::{Gating, gate};
 use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
 use super::router::router;
 use super::{Real, ReferenceError, require};
@@ -19,8 +19,10 @@ pub struct Layer<'a, R, W> {
     pub router_bias: Option<&'a [R]>,
     /// `[E]`, added to the scores when experts are chosen (DeepSeek-V3).
     pub correction_bias: Option<&'a [R]>,
+    /// Experts of a token, `k`.
+    pub top_k: usize,
     /// How experts are chosen and weighed.
-    pub gating: GatingRule,
+    pub gating: Gating,
     /// Whether the weight multiplies the expert's input instead of its output (Llama 4).
     pub weigh_input: bool,
     /// Limit of slots per expert (Switch).
@@ -65,8 +67,8 @@ pub struct Forward {
 pub fn forward<X: Real, R: Real, W: Real>(x: &[X], layer: &Layer<R, W>) -> Result<Forward, ReferenceError> {
     let experts = layer.router_weight.len() / layer.hidden.max(1);
     let logits = router(x, layer.router_weight, layer.router_bias, layer.hidden)?;
-    let gated = gate(&logits, layer.correction_bias, experts, &layer.gating)?;
-    let rule = DispatchRule { experts, top_k: layer.gating.top_k, capacity: layer.capacity, padded: false, tile_m: 16 };
+    let gated = gate(&logits, layer.correction_bias, experts, layer.top_k, &layer.gating)?;
+    let rule = DispatchRule { experts, top_k: layer.top_k, capacity: layer.capacity, tile_m: 16 };
     let plan = dispatch(&gated.ids, &rule)?;
     chain("up", "down", &layer.up, &layer.down, layer.hidden)?;
 
@@ -81,7 +83,7 @@ pub fn forward<X: Real, R: Real, W: Real>(x: &[X], layer: &Layer<R, W>) -> Resul
         None => None,
     };
     let weights = (!layer.weigh_input).then_some(gated.weights.as_slice());
-    let y = combine(&y_slots, &plan.token_slot, weights, None, shared.as_deref(), layer.gating.top_k, layer.hidden)?;
+    let y = combine(&y_slots, &plan.token_slot, weights, None, shared.as_deref(), layer.top_k, layer.hidden)?;
     Ok(Forward { logits, ids: gated.ids, weights: gated.weights, plan, hidden, y_slots, shared, y })
 }
 
@@ -114,7 +116,8 @@ mod tests {
             router_weight: &[1.0, -1.0],
             router_bias: None,
             correction_bias: None,
-            gating: GatingRule::new(Score::Sigmoid, 1),
+            top_k: 1,
+            gating: Gating::new(Score::Sigmoid),
             weigh_input: false,
             capacity: None,
             up: plain(&[2.0, 3.0]),
@@ -150,7 +153,7 @@ mod tests {
 
     #[test]
     fn dropped_tokens_are_zero() {
-        let capacity = Some(Capacity { slots: 1, tokens_per_sequence: 2 });
+        let capacity = Some(Capacity { per_expert: 1, tokens_per_sequence: 2, padded: false });
         let got = forward(&[1.0, 1.0, 1.0], &Layer { capacity, ..layer(false) }).unwrap();
         assert!(got.y[0] > 0.0 && got.y[1] == 0.0 && got.y[2] == got.y[0]);
     }
