@@ -68,10 +68,9 @@ impl CombineDesc {
 pub fn select(desc: &CombineDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let combine = Combine { dtype: desc.dtype };
-    // One step of a block covers 8 elements a thread.
-    let blocks_per_row = desc.hidden.div_ceil(8 * Combine::THREADS as usize) as u64;
-    let blocks = shape::grid_x(OPERATION, "tokens", desc.tokens as u64 * blocks_per_row)?;
-    Ok(Selection { kernel: Kernel::Combine(combine), grid: [blocks, 1, 1], cooperative: false })
+    let grid = combine.grid(desc.tokens as u32, desc.hidden as u32);
+    shape::grid_y(OPERATION, "hidden", grid[1])?;
+    Ok(Selection { kernel: Kernel::Combine(combine), grid, cooperative: false })
 }
 
 /// Computes `y`.

@@ -115,6 +115,10 @@ impl GatingDesc {
     fn validate_groups(&self, groups: Groups) -> Result<(), Error> {
         let Groups { count, kept, score } = groups;
         shape::positive(OPERATION, "groups.count", count)?;
+        if count > Gate::MAX_GROUPS as usize {
+            let supported = format!("at most {}", Gate::MAX_GROUPS);
+            return Err(Error::unsupported(OPERATION, "groups.count", supported, count));
+        }
         if !self.experts.is_multiple_of(count) {
             let expected = format!("a divisor of the number of experts, {}", self.experts);
             return Err(Error::invalid(OPERATION, "groups.count", expected, count));
