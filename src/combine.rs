@@ -141,3 +141,42 @@ fn params(desc: &CombineDesc, at: Addresses<'_>) -> [Param; 9] {
         (desc.hidden as u32).into(),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::device::A100;
+
+    fn desc() -> CombineDesc {
+        CombineDesc { dtype: Dtype::Bf16, tokens: 64, top_k: 2, hidden: 2048, slots: 128 }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entry() {
+        let at = Addresses {
+            y_slots: Address::NULL,
+            token_slot: Address::NULL,
+            weights: None,
+            residual: None,
+            addend: None,
+            y: Address::NULL,
+        };
+        let params = params(&desc(), at);
+        for dtype in Dtype::ALL {
+            crate::embedded::assert_takes(Kernel::Combine(Combine { dtype }), &params);
+        }
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |desc: CombineDesc| select(&desc, &A100).unwrap_err().argument().unwrap();
+        assert!(select(&desc(), &A100).is_ok());
+        assert_eq!(fault(CombineDesc { hidden: 4, ..desc() }), "hidden");
+        assert_eq!(fault(CombineDesc { hidden: 1 << 30, ..desc() }), "hidden");
+        assert_eq!(fault(CombineDesc { top_k: 0, ..desc() }), "top_k");
+        assert_eq!(fault(CombineDesc { top_k: 33, ..desc() }), "top_k");
+        assert_eq!(fault(CombineDesc { tokens: 1 << 30, ..desc() }), "token_slot");
+        assert_eq!(fault(CombineDesc { slots: 1 << 31, ..desc() }), "slots");
+    }
+}

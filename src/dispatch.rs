@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::gating::{self, Gating, GatingDesc};
+use crate::gating::{self, Gating, GatingDesc, Routing};
 use crate::launch::{Address, Held, In, Out, Param, SCALAR, Scope, VECTOR, optional};
 use crate::registry::{Dispatch, Kernel};
 use crate::tiles::max_tiles;
@@ -172,20 +172,48 @@ pub struct GateDispatchArgs<'a> {
 /// Those of [`DispatchDesc::validate`].
 pub fn workspace_bytes(desc: &DispatchDesc, device: &DeviceInfo) -> Result<usize, Error> {
     desc.validate()?;
-    // Blocks that count separately: no more of either kernel than of the one with fewer warps a block.
-    let warps =
-        Dispatch::MAX_EXPERTS.map(|max_experts| Dispatch { max_experts }.warps()).into_iter().min().unwrap_or(1);
-    Ok(BARRIER_HEADER + blocks(desc, warps, device) as usize * desc.experts * size_of::<i32>())
+    let blocks = dispatch_blocks(desc, device).max(gate_blocks(desc, device));
+    Ok(BARRIER_HEADER + blocks as usize * desc.experts * size_of::<i32>())
 }
 
-/// Blocks of `warps` warps that share the tokens: at least four tokens a warp, all blocks resident at once (they meet at a
-/// barrier), and no more warps than sequences where a capacity counts by sequence.
-fn blocks(desc: &DispatchDesc, warps: u32, device: &DeviceInfo) -> u32 {
+/// The dispatch kernel for the number of experts.
+fn kernel(desc: &DispatchDesc) -> Dispatch {
+    let fits = |max_experts: &u32| *max_experts as usize >= desc.experts;
+    let largest = Dispatch::MAX_EXPERTS[Dispatch::MAX_EXPERTS.len() - 1];
+    Dispatch { max_experts: Dispatch::MAX_EXPERTS.into_iter().find(fits).unwrap_or(largest) }
+}
+
+/// Blocks of dispatch alone: about 105 instructions for 32 slots.
+fn dispatch_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
+    blocks(desc, kernel(desc).warps(), 105 * desc.top_k as u64 / 32, device)
+}
+
+/// Blocks of gating with dispatch. The instructions of a token are those that the gate kernel's header states.
+fn gate_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
+    let gate = gating::kernel(gating::Score::Softmax, desc.experts, true);
+    let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
+    blocks(desc, gate.warps(), work, device)
+}
+
+/// Blocks of `warps` warps that share the tokens, `work` instructions each.
+///
+/// All must be resident at once, as they meet at a barrier: at most one a multiprocessor. A warp gets at least four
+/// tokens, and no more warps work than there are sequences where a capacity counts by sequence (the kernel then uses
+/// half of a block's warps). More blocks shorten the first pass, of `work T / (P warps)` instructions, and lengthen the
+/// second, where each block adds up the counters of all blocks, `4 P E` bytes at about 64 a clock: the sum is least at
+/// `P = sqrt(16 work T / (warps E))`.
+fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &DeviceInfo) -> u32 {
     if !device.cooperative_launch {
         return 1;
     }
-    let units = if desc.capacity.is_some() { desc.sequences() } else { desc.tokens.div_ceil(4) };
-    (units as u32).div_ceil(warps).min((desc.tokens as u32).div_ceil(4 * warps)).clamp(1, device.multiprocessors)
+    let tokens = desc.tokens as u32;
+    let balanced = (16 * work * u64::from(tokens) / (u64::from(warps) * desc.experts as u64)).isqrt();
+    let by_sequence = match desc.capacity {
+        Some(_) => (desc.sequences() as u32).div_ceil((warps / 2).max(1)),
+        None => u32::MAX,
+    };
+    let most = tokens.div_ceil(4 * warps).min(by_sequence).min(device.multiprocessors);
+    (balanced.min(most.into()) as u32).max(1)
 }
 
 /// Chooses kernel and grid of [`forward`].
@@ -194,11 +222,8 @@ fn blocks(desc: &DispatchDesc, warps: u32, device: &DeviceInfo) -> u32 {
 /// Those of [`DispatchDesc::validate`].
 pub fn select(desc: &DispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let fits = |max_experts: &u32| *max_experts as usize >= desc.experts;
-    let largest = Dispatch::MAX_EXPERTS[Dispatch::MAX_EXPERTS.len() - 1];
-    let dispatch = Dispatch { max_experts: Dispatch::MAX_EXPERTS.into_iter().find(fits).unwrap_or(largest) };
-    let blocks = blocks(desc, dispatch.warps(), device);
-    Ok(Selection { kernel: Kernel::Dispatch(dispatch), grid: [blocks, 1, 1], cooperative: blocks > 1 })
+    let blocks = dispatch_blocks(desc, device);
+    Ok(Selection { kernel: Kernel::Dispatch(kernel(desc)), grid: [blocks, 1, 1], cooperative: blocks > 1 })
 }
 
 /// Chooses kernel and grid of [`gate_and_dispatch`].
@@ -209,7 +234,7 @@ pub fn select_fused(gating: &Gating, desc: &DispatchDesc, device: &DeviceInfo) -
     desc.validate()?;
     gating_desc(gating, desc).validate()?;
     let gate = gating::kernel(gating.score, desc.experts, true);
-    let blocks = blocks(desc, gate.warps(), device);
+    let blocks = gate_blocks(desc, device);
     Ok(Selection { kernel: Kernel::Gate(gate), grid: [blocks, 1, 1], cooperative: blocks > 1 })
 }
 
@@ -241,11 +266,22 @@ pub fn forward(
     let ids = scope.read("ids", args.ids, choices, SCALAR)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
+    let params = params(desc, ids.address(), optional(&weights), outputs.addresses(), workspace.address());
+    scope.launch(&selection, params)
+}
+
+fn params(
+    desc: &DispatchDesc,
+    ids: Address<'_>,
+    weights: Option<Address<'_>>,
+    outputs: Outputs<'_>,
+    workspace: Address<'_>,
+) -> [Param; 17] {
     let [capacity, sequence, padded, tile_m] = scalars(desc);
-    let [counts, offsets, slot_token, token_slot, slot_weight, tiles, num_tiles] = outputs.addresses().params();
-    let params = [
-        ids.address().into(),
-        optional(&weights).into(),
+    let [counts, offsets, slot_token, token_slot, slot_weight, tiles, num_tiles] = outputs.params();
+    [
+        ids.into(),
+        weights.into(),
         (desc.tokens as u32).into(),
         (desc.experts as u32).into(),
         (desc.top_k as u32).into(),
@@ -260,9 +296,8 @@ pub fn forward(
         slot_weight,
         tiles,
         num_tiles,
-        workspace.address().into(),
-    ];
-    scope.launch(&selection, params)
+        workspace.into(),
+    ]
 }
 
 /// Chooses experts and sorts the slots, in one launch: [`gating::forward`] followed by [`forward`].
@@ -277,7 +312,6 @@ pub fn gate_and_dispatch(
     args: GateDispatchArgs<'_>,
 ) -> Result<(), Error> {
     let selection = select_fused(gating, desc, kernels.device())?;
-    gating::check_bias(OPERATION, gating, args.correction_bias.is_some())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     let outputs = HeldOutputs::open(&scope, desc, args.outputs)?;
     if desc.tokens == 0 {
@@ -296,14 +330,6 @@ pub fn gate_and_dispatch(
         weights: weights.address(),
     };
     enqueue_fused(&scope, gating, desc, &selection, routing, outputs.addresses(), workspace.address())
-}
-
-/// What gating reads and writes.
-pub(crate) struct Routing<'a> {
-    pub(crate) logits: Address<'a>,
-    pub(crate) correction_bias: Option<Address<'a>>,
-    pub(crate) ids: Address<'a>,
-    pub(crate) weights: Address<'a>,
 }
 
 /// What dispatch writes.
@@ -340,14 +366,25 @@ pub(crate) fn enqueue_fused(
     outputs: Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
-    let [t, e, k, groups, kept, flags, scale] = gating::scalars(&gating_desc(gating, desc));
+    scope.launch(selection, fused_params(gating, desc, routing, outputs, workspace))
+}
+
+fn fused_params(
+    gating: &Gating,
+    desc: &DispatchDesc,
+    routing: Routing<'_>,
+    outputs: Outputs<'_>,
+    workspace: Address<'_>,
+) -> [Param; 23] {
+    let [logits, bias, ids, weights, t, e, k, groups, kept, flags, scale] =
+        gating::params(&gating_desc(gating, desc), routing);
     let [capacity, sequence, padded, tile_m] = scalars(desc);
     let [counts, offsets, slot_token, token_slot, slot_weight, tiles, num_tiles] = outputs.params();
-    let params = [
-        routing.logits.into(),
-        routing.correction_bias.into(),
-        routing.ids.into(),
-        routing.weights.into(),
+    [
+        logits,
+        bias,
+        ids,
+        weights,
         t,
         e,
         k,
@@ -367,8 +404,7 @@ pub(crate) fn enqueue_fused(
         tiles,
         num_tiles,
         workspace.into(),
-    ];
-    scope.launch(selection, params)
+    ]
 }
 
 fn gating_desc(gating: &Gating, desc: &DispatchDesc) -> GatingDesc {
@@ -485,7 +521,9 @@ mod tests {
         let blocks = |desc: &DispatchDesc, device: &DeviceInfo| select(desc, device).unwrap().grid[0];
         assert_eq!(blocks(&DispatchDesc { tokens: 1, ..desc() }, &A100), 1);
         assert_eq!(blocks(&DispatchDesc { tokens: 1 << 20, ..desc() }, &A100), A100.multiprocessors);
-        assert_eq!(blocks(&DispatchDesc { tokens: 1 << 20, ..capped(9, 1 << 15, false) }, &A100), 4, "32 sequences");
+        assert_eq!(blocks(&DispatchDesc { tokens: 1 << 20, ..capped(9, 1 << 15, false) }, &A100), 8, "32 sequences");
+        let sparse = DispatchDesc { tokens: 4096, experts: 4096, top_k: 1, ..desc() };
+        assert!(blocks(&sparse, &A100) < 16, "each block reads the counters of all");
         let plain = DeviceInfo { cooperative_launch: false, ..A100 };
         assert_eq!(blocks(&DispatchDesc { tokens: 1 << 20, ..desc() }, &plain), 1);
     }
@@ -500,6 +538,30 @@ mod tests {
                     let needed = BARRIER_HEADER + selection.grid[0] as usize * experts * 4;
                     assert!(workspace_bytes(&desc, &A100).unwrap() >= needed);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entries() {
+        let null = Address::NULL;
+        let outputs = || Outputs {
+            counts: null,
+            offsets: null,
+            slot_token: null,
+            token_slot: null,
+            slot_weight: None,
+            tiles: None,
+            num_tiles: None,
+        };
+        let routing = Routing { logits: null, correction_bias: None, ids: null, weights: null };
+        let alone = params(&desc(), null, None, outputs(), null);
+        let fused = fused_params(&Gating::new(Score::Softmax), &desc(), routing, outputs(), null);
+        for kernel in crate::registry::all() {
+            match kernel {
+                Kernel::Dispatch(_) => crate::embedded::assert_takes(kernel, &alone),
+                Kernel::Gate(gate) if gate.dispatch => crate::embedded::assert_takes(kernel, &fused),
+                _ => {}
             }
         }
     }

@@ -38,3 +38,22 @@ static TABLE: &[Embedded] = include!(concat!(env!("OUT_DIR"), "/embedded_table.r
 pub fn embedded() -> &'static [Embedded] {
     TABLE
 }
+
+/// Whether the entry takes parameters of these types, in this order.
+#[cfg(test)]
+pub(crate) fn assert_takes(kernel: crate::registry::Kernel, params: &[crate::launch::Param]) {
+    use crate::launch::Param;
+    let name = kernel.name();
+    let entry = TABLE.iter().find(|entry| entry.name == name).expect("every kernel is embedded");
+    let head = entry.ptx.split(".entry").nth(1).and_then(|text| text.split('{').next()).expect("one entry");
+    let declared: Vec<&str> = head.split(".param").skip(1).filter_map(|text| text.split_whitespace().next()).collect();
+    let packed: Vec<&str> = params
+        .iter()
+        .map(|param| match param {
+            Param::Address(_) => ".u64",
+            Param::U32(_) => ".u32",
+            Param::F32(_) => ".f32",
+        })
+        .collect();
+    assert_eq!(declared, packed, "{name}");
+}

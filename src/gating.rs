@@ -7,7 +7,7 @@
 //! 3. the `k` eligible experts of largest choice value `p + correction_bias` are chosen, larger first; among equals the
 //!    lower id, NaN after everything else. With no bias the logits themselves are compared: the same order, exactly;
 //! 4. the weight of a choice is its `p`, divided by the sum of the chosen (plus 1e-20) if `renormalise`, times `scale`.
-//!    With [`Score::TopkSoftmax`] it is the softmax over the chosen logits only.
+//!    With [`Score::TopkSoftmax`] the choice value is the logit (plus bias), and `p` the softmax over the chosen logits only.
 //!
 //! Ids are always in range and distinct; a NaN logit can reach weights, never ids.
 //!
@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::launch::{In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::launch::{Address, In, Out, Param, SCALAR, Scope, VECTOR, optional};
 pub use crate::registry::Score;
 use crate::registry::{Gate, Kernel};
 use crate::{DeviceInfo, Error, Kernels, Selection, shape};
@@ -116,8 +116,7 @@ impl GatingDesc {
         let Groups { count, kept, score } = groups;
         shape::positive(OPERATION, "groups.count", count)?;
         if count > Gate::MAX_GROUPS as usize {
-            let supported = format!("at most {}", Gate::MAX_GROUPS);
-            return Err(Error::unsupported(OPERATION, "groups.count", supported, count));
+            return Err(Error::unsupported(OPERATION, "groups.count", format!("at most {}", Gate::MAX_GROUPS), count));
         }
         if !self.experts.is_multiple_of(count) {
             let expected = format!("a divisor of the number of experts, {}", self.experts);
@@ -137,15 +136,6 @@ impl GatingDesc {
         }
         Ok(())
     }
-}
-
-/// The rule against an optional correction bias.
-pub(crate) fn check_bias(operation: &'static str, gating: &Gating, given: bool) -> Result<(), Error> {
-    if given && gating.score == Score::TopkSoftmax {
-        let reason = "Score::TopkSoftmax has no score of its own before the choice";
-        return Err(Error::Unexpected { operation, argument: "correction_bias", reason });
-    }
-    Ok(())
 }
 
 /// The kernel for `experts` experts.
@@ -172,8 +162,8 @@ pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`GatingDesc::validate`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a
-/// buffer: [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
+/// Those of [`GatingDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// [`Error::DifferentContext`]; and those of the driver.
 pub fn forward(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
@@ -181,7 +171,6 @@ pub fn forward(
     args: GatingArgs<'_>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
-    check_bias(OPERATION, &desc.gating, args.correction_bias.is_some())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     if desc.tokens == 0 {
         return Ok(());
@@ -191,28 +180,27 @@ pub fn forward(
     let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, VECTOR)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
-    let [t, e, k, groups, kept, flags, scale] = scalars(desc);
-    let params = [
-        logits.address().into(),
-        optional(&bias).into(),
-        ids.address().into(),
-        weights.address().into(),
-        t,
-        e,
-        k,
-        groups,
-        kept,
-        flags,
-        scale,
-    ];
-    scope.launch(&selection, params)
+    let routing = Routing {
+        logits: logits.address(),
+        correction_bias: optional(&bias),
+        ids: ids.address(),
+        weights: weights.address(),
+    };
+    scope.launch(&selection, params(desc, routing))
+}
+
+/// What gating reads and writes.
+pub(crate) struct Routing<'a> {
+    pub(crate) logits: Address<'a>,
+    pub(crate) correction_bias: Option<Address<'a>>,
+    pub(crate) ids: Address<'a>,
+    pub(crate) weights: Address<'a>,
 }
 
 const RENORMALISE: u32 = 1;
 const GROUP_SCORE_IS_MAX: u32 = 2;
 
-/// `T, E, k, groups, groups_kept, flags, scale`.
-pub(crate) fn scalars(desc: &GatingDesc) -> [Param; 7] {
+pub(crate) fn params(desc: &GatingDesc, at: Routing<'_>) -> [Param; 11] {
     let gating = &desc.gating;
     let mut flags = if gating.renormalise { RENORMALISE } else { 0 };
     let (groups, kept) = match gating.groups {
@@ -225,6 +213,10 @@ pub(crate) fn scalars(desc: &GatingDesc) -> [Param; 7] {
         None => (1, 1),
     };
     [
+        at.logits.into(),
+        at.correction_bias.into(),
+        at.ids.into(),
+        at.weights.into(),
         (desc.tokens as u32).into(),
         (desc.experts as u32).into(),
         (desc.top_k as u32).into(),
@@ -268,8 +260,15 @@ mod tests {
         assert_eq!(fault(grouped(0, 0, GroupScore::Max)), "groups.count");
         assert_eq!(fault(grouped(8, 9, GroupScore::Max)), "groups.kept");
         assert_eq!(fault(grouped(8, 0, GroupScore::Max)), "groups.kept");
-        assert_eq!(fault(grouped(256, 16, GroupScore::TopTwo)), "groups.score");
-        assert_eq!(fault(grouped(256, 4, GroupScore::Max)), "top_k");
+        assert_eq!(fault(GatingDesc { experts: 16, top_k: 1, ..grouped(16, 16, GroupScore::TopTwo) }), "groups.score");
+        assert_eq!(fault(grouped(256, 4, GroupScore::Max)), "groups.count");
+    }
+
+    #[test]
+    fn too_few_eligible_experts() {
+        let desc = GatingDesc { experts: 32, ..grouped(32, 4, GroupScore::Max) };
+        let error = desc.validate().unwrap_err().to_string();
+        assert_eq!(error, "gating: `top_k` is 8, expected at most 4 groups kept * 1 experts = 4");
     }
 
     #[test]
@@ -278,6 +277,17 @@ mod tests {
             let desc = GatingDesc { experts, top_k: 1, ..desc() };
             let Kernel::Gate(gate) = select(&desc, &A100).unwrap().kernel else { unreachable!() };
             assert_eq!(gate.values, values, "{experts} experts");
+        }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entry() {
+        let at = Routing { logits: Address::NULL, correction_bias: None, ids: Address::NULL, weights: Address::NULL };
+        let params = params(&desc(), at);
+        for kernel in crate::registry::all() {
+            if matches!(kernel, Kernel::Gate(Gate { dispatch: false, .. })) {
+                crate::embedded::assert_takes(kernel, &params);
+            }
         }
     }
 }

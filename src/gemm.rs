@@ -321,3 +321,76 @@ fn params(desc: &GemmDesc, at: Addresses<'_>) -> [Param; 14] {
         limit.into(),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::device::A100;
+
+    fn dense() -> GemmDesc {
+        GemmDesc {
+            dtype: Dtype::Bf16,
+            rows: 100,
+            a_rows: 100,
+            experts: 1,
+            n: 72,
+            k: 64,
+            glu: Glu::Split,
+            activation: Activation::Silu,
+            layout: Layout::Nk,
+            schedule: Schedule::Dense,
+        }
+    }
+
+    fn grouped(tile_m: usize, max_tiles: usize) -> GemmDesc {
+        GemmDesc { experts: 8, schedule: Schedule::Grouped { tile_m, max_tiles }, ..dense() }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entry() {
+        let at = Addresses {
+            a: Address::NULL,
+            b: Address::NULL,
+            bias: None,
+            out: Address::NULL,
+            slot_token: None,
+            row_scale: None,
+            tiles: None,
+            num_tiles: None,
+        };
+        let params = params(&dense(), at);
+        for kernel in crate::registry::all().into_iter().filter(|kernel| matches!(kernel, Kernel::GroupedGemm(_))) {
+            crate::embedded::assert_takes(kernel, &params);
+        }
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |desc: GemmDesc| select(&desc, &A100).unwrap_err().argument().unwrap();
+        assert!(select(&dense(), &A100).is_ok());
+        assert!(select(&grouped(64, 10), &A100).is_ok());
+        assert_eq!(fault(GemmDesc { n: 12, ..dense() }), "n");
+        assert_eq!(fault(GemmDesc { n: 1 << 30, ..dense() }), "n");
+        assert_eq!(fault(GemmDesc { k: 0, ..dense() }), "k");
+        assert_eq!(fault(GemmDesc { experts: 2, ..dense() }), "experts");
+        assert_eq!(fault(GemmDesc { rows: 1 << 32, ..dense() }), "rows");
+        assert_eq!(fault(GemmDesc { activation: Activation::Identity, ..dense() }), "activation");
+        let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
+        assert_eq!(fault(GemmDesc { activation: clamped, glu: Glu::None, ..dense() }), "activation");
+        let negative = Activation::ClampedSwiglu { alpha: 1.702, limit: -1.0 };
+        assert_eq!(fault(GemmDesc { activation: negative, ..dense() }), "activation");
+        assert_eq!(fault(grouped(63, 10)), "tile_m");
+        assert_eq!(fault(grouped(0, 10)), "tile_m");
+        assert_eq!(fault(GemmDesc { n: 1 << 20, ..grouped(64, 1 << 28) }), "n");
+        assert_eq!(fault(GemmDesc { experts: 4096, n: 1 << 29, k: 1 << 30, ..grouped(64, 1) }), "b");
+    }
+
+    #[test]
+    fn bands_of_tiles_times_columns() {
+        let columns = 72_u32.div_ceil(64);
+        assert_eq!(select(&grouped(64, 9), &A100).unwrap().grid, [16 * columns, 1, 1]);
+        assert_eq!(select(&grouped(64, 0), &A100).unwrap().grid, [0, 1, 1]);
+        assert_eq!(select(&GemmDesc { rows: 1, ..dense() }, &A100).unwrap().grid, [8 * columns, 1, 1]);
+    }
+}

@@ -36,6 +36,10 @@ pub(crate) struct Address<'a> {
 }
 
 impl<'a> Address<'a> {
+    /// No address: for tests of what is packed.
+    #[cfg(test)]
+    pub(crate) const NULL: Address<'static> = Address { value: 0, _held: PhantomData };
+
     /// The address `bytes` further on, within the same buffer.
     pub(crate) fn offset(self, bytes: usize) -> Address<'a> {
         Address { value: self.value + bytes as u64, _held: PhantomData }

@@ -139,3 +139,53 @@ fn params(desc: &RouterDesc, at: Addresses<'_>) -> [Param; 7] {
         (desc.hidden as u32).into(),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::device::A100;
+
+    fn desc() -> RouterDesc {
+        RouterDesc { x: Dtype::Bf16, weight: Dtype::Bf16, tokens: 64, experts: 128, hidden: 2048 }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entry() {
+        let at = Addresses { x: Address::NULL, weight: Address::NULL, bias: None, logits: Address::NULL };
+        let params = params(&desc(), at);
+        for kernel in crate::registry::all().into_iter().filter(|kernel| matches!(kernel, Kernel::Router(_))) {
+            crate::embedded::assert_takes(kernel, &params);
+        }
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |desc: RouterDesc| desc.validate().unwrap_err().argument().unwrap();
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(fault(RouterDesc { weight: Dtype::F16, ..desc() }), "weight");
+        assert_eq!(fault(RouterDesc { x: Dtype::F32, ..desc() }), "weight");
+        assert_eq!(fault(RouterDesc { hidden: 2047, ..desc() }), "hidden");
+        assert_eq!(fault(RouterDesc { experts: 0, ..desc() }), "experts");
+        assert_eq!(fault(RouterDesc { tokens: 1 << 31, ..desc() }), "tokens");
+        assert_eq!(fault(RouterDesc { tokens: i32::MAX as usize, hidden: 1 << 30, ..desc() }), "x");
+    }
+
+    #[test]
+    fn grids_cover_the_logits() {
+        for (tokens, experts) in [(0, 1), (1, 1), (5, 9), (64, 64), (65, 65), (100_000, 4096)] {
+            let desc = RouterDesc { tokens, experts, ..desc() };
+            let selection = select(&desc, &A100).unwrap();
+            let Kernel::Router(router) = selection.kernel else { unreachable!() };
+            let (block_tokens, block_experts) = router.shape.block();
+            assert_eq!(selection.grid[0], (tokens as u32).div_ceil(block_tokens));
+            assert_eq!(selection.grid[1], (experts as u32).div_ceil(block_experts));
+        }
+        let shape = |tokens| match select(&RouterDesc { tokens, ..desc() }, &A100).unwrap().kernel {
+            Kernel::Router(router) => router.shape,
+            _ => unreachable!(),
+        };
+        assert_eq!(shape(1), RouterShape::Warp);
+        assert_eq!(shape(8192), RouterShape::Tile);
+    }
+}

@@ -106,8 +106,7 @@ impl<'a> HeldWeights<'a> {
         plan: &LayerPlan,
         weights: &LayerWeights<'a, T, W>,
     ) -> Result<HeldWeights<'a>, Error> {
-        let LayerDesc { hidden, experts, gating, .. } = plan.desc;
-        gating::check_bias(OPERATION, &gating, weights.correction_bias.is_some())?;
+        let LayerDesc { hidden, experts, .. } = plan.desc;
         Ok(HeldWeights {
             router: scope.read("router", weights.router, experts * hidden, VECTOR)?,
             router_bias: scope.read_some("router_bias", weights.router_bias, experts, VECTOR)?,
@@ -240,7 +239,7 @@ impl<'a> Launch<'a> {
     fn gate_dispatch(&self) -> Result<(), Error> {
         let step = &self.plan.dispatch;
         let regions = &self.plan.regions;
-        let routing = dispatch::Routing {
+        let routing = gating::Routing {
             logits: self.logits,
             correction_bias: optional(&self.weights.correction_bias),
             ids: self.ids,
