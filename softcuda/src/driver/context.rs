@@ -81,6 +81,17 @@ impl Context {
         self.faulted.store(true, Ordering::Release);
     }
 
+    /// Waits for work that other host threads are running in this context.
+    pub fn drain(&self) {
+        for stream in super::stream::STREAMS.select(|stream| stream.belongs_to(self.handle)) {
+            stream.drain();
+        }
+        for stream in lock(&self.per_thread_streams).values() {
+            stream.drain();
+        }
+        self.legacy_stream.drain();
+    }
+
     /// The error that every call on this context returns, if it is in error or gone.
     pub fn check(&self) -> Outcome {
         if self.destroyed.load(Ordering::Acquire) {
@@ -313,7 +324,8 @@ pub unsafe extern "C" fn cuCtxSynchronize() -> CUresult {
     api("cuCtxSynchronize", || {
         let context = current()?;
         super::capture::forbid_in(context.handle, "cuCtxSynchronize")?;
-        Ok(())
+        context.drain();
+        context.check()
     })
 }
 

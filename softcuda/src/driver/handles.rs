@@ -58,6 +58,12 @@ impl<T> Table<T> {
         objects.remove(&handle).ok_or_else(|| self.unknown(handle))
     }
 
+    /// The live objects that `which` holds for.
+    pub fn select(&self, which: impl Fn(&T) -> bool) -> Vec<Arc<T>> {
+        let objects = self.objects().read().unwrap_or_else(PoisonError::into_inner);
+        objects.values().filter(|object| which(object)).cloned().collect()
+    }
+
     /// Drops every object that `keep` rejects.
     pub fn retain(&self, keep: impl Fn(&T) -> bool) {
         let mut objects = self.objects().write().unwrap_or_else(PoisonError::into_inner);

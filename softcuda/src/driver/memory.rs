@@ -61,6 +61,7 @@ pub unsafe extern "C" fn cuMemFree_v2(addr: u64) -> CUresult {
             return context.check();
         }
         capture::forbid_unsafe("cuMemFree_v2")?;
+        context.drain();
         let freed = release(&context, addr, &[Kind::Device, Kind::Managed]);
         context.check()?;
         freed
@@ -92,6 +93,7 @@ pub unsafe extern "C" fn cuMemFreeHost(addr: u64) -> CUresult {
     api("cuMemFreeHost", || {
         let context = current_any()?;
         capture::forbid_unsafe("cuMemFreeHost")?;
+        context.drain();
         let freed = release(&context, addr, &[Kind::Host]);
         context.check()?;
         freed

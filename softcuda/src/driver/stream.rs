@@ -73,6 +73,11 @@ impl Stream {
         self.exclusively(&context, || op.run(&context))
     }
 
+    /// Waits for what another host thread is running in this stream.
+    pub fn drain(&self) {
+        drop(lock(&self.work));
+    }
+
     /// Runs `work` when all that was submitted before it is done.
     pub fn exclusively<T>(&self, context: &Context, work: impl FnOnce() -> T) -> T {
         let _turn = lock(&self.work);

@@ -1,6 +1,6 @@
 //! Address space: a large reserve, committed in chunks of poison.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -14,6 +14,9 @@ pub const POISON: u16 = 0x7ffd;
 /// Unit of commitment. Each costs one kernel mapping of a per-process budget of 65530, and the poison file has this size.
 pub(super) const CHUNK: u64 = 16 << 20;
 
+/// Chunks that may be readable without being in use.
+const RETIRED: usize = 4096;
+
 /// Address space to ask for first; halved until the system grants it.
 const RESERVE: u64 = 16 << 40;
 
@@ -23,6 +26,9 @@ pub(super) struct Arena {
     poison: OwnedFd,
     /// Committed chunks by index, with the number of allocations in each.
     live: BTreeMap<u64, u32>,
+    /// Chunks given back, still readable: a kernel that runs in another thread and wrongly uses the memory reads poison
+    /// rather than crash the process.
+    retired: VecDeque<u64>,
     /// Where the search for free chunks goes on, so that addresses come back as late as possible.
     cursor: u64,
 }
@@ -40,7 +46,7 @@ impl Arena {
         };
         let start = base.next_multiple_of(CHUNK);
         let chunks = (base + size - start) / CHUNK;
-        Ok(Arena { base: start, chunks, poison, live: BTreeMap::new(), cursor: 0 })
+        Ok(Arena { base: start, chunks, poison, live: BTreeMap::new(), retired: VecDeque::new(), cursor: 0 })
     }
 
     /// All addresses that allocations may get.
@@ -86,24 +92,30 @@ impl Arena {
         for chunk in self.indices(start, end) {
             let Some(count) = self.live.get_mut(&chunk) else { continue };
             *count -= 1;
-            if *count == 0 && keep != Some(chunk) {
-                self.live.remove(&chunk);
-                self.decommit(chunk);
-                continue;
-            }
+            let unused = *count == 0 && keep != Some(chunk);
             let from = start.max(self.address(chunk)) & !4095;
             let to = end.min(self.address(chunk) + CHUNK).next_multiple_of(4096);
             // SAFETY: whole pages of this arena that hold nothing but the freed allocation. Dropping the private copies
             // makes the pages read as poison again.
             unsafe { libc::madvise(from as *mut libc::c_void, (to - from) as usize, libc::MADV_DONTNEED) };
+            if unused {
+                self.retire(chunk);
+            }
         }
     }
 
-    /// Takes back a chunk that `vacate` was told to keep, if nothing is in it.
+    /// Takes back a chunk that no allocation is in.
     pub fn retire(&mut self, chunk: u64) {
-        if self.live.get(&chunk) == Some(&0) {
-            self.live.remove(&chunk);
-            self.decommit(chunk);
+        if self.live.get(&chunk) != Some(&0) {
+            return;
+        }
+        self.live.remove(&chunk);
+        self.retired.push_back(chunk);
+        if self.retired.len() > RETIRED
+            && let Some(oldest) = self.retired.pop_front()
+            && !self.live.contains_key(&oldest)
+        {
+            self.decommit(oldest);
         }
     }
 

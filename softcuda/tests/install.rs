@@ -1,0 +1,30 @@
+//! The choice of a driver. One test: the environment and the installed driver are the process's.
+
+use softcuda::{Choice, InstallError, install, install_if_no_gpu};
+
+#[test]
+fn the_environment_chooses_the_driver() {
+    // SAFETY: the only test of this binary, and nothing else reads the environment meanwhile.
+    let set = |name: &str, value: &str| unsafe { std::env::set_var(name, value) };
+    set("MOE_DEVICE", "gpu");
+    let error = install_if_no_gpu().unwrap_err();
+    assert_eq!(error.to_string(), "MOE_DEVICE must be `soft`, `cuda` or unset, not `gpu`");
+
+    set("MOE_DEVICE", "soft");
+    set("SOFTCUDA_LIBRARY", "/no/such/libsoftcuda.so");
+    let error = install_if_no_gpu().unwrap_err();
+    assert!(matches!(&error, InstallError::NotFound(paths) if paths.len() == 1), "{error}");
+    set("SOFTCUDA_LIBRARY", file!());
+    let not_a_library = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("Cargo.toml");
+    set("SOFTCUDA_LIBRARY", not_a_library.to_str().unwrap());
+    assert!(matches!(install().unwrap_err(), InstallError::Load { .. }));
+
+    // A failed attempt leaves nothing behind.
+    set("SOFTCUDA_LIBRARY", "");
+    let choice = install_if_no_gpu().unwrap();
+    assert_eq!(choice.to_string(), "softcuda, the software device");
+    assert_eq!(choice.control().unwrap().version(), env!("CARGO_PKG_VERSION"));
+    let Choice::Soft(installed) = choice else { panic!("not the software device") };
+    assert_eq!(install().unwrap().path(), installed.path());
+    assert_eq!(cudarc::driver::CudaContext::device_count().unwrap(), 1);
+}
