@@ -6,12 +6,16 @@
 /// Storage type of activations and expert weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Dtype {
+    /// bfloat16: 8 bits of exponent, 7 of mantissa.
     Bf16,
+    /// IEEE half precision.
     F16,
+    /// IEEE single precision.
     F32,
 }
 
 impl Dtype {
+    /// Every type.
     pub const ALL: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
 
     /// Size of one element in bytes.
@@ -22,6 +26,7 @@ impl Dtype {
         }
     }
 
+    /// The word in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
             Dtype::Bf16 => "bf16",
@@ -40,6 +45,7 @@ impl std::fmt::Display for Dtype {
 /// Oldest architecture a variant runs on. `sm_80` PTX is compiled forward by the driver for every later GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Arch {
+    /// Ampere and later.
     Sm80,
 }
 
@@ -64,8 +70,10 @@ pub enum Score {
 }
 
 impl Score {
+    /// Every rule.
     pub const ALL: [Score; 3] = [Score::Softmax, Score::TopkSoftmax, Score::Sigmoid];
 
+    /// The word in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
             Score::Softmax => "softmax",
@@ -87,8 +95,10 @@ pub enum Glu {
 }
 
 impl Glu {
+    /// Every form.
     pub const ALL: [Glu; 3] = [Glu::None, Glu::Split, Glu::Interleaved];
 
+    /// The word in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
             Glu::None => "plain",
@@ -108,8 +118,10 @@ pub enum Layout {
 }
 
 impl Layout {
+    /// Both orders.
     pub const ALL: [Layout; 2] = [Layout::Nk, Layout::Kn];
 
+    /// The word in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
             Layout::Nk => "nk",
@@ -121,11 +133,17 @@ impl Layout {
 /// A thread block's share of a GEMM: `bm x bn` accumulators, `bk` deep stages, `warps_m x warps_n` warps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tile {
+    /// Rows.
     pub bm: u32,
+    /// Weight outputs: columns, or gate and up of half as many.
     pub bn: u32,
+    /// Depth of a stage.
     pub bk: u32,
+    /// Warps side by side over the rows.
     pub warps_m: u32,
+    /// Warps side by side over the weight outputs.
     pub warps_n: u32,
+    /// Stages in flight.
     pub stages: u32,
 }
 
@@ -134,10 +152,12 @@ impl Tile {
         Tile { bm, bn, bk, warps_m, warps_n, stages }
     }
 
+    /// Threads of a block.
     pub const fn threads(&self) -> u32 {
         self.warps_m * self.warps_n * 32
     }
 
+    /// `bm x bn x bk`, the word in kernel names.
     pub fn name(&self) -> String {
         format!("{}x{}x{}", self.bm, self.bn, self.bk)
     }
@@ -146,12 +166,15 @@ impl Tile {
 /// `logits = x W^T + bias` in f32 arithmetic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Router {
+    /// Type of x.
     pub x: Dtype,
     /// Type of the router's weight: that of x, or f32.
     pub weight: Dtype,
+    /// How the work is cut.
     pub shape: RouterShape,
 }
 
+/// How a router's work is cut into blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RouterShape {
     /// 64 tokens by 64 experts a block.
@@ -161,6 +184,7 @@ pub enum RouterShape {
 }
 
 impl RouterShape {
+    /// Every cut.
     pub const ALL: [RouterShape; 2] = [RouterShape::Tile, RouterShape::Warp];
 
     /// Tokens and experts that one block covers.
@@ -171,10 +195,12 @@ impl RouterShape {
         }
     }
 
+    /// Threads of a block.
     pub const fn threads(self) -> u32 {
         256
     }
 
+    /// The word in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
             RouterShape::Tile => "tile",
@@ -187,13 +213,16 @@ impl RouterShape {
 /// sorts the slots by expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gate {
+    /// From logits to scores.
     pub score: Score,
     /// Logits a lane holds: experts up to `32 * values`.
     pub values: u32,
+    /// Whether the slots are sorted too.
     pub dispatch: bool,
 }
 
 impl Gate {
+    /// Every number of logits a lane may hold.
     pub const VALUES: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 
     /// Experts of a token: a lane holds one choice.
@@ -202,10 +231,12 @@ impl Gate {
     /// Expert groups: a lane holds the score of one.
     pub const MAX_GROUPS: u32 = 32;
 
+    /// Most experts.
     pub const fn max_experts(&self) -> u32 {
         32 * self.values
     }
 
+    /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts())
     }
@@ -214,12 +245,15 @@ impl Gate {
 /// Dispatch alone, from ids that somebody else chose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Dispatch {
+    /// Most experts.
     pub max_experts: u32,
 }
 
 impl Dispatch {
+    /// Every limit on experts.
     pub const MAX_EXPERTS: [u32; 2] = [1024, 4096];
 
+    /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts)
     }
@@ -233,9 +267,13 @@ const fn warps_for_experts(max_experts: u32) -> u32 {
 /// One GEMM for all experts: rows of A by slot, B by the tile's expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GroupedGemm {
+    /// Type of all matrices.
     pub dtype: Dtype,
+    /// A block's share.
     pub tile: Tile,
+    /// How weight outputs fold into columns.
     pub glu: Glu,
+    /// Memory order of the weight.
     pub layout: Layout,
 }
 
@@ -269,10 +307,12 @@ impl GroupedGemm {
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {
+    /// Type of all matrices.
     pub dtype: Dtype,
 }
 
 impl Combine {
+    /// Threads of a block.
     pub const THREADS: u32 = 256;
 
     /// Threads side by side on one token, each with 16 bytes of it: a power of two, at most a block.
@@ -296,10 +336,15 @@ impl Combine {
 /// One compiled kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kernel {
+    /// Scores of experts.
     Router(Router),
+    /// Choice of experts, with dispatch or without.
     Gate(Gate),
+    /// Slots sorted by expert.
     Dispatch(Dispatch),
+    /// The experts' products.
     GroupedGemm(GroupedGemm),
+    /// Sums over a token's experts.
     Combine(Combine),
 }
 
@@ -319,6 +364,7 @@ impl Kernel {
         }
     }
 
+    /// Oldest architecture that runs it.
     pub const fn arch(&self) -> Arch {
         Arch::Sm80
     }
@@ -391,7 +437,9 @@ impl Kernel {
 /// A constant of a template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Constant {
+    /// A number.
     Int(u32),
+    /// A word.
     Text(&'static str),
 }
 

@@ -18,7 +18,6 @@ mod launch;
 pub mod layer;
 pub mod reference;
 #[path = "../kernels/registry.rs"]
-#[allow(missing_docs)]
 pub mod registry;
 pub mod router;
 mod shape;
