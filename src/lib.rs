@@ -1,4 +1,65 @@
 //! Kernels for Mixture-of-Experts layers, written by hand in PTX, behind safe Rust.
+//!
+//! Letters used everywhere: `T` tokens, `H` hidden size, `I` expert intermediate size, `E` experts, `k` experts per token,
+//! `S = T*k` slots (one slot is one token sent to one expert). Matrices are row-major.
+//!
+//! ```text
+//! x [T,H] --router--> logits [T,E] --gating--> ids [T,k], weights [T,k]
+//!   --dispatch--> counts [E], offsets [E+1], slot_token [S], token_slot [T,k], tiles
+//!   --gemm, gathers rows of x, activation--> h [S,I] --gemm--> y_slots [S,H] --combine--> y [T,H]
+//! ```
+//!
+//! Each operation stands alone ([`router`], [`gating`], [`dispatch`], [`gemm`], [`combine`]), and [`layer`] composes them.
+//! An operation is a descriptor, which is checked; a pure function `select` from descriptor and [`DeviceInfo`] to kernel and
+//! grid; and a function `forward` that checks buffers and enqueues one launch on the caller's stream. Nothing allocates,
+//! frees or waits inside an operation, and no count returns to the host. What is wrong is an [`Error`] that names the
+//! argument, and nothing has been launched then. [`mod@reference`] defines every operation in plain CPU code.
+//!
+//! Buffers are cudarc's. The crate uses whatever CUDA driver the process has; without one, [`device::open`] says so.
+//!
+//! # A layer
+//!
+//! ```
+//! use half::bf16;
+//! use moe_kernels::layer::Linear;
+//! use moe_kernels::{Dtype, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! let stream = device::open(0)?.default_stream();
+//! let kernels = Kernels::new(stream.context())?;
+//!
+//! // Mixtral's rules: the 2 best of 8 experts by softmax, renormalised; SiLU-gated experts.
+//! let (tokens, hidden, intermediate, experts, top_k) = (3, 64, 96, 8, 2);
+//! let desc = LayerDesc::new(Dtype::Bf16, hidden, intermediate, experts, top_k);
+//! let plan = desc.plan(tokens, kernels.device())?;
+//! assert_eq!(plan.launches(), 5);
+//!
+//! let random = |n: usize| (0..n).map(|i| bf16::from_f32((i * 7919 % 251) as f32 / 1000.0 - 0.125)).collect::<Vec<_>>();
+//! let router = stream.clone_htod(&random(experts * hidden))?;
+//! let gate_up = stream.clone_htod(&random(experts * 2 * intermediate * hidden))?;
+//! let down = stream.clone_htod(&random(experts * hidden * intermediate))?;
+//! let weights = LayerWeights {
+//!     router: &router,
+//!     router_bias: None,
+//!     correction_bias: None,
+//!     gate_up: Linear { weight: &gate_up, bias: None },
+//!     down: Linear { weight: &down, bias: None },
+//!     shared: None,
+//! };
+//!
+//! let x = stream.clone_htod(&random(tokens * hidden))?;
+//! let mut y = stream.alloc_zeros::<bf16>(tokens * hidden)?;
+//! let mut ids = stream.alloc_zeros::<i32>(tokens * top_k)?;
+//! let mut workspace = Workspace::new(&stream, plan.workspace_bytes())?;
+//! let args = LayerArgs { ids: Some(&mut ids), ..LayerArgs::new(&x, &mut y) };
+//! plan.forward(&kernels, &stream, &weights, args, &mut workspace)?;
+//!
+//! assert!(stream.clone_dtoh(&ids)?.iter().all(|&id| (0..experts as i32).contains(&id)));
+//! assert!(stream.clone_dtoh(&y)?.iter().any(|&value| value != bf16::ZERO));
+//! # Ok(())
+//! # }
+//! ```
 
 #![warn(missing_docs)]
 #![deny(unsafe_code)]
