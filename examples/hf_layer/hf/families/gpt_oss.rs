@@ -1,0 +1,33 @@
+//! gpt-oss (OpenAI 2025): softmax over the chosen logits, biases everywhere, interleaved gate and up, transposed experts.
+//! `openai/gpt-oss-20b` once dequantised: the hub's own files hold the experts in MXFP4 (`gate_up_proj_blocks`).
+
+use super::*;
+
+pub const FAMILY: Family = Family {
+    model_types: &["gpt_oss"],
+    stacks: &[decoder(every_layer)],
+    block: |config, _| {
+        let experts = config.size_of(&["num_local_experts", "num_experts"])?;
+        let top_k = config.size_of(&["num_experts_per_tok", "experts_per_token"])?;
+        let activation = Activation::ClampedSwiglu {
+            alpha: config.number("swiglu_alpha", 1.702)? as f32,
+            limit: config.number("swiglu_limit", 7.0)? as f32,
+        };
+        let gating = Gating::new(Score::TopkSoftmax);
+        let layer = LayerDesc {
+            mlp: Mlp { activation, ..Mlp::GPT_OSS },
+            ..gated_layer(config, config.size("intermediate_size")?, experts, top_k, gating)?
+        };
+        Ok(BlockSpec {
+            router: "router.weight",
+            router_bias: Some("router.bias"),
+            experts: Experts::Packed {
+                gate_up: "experts.gate_up_proj",
+                gate_up_bias: Some("experts.gate_up_proj_bias"),
+                down: "experts.down_proj",
+                down_bias: Some("experts.down_proj_bias"),
+            },
+            ..plain_block(layer, PROJECTIONS)
+        })
+    },
+};

@@ -1,0 +1,206 @@
+//! What is wrong with a checkpoint or a command line is said in one line, with a non-zero exit code and no panic.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use safetensors::tensor::Dtype;
+use serde_json::json;
+
+use crate::hf;
+use crate::synth::{EXPERTS, Folder, HIDDEN, INTERMEDIATE, Tensor, checkpoint};
+
+/// Runs the example's main function and expects a refusal; gives back its one line.
+fn refusal(arguments: &[&str]) -> String {
+    let error = hf::run(arguments.iter().map(Into::into), &mut std::io::sink()).expect_err("must be refused");
+    let line = error.to_string();
+    assert!(!line.is_empty() && !line.contains('\n'), "one line: {line}");
+    line
+}
+
+/// The example as cargo built it beside this test.
+fn example() -> PathBuf {
+    let test = std::env::current_exe().expect("a running test has a path");
+    let folder = test.parent().and_then(Path::parent).expect("tests lie in target/<profile>/deps");
+    let path = folder.join("examples").join(format!("hf_layer{}", std::env::consts::EXE_SUFFIX));
+    assert!(
+        path.exists(),
+        "{} is missing: `cargo test` builds it, or `cargo build --example hf_layer`",
+        path.display()
+    );
+    path
+}
+
+#[test]
+fn the_program_exits_with_2_and_one_line() {
+    let folder = Folder::new();
+    std::fs::write(folder.join("config.json"), "nonsense").unwrap();
+    let output = Command::new(example()).arg(folder.path()).output().expect("the example starts");
+    let stderr = String::from_utf8(output.stderr).expect("messages are UTF-8");
+    assert_eq!(output.status.code(), Some(2), "{stderr}");
+    assert!(stderr.starts_with("error: ") && stderr.lines().count() == 1, "{stderr}");
+}
+
+fn refused(folder: &Folder) -> String {
+    refusal(&[folder.path().to_str().unwrap(), "--tokens", "4"])
+}
+
+fn says(line: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(line.contains(part), "{part:?} is not in {line:?}");
+    }
+}
+
+#[test]
+fn no_such_folder() {
+    says(&refusal(&["/no/such/folder"]), &["/no/such/folder/config.json"]);
+}
+
+#[test]
+fn config_is_not_json() {
+    let folder = Folder::new();
+    std::fs::write(folder.join("config.json"), "{\"model_type\": ").unwrap();
+    says(&refused(&folder), &["config.json", "not valid JSON"]);
+}
+
+#[test]
+fn config_is_no_object_or_has_no_type() {
+    let folder = Folder::new();
+    for (text, part) in [("[1, 2]", "no JSON object"), ("{}", "missing"), ("{\"model_type\": 3}", "expected a string")]
+    {
+        std::fs::write(folder.join("config.json"), text).unwrap();
+        says(&refused(&folder), &["model_type", part]);
+    }
+}
+
+#[test]
+fn unknown_family() {
+    let folder = Folder::new();
+    std::fs::write(folder.join("config.json"), json!({"model_type": "gpt2"}).to_string()).unwrap();
+    says(&refused(&folder), &["unknown family", "gpt2", "mixtral", "hunyuan_v1_moe"]);
+}
+
+#[test]
+fn a_key_is_missing_or_of_another_kind() {
+    let folder = Folder::new();
+    let mut synthetic = checkpoint("mixtral");
+    synthetic.config["num_experts_per_tok"] = json!("two");
+    synthetic.write(&folder);
+    says(&refused(&folder), &["num_experts_per_tok", "expected a count"]);
+    synthetic.config.as_object_mut().unwrap().remove("num_experts_per_tok");
+    synthetic.write(&folder);
+    says(&refused(&folder), &["num_experts_per_tok", "is missing"]);
+    synthetic.config["num_experts_per_tok"] = json!(EXPERTS + 1);
+    synthetic.write(&folder);
+    says(&refused(&folder), &["top_k"]);
+}
+
+#[test]
+fn sizes_beyond_reason() {
+    let folder = Folder::new();
+    let mut synthetic = checkpoint("mixtral");
+    synthetic.config["intermediate_size"] = json!(u32::MAX);
+    synthetic.write(&folder);
+    says(&refused(&folder), &["has shape"]);
+    synthetic.config["num_local_experts"] = json!(1u64 << 40);
+    synthetic.write(&folder);
+    says(&refused(&folder), &["num_local_experts"]);
+}
+
+#[test]
+fn no_tensors() {
+    let folder = Folder::new();
+    std::fs::write(folder.join("config.json"), checkpoint("mixtral").config.to_string()).unwrap();
+    says(&refused(&folder), &["model.safetensors"]);
+}
+
+#[test]
+fn truncated_file() {
+    let folder = Folder::new();
+    checkpoint("mixtral").write(&folder);
+    let path = folder.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    for length in [0, 5, 8, 100, bytes.len() / 2, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..length]).unwrap();
+        says(&refused(&folder), &["model.safetensors", "truncated"]);
+    }
+}
+
+#[test]
+fn not_a_safetensors_file() {
+    let folder = Folder::new();
+    checkpoint("mixtral").write(&folder);
+    std::fs::write(folder.join("model.safetensors"), vec![0x20; 4096]).unwrap();
+    says(&refused(&folder), &["model.safetensors"]);
+    let mut bytes = 16u64.to_le_bytes().to_vec();
+    bytes.extend(b"{\"a\": {\"dtype\": ");
+    std::fs::write(folder.join("model.safetensors"), bytes).unwrap();
+    says(&refused(&folder), &["model.safetensors", "not a usable safetensors file"]);
+}
+
+#[test]
+fn missing_tensor() {
+    let folder = Folder::new();
+    let mut synthetic = checkpoint("mixtral");
+    synthetic.tensors.0.remove("model.layers.0.block_sparse_moe.experts.3.w3.weight");
+    synthetic.write(&folder);
+    says(&refused(&folder), &["`model.layers.0.block_sparse_moe.experts.3.w3.weight` is missing"]);
+    synthetic.tensors.0.remove("model.layers.0.block_sparse_moe.gate.weight");
+    synthetic.write(&folder);
+    says(&refused(&folder), &["`model.layers.0.block_sparse_moe.gate.weight` is missing"]);
+}
+
+#[test]
+fn missing_shard() {
+    let folder = Folder::new();
+    checkpoint("mixtral").write_sharded(&folder);
+    std::fs::remove_file(folder.join("model-00002-of-00002.safetensors")).unwrap();
+    says(&refused(&folder), &["is missing"]);
+}
+
+#[test]
+fn wrong_shape() {
+    let folder = Folder::new();
+    let mut synthetic = checkpoint("mixtral");
+    let name = "model.layers.0.block_sparse_moe.experts.0.w2.weight";
+    synthetic.tensors.0.get_mut(name).unwrap().shape = vec![INTERMEDIATE, HIDDEN];
+    synthetic.write(&folder);
+    says(&refused(&folder), &[name, "[24, 32]", "expected [32, 24]"]);
+}
+
+#[test]
+fn quantised_checkpoints_are_named_as_such() {
+    let folder = Folder::new();
+    let mut synthetic = checkpoint("gpt_oss");
+    let quantised = |values: usize| Tensor { dtype: Dtype::U8, shape: vec![values], values: vec![0.0; values] };
+    synthetic.tensors.0.remove("model.layers.0.mlp.experts.gate_up_proj");
+    synthetic.tensors.0.insert("model.layers.0.mlp.experts.gate_up_proj_blocks".into(), quantised(64));
+    synthetic.write(&folder);
+    says(&refused(&folder), &["`model.layers.0.mlp.experts.gate_up_proj_blocks`", "U8", "quantised"]);
+}
+
+#[test]
+fn blocks_that_are_not_there() {
+    let folder = Folder::new();
+    checkpoint("qwen3_moe").write(&folder);
+    let path = folder.path().to_str().unwrap();
+    let with_block = |block: &str| refusal(&[path, "--tokens", "4", "--block", block]);
+    says(&with_block("model.layers.0.mlp"), &["layer 0", "dense"]);
+    says(&with_block("model.layers.5.mlp"), &["model.layers.5.mlp.gate.weight` is missing"]);
+    says(&with_block("nonsense"), &["nonsense", "model.layers.#.mlp"]);
+}
+
+#[test]
+fn no_rows() {
+    let folder = Folder::new();
+    checkpoint("mixtral").write(&folder);
+    says(&refusal(&[folder.path().to_str().unwrap()]), &["--tokens"]);
+}
+
+#[test]
+fn command_lines() {
+    says(&refusal(&["--dtype", "f64"]), &["--dtype", "f64", "bf16"]);
+    says(&refusal(&["--tokens", "-1"]), &["--tokens", "-1"]);
+    says(&refusal(&["--frob"]), &["--frob"]);
+    says(&refusal(&["--out"]), &["--out needs a value"]);
+    says(&refusal(&["a", "b"]), &["second folder"]);
+}

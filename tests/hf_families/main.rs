@@ -1,0 +1,64 @@
+//! Every model family that the example reads: a tiny checkpoint with the hub's names, loaded by the example's code
+//! and compared with the model's formula, written down a second time in `models`.
+
+#[path = "../../examples/hf_layer/hf/mod.rs"]
+mod hf;
+
+mod errors;
+mod models;
+mod synth;
+
+use hf::Job;
+use hf::cli::Options;
+use hf::report::relative_error;
+use models::{Block, token};
+use moe_kernels::Dtype;
+use synth::{Folder, Synthetic, checkpoint};
+
+const TOKENS: usize = 9;
+
+fn options(folder: &Folder, dtype: Dtype) -> Options {
+    Options { folder: Some(folder.path().to_owned()), tokens: Some(TOKENS), ..Options::own(dtype) }
+}
+
+/// The formula on every row of the job.
+fn formula(family: &str, synthetic: &Synthetic, x: &[f32]) -> Vec<f64> {
+    let block = Block(synthetic);
+    let rows = x.chunks(synth::HIDDEN).map(|row| row.iter().map(|&value| value.into()).collect::<Vec<f64>>());
+    rows.flat_map(|row| token(family, &block, &row)).collect()
+}
+
+/// The loaded weights, run by the reference, give what the formula gives on the file's tensors.
+fn loads(family: &str) {
+    let synthetic = checkpoint(family);
+    let (single, sharded) = (Folder::new(), Folder::new());
+    synthetic.write(&single);
+    synthetic.write_sharded(&sharded);
+    for folder in [&single, &sharded] {
+        let job = Job::<f32>::prepare(&options(folder, Dtype::F32)).unwrap();
+        assert!(job.title.ends_with(&synthetic.block), "{family}: found {}", job.title);
+        let error = relative_error(&job.expected.y, &formula(family, &synthetic, &job.x));
+        assert!(error < 1e-6, "{family}: the reference on the loaded weights is off by {error:e}");
+    }
+}
+
+macro_rules! families {
+    ($($family:ident)*) => {
+        mod load {
+            $(#[test] fn $family() { super::loads(stringify!($family)); })*
+        }
+
+        #[test]
+        fn none_is_left_out() {
+            let tested = [$(stringify!($family)),*];
+            for family in &hf::families::ALL {
+                assert!(tested.contains(&family.model_types[0]), "{} has no test", family.model_types[0]);
+            }
+        }
+    };
+}
+
+families! {
+    mixtral qwen3_moe olmoe deepseek_v3 glm4_moe gpt_oss switch_transformers llama4 granitemoe minimax_m2 ernie4_5_moe
+    hunyuan_v1_moe
+}
