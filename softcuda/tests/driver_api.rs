@@ -233,10 +233,10 @@ fn module_variables_are_initialised() {
     let (_, context, _turn) = device();
     let module = load(
         ".version 8.0\n.target sm_80\n.address_size 64\n\
-         .visible .const .align 8 .f32 c[4] = {0f3F800000, 2.5, -3};\n\
+         .visible .const .align 8 .f32 c[4] = {0f3F800000, 2.5, -3.0};\n\
          .visible .global .align 512 .b8 g[3] = {1, 255, -1};\n\
          .visible .global .u64 p[2] = {g+2, generic(c)};\n\
-         .visible .global .v2 .u16 v[2] = {{1, 2}, {3}};\n\
+         .visible .global .v2 .u16 v[3] = {{1, 2}, {3, 4}};\n\
          .global .b32 zero[100];\n",
     )
     .unwrap();
@@ -252,7 +252,7 @@ fn module_variables_are_initialised() {
     assert_eq!(read::<f32, 4>(c.0), [1.0, 2.5, -3.0, 0.0]);
     assert_eq!(read::<u8, 3>(g.0), [1, 255, 255]);
     assert_eq!(read::<u64, 2>(global("p").unwrap().0), [g.0 + 2, c.0]);
-    assert_eq!(read::<u16, 4>(global("v").unwrap().0), [1, 2, 3, 0]);
+    assert_eq!(read::<u16, 6>(global("v").unwrap().0), [1, 2, 3, 4, 0, 0]);
     assert_eq!(read::<u32, 100>(global("zero").unwrap().0), [0; 100]);
     assert_eq!(failure(global("none")).0, CUresult::CUDA_ERROR_NOT_FOUND);
     let function = unsafe { result::module::get_function(module, CString::new("none").unwrap()) };

@@ -119,14 +119,13 @@ fn variables() {
     let v = variable(".extern .shared .align 16 .b8 smem[];");
     assert_eq!((v.space, v.ty, v.align, v.dims.as_slice()), (Space::Shared, Type::B8, Some(16), &[0][..]));
     assert_eq!((v.bytes(), v.linkage), (Some(0), Linkage::Extern));
-    let v = variable(".visible .const .v4 .f32 c[2][3] = {{{0f3F800000, 2.0}, {1, -1}}};");
-    assert_eq!((v.vector, v.bytes()), (4, Some(96)));
+    let v = variable(".visible .const .v2 .f32 c[2][3] = {{{0f3F800000, 2.0}, {-1.0, 0.5}}};");
+    assert_eq!((v.vector, v.bytes()), (2, Some(48)));
     // Inner lists pad to their size; nothing follows the last listed row.
-    let zero = Init::Int(0);
-    let head = [Init::F32(0x3f80_0000), Init::F64(2f64.to_bits()), zero.clone(), zero, Init::Int(1), Init::Int(-1)];
-    assert_eq!(v.init[..6], head);
-    assert_eq!(v.init.len(), 12);
-    let v = variable(".global .u64 t[] = {a, generic(b)+8, c-4, 0xFFFFFFFFFFFFFFFF};");
+    let double = |value: f64| Init::F64(value.to_bits());
+    let head = [Init::F32(0x3f80_0000), double(2.0), double(-1.0), double(0.5), Init::Int(0), Init::Int(0)];
+    assert_eq!(v.init, head);
+    let v = variable(".global .u64 t[] = {a, generic(b)+8, c+-4, 0xFFFFFFFFFFFFFFFF};");
     let symbol = |name: &str, offset, generic| Init::Symbol { name: name.into(), offset, generic };
     assert_eq!(v.init[..3], [symbol("a", 0, false), symbol("b", 8, true), symbol("c", -4, false)]);
     assert_eq!((v.init[3].clone(), v.dims.as_slice()), (Init::Int(u64::MAX.into()), &[4][..]));
@@ -197,7 +196,7 @@ fn operands() {
         ("0x1fU", Operand::Int(31)),
         ("0xFFFFFFFF", Operand::Int(0xffff_ffff)),
         ("017", Operand::Int(15)),
-        ("0b101u", Operand::Int(5)),
+        ("0b101U", Operand::Int(5)),
         ("-9223372036854775807 - 1", Operand::Int(i64::MIN.into())),
         ("0xFFFFFFFFFFFFFFFF", Operand::Int(u64::MAX.into())),
         ("0f3F800000", Operand::F32(0x3f80_0000)),
@@ -210,10 +209,10 @@ fn operands() {
         ("-8 >> 1", Operand::Int(-4)),
         ("-8 >> 1 == -4 ? WARP_SZ : 0", Operand::Int(32)),
         ("(.u64)-1 > 0 && !0", Operand::Int(1)),
-        ("-1 < 0u", Operand::Int(0)),
+        ("-1 < 0U", Operand::Int(0)),
         ("1.0 / 4.0", Operand::F64(0.25f64.to_bits())),
         ("[ %rd2 + 0 ]", address(Some("%rd2"), 0)),
-        ("[smem - 4 + 8]", address(Some("smem"), 4)),
+        ("[smem + -4 + 8]", address(Some("smem"), 4)),
         ("[%r1+4*2]", address(Some("%r1"), 8)),
         ("[0x10]", address(None, 16)),
         ("smem+12", symbol("smem", 12)),
@@ -233,7 +232,7 @@ fn scopes_labels_and_tables() {
     let body = statements(
         "$L1: .loc 1 2 3, function_name $x, inlined_at 1 2 3\n{ .reg .b32 t; mov.b32 t, 0; { ret; } }\n\
          ts: .branchtargets $L1, $L2; \n pt: .callprototype (.param .b32 _) _ (.param .b64 _) .noreturn;\n\
-         .pragma \"nounroll\"; ; $L2: bra.uni $L1;",
+         .pragma \"nounroll\"; $L2: bra.uni $L1;",
     )
     .unwrap();
     assert!(matches!(&body[0], Statement::Label { name, line: 5 } if name == "$L1"));
@@ -284,6 +283,65 @@ fn errors_say_where_and_what() {
         let error = parse(&format!("{header}\n{text}")).unwrap_err();
         assert_eq!(error.to_string(), format!("line 2, {wanted}"), "{text}");
     }
+}
+
+/// Module-scope texts and whether they are PTX. What `ptxas` 13.5 says of each is checked where there is one.
+const AGREED: [(&str, bool); 34] = [
+    (".global .f32 a[4] = {0f3F800000, 2.5};", true),
+    (".global .f32 a[2] = {1, -3};", false),
+    (".const .v2 .f32 c[2][3] = {{{0f3F800000, 2.0}, {1.0, -1.0}}};", true),
+    (".global .v2 .u16 v[2] = {{1, 2}, {3}};", false),
+    (".global .v2 .u16 v = {1, 2};", true),
+    (".global .b8 g[3] = {1, 255, -1};", true),
+    (".global .b8 g[3]; .global .u64 p[2] = {g+2, generic(g)+1};", true),
+    (".global .b8 g[3]; .global .u64 p = g-1;", false),
+    (".global .u8 b[] = {1, 2, 3};", true),
+    (".global .u32 x[2] = {1, 2, 3};", false),
+    (".global .u32 m[2][2] = {{1}, {3, 4}};", true),
+    (".global .u32 m[2][2] = {1, 2, 3, 4};", false),
+    (".shared .b8 s[8] = {1};", false),
+    (".global .align 3 .u32 x;", false),
+    (".weak .global .u32 m; .common .global .u32 n;", true),
+    (".entry k() { .reg .b32 r; mov.u32 r, 0x1fU; mov.b32 r, 017; mov.b32 r, 0b101; mov.b32 r, 0X1F; ret; }", true),
+    (".entry k() { .reg .b32 r; mov.u32 r, 1u; ret; }", false),
+    (".entry k() { .reg .b32 r; mov.u32 r, 09; ret; }", false),
+    (".entry k() { .reg .b32 r; mov.b32 r, WARP_SZ + 1; mov.b32 r, (1+2)*3; mov.b32 r, 1 ? 2 : 3; ret; }", true),
+    (".entry k() { .reg .f32 f; mov.f32 f, .5; mov.f32 f, 1e3; mov.f32 f, 1.5e-3; mov.f32 f, 1.; ret; }", true),
+    (".entry k() { .reg .f32 f; mov.f32 f, 1.0/4.0; ret; }", true),
+    (".entry k() { .local .v2 .f32 a[4]; .reg .v2 .f32 v; ld.local.v2.f32 v, a[3]; mov.f32 v.x, v.y; ret; }", true),
+    (".entry k() { .reg .b32 r; mov .u32 r, 1; ret; }", true),
+    (".entry k() { .reg .b32 r, q; mov.u32 q, 0; ld.shared.u32 r, [q + -4]; ld.shared.u32 r, [q+4*2]; ret; }", true),
+    (".entry k() { .reg .b32 r, q; mov.u32 q, 0; ld.shared.u32 r, [q-4]; ret; }", false),
+    (".entry k() { .shared .b8 s[8]; .reg .b32 r; mov.u32 r, s+4; ret; }", true),
+    (".entry k() { .shared .b8 s[8]; .reg .b32 r; mov.u32 r, s-4; ret; }", false),
+    (".entry k .maxntid 32 .pragma \"nounroll\"; { .pragma \"nounroll\"; ret; }", true),
+    (".entry k() { ret; };", false),
+    (".entry k() { ret;; }", false),
+    (".entry k() { foo: bar: ret; }", true),
+    (".entry k() { .reg .b32 f; .reg .pred p; setp.eq.u32 p|_, f, 1; @ !p ret; ret; }", true),
+    (".entry k() { .reg .b32 a<04>; mov.u32 a3, 1; ret; }", true),
+    (".entry k() { .reg .b32 f; mov.b32 f, (.u64)3; ret; }", true),
+];
+
+#[test]
+fn agrees_with_ptxas() {
+    let ptxas = std::env::var_os("PTXAS").filter(|path| !path.is_empty());
+    if ptxas.is_none() {
+        eprintln!("PTXAS is not set: checked against what ptxas 13.5 said when this was written");
+    }
+    let folder = std::env::temp_dir().join(format!("softcuda-ptx-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    for (text, wanted) in AGREED {
+        assert_eq!(module(text).is_ok(), wanted, "{text}: {:?}", module(text).err());
+        if let Some(ptxas) = &ptxas {
+            let file = folder.join("text.ptx");
+            std::fs::write(&file, format!(".version 8.0\n.target sm_80\n.address_size 64\n{text}\n")).unwrap();
+            let mut command = std::process::Command::new(ptxas);
+            let run = command.args(["-arch=sm_80", "-o"]).arg(folder.join("text.cubin")).arg(&file).output().unwrap();
+            assert_eq!(run.status.success(), wanted, "{text}: {}", String::from_utf8_lossy(&run.stderr));
+        }
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 #[test]

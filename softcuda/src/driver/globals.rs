@@ -61,8 +61,8 @@ pub(super) fn place(ast: &Module, placed: &mut Placed) -> Outcome<HashMap<String
 fn bits(init: &Init, ty: Type, addresses: &HashMap<String, (u64, u64)>) -> Result<u128, String> {
     use Type::*;
     Ok(match (init, ty) {
-        (Init::Int(value), F32) => (*value as f32).to_bits().into(),
-        (Init::Int(value), F64) => (*value as f64).to_bits().into(),
+        // Padding of an inner list that ends early.
+        (Init::Int(0), _) => 0,
         (Init::F32(bits), F32) => (*bits).into(),
         (Init::F32(bits), F64) => f64::from(f32::from_bits(*bits)).to_bits().into(),
         (Init::F64(bits), F32) => (f64::from_bits(*bits) as f32).to_bits().into(),

@@ -64,6 +64,14 @@ impl<'a> Parser<'_, 'a> {
     }
 
     pub fn constant(&mut self) -> Result<Constant, ParseError> {
+        // Nearly every constant is a lone literal: no need to go down all the levels of precedence for it.
+        if let Kind::Number(text) = self.peek()
+            && matches!(self.peek_at(1), Kind::Mark("," | ";" | "]" | "}" | ")"))
+        {
+            let value = literal(text).ok_or_else(|| self.error(format!("`{text}` is not a number")))?;
+            self.next();
+            return Ok(value);
+        }
         self.enter()?;
         let condition = self.binary(0)?;
         let value = if self.accept("?") {
@@ -186,10 +194,9 @@ fn literal(text: &str) -> Option<Constant> {
         let bits = (digits.len() == 16).then(|| u64::from_str_radix(digits, 16).ok())??;
         return Some(Constant::F64(f64::from_bits(bits)));
     }
-    let (digits, unsigned) = match lower.strip_suffix('u') {
-        Some(digits) => (digits, true),
-        None => (lower.as_str(), false),
-    };
+    // The suffix, unlike the prefixes, is only known in upper case.
+    let unsigned = text.ends_with('U');
+    let digits = if unsigned { &lower[..lower.len() - 1] } else { lower.as_str() };
     let (digits, radix) = if let Some(hex) = digits.strip_prefix("0x") {
         (hex, 16)
     } else if let Some(binary) = digits.strip_prefix("0b") {

@@ -73,9 +73,6 @@ impl<'a> Parser<'_, 'a> {
                 Kind::Dotted(word) if matches!(space(word), Some(s) if s != Space::Reg && s != Space::Param) => {
                     self.variables(linkage, &mut module.variables)?;
                 }
-                Kind::Mark(";") => {
-                    self.next();
-                }
                 Kind::Dotted(word @ ("tex" | "reg" | "param")) => {
                     return Err(self.error(format!("`.{word}` variables at module scope are not supported")));
                 }
@@ -264,13 +261,13 @@ impl<'a> Parser<'_, 'a> {
         }
         let mut init = Vec::new();
         if levels.is_empty() {
-            init.push(self.initial_element()?);
+            init.push(self.initial_element(variable)?);
         } else {
             // Elements below one item of the outermost level; the lists may not claim more than they hold.
             let inner = levels[1..].iter().try_fold(1u64, |n, &dim| n.checked_mul(dim));
             let inner =
                 inner.filter(|n| *n <= MAX_INITIAL as u64).ok_or_else(|| self.error("the initialiser is too large"))?;
-            self.initial_list(&levels, inner as usize, &mut init)?;
+            self.initial_list(&levels, inner as usize, variable, &mut init)?;
             if variable.dims.first() == Some(&0) {
                 variable.dims[0] = (init.len() as u64).div_ceil(inner.max(1));
             }
@@ -279,43 +276,53 @@ impl<'a> Parser<'_, 'a> {
         Ok(())
     }
 
-    /// `{a, b, {...}}` at one nesting level; `inner` elements make one item of it.
-    fn initial_list(&mut self, levels: &[u64], inner: usize, into: &mut Vec<Init>) -> Result<(), ParseError> {
+    /// `{a, b}`, or `{{...}, {...}}` above the innermost of the `levels`; `inner` elements make one item of the list.
+    fn initial_list(
+        &mut self,
+        levels: &[u64],
+        inner: usize,
+        variable: &Variable,
+        into: &mut Vec<Init>,
+    ) -> Result<(), ParseError> {
         self.expect("{")?;
         self.enter()?;
-        let first = into.len();
-        let open = levels[0] == 0;
+        let mut items = 0;
+        let error = self.error_here();
         self.list("}", |parser| {
-            let error = parser.error_here();
-            if parser.peek() == Kind::Mark("{") {
-                if levels.len() == 1 {
-                    return Err(error("the initialiser is nested deeper than the variable's dimensions".into()));
-                }
-                let start = into.len();
-                let below = levels[2..].iter().product::<u64>() as usize;
-                parser.initial_list(&levels[1..], below, into)?;
-                if into.len() > start + inner || start + inner > MAX_INITIAL {
-                    return Err(error("more initial values than elements".into()));
-                }
-                into.resize(start + inner, Init::Int(0));
-            } else {
-                into.push(parser.initial_element()?);
+            items += 1;
+            if levels[0] != 0 && items > levels[0] {
+                return Err(parser.error("more initial values than elements"));
             }
-            let limit = (levels[0] as usize).checked_mul(inner);
-            if !open && limit.is_some_and(|limit| into.len() - first > limit) {
-                return Err(error("more initial values than elements".into()));
+            if levels.len() == 1 {
+                into.push(parser.initial_element(variable)?);
+                return Ok(());
             }
+            let end = into.len() + inner;
+            if end > MAX_INITIAL {
+                return Err(parser.error("the initialiser is too large"));
+            }
+            let below = levels[2..].iter().product::<u64>() as usize;
+            parser.initial_list(&levels[1..], below, variable, into)?;
+            into.resize(end, Init::Int(0));
             Ok(())
         })?;
+        if levels.len() == 1 && variable.vector > 1 && items != levels[0] {
+            return Err(error(format!("a vector of {} elements takes as many initial values, not {items}", levels[0])));
+        }
         self.leave();
         Ok(())
     }
 
-    fn initial_element(&mut self) -> Result<Init, ParseError> {
+    fn initial_element(&mut self, variable: &Variable) -> Result<Init, ParseError> {
+        let float = matches!(variable.ty, Type::F16 | Type::F16x2 | Type::F32 | Type::F64);
         if self.at_constant() {
+            let error = self.error_here();
             let value = self.constant()?;
             if self.peek() == Kind::Mark("(") {
                 return Err(self.error("masked address initialisers are not supported"));
+            }
+            if float != value.int().is_none() {
+                return Err(error("the initial value does not suit the variable's type".into()));
             }
             return Ok(match value {
                 Constant::F32(bits) => Init::F32(bits),
@@ -337,10 +344,9 @@ impl<'a> Parser<'_, 'a> {
         Ok(Init::Symbol { name: name.to_owned(), offset, generic })
     }
 
-    /// `+ constant`, `- constant` or nothing after an address's base.
+    /// `+ constant` or nothing after an address's base; PTX has no `- constant` there.
     pub fn offset(&mut self) -> Result<i64, ParseError> {
-        // The sign of `- 4` belongs to the constant, that of `+ -16` does not.
-        if !self.accept("+") && self.peek() != Kind::Mark("-") {
+        if !self.accept("+") {
             return Ok(0);
         }
         let error = self.error_here();

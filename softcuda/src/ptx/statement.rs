@@ -28,9 +28,6 @@ impl<'a> Parser<'_, 'a> {
     fn statement(&mut self, into: &mut Vec<Statement>) -> Result<(), ParseError> {
         match self.peek() {
             Kind::Mark("{") => into.push(Statement::Block(self.block()?)),
-            Kind::Mark(";") => {
-                self.next();
-            }
             Kind::Dotted("loc" | "file") | Kind::Mark("@@") => self.skip_line(),
             Kind::Dotted("pragma") => self.pragma()?,
             Kind::Dotted("section") => {
@@ -177,7 +174,7 @@ impl<'a> Parser<'_, 'a> {
             let offset = offset.ok_or_else(|| self.error("the array index overflows"))?;
             return Ok(Operand::SymbolOffset { name: name.to_owned(), offset });
         }
-        if matches!(self.peek(), Kind::Mark("+" | "-")) {
+        if self.peek() == Kind::Mark("+") {
             return Ok(Operand::SymbolOffset { name: name.to_owned(), offset: self.offset()? });
         }
         Ok(Operand::Name(name.to_owned()))
