@@ -20,7 +20,8 @@ pub struct Gated {
 /// The score p of an expert is `softmax(logits)` over all experts (Shazeer et al. 2017; Switch, Mixtral, Qwen3-MoE, OLMoE), or
 /// `sigmoid(logit)` (DeepSeek-V3, GLM-4.5, MiniMax-M2, Llama 4), or the softmax over the chosen logits alone (gpt-oss, GraniteMoE).
 /// Experts are compared by the choice value: `p + bias` where there is a correction `bias [E]` (DeepSeek-V3: Wang et al. 2024,
-/// "Auxiliary-Loss-Free Load Balancing"), else the logit itself, of which p is a monotone function. Larger comes first, of equal
+/// "Auxiliary-Loss-Free Load Balancing"; `logit + bias` for the softmax over the chosen, which has no p before the choice), else
+/// the logit itself, of which p is a monotone function. Larger comes first, of equal
 /// values the lower id, and NaN comes after -Inf, so that ids are distinct and in range whatever the logits. With groups,
 /// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report).
 ///
@@ -46,12 +47,6 @@ pub fn gate<L: Real, B: Real>(
     require("groups.kept", (1..=count).contains(&kept), || format!("1 to {count}"), kept)?;
     let eligible = experts / count * kept;
     require("top_k", (1..=eligible).contains(&top_k), || format!("1 to {eligible}"), top_k)?;
-    require(
-        "correction_bias",
-        bias.is_none() || rule.score != Score::TopkSoftmax,
-        || "none, as softmax over the chosen has no score before the choice".into(),
-        "one",
-    )?;
     if let Some(bias) = bias {
         require_shape("correction_bias", bias, &[experts])?;
     }
@@ -232,8 +227,10 @@ mod tests {
     }
 
     #[test]
-    fn a_bias_without_scores_is_an_error() {
-        let error = gate(&[0.0f32; 4], Some(&[0.0f32; 4]), 4, 1, &Gating::new(Score::TopkSoftmax)).unwrap_err();
-        assert_eq!(error.argument, "correction_bias");
+    fn a_bias_on_chosen_logits_moves_the_choice_only() {
+        let rule = Gating::new(Score::TopkSoftmax);
+        let gated = gate(&[3.0f32, 2.0, 1.0], Some(&[0.0f32, 0.0, 2.5]), 3, 2, &rule).unwrap();
+        assert_eq!(gated.ids, [2, 0]);
+        near(&gated.weights, &[sigmoid(-2.0), sigmoid(2.0)]);
     }
 }
