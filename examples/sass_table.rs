@@ -1,0 +1,332 @@
+//! Density of the main loops: what `ptxas` makes of every grouped GEMM.
+//!
+//! ```sh
+//! cargo run --release --example sass_table -- [--only GLOB] [--arch sm_80,sm_90] [--min-share PERCENT]
+//! ```
+//!
+//! For each variant it assembles the embedded PTX, disassembles the result, and prints registers, spilled bytes, shared
+//! memory, and of the innermost loop that holds the tensor core instructions its length, their number and their share. With
+//! `--min-share`, exit code 1 if a share lies below.
+//!
+//! `ptxas`: the variable `PTXAS`, `$CUDA_HOME/bin`, or `PATH`. `nvdisasm`: the variable `NVDISASM`, beside `ptxas`, or
+//! `PATH`. No GPU is needed.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use moe_kernels::kernels::embedded;
+use moe_kernels::registry::{self, Kernel};
+
+const USAGE: &str = "usage: sass_table [--only GLOB] [--arch sm_80,sm_90] [--min-share PERCENT]";
+
+fn main() -> ExitCode {
+    if std::env::args().skip(1).any(|argument| argument == "--help" || argument == "-h") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    match Options::parse(std::env::args().skip(1)).and_then(|options| run(&options)) {
+        Ok(code) => code,
+        Err(message) => {
+            eprintln!("sass_table: {message}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+struct Options {
+    only: String,
+    archs: Vec<String>,
+    min_share: Option<f64>,
+}
+
+impl Options {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+        let mut options = Options { only: "gemm_*".into(), archs: vec!["sm_80".into()], min_share: None };
+        while let Some(name) = arguments.next() {
+            if !["--only", "--arch", "--min-share"].contains(&name.as_str()) {
+                return Err(format!("unknown argument `{name}`\n{USAGE}"));
+            }
+            let value = arguments.next().ok_or_else(|| format!("{name}: expected a value after it\n{USAGE}"))?;
+            match name.as_str() {
+                "--only" => options.only = value,
+                "--arch" => {
+                    options.archs =
+                        value.split(',').map(str::trim).filter(|arch| !arch.is_empty()).map(Into::into).collect()
+                }
+                _ => {
+                    let share =
+                        value.parse().map_err(|_| format!("--min-share: expected a percentage, got `{value}`"))?;
+                    options.min_share = Some(share);
+                }
+            }
+        }
+        if options.archs.is_empty() {
+            return Err("--arch: expected at least one architecture, such as sm_80".into());
+        }
+        Ok(options)
+    }
+}
+
+/// What one variant became on one architecture.
+struct Row {
+    registers: u32,
+    spilled: u32,
+    /// Dynamic and static, in bytes.
+    shared: u32,
+    main_loop: Loop,
+}
+
+/// Instructions of the main loop, and how many of them are tensor core products.
+#[derive(Debug, PartialEq, Eq)]
+struct Loop {
+    instructions: usize,
+    products: usize,
+}
+
+impl Loop {
+    fn share(&self) -> f64 {
+        100.0 * self.products as f64 / self.instructions as f64
+    }
+}
+
+fn run(options: &Options) -> Result<ExitCode, String> {
+    let ptxas = find("PTXAS", "ptxas", std::env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin")))?;
+    let nvdisasm = find("NVDISASM", "nvdisasm", ptxas.parent().map(Path::to_path_buf))?;
+
+    let variants: Vec<Kernel> = registry::all()
+        .into_iter()
+        .filter(|kernel| matches!(kernel, Kernel::GroupedGemm(_)) && matches_glob(&options.only, &kernel.name()))
+        .collect();
+    if variants.is_empty() {
+        return Err(format!("--only: no grouped GEMM variant matches `{}`", options.only));
+    }
+    let jobs: Vec<(Kernel, &str)> =
+        options.archs.iter().flat_map(|arch| variants.iter().map(move |kernel| (*kernel, arch.as_str()))).collect();
+
+    let folder = Scratch::new()?;
+    let results: Vec<Mutex<Option<Result<Row, String>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |count| count.get()) {
+            scope.spawn(|| {
+                while let Some((index, (kernel, arch))) =
+                    Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|index| Some((index, jobs.get(index)?)))
+                {
+                    let row = measure(&ptxas, &nvdisasm, &folder.0, kernel, arch);
+                    *results[index].lock().expect("no thread panics") = Some(row);
+                }
+            });
+        }
+    });
+
+    println!(
+        "{:<32} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>7}",
+        "variant", "arch", "registers", "spilled", "shared", "loop", "HMMA", "share"
+    );
+    let mut below = 0;
+    for ((kernel, arch), result) in jobs.iter().zip(results) {
+        let row = result.into_inner().expect("no thread panics").expect("every job was done")?;
+        let share = row.main_loop.share();
+        let low = options.min_share.is_some_and(|least| share < least);
+        below += usize::from(low);
+        println!(
+            "{:<32} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>6.1}%{}",
+            kernel.name(),
+            arch,
+            row.registers,
+            row.spilled,
+            row.shared,
+            row.main_loop.instructions,
+            row.main_loop.products,
+            share,
+            if low { "  below" } else { "" }
+        );
+    }
+    if let Some(least) = options.min_share.filter(|_| below > 0) {
+        eprintln!("sass_table: {below} of {} loops have a share below {least} %", jobs.len());
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A folder for machine code that goes away with the value.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Scratch, String> {
+        let path = std::env::temp_dir().join(format!("sass_table-{}", std::process::id()));
+        std::fs::create_dir_all(&path).map_err(|error| format!("{}: cannot be made: {error}", path.display()))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).ok();
+    }
+}
+
+/// A tool named by a variable, else in `folder`, else on `PATH`.
+fn find(variable: &str, tool: &str, folder: Option<PathBuf>) -> Result<PathBuf, String> {
+    if let Some(path) = std::env::var_os(variable).filter(|path| !path.is_empty() && path != "none") {
+        let path = PathBuf::from(path);
+        return if path.is_file() {
+            Ok(path)
+        } else {
+            Err(format!("{variable}: expected the path of {tool}, got {}, which is no file", path.display()))
+        };
+    }
+    let on_path = std::env::var_os("PATH");
+    folder
+        .into_iter()
+        .chain(on_path.iter().flat_map(std::env::split_paths))
+        .map(|folder| folder.join(tool))
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            format!(
+                "{tool} not found: set {variable} to its path, or put it on PATH \
+                 (it is in the CUDA toolkit, and in the PyPI wheels nvidia-cuda-nvcc and nvidia-cuda-nvdisasm)"
+            )
+        })
+}
+
+fn measure(ptxas: &Path, nvdisasm: &Path, folder: &Path, kernel: &Kernel, arch: &str) -> Result<Row, String> {
+    let name = kernel.name();
+    let ptx = embedded().iter().find(|entry| entry.name == name).ok_or_else(|| format!("{name}: not embedded"))?.ptx;
+    let source = folder.join(format!("{name}.{arch}.ptx"));
+    let cubin = folder.join(format!("{name}.{arch}.cubin"));
+    std::fs::write(&source, ptx).map_err(|error| format!("{}: {error}", source.display()))?;
+    let report = output(Command::new(ptxas).args(["-v", "-arch", arch, "-o"]).arg(&cubin).arg(&source))?;
+    let number = |suffix| number_before(&report, suffix);
+    let sass = output(Command::new(nvdisasm).arg("-c").arg(&cubin))?;
+    Ok(Row {
+        registers: number(" registers").ok_or_else(|| format!("{name} for {arch}: no register count in:\n{report}"))?,
+        spilled: number(" bytes spill stores").unwrap_or(0),
+        shared: number(" bytes smem").unwrap_or(0) + kernel.shared_bytes(),
+        main_loop: main_loop(&sass)
+            .ok_or_else(|| format!("{name} for {arch}: no loop with HMMA in the disassembly"))?,
+    })
+}
+
+/// Standard output and error of a command that must succeed.
+fn output(command: &mut Command) -> Result<String, String> {
+    let program = command.get_program().to_string_lossy().into_owned();
+    let result = command.output().map_err(|error| format!("{program}: cannot be started: {error}"))?;
+    let text = String::from_utf8_lossy(&result.stdout).into_owned() + &String::from_utf8_lossy(&result.stderr);
+    if result.status.success() { Ok(text) } else { Err(format!("{program} failed ({}):\n{text}", result.status)) }
+}
+
+/// The number that stands just before `suffix`.
+fn number_before(text: &str, suffix: &str) -> Option<u32> {
+    let before = &text[..text.find(suffix)?];
+    let start = before.rfind(|c: char| !c.is_ascii_digit()).map_or(0, |at| at + 1);
+    before[start..].parse().ok()
+}
+
+/// Of the loops that hold HMMA instructions and no other such loop, the one with the most of them.
+fn main_loop(sass: &str) -> Option<Loop> {
+    let mut instructions: Vec<&str> = Vec::new();
+    let mut labels: HashMap<&str, usize> = HashMap::new();
+    for line in sass.lines() {
+        let line = line.trim();
+        if let Some(label) = line.strip_suffix(':').filter(|label| label.starts_with(".L")) {
+            labels.insert(label, instructions.len());
+        } else if let Some((_, text)) = line.strip_prefix("/*").and_then(|rest| rest.split_once("*/")) {
+            let text = text.split(';').next().unwrap_or_default().trim();
+            if !text.is_empty() {
+                instructions.push(text);
+            }
+        }
+    }
+    let products = |range: &Range<usize>| {
+        instructions[range.clone()].iter().filter(|text| opcode(text).starts_with("HMMA")).count()
+    };
+    // A loop is what a backward branch closes.
+    let loops: Vec<Range<usize>> = instructions
+        .iter()
+        .enumerate()
+        .filter(|(_, text)| opcode(text).starts_with("BRA"))
+        .filter_map(|(end, text)| {
+            let target = &text[text.find(".L")?..];
+            let target = target.split(|c: char| c == ')' || c.is_whitespace()).next()?;
+            let start = *labels.get(target)?;
+            (start <= end).then_some(start..end + 1)
+        })
+        .filter(|range| products(range) > 0)
+        .collect();
+    let holds = |outer: &Range<usize>, inner: &Range<usize>| {
+        outer != inner && outer.start <= inner.start && inner.end <= outer.end
+    };
+    loops
+        .iter()
+        .filter(|range| !loops.iter().any(|other| holds(range, other)))
+        .map(|range| Loop { instructions: range.len(), products: products(range) })
+        .max_by_key(|main| main.products)
+}
+
+/// The opcode of an instruction, without its predicate.
+fn opcode(instruction: &str) -> &str {
+    instruction.split_whitespace().find(|word| !word.starts_with('@')).unwrap_or_default()
+}
+
+/// Whether `name` fits a pattern in which `*` stands for any characters and `?` for one.
+fn matches_glob(pattern: &str, name: &str) -> bool {
+    match pattern.chars().next() {
+        None => name.is_empty(),
+        Some('*') => {
+            (0..=name.len()).any(|skip| name.is_char_boundary(skip) && matches_glob(&pattern[1..], &name[skip..]))
+        }
+        Some(first) => name.chars().next().is_some_and(|c| {
+            (first == '?' || first == c) && matches_glob(&pattern[first.len_utf8()..], &name[c.len_utf8()..])
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_innermost_loop_is_taken() {
+        let sass = "
+        /*0000*/                   S2R R4, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
+.L_x_1:
+        /*0020*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+        /*0030*/              @!P1 HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
+.L_x_2:
+        /*0060*/               @P0 BRA `(.L_x_2) ;
+        /*0070*/              @!P2 BRA `(.L_x_0) ;
+        /*0080*/                   EXIT ;";
+        assert_eq!(main_loop(sass), Some(Loop { instructions: 3, products: 2 }));
+    }
+
+    #[test]
+    fn a_branch_forward_closes_no_loop() {
+        let sass = ".L_x_0:\n /*0000*/ HMMA.1688.F32.TF32 R0, R4, R8, R0 ;\n /*0010*/ BRA `(.L_x_1) ;\n.L_x_1:\n";
+        assert_eq!(main_loop(sass), None);
+    }
+
+    #[test]
+    fn globs() {
+        assert!(matches_glob("gemm_bf16_*_nk", "gemm_bf16_128x128x64_glu_nk"));
+        assert!(!matches_glob("gemm_bf16_*_nk", "gemm_bf16_128x128x64_glu_kn"));
+        assert!(matches_glob("g?mm", "gemm") && !matches_glob("g?mm", "gemmm"));
+    }
+
+    #[test]
+    fn arguments() {
+        let parse = |words: &[&str]| Options::parse(words.iter().map(|word| word.to_string()));
+        let options = parse(&["--arch", "sm_80, sm_90", "--min-share", "40"]).unwrap();
+        assert_eq!((options.archs.len(), options.min_share), (2, Some(40.0)));
+        assert!(parse(&["--min-share", "much"]).is_err_and(|message| message.contains("`much`")));
+        assert!(parse(&["--only"]).is_err() && parse(&["--onyl", "x"]).is_err() && parse(&["--arch", ","]).is_err());
+    }
+}
