@@ -21,6 +21,12 @@ use crate::{DeviceInfo, Element, Error, Kernels, Selection, shape};
 
 const OPERATION: &str = "gemm";
 
+/// Largest depth: the kernel's offsets between rows of one tile of `b` have 32 bits.
+const MAX_K: usize = 1 << 23;
+
+/// Most weight outputs per expert, for the same reason where they are contiguous.
+const MAX_B_COLUMNS: usize = 1 << 26;
+
 /// What is applied to the product in registers.
 ///
 /// With a gated linear unit ([`Glu::Split`], [`Glu::Interleaved`]) the weight yields a gate `g` and an up value `u` for each
@@ -149,6 +155,12 @@ impl GemmDesc {
         shape::multiple_of_8(OPERATION, "n", self.n)?;
         shape::multiple_of_8(OPERATION, "k", self.k)?;
         shape::size(OPERATION, "n", self.b_columns())?;
+        for (argument, value, limit) in [("k", self.k, MAX_K), ("n", self.b_columns(), MAX_B_COLUMNS)] {
+            if value > limit {
+                let (value, limit) = (value.to_string(), limit as u64);
+                return Err(Error::Overflow { operation: OPERATION, argument, value, limit });
+            }
+        }
         shape::product(OPERATION, "a", &[self.a_rows, self.k])?;
         shape::product(OPERATION, "b", &[self.experts, self.b_columns(), self.k])?;
         shape::product(OPERATION, "out", &[self.rows, self.n])?;
