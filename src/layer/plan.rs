@@ -183,7 +183,7 @@ impl LayerPlan {
         self.stages().count()
     }
 
-    /// The kernels of a forward pass, for [`Kernels::preload`].
+    /// The kernels of a forward pass, for [`crate::Kernels::preload`].
     pub fn kernels(&self) -> impl Iterator<Item = Kernel> {
         self.stages().map(|(_, selection)| selection.kernel)
     }

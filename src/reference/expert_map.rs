@@ -55,7 +55,7 @@ pub fn map_experts(
         let row = usize::try_from(id).ok().and_then(|id| Some((id, map.chunks(max_replicas).nth(id)?)));
         let target = row.map_or(NONE, |(id, row)| {
             let count = replicas.map_or(1, |replicas| replicas[id] as u64);
-            row[(u64::from(hash(slot as u32, seed)) * count >> 32) as usize]
+            row[((u64::from(hash(slot as u32, seed)) * count) >> 32) as usize]
         });
         if target == IDENTITY {
             result.identity_weight[slot / top_k] += weights.map_or(1.0, |weights| weights[slot]);

@@ -59,7 +59,7 @@ pub fn route(token_ids: &[i32], hash_by: Hash, experts: usize, top_k: usize) -> 
             for &token in token_ids {
                 let own = ids.len();
                 for j in 0..top_k {
-                    let mut id = (u64::from(hash(token, j as u32, seed)) * experts as u64 >> 32) as i32;
+                    let mut id = ((u64::from(hash(token, j as u32, seed)) * experts as u64) >> 32) as i32;
                     while ids[own..].contains(&id) {
                         id = (id + 1) % experts as i32;
                     }
