@@ -121,7 +121,7 @@ impl Counters {
 }
 
 impl MemoryCounters {
-    fn add(&mut self, o: &Self) {
+    pub(super) fn add(&mut self, o: &Self) {
         self.requests += o.requests;
         self.sectors += o.sectors;
         self.ideal_sectors += o.ideal_sectors;
@@ -129,7 +129,7 @@ impl MemoryCounters {
 }
 
 impl SharedCounters {
-    fn add(&mut self, o: &Self) {
+    pub(super) fn add(&mut self, o: &Self) {
         self.requests += o.requests;
         self.wavefronts += o.wavefronts;
         self.ideal_wavefronts += o.ideal_wavefronts;
@@ -137,7 +137,7 @@ impl SharedCounters {
 }
 
 impl LineCounters {
-    fn add(&mut self, o: &Self) {
+    pub(super) fn add(&mut self, o: &Self) {
         self.warp_instructions += o.warp_instructions;
         self.thread_instructions += o.thread_instructions;
         self.global.add(&o.global);

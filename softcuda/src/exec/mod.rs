@@ -1,7 +1,27 @@
 //! Runs lowered kernels: warps of 32 lanes executed together, blocks in parallel over the host's cores.
 
+// A launch has one fault at most, and lane loops index several arrays at once.
+#![allow(clippy::result_large_err, clippy::needless_range_loop)]
+
+mod access;
+mod atomic;
+mod barrier;
+mod copies;
 mod counters;
+mod exchange;
 mod fault;
+mod groups;
+mod interpreter;
+mod lanes;
+mod matrix;
+mod mma;
+pub(crate) mod numeric;
+mod rows;
+mod scalar;
+mod schedule;
+mod specials;
+mod state;
+mod tally;
 
 pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
 pub use fault::{Fault, FaultKind};
@@ -12,6 +32,9 @@ use crate::lower::Kernel;
 pub const SHARED_WINDOW: u64 = 0x0100_0000_0000_0000;
 /// Base of the local window in the generic address space; the offset into the thread's local memory is added.
 pub const LOCAL_WINDOW: u64 = 0x0200_0000_0000_0000;
+
+/// Base of the kernel parameters' window in the generic address space.
+pub const PARAM_WINDOW: u64 = 0x0300_0000_0000_0000;
 
 /// The device's global memory as the executor sees it. A device address is the host address of the same byte.
 pub trait GlobalMemory: Sync {
@@ -74,5 +97,5 @@ pub struct Launch<'a> {
 /// # Errors
 /// The first fault that any thread of the launch met; memory is then in an unspecified state, as on a GPU.
 pub fn launch(l: &Launch) -> Result<Counters, Fault> {
-    Err(Fault::of_launch(l.kernel, FaultKind::IllegalInstruction, "the executor is not there yet"))
+    schedule::run(l)
 }

@@ -4,7 +4,18 @@
 //! Whatever is not implemented exactly as the PTX ISA defines it is a [`LowerError`] that names it; no modifier is ignored
 //! unless the manual makes it a hint.
 
+mod builder;
 mod error;
+mod families;
+mod flow;
+pub(crate) mod ir;
+pub(crate) mod isa;
+mod layout;
+mod modifiers;
+mod operands;
+mod registers;
+pub(crate) mod special;
+mod statements;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -70,6 +81,7 @@ pub struct Kernel {
     pub version: (u32, u32),
     /// Source text by line, `lines[0]` is line 1.
     pub lines: Arc<Vec<String>>,
+    pub(crate) body: ir::Body,
 }
 
 /// Lowers every `.entry` of a module.
@@ -77,9 +89,91 @@ pub struct Kernel {
 /// # Errors
 /// The first construct that is wrong PTX or not implemented, with its line.
 pub fn lower_module(ast: &ast::Module, env: &Environment) -> Result<Program, LowerError> {
-    let _ = env;
-    match ast.functions.iter().find(|f| f.is_entry && f.body.is_some()) {
-        None => Ok(Program { kernels: Vec::new() }),
-        Some(f) => Err(LowerError::new(ast, f.line, LowerErrorKind::Unsupported(format!("kernel `{}`", f.name)))),
+    check_target(ast, env)?;
+    let lines = Arc::new(ast.lines.clone());
+    let kernels = ast.functions.iter().filter(|f| f.is_entry && f.body.is_some());
+    let kernels = kernels.map(|f| lower_kernel(ast, f, env, &lines).map(Arc::new)).collect::<Result<_, _>>()?;
+    Ok(Program { kernels })
+}
+
+/// A module runs on its own target or a newer one; `sm_90a` and the like only on their own.
+fn check_target(ast: &ast::Module, env: &Environment) -> Result<(), LowerError> {
+    let error = |text: String| Err(LowerError::new(ast, 0, LowerErrorKind::Invalid(text)));
+    let number = ast.target.strip_prefix("sm_").map(|t| t.trim_end_matches(['a', 'f']));
+    let Some(number) = number.and_then(|n| n.parse::<u32>().ok()) else {
+        return error(format!("unknown target `{}`", ast.target));
+    };
+    let (major, minor) = env.compute_capability;
+    let device = major * 10 + minor;
+    let specific = ast.target.ends_with('a');
+    if number > device || specific && number != device {
+        return error(format!(
+            "target `{}` does not run on a device of compute capability {major}.{minor}",
+            ast.target
+        ));
     }
+    if ast.address_size != 64 {
+        return error(format!("address size {} is not implemented, only 64", ast.address_size));
+    }
+    Ok(())
+}
+
+fn lower_kernel(
+    ast: &ast::Module,
+    function: &ast::Function,
+    env: &Environment,
+    lines: &Arc<Vec<String>>,
+) -> Result<Kernel, LowerError> {
+    let at = |line: u32| move |kind| LowerError::new(ast, line, kind);
+    let layout = layout::Layout::new(ast, function).map_err(at(function.line))?;
+    let mut builder = builder::Builder::new(ast, env, layout);
+    builder.kernel(function).map_err(|kind| LowerError::new(ast, builder.line, kind))?;
+    let layout = std::mem::take(&mut builder.layout);
+    let (items, widths, temporaries, mut body) = builder.into_body();
+    let (mut nodes, labels) = flow::split(items).map_err(at(function.line))?;
+    let order = flow::order(&nodes);
+    let registers = registers::assign(&mut nodes, &order, &widths, &temporaries, &mut body);
+    flow::emit(&nodes, &order, &labels, &mut body);
+    let mut kernel = Kernel {
+        name: function.name.clone(),
+        params: layout.params,
+        param_bytes: layout.param_bytes,
+        static_shared_bytes: layout.static_shared,
+        shared_align: layout.shared_align,
+        local_bytes: layout.local.next_multiple_of(16) as u32,
+        max_threads: None,
+        reqntid: None,
+        min_ctas_per_sm: None,
+        max_registers: None,
+        registers,
+        version: ast.version,
+        lines: Arc::clone(lines),
+        body,
+    };
+    for (name, numbers) in &function.directives {
+        directive(&mut kernel, name, numbers).map_err(at(function.line))?;
+    }
+    Ok(kernel)
+}
+
+fn directive(kernel: &mut Kernel, name: &str, numbers: &[u64]) -> Result<(), LowerErrorKind> {
+    let first = || numbers.first().map(|&n| n as u32);
+    match name {
+        "maxntid" | "reqntid" => {
+            let shape = [0, 1, 2].map(|i| numbers.get(i).map_or(1, |&n| n as u32));
+            let threads: u64 = shape.iter().map(|&n| u64::from(n)).product();
+            if !(1..=1024).contains(&threads) {
+                return Err(LowerErrorKind::Invalid(format!("`.{name}` of {threads} threads")));
+            }
+            kernel.max_threads = Some(kernel.max_threads.unwrap_or(u32::MAX).min(threads as u32));
+            if name == "reqntid" {
+                kernel.reqntid = Some(shape);
+            }
+        }
+        "minnctapersm" => kernel.min_ctas_per_sm = first(),
+        "maxnreg" => kernel.max_registers = first(),
+        "noreturn" => {}
+        _ => return Err(LowerErrorKind::Unsupported(format!("`.{name}`"))),
+    }
+    Ok(())
 }

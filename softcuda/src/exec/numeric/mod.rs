@@ -1,0 +1,8 @@
+//! Scalar definitions of what instructions compute, one lane at a time.
+
+pub(crate) mod float;
+pub(crate) mod int;
+pub(crate) mod rounding;
+pub(crate) mod small;
+
+pub use small::{BF16, BF16x2, F16, F16x2};

@@ -1,0 +1,72 @@
+//! Values of the special registers (PTX ISA 10).
+
+use super::lanes::{File, LANES};
+use super::state::Machine;
+use crate::lower::ir::Op;
+use crate::lower::special::Special;
+
+impl Machine<'_, '_> {
+    pub fn special(&mut self, file: File, op: &Op, mask: u32) {
+        use Special::*;
+        let which = Special::ALL[op.x as usize];
+        let w = &self.worker;
+        let nanoseconds = || w.started.elapsed().as_nanos() as u64;
+        let uniform: u64 = match which {
+            TidX | TidY | TidZ | LaneId | LanemaskEq | LanemaskLe | LanemaskLt | LanemaskGe | LanemaskGt => {
+                let values: [u32; LANES] = std::array::from_fn(|lane| {
+                    let bit = 1u32 << lane;
+                    match which {
+                        TidX => self.thread(lane)[0],
+                        TidY => self.thread(lane)[1],
+                        TidZ => self.thread(lane)[2],
+                        LanemaskEq => bit,
+                        LanemaskLe => bit | (bit - 1),
+                        LanemaskLt => bit - 1,
+                        LanemaskGe => !(bit - 1),
+                        LanemaskGt => !(bit | (bit - 1)),
+                        _ => lane as u32,
+                    }
+                });
+                // SAFETY: the slot is a 32-bit one of this kernel.
+                unsafe { file.store32(op.d, mask, &values) };
+                return;
+            }
+            TidW | NtidW | CtaidW | NctaidW | ClusterIdW | NclusterIdW | ClusterCtaidW | ClusterNctaidW => 0,
+            NtidX => w.block[0].into(),
+            NtidY => w.block[1].into(),
+            NtidZ => w.block[2].into(),
+            CtaidX | ClusterIdX => self.shared.block[0].into(),
+            CtaidY | ClusterIdY => self.shared.block[1].into(),
+            CtaidZ | ClusterIdZ => self.shared.block[2].into(),
+            NctaidX | NclusterIdX => w.grid[0].into(),
+            NctaidY | NclusterIdY => w.grid[1].into(),
+            NctaidZ | NclusterIdZ => w.grid[2].into(),
+            WarpId => self.warp.index.into(),
+            NwarpId => u64::from(w.block.iter().product::<u32>().div_ceil(32)),
+            SmId => self.shared.linear % u64::from(w.config.sm_count.max(1)),
+            NsmId => w.config.sm_count.into(),
+            GridId => w.grid_id,
+            Clock | Clock64 => nanoseconds(),
+            ClockHi => nanoseconds() >> 32,
+            GlobalTimer | GlobalTimerLo => epoch_nanoseconds(),
+            GlobalTimerHi => epoch_nanoseconds() >> 32,
+            TotalSmem | AggrSmem => self.shared.bytes.into(),
+            DynamicSmem => w.dynamic_shared.into(),
+            // Clusters of one block.
+            ClusterCtaidX | ClusterCtaidY | ClusterCtaidZ | ClusterCtarank => 0,
+            ClusterNctaidX | ClusterNctaidY | ClusterNctaidZ | ClusterNctarank => 1,
+        };
+        // SAFETY: the slot is of the width that `b` says.
+        unsafe {
+            if op.b == 1 {
+                file.store64(op.d, mask, &[uniform; LANES]);
+            } else {
+                file.store32(op.d, mask, &[uniform as u32; LANES]);
+            }
+        }
+    }
+}
+
+fn epoch_nanoseconds() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64)
+}

@@ -1,0 +1,202 @@
+//! What a launch is made of while it runs: warps with their groups of lanes, blocks with their barriers.
+
+use std::collections::VecDeque;
+
+use super::copies::Copies;
+use super::fault::{Fault, FaultKind};
+use super::lanes::{Buffer, File};
+use super::tally::Tally;
+use super::{Config, GlobalMemory};
+use crate::lower::Kernel;
+use crate::lower::ir::Body;
+
+/// Lanes of a warp that stand at the same operation.
+#[derive(Debug, Clone, Copy)]
+pub struct Group {
+    pub pc: u32,
+    pub mask: u32,
+    pub state: GroupState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GroupState {
+    Ready,
+    /// At an instruction that other lanes of the warp must reach first.
+    AtSync,
+    AtBarrier(u8),
+}
+
+#[derive(Debug)]
+pub struct Warp {
+    pub file: Buffer,
+    pub predicates: Vec<u32>,
+    /// The group being run is `groups[current]`.
+    pub groups: Vec<Group>,
+    pub current: usize,
+    /// Index in the block.
+    pub index: u32,
+    /// Lanes that have a thread.
+    pub present: u32,
+    pub exited: u32,
+    pub local: Buffer,
+    pub copies: Copies,
+    /// The last slice ran out while lanes were apart: the next one runs another group, whatever its place.
+    pub rotate: bool,
+    /// The group chosen so keeps running to the end of the slice.
+    pub pinned: bool,
+    pub turn: usize,
+}
+
+impl Warp {
+    pub fn live(&self) -> u32 {
+        self.present & !self.exited
+    }
+
+    pub fn finished(&self) -> bool {
+        self.live() == 0
+    }
+
+    /// Some lanes could go on.
+    pub fn runnable(&self) -> bool {
+        self.groups.iter().any(|g| g.state == GroupState::Ready)
+    }
+}
+
+/// One of a block's 16 barriers, in its current phase.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Barrier {
+    /// Threads expected; `None` for all that have not exited.
+    pub expected: Option<u32>,
+    pub in_use: bool,
+    /// Arrivals as counted against `expected`: aligned ones count whole warps.
+    pub arrived: u32,
+    /// Lanes that arrived.
+    pub lanes: u32,
+    pub sum: u32,
+    pub and: bool,
+    pub or: bool,
+}
+
+/// A block's state that its warps share.
+#[derive(Debug)]
+pub struct Shared {
+    pub block: [u32; 3],
+    /// Position in launch order.
+    pub linear: u64,
+    pub memory: Buffer,
+    /// Bytes of shared memory that the block may use.
+    pub bytes: u32,
+    pub barriers: [Barrier; 16],
+    pub exited_threads: u32,
+    pub threads: u32,
+    /// Seed of the block's own choices.
+    pub seed: u64,
+}
+
+/// A block in flight.
+#[derive(Debug)]
+pub struct Block {
+    pub shared: Shared,
+    pub warps: Vec<Warp>,
+}
+
+/// What one host thread keeps during a launch.
+pub struct Worker<'a> {
+    pub kernel: &'a Kernel,
+    pub body: &'a Body,
+    pub constants: *mut u8,
+    pub params: &'a [u8],
+    pub memory: &'a dyn GlobalMemory,
+    pub config: &'a Config,
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    pub dynamic_shared: u32,
+    pub started: std::time::Instant,
+    /// Operations run so far, which the clocks read.
+    pub clock: u64,
+    /// Allocations seen so far, the one used last first.
+    pub allocations: Vec<(u64, u64)>,
+    pub tally: Option<Box<Tally>>,
+    pub isa: super::interpreter::Isa,
+    pub grid_id: u64,
+    /// Parts of finished blocks for new ones.
+    pub spare: VecDeque<Block>,
+}
+
+/// A fault before the place where it happened is added.
+#[derive(Debug)]
+pub struct Raw {
+    pub kind: FaultKind,
+    pub lane: usize,
+    pub message: String,
+    pub address: Option<u64>,
+    pub space: Option<&'static str>,
+    pub bytes: Option<u32>,
+}
+
+impl Raw {
+    pub fn new(kind: FaultKind, mask: u32, message: impl Into<String>) -> Box<Self> {
+        let lane = mask.trailing_zeros() as usize % 32;
+        Box::new(Self { kind, lane, message: message.into(), address: None, space: None, bytes: None })
+    }
+}
+
+pub type Outcome<T> = Result<T, Box<Raw>>;
+
+/// One warp with everything it can reach.
+pub struct Machine<'m, 'a> {
+    pub worker: &'m mut Worker<'a>,
+    pub shared: &'m mut Shared,
+    pub warp: &'m mut Warp,
+}
+
+impl Machine<'_, '_> {
+    pub fn file(&mut self) -> File {
+        File {
+            bases: [self.warp.file.as_mut_ptr(), self.worker.constants],
+            predicates: self.warp.predicates.as_mut_ptr(),
+        }
+    }
+
+    /// Thread index of a lane.
+    pub fn thread(&self, lane: usize) -> [u32; 3] {
+        thread_of(self.worker.block, self.warp.index, lane)
+    }
+
+    pub fn line(&self, pc: u32) -> u32 {
+        self.worker.body.lines.get(pc as usize).copied().unwrap_or(0)
+    }
+
+    pub fn text(&self, line: u32) -> &str {
+        self.worker.kernel.lines.get((line as usize).wrapping_sub(1)).map_or("", |l| l.trim())
+    }
+
+    pub fn fault(&self, raw: Raw, pc: u32) -> Fault {
+        let line = self.line(pc);
+        Fault {
+            kind: raw.kind,
+            kernel: self.worker.kernel.name.clone(),
+            line,
+            text: self.text(line).to_string(),
+            block: self.shared.block,
+            thread: self.thread(raw.lane),
+            address: raw.address,
+            space: raw.space,
+            bytes: raw.bytes,
+            message: raw.message,
+        }
+    }
+}
+
+pub fn thread_of(block: [u32; 3], warp: u32, lane: usize) -> [u32; 3] {
+    let t = warp * 32 + lane as u32;
+    [t % block[0], t / block[0] % block[1], t / block[0] / block[1]]
+}
+
+/// A mixing step for choices that the seed makes (the finaliser of SplitMix64).
+pub fn mix(mut x: u64) -> u64 {
+    x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ x >> 31
+}

@@ -1,0 +1,98 @@
+//! `cvt` beyond the vectorised rows (PTX ISA 9.7.9.21).
+
+use super::{Class, unknown};
+use crate::exec::numeric::rounding::Round;
+use crate::lower::builder::{Builder, Result};
+use crate::lower::ir::{Cvt, Extra};
+use crate::lower::isa::Code;
+use crate::lower::modifiers::Modifiers;
+use crate::lower::operands::count;
+use crate::ptx::ast::{Instruction, Type};
+
+const FLOAT_ROUNDINGS: &[(&str, Round)] =
+    &[("rn", Round::Nearest), ("rna", Round::NearestAway), ("rz", Round::Zero), ("rm", Round::Down), ("rp", Round::Up)];
+const INTEGER_ROUNDINGS: &[(&str, Round)] =
+    &[("rni", Round::Nearest), ("rzi", Round::Zero), ("rmi", Round::Down), ("rpi", Round::Up)];
+
+fn is_integer(ty: Type) -> bool {
+    use Type::*;
+    matches!(ty, U8 | U16 | U32 | U64 | S8 | S16 | S32 | S64)
+}
+
+fn is_float(ty: Type) -> bool {
+    use Type::*;
+    matches!(ty, F16 | BF16 | F32 | F64)
+}
+
+impl Builder<'_> {
+    pub(super) fn cvt(&mut self, i: &Instruction) -> Result<()> {
+        use Type::*;
+        let mut m = Modifiers::new(i);
+        let from = m.last_type()?;
+        let to = m.last_type()?;
+        let float_round = m.one_of(FLOAT_ROUNDINGS);
+        let integer_round = m.one_of(INTEGER_ROUNDINGS);
+        let ftz = m.take("ftz");
+        let sat = m.take("sat");
+        let satfinite = m.take("satfinite");
+        let relu = m.take("relu");
+        m.finish()?;
+        let packs = matches!((to, from), (F16x2 | BF16x2 | E4M3x2 | E5M2x2, F32));
+        let nearest = float_round == Some(Round::Nearest);
+        let rounds = nearest || float_round == Some(Round::Zero);
+        let plain = !ftz && !sat && integer_round.is_none();
+        let ok = match (to, from) {
+            (F16x2 | BF16x2, F32) => rounds && plain,
+            (E4M3x2 | E5M2x2, F32 | F16x2) => nearest && satfinite && plain,
+            (F16x2, E4M3x2 | E5M2x2) => nearest && !satfinite && plain,
+            (TF32, F32) if float_round == Some(Round::NearestAway) => plain && !relu,
+            (TF32, F32) => rounds && plain,
+            (a, b) if is_integer(a) && is_integer(b) => {
+                float_round.is_none() && integer_round.is_none() && !ftz && !satfinite && !relu
+            }
+            (a, b) if is_integer(a) && is_float(b) => {
+                integer_round.is_some() && float_round.is_none() && (!ftz || b == F32) && !satfinite && !relu
+            }
+            (a, b) if is_float(a) && is_integer(b) => {
+                integer_round.is_none()
+                    && float_round.is_some_and(|r| r != Round::NearestAway)
+                    && !ftz
+                    && !satfinite
+                    && !relu
+            }
+            (a, b) if is_float(a) && is_float(b) => {
+                let narrows = a.bytes() < b.bytes() || a.bytes() == b.bytes() && a != b;
+                let rounding = if narrows {
+                    integer_round.is_none() && float_round.is_some_and(|r| r != Round::NearestAway)
+                } else {
+                    float_round.is_none() && (a == b || integer_round.is_none())
+                };
+                let small = matches!(a, F16 | BF16) && b == F32;
+                rounding
+                    && (!ftz || a == F32 || b == F32)
+                    && (!(relu || satfinite) || small && rounds)
+                    && !(a == BF16 && (ftz || sat))
+            }
+            _ => false,
+        };
+        if !ok {
+            return Err(unknown(i));
+        }
+        self.class = Some(Class::Convert);
+        let arity = if packs { 3 } else { 2 };
+        count(&i.operands, arity..=arity)?;
+        let storage = |ty| match ty {
+            TF32 => B32,
+            E4M3x2 | E5M2x2 => B16,
+            other => other,
+        };
+        let a = self.wide_source(&i.operands[1], storage(from))?;
+        let b = if packs { Some(self.wide_source(&i.operands[2], from)?) } else { None };
+        let Some(d) = self.wide_dest(&i.operands[0], storage(to))? else { return Ok(()) };
+        let round = float_round.or(integer_round).unwrap_or(Round::Nearest);
+        let integral = integer_round.is_some();
+        let cvt = Cvt { to, from, round, integral, ftz, sat, satfinite, relu, d, a, b };
+        self.emit_extra(Code::Cvt, Extra::Cvt(cvt));
+        Ok(())
+    }
+}

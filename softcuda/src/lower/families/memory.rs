@@ -1,0 +1,318 @@
+//! Loads, stores, atomics, cache hints and asynchronous copies (PTX ISA 9.7.9, 9.7.13).
+
+use super::{Class, unknown};
+use crate::lower::LowerErrorKind;
+use crate::lower::builder::{Builder, Result};
+use crate::lower::ir::{Access, Atom, AtomOp, CopyAsync, Extra, Order};
+use crate::lower::isa::{Code, Width};
+use crate::lower::modifiers::Modifiers;
+use crate::lower::operands::{count, describe};
+use crate::ptx::ast::{Instruction, Operand, Space, Type};
+
+const SPACES: &[(&str, Space)] = &[
+    ("global", Space::Global),
+    ("shared", Space::Shared),
+    ("shared::cta", Space::Shared),
+    ("local", Space::Local),
+    ("const", Space::Const),
+    ("param", Space::Param),
+    ("param::entry", Space::Param),
+    ("param::func", Space::Param),
+];
+
+const SCOPES: &[(&str, ())] = &[("cta", ()), ("cluster", ()), ("gpu", ()), ("sys", ())];
+
+/// Hints on caching and eviction, which change no result.
+const CACHE_HINTS: &[(&str, ())] = &[
+    ("ca", ()),
+    ("cg", ()),
+    ("cs", ()),
+    ("lu", ()),
+    ("cv", ()),
+    ("wb", ()),
+    ("wt", ()),
+    ("nc", ()),
+    ("L1::evict_normal", ()),
+    ("L1::evict_unchanged", ()),
+    ("L1::evict_first", ()),
+    ("L1::evict_last", ()),
+    ("L1::no_allocate", ()),
+    ("L2::evict_normal", ()),
+    ("L2::evict_first", ()),
+    ("L2::evict_last", ()),
+    ("L2::64B", ()),
+    ("L2::128B", ()),
+    ("L2::256B", ()),
+];
+
+impl Builder<'_> {
+    fn cache_modifiers(m: &mut Modifiers) {
+        while m.one_of(CACHE_HINTS).is_some() {}
+    }
+
+    /// The operands without the cache policy that `.L2::cache_hint` puts at the end.
+    fn without_policy<'i>(&mut self, i: &'i Instruction, m: &mut Modifiers) -> Result<&'i [Operand]> {
+        if !m.take("L2::cache_hint") {
+            return Ok(&i.operands);
+        }
+        let Some((policy, rest)) = i.operands.split_last() else { return Err(unknown(i)) };
+        self.source(policy, Type::B64)?;
+        Ok(rest)
+    }
+
+    pub(super) fn load_store(&mut self, i: &Instruction) -> Result<()> {
+        let mut m = Modifiers::new(i);
+        let load = i.opcode != "st";
+        let order = m.one_of(&[
+            ("weak", Order::Weak),
+            ("volatile", Order::Relaxed),
+            ("relaxed", Order::Relaxed),
+            ("acquire", Order::Acquire),
+            ("release", Order::Release),
+        ]);
+        if order == Some(if load { Order::Release } else { Order::Acquire }) {
+            return Err(unknown(i));
+        }
+        m.take("mmio");
+        let scope = m.one_of(SCOPES);
+        let order = order.unwrap_or(Order::Weak);
+        if scope.is_some() != (order != Order::Weak) && !i.modifiers.iter().any(|m| m == "volatile") {
+            return Err(unknown(i));
+        }
+        let space = m.one_of(SPACES);
+        Self::cache_modifiers(&mut m);
+        let operands = self.without_policy(i, &mut m)?;
+        let n = m.one_of(&[("v2", 2), ("v4", 4), ("v8", 8)]).unwrap_or(1);
+        let ty = m.last_type()?;
+        m.finish()?;
+        use Type::*;
+        if !matches!(ty, B8 | B16 | B32 | B64 | U8 | U16 | U32 | U64 | S8 | S16 | S32 | S64 | F32 | F64) {
+            return Err(unknown(i));
+        }
+        if n as u32 * ty.bytes() > 32 {
+            return Err(unknown(i));
+        }
+        count(operands, 2..=2)?;
+        let (data, place) = if load { (&operands[0], &operands[1]) } else { (&operands[1], &operands[0]) };
+        let (address, of_symbol) = self.address(place)?;
+        let space = match (space, of_symbol) {
+            // Parameters of device functions are kept in local memory.
+            (Some(Space::Param) | None, Some(s)) => Some(s),
+            (Some(a), Some(b)) if a != b => {
+                return Err(LowerErrorKind::Operand {
+                    expected: format!("expected an address in {a:?}"),
+                    got: format!("{} in {b:?}", describe(place)),
+                });
+            }
+            (s, _) => s,
+        };
+        if !load && matches!(space, Some(Space::Const | Space::Param)) {
+            return Err(LowerErrorKind::Invalid(format!("a store to {space:?}")));
+        }
+        let mut regs = Vec::with_capacity(n);
+        for o in self.vector(data, n)? {
+            regs.push(if load { self.wide_dest(&o, ty)? } else { Some(self.wide_source(&o, ty)?) });
+        }
+        self.class = Some(match (space, load) {
+            (Some(Space::Shared), true) => Class::SharedLoad,
+            (Some(Space::Shared), false) => Class::SharedStore,
+            (Some(Space::Global) | None, true) => Class::GlobalLoad,
+            (Some(Space::Global) | None, false) => Class::GlobalStore,
+            _ => Class::OtherMemory,
+        });
+        let access =
+            Access { space, address, bytes: ty.bytes(), signed: matches!(ty, S8 | S16 | S32 | S64), regs, order };
+        self.emit_extra(if load { Code::Load } else { Code::Store }, Extra::Access(access));
+        Ok(())
+    }
+
+    pub(super) fn atomic(&mut self, i: &Instruction) -> Result<()> {
+        use AtomOp::*;
+        use Type::*;
+        let mut m = Modifiers::new(i);
+        let atom = i.opcode == "atom";
+        // `red` returns nothing that could be acquired.
+        let acquires = m.one_of(&[("relaxed", false), ("release", false), ("acquire", true), ("acq_rel", true)]);
+        if !atom && acquires == Some(true) {
+            return Err(unknown(i));
+        }
+        m.one_of(SCOPES);
+        let space = m.one_of(&[("global", Space::Global), ("shared", Space::Shared), ("shared::cta", Space::Shared)]);
+        let op = m.required(
+            "an operation",
+            &[
+                ("add", Add),
+                ("min", Min),
+                ("max", Max),
+                ("inc", Inc),
+                ("dec", Dec),
+                ("exch", Exch),
+                ("cas", Cas),
+                ("and", And),
+                ("or", Or),
+                ("xor", Xor),
+            ],
+        )?;
+        let noftz = m.take("noftz");
+        let operands = self.without_policy(i, &mut m)?;
+        let ty = m.last_type()?;
+        m.finish()?;
+        let halves = matches!(ty, F16 | F16x2 | BF16 | BF16x2);
+        let allowed = match op {
+            Add => matches!(ty, U32 | S32 | U64 | F32 | F64) || halves,
+            Min | Max => matches!(ty, U32 | S32 | U64 | S64),
+            Inc | Dec => ty == U32,
+            Exch => atom && matches!(ty, B32 | B64),
+            Cas => atom && matches!(ty, B16 | B32 | B64),
+            And | Or | Xor => matches!(ty, B32 | B64),
+        };
+        if !allowed || noftz != (op == Add && halves) {
+            return Err(unknown(i));
+        }
+        let arity = 1 + usize::from(atom) + 1 + usize::from(op == Cas);
+        count(operands, arity..=arity)?;
+        let at = usize::from(atom);
+        let (address, of_symbol) = self.address(&operands[at])?;
+        let space = space.or(of_symbol);
+        if !matches!(space, None | Some(Space::Global | Space::Shared)) {
+            return Err(LowerErrorKind::Invalid(format!("an atomic operation in {space:?}")));
+        }
+        let d = match operands.first() {
+            Some(o) if atom && !matches!(o, Operand::Sink) => Some(self.dest_reg(o, ty)?),
+            _ => None,
+        };
+        let b = self.source_reg(&operands[at + 1], ty)?;
+        let c = if op == Cas { Some(self.source_reg(&operands[at + 2], ty)?) } else { None };
+        self.class = Some(Class::Atomic);
+        self.emit_extra(Code::Atom, Extra::Atom(Atom { op, ty, space, address, d, b, c }));
+        Ok(())
+    }
+
+    /// Instructions that only advise the caches: their addresses are checked for form, then dropped.
+    pub(super) fn cache_hint(&mut self, i: &Instruction) -> Result<()> {
+        let mut m = Modifiers::new(i);
+        m.one_of(SPACES);
+        match i.opcode.as_str() {
+            "prefetch" | "prefetchu" => {
+                m.required(
+                    "a cache level",
+                    &[("L1", ()), ("L2", ()), ("L2::evict_last", ()), ("L2::evict_normal", ())],
+                )?;
+                count(&i.operands, 1..=1)?;
+            }
+            "applypriority" => {
+                m.required("a priority", &[("L2::evict_normal", ())])?;
+                count(&i.operands, 2..=2)?;
+            }
+            // `discard` leaves the destination undefined; nothing is the least it may do.
+            _ => {
+                m.required("a cache level", &[("L2", ())])?;
+                count(&i.operands, 2..=2)?;
+            }
+        }
+        m.finish()?;
+        self.address(&i.operands[0])?;
+        self.class = Some(Class::OtherMemory);
+        self.emit_plain(Code::Nop, 0);
+        Ok(())
+    }
+
+    /// A policy is an opaque number that only changes eviction.
+    pub(super) fn createpolicy(&mut self, i: &Instruction) -> Result<()> {
+        let mut m = Modifiers::new(i);
+        const PRIORITIES: &[(&str, ())] =
+            &[("L2::evict_last", ()), ("L2::evict_normal", ()), ("L2::evict_first", ()), ("L2::evict_unchanged", ())];
+        let kind = m.required("a kind", &[("fractional", 0), ("range", 1), ("cvt", 2)])?;
+        if kind == 2 {
+            m.required("`.L2`", &[("L2", ())])?;
+        } else {
+            m.required("a priority", PRIORITIES)?;
+            m.one_of(PRIORITIES);
+        }
+        m.take("global");
+        if m.last_type()? != Type::B64 {
+            return Err(unknown(i));
+        }
+        m.finish()?;
+        let arity = match kind {
+            0 => 1..=2,
+            1 => 4..=4,
+            _ => 2..=2,
+        };
+        count(&i.operands, arity)?;
+        let d = self.dest(&i.operands[0], Type::B64)?;
+        let policy = self.constant64(0x12f0_0000_0000_0000);
+        self.emit(Code::Mov64, d, &[policy]);
+        Ok(())
+    }
+
+    /// `cp.async` and its groups. Bulk copies are another engine.
+    pub(super) fn copy_async(&mut self, i: &Instruction) -> Result<()> {
+        let mut m = Modifiers::new(i);
+        self.class = Some(Class::AsyncCopy);
+        if !m.take("async") {
+            return Err(unknown(i));
+        }
+        if m.take("commit_group") {
+            m.finish()?;
+            count(&i.operands, 0..=0)?;
+            self.emit_plain(Code::CopyCommit, 0);
+            return Ok(());
+        }
+        if m.take("wait_all") {
+            m.finish()?;
+            count(&i.operands, 0..=0)?;
+            self.emit_plain(Code::CopyCommit, 0);
+            self.emit_plain(Code::CopyWait, 0);
+            return Ok(());
+        }
+        if m.take("wait_group") {
+            m.finish()?;
+            count(&i.operands, 1..=1)?;
+            let Operand::Int(n @ 0..=0x7fff_ffff) = i.operands[0] else {
+                return Err(LowerErrorKind::Operand {
+                    expected: "expected a number of groups".into(),
+                    got: describe(&i.operands[0]),
+                });
+            };
+            self.emit_plain(Code::CopyWait, n as u32);
+            return Ok(());
+        }
+        let Some(sixteen_only) = m.one_of(&[("cg", true), ("ca", false)]) else { return Err(unknown(i)) };
+        if m.one_of(&[("shared", ()), ("shared::cta", ())]).is_none() || !m.take("global") {
+            return Err(unknown(i));
+        }
+        m.one_of(&[("L2::64B", ()), ("L2::128B", ()), ("L2::256B", ())]);
+        let operands = self.without_policy(i, &mut m)?;
+        m.finish()?;
+        count(operands, 3..=4)?;
+        let (to, to_space) = self.address(&operands[0])?;
+        let (from, from_space) = self.address(&operands[1])?;
+        if !matches!(to_space, None | Some(Space::Shared)) || !matches!(from_space, None | Some(Space::Global)) {
+            return Err(LowerErrorKind::Invalid("`cp.async` copies from global to shared memory".into()));
+        }
+        let bytes = match operands[2] {
+            Operand::Int(16) => 16,
+            Operand::Int(n @ (4 | 8)) if !sixteen_only => n as u32,
+            _ => {
+                let sizes = if sixteen_only { "16" } else { "4, 8 or 16" };
+                return Err(LowerErrorKind::Operand {
+                    expected: format!("expected a copy size of {sizes}"),
+                    got: describe(&operands[2]),
+                });
+            }
+        };
+        let (mut source_bytes, mut ignore) = (None, None);
+        if let Some(o) = operands.get(3) {
+            let predicate = matches!(o, Operand::NotName(_)) || matches!(self.register_of(o)?, Some((_, Type::Pred)));
+            if predicate {
+                let (p, negated) = self.predicate_source(o)?;
+                ignore = Some((self.reg(p, Width::Pred), negated));
+            } else {
+                source_bytes = Some(self.source_reg(o, Type::U32)?);
+            }
+        }
+        self.emit_extra(Code::CopyAsync, Extra::CopyAsync(CopyAsync { to, from, bytes, source_bytes, ignore }));
+        Ok(())
+    }
+}

@@ -1,0 +1,92 @@
+//! Lowering by instruction family: what the rows of [`super::isa`] cannot say.
+
+mod arithmetic;
+mod compare;
+mod control;
+mod convert;
+mod data;
+mod exchange;
+mod matrix;
+mod memory;
+mod synchronise;
+
+use super::LowerErrorKind;
+use super::builder::{Builder, Result};
+use super::isa::BY_NAME;
+use super::operands::count;
+use crate::exec::InstructionClass as Class;
+use crate::ptx::ast::{Instruction, Operand};
+
+/// The instruction as written, without its operands.
+fn spelling(i: &Instruction) -> String {
+    std::iter::once(&i.opcode).chain(&i.modifiers).map(String::as_str).collect::<Vec<_>>().join(".")
+}
+
+fn unknown(i: &Instruction) -> LowerErrorKind {
+    LowerErrorKind::UnknownInstruction(spelling(i))
+}
+
+impl Builder<'_> {
+    /// One instruction under the current guard.
+    pub fn instruction(&mut self, i: &Instruction) -> Result<()> {
+        if self.row(i)? {
+            return Ok(());
+        }
+        self.class = Some(Class::Integer);
+        match i.opcode.as_str() {
+            "add" | "sub" | "mul" | "fma" | "mad" | "div" | "min" | "max" | "abs" | "neg" | "rcp" | "sqrt" | "addc"
+            | "subc" | "madc" | "bfi" => self.arithmetic(i),
+            "setp" => self.setp(i),
+            "set" => self.set(i),
+            "and" | "or" | "xor" | "not" => self.predicate_logic(i),
+            "lop3" => self.lop3(i),
+            "mov" => self.mov(i),
+            "cvt" => self.cvt(i),
+            "cvta" => self.cvta(i),
+            "isspacep" => self.isspacep(i),
+            "ld" | "ldu" | "st" => self.load_store(i),
+            "atom" | "red" => self.atomic(i),
+            "prefetch" | "prefetchu" | "applypriority" | "discard" => self.cache_hint(i),
+            "createpolicy" => self.createpolicy(i),
+            "cp" => self.copy_async(i),
+            "shfl" => self.shfl(i),
+            "vote" => self.vote(i),
+            "match" => self.match_sync(i),
+            "redux" => self.redux(i),
+            "elect" => self.elect(i),
+            "activemask" => self.activemask(i),
+            "bar" | "barrier" => self.barrier(i),
+            "membar" | "fence" => self.fence(i),
+            "nanosleep" => self.nanosleep(i),
+            "ldmatrix" | "stmatrix" => self.matrix_move(i),
+            "mma" => self.mma(i),
+            "bra" | "brx" | "ret" | "exit" | "trap" | "brkpt" | "call" | "pmevent" => self.control(i),
+            _ => Err(unknown(i)),
+        }
+    }
+
+    /// Lowers an instruction that is a row, if it is one.
+    fn row(&mut self, i: &Instruction) -> Result<bool> {
+        let Some(row) = BY_NAME.get(spelling(i).as_str()) else { return Ok(false) };
+        if i.opcode == "mov" && i.operands.iter().any(|o| matches!(o, Operand::Vector(_))) {
+            return Ok(false);
+        }
+        count(&i.operands, row.sources.len() + 1..=row.sources.len() + 1)?;
+        // Only conversions take registers wider than their types.
+        if i.opcode == "cvt"
+            && (self.dest(&i.operands[0], row.result).is_err() || {
+                i.operands[1..].iter().zip(row.sources).any(|(o, ty)| self.source(o, *ty).is_err())
+            })
+        {
+            return Ok(false);
+        }
+        self.class = Some(row.class);
+        let mut sources = Vec::with_capacity(3);
+        for (o, ty) in i.operands[1..].iter().zip(row.sources) {
+            sources.push(self.source(o, *ty)?);
+        }
+        let d = self.dest(&i.operands[0], row.result)?;
+        self.emit(row.code, d, &sources);
+        Ok(true)
+    }
+}

@@ -1,0 +1,441 @@
+//! The executable form of a kernel: a flat list of small operations over a packed register file.
+//!
+//! A lane-wise operation names its operands by slot: a byte offset into the warp's register file, or, with [`CONSTANT`]
+//! set, into the kernel's bank of constants, each 32 lanes wide. Everything else keeps its operands in an [`Extra`].
+
+use super::isa::{Code, Width};
+use crate::exec::InstructionClass;
+use crate::exec::numeric::rounding::Round;
+use crate::ptx::ast::{Space, Type};
+
+/// Set in slots that name a constant.
+pub const CONSTANT: u32 = 1 << 31;
+/// Predicate slots that always read as true and as false.
+pub const TRUE: u32 = CONSTANT;
+pub const FALSE: u32 = CONSTANT | 1;
+
+/// One operation. Predicate operands are indices into the warp's predicate masks.
+#[derive(Debug, Clone, Copy)]
+pub struct Op {
+    pub code: Code,
+    /// Predicate index times two, plus one where negated. Predicate 0 is always true.
+    pub guard: u16,
+    pub d: u32,
+    pub a: u32,
+    pub b: u32,
+    pub c: u32,
+    pub x: u32,
+}
+
+/// A register operand of an [`Extra`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Reg {
+    pub slot: u32,
+    pub width: Width,
+}
+
+/// `[base + offset]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address {
+    pub base: Reg,
+    pub offset: i64,
+}
+
+/// Memory ordering of an access; every scope is treated as the whole system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    Weak,
+    /// Also `.volatile`.
+    Relaxed,
+    Acquire,
+    Release,
+}
+
+/// `ld` and `st`.
+#[derive(Debug, Clone)]
+pub struct Access {
+    /// `None` for generic addresses.
+    pub space: Option<Space>,
+    pub address: Address,
+    /// Bytes of one element: 1, 2, 4 or 8.
+    pub bytes: u32,
+    /// Sign-extend elements narrower than their register.
+    pub signed: bool,
+    /// One register for each element; `None` for `_`.
+    pub regs: Vec<Option<Reg>>,
+    pub order: Order,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AtomOp {
+    Add,
+    Min,
+    Max,
+    Inc,
+    Dec,
+    Exch,
+    Cas,
+    And,
+    Or,
+    Xor,
+}
+
+/// `atom` and, without `d`, `red`; executed sequentially consistent whatever its order and scope.
+#[derive(Debug, Clone)]
+pub struct Atom {
+    pub op: AtomOp,
+    pub ty: Type,
+    pub space: Option<Space>,
+    pub address: Address,
+    pub d: Option<Reg>,
+    pub b: Reg,
+    pub c: Option<Reg>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ArithOp {
+    Add,
+    Sub,
+    Mul,
+    Fma,
+    Div,
+    Rcp,
+    Sqrt,
+    Min,
+    Max,
+    Abs,
+    Neg,
+}
+
+/// Floating-point arithmetic with any rounding and saturation.
+#[derive(Debug, Clone)]
+pub struct Arith {
+    pub op: ArithOp,
+    pub ty: Type,
+    pub round: Round,
+    pub ftz: bool,
+    pub sat: bool,
+    pub relu: bool,
+    /// `.NaN` of min and max.
+    pub nan: bool,
+    /// `.xorsign.abs` of min and max.
+    pub xorsign: bool,
+    pub d: Reg,
+    pub sources: Vec<Reg>,
+}
+
+/// Any `cvt`.
+#[derive(Debug, Clone)]
+pub struct Cvt {
+    pub to: Type,
+    pub from: Type,
+    pub round: Round,
+    /// The rounding was given as `.rni` to `.rpi`.
+    pub integral: bool,
+    pub ftz: bool,
+    pub sat: bool,
+    pub satfinite: bool,
+    pub relu: bool,
+    pub d: Reg,
+    pub a: Reg,
+    /// Second source of a packing conversion, which becomes the low half.
+    pub b: Option<Reg>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ShflMode {
+    Up,
+    Down,
+    Bfly,
+    Idx,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VoteMode {
+    All,
+    Any,
+    Uni,
+    Ballot,
+}
+
+/// `shfl.sync`, `vote.sync`, `match.sync`, `redux.sync`, `elect.sync`, `bar.warp.sync`: what a set of lanes does together.
+#[derive(Debug, Clone)]
+pub struct Exchange {
+    pub kind: ExchangeKind,
+    /// 32-bit mask of the lanes that take part.
+    pub members: Reg,
+    pub d: Option<Reg>,
+    pub p: Option<Reg>,
+    pub a: Option<Reg>,
+    pub b: Option<Reg>,
+    pub c: Option<Reg>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExchangeKind {
+    Shfl(ShflMode),
+    /// With the source predicate negated or not.
+    Vote(VoteMode, bool),
+    MatchAny,
+    MatchAll,
+    Redux(AtomOp, Type),
+    Elect,
+    Barrier,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BarrierKind {
+    Sync,
+    Arrive,
+    /// Count of true predicates.
+    RedPopc,
+    RedAnd,
+    RedOr,
+}
+
+/// `bar` and `barrier`.
+#[derive(Debug, Clone)]
+pub struct Barrier {
+    pub kind: BarrierKind,
+    pub aligned: bool,
+    pub id: Reg,
+    pub count: Option<Reg>,
+    pub d: Option<Reg>,
+    /// Source predicate of a reduction and whether it is negated.
+    pub p: Option<(Reg, bool)>,
+}
+
+/// `cp.async`.
+#[derive(Debug, Clone)]
+pub struct CopyAsync {
+    pub to: Address,
+    pub from: Address,
+    pub bytes: u32,
+    /// Bytes read; the rest is zero.
+    pub source_bytes: Option<Reg>,
+    /// Predicate: ignore the source and write zeros.
+    pub ignore: Option<(Reg, bool)>,
+}
+
+/// `ldmatrix` and `stmatrix` of 8x8 matrices of 16-bit elements.
+#[derive(Debug, Clone)]
+pub struct MatrixMove {
+    pub address: Address,
+    pub transposed: bool,
+    /// Generic address, which must lie in the shared window.
+    pub generic: bool,
+    pub regs: Vec<Reg>,
+}
+
+/// Element types of the factors of an `mma`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MmaType {
+    F16,
+    BF16,
+    TF32,
+    F64,
+    S8,
+    U8,
+}
+
+/// `mma.sync` with A row-major and B column-major.
+#[derive(Debug, Clone)]
+pub struct Mma {
+    /// Rows: 8 or 16. The other extents follow from the types and the number of registers.
+    pub m: u32,
+    pub a_type: MmaType,
+    pub b_type: MmaType,
+    pub c_type: Type,
+    pub d_type: Type,
+    /// `.satfinite` of integer accumulators.
+    pub saturate: bool,
+    pub d: Vec<Reg>,
+    pub a: Vec<Reg>,
+    pub b: Vec<Reg>,
+    pub c: Vec<Reg>,
+    /// Shape and types as counted.
+    pub name: String,
+}
+
+/// Operands of the operations that are not lane-wise.
+#[derive(Debug, Clone)]
+pub enum Extra {
+    Access(Access),
+    Atom(Atom),
+    Arith(Arith),
+    Cvt(Cvt),
+    Exchange(Exchange),
+    Barrier(Barrier),
+    CopyAsync(CopyAsync),
+    MatrixMove {
+        store: bool,
+        inner: MatrixMove,
+    },
+    Mma(Mma),
+    /// Index register and targets as operation indices.
+    Brx(Reg, Vec<u32>),
+    /// `isspacep`: destination, source, space.
+    TestSpace(Reg, Reg, Space),
+    /// `nanosleep` and other instructions that only read registers.
+    Reads(Vec<Reg>),
+    /// A failed device-side assertion: message, file, line, function, as addresses.
+    Assert(Vec<Reg>),
+}
+
+/// Direction in which an operation uses a register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    Read,
+    Write,
+}
+
+impl Extra {
+    /// Visits every register operand, writes first.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Reg, Use)) {
+        let address = |a: &mut Address, f: &mut dyn FnMut(&mut Reg, Use)| f(&mut a.base, Use::Read);
+        match self {
+            Self::Access(_) => unreachable!("the direction of an access depends on its code: see visit_access"),
+            Self::Atom(x) => {
+                x.d.iter_mut().for_each(|r| f(r, Use::Write));
+                address(&mut x.address, f);
+                f(&mut x.b, Use::Read);
+                x.c.iter_mut().for_each(|r| f(r, Use::Read));
+            }
+            Self::Arith(x) => {
+                f(&mut x.d, Use::Write);
+                x.sources.iter_mut().for_each(|r| f(r, Use::Read));
+            }
+            Self::Cvt(x) => {
+                f(&mut x.d, Use::Write);
+                f(&mut x.a, Use::Read);
+                x.b.iter_mut().for_each(|r| f(r, Use::Read));
+            }
+            Self::Exchange(x) => {
+                x.d.iter_mut().chain(&mut x.p).for_each(|r| f(r, Use::Write));
+                f(&mut x.members, Use::Read);
+                x.a.iter_mut().chain(&mut x.b).chain(&mut x.c).for_each(|r| f(r, Use::Read));
+            }
+            Self::Barrier(x) => {
+                x.d.iter_mut().for_each(|r| f(r, Use::Write));
+                f(&mut x.id, Use::Read);
+                x.count.iter_mut().for_each(|r| f(r, Use::Read));
+                x.p.iter_mut().for_each(|(r, _)| f(r, Use::Read));
+            }
+            Self::CopyAsync(x) => {
+                address(&mut x.to, f);
+                address(&mut x.from, f);
+                x.source_bytes.iter_mut().for_each(|r| f(r, Use::Read));
+                x.ignore.iter_mut().for_each(|(r, _)| f(r, Use::Read));
+            }
+            Self::MatrixMove { store, inner } => {
+                let direction = if *store { Use::Read } else { Use::Write };
+                inner.regs.iter_mut().for_each(|r| f(r, direction));
+                address(&mut inner.address, f);
+            }
+            Self::Mma(x) => {
+                x.d.iter_mut().for_each(|r| f(r, Use::Write));
+                x.a.iter_mut().chain(&mut x.b).chain(&mut x.c).for_each(|r| f(r, Use::Read));
+            }
+            Self::Brx(r, _) => f(r, Use::Read),
+            Self::TestSpace(d, a, _) => {
+                f(d, Use::Write);
+                f(a, Use::Read);
+            }
+            Self::Reads(regs) | Self::Assert(regs) => regs.iter_mut().for_each(|r| f(r, Use::Read)),
+        }
+    }
+}
+
+/// Visits the registers of one operation: of its [`Extra`] where it has one, else of its slots.
+pub fn visit_registers(op: &mut Op, extras: &mut [Extra], f: &mut dyn FnMut(&mut Reg, Use)) {
+    let mut slot = |s: &mut u32, ty: Type, u: Use| {
+        let width = Width::of(ty).expect("rows use register types");
+        let mut reg = Reg { slot: *s, width };
+        f(&mut reg, u);
+        *s = reg.slot;
+    };
+    if let Some(row) = op.code.row() {
+        slot(&mut op.d, row.result, Use::Write);
+        for (s, ty) in [&mut op.a, &mut op.b, &mut op.c].into_iter().zip(row.sources) {
+            slot(s, *ty, Use::Read);
+        }
+        return;
+    }
+    match op.code {
+        Code::PredAnd | Code::PredOr | Code::PredXor => {
+            slot(&mut op.d, Type::Pred, Use::Write);
+            slot(&mut op.a, Type::Pred, Use::Read);
+            slot(&mut op.b, Type::Pred, Use::Read);
+        }
+        Code::PredNot | Code::PredMov => {
+            slot(&mut op.d, Type::Pred, Use::Write);
+            slot(&mut op.a, Type::Pred, Use::Read);
+        }
+        Code::Lop3 => {
+            slot(&mut op.d, Type::B32, Use::Write);
+            for s in [&mut op.a, &mut op.b, &mut op.c] {
+                slot(s, Type::B32, Use::Read);
+            }
+        }
+        Code::Special => {
+            let ty = if op.b == 1 { Type::B64 } else { Type::B32 };
+            slot(&mut op.d, ty, Use::Write);
+        }
+        Code::Activemask => slot(&mut op.d, Type::B32, Use::Write),
+        Code::Load | Code::Store => {
+            let Extra::Access(x) = &mut extras[op.a as usize] else { unreachable!("accesses have their operands") };
+            let direction = if op.code == Code::Load { Use::Write } else { Use::Read };
+            x.regs.iter_mut().flatten().for_each(|r| f(r, direction));
+            f(&mut x.address.base, Use::Read);
+        }
+        code if code.has_extra() => extras[op.a as usize].visit(f),
+        _ => {}
+    }
+}
+
+impl Code {
+    /// Operand `a` is an index into the kernel's extras.
+    pub fn has_extra(self) -> bool {
+        use Code::*;
+        matches!(
+            self,
+            Load | Store
+                | Atom
+                | CopyAsync
+                | Arith
+                | Cvt
+                | TestSpace
+                | Exchange
+                | Barrier
+                | LoadMatrix
+                | StoreMatrix
+                | Mma
+                | BrxIdx
+                | Sleep
+                | Assert
+        )
+    }
+}
+
+/// The program of a kernel.
+#[derive(Debug, Clone, Default)]
+pub struct Body {
+    pub ops: Vec<Op>,
+    /// Source line of each operation.
+    pub lines: Vec<u32>,
+    pub extras: Vec<Extra>,
+    pub blocks: Vec<Block>,
+    /// Constants, 32 lanes each: 128 bytes, or 256 for 64-bit ones.
+    pub constants: Vec<u32>,
+    /// Bytes of a warp's register file.
+    pub file_bytes: u32,
+    /// Predicates per warp, the two constant ones included.
+    pub predicates: u32,
+}
+
+/// A basic block, for counting.
+#[derive(Debug, Clone, Default)]
+pub struct Block {
+    /// PTX instructions in it, by line and class.
+    pub instructions: Vec<(u32, InstructionClass)>,
+}
