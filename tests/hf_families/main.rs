@@ -6,6 +6,7 @@ mod hf;
 
 mod errors;
 mod models;
+mod report;
 mod synth;
 
 use hf::Job;

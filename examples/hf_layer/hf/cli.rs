@@ -9,6 +9,9 @@ use super::error::HfError;
 
 pub const USAGE: &str = "hf_layer [DIR] [--block NAME] [--dtype bf16|f16|f32] [--tokens N] [--out FILE]";
 
+/// Most random rows: beyond them a reference on the CPU is no use.
+const MAX_TOKENS: usize = 1 << 20;
+
 /// What to do.
 #[derive(Debug, PartialEq)]
 pub struct Options {
@@ -43,8 +46,8 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Opt
             Some("--dtype") => options.dtype = dtype(&text("--dtype", value("--dtype")?)?)?,
             Some("--tokens") => {
                 let given = text("--tokens", value("--tokens")?)?;
-                let number = given.parse().ok().filter(|&number: &usize| number <= i32::MAX as usize);
-                let complaint = || HfError::Usage(format!("--tokens is {given:?}, expected a count"));
+                let number = given.parse().ok().filter(|&number: &usize| number <= MAX_TOKENS);
+                let complaint = || HfError::Usage(format!("--tokens is {given:?}, expected 0 to {MAX_TOKENS}"));
                 options.tokens = Some(number.ok_or_else(complaint)?);
             }
             Some("--out") => options.out = Some(PathBuf::from(value("--out")?)),

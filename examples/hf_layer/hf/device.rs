@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError};
+use cudarc::driver::{
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits,
+};
 use moe_kernels::layer::{LayerArgs, LayerDesc, LayerWeights, Linear, SharedWeights};
 use moe_kernels::{Element, Error, Kernels, Workspace};
 
@@ -78,17 +80,17 @@ fn run_with_router<T: Element, W: Element>(
     device.kernels.preload(plan.kernels())?;
 
     let stream = device.context.new_stream().map_err(failed)?;
-    let upload = Upload { stream: &stream };
-    let router = upload.copy(router)?;
-    let router_bias = upload.copy_some(&weights.router_bias)?;
-    let correction_bias = upload.copy_some(&weights.correction_bias)?;
-    let gate_up = upload.matrix(&weights.gate_up)?;
-    let down = upload.matrix(&weights.down)?;
+    let copies = Copies { stream: &stream };
+    let router = copies.copy(router)?;
+    let router_bias = copies.copy_some(&weights.router_bias)?;
+    let correction_bias = copies.copy_some(&weights.correction_bias)?;
+    let gate_up = copies.matrix(&weights.gate_up)?;
+    let down = copies.matrix(&weights.down)?;
     let shared = match &weights.shared {
-        Some((gate_up, down)) => Some((upload.matrix(gate_up)?, upload.matrix(down)?)),
+        Some((gate_up, down)) => Some((copies.matrix(gate_up)?, copies.matrix(down)?)),
         None => None,
     };
-    let x = upload.copy(x)?;
+    let x = copies.copy(x)?;
     let on_device = LayerWeights {
         router: &router,
         router_bias: router_bias.as_ref().map(input),
@@ -99,11 +101,11 @@ fn run_with_router<T: Element, W: Element>(
     };
 
     let choices = tokens * layer.top_k;
-    let mut logits = stream.alloc_zeros::<f32>(tokens * layer.experts).map_err(failed)?;
-    let mut ids = stream.alloc_zeros::<i32>(choices).map_err(failed)?;
-    let mut choice_weights = stream.alloc_zeros::<f32>(choices).map_err(failed)?;
-    let mut counts = stream.alloc_zeros::<i32>(layer.experts).map_err(failed)?;
-    let mut y = stream.alloc_zeros::<T>(tokens * layer.hidden).map_err(failed)?;
+    let mut logits = copies.zeros::<f32>(tokens * layer.experts)?;
+    let mut ids = copies.zeros::<i32>(choices)?;
+    let mut choice_weights = copies.zeros::<f32>(choices)?;
+    let mut counts = copies.zeros::<i32>(layer.experts)?;
+    let mut y = copies.zeros::<T>(tokens * layer.hidden)?;
     let mut workspace = Workspace::new(&stream, plan.workspace_bytes())?;
 
     let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
@@ -126,11 +128,11 @@ fn run_with_router<T: Element, W: Element>(
         stages.push((pair[1].0, at(0)?.elapsed_ms(at(1)?).map_err(failed)?));
     }
     Ok(Outputs {
-        logits: stream.clone_dtoh(&logits).map_err(failed)?,
-        ids: stream.clone_dtoh(&ids).map_err(failed)?,
-        weights: stream.clone_dtoh(&choice_weights).map_err(failed)?,
-        counts: stream.clone_dtoh(&counts).map_err(failed)?,
-        y: stream.clone_dtoh(&y).map_err(failed)?.into_iter().map(T::to_f32).collect(),
+        logits: copies.back(&logits, tokens * layer.experts)?,
+        ids: copies.back(&ids, choices)?,
+        weights: copies.back(&choice_weights, choices)?,
+        counts: copies.back(&counts, layer.experts)?,
+        y: copies.back(&y, tokens * layer.hidden)?.into_iter().map(T::to_f32).collect(),
         stages,
     })
 }
@@ -144,7 +146,7 @@ fn input<T>(buffer: &CudaSlice<T>) -> &dyn DevicePtr<T> {
     buffer
 }
 
-struct Upload<'a> {
+struct Copies<'a> {
     stream: &'a Arc<CudaStream>,
 }
 
@@ -160,12 +162,26 @@ impl<T: Element> Uploaded<T> {
     }
 }
 
-impl Upload<'_> {
-    fn copy<T: DeviceRepr>(&self, values: &[T]) -> Result<CudaSlice<T>, HfError> {
-        self.stream.clone_htod(values).map_err(failed)
+impl Copies<'_> {
+    /// One element where there are none: CUDA has no empty allocations.
+    fn copy<T: DeviceRepr + ValidAsZeroBits>(&self, values: &[T]) -> Result<CudaSlice<T>, HfError> {
+        if values.is_empty() { self.zeros(0) } else { self.stream.clone_htod(values).map_err(failed) }
     }
 
-    fn copy_some<T: DeviceRepr>(&self, values: &Option<Vec<T>>) -> Result<Option<CudaSlice<T>>, HfError> {
+    fn zeros<T: DeviceRepr + ValidAsZeroBits>(&self, length: usize) -> Result<CudaSlice<T>, HfError> {
+        self.stream.alloc_zeros(length.max(1)).map_err(failed)
+    }
+
+    fn back<T: DeviceRepr>(&self, buffer: &CudaSlice<T>, length: usize) -> Result<Vec<T>, HfError> {
+        let mut values = self.stream.clone_dtoh(buffer).map_err(failed)?;
+        values.truncate(length);
+        Ok(values)
+    }
+
+    fn copy_some<T: DeviceRepr + ValidAsZeroBits>(
+        &self,
+        values: &Option<Vec<T>>,
+    ) -> Result<Option<CudaSlice<T>>, HfError> {
         values.as_deref().map(|values| self.copy(values)).transpose()
     }
 
