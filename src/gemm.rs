@@ -385,6 +385,7 @@ mod tests {
         assert_eq!(fault(GemmDesc { n: 12, ..dense() }), "n");
         assert_eq!(fault(GemmDesc { n: 1 << 30, ..dense() }), "n");
         assert_eq!(fault(GemmDesc { k: 0, ..dense() }), "k");
+        assert_eq!(fault(GemmDesc { k: (1 << 23) + 8, ..dense() }), "k");
         assert_eq!(fault(GemmDesc { experts: 2, ..dense() }), "experts");
         assert_eq!(fault(GemmDesc { rows: 1 << 32, ..dense() }), "rows");
         assert_eq!(fault(GemmDesc { activation: Activation::Identity, ..dense() }), "activation");
@@ -395,7 +396,7 @@ mod tests {
         assert_eq!(fault(grouped(63, 10)), "tile_m");
         assert_eq!(fault(grouped(0, 10)), "tile_m");
         assert_eq!(fault(GemmDesc { n: 1 << 20, ..grouped(64, 1 << 28) }), "n");
-        assert_eq!(fault(GemmDesc { experts: 4096, n: 1 << 29, k: 1 << 30, ..grouped(64, 1) }), "b");
+        assert_eq!(fault(GemmDesc { experts: 4096, n: 1 << 25, k: 1 << 23, ..grouped(64, 1) }), "b");
     }
 
     #[test]
