@@ -1,0 +1,140 @@
+//! Whole layers on the device against a computation in f64 that knows neither slots nor tiles: token by token, expert by
+//! expert.
+
+mod common {
+    pub mod layer_case;
+}
+
+use common::layer_case::{Case, Device, check, open};
+use half::{bf16, f16};
+use moe_kernels::dispatch::Capacity;
+use moe_kernels::gating::{Gating, GroupScore, Groups, Score};
+use moe_kernels::gemm::{Activation, Glu, Layout};
+use moe_kernels::layer::{Mlp, SharedDesc, Weighting};
+use moe_kernels::{Dtype, LayerDesc};
+
+fn mixtral(dtype: Dtype) -> LayerDesc {
+    LayerDesc::new(dtype, 64, 96, 8, 2)
+}
+
+/// Softmax, renormalised, SwiGLU; enough tokens for several blocks in every stage.
+#[test]
+fn mixtral_bf16() {
+    check::<bf16, bf16>(&Case::new(mixtral(Dtype::Bf16), 150));
+}
+
+#[test]
+fn mixtral_f16() {
+    check::<f16, f16>(&Case::new(mixtral(Dtype::F16), 33));
+}
+
+#[test]
+fn mixtral_f32() {
+    check::<f32, f32>(&Case::new(mixtral(Dtype::F32), 33));
+}
+
+/// Qwen3 and OLMoE: many experts, not all used; OLMoE does not renormalise. 60 experts as in Qwen2-MoE.
+#[test]
+fn sixty_experts_f32_router() {
+    let desc = LayerDesc {
+        router_dtype: Dtype::F32,
+        gating: Gating::new(Score::Softmax),
+        ..LayerDesc::new(Dtype::Bf16, 72, 40, 60, 4)
+    };
+    check::<bf16, f32>(&Case::new(desc, 7));
+}
+
+/// DeepSeek-V3: sigmoid with correction bias, groups, scale, a shared expert.
+#[test]
+fn deepseek() {
+    let groups = Some(Groups { count: 4, kept: 2, score: GroupScore::TopTwo });
+    let desc = LayerDesc {
+        gating: Gating { score: Score::Sigmoid, renormalise: true, scale: 2.5, groups },
+        router_dtype: Dtype::F32,
+        shared: Some(SharedDesc { intermediate: 56, mlp: Mlp::SWIGLU }),
+        ..LayerDesc::new(Dtype::F16, 64, 48, 16, 3)
+    };
+    check::<f16, f32>(&Case { correction_bias: true, ..Case::new(desc, 29) });
+}
+
+/// gpt-oss: softmax over the chosen, clamped SwiGLU on interleaved transposed weights, biases everywhere.
+#[test]
+fn gpt_oss() {
+    let desc = LayerDesc {
+        gating: Gating::new(Score::TopkSoftmax),
+        mlp: Mlp { activation: Activation::ClampedSwiglu { alpha: 1.702, limit: 0.25 }, ..Mlp::GPT_OSS },
+        ..LayerDesc::new(Dtype::Bf16, 72, 72, 12, 4)
+    };
+    check::<bf16, bf16>(&Case { router_bias: true, expert_bias: true, ..Case::new(desc, 40) });
+}
+
+fn switch(padded: bool) -> LayerDesc {
+    LayerDesc {
+        gating: Gating::new(Score::Softmax),
+        mlp: Mlp::RELU,
+        capacity: Some(Capacity { per_expert: 3, tokens_per_sequence: 16, padded }),
+        ..LayerDesc::new(Dtype::F32, 64, 80, 5, 1)
+    }
+}
+
+/// Switch: one expert, limited slots per sequence; the last sequence is shorter. A residual goes round the layer.
+#[test]
+fn switch_with_capacity() {
+    check::<f32, f32>(&Case { residual: true, ..Case::new(switch(false), 50) });
+}
+
+#[test]
+fn switch_padded() {
+    check::<f32, f32>(&Case::new(switch(true), 50));
+}
+
+/// Llama 4: the sigmoid of the one chosen logit scales the expert's input; transposed weights, a shared expert.
+#[test]
+fn llama4() {
+    let mlp = Mlp { gate_up_layout: Layout::Kn, down_layout: Layout::Kn, ..Mlp::SWIGLU };
+    let desc = LayerDesc {
+        gating: Gating::new(Score::Sigmoid),
+        weighting: Weighting::Input,
+        mlp,
+        shared: Some(SharedDesc { intermediate: 104, mlp: Mlp::SWIGLU }),
+        ..LayerDesc::new(Dtype::Bf16, 64, 96, 8, 1)
+    };
+    check::<bf16, bf16>(&Case { residual: true, ..Case::new(desc, 20) });
+}
+
+#[test]
+fn gelu_glu_and_plain_gelu_tanh() {
+    let mlp = Mlp { activation: Activation::Gelu, ..Mlp::SWIGLU };
+    check::<f32, f32>(&Case::new(LayerDesc { mlp, ..mixtral(Dtype::F32) }, 9));
+    let mlp = Mlp { glu: Glu::None, activation: Activation::GeluTanh, ..Mlp::SWIGLU };
+    check::<f32, f32>(&Case { expert_bias: true, ..Case::new(LayerDesc { mlp, ..mixtral(Dtype::F32) }, 9) });
+}
+
+#[test]
+fn one_token_and_one_expert() {
+    check::<bf16, bf16>(&Case::new(mixtral(Dtype::Bf16), 1));
+    check::<bf16, bf16>(&Case::new(LayerDesc::new(Dtype::Bf16, 8, 8, 1, 1), 3));
+}
+
+/// No tokens: counts are zero, nothing is launched.
+#[test]
+fn no_tokens() {
+    check::<bf16, bf16>(&Case::new(mixtral(Dtype::Bf16), 0));
+    check::<f32, f32>(&Case::new(switch(true), 0));
+}
+
+/// One workspace serves plans of different sizes, one after the other.
+#[test]
+fn workspace_is_shared_by_plans() {
+    let device: &Device = open();
+    let mut workspace = None;
+    for tokens in [150, 1, 40] {
+        common::layer_case::run::<bf16, bf16>(device, &Case::new(mixtral(Dtype::Bf16), tokens), &mut workspace);
+    }
+}
+
+/// A captured layer gives the same bits, whatever the workspace held.
+#[test]
+fn captured_in_a_graph() {
+    common::layer_case::captured(&Case::new(mixtral(Dtype::Bf16), 70));
+}
