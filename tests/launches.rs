@@ -1,0 +1,53 @@
+//! What a layer puts on the device is what its plan says. One test: the software device's log belongs to the process.
+
+use half::bf16;
+use moe_kernels::layer::{Linear, Mlp, SharedDesc, SharedWeights};
+use moe_kernels::{Dtype, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+
+#[test]
+fn launches_are_those_of_the_plan() {
+    let choice = softcuda::install_if_no_gpu().expect("a CUDA driver, real or soft");
+    let Some(control) = choice.control() else {
+        println!("a real driver keeps no log of launches: not tested");
+        return;
+    };
+    let stream = device::open(0).expect("device 0").default_stream();
+    let kernels = Kernels::new(stream.context()).expect("a supported device");
+    let (hidden, intermediate, experts, tokens) = (64, 48, 8, 200);
+    let zeros = |len: usize| stream.alloc_zeros::<bf16>(len).expect("device memory");
+    let (router, x, mut y) = (zeros(experts * hidden), zeros(tokens * hidden), zeros(tokens * hidden));
+    let (gate_up, down) = (zeros(experts * 2 * intermediate * hidden), zeros(experts * hidden * intermediate));
+
+    let plain = LayerDesc::new(Dtype::Bf16, hidden, intermediate, experts, 2);
+    let shared = Some(SharedDesc { intermediate, mlp: Mlp::SWIGLU });
+    for (desc, launches) in [(plain, 5), (LayerDesc { shared, ..plain }, 7)] {
+        let plan = desc.plan(tokens, kernels.device()).expect("a valid layer");
+        let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).expect("device memory");
+        let one_expert = SharedWeights {
+            gate_up: Linear { weight: &gate_up, bias: None },
+            down: Linear { weight: &down, bias: None },
+        };
+        let weights = LayerWeights {
+            router: &router,
+            router_bias: None,
+            correction_bias: None,
+            gate_up: Linear { weight: &gate_up, bias: None },
+            down: Linear { weight: &down, bias: None },
+            shared: desc.shared.map(|_| one_expert),
+        };
+        control.log_launches(true);
+        plan.forward(&kernels, &stream, &weights, LayerArgs::new(&x, &mut y), &mut workspace).expect("enqueued");
+        stream.synchronize().expect("the kernels ran");
+        let log = control.launches();
+        control.log_launches(false);
+
+        assert_eq!(log.len(), launches);
+        assert_eq!(plan.launches(), launches);
+        for (record, (_, selection)) in log.iter().zip(plan.stages()) {
+            assert_eq!(record.kernel, selection.kernel.name());
+            assert_eq!(record.grid, selection.grid);
+            assert_eq!(record.block, [selection.kernel.threads(), 1, 1]);
+            assert_eq!(record.dynamic_shared_bytes, selection.kernel.shared_bytes());
+        }
+    }
+}
