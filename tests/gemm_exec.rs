@@ -297,8 +297,7 @@ fn compare(dtype: Dtype, out: &Buffer, want: &[Option<Vec<f64>>], n: usize) -> R
             };
             let got = decode(dtype, out, i);
             let error = (got - row[c]).abs();
-            // A comparison that NaN fails.
-            if !(error <= rounding * 1.001 * row[c].abs() + 1e-5 * mean) {
+            if error.is_nan() || error > rounding * 1.001 * row[c].abs() + 1e-5 * mean {
                 return Err(format!("row {r} column {c}: got {got}, want {}", row[c]));
             }
             squares += error * error;
