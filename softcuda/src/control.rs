@@ -1,8 +1,12 @@
 //! The safe face of the controls that the loaded driver exports.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
 
 use libloading::os::unix::Library;
+
+use crate::exec::Counters;
+use crate::report;
 
 /// Controls of the loaded software device, beyond CUDA's API. Obtained from [`crate::Installed::control`].
 ///
@@ -16,6 +20,9 @@ pub struct Control {
     launch_count: unsafe extern "C" fn() -> u64,
     log_launches: unsafe extern "C" fn(bool),
     launches: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    set_counting: unsafe extern "C" fn(bool),
+    counters: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    set_executing: unsafe extern "C" fn(bool),
     last_fault: unsafe extern "C" fn(*mut c_char, usize) -> usize,
 }
 
@@ -50,6 +57,9 @@ impl Control {
                 launch_count: *library.get(b"softcuda_launch_count\0")?,
                 log_launches: *library.get(b"softcuda_log_launches\0")?,
                 launches: *library.get(b"softcuda_launches\0")?,
+                set_counting: *library.get(b"softcuda_set_counting\0")?,
+                counters: *library.get(b"softcuda_counters\0")?,
+                set_executing: *library.get(b"softcuda_set_executing\0")?,
                 last_fault: *library.get(b"softcuda_last_fault\0")?,
             })
         }
@@ -94,6 +104,24 @@ impl Control {
     /// The launches since [`Control::log_launches`], in order.
     pub fn launches(&self) -> Vec<LaunchRecord> {
         read(self.launches).lines().filter_map(LaunchRecord::parse).collect()
+    }
+
+    /// Starts counting what kernels do, from zero, or stops and forgets. Kernels run slower while it is on.
+    pub fn set_counting(&self, on: bool) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_counting)(on) }
+    }
+
+    /// Counters since [`Control::set_counting`], by kernel name; several launches of a kernel are added up.
+    pub fn counters(&self) -> BTreeMap<String, Counters> {
+        report::read(&read(self.counters))
+    }
+
+    /// Sets whether launches run their kernels (they do at first). Without that they are checked, counted and logged, and
+    /// memory stays as it is: a device that takes no time, for measuring what the host's side costs.
+    pub fn set_executing(&self, on: bool) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_executing)(on) }
     }
 
     /// Kernel, PTX line, thread and address of the latest fault of any kernel; `None` if there was none.

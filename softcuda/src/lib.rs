@@ -26,6 +26,8 @@ pub mod lower;
 #[cfg(target_os = "linux")]
 pub mod memory;
 pub mod ptx;
+#[cfg(unix)]
+mod report;
 
 #[cfg(unix)]
 pub use control::{Control, LaunchRecord};

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use super::lock;
 use crate::device::{Description, SettingError};
-use crate::exec::Config;
+use crate::exec::{Config, Counters};
+use crate::report::{self, Report};
 
 static SEED: AtomicU64 = AtomicU64::new(0);
 static THREADS: AtomicU64 = AtomicU64::new(0);
@@ -16,6 +17,9 @@ static TIMEOUT: AtomicU64 = AtomicU64::new(0);
 static LAUNCHES: AtomicU64 = AtomicU64::new(0);
 static LOGGING: AtomicBool = AtomicBool::new(false);
 static LOG: Mutex<String> = Mutex::new(String::new());
+static COUNTING: AtomicBool = AtomicBool::new(false);
+static COUNTERS: Mutex<Report> = Mutex::new(Report::new());
+static EXECUTING: AtomicBool = AtomicBool::new(true);
 static LAST_FAULT: Mutex<String> = Mutex::new(String::new());
 
 /// Takes `SOFTCUDA_SEED`, `SOFTCUDA_THREADS` and `SOFTCUDA_TIMEOUT_MS`.
@@ -43,6 +47,7 @@ pub(super) fn config(device: &Description) -> Config {
         threads: THREADS.load(Ordering::Relaxed) as usize,
         sm_count: device.sm_count,
         compute_capability: device.compute_capability,
+        count: COUNTING.load(Ordering::Relaxed),
         timeout: (timeout > 0).then(|| Duration::from_millis(timeout)),
         ..Config::default()
     }
@@ -54,6 +59,23 @@ pub(super) fn record_launch(line: impl FnOnce() -> String) {
         let mut log = lock(&LOG);
         log.push_str(&line());
         log.push('\n');
+    }
+}
+
+/// Whether kernels run, rather than only be checked and counted.
+pub(super) fn executes() -> bool {
+    EXECUTING.load(Ordering::Relaxed)
+}
+
+pub(super) fn record_counters(kernel: &str, counters: &Counters) {
+    if COUNTING.load(Ordering::Relaxed) {
+        let mut report = lock(&COUNTERS);
+        match report.get_mut(kernel) {
+            Some(sum) => sum.add(counters),
+            None => {
+                report.insert(kernel.to_owned(), counters.clone());
+            }
+        }
     }
 }
 
@@ -120,6 +142,29 @@ pub extern "C" fn softcuda_log_launches(on: bool) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn softcuda_launches(to: *mut c_char, len: usize) -> usize {
     unsafe { give(&lock(&LOG), to, len) }
+}
+
+/// Starts counting from zero, or stops and forgets.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_set_counting(on: bool) {
+    COUNTING.store(on, Ordering::Relaxed);
+    lock(&COUNTERS).clear();
+}
+
+/// The counters by kernel, as [`crate::report`] writes them. Returns the text's length.
+///
+/// # Safety
+/// `to` is null or has room for `len` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn softcuda_counters(to: *mut c_char, len: usize) -> usize {
+    unsafe { give(&report::write(&lock(&COUNTERS)), to, len) }
+}
+
+/// Sets whether launches run their kernels. Without that they are checked, counted and logged, and memory stays as it is: an
+/// infinitely fast device, for measuring what the host's side costs.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_set_executing(on: bool) {
+    EXECUTING.store(on, Ordering::Relaxed);
 }
 
 /// The text of the latest fault of any kernel, empty if there was none. Returns its length.

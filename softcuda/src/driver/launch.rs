@@ -100,6 +100,9 @@ impl LaunchSpec {
         control::record_launch(|| {
             format!("{}\t{:?}\t{:?}\t{}", kernel.name, self.grid, self.block, self.dynamic_shared)
         });
+        if !control::executes() {
+            return Ok(());
+        }
         let config = control::config(&driver.device);
         let launch = Launch {
             kernel,
@@ -112,7 +115,13 @@ impl LaunchSpec {
             memory: &driver.memory,
             config: &config,
         };
-        let Err(fault) = exec::launch(&launch) else { return Ok(()) };
+        let fault = match exec::launch(&launch) {
+            Ok(counters) => {
+                control::record_counters(&kernel.name, &counters);
+                return Ok(());
+            }
+            Err(fault) => fault,
+        };
         let text = fault.to_string();
         let code = match fault.kind {
             FaultKind::IllegalAddress => CUresult::ERROR_ILLEGAL_ADDRESS,
