@@ -21,7 +21,7 @@ pub(crate) fn write(report: &Report) -> String {
     let mut text = String::new();
     let mut record = |key: &str, name: Option<&str>, numbers: &[u64]| {
         text.push_str(key);
-        for field in name {
+        if let Some(field) = name {
             text.push('\t');
             text.push_str(field);
         }
