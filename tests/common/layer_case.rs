@@ -1,4 +1,6 @@
 //! A layer with random weights, run on the device and computed in f64.
+// Each test binary uses a part.
+#![allow(dead_code)]
 
 use std::sync::{Arc, OnceLock};
 
@@ -44,7 +46,7 @@ impl Case {
 }
 
 /// SplitMix64 (Steele, Lea and Flood 2014), seeded with one number for each tensor.
-struct Random(u64);
+pub struct Random(u64);
 
 impl Random {
     /// Uniform in (-1, 1).
@@ -57,7 +59,7 @@ impl Random {
         (z >> 40) as f32 / (1 << 23) as f32 - 1.0
     }
 
-    fn tensor<T: Element>(seed: u64, len: usize, scale: f32) -> Vec<T> {
+    pub fn tensor<T: Element>(seed: u64, len: usize, scale: f32) -> Vec<T> {
         let mut random = Random(seed);
         (0..len).map(|_| T::from_f32(random.next() * scale)).collect()
     }
