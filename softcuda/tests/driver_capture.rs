@@ -269,8 +269,31 @@ fn the_legacy_stream_may_not_wait_for_a_captured_blocking_one() {
     unsafe { result::stream::destroy(raw) }.unwrap();
 }
 
+#[test]
+fn an_abandoned_capture_forbids_nothing_more() {
+    let (_, context, _turn) = device();
+    let alloc = || unsafe { result::malloc_sync(4).and_then(|addr| result::free_sync(addr)) };
+    let (stream, slice) = stream_and_slice(&context);
+    let other = context.new_stream().unwrap();
+    begin(&stream);
+    other.join(&stream).unwrap();
+    assert_eq!(failure(alloc()).0, CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
+    std::mem::forget(slice);
+    unsafe { result::stream::destroy(stream.cu_stream()) }.unwrap();
+    std::mem::forget(stream);
+    alloc().unwrap();
+    assert_eq!(other.capture_status().unwrap(), sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
+
+    let short_lived = CudaContext::new_non_primary(0, 0).unwrap();
+    begin(&short_lived.new_stream().map(std::mem::ManuallyDrop::new).unwrap());
+    unsafe { sys::cuCtxDestroy_v2(short_lived.cu_ctx()) }.result().unwrap();
+    std::mem::forget(short_lived);
+    context.bind_to_thread().unwrap();
+    alloc().unwrap();
+}
+
 /// Memory that is gone when the graph runs is met by the device, as on hardware, and not by the launching call.
-/// Last in order of name would not do: the fault stays with the context, so this takes one of its own.
+/// The fault stays with the context, so this takes one of its own.
 #[test]
 fn freed_memory_in_a_graph_faults() {
     let (installed, _context, _turn) = device();

@@ -79,6 +79,35 @@ impl Captured {
     }
 }
 
+/// Ends captures: their streams go back to running what they are given.
+fn close(which: impl Fn(&Capture) -> bool) {
+    let mut active = lock(&ACTIVE);
+    let closed = active.extract_if(.., |capture| which(capture)).collect::<Vec<_>>();
+    ACTIVE_COUNT.store(active.len(), Ordering::Release);
+    drop(active);
+    for capture in closed {
+        for stream in std::mem::take(&mut *lock(&capture.streams)) {
+            *lock(&stream.capture) = None;
+        }
+    }
+}
+
+/// A context is gone, and its captures with it.
+pub(super) fn close_context(context: Handle) {
+    close(|capture| capture.context == context);
+}
+
+/// A stream is gone: what it began has no end, and what it took part in cannot be joined.
+pub(super) fn leave(stream: &Stream) {
+    let part = lock(&stream.capture).take();
+    if let Some(captured) = part {
+        captured.capture.invalidate();
+        if captured.capture.origin == stream.handle {
+            close(|capture| std::ptr::eq(capture, &*captured.capture));
+        }
+    }
+}
+
 /// Captures in progress that `which` holds for are invalidated, and if there are any, `code` is the result.
 fn forbid(which: impl Fn(&Capture) -> bool, code: CUresult, why: impl Fn() -> String) -> Outcome {
     if ACTIVE_COUNT.load(Ordering::Acquire) == 0 {
@@ -219,14 +248,7 @@ pub unsafe extern "C" fn cuStreamEndCapture(handle: Handle, graph: *mut Handle) 
         if capture.mode != RELAXED && capture.thread != std::thread::current().id() {
             return Err(CUresult::ERROR_STREAM_CAPTURE_WRONG_THREAD.into());
         }
-        {
-            let mut active = lock(&ACTIVE);
-            active.retain(|other| !Arc::ptr_eq(other, &capture));
-            ACTIVE_COUNT.store(active.len(), Ordering::Release);
-        }
-        for stream in std::mem::take(&mut *lock(&capture.streams)) {
-            *lock(&stream.capture) = None;
-        }
+        close(|other| std::ptr::eq(other, &*capture));
         let nodes = std::mem::take(&mut *lock(&capture.nodes));
         if capture.invalid.load(Ordering::Acquire) {
             return Err(CUresult::ERROR_STREAM_CAPTURE_INVALIDATED.into());

@@ -64,6 +64,7 @@ impl Context {
     fn destroy(&self) {
         self.destroyed.store(true, Ordering::Release);
         let _ = CONTEXTS.remove(self.handle);
+        super::capture::close_context(self.handle);
         super::stream::STREAMS.retain(|stream| !stream.belongs_to(self.handle));
         super::event::EVENTS.retain(|event| event.context != self.handle);
         super::module::MODULES.retain(|module| module.context != self.handle);

@@ -143,9 +143,7 @@ pub unsafe extern "C" fn cuStreamDestroy_v2(handle: Handle) -> CUresult {
     api("cuStreamDestroy_v2", || {
         super::driver()?;
         let stream = STREAMS.remove(handle)?;
-        if let Some(captured) = lock(&stream.capture).take() {
-            captured.capture.invalidate();
-        }
+        capture::leave(&stream);
         stream.context()?.check()
     })
 }
