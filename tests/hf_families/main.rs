@@ -1,5 +1,5 @@
-//! Every model family that the example reads: a tiny checkpoint with the hub's names, loaded by the example's code
-//! and compared with the model's formula, written down a second time in `models`.
+//! Every model family that the example reads: a tiny checkpoint with the hub's names, loaded by the example's code, run on the
+//! device and compared with the model's formula, written down a second time in `models`.
 
 #[path = "../../examples/hf_layer/hf/mod.rs"]
 mod hf;
@@ -9,9 +9,11 @@ mod models;
 mod report;
 mod synth;
 
+use half::bf16;
 use hf::Job;
 use hf::cli::Options;
-use hf::report::relative_error;
+use hf::device::Device;
+use hf::report::{Line, relative_error};
 use models::{Block, token};
 use moe_kernels::Dtype;
 use synth::{Folder, Synthetic, checkpoint};
@@ -43,10 +45,36 @@ fn loads(family: &str) {
     }
 }
 
+/// The device gives the same.
+fn runs(family: &str) {
+    let synthetic = checkpoint(family);
+    let folder = Folder::new();
+    synthetic.write(&folder);
+    let device = Device::open().unwrap();
+
+    let job = Job::<f32>::prepare(&options(&folder, Dtype::F32)).unwrap();
+    let (outputs, lines) = job.check(&device).unwrap();
+    assert!(lines.iter().all(Line::passes), "{family} f32: {}", listed(&lines));
+    let y: Vec<f64> = outputs.y.iter().map(|&value| value.into()).collect();
+    let error = relative_error(&y, &formula(family, &synthetic, &job.x));
+    assert!(error < 1e-5, "{family}: the device is off by {error:e}");
+
+    let (_, lines) = Job::<bf16>::prepare(&options(&folder, Dtype::Bf16)).unwrap().check(&device).unwrap();
+    assert!(lines.iter().all(Line::passes), "{family} bf16: {}", listed(&lines));
+}
+
+fn listed(lines: &[Line]) -> String {
+    lines.iter().map(|line| format!("\n  {line}")).collect()
+}
+
 macro_rules! families {
     ($($family:ident)*) => {
         mod load {
             $(#[test] fn $family() { super::loads(stringify!($family)); })*
+        }
+
+        mod device {
+            $(#[test] fn $family() { super::runs(stringify!($family)); })*
         }
 
         #[test]

@@ -7,13 +7,13 @@ use super::load::{Matrix, RouterWeight, Weights};
 use super::random::Random;
 
 /// What the layer is, for the report.
-pub const STATED: &str = "Mixtral 8x7B scaled down: H and I by 16, 8 experts, 2 per token";
+pub const STATED: &str = "Mixtral 8x7B scaled down: H and I by 8, 8 experts, 2 per token";
 
 /// Tokens of its batch.
-pub const TOKENS: usize = 64;
+pub const TOKENS: usize = 128;
 
 pub fn desc(dtype: Dtype) -> LayerDesc {
-    LayerDesc::new(dtype, 4096 / 16, 14336 / 16, 8, 2)
+    LayerDesc::new(dtype, 4096 / 8, 14336 / 8, 8, 2)
 }
 
 /// Weights of the size that keeps activations near 1.
