@@ -3,7 +3,7 @@
 use super::activation::Activation;
 use super::combine::combine;
 use super::dispatch::{Capacity, DispatchRule, Dispatched, dispatch};
-use super::gating::{Gating, gate};
+use super::gating::{Gated, Gating, gate};
 use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
 use super::router::router;
 use super::{Real, ReferenceError, require};
@@ -68,6 +68,21 @@ pub fn forward<X: Real, R: Real, W: Real>(x: &[X], layer: &Layer<R, W>) -> Resul
     let experts = layer.router_weight.len() / layer.hidden.max(1);
     let logits = router(x, layer.router_weight, layer.router_bias, layer.hidden)?;
     let gated = gate(&logits, layer.correction_bias, experts, layer.top_k, &layer.gating)?;
+    forward_gated(x, layer, logits, gated)
+}
+
+/// The rest of [`forward`] for experts that are already chosen: to compare an implementation whose choice between two nearly
+/// equal experts differs. `logits` are passed on.
+///
+/// # Errors
+/// Those of [`forward`].
+pub fn forward_gated<X: Real, R: Real, W: Real>(
+    x: &[X],
+    layer: &Layer<R, W>,
+    logits: Vec<f64>,
+    gated: Gated,
+) -> Result<Forward, ReferenceError> {
+    let experts = layer.router_weight.len() / layer.hidden.max(1);
     let rule = DispatchRule { experts, top_k: layer.top_k, capacity: layer.capacity, tile_m: 16 };
     let plan = dispatch(&gated.ids, &rule)?;
     chain("up", "down", &layer.up, &layer.down, layer.hidden)?;

@@ -19,7 +19,6 @@ fn outputs(ids: &[i32], weights: &[f32], y: &[f32]) -> Outputs {
 
 fn verdicts(got: &Outputs, unordered: bool) -> Vec<bool> {
     let want = Expected {
-        source: "test",
         logits: Some(vec![1.0, 2.0]),
         ids: Some(vec![1, 0]),
         weights: Some(vec![0.75, 0.25]),

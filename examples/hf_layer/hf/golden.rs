@@ -4,17 +4,17 @@ use std::path::Path;
 
 use moe_kernels::gemm::Glu;
 use moe_kernels::layer::{LayerDesc, Weighting};
-use moe_kernels::reference::layer::{Layer, forward};
+use moe_kernels::reference::gating::{Gated, gate};
+use moe_kernels::reference::layer::{Layer, forward, forward_gated};
 use moe_kernels::{Element, reference};
 
 use super::checkpoint::TensorFile;
+use super::device::Outputs;
 use super::error::HfError;
 use super::load::Weights;
 
 /// Outputs to compare with; none where the model's block does not give them.
 pub struct Expected {
-    /// Where they come from.
-    pub source: &'static str,
     /// `[T,E]`.
     pub logits: Option<Vec<f64>>,
     /// `[T,k]`.
@@ -73,7 +73,6 @@ impl Golden {
             None
         };
         Ok(Expected {
-            source: "golden.safetensors",
             logits: some("logits", layer.experts)?,
             ids,
             weights: some("weights", layer.top_k)?,
@@ -82,29 +81,70 @@ impl Golden {
     }
 }
 
-/// What the reference computes from the same rounded inputs.
+/// What the reference computes from the same rounded inputs, for the experts that the device chose where its choice is right.
+///
+/// Two experts can be closer than the rounding of f32. So the reference chooses from the device's own logits, which are compared
+/// separately, and where there is a correction bias, from what is left of the device's choice after [`settle`].
 pub fn from_reference<T: Element + reference::Real>(
     layer: &LayerDesc,
     weights: &Weights<T>,
     x: &[T],
+    got: &Outputs,
 ) -> Result<Expected, HfError> {
-    let result = run_reference(layer, weights, x)?;
-    Ok(Expected {
-        source: "reference",
-        logits: Some(result.logits),
-        ids: Some(result.ids),
-        weights: Some(result.weights),
-        y: result.y,
-    })
+    let router = weights.router.to_f32();
+    let reference = reference_layer(layer, weights, &router);
+    let logits = reference::router::router(x, &router, weights.router_bias.as_deref(), layer.hidden)?;
+    let mut gated = gate(&got.logits, weights.correction_bias.as_deref(), layer.experts, layer.top_k, &layer.gating)?;
+    if let Some(bias) = &weights.correction_bias {
+        settle(&mut gated, bias, layer, got)?;
+    }
+    let result = forward_gated(x, &reference, logits, gated)?;
+    Ok(Expected { logits: Some(result.logits), ids: Some(result.ids), weights: Some(result.weights), y: result.y })
 }
 
-/// The reference on a loaded layer.
+/// Takes over a row of the device's ids if it is what the formula chooses once these experts' choice values are raised by a few
+/// roundings.
+fn settle(gated: &mut Gated, bias: &[f32], layer: &LayerDesc, got: &Outputs) -> Result<(), HfError> {
+    const ROUNDINGS: f64 = 1e-6;
+    let (k, experts) = (layer.top_k, layer.experts);
+    for token in 0..gated.ids.len() / k {
+        let slots = token * k..(token + 1) * k;
+        let ids = &got.ids[slots.clone()];
+        if gated.ids[slots.clone()] == *ids {
+            continue;
+        }
+        let mut raised: Vec<f64> = bias.iter().map(|&bias| bias.into()).collect();
+        for (place, &id) in ids.iter().enumerate() {
+            if let Some(bias) = usize::try_from(id).ok().and_then(|id| raised.get_mut(id)) {
+                *bias += ROUNDINGS * (1.0 + (k - place) as f64 / k as f64);
+            }
+        }
+        let logits: Vec<f64> = got.logits[token * experts..][..experts].iter().map(|&logit| logit.into()).collect();
+        let again = gate(&logits, Some(&raised), experts, k, &layer.gating)?;
+        if again.ids == *ids {
+            gated.ids[slots.clone()].copy_from_slice(&again.ids);
+            gated.weights[slots].copy_from_slice(&again.weights);
+        }
+    }
+    Ok(())
+}
+
+/// The reference alone.
 pub fn run_reference<T: Element + reference::Real, X: reference::Real>(
     layer: &LayerDesc,
     weights: &Weights<T>,
     x: &[X],
 ) -> Result<reference::layer::Forward, HfError> {
     let router = weights.router.to_f32();
+    Ok(forward(x, &reference_layer(layer, weights, &router))?)
+}
+
+/// A loaded layer as the reference takes it.
+fn reference_layer<'a, T: Element + reference::Real>(
+    layer: &LayerDesc,
+    weights: &'a Weights<T>,
+    router: &'a [f32],
+) -> Layer<'a, f32, T> {
     let (hidden, mlp) = (layer.hidden, &layer.mlp);
     let shared = match (&weights.shared, &layer.shared) {
         (Some((up, down)), Some(desc)) => Some((
@@ -113,9 +153,9 @@ pub fn run_reference<T: Element + reference::Real, X: reference::Real>(
         )),
         _ => None,
     };
-    let reference = Layer {
+    Layer {
         hidden,
-        router_weight: &router,
+        router_weight: router,
         router_bias: weights.router_bias.as_deref(),
         correction_bias: weights.correction_bias.as_deref(),
         top_k: layer.top_k,
@@ -126,6 +166,5 @@ pub fn run_reference<T: Element + reference::Real, X: reference::Real>(
         activation: mlp.activation,
         down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down_layout),
         shared,
-    };
-    Ok(forward(x, &reference)?)
+    }
 }

@@ -1,0 +1,46 @@
+//! Near ties: a choice that f32 can settle either way is right either way, any other choice is wrong.
+
+use moe_kernels::layer::LayerDesc;
+use moe_kernels::{Dtype, gating::Gating, gating::Score};
+
+use crate::hf::device::Outputs;
+use crate::hf::golden::from_reference;
+use crate::hf::load::{Matrix, RouterWeight, Weights};
+
+/// One token, whose biased scores are nearly equal for experts 0 and 1, and much lower for 2.
+fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
+    let layer = LayerDesc { gating: Gating::new(Score::Sigmoid), ..LayerDesc::new(Dtype::F32, 8, 8, 3, 1) };
+    let weights = Weights {
+        router: RouterWeight::Same(vec![0.0f32; 24]),
+        router_bias: None,
+        correction_bias: Some(vec![gap, 0.0, -0.25]),
+        gate_up: Matrix { weight: vec![0.0; 3 * 16 * 8], bias: None },
+        down: Matrix { weight: vec![0.0; 3 * 8 * 8], bias: None },
+        shared: None,
+    };
+    let got = Outputs {
+        logits: vec![0.0; 3],
+        ids: chosen.to_vec(),
+        weights: vec![0.5],
+        counts: vec![0; 3],
+        y: vec![0.0; 8],
+        stages: Vec::new(),
+    };
+    let expected = from_reference(&layer, &weights, &[1.0; 8], &got).unwrap();
+    assert_eq!(expected.weights.unwrap(), [0.5], "the bias is no part of the weight");
+    expected.ids.unwrap()
+}
+
+#[test]
+fn either_of_two_nearly_equal_experts() {
+    assert_eq!(expected_ids(&[0], 2e-7), [0]);
+    assert_eq!(expected_ids(&[1], 2e-7), [1]);
+}
+
+#[test]
+fn nothing_else() {
+    assert_eq!(expected_ids(&[1], 1e-5), [0]);
+    assert_eq!(expected_ids(&[2], 2e-7), [0]);
+    assert_eq!(expected_ids(&[-1], 2e-7), [0]);
+    assert_eq!(expected_ids(&[7], 2e-7), [0]);
+}
