@@ -34,13 +34,14 @@ impl Machine<'_, '_> {
         let live = self.warp.live();
         let (mut rest, mut done) = (arrived, 0);
         while rest != 0 {
-            let lane = rest.trailing_zeros() as usize;
-            let value = members[lane];
-            if value >> lane & 1 == 0 {
-                let message = format!("lane {lane} is not in its own member mask {value:#010x}");
-                return Err(Raw::new(FaultKind::IllegalInstruction, 1 << lane, message));
-            }
+            let value = members[rest.trailing_zeros() as usize];
             let set = active(rest).filter(|&i| members[i] == value).fold(0, |m, i| m | 1 << i);
+            let strangers = set & !value;
+            if strangers != 0 {
+                let lane = strangers.trailing_zeros();
+                let message = format!("lane {lane} is not in its own member mask {value:#010x}");
+                return Err(Raw::new(FaultKind::IllegalInstruction, strangers, message));
+            }
             rest &= !set;
             if set == value & live {
                 perform(file, x, set);

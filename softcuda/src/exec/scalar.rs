@@ -153,12 +153,12 @@ fn convert(x: &Cvt, a: u64, b: u64) -> u64 {
     match (x.to, x.from) {
         (Type::F16x2 | Type::BF16x2, Type::F32) => {
             let f = if x.to == Type::F16x2 { Format::F16 } else { Format::BF16 };
-            let half = |bits: u64| finish(x, f, round(small(bits), f, x.round));
+            let half = |bits: u64| finish(x, f, small(bits), x.round);
             u64::from(half(b) | half(a) << 16)
         }
         (Type::E4M3x2 | Type::E5M2x2, from) => {
             let f = if x.to == Type::E4M3x2 { Format::E4M3 } else { Format::E5M2 };
-            let byte = |v: f64| finish(x, f, round(v, f, x.round));
+            let byte = |v: f64| finish(x, f, v, x.round);
             let (high, low) = match from {
                 Type::F32 => (small(a), small(b)),
                 _ => {
@@ -172,7 +172,7 @@ fn convert(x: &Cvt, a: u64, b: u64) -> u64 {
             let f = if from == Type::E4M3x2 { Format::E4M3 } else { Format::E5M2 };
             let half = |byte: u64| {
                 let v = small_float(byte as u32 & 0xff, f);
-                finish(x, Format::F16, round(v, Format::F16, Round::Nearest))
+                finish(x, Format::F16, v, Round::Nearest)
             };
             u64::from(half(a) | half(a >> 8) << 16)
         }
@@ -180,7 +180,7 @@ fn convert(x: &Cvt, a: u64, b: u64) -> u64 {
             if x.round == Round::NearestAway && !x.satfinite {
                 return float::to_tf32_rna(f32::from_bits(a as u32)).into();
             }
-            u64::from(finish(x, Format::TF32, round(small(a), Format::TF32, x.round)) << 13)
+            u64::from(finish(x, Format::TF32, small(a), x.round) << 13)
         }
         (to, from) => match (integer_bits(to), integer_bits(from)) {
             (Some(to), Some(from)) => integer_to_integer(a, from, to, x.sat),
@@ -191,17 +191,19 @@ fn convert(x: &Cvt, a: u64, b: u64) -> u64 {
     }
 }
 
-/// `.relu` and `.satfinite` of a rounded value.
-fn finish(x: &Cvt, f: Format, bits: u32) -> u32 {
+/// `v` rounded, with `.relu` and `.satfinite`.
+fn finish(x: &Cvt, f: Format, v: f64, mode: Round) -> u32 {
     let sign = 1 << f.sign;
-    if is_nan(bits, f) {
+    if v.is_nan() {
         return f.nan;
     }
-    if x.relu && bits & sign != 0 {
+    if x.relu && v.is_sign_negative() {
         return 0;
     }
+    let bits = round(v, f, mode);
+    // A format without infinity overflows to NaN.
     if x.satfinite && bits & !sign > f.max_finite {
-        return bits & sign | f.max_finite;
+        return u32::from(v.is_sign_negative()) << f.sign | f.max_finite;
     }
     bits
 }
@@ -328,7 +330,7 @@ fn float_to_float(x: &Cvt, a: u64) -> u64 {
             let bits = round(v, Format::F32, mode);
             saturated(x, if x.ftz { flush(bits, Format::F32) } else { bits }, Format::F32)
         }
-        Type::F16 => saturated(x, finish(x, Format::F16, round(v, Format::F16, mode)), Format::F16),
-        _ => saturated(x, finish(x, Format::BF16, round(v, Format::BF16, mode)), Format::BF16),
+        Type::F16 => saturated(x, finish(x, Format::F16, v, mode), Format::F16),
+        _ => saturated(x, finish(x, Format::BF16, v, mode), Format::BF16),
     }
 }

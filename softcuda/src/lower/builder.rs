@@ -170,7 +170,7 @@ impl<'a> Builder<'a> {
 
     pub fn declare_registers(&mut self, v: &Variable) -> Result<()> {
         let Some(width) = Width::of(v.ty) else {
-            return Err(LowerErrorKind::Unsupported(format!("registers of type {:?}", v.ty)));
+            return Err(LowerErrorKind::Unsupported(format!("registers of type {}", super::operands::dotted(v.ty))));
         };
         if !v.dims.is_empty() {
             return Err(LowerErrorKind::Invalid(format!("register `{}` cannot be an array", v.name)));

@@ -35,6 +35,11 @@ fn agree(instruction: Type, register: Type) -> bool {
     instruction.bytes() == register.bytes() && (a == b || a == Kind::Bits || b == Kind::Bits)
 }
 
+/// A type or state space as PTX writes it.
+pub fn dotted(x: impl std::fmt::Debug) -> String {
+    format!(".{x:?}").to_lowercase()
+}
+
 pub fn describe(o: &Operand) -> String {
     match o {
         Operand::Name(n) => format!("`{n}`"),
@@ -79,7 +84,7 @@ impl Builder<'_> {
     pub fn source(&mut self, o: &Operand, ty: Type) -> Result<u32> {
         if let Some((slot, declared)) = self.register_of(o)? {
             if !agree(ty, declared) {
-                return Err(mismatch(format!("a register of type {ty:?}"), o));
+                return Err(mismatch(format!("a register of type {}", dotted(ty)), o));
             }
             return Ok(slot);
         }
@@ -94,7 +99,7 @@ impl Builder<'_> {
                 || kind(ty) == Kind::Float && kind(declared) == Kind::Integer;
             let wide_float = declared.bytes() > ty.bytes() && kind(ty) == Kind::Float;
             if !fits || mixed || wide_float {
-                return Err(mismatch(format!("a register for {ty:?}"), o));
+                return Err(mismatch(format!("a register for {}", dotted(ty)), o));
             }
             return Ok(self.reg(slot, Width::of(declared).expect("declared registers have a width")));
         }
@@ -147,7 +152,7 @@ impl Builder<'_> {
                     _ => Err(self.unknown(o, "a source operand")),
                 }
             }
-            _ => Err(mismatch(format!("a source of type {ty:?}"), o)),
+            _ => Err(mismatch(format!("a source of type {}", dotted(ty)), o)),
         }
     }
 
@@ -167,7 +172,7 @@ impl Builder<'_> {
             return Ok(if value == 0 { super::ir::FALSE } else { super::ir::TRUE });
         }
         if kind(ty) == Kind::Float {
-            return Err(mismatch(format!("a floating-point constant or register of type {ty:?}"), o));
+            return Err(mismatch(format!("a floating-point constant or register of type {}", dotted(ty)), o));
         }
         if value < -(1i128 << (bits - 1)) || value >= 1i128 << bits {
             return Err(mismatch(format!("a value of {bits} bits"), o));
@@ -186,7 +191,7 @@ impl Builder<'_> {
         }
         match self.register_of(o)? {
             Some((slot, declared)) if agree(ty, declared) => Ok(slot),
-            Some(_) => Err(mismatch(format!("a register of type {ty:?}"), o)),
+            Some(_) => Err(mismatch(format!("a register of type {}", dotted(ty)), o)),
             None => Err(self.unknown(o, "a destination register")),
         }
     }

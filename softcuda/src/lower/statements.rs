@@ -42,7 +42,13 @@ impl Builder<'_> {
                     Some(&address) => Symbol::Variable { space: v.space, address },
                     None => continue,
                 },
-                _ => return Err(LowerErrorKind::Unsupported(format!("module-scope `{}` in {:?}", v.name, v.space))),
+                _ => {
+                    return Err(LowerErrorKind::Unsupported(format!(
+                        "module-scope `{}` in {}",
+                        v.name,
+                        super::operands::dotted(v.space)
+                    )));
+                }
             };
             // A tentative definition may be repeated.
             match self.declare(&v.name, symbol) {

@@ -4,7 +4,9 @@
 /// The NaN that every f32 instruction produces (PTX ISA 9.7.3: payloads are not preserved).
 #[inline(always)]
 pub fn canon(x: f32) -> f32 {
-    if x.is_nan() { f32::from_bits(0x7fff_ffff) } else { x }
+    // On bits, for the compiler takes all NaNs for alike and would leave this out.
+    let bits = x.to_bits();
+    f32::from_bits(if bits & 0x7fff_ffff > 0x7f80_0000 { 0x7fff_ffff } else { bits })
 }
 
 /// Subnormals to zero of the same sign.
@@ -40,7 +42,7 @@ pub fn max(a: f32, b: f32) -> f32 {
 /// `.NaN`: canonical NaN where either operand is one.
 #[inline(always)]
 pub fn nan_if(a: f32, b: f32, x: f32) -> f32 {
-    if a.is_nan() | b.is_nan() { f32::from_bits(0x7fff_ffff) } else { x }
+    f32::from_bits(if a.is_nan() | b.is_nan() { 0x7fff_ffff } else { x.to_bits() })
 }
 
 /// `.xorsign.abs`: the sign is the exclusive or of the operands' signs.

@@ -6,7 +6,7 @@ use crate::lower::builder::{Builder, Result, Symbol};
 use crate::lower::ir::Extra;
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
-use crate::lower::operands::{count, describe};
+use crate::lower::operands::{count, describe, dotted};
 use crate::ptx::ast::{Instruction, Operand, Space, Type};
 
 impl Builder<'_> {
@@ -131,7 +131,7 @@ impl Builder<'_> {
             && *s != space
         {
             return Err(LowerErrorKind::Operand {
-                expected: format!("expected a variable in {space:?}"),
+                expected: format!("expected a variable in {}", dotted(space)),
                 got: describe(operand),
             });
         }

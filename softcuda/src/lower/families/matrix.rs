@@ -59,7 +59,9 @@ impl Builder<'_> {
                 ("m8n8k16", (8, 8, 16)),
             ],
         )?;
-        if !m.take("row") || !m.take("col") {
+        // A by rows, B by columns; the modifiers' order says which is which.
+        let row_first = i.modifiers.iter().find(|m| matches!(m.as_str(), "row" | "col")).is_some_and(|m| m == "row");
+        if !m.take("row") || !m.take("col") || !row_first {
             return Err(unknown(i));
         }
         let c_type = m.last_type()?;

@@ -6,7 +6,7 @@ use crate::lower::builder::{Builder, Result};
 use crate::lower::ir::{Access, Atom, AtomOp, CopyAsync, Extra, Order};
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
-use crate::lower::operands::{count, describe};
+use crate::lower::operands::{count, describe, dotted};
 use crate::ptx::ast::{Instruction, Operand, Space, Type};
 
 const SPACES: &[(&str, Space)] = &[
@@ -100,14 +100,16 @@ impl Builder<'_> {
             (Some(Space::Param) | None, Some(s)) => Some(s),
             (Some(a), Some(b)) if a != b => {
                 return Err(LowerErrorKind::Operand {
-                    expected: format!("expected an address in {a:?}"),
-                    got: format!("{} in {b:?}", describe(place)),
+                    expected: format!("expected an address in {}", dotted(a)),
+                    got: format!("{} in {}", describe(place), dotted(b)),
                 });
             }
             (s, _) => s,
         };
-        if !load && matches!(space, Some(Space::Const | Space::Param)) {
-            return Err(LowerErrorKind::Invalid(format!("a store to {space:?}")));
+        if let Some(s @ (Space::Const | Space::Param)) = space
+            && !load
+        {
+            return Err(LowerErrorKind::Invalid(format!("a store to {}", dotted(s))));
         }
         let mut regs = Vec::with_capacity(n);
         for o in self.vector(data, n)? {
@@ -174,8 +176,10 @@ impl Builder<'_> {
         let at = usize::from(atom);
         let (address, of_symbol) = self.address(&operands[at])?;
         let space = space.or(of_symbol);
-        if !matches!(space, None | Some(Space::Global | Space::Shared)) {
-            return Err(LowerErrorKind::Invalid(format!("an atomic operation in {space:?}")));
+        if let Some(s) = space
+            && !matches!(s, Space::Global | Space::Shared)
+        {
+            return Err(LowerErrorKind::Invalid(format!("an atomic operation in {}", dotted(s))));
         }
         let d = match operands.first() {
             Some(o) if atom && !matches!(o, Operand::Sink) => Some(self.dest_reg(o, ty)?),

@@ -1,0 +1,123 @@
+//! What the lowering rejects, and how it says so.
+
+use softcuda::exec::FaultKind;
+use softcuda::lower::LowerErrorKind;
+
+use crate::device::{Buffer, Run, lower, module};
+
+const REGISTERS: &str =
+    ".reg .pred %p; .reg .b16 %h; .reg .b32 %r<8>; .reg .f32 %f<4>; .reg .s32 %s; .reg .b64 %rd<4>; .shared .b32 s;\n";
+
+fn error(body: &str) -> softcuda::lower::LowerError {
+    let text = module(1, "", &format!("{REGISTERS}{body}\nret;"));
+    match lower(&text) {
+        Err(e) => e,
+        Ok(_) => panic!("{body} was accepted"),
+    }
+}
+
+#[test]
+fn unknown_instructions_and_modifiers() {
+    for body in [
+        "foo.bar.b32 %r0, %r1;",
+        "add.u8 %r0, %r1, %r2;",
+        "add.rn.s32 %r0, %r1, %r2;",
+        "add.sat.u32 %r0, %r1, %r2;",
+        "mul.u32 %r0, %r1, %r2;",
+        "fma.f32 %f0, %f1, %f2, %f3;",
+        "mov.b32.foo %r0, %r1;",
+        "ld.global.v3.u32 {%r0, %r1, %r2}, [%rd0];",
+        "ld.global.release.gpu.u32 %r0, [%rd0];",
+        "ld.global.acquire.u32 %r0, [%rd0];",
+        "ld.global.L3::128B.u32 %r0, [%rd0];",
+        "atom.global.add.s64 %rd1, [%rd0], %rd2;",
+        "atom.global.inc.s32 %r0, [%rd0], %r1;",
+        "red.global.exch.b32 [%rd0], %r1;",
+        "shfl.idx.b32 %r0, %r1, 0, 31;",
+        "vote.ballot.b32 %r0, %p;",
+        "mma.sync.aligned.m16n8k16.col.row.f32.f16.f16.f32 {%f0, %f1, %f2, %f3}, {%r0, %r1, %r2, %r3}, {%r4, %r5}, {%f0, %f1, %f2, %f3};",
+        "ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r0}, [s];",
+        "cvt.s32.f32 %r0, %f0;",
+        "cvt.rn.s32.f32 %r0, %f0;",
+        "cvt.f16.f32 %h, %f0;",
+        "cp.async.cg.shared.global [s], [%rd0], 8;",
+        "setp.lo.s32 %p, %r0, %r1;",
+        "setp.equ.u32 %p, %r0, %r1;",
+        "bar.sync 16;",
+        "fence.proxy.alias.gpu;",
+        "wgmma.fence.sync.aligned;",
+    ] {
+        let e = error(body);
+        assert_eq!(e.line, 8, "{body}: {e}");
+        assert!(e.to_string().contains(body.trim_end_matches(';').split_whitespace().next().unwrap()), "{body}: {e}");
+    }
+}
+
+#[test]
+fn operands() {
+    for (body, says) in [
+        ("add.u32 %r0, %r1;", "expected 3 operands, got 2"),
+        ("add.u32 %r0, %r1, %r9;", "undeclared register `%r9`"),
+        ("add.f32 %f0, %s, %f1;", "a register of type .f32"),
+        ("add.s32 %s, %f0, %s;", "a register of type .u32"),
+        ("add.u32 %r0, %rd0, %r1;", "a register of type .u32"),
+        ("add.u32 %r0, %r1, 4294967296;", "a value of 32 bits"),
+        ("add.f32 %f0, %f1, 1;", "floating-point constant"),
+        ("add.u32 5, %r1, %r2;", "destination register"),
+        ("bra NOWHERE;", "undeclared label `NOWHERE`"),
+        ("ld.global.u32 %r0, [nothing];", "undeclared name `nothing`"),
+        ("ld.global.u32 %r0, [s];", "expected an address in .global"),
+        ("ld.global.v2.u32 {%r0}, [%rd0];", "a vector of 2"),
+        ("ld.global.u32 %h, [%rd0];", "a register for .u32"),
+        ("st.param.u32 [p0], %r0;", "a store to .param"),
+        ("lop3.b32 %r0, %r1, %r2, %r3, 256;", "from 0 to 255"),
+        ("@%r0 mov.u32 %r0, 1;", "a register of type .pred"),
+        ("call nothing;", "undeclared function `nothing`"),
+        (".reg .b32 %r1;", "`%r1` is declared twice"),
+        ("A: A: mov.u32 %r0, 1;", "`A` is declared twice"),
+    ] {
+        let e = error(body);
+        assert!(e.to_string().contains(says), "{body}: {e}");
+        assert_eq!(e.line, 8, "{body}");
+    }
+    assert!(matches!(error("bra X;").kind, LowerErrorKind::Undeclared { .. }));
+}
+
+#[test]
+fn targets() {
+    let text = ".version 8.3\n.target sm_90a\n.address_size 64\n.visible .entry k() { ret; }\n";
+    assert!(lower(text).unwrap_err().to_string().contains("sm_90a"));
+}
+
+#[test]
+fn recursion_is_named() {
+    let text = module(0, ".func f() { call f; ret; }", "call f; ret;");
+    assert!(lower(&text).unwrap_err().to_string().contains("recursive calls of `f`"));
+}
+
+#[test]
+fn launches_that_do_not_fit() {
+    let b = Buffer::new(&[0u32]);
+    let run = Run { block: 64, ..Run::default() };
+    let text =
+        ".version 8.3\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 p0) .reqntid 32 { ret; }\n";
+    let program = lower(text).unwrap();
+    let config = run.config.clone();
+    let mut launch = softcuda::exec::Launch {
+        kernel: &program.kernels[0],
+        grid: [1, 1, 1],
+        block: [64, 1, 1],
+        cluster: [1, 1, 1],
+        dynamic_shared_bytes: 0,
+        params: &b.address.to_le_bytes(),
+        cooperative: false,
+        memory: crate::device::memory(),
+        config: &config,
+    };
+    let fault = softcuda::exec::launch(&launch).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::InvalidLaunch, "{fault}");
+    launch.block = [32, 1, 1];
+    launch.params = &[];
+    let fault = softcuda::exec::launch(&launch).unwrap_err();
+    assert!(fault.message.contains("0 bytes of parameters"), "{fault}");
+}

@@ -1,0 +1,22 @@
+//! One small program for each instruction family, checked against the definition in the PTX ISA manual (sections are named
+//! in each file), with its edge cases.
+
+// Comparisons are spelled out as the manual defines them, NaN included.
+#![allow(clippy::double_comparisons, clippy::neg_cmp_op_on_partial_ord, clippy::precedence, clippy::type_complexity)]
+#![allow(clippy::result_large_err, clippy::needless_range_loop, clippy::manual_is_multiple_of)]
+
+mod barriers;
+mod bits;
+mod compare;
+mod convert;
+mod copies;
+mod counters;
+mod device;
+mod errors;
+mod float;
+mod flow;
+mod half_precision;
+mod integer;
+mod matrix;
+mod memory;
+mod warp;
