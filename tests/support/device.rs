@@ -1,0 +1,24 @@
+//! The one device of a test binary.
+
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::{CudaContext, CudaStream};
+
+/// The real GPU if there is one, else the software device; `MOE_DEVICE=soft|cuda` forces one.
+pub fn context() -> Arc<CudaContext> {
+    static CONTEXT: OnceLock<Arc<CudaContext>> = OnceLock::new();
+    CONTEXT
+        .get_or_init(|| {
+            softcuda::install_if_no_gpu().expect("a real or a software device can be had");
+            let context = CudaContext::new(0).expect("device 0 opens");
+            let (major, minor) = context.compute_capability().expect("the device knows its architecture");
+            eprintln!("device: {} (sm_{major}{minor})", context.name().expect("the device has a name"));
+            context
+        })
+        .clone()
+}
+
+/// A stream of its own for each test, so that tests may run side by side.
+pub fn stream() -> Arc<CudaStream> {
+    context().new_stream().expect("the device gives a stream")
+}
