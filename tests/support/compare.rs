@@ -1,41 +1,29 @@
 //! Metrics and the one table of tolerances.
 
+use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
+use moe_kernels::Element;
+use moe_kernels::reference::Real;
 use moe_kernels::registry::Dtype;
 
-/// A storage type, and the f64 that its value is.
-pub trait Real: Copy {
-    const DTYPE: Dtype;
-    fn to_f64(self) -> f64;
-    /// Rounds to nearest even.
+/// A storage type that tests can make from f64, rounding to nearest even.
+pub trait Storage: Real + Element + DeviceRepr + bytemuck::Pod + PartialEq {
     fn from_f64(value: f64) -> Self;
 }
 
-impl Real for f32 {
-    const DTYPE: Dtype = Dtype::F32;
-    fn to_f64(self) -> f64 {
-        self.into()
-    }
+impl Storage for f32 {
     fn from_f64(value: f64) -> f32 {
         value as f32
     }
 }
 
-impl Real for bf16 {
-    const DTYPE: Dtype = Dtype::Bf16;
-    fn to_f64(self) -> f64 {
-        self.into()
-    }
+impl Storage for bf16 {
     fn from_f64(value: f64) -> bf16 {
         bf16::from_f64(value)
     }
 }
 
-impl Real for f16 {
-    const DTYPE: Dtype = Dtype::F16;
-    fn to_f64(self) -> f64 {
-        self.into()
-    }
+impl Storage for f16 {
     fn from_f64(value: f64) -> f16 {
         f16::from_f64(value)
     }
@@ -90,5 +78,5 @@ pub fn assert_close(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
 }
 
 pub fn to_f64<T: Real>(values: &[T]) -> Vec<f64> {
-    values.iter().map(|value| value.to_f64()).collect()
+    values.iter().map(|&value| value.into()).collect()
 }

@@ -3,6 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream};
+use moe_kernels::Kernels;
 
 /// The real GPU if there is one, else the software device; `MOE_DEVICE=soft|cuda` forces one.
 pub fn context() -> Arc<CudaContext> {
@@ -21,4 +22,10 @@ pub fn context() -> Arc<CudaContext> {
 /// A stream of its own for each test, so that tests may run side by side.
 pub fn stream() -> Arc<CudaStream> {
     context().new_stream().expect("the device gives a stream")
+}
+
+/// The kernels of [`context`].
+pub fn kernels() -> &'static Kernels {
+    static KERNELS: OnceLock<Kernels> = OnceLock::new();
+    KERNELS.get_or_init(|| Kernels::new(&context()).expect("the device takes the kernels"))
 }

@@ -1,6 +1,6 @@
 //! Seeded inputs. Every case draws from its own generator, so that one case reproduces alone.
 
-use super::compare::Real;
+use super::compare::Storage;
 
 /// The seed of the run: `MOE_SEED`, else a fixed one, so that a plain run is the same everywhere.
 pub fn run_seed() -> u64 {
@@ -25,6 +25,6 @@ pub fn normal(rng: &mut fastrand::Rng) -> f64 {
 }
 
 /// `len` normal values times `scale`, rounded to the storage type: the reference sees what the kernel sees.
-pub fn normals<T: Real>(rng: &mut fastrand::Rng, len: usize, scale: f64) -> Vec<T> {
+pub fn normals<T: Storage>(rng: &mut fastrand::Rng, len: usize, scale: f64) -> Vec<T> {
     (0..len).map(|_| T::from_f64(scale * normal(rng))).collect()
 }

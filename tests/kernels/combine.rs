@@ -1,0 +1,95 @@
+//! Checks of `combine_*`.
+
+use half::{bf16, f16};
+use moe_kernels::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::reference;
+use moe_kernels::registry::{Combine, Dtype, Kernel};
+
+use crate::support::buffer::Guarded;
+use crate::support::compare::{Storage, assert_close, one_rounding, to_f64};
+use crate::support::device;
+use crate::support::inputs::{normal, normals};
+use crate::timing::time;
+
+pub fn check(variant: Combine, rng: &mut fastrand::Rng) {
+    match variant.dtype {
+        Dtype::Bf16 => check_as::<bf16>(variant, rng),
+        Dtype::F16 => check_as::<f16>(variant, rng),
+        Dtype::F32 => check_as::<f32>(variant, rng),
+    }
+}
+
+fn check_as<T: Storage>(variant: Combine, rng: &mut fastrand::Rng) {
+    for (tokens, top_k, hidden) in [(1, 1, 8), (1, 32, 2056), (7, 2, 104), (130, 8, 96), (3, 5, 4104), (65, 3, 2048)] {
+        for options in 0..8 {
+            case::<T>(variant, rng, [tokens, top_k, hidden], options);
+        }
+    }
+}
+
+/// Bits of `options`: weights, residual, addend.
+fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, hidden]: [usize; 3], options: u32) {
+    let kernels = device::kernels();
+    let stream = device::stream();
+    let name = format!("T={tokens} k={top_k} H={hidden} options={options:03b}");
+    // More rows than choices, and rows that no choice refers to hold NaN: they must not be read into any sum.
+    let slots = tokens * top_k + 3;
+    let mut order: Vec<i32> = (0..slots as i32).collect();
+    rng.shuffle(&mut order);
+    let token_slot: Vec<i32> =
+        order[..tokens * top_k].iter().map(|&slot| if rng.u32(..5) == 0 { -1 } else { slot }).collect();
+    let mut y_slots = vec![T::from_f64(f64::NAN); slots * hidden];
+    for &slot in token_slot.iter().filter(|&&slot| slot >= 0) {
+        y_slots[slot as usize * hidden..][..hidden].copy_from_slice(&normals::<T>(rng, hidden, 1.0));
+    }
+    let weights: Option<Vec<f32>> =
+        (options & 1 != 0).then(|| (0..tokens * top_k).map(|_| normal(rng) as f32).collect());
+    let mut rows = |bit: u32| (options & bit != 0).then(|| normals::<T>(rng, tokens * hidden, 1.0));
+    let (residual, addend) = (rows(2), rows(4));
+
+    let weights64 = weights.as_deref().map(to_f64);
+    let want = reference::combine::combine(
+        &y_slots,
+        &token_slot,
+        weights64.as_deref(),
+        residual.as_deref(),
+        addend.as_deref(),
+        top_k,
+        hidden,
+    )
+    .unwrap();
+
+    let desc = CombineDesc { dtype: variant.dtype, tokens, top_k, hidden, slots };
+    assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel, Kernel::Combine(variant));
+    let y_slots = Guarded::input(&stream, "y_slots", &y_slots);
+    let token_slot = Guarded::input(&stream, "token_slot", &token_slot);
+    let weights = weights.map(|values| Guarded::input(&stream, "weights", &values));
+    let residual = residual.map(|values| Guarded::input(&stream, "residual", &values));
+    let addend = addend.map(|values| Guarded::input(&stream, "addend", &values));
+    let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
+    let views = (weights.as_ref().map(Guarded::view), residual.as_ref().map(Guarded::view), addend.as_ref().map(Guarded::view));
+    let launch = |y: &mut Guarded<T>| {
+        combine::forward(
+            kernels,
+            &stream,
+            &desc,
+            CombineArgs {
+                y_slots: &y_slots.view(),
+                token_slot: &token_slot.view(),
+                weights: views.0.as_ref().map(|view| view as _),
+                residual: views.1.as_ref().map(|view| view as _),
+                addend: views.2.as_ref().map(|view| view as _),
+                y: &mut y.view_mut(),
+            },
+        )
+        .unwrap()
+    };
+    launch(&mut y);
+    let first = y.read(&stream);
+    assert_close(&name, &to_f64(&first), &want, one_rounding(variant.dtype));
+    y_slots.assert_unchanged(&stream);
+    token_slot.assert_unchanged(&stream);
+    time(&stream, &name, || launch(&mut y));
+    launch(&mut y);
+    assert!(y.read(&stream) == first, "{name}: another run gave other bits");
+}

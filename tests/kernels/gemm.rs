@@ -1,0 +1,189 @@
+//! Checks of `gemm_*`.
+
+use half::{bf16, f16};
+use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Schedule, Tiles};
+use moe_kernels::reference;
+use moe_kernels::reference::dispatch::{Dispatched, dispatch};
+use moe_kernels::reference::gemm::ExpertMatrix;
+use moe_kernels::registry::{Dtype, Glu, GroupedGemm, Kernel};
+
+use crate::dispatch::rule;
+use crate::support::buffer::Guarded;
+use crate::support::compare::{Storage, assert_close, one_rounding, to_f64};
+use crate::support::device;
+use crate::support::inputs::normals;
+use crate::timing::time;
+
+pub fn check(variant: GroupedGemm, rng: &mut fastrand::Rng) {
+    match variant.dtype {
+        Dtype::Bf16 => check_as::<bf16>(variant, rng),
+        Dtype::F16 => check_as::<f16>(variant, rng),
+        Dtype::F32 => check_as::<f32>(variant, rng),
+    }
+}
+
+fn activations(glu: Glu) -> Vec<Activation> {
+    let gated = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+    match glu {
+        Glu::None => [&[Activation::None][..], &gated].concat(),
+        // The limit is low enough that values of unit scale are clamped.
+        Glu::Split | Glu::Interleaved => {
+            [&gated[..], &[Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 }]].concat()
+        }
+    }
+}
+
+/// Rows of each expert for the grouped cases: none, one, a tile less one, a whole tile, a tile and one more.
+fn loads(bm: usize) -> Vec<usize> {
+    vec![bm, 0, 1, bm + 1, 0, bm - 1]
+}
+
+fn check_as<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng) {
+    let bm = variant.tile.bm as usize;
+    for (index, activation) in activations(variant.glu).into_iter().enumerate() {
+        // K: less than a stage, ragged, several stages; N: less than a tile, ragged, two tiles.
+        let k = [40, 8, 200, 328, 72][index];
+        let n = [24, 72, 8, 136, 40][index];
+        let case = Case { k, n, activation, gather: index % 2 == 0, bias: index % 3 != 1, scale: index % 2 == 0 };
+        grouped::<T>(variant, rng, &loads(bm), &case);
+        dense::<T>(variant, rng, [1, bm + 3][index % 2], &case);
+    }
+    // Nothing at all to do: no tile.
+    let case = Case { k: 16, n: 16, activation: activations(variant.glu)[0], gather: true, bias: false, scale: false };
+    grouped::<T>(variant, rng, &[0, 0, 0], &case);
+}
+
+struct Case {
+    k: usize,
+    n: usize,
+    activation: Activation,
+    gather: bool,
+    bias: bool,
+    scale: bool,
+}
+
+impl Case {
+    fn desc(&self, variant: GroupedGemm, rows: usize, a_rows: usize, experts: usize, schedule: Schedule) -> GemmDesc {
+        GemmDesc {
+            dtype: variant.dtype,
+            rows,
+            a_rows,
+            experts,
+            n: self.n,
+            k: self.k,
+            glu: variant.glu,
+            activation: self.activation,
+            layout: variant.layout,
+            schedule,
+        }
+    }
+}
+
+/// `loads[e]` rows for expert `e`, spread over the tokens at random.
+fn grouped<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
+    let experts = loads.len();
+    let tile_m = variant.tile.bm as usize;
+    let mut ids: Vec<i32> =
+        loads.iter().enumerate().flat_map(|(expert, &load)| std::iter::repeat_n(expert as i32, load)).collect();
+    // Skipped slots leave rows that no tile covers, whose junk must survive.
+    ids.extend([-1; 5]);
+    rng.shuffle(&mut ids);
+    let tokens = ids.len();
+    let plan = dispatch(&ids, &rule(experts, 1, tile_m)).unwrap();
+    let rows = tokens;
+    let desc = case.desc(variant, rows, if case.gather { tokens } else { rows }, experts, Schedule::Grouped { tile_m });
+    run::<T>(variant, rng, &desc, case, Some(&plan));
+}
+
+fn dense<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, rows: usize, case: &Case) {
+    let desc = case.desc(variant, rows, rows, 1, Schedule::Dense { tile_m: variant.tile.bm as usize });
+    run::<T>(variant, rng, &desc, case, None);
+}
+
+fn run<T: Storage>(
+    variant: GroupedGemm,
+    rng: &mut fastrand::Rng,
+    desc: &GemmDesc,
+    case: &Case,
+    plan: Option<&Dispatched>,
+) {
+    let kernels = device::kernels();
+    let stream = device::stream();
+    let GemmDesc { rows, a_rows, experts, n, k, activation, .. } = *desc;
+    let name = format!(
+        "{} rows={rows} E={experts} N={n} K={k} {activation:?} gather={} bias={} scale={}",
+        if plan.is_some() { "grouped" } else { "dense" },
+        case.gather,
+        case.bias,
+        case.scale
+    );
+    let columns = desc.b_columns();
+    let a: Vec<T> = normals(rng, a_rows * k, 1.0);
+    // Products of unit scale.
+    let b: Vec<T> = normals(rng, experts * columns * k, (k as f64).powf(-0.5));
+    let bias: Option<Vec<T>> = case.bias.then(|| normals(rng, experts * columns, 1.0));
+    let scale: Option<Vec<f32>> = case.scale.then(|| normals(rng, rows, 1.0));
+
+    let matrix = ExpertMatrix { weight: &b, bias: bias.as_deref(), n, k, glu: variant.glu, layout: variant.layout };
+    let scale64 = scale.as_deref().map(to_f64);
+    let whole;
+    let (plan, gather) = match plan {
+        Some(plan) => (plan, case.gather),
+        None => {
+            whole = dispatch(&vec![0; rows], &rule(1, 1, variant.tile.bm as usize)).unwrap();
+            (&whole, false)
+        }
+    };
+    let live = plan.slot_token.len();
+    let scale_live = scale64.as_ref().map(|scale| &scale[..live]);
+    let a_live = if gather { &a[..] } else { &a[..live * k] };
+    let want = reference::gemm::grouped_gemm(a_live, &matrix, plan, gather, scale_live, activation).unwrap();
+
+    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel, Kernel::GroupedGemm(variant));
+    let a = Guarded::input(&stream, "a", &a);
+    let b = Guarded::input(&stream, "b", &b);
+    let bias = bias.map(|values| Guarded::input(&stream, "bias", &values));
+    let scale = scale.map(|values| Guarded::input(&stream, "row_scale", &values));
+    let grouped = matches!(desc.schedule, Schedule::Grouped { .. });
+    let slot_token = gather.then(|| {
+        let mut padded = plan.slot_token.clone();
+        padded.resize(rows, i32::MAX);
+        Guarded::input(&stream, "slot_token", &padded)
+    });
+    let tiles = grouped.then(|| {
+        let mut list = plan.tiles.clone();
+        // Entries past the count must not be looked at.
+        list.resize(moe_kernels::tiles::max_tiles(rows, experts, variant.tile.bm as usize), [i32::MAX; 4]);
+        let count = Guarded::input(&stream, "num_tiles", &[plan.tiles.len() as i32]);
+        (Guarded::input(&stream, "tiles", &list), count)
+    });
+    let mut out = Guarded::<T>::output(&stream, "out", rows * n);
+    let junk = out.read(&stream);
+    let launch = |out: &mut Guarded<T>| {
+        let (bias, scale) = (bias.as_ref().map(Guarded::view), scale.as_ref().map(Guarded::view));
+        let slot_token = slot_token.as_ref().map(Guarded::view);
+        let tiles = tiles.as_ref().map(|(tiles, count)| (tiles.view(), count.view()));
+        let args = GemmArgs {
+            a: &a.view(),
+            b: &b.view(),
+            bias: bias.as_ref().map(|view| view as _),
+            slot_token: slot_token.as_ref().map(|view| view as _),
+            row_scale: scale.as_ref().map(|view| view as _),
+            tiles: tiles.as_ref().map(|(tiles, num_tiles)| Tiles { tiles, num_tiles }),
+            out: &mut out.view_mut(),
+        };
+        gemm::forward(kernels, &stream, desc, args).unwrap()
+    };
+    launch(&mut out);
+    let first = out.read(&stream);
+    assert_close(&name, &to_f64(&first[..live * n]), &want, one_rounding(variant.dtype));
+    let same = bytemuck::cast_slice::<T, u8>(&first[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
+    assert!(same, "{name}: a row that no tile covers was written");
+    a.assert_unchanged(&stream);
+    b.assert_unchanged(&stream);
+    time(&stream, &name, || launch(&mut out));
+    launch(&mut out);
+    let again = out.read(&stream);
+    let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
+    assert!(same, "{name}: another run gave other bits");
+}

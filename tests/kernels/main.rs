@@ -1,0 +1,83 @@
+//! Proves, then times, every registered kernel variant, in the manner of checkasm.
+//!
+//! One case is one variant, named as the variant. `--list` lists them, `MOE_CASES` (a glob) or the usual filter selects,
+//! `MOE_SEED` changes the inputs, which each case draws from a generator of its own. `MOE_TIME=1` times each launch at the
+//! call site of its check, after the check has passed. A fault that breaks the device's context fails the case that
+//! caused it and no other: cases that ran beside it or come after it run again in a process of their own.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod combine;
+mod dispatch;
+mod gate;
+mod gemm;
+mod router;
+mod timing;
+
+use std::process::{Command, ExitCode};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use moe_kernels::registry::{self, Kernel};
+use support::inputs::run_seed;
+use wildmatch::WildMatch;
+
+/// Set in a child process: the one case it runs.
+const ALONE: &str = "MOE_CASE_ALONE";
+
+fn main() -> ExitCode {
+    if let Ok(name) = std::env::var(ALONE) {
+        let kernel = registry::all().into_iter().find(|kernel| kernel.name() == name);
+        check(kernel.unwrap_or_else(|| panic!("{ALONE}: no kernel is named {name:?}")));
+        return ExitCode::SUCCESS;
+    }
+    let arguments = Arguments::from_args();
+    let selected = WildMatch::new(&std::env::var("MOE_CASES").unwrap_or_else(|_| "*".into()));
+    let trials = registry::all()
+        .into_iter()
+        .filter(|kernel| selected.matches(&kernel.name()))
+        .map(|kernel| Trial::test(kernel.name(), move || run(kernel)))
+        .collect();
+    if !arguments.list {
+        println!("seed {} (MOE_SEED)", run_seed());
+    }
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+/// Every check of the variant.
+fn check(kernel: Kernel) {
+    let rng = &mut support::inputs::generator(&kernel.name());
+    match kernel {
+        Kernel::Router(variant) => router::check(variant, rng),
+        Kernel::Gate(variant) => gate::check(variant, rng),
+        Kernel::Dispatch(variant) => dispatch::check(variant, rng),
+        Kernel::GroupedGemm(variant) => gemm::check(variant, rng),
+        Kernel::Combine(variant) => combine::check(variant, rng),
+    }
+}
+
+fn run(kernel: Kernel) -> Result<(), Failed> {
+    let healthy = || support::device::context().synchronize().is_ok();
+    let outcome =
+        if healthy() { std::panic::catch_unwind(|| check(kernel)).map_err(message) } else { Err("broken context".into()) };
+    let Err(failure) = outcome else { return Ok(()) };
+    let reproduce = format!("MOE_SEED={} MOE_CASES={} cargo test --test kernels", run_seed(), kernel.name());
+    if healthy() {
+        return Err(format!("{failure}\nreproduce: {reproduce}").into());
+    }
+    // The context is broken, by this case or by one beside it: a process of its own tells.
+    let this = std::env::current_exe()?;
+    let output = Command::new(this).env(ALONE, kernel.name()).output()?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let text = String::from_utf8_lossy(&output.stderr);
+    Err(format!("{text}\nreproduce: {reproduce}").into())
+}
+
+fn message(payload: Box<dyn std::any::Any + Send>) -> String {
+    match payload.downcast::<String>() {
+        Ok(text) => *text,
+        Err(payload) => payload.downcast_ref::<&str>().unwrap_or(&"panicked").to_string(),
+    }
+}
