@@ -44,7 +44,7 @@ fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<Group
     let count = counts[rng.usize(..counts.len())];
     let fewest = top_k.div_ceil(experts / count);
     let kept = fewest + rng.usize(..=count - fewest);
-    Some(Groups { count, kept, score: if rng.bool() { GroupScore::TopTwo } else { GroupScore::Max } })
+    Some(Groups { count, kept, score: if rng.bool() { GroupScore::TopTwoSum } else { GroupScore::Max } })
 }
 
 #[derive(Clone, Copy, Debug)]
