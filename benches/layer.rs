@@ -93,9 +93,9 @@ fn host(criterion: &mut Criterion) {
         return println!("host time per layer: only on softcuda, which can be switched off");
     };
     let mut layer = Layer::new(shapes::SHAPES[0].scaled(1).0, 16);
-    control.set_execution(false);
+    control.set_executing(false);
     criterion.bench_function("host time of 5 launches", |bencher| bencher.iter(|| layer.enqueue(&stream)));
-    control.set_execution(true);
+    control.set_executing(true);
 }
 
 criterion_group!(layer, host, forward);

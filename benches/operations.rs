@@ -58,7 +58,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
 
     let mut ids = stream.alloc_zeros::<i32>(tokens * top_k).unwrap();
     let mut weights = stream.alloc_zeros::<f32>(tokens * top_k).unwrap();
-    let desc = GatingDesc { tokens, experts, top_k, gating: Gating::renormalized(Score::Softmax) };
+    let desc = GatingDesc { tokens, experts, top_k, gating: Gating::new(Score::Softmax).renormalised() };
     bench("gating", &mut || {
         let args = GatingArgs { logits: &logits, correction_bias: None, ids: &mut ids, weights: &mut weights };
         gating::forward(kernels, &stream, &desc, args).unwrap()
@@ -69,8 +69,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
     let tile_m = tile.bm as usize;
     let desc = DispatchDesc { tokens, experts, top_k, capacity: None, tile_m };
     let max_tiles = desc.max_tiles();
-    let mut workspace =
-        Workspace::new(&stream, dispatch::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
+    let mut workspace = Workspace::new(&stream, dispatch::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
     let mut counts = stream.alloc_zeros(experts).unwrap();
     let mut offsets = stream.alloc_zeros(experts + 1).unwrap();
     let mut slot_token = stream.alloc_zeros(slots).unwrap();
@@ -123,7 +122,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
         n: hidden,
         k: intermediate,
         glu: Glu::None,
-        activation: Activation::None,
+        activation: Activation::Identity,
         ..first
     };
     bench("gemm 2", &mut || {

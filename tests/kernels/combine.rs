@@ -67,7 +67,8 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let residual = residual.map(|values| Guarded::input(&stream, "residual", &values));
     let addend = addend.map(|values| Guarded::input(&stream, "addend", &values));
     let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
-    let views = (weights.as_ref().map(Guarded::view), residual.as_ref().map(Guarded::view), addend.as_ref().map(Guarded::view));
+    let views =
+        (weights.as_ref().map(Guarded::view), residual.as_ref().map(Guarded::view), addend.as_ref().map(Guarded::view));
     let launch = |y: &mut Guarded<T>| {
         combine::forward(
             kernels,

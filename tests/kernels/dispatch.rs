@@ -1,9 +1,8 @@
 //! Checks of `dispatch_*`, and of what the fused `gate_*_dispatch` writes.
 
-use cudarc::driver::CudaStream;
+use cudarc::driver::{CudaStream, CudaViewMut};
 use moe_kernels::Workspace;
-use moe_kernels::dispatch::{self, Capacity, DispatchArgs, DispatchDesc, DispatchOutputs, TileList};
-use moe_kernels::gemm::TileEntry;
+use moe_kernels::dispatch::{self, Capacity, DispatchArgs, DispatchDesc, DispatchOutputs, TileEntry, TileList};
 use moe_kernels::reference;
 use moe_kernels::reference::dispatch::{DispatchRule, Dispatched};
 use moe_kernels::registry::{Dispatch, Kernel};
@@ -15,19 +14,12 @@ use crate::timing::time;
 
 /// The reference's rule without a capacity.
 pub fn rule(experts: usize, top_k: usize, tile_m: usize) -> DispatchRule {
-    DispatchRule { experts, top_k, capacity: None, padded: false, tile_m }
+    DispatchRule { experts, top_k, capacity: None, tile_m }
 }
 
 /// The reference's rule of a descriptor.
 pub fn rule_of(desc: &DispatchDesc) -> DispatchRule {
-    DispatchRule {
-        capacity: desc.capacity.map(|capacity| reference::dispatch::Capacity {
-            slots: capacity.per_expert,
-            tokens_per_sequence: capacity.tokens_per_sequence,
-        }),
-        padded: desc.capacity.is_some_and(|capacity| capacity.padded),
-        ..rule(desc.experts, desc.top_k, desc.tile_m)
-    }
+    DispatchRule { capacity: desc.capacity, ..rule(desc.experts, desc.top_k, desc.tile_m) }
 }
 
 /// What dispatch writes, between guards.
@@ -57,17 +49,18 @@ impl Outputs {
         }
     }
 
-    /// Hands all outputs to `launch`.
-    pub fn with<R>(&mut self, launch: impl FnOnce(DispatchOutputs<'_>, &mut Workspace) -> R) -> R {
-        let outputs = DispatchOutputs {
-            counts: &mut self.counts.view_mut(),
-            offsets: &mut self.offsets.view_mut(),
-            slot_token: &mut self.slot_token.view_mut(),
-            token_slot: &mut self.token_slot.view_mut(),
-            slot_weight: Some(&mut self.slot_weight.view_mut()),
-            tiles: Some(TileList { tiles: &mut self.tiles.view_mut(), num_tiles: &mut self.num_tiles.view_mut() }),
+    /// Views of all outputs, and the workspace.
+    pub fn views(&mut self) -> (Views<'_>, &mut Workspace) {
+        let views = Views {
+            counts: self.counts.view_mut(),
+            offsets: self.offsets.view_mut(),
+            slot_token: self.slot_token.view_mut(),
+            token_slot: self.token_slot.view_mut(),
+            slot_weight: self.slot_weight.view_mut(),
+            tiles: self.tiles.view_mut(),
+            num_tiles: self.num_tiles.view_mut(),
         };
-        launch(outputs, &mut self.workspace)
+        (views, &mut self.workspace)
     }
 
     /// Everything equals the reference bit for bit, and nothing else was written.
@@ -78,13 +71,40 @@ impl Outputs {
         let live = want.slot_token.len();
         let slot_token = self.slot_token.read(stream);
         assert_eq!(slot_token[..live], want.slot_token, "{name}: slot_token");
-        assert!(slot_token[live..].iter().all(|&junk| junk == -1), "{name}: slot_token beyond the last slot was written");
+        assert!(
+            slot_token[live..].iter().all(|&junk| junk == -1),
+            "{name}: slot_token beyond the last slot was written"
+        );
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
         let slot_weight = self.slot_weight.read(stream);
         assert_eq!(bits(&slot_weight[..live]), bits(&want.slot_weight(weights)), "{name}: slot_weight");
         let count = self.num_tiles.read(stream)[0];
         assert_eq!(count as usize, want.tiles.len(), "{name}: num_tiles");
         assert_eq!(self.tiles.read(stream)[..want.tiles.len()], want.tiles, "{name}: tiles");
+    }
+}
+
+/// See [`Outputs::views`].
+pub struct Views<'a> {
+    counts: CudaViewMut<'a, i32>,
+    offsets: CudaViewMut<'a, i32>,
+    slot_token: CudaViewMut<'a, i32>,
+    token_slot: CudaViewMut<'a, i32>,
+    slot_weight: CudaViewMut<'a, f32>,
+    tiles: CudaViewMut<'a, TileEntry>,
+    num_tiles: CudaViewMut<'a, i32>,
+}
+
+impl<'a> Views<'a> {
+    pub fn outputs(&'a mut self) -> DispatchOutputs<'a> {
+        DispatchOutputs {
+            counts: &mut self.counts,
+            offsets: &mut self.offsets,
+            slot_token: &mut self.slot_token,
+            token_slot: &mut self.token_slot,
+            slot_weight: Some(&mut self.slot_weight),
+            tiles: Some(TileList { tiles: &mut self.tiles, num_tiles: &mut self.num_tiles }),
+        }
     }
 }
 
@@ -135,11 +155,10 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
     let device_weights = Guarded::input(&stream, "weights", &weights);
     let mut outputs = Outputs::new(&stream, desc);
     let launch = |outputs: &mut Outputs| {
-        outputs.with(|outputs, workspace| {
-            let args =
-                DispatchArgs { ids: &ids.view(), weights: Some(&device_weights.view()), outputs, workspace };
-            dispatch::forward(kernels, &stream, desc, args).unwrap()
-        })
+        let (ids, weights) = (ids.view(), device_weights.view());
+        let (mut views, workspace) = outputs.views();
+        let args = DispatchArgs { ids: &ids, weights: Some(&weights), outputs: views.outputs(), workspace };
+        dispatch::forward(kernels, &stream, desc, args).unwrap()
     };
     launch(&mut outputs);
     outputs.assert_equal(&stream, &name, &want, &weights);

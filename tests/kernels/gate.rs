@@ -2,7 +2,7 @@
 
 use moe_kernels::dispatch::{self, Capacity, DispatchDesc, GateDispatchArgs};
 use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc, GroupScore, Groups};
-use moe_kernels::reference::{self, gating::GatingRule};
+use moe_kernels::reference;
 use moe_kernels::registry::{Gate, Kernel, Score};
 
 use crate::dispatch::{Outputs, rule_of};
@@ -23,7 +23,7 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
             for logits in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
                 let gating = Gating {
                     score: variant.score,
-                    renormalize: rng.bool(),
+                    renormalise: rng.bool(),
                     scale: if rng.bool() { 1.0 } else { 2.5 },
                     groups: groups(rng, experts, top_k),
                 };
@@ -44,7 +44,7 @@ fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<Group
     let count = counts[rng.usize(..counts.len())];
     let fewest = top_k.div_ceil(experts / count);
     let kept = fewest + rng.usize(..=count - fewest);
-    Some(Groups { count, kept, score: if rng.bool() { GroupScore::TopTwoSum } else { GroupScore::Max } })
+    Some(Groups { count, kept, score: if rng.bool() { GroupScore::TopTwo } else { GroupScore::Max } })
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -71,19 +71,6 @@ fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
         .collect()
 }
 
-fn rule_of_gating(desc: &GatingDesc) -> GatingRule {
-    let gating = &desc.gating;
-    GatingRule {
-        score: gating.score,
-        top_k: desc.top_k,
-        groups: gating.groups.map_or(1, |groups| groups.count),
-        groups_kept: gating.groups.map_or(1, |groups| groups.kept),
-        group_score: gating.groups.map_or(GroupScore::Max, |groups| groups.score),
-        renormalise: gating.renormalize,
-        scale: gating.scale.into(),
-    }
-}
-
 fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
     let kernels = device::kernels();
     let stream = device::stream();
@@ -92,7 +79,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     // Coarse enough that sums with a score are either equal or far apart in f32: a choice cannot hang on the last bit of an
     // exponential.
     let bias: Option<Vec<f32>> = with_bias.then(|| (0..desc.experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
-    let want = reference::gating::gate(&logits, bias.as_deref(), desc.experts, &rule_of_gating(desc)).unwrap();
+    let want = reference::gating::gate(&logits, bias.as_deref(), desc.experts, desc.top_k, &desc.gating).unwrap();
 
     let device_logits = Guarded::input(&stream, "logits", &logits);
     let bias = bias.map(|values| Guarded::input(&stream, "correction_bias", &values));
@@ -122,11 +109,11 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
             let args = GatingArgs { logits: &logits, correction_bias, ids: &mut ids, weights: &mut weights };
             return gating::forward(kernels, &stream, desc, args).unwrap();
         }
-        outputs.with(|outputs, workspace| {
-            let (ids, weights) = (&mut ids, &mut weights);
-            let args = GateDispatchArgs { logits: &logits, correction_bias, ids, weights, outputs, workspace };
-            dispatch::gate_and_dispatch(kernels, &stream, &desc.gating, &order, args).unwrap()
-        })
+        let (mut views, workspace) = outputs.views();
+        let outputs = views.outputs();
+        let (ids, weights) = (&mut ids, &mut weights);
+        let args = GateDispatchArgs { logits: &logits, correction_bias, ids, weights, outputs, workspace };
+        dispatch::gate_and_dispatch(kernels, &stream, &desc.gating, &order, args).unwrap()
     };
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));

@@ -6,6 +6,7 @@ use moe_kernels::reference;
 use moe_kernels::reference::dispatch::{Dispatched, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::registry::{Dtype, Glu, GroupedGemm, Kernel};
+use moe_kernels::tiles::max_tiles;
 
 use crate::dispatch::rule;
 use crate::support::buffer::Guarded;
@@ -25,7 +26,7 @@ pub fn check(variant: GroupedGemm, rng: &mut fastrand::Rng) {
 fn activations(glu: Glu) -> Vec<Activation> {
     let gated = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
     match glu {
-        Glu::None => [&[Activation::None][..], &gated].concat(),
+        Glu::None => [&[Activation::Identity][..], &gated].concat(),
         // The limit is low enough that values of unit scale are clamped.
         Glu::Split | Glu::Interleaved => {
             [&gated[..], &[Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 }]].concat()
@@ -46,7 +47,7 @@ fn check_as<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng) {
         let n = [24, 72, 8, 136, 40][index];
         let case = Case { k, n, activation, gather: index % 2 == 0, bias: index % 3 != 1, scale: index % 2 == 0 };
         grouped::<T>(variant, rng, &loads(bm), &case);
-        dense::<T>(variant, rng, [1, bm + 3][index % 2], &case);
+        dense::<T>(variant, rng, &case);
     }
     // Nothing at all to do: no tile.
     let case = Case { k: 16, n: 16, activation: activations(variant.glu)[0], gather: true, bias: false, scale: false };
@@ -91,13 +92,22 @@ fn grouped<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, loads: &[u
     let tokens = ids.len();
     let plan = dispatch(&ids, &rule(experts, 1, tile_m)).unwrap();
     let rows = tokens;
-    let desc = case.desc(variant, rows, if case.gather { tokens } else { rows }, experts, Schedule::Grouped { tile_m });
+    let max_tiles = max_tiles(rows, experts, tile_m);
+    let a_rows = if case.gather { tokens } else { rows };
+    let desc = case.desc(variant, rows, a_rows, experts, Schedule::Grouped { tile_m, max_tiles });
     run::<T>(variant, rng, &desc, case, Some(&plan));
 }
 
-fn dense<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, rows: usize, case: &Case) {
-    let desc = case.desc(variant, rows, rows, 1, Schedule::Dense { tile_m: variant.tile.bm as usize });
-    run::<T>(variant, rng, &desc, case, None);
+/// One expert for all rows, in a number, not a multiple of the tile's, for which the selection takes the variant.
+fn dense<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, case: &Case) {
+    let device = device::kernels().device();
+    let bm = variant.tile.bm as usize;
+    let desc = |rows| case.desc(variant, rows, rows, 1, Schedule::Dense);
+    let rows = [1, bm - 1, bm + 5, 2 * bm + 5, 4 * bm + 5]
+        .into_iter()
+        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel == Kernel::GroupedGemm(variant));
+    let rows = rows.expect("some number of rows takes each variant");
+    run::<T>(variant, rng, &desc(rows), case, None);
 }
 
 fn run<T: Storage>(
@@ -153,7 +163,7 @@ fn run<T: Storage>(
     let tiles = grouped.then(|| {
         let mut list = plan.tiles.clone();
         // Entries past the count must not be looked at.
-        list.resize(moe_kernels::tiles::max_tiles(rows, experts, variant.tile.bm as usize), [i32::MAX; 4]);
+        list.resize(max_tiles(rows, experts, variant.tile.bm as usize), [i32::MAX; 4]);
         let count = Guarded::input(&stream, "num_tiles", &[plan.tiles.len() as i32]);
         (Guarded::input(&stream, "tiles", &list), count)
     });

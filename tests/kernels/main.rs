@@ -58,8 +58,11 @@ fn check(kernel: Kernel) {
 
 fn run(kernel: Kernel) -> Result<(), Failed> {
     let healthy = || support::device::context().synchronize().is_ok();
-    let outcome =
-        if healthy() { std::panic::catch_unwind(|| check(kernel)).map_err(message) } else { Err("broken context".into()) };
+    let outcome = if healthy() {
+        std::panic::catch_unwind(|| check(kernel)).map_err(message)
+    } else {
+        Err("broken context".into())
+    };
     let Err(failure) = outcome else { return Ok(()) };
     let reproduce = format!("MOE_SEED={} MOE_CASES={} cargo test --test kernels", run_seed(), kernel.name());
     if healthy() {

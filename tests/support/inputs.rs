@@ -12,9 +12,9 @@ pub fn run_seed() -> u64 {
 
 /// The generator of the case `name` (FNV-1a of the name, mixed with the run's seed).
 pub fn generator(name: &str) -> fastrand::Rng {
-    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
+    let hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
     fastrand::Rng::with_seed(hash ^ run_seed())
 }
 
