@@ -3,11 +3,11 @@
 use moe_kernels::dispatch::{self, Capacity, DispatchDesc, GateDispatchArgs};
 use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc, GroupScore, Groups};
 use moe_kernels::reference;
-use moe_kernels::registry::{Gate, Kernel, Score};
+use moe_kernels::registry::{Dtype, Gate, Kernel, Score};
 
 use crate::dispatch::{Outputs, rule_of};
 use crate::support::buffer::Guarded;
-use crate::support::compare::{F32_ARITHMETIC, assert_close, to_f64};
+use crate::support::compare::{assert_rounded_once, to_f64};
 use crate::support::device;
 use crate::support::inputs::normal;
 use crate::timing::time;
@@ -118,7 +118,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
     assert_eq!(got_ids, want.ids, "{name}: ids");
-    assert_close(&name, &to_f64(&got_weights), &want.weights, F32_ARITHMETIC);
+    assert_rounded_once(&name, &to_f64(&got_weights), &want.weights, Dtype::F32);
     device_logits.assert_unchanged(&stream);
     if variant.dispatch {
         let want = reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap();

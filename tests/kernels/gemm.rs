@@ -10,7 +10,7 @@ use moe_kernels::tiles::max_tiles;
 
 use crate::dispatch::rule;
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Storage, assert_close, one_rounding, to_f64};
+use crate::support::compare::{Storage, assert_rounded_once, to_f64};
 use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
@@ -186,7 +186,7 @@ fn run<T: Storage>(
     };
     launch(&mut out);
     let first = out.read(&stream);
-    assert_close(&name, &to_f64(&first[..live * n]), &want, one_rounding(variant.dtype));
+    assert_rounded_once(&name, &to_f64(&first[..live * n]), &want, variant.dtype);
     let same = bytemuck::cast_slice::<T, u8>(&first[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
     assert!(same, "{name}: a row that no tile covers was written");
     a.assert_unchanged(&stream);

@@ -29,21 +29,18 @@ impl Storage for f16 {
     }
 }
 
-/// Largest relative error, in the norm of the reference, of one operation whose inputs the reference saw rounded.
-///
-/// - f32 through 3xTF32 or FMA: products are exact to 2^-21 or better, sums are f32 in another order than the reference's;
-///   for sums of up to a few thousand terms that is a few 1e-7 in the norm.
-/// - bf16 and f16: exact products, f32 sums, one rounding of the result: half a unit in the last place is 2^-9 and 2^-12 at
-///   most, and in the norm about 0.58 of it.
-pub fn one_rounding(dtype: Dtype) -> f64 {
+/// Half a unit in the last place, relative: what one rounding to the type may do to a value.
+pub fn unit_roundoff(dtype: Dtype) -> f64 {
     match dtype {
-        Dtype::F32 => 1e-6,
-        Dtype::F16 => 0.7 * 2f64.powi(-12) + 1e-6,
-        Dtype::Bf16 => 0.7 * 2f64.powi(-9) + 1e-6,
+        Dtype::F32 => 2f64.powi(-24),
+        Dtype::F16 => 2f64.powi(-11),
+        Dtype::Bf16 => 2f64.powi(-8),
     }
 }
 
-/// f32 arithmetic that ends in f32: logits and gate weights.
+/// Largest relative error, in the norm of the reference, of f32 arithmetic on inputs that the reference saw rounded: FMA and
+/// 3xTF32 have products good to 2^-21 or better, and sums of up to a few thousand terms in another order than the
+/// reference's differ by a few 1e-7.
 pub const F32_ARITHMETIC: f64 = 1e-6;
 
 /// `|got - want| / |want|` over all elements. Values that are not finite must agree exactly, NaN with NaN, and stay out of
@@ -63,16 +60,18 @@ pub fn relative_error(name: &str, got: &[f64], want: &[f64]) -> f64 {
     if difference == 0.0 { 0.0 } else { (difference / norm.max(f64::MIN_POSITIVE)).sqrt() }
 }
 
-/// Asserts [`relative_error`] within `tolerance`, and that no single element is off by more than the tolerance allows a
-/// whole row: an error that hides in one element of many is found too.
-pub fn assert_close(name: &str, got: &[f64], want: &[f64], tolerance: f64) {
+/// Asserts that `got` is f32 arithmetic rounded once to `dtype`: [`F32_ARITHMETIC`] in the norm, and every element within one
+/// rounding of the reference's, beside what f32 sums are off by at the scale of the whole. An error that hides in one
+/// element of many is found, and so is a second rounding.
+pub fn assert_rounded_once(name: &str, got: &[f64], want: &[f64], dtype: Dtype) {
+    let roundoff = unit_roundoff(dtype);
     let error = relative_error(name, got, want);
+    let tolerance = F32_ARITHMETIC + roundoff;
     assert!(error <= tolerance, "{name}: relative error {error:.3e}, tolerated {tolerance:.3e}");
     let finite = want.iter().filter(|w| w.is_finite());
     let scale = (finite.clone().map(|w| w * w).sum::<f64>() / finite.count().max(1) as f64).sqrt();
     for (index, (&g, &w)) in got.iter().zip(want).enumerate().filter(|(_, (_, w))| w.is_finite()) {
-        // A rounding is relative to the element; sums are relative to the scale of the whole.
-        let bound = 4.0 * tolerance * (w.abs() + 4.0 * scale);
+        let bound = roundoff * w.abs() + 4.0 * F32_ARITHMETIC * (w.abs() + scale);
         assert!((g - w).abs() <= bound, "{name}[{index}]: got {g:e}, want {w:e}, bound {bound:.3e}");
     }
 }
