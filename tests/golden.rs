@@ -143,3 +143,17 @@ fn no_rows() {
     let (passes, report) = run(&[folder.as_ref(), "--tokens".as_ref(), "0".as_ref()]);
     assert!(passes && report.contains("T 0 "), "{report}");
 }
+
+#[test]
+fn a_layer_of_our_own() {
+    let (passes, report) = run(&["--tokens".as_ref(), "4".as_ref()]);
+    assert!(passes, "{report}");
+    assert!(report.contains("Mixtral") && report.contains("against the reference"), "{report}");
+}
+
+#[test]
+fn an_output_that_cannot_be_written() {
+    let arguments = ["--tokens", "1", "--out", "/no/such/folder/out.safetensors"];
+    let error = hf::run(arguments.iter().map(Into::into), &mut std::io::sink()).unwrap_err();
+    assert!(error.to_string().starts_with("/no/such/folder/out.safetensors: "), "{error}");
+}

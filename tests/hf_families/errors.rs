@@ -3,10 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use safetensors::tensor::Dtype;
+use moe_kernels::Dtype;
+use safetensors::tensor::Dtype as TensorDtype;
 use serde_json::json;
 
 use crate::hf;
+use crate::hf::cli::Options;
+use crate::hf::random::Random;
 use crate::synth::{EXPERTS, Folder, HIDDEN, INTERMEDIATE, Tensor, checkpoint};
 
 /// Runs the example's main function and expects a refusal; gives back its one line.
@@ -171,7 +174,7 @@ fn wrong_shape() {
 fn quantised_checkpoints_are_named_as_such() {
     let folder = Folder::new();
     let mut synthetic = checkpoint("gpt_oss");
-    let quantised = |values: usize| Tensor { dtype: Dtype::U8, shape: vec![values], values: vec![0.0; values] };
+    let quantised = |values: usize| Tensor { dtype: TensorDtype::U8, shape: vec![values], values: vec![0.0; values] };
     synthetic.tensors.0.remove("model.layers.0.mlp.experts.gate_up_proj");
     synthetic.tensors.0.insert("model.layers.0.mlp.experts.gate_up_proj_blocks".into(), quantised(64));
     synthetic.write(&folder);
@@ -203,4 +206,32 @@ fn command_lines() {
     says(&refusal(&["--frob"]), &["--frob"]);
     says(&refusal(&["--out"]), &["--out needs a value"]);
     says(&refusal(&["a", "b"]), &["second folder"]);
+}
+
+/// Damaged files are refused or, where the damage changes nothing that is read, accepted; nothing panics.
+#[test]
+fn damaged_files() {
+    let seed = 11;
+    let mut random = Random::new(seed);
+    let mut below = |end: usize| (random.normal().abs() * 1e6) as usize % end;
+    let mut refused = 0;
+    for round in 0..400 {
+        let family = ["mixtral", "deepseek_v3", "gpt_oss", "hunyuan_v1_moe"][round % 4];
+        let folder = Folder::new();
+        checkpoint(family).write(&folder);
+        let path = folder.join(if round % 2 == 0 { "config.json" } else { "model.safetensors" });
+        let mut bytes = std::fs::read(&path).unwrap();
+        // Of the tensors' file only the header can be invalid.
+        let end = bytes.len().min(2000);
+        for _ in 0..1 + below(3) {
+            bytes[below(end)] = *b"0192{}[]:,\"-e \xff\0".get(below(17)).unwrap_or(&b'9');
+        }
+        std::fs::write(&path, bytes).unwrap();
+        let options = Options { folder: Some(folder.path().to_owned()), tokens: Some(3), ..Options::own(Dtype::F32) };
+        if let Err(error) = hf::Job::<f32>::prepare(&options) {
+            refused += 1;
+            assert!(!error.to_string().contains('\n'), "seed {seed}, round {round}: {error}");
+        }
+    }
+    assert!(refused > 100, "seed {seed}: only {refused} of 400 were refused");
 }

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use moe_kernels::layer::LayerDesc;
-use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
+use safetensors::SafeTensorError;
+use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use super::device::Outputs;
 use super::error::HfError;
@@ -21,11 +22,10 @@ pub fn write(path: &Path, layer: &LayerDesc, x: &[f32], outputs: &Outputs) -> Re
         ("weights", Dtype::F32, layer.top_k, floats(&outputs.weights)),
         ("y", Dtype::F32, layer.hidden, floats(&outputs.y)),
     ];
-    let invalid =
-        |error: safetensors::SafeTensorError| HfError::Safetensors { path: path.to_owned(), reason: error.to_string() };
+    let invalid = |error: SafeTensorError| HfError::Safetensors { path: path.to_owned(), reason: error.to_string() };
     let mut views = Vec::new();
     for (name, dtype, columns, bytes) in &tensors {
         views.push((*name, TensorView::new(*dtype, vec![tokens, *columns], bytes).map_err(invalid)?));
     }
-    serialize_to_file(views, None, path).map_err(invalid)
+    std::fs::write(path, serialize(views, None).map_err(invalid)?).map_err(HfError::io(path))
 }

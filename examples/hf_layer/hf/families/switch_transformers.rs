@@ -4,20 +4,23 @@ use moe_kernels::dispatch::Capacity;
 
 use super::*;
 
+const ENCODER_LAYERS: &[&str] = &["num_layers"];
+const DECODER_LAYERS: &[&str] = &["num_decoder_layers", "num_layers"];
+
 pub const FAMILY: Family = Family {
     model_types: &["switch_transformers"],
     stacks: &[
         Stack {
             tensors: &["encoder.block.#.layer.1.mlp"],
             modules: &[],
-            layers: &["num_layers"],
-            sparse: |config, layer| sparse(config, layer, "encoder_sparse_step"),
+            layers: ENCODER_LAYERS,
+            sparse: |config, layer| sparse(config, layer, "encoder", ENCODER_LAYERS),
         },
         Stack {
             tensors: &["decoder.block.#.layer.2.mlp"],
             modules: &[],
-            layers: &["num_decoder_layers", "num_layers"],
-            sparse: |config, layer| sparse(config, layer, "decoder_sparse_step"),
+            layers: DECODER_LAYERS,
+            sparse: |config, layer| sparse(config, layer, "decoder", DECODER_LAYERS),
         },
     ],
     block: |config, _| {
@@ -40,7 +43,14 @@ pub const FAMILY: Family = Family {
     },
 };
 
-fn sparse(config: &Config, layer: usize, key: &str) -> Result<bool, HfError> {
-    let step = config.size(key)?;
-    Ok(step == 1 || layer % step == 1)
+/// `stack` is `encoder` or `decoder`. Where no step is given it follows from the number of sparse layers.
+fn sparse(config: &Config, layer: usize, stack: &str, layers: &[&str]) -> Result<bool, HfError> {
+    let step = match config.count(&format!("{stack}_sparse_step"))? {
+        Some(step) => step,
+        None => {
+            let sparse_layers = config.count(&format!("num_sparse_{stack}_layers"))?.unwrap_or(0);
+            config.size_of(layers)?.checked_div(sparse_layers).unwrap_or(0)
+        }
+    };
+    Ok(step == 1 || (step > 1 && layer % step == 1))
 }
