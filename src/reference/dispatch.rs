@@ -1,6 +1,6 @@
 //! Dispatch: slots sorted by expert.
 
-use super::{ReferenceError, require, require_shape};
+use super::{ReferenceError, require};
 pub use crate::dispatch::Capacity;
 
 /// How slots are laid out.
@@ -100,15 +100,6 @@ pub fn dispatch(ids: &[i32], rule: &DispatchRule) -> Result<Dispatched, Referenc
         result.offsets.push(result.slot_token.len() as i32);
     }
     Ok(result)
-}
-
-/// Like [`dispatch`] for `tokens` tokens: also checks the length of `ids`.
-///
-/// # Errors
-/// Those of [`dispatch`], and `ids` that is not `[tokens, k]`.
-pub fn dispatch_tokens(ids: &[i32], tokens: usize, rule: &DispatchRule) -> Result<Dispatched, ReferenceError> {
-    require_shape("ids", ids, &[tokens, rule.top_k])?;
-    dispatch(ids, rule)
 }
 
 #[cfg(test)]
