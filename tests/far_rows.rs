@@ -1,11 +1,9 @@
 //! Rows whose first element lies past 2^31 elements: 32-bit offsets would wrap. The software device commits memory when
 //! it is touched, so that the buffers cost little; on a GPU each test takes about 4.5 GB.
 
-mod common {
-    pub mod layer_case;
-}
+mod support;
 
-use common::layer_case::{Device, Random, open};
+use support::layer_case::{Device, Random, open};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use half::bf16;
 use moe_kernels::Dtype;
@@ -52,7 +50,7 @@ fn product(d: &Device, desc: &GemmDesc, expert: usize, a_row: usize, out_row: us
         tiles: Some(Tiles { tiles: &tiles, num_tiles: &num_tiles }),
         out: &mut out,
     };
-    gemm::forward(&d.kernels, &d.stream, desc, args).expect("enqueued");
+    gemm::forward(d.kernels, &d.stream, desc, args).expect("enqueued");
     let got = d.stream.clone_dtoh(&out.slice(out_row * N..(out_row + 1) * N)).expect("the kernel ran");
     for (n, got) in got.into_iter().enumerate() {
         assert_near(got, dot(&row, &matrix[n * K..][..K]));
@@ -102,7 +100,7 @@ fn expert_matrix() {
         tiles: Some(Tiles { tiles: &tiles, num_tiles: &num_tiles }),
         out: &mut out,
     };
-    gemm::forward(&d.kernels, &d.stream, &desc, args).expect("enqueued");
+    gemm::forward(d.kernels, &d.stream, &desc, args).expect("enqueued");
     let got = d.stream.clone_dtoh(&out).expect("the kernel ran");
     for n in [0, 1, n / 2, n - 1] {
         assert_near(got[n], dot(&row, &matrix[n * k..][..k]));
@@ -131,6 +129,6 @@ fn combined_slot() {
         addend: None,
         y: &mut y,
     };
-    combine::forward(&d.kernels, &d.stream, &desc, args).expect("enqueued");
+    combine::forward(d.kernels, &d.stream, &desc, args).expect("enqueued");
     assert_eq!(d.stream.clone_dtoh(&y).expect("the kernel ran"), row);
 }

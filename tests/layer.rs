@@ -1,11 +1,9 @@
 //! Whole layers on the device against a computation in f64 that knows neither slots nor tiles: token by token, expert by
 //! expert.
 
-mod common {
-    pub mod layer_case;
-}
+mod support;
 
-use common::layer_case::{Case, Device, check, open};
+use support::layer_case::{Case, Device, check, open};
 use half::{bf16, f16};
 use moe_kernels::dispatch::Capacity;
 use moe_kernels::gating::{Gating, GroupScore, Groups, Score};
@@ -130,12 +128,12 @@ fn workspace_is_shared_by_plans() {
     let device: &Device = open();
     let mut workspace = None;
     for tokens in [150, 1, 40] {
-        common::layer_case::run::<bf16, bf16>(device, &Case::new(mixtral(Dtype::Bf16), tokens), &mut workspace);
+        support::layer_case::run::<bf16, bf16>(device, &Case::new(mixtral(Dtype::Bf16), tokens), &mut workspace);
     }
 }
 
 /// A captured layer gives the same bits, whatever the workspace held.
 #[test]
 fn captured_in_a_graph() {
-    common::layer_case::captured(&Case::new(mixtral(Dtype::Bf16), 70));
+    support::layer_case::captured(&Case::new(mixtral(Dtype::Bf16), 70));
 }

@@ -1,10 +1,8 @@
 //! The operations one by one, with the caller's buffers between them, give the bits of the whole layer.
 
-mod common {
-    pub mod layer_case;
-}
+mod support;
 
-use common::layer_case::{Device, Random, open};
+use support::layer_case::{Device, Random, open};
 use cudarc::driver::CudaSlice;
 use half::f16;
 use moe_kernels::combine::{self, CombineArgs, CombineDesc};
@@ -76,7 +74,7 @@ fn whole(d: &Device, desc: &LayerDesc, tokens: usize, inputs: &Inputs) -> Outcom
         counts: Some(&mut out.counts),
         ..LayerArgs::new(&inputs.x, &mut out.y)
     };
-    plan.forward(&d.kernels, &d.stream, &weights, args, &mut workspace).expect("enqueued");
+    plan.forward(d.kernels, &d.stream, &weights, args, &mut workspace).expect("enqueued");
     out.read(d)
 }
 
@@ -113,7 +111,7 @@ impl Buffers {
 }
 
 fn one_by_one(d: &Device, desc: &LayerDesc, tokens: usize, inputs: &Inputs, fused: bool) -> Outcome {
-    let (kernels, stream) = (&d.kernels, &d.stream);
+    let (kernels, stream) = (d.kernels, &d.stream);
     let LayerDesc { dtype, router_dtype, hidden, intermediate, experts, top_k, gating, capacity, .. } = *desc;
     let mut out = Buffers::new(d, desc, tokens);
 
@@ -274,7 +272,7 @@ fn skipped_slots() {
         },
         workspace: &mut workspace,
     };
-    dispatch::forward(&d.kernels, stream, &desc, args).expect("dispatch");
+    dispatch::forward(d.kernels, stream, &desc, args).expect("dispatch");
     let read = |from: &CudaSlice<i32>| stream.clone_dtoh(from).expect("the kernels ran");
     assert_eq!(read(&counts), [2, 2, 3]);
     assert_eq!(read(&offsets), [0, 2, 4, 7]);

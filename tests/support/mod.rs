@@ -5,3 +5,4 @@ pub mod buffer;
 pub mod compare;
 pub mod device;
 pub mod inputs;
+pub mod layer_case;

@@ -1,6 +1,4 @@
 //! A layer with random weights, run on the device and computed in f64.
-// Each test binary uses a part.
-#![allow(dead_code)]
 
 use std::sync::{Arc, OnceLock};
 
@@ -9,22 +7,22 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use moe_kernels::gemm::{Activation, Glu, Layout};
 use moe_kernels::layer::{Linear, Mlp, SharedWeights, Stage, Weighting};
 use moe_kernels::reference::{activation, gating};
-use moe_kernels::{Dtype, Element, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+use moe_kernels::{Dtype, Element, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace};
+
+use super::device;
 
 pub struct Device {
     pub stream: Arc<CudaStream>,
-    pub kernels: Kernels,
-    pub soft: Option<softcuda::Control>,
+    pub kernels: &'static Kernels,
+    pub soft: Option<&'static softcuda::Control>,
 }
 
 pub fn open() -> &'static Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
-    DEVICE.get_or_init(|| {
-        let choice = softcuda::install_if_no_gpu().expect("a CUDA driver, real or soft");
-        let context = device::open(0).expect("device 0");
-        println!("device: {} ({choice})", context.name().expect("the device has a name"));
-        let kernels = Kernels::new(&context).expect("a device of compute capability 8.0 or later");
-        Device { stream: context.default_stream(), kernels, soft: choice.control().copied() }
+    DEVICE.get_or_init(|| Device {
+        stream: device::context().default_stream(),
+        kernels: device::kernels(),
+        soft: device::control(),
     })
 }
 
@@ -45,23 +43,14 @@ impl Case {
     }
 }
 
-/// SplitMix64 (Steele, Lea and Flood 2014), seeded with one number for each tensor.
-pub struct Random(u64);
+/// Tensors, each from a seed of its own.
+pub struct Random;
 
 impl Random {
-    /// Uniform in (-1, 1).
-    fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        (z >> 40) as f32 / (1 << 23) as f32 - 1.0
-    }
-
+    /// Uniform in (-scale, scale).
     pub fn tensor<T: Element>(seed: u64, len: usize, scale: f32) -> Vec<T> {
-        let mut random = Random(seed);
-        (0..len).map(|_| T::from_f32(random.next() * scale)).collect()
+        let mut rng = fastrand::Rng::with_seed(seed);
+        (0..len).map(|_| T::from_f32((2.0 * rng.f32() - 1.0) * scale)).collect()
     }
 }
 
@@ -356,7 +345,7 @@ pub fn run<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(
             counts: Some(&mut counts),
         };
         let mut stages: Vec<Stage> = Vec::new();
-        plan.forward_observed(&d.kernels, stream, &inputs.weights(), args, workspace, &mut |stage| stages.push(stage))
+        plan.forward_observed(d.kernels, stream, &inputs.weights(), args, workspace, &mut |stage| stages.push(stage))
             .expect("the layer is enqueued");
         if let Err(error) = stream.synchronize() {
             panic!("{error:?}: {}", d.soft.and_then(|control| control.last_fault()).unwrap_or_default());
@@ -457,7 +446,7 @@ pub fn captured(case: &Case) {
 
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).expect("capture begins");
     let args = LayerArgs::new(&inputs.x, &mut y);
-    plan.forward(&d.kernels, stream, &inputs.weights(), args, &mut workspace).expect("the layer is captured");
+    plan.forward(d.kernels, stream, &inputs.weights(), args, &mut workspace).expect("the layer is captured");
     let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags).expect("capture ends").expect("a graph");
 
@@ -469,7 +458,7 @@ pub fn captured(case: &Case) {
         let replayed = read(stream, "y", &y, T::from_f32(JUNK));
         let mut direct = junk::<T>(stream, case.tokens * case.desc.hidden);
         let args = LayerArgs::new(&inputs.x, &mut direct);
-        plan.forward(&d.kernels, stream, &inputs.weights(), args, &mut workspace).expect("the layer is enqueued");
+        plan.forward(d.kernels, stream, &inputs.weights(), args, &mut workspace).expect("the layer is enqueued");
         assert_eq!(replayed, read(stream, "y", &direct, T::from_f32(JUNK)));
     }
 }

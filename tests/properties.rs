@@ -1,0 +1,199 @@
+//! Properties over random shapes, skews and values: the device and the reference agree, whatever comes in.
+//!
+//! The seed is fixed, so that a run is the same everywhere; `MOE_SEED` changes it, and a failure is shrunk and printed.
+
+mod support;
+
+use half::bf16;
+use moe_kernels::dispatch::{self, Capacity, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
+use moe_kernels::gating::{Gating, Score};
+use moe_kernels::layer::Mlp;
+use moe_kernels::reference::{self, dispatch::DispatchRule};
+use moe_kernels::{Dtype, LayerDesc, Workspace};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+use support::compare::{assert_rounded_once, to_f64};
+use support::device;
+use support::inputs::run_seed;
+use support::layer_case::{Case, check};
+
+fn config(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, rng_seed: RngSeed::Fixed(run_seed()), failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// Experts, and experts a token.
+fn experts_and_k() -> impl Strategy<Value = (usize, usize)> {
+    prop_oneof![1usize..=8, 9usize..=70, 71usize..=300, Just(1025usize)]
+        .prop_flat_map(|experts| (Just(experts), 1..=experts.min(32)))
+}
+
+/// No limit, or one counted in sequences of any length, padded or not.
+fn capacity() -> impl Strategy<Value = Option<Capacity>> {
+    prop::option::of((1usize..=6, 1usize..=80, any::<bool>()).prop_map(|(per_expert, tokens_per_sequence, padded)| {
+        Capacity { per_expert, tokens_per_sequence, padded }
+    }))
+}
+
+/// Values that gating must order: a few equal ones, both zeros, infinities, NaN.
+fn logit() -> impl Strategy<Value = f32> {
+    prop_oneof![
+        6 => -4.0f32..4.0,
+        3 => prop::sample::select(vec![-1.0f32, -0.0, 0.0, 0.5]),
+        1 => prop::sample::select(vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN_POSITIVE / 4.0]),
+    ]
+}
+
+/// What dispatch wrote, as the reference writes it.
+struct Sorted {
+    counts: Vec<i32>,
+    offsets: Vec<i32>,
+    slot_token: Vec<i32>,
+    token_slot: Vec<i32>,
+    tiles: Vec<[i32; 4]>,
+}
+
+/// Runs dispatch on `ids`, or, given logits, gating and dispatch in one launch; the latter also yields ids and weights.
+fn sort(desc: &DispatchDesc, input: Result<&[i32], (&Gating, &[f32])>) -> (Sorted, Vec<i32>, Vec<f32>) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let choices = desc.tokens * desc.top_k;
+    let junk = |len: usize| stream.clone_htod(&vec![-7i32; len.max(1)]).unwrap();
+    let (mut counts, mut offsets) = (junk(desc.experts), junk(desc.experts + 1));
+    let (mut slot_token, mut token_slot) = (junk(desc.slots()), junk(choices));
+    let mut tiles = stream.clone_htod(&vec![[-7i32; 4]; desc.max_tiles().max(1)]).unwrap();
+    let mut num_tiles = junk(1);
+    let bytes = dispatch::workspace_bytes(desc, kernels.device()).unwrap();
+    let workspace = &mut Workspace::new(&stream, bytes).unwrap();
+    let outputs = DispatchOutputs {
+        counts: &mut counts,
+        offsets: &mut offsets,
+        slot_token: &mut slot_token,
+        token_slot: &mut token_slot,
+        slot_weight: None,
+        tiles: Some(TileList { tiles: &mut tiles, num_tiles: &mut num_tiles }),
+    };
+    let mut ids = junk(choices);
+    let mut weights = stream.alloc_zeros::<f32>(choices.max(1)).unwrap();
+    match input {
+        Ok(given) => {
+            if !given.is_empty() {
+                stream.memcpy_htod(given, &mut ids).unwrap();
+            }
+            let args = DispatchArgs { ids: &ids, weights: None, outputs, workspace };
+            dispatch::forward(kernels, &stream, desc, args).unwrap();
+        }
+        Err((gating, logits)) => {
+            let mut buffer = stream.alloc_zeros::<f32>(logits.len().max(1)).unwrap();
+            if !logits.is_empty() {
+                stream.memcpy_htod(logits, &mut buffer).unwrap();
+            }
+            let (logits, correction_bias) = (&buffer, None);
+            let (ids, weights) = (&mut ids, &mut weights);
+            let args = GateDispatchArgs { logits, correction_bias, ids, weights, outputs, workspace };
+            dispatch::gate_and_dispatch(kernels, &stream, gating, desc, args).unwrap();
+        }
+    }
+    let read = |buffer| stream.clone_dtoh::<i32, _>(buffer).unwrap();
+    let offsets = read(&offsets);
+    let live = offsets[desc.experts] as usize;
+    let count = read(&num_tiles)[0] as usize;
+    let sorted = Sorted {
+        counts: read(&counts),
+        slot_token: read(&slot_token)[..live].to_vec(),
+        token_slot: read(&token_slot)[..choices].to_vec(),
+        tiles: stream.clone_dtoh(&tiles).unwrap()[..count].to_vec(),
+        offsets,
+    };
+    (sorted, read(&ids)[..choices].to_vec(), stream.clone_dtoh(&weights).unwrap()[..choices].to_vec())
+}
+
+fn assert_sorted(desc: &DispatchDesc, ids: &[i32], got: &Sorted) {
+    let DispatchDesc { experts, top_k, capacity, tile_m, .. } = *desc;
+    let want = reference::dispatch::dispatch(ids, &DispatchRule { experts, top_k, capacity, tile_m }).unwrap();
+    assert_eq!(got.counts, want.counts, "counts");
+    assert_eq!(got.offsets, want.offsets, "offsets");
+    assert_eq!(got.token_slot, want.token_slot, "token_slot");
+    assert_eq!(got.slot_token, want.slot_token, "slot_token");
+    assert_eq!(got.tiles, want.tiles, "tiles");
+}
+
+proptest! {
+    #![proptest_config(config(192))]
+
+    /// Ids of any kind: skewed to one expert or spread, -1 or far out of range.
+    #[test]
+    fn dispatch_sorts_any_ids(
+        (experts, top_k) in experts_and_k(),
+        tokens in 0usize..150,
+        capacity in capacity(),
+        tile_m in prop::sample::select(vec![1usize, 16, 64, 128]),
+        skew in 1usize..=400,
+        seed in any::<u64>(),
+    ) {
+        let desc = DispatchDesc { tokens, experts, top_k, capacity, tile_m };
+        prop_assume!(desc.validate().is_ok());
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let ids: Vec<i32> = (0..tokens * top_k)
+            .map(|_| match rng.u32(..12) {
+                0 => -1,
+                1 => [i32::MIN, i32::MAX, experts as i32][rng.usize(..3)],
+                _ => rng.usize(..skew.min(experts)) as i32,
+            })
+            .collect();
+        assert_sorted(&desc, &ids, &sort(&desc, Ok(&ids)).0);
+    }
+
+    /// Logits of any kind, NaN rows included: ids in range and distinct, those of the reference, and dispatch sorts them.
+    #[test]
+    fn gating_orders_any_logits(
+        (experts, top_k, tokens, logits) in experts_and_k().prop_flat_map(|(experts, top_k)| {
+            (0usize..20).prop_flat_map(move |tokens| {
+                (Just(experts), Just(top_k), Just(tokens), prop::collection::vec(logit(), tokens * experts))
+            })
+        }),
+        score in prop::sample::select(Score::ALL.to_vec()),
+        renormalise in any::<bool>(),
+        capacity in capacity(),
+    ) {
+        let desc = DispatchDesc { tokens, experts, top_k, capacity, tile_m: 16 };
+        prop_assume!(desc.validate().is_ok());
+        let gating = Gating { renormalise, ..Gating::new(score) };
+        let (sorted, ids, weights) = sort(&desc, Err((&gating, &logits)));
+        for chosen in ids.chunks(top_k) {
+            let mut distinct = chosen.to_vec();
+            distinct.sort_unstable();
+            distinct.dedup();
+            prop_assert_eq!(distinct.len(), top_k, "ids {:?} repeat", chosen);
+            prop_assert!(chosen.iter().all(|&id| (0..experts as i32).contains(&id)), "ids {:?} out of range", chosen);
+        }
+        let want = reference::gating::gate::<f32, f32>(&logits, None, experts, top_k, &gating).unwrap();
+        prop_assert_eq!(&ids, &want.ids);
+        assert_rounded_once("weights", &to_f64(&weights), &want.weights, Dtype::F32);
+        assert_sorted(&desc, &ids, &sorted);
+    }
+}
+
+proptest! {
+    #![proptest_config(config(96))]
+
+    /// Whole layers of any shape: no tokens, one expert, experts without tokens, all options.
+    #[test]
+    fn layers_of_any_shape(
+        experts in prop_oneof![1usize..=4, 5usize..=40],
+        k in 1usize..=6,
+        (hidden, intermediate) in (1usize..=12, 1usize..=10),
+        tokens in prop_oneof![Just(0usize), 1usize..=4, 5usize..=60],
+        mlp in prop::sample::select(vec![Mlp::SWIGLU, Mlp::RELU, Mlp::GPT_OSS]),
+        score in prop::sample::select(Score::ALL.to_vec()),
+        capacity in capacity(),
+        (renormalise, router_bias, expert_bias, residual) in any::<(bool, bool, bool, bool)>(),
+    ) {
+        let desc = LayerDesc {
+            mlp,
+            capacity,
+            gating: Gating { renormalise, ..Gating::new(score) },
+            ..LayerDesc::new(Dtype::Bf16, 8 * hidden, 8 * intermediate, experts, k.min(experts))
+        };
+        let case = Case { router_bias, expert_bias, residual, ..Case::new(desc, tokens) };
+        check::<bf16, bf16>(&case);
+    }
+}
