@@ -110,3 +110,8 @@ pub struct Selection {
     /// Whether all blocks must be resident at once, because they meet at a barrier.
     pub cooperative: bool,
 }
+
+/// The README's example is compiled with the documentation's.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
