@@ -3,12 +3,12 @@
 
 mod support;
 
-use support::layer_case::{Device, Random, open};
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use half::bf16;
 use moe_kernels::Dtype;
 use moe_kernels::combine::{self, CombineArgs, CombineDesc};
 use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Glu, Layout, Schedule, Tiles};
+use support::layer_case::{Device, Random, open};
 
 const K: usize = 2048;
 const N: usize = 8;

@@ -3,13 +3,13 @@
 
 mod support;
 
-use support::layer_case::{Case, Device, check, open};
 use half::{bf16, f16};
 use moe_kernels::dispatch::Capacity;
 use moe_kernels::gating::{Gating, GroupScore, Groups, Score};
 use moe_kernels::gemm::{Activation, Glu, Layout};
 use moe_kernels::layer::{Mlp, SharedDesc, Weighting};
 use moe_kernels::{Dtype, LayerDesc};
+use support::layer_case::{Case, Device, check, open};
 
 fn mixtral(dtype: Dtype) -> LayerDesc {
     LayerDesc::new(dtype, 64, 96, 8, 2)

@@ -18,7 +18,12 @@ use support::inputs::run_seed;
 use support::layer_case::{Case, check};
 
 fn config(cases: u32) -> ProptestConfig {
-    ProptestConfig { cases, rng_seed: RngSeed::Fixed(run_seed()), failure_persistence: None, ..ProptestConfig::default() }
+    ProptestConfig {
+        cases,
+        rng_seed: RngSeed::Fixed(run_seed()),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    }
 }
 
 /// Experts, and experts a token.
@@ -29,9 +34,13 @@ fn experts_and_k() -> impl Strategy<Value = (usize, usize)> {
 
 /// No limit, or one counted in sequences of any length, padded or not.
 fn capacity() -> impl Strategy<Value = Option<Capacity>> {
-    prop::option::of((1usize..=6, 1usize..=80, any::<bool>()).prop_map(|(per_expert, tokens_per_sequence, padded)| {
-        Capacity { per_expert, tokens_per_sequence, padded }
-    }))
+    prop::option::of(
+        (1usize..=6, 1usize..=80, any::<bool>()).prop_map(|(per_expert, tokens_per_sequence, padded)| Capacity {
+            per_expert,
+            tokens_per_sequence,
+            padded,
+        }),
+    )
 }
 
 /// Values that gating must order: a few equal ones, both zeros, infinities, NaN.

@@ -2,7 +2,6 @@
 
 mod support;
 
-use support::layer_case::{Device, Random, open};
 use cudarc::driver::CudaSlice;
 use half::f16;
 use moe_kernels::combine::{self, CombineArgs, CombineDesc};
@@ -12,6 +11,7 @@ use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Glu, Schedule, Til
 use moe_kernels::layer::{Linear, Mlp, Weighting};
 use moe_kernels::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::{Dtype, LayerArgs, LayerDesc, LayerWeights, Workspace};
+use support::layer_case::{Device, Random, open};
 
 type T = f16;
 
