@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use super::fault::FaultKind;
+use super::interpreter::Isa;
 use super::lanes::{FULL, File, LANES, active};
 use super::state::{Machine, Outcome, Raw};
 use super::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
@@ -44,18 +45,26 @@ pub fn addresses(file: File, a: &Address) -> [u64; LANES] {
     }
 }
 
-/// Least and greatest active address and all their bits together.
+/// Least and greatest active address and all their bits together, as signed numbers, which compare faster.
 #[inline(always)]
 fn range(addresses: &[u64; LANES], mask: u32) -> (u64, u64, u64) {
-    let first = addresses[mask.trailing_zeros() as usize % LANES];
+    let first = addresses[mask.trailing_zeros() as usize % LANES] as i64;
     let (mut low, mut high, mut bits) = (first, first, first);
-    for i in 0..LANES {
-        let a = if mask == FULL || mask >> i & 1 != 0 { addresses[i] } else { first };
-        low = low.min(a);
-        high = high.max(a);
-        bits |= a;
+    if mask == FULL {
+        for &a in addresses {
+            low = low.min(a as i64);
+            high = high.max(a as i64);
+            bits |= a as i64;
+        }
+    } else {
+        for i in 0..LANES {
+            let a = if mask >> i & 1 != 0 { addresses[i] as i64 } else { first };
+            low = low.min(a);
+            high = high.max(a);
+            bits |= a;
+        }
     }
-    (low, high, bits)
+    (low as u64, high as u64, bits as u64)
 }
 
 impl Machine<'_, '_> {
@@ -182,8 +191,40 @@ impl Machine<'_, '_> {
     }
 }
 
-#[inline(always)]
+/// `ld` on the lanes of a mask.
 pub fn load(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+    match m.worker.isa {
+        Isa::Baseline => load_body(m, file, x, mask, pc),
+        // SAFETY: the host has the instruction set, or it would not have been chosen.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { load_avx2(m, file, x, mask, pc) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn load_avx2(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+    load_body(m, file, x, mask, pc)
+}
+
+/// `st` on the lanes of a mask.
+pub fn store(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+    match m.worker.isa {
+        Isa::Baseline => store_body(m, file, x, mask, pc),
+        // SAFETY: the host has the instruction set, or it would not have been chosen.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => unsafe { store_avx2(m, file, x, mask, pc) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn store_avx2(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+    store_body(m, file, x, mask, pc)
+}
+
+#[inline(always)]
+fn load_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
     let addresses = addresses(file, &x.address);
     let bytes = x.bytes * x.regs.len() as u32;
     let places = m.resolve(x.space, &addresses, mask, bytes)?;
@@ -194,12 +235,7 @@ pub fn load(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outc
             load_ordered(file, x, &places, mask);
             return Ok(());
         }
-        if let [Some(Reg { slot, width: Width::W32 })] = x.regs[..]
-            && x.bytes == 4
-            && mask == FULL
-            && contiguous(&places, 4)
-        {
-            file.store32(slot, mask, &*(places[0] as *const [u32; LANES]));
+        if x.bytes == 4 && mask == FULL && contiguous(&places, u64::from(bytes)) && load_block(file, x, places[0]) {
             return Ok(());
         }
         for (i, reg) in x.regs.iter().enumerate() {
@@ -227,7 +263,7 @@ pub fn load(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outc
 }
 
 #[inline(always)]
-pub fn store(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+fn store_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
     let addresses = addresses(file, &x.address);
     let bytes = x.bytes * x.regs.len() as u32;
     if x.space.is_none() && active(mask).any(|i| space_of(addresses[i]) == Space::Param) {
@@ -241,21 +277,24 @@ pub fn store(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Out
             store_ordered(file, x, &places, mask);
             return Ok(());
         }
+        if x.bytes == 4 && mask == FULL && contiguous(&places, u64::from(bytes)) && store_block(file, x, places[0]) {
+            return Ok(());
+        }
         for (i, reg) in x.regs.iter().enumerate() {
             let Some(reg) = reg else { continue };
             let offset = i as u64 * u64::from(x.bytes);
             match (x.bytes, reg.width) {
                 (4, Width::W32) => {
                     let values = file.lanes32(reg.slot);
-                    if mask == FULL && x.regs.len() == 1 && contiguous(&places, 4) {
-                        *(places[0] as *mut [u32; LANES]) = values;
-                    } else {
-                        active(mask).for_each(|i| *((places[i] + offset) as *mut u32) = values[i]);
-                    }
+                    scatter(&places, mask, |i, p| *((p + offset) as *mut u32) = values[i]);
                 }
                 (8, Width::W64) => {
                     let values = file.lanes64(reg.slot);
-                    active(mask).for_each(|i| *((places[i] + offset) as *mut u64) = values[i]);
+                    scatter(&places, mask, |i, p| *((p + offset) as *mut u64) = values[i]);
+                }
+                (2, Width::W32) => {
+                    let values = file.lanes32(reg.slot);
+                    scatter(&places, mask, |i, p| *((p + offset) as *mut u16) = values[i] as u16);
                 }
                 _ => {
                     let values = get(file, *reg);
@@ -275,6 +314,65 @@ fn contiguous(places: &[u64; LANES], step: u64) -> bool {
         same &= places[i] == places[0].wrapping_add(i as u64 * step);
     }
     same
+}
+
+/// Words of all lanes that lie in one piece; `false` if the registers are of another kind.
+///
+/// # Safety
+/// The piece must be readable.
+#[inline(always)]
+unsafe fn load_block(file: File, x: &Access, place: u64) -> bool {
+    let all = |n: usize| x.regs.len() == n && x.regs.iter().all(|r| matches!(r, Some(Reg { width: Width::W32, .. })));
+    let slot = |i: usize| x.regs[i].map_or(0, |r| r.slot);
+    // SAFETY: passed on to the caller.
+    unsafe {
+        if all(1) {
+            file.store32(slot(0), FULL, &*(place as *const [u32; LANES]));
+        } else if all(2) {
+            let words = &*(place as *const [[u32; 2]; LANES]);
+            (0..2).for_each(|r| file.store32(slot(r), FULL, &words.map(|w| w[r])));
+        } else if all(4) {
+            let words = &*(place as *const [[u32; 4]; LANES]);
+            (0..4).for_each(|r| file.store32(slot(r), FULL, &words.map(|w| w[r])));
+        } else {
+            return false;
+        }
+    }
+    true
+}
+
+/// See [`load_block`].
+///
+/// # Safety
+/// The piece must be writable.
+#[inline(always)]
+unsafe fn store_block(file: File, x: &Access, place: u64) -> bool {
+    let all = |n: usize| x.regs.len() == n && x.regs.iter().all(|r| matches!(r, Some(Reg { width: Width::W32, .. })));
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let lanes = |i: usize| file.lanes32(x.regs[i].map_or(0, |r| r.slot));
+        if all(1) {
+            *(place as *mut [u32; LANES]) = lanes(0);
+        } else if all(2) {
+            let (a, b) = (lanes(0), lanes(1));
+            *(place as *mut [[u32; 2]; LANES]) = std::array::from_fn(|i| [a[i], b[i]]);
+        } else if all(4) {
+            let (a, b, c, d) = (lanes(0), lanes(1), lanes(2), lanes(3));
+            *(place as *mut [[u32; 4]; LANES]) = std::array::from_fn(|i| [a[i], b[i], c[i], d[i]]);
+        } else {
+            return false;
+        }
+    }
+    true
+}
+
+#[inline(always)]
+fn scatter(places: &[u64; LANES], mask: u32, write: impl Fn(usize, u64)) {
+    if mask == FULL {
+        (0..LANES).for_each(|i| write(i, places[i]));
+    } else {
+        active(mask).for_each(|i| write(i, places[i]));
+    }
 }
 
 #[inline(always)]

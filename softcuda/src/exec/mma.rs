@@ -22,7 +22,11 @@ pub unsafe fn run(isa: Isa, file: File, x: &Mma) {
         match isa {
             Isa::Baseline => run_body(file, x),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => run_avx2(file, x),
+            Isa::Avx2 => {
+                if !super::mma_x86::run(file, x) {
+                    run_avx2(file, x);
+                }
+            }
         }
     }
 }

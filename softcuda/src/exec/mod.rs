@@ -15,6 +15,7 @@ mod interpreter;
 mod lanes;
 mod matrix;
 mod mma;
+mod mma_x86;
 pub(crate) mod numeric;
 mod rows;
 mod scalar;
