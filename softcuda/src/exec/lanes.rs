@@ -268,6 +268,13 @@ impl Buffer {
         self.lines.as_ptr().cast()
     }
 
+    /// The first `n` bytes.
+    pub fn bytes(&self, n: usize) -> &[u8] {
+        assert!(n <= self.lines.len() * 128, "a buffer of {} lines has no {n} bytes", self.lines.len());
+        // SAFETY: lines are plain bytes, and there are enough.
+        unsafe { std::slice::from_raw_parts(self.as_ptr(), n) }
+    }
+
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.lines.as_mut_ptr().cast()
     }

@@ -3,8 +3,8 @@
 //! blocks wait for one another (grid barriers, look-back) make progress.
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{LazyLock, Mutex};
 use std::time::Instant;
 
 use super::copies::Copies;
@@ -16,8 +16,15 @@ use super::tally::Tally;
 use super::{Counters, Launch};
 use crate::lower::ir::CONSTANT;
 
-/// Rounds of a block in which some warp used up its slice before another block is tried.
-const PATIENCE: u32 = 32;
+/// Rounds of a block before another one is tried: those in which some warp used up its slice count for more than those in
+/// which all came to a barrier, where loops of many short stages spend their time. Halved whenever it runs out, for a launch
+/// whose blocks have once waited for one another will do it again.
+const PATIENCE: u32 = 4096;
+const LEAST_PATIENCE: u32 = 256;
+/// What a round with an expired slice counts for.
+const EXPIRED_COST: u32 = 128;
+/// Rounds between looks at the clock.
+const CLOCK_ROUNDS: u32 = 64;
 
 /// What all host threads of a launch share.
 struct Common {
@@ -34,15 +41,14 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
     let total = l.grid.iter().map(|&n| u64::from(n)).product();
     let common = Common { next: AtomicU64::new(0), total, abort: AtomicBool::new(false), fault: Mutex::new(None) };
     let constants = constants(&l.kernel.body.constants);
-    let threads = if l.config.threads == 0 {
-        std::thread::available_parallelism().map_or(1, |n| n.get())
-    } else {
-        l.config.threads
-    };
+    let params = aligned(l.params);
+    // Asking the system takes longer than a small launch.
+    static CORES: LazyLock<usize> = LazyLock::new(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
+    let threads = if l.config.threads == 0 { *CORES } else { l.config.threads };
     let threads = threads.min(usize::try_from(total).unwrap_or(usize::MAX)).max(1);
     let merged = Mutex::new(Counters::default());
     let work = || {
-        let mut worker = worker(l, &constants, grid_id);
+        let mut worker = worker(l, &constants, &params, grid_id);
         if let Err(fault) = run_blocks(&mut worker, l, &common) {
             common.abort.store(true, Ordering::Relaxed);
             common.fault.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(fault);
@@ -109,13 +115,21 @@ fn constants(words: &[u32]) -> Buffer {
     buffer
 }
 
-fn worker<'a>(l: &Launch<'a>, constants: &Buffer, grid_id: u64) -> Worker<'a> {
+/// The parameters at an address as aligned as any of them may ask.
+fn aligned(params: &[u8]) -> Buffer {
+    let mut buffer = Buffer::new(params.len());
+    // SAFETY: the buffer has room for all bytes.
+    unsafe { std::ptr::copy_nonoverlapping(params.as_ptr(), buffer.as_mut_ptr(), params.len()) };
+    buffer
+}
+
+fn worker<'a>(l: &Launch<'a>, constants: &Buffer, params: &'a Buffer, grid_id: u64) -> Worker<'a> {
     let body = &l.kernel.body;
     Worker {
         kernel: l.kernel,
         body,
         constants: constants.as_ptr().cast_mut(),
-        params: l.params,
+        params: params.bytes(l.params.len()),
         memory: l.memory,
         config: l.config,
         grid: l.grid,
@@ -134,19 +148,22 @@ fn worker<'a>(l: &Launch<'a>, constants: &Buffer, grid_id: u64) -> Worker<'a> {
 /// A block and how long it has made no visible progress.
 struct Resident {
     block: Block,
-    expired_rounds: u32,
+    /// Rounds since its turn began, weighed.
+    waited: u32,
 }
 
 fn run_blocks(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fault> {
     let limit = if l.cooperative { usize::MAX } else { l.config.max_resident_blocks.max(1) };
     let mut resident: VecDeque<Resident> = VecDeque::new();
+    let mut patience = PATIENCE;
+    let mut rounds = 0u32;
     loop {
         if common.abort.load(Ordering::Relaxed) {
             return Ok(());
         }
         if resident.is_empty() {
             match take(worker, l, common) {
-                Some(block) => resident.push_back(Resident { block, expired_rounds: 0 }),
+                Some(block) => resident.push_back(Resident { block, waited: 0 }),
                 None => return Ok(()),
             }
         }
@@ -160,23 +177,25 @@ fn run_blocks(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fa
                 }
                 worker.spare.push_back(done.block);
             }
-            Round::Progress => current.expired_rounds = 0,
-            Round::Expired => {
-                current.expired_rounds += 1;
-                if let Some(timeout) = l.config.timeout
-                    && worker.started.elapsed() > timeout
-                {
-                    return Err(place(worker, &mut current.block, FaultKind::LaunchTimeout, "the launch ran too long"));
-                }
-                if current.expired_rounds >= PATIENCE {
-                    current.expired_rounds = 0;
-                    resident.rotate_left(1);
-                    if resident.len() < limit
-                        && let Some(block) = take(worker, l, common)
-                    {
-                        resident.push_front(Resident { block, expired_rounds: 0 });
-                    }
-                }
+            Round::Progress => current.waited += 1,
+            Round::Expired => current.waited += EXPIRED_COST,
+        }
+        rounds = rounds.wrapping_add(1);
+        if rounds.is_multiple_of(CLOCK_ROUNDS)
+            && let Some(timeout) = l.config.timeout
+            && worker.started.elapsed() > timeout
+            && let Some(current) = resident.front_mut()
+        {
+            return Err(place(worker, &mut current.block, FaultKind::LaunchTimeout, "the launch ran too long"));
+        }
+        if resident.front().is_some_and(|r| r.waited >= patience) {
+            patience = (patience / 2).max(LEAST_PATIENCE);
+            resident[0].waited = 0;
+            resident.rotate_left(1);
+            if resident.len() < limit
+                && let Some(block) = take(worker, l, common)
+            {
+                resident.push_front(Resident { block, waited: 0 });
             }
         }
     }

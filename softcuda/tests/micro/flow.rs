@@ -154,10 +154,49 @@ fn later_blocks_may_be_waited_for() {
 }
 
 #[test]
+fn blocks_that_meet_barriers_while_they_wait_make_progress() {
+    // Every block waits for the next one, all of its warps meeting at a barrier in each turn of the loop.
+    let cell = Buffer::new(&[0u32; 30]);
+    Run { grid: 30, block: 64, ..Run::default() }
+        .run(
+            ".reg .pred %p; .reg .b64 %c; .reg .b32 %b, %r, %t; ld.param.u64 %c, [p0]; mov.u32 %b, %ctaid.x; mov.u32 %t, %tid.x;
+             mad.wide.u32 %c, %b, 4, %c; setp.eq.u32 %p, %b, 29; @%p bra DONE;
+             WAIT: bar.sync 0; ld.volatile.global.u32 %r, [%c+4]; setp.eq.u32 %p, %r, 0; bar.red.or.pred %p, 0, %p; @%p bra WAIT;
+             DONE: setp.eq.u32 %p, %t, 0; @%p st.release.gpu.global.u32 [%c], 1; ret;",
+            &[cell.address],
+        )
+        .unwrap();
+    assert_eq!(cell.read::<u32>(), [1; 30]);
+}
+
+#[test]
 fn endless_loops_end_in_a_timeout() {
     let config = Config { timeout: Some(std::time::Duration::from_millis(100)), ..Run::default().config };
     let fault = Run { config, ..Run::default() }.try_per_thread("LOOP: bra LOOP;").unwrap_err();
     assert_eq!(fault.kind, FaultKind::LaunchTimeout, "{fault}");
+    let config = Config { timeout: Some(std::time::Duration::from_millis(100)), ..Run::default().config };
+    let fault = Run { config, ..Run::default() }.try_per_thread("LOOP: bar.sync 0; bra LOOP;").unwrap_err();
+    assert_eq!(fault.kind, FaultKind::LaunchTimeout, "{fault}");
+}
+
+#[test]
+fn assertions() {
+    let run = Run {
+        outside:
+            ".extern .func __assertfail(.param .b64 a, .param .b64 b, .param .b32 c, .param .b64 d, .param .b64 e);
+                  .global .align 1 .b8 text[4];"
+                .into(),
+        ..Run::default()
+    };
+    let fault = run
+        .try_per_thread(
+            "st.global.u8 [text], 120; st.global.u8 [text+1], 0; mov.u64 %rd0, text; cvta.global.u64 %rd0, %rd0; setp.eq.u32 %p, %lane, 6;
+             { .param .b64 a; .param .b64 b; .param .b32 c; .param .b64 d; .param .b64 e; st.param.b64 [a], %rd0; st.param.b64 [b], %rd0;
+               st.param.b32 [c], 42; st.param.b64 [d], %rd0; st.param.b64 [e], 1; @%p call.uni __assertfail, (a, b, c, d, e); }",
+        )
+        .unwrap_err();
+    assert_eq!((fault.kind, fault.thread), (FaultKind::Assert, [6, 0, 0]));
+    assert!(fault.message.contains("x:42: x: assertion `x` failed"), "{fault}");
 }
 
 #[test]
