@@ -319,6 +319,7 @@ pub fn gate_and_dispatch(
     }
     let choices = desc.tokens * desc.top_k;
     let logits = scope.read("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
+    gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, VECTOR)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;

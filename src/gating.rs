@@ -7,7 +7,8 @@
 //! 3. the `k` eligible experts of largest choice value `p + correction_bias` are chosen, larger first; among equals the
 //!    lower id, NaN after everything else. With no bias the logits themselves are compared: the same order, exactly;
 //! 4. the weight of a choice is its `p`, divided by the sum of the chosen (plus 1e-20) if `renormalise`, times `scale`.
-//!    With [`Score::TopkSoftmax`] the choice value is the logit (plus bias), and `p` the softmax over the chosen logits only.
+//!    With [`Score::TopkSoftmax`] the choice value is the logit, and `p` the softmax over the chosen logits only: a correction
+//!    bias, which adds to scores before the choice, is refused there.
 //!
 //! Ids are always in range and distinct; a NaN logit can reach weights, never ids.
 //!
@@ -162,8 +163,8 @@ pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`GatingDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
-/// [`Error::DifferentContext`]; and those of the driver.
+/// Those of [`GatingDesc::validate`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a
+/// buffer: [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
@@ -177,6 +178,7 @@ pub fn forward(
     }
     let choices = desc.tokens * desc.top_k;
     let logits = scope.read("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
+    check_correction_bias(OPERATION, &desc.gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, VECTOR)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
@@ -187,6 +189,15 @@ pub fn forward(
         weights: weights.address(),
     };
     scope.launch(&selection, params(desc, routing))
+}
+
+/// The kernels of [`Score::TopkSoftmax`] have no score before the choice that a bias could correct.
+pub(crate) fn check_correction_bias(operation: &'static str, gating: &Gating, given: bool) -> Result<(), Error> {
+    if given && gating.score == Score::TopkSoftmax {
+        let reason = "the score is TopkSoftmax, which has no scores before the choice";
+        return Err(Error::Unexpected { operation, argument: "correction_bias", reason });
+    }
+    Ok(())
 }
 
 /// What gating reads and writes.

@@ -126,6 +126,8 @@ fn gating_buffers() {
     assert_eq!(run(desc, T * E, E, T * K - 1, T * K), "ids");
     assert_eq!(run(desc, T * E, E, T * K, T * K - 1), "weights");
     assert_eq!(run(GatingDesc { top_k: E + 1, ..desc }, T * E, E, T * E, T * E), "top_k");
+    let without_scores = GatingDesc { gating: Gating::new(Score::TopkSoftmax), ..desc };
+    assert_eq!(run(without_scores, T * E, E, T * K, T * K), "correction_bias");
 }
 
 /// Lengths of a dispatch's buffers.

@@ -106,7 +106,8 @@ impl<'a> HeldWeights<'a> {
         plan: &LayerPlan,
         weights: &LayerWeights<'a, T, W>,
     ) -> Result<HeldWeights<'a>, Error> {
-        let LayerDesc { hidden, experts, .. } = plan.desc;
+        let LayerDesc { hidden, experts, gating, .. } = plan.desc;
+        gating::check_correction_bias(scope.operation, &gating, weights.correction_bias.is_some())?;
         Ok(HeldWeights {
             router: scope.read("router", weights.router, experts * hidden, VECTOR)?,
             router_bias: scope.read_some("router_bias", weights.router_bias, experts, VECTOR)?,
