@@ -325,7 +325,7 @@ const AGREED: [(&str, bool); 34] = [
 
 #[test]
 fn agrees_with_ptxas() {
-    let ptxas = std::env::var_os("PTXAS").filter(|path| !path.is_empty());
+    let ptxas = std::env::var_os("PTXAS").filter(|path| !path.is_empty() && path != "none");
     if ptxas.is_none() {
         eprintln!("PTXAS is not set: checked against what ptxas 13.5 said when this was written");
     }
