@@ -120,8 +120,8 @@ pub fn wait(m: &mut Machine, keep: u32, mask: u32) {
     let copies = &mut m.warp.copies;
     let committed = copies.committed;
     for copy in &mut copies.pending {
-        let due = active(copy.mask & mask).filter(|&i| copy.group[i] + keep < committed[i]);
-        for i in due.collect::<Vec<_>>() {
+        let due = (0..LANES).fold(0, |due, i| due | u32::from(copy.group[i].saturating_add(keep) < committed[i]) << i);
+        for i in active(due & copy.mask & mask) {
             let (bytes, length) = (copy.bytes as usize, usize::from(copy.length[i]));
             // SAFETY: `issue` has checked both ends.
             unsafe {
@@ -133,8 +133,8 @@ pub fn wait(m: &mut Machine, keep: u32, mask: u32) {
                     std::ptr::write_bytes(to.add(length), 0, bytes - length);
                 }
             }
-            copy.mask &= !(1 << i);
         }
+        copy.mask &= !(due & mask);
     }
     while copies.pending.front().is_some_and(|c| c.mask == 0) {
         copies.spare.extend(copies.pending.pop_front());

@@ -174,9 +174,7 @@ impl Builder<'_> {
         if kind(ty) == Kind::Float {
             return Err(mismatch(format!("a floating-point constant or register of type {}", dotted(ty)), o));
         }
-        if value < -(1i128 << (bits - 1)) || value >= 1i128 << bits {
-            return Err(mismatch(format!("a value of {bits} bits"), o));
-        }
+        // Constants have 64 bits and are converted to the size of their use (PTX ISA 4.5.1).
         Ok(match bits {
             64 => self.constant64(value as u64),
             32 => self.constant32(value as u32),

@@ -106,18 +106,18 @@ impl Run {
     }
 }
 
-/// Declares registers and computes `%out`, `%t`, `%tid` and `%lane`.
+/// Declares registers and computes `%out`, `%t`, `%thread` and `%lane`.
 pub const PROLOGUE: &str = "
 .reg .pred %p, %q, %p<8>;
 .reg .b16 %h<8>;
-.reg .b32 %r<16>, %t, %tid, %lane;
+.reg .b32 %r<16>, %t, %thread, %lane;
 .reg .f32 %f<8>;
 .reg .b64 %rd<16>, %out;
 ld.param.u64 %out, [p0];
-mov.u32 %tid, %tid.x;
+mov.u32 %thread, %tid.x;
 mov.u32 %r0, %ctaid.x;
 mov.u32 %r1, %ntid.x;
-mad.lo.u32 %t, %r0, %r1, %tid;
+mad.lo.u32 %t, %r0, %r1, %thread;
 mad.wide.u32 %out, %t, 4, %out;
 mov.u32 %lane, %laneid;
 ";

@@ -93,7 +93,7 @@ fn calls_are_expanded() {
     // `both` ends without `ret`: what follows its body is the call's end.
     let got = run.per_thread(
         "mov.u32 %r3, 0; setp.ne.u32 %p, %lane, 4;
-         { .param .b32 arg; .param .b32 back; st.param.b32 [arg], %lane; @%p call.uni (back), both, (arg); @%p ld.param.b32 %r3, [back]; }
+         { .param .b32 arg; .param .b32 back; st.param.b32 [arg], %lane; @%p call.uni (back), both, (arg); ld.param.b32 %r4, [back]; selp.b32 %r3, %r4, 0, %p; }
          st.global.u32 [%out], %r3;",
     );
     let want = |l: u32| if l == 4 { 0 } else { l * l + if l > 15 { 1 } else { 2 * l } };

@@ -79,6 +79,13 @@ fn high_and_wide_products() {
 }
 
 #[test]
+fn constants_are_cut_to_size() {
+    table("add.u32 %d, %a, 4294967297;", "b32", &["b32"], &[(&[5], 6)]);
+    table("add.u16 %d, %a, -1;", "b16", &["b16"], &[(&[5], 4)]);
+    table("add.u64 %d, %a, -1;", "b64", &["b64"], &[(&[5], 4)]);
+}
+
+#[test]
 fn saturating() {
     let s = |x: u64| value(x, 32, true);
     let clamp = |x: i128| keep(x.clamp(i32::MIN.into(), i32::MAX.into()), 32);

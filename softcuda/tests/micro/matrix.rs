@@ -272,7 +272,7 @@ fn matrix_instructions_need_the_whole_warp() {
     let fault = Run { block: 16, ..Run::default() }.try_per_thread(mma).unwrap_err();
     assert!(fault.message.contains("all 32 lanes"), "{fault}");
     let fault = Run::default()
-        .try_per_thread("setp.eq.u32 %p, %lane, 9; @%p bra END; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [0]; END: bar.sync 0;")
+        .try_per_thread(".shared .align 16 .b8 s[128]; setp.eq.u32 %p, %lane, 9; @%p bra END; ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r2}, [s]; END: bar.sync 0;")
         .unwrap_err();
     assert_eq!(fault.kind, FaultKind::Deadlock, "{fault}");
 }

@@ -97,10 +97,10 @@ fn static_and_dynamic_shared_memory() {
         Run { block: 64, shared: 256, outside: ".extern .shared .align 32 .b8 dynamic[];".into(), ..Run::default() };
     let got = run.per_thread(
         ".shared .align 4 .b8 s[256];
-         mov.u32 %r2, s; mov.u32 %r3, dynamic; mad.lo.u32 %r4, %tid, 4, %r2; mad.lo.u32 %r5, %tid, 4, %r3;
-         st.shared.u32 [%r4], %tid; mul.lo.u32 %r6, %tid, 3; st.shared.u32 [%r5], %r6;
+         mov.u32 %r2, s; mov.u32 %r3, dynamic; mad.lo.u32 %r4, %thread, 4, %r2; mad.lo.u32 %r5, %thread, 4, %r3;
+         st.shared.u32 [%r4], %thread; mul.lo.u32 %r6, %thread, 3; st.shared.u32 [%r5], %r6;
          bar.sync 0;
-         xor.b32 %r7, %tid, 63; mad.lo.u32 %r4, %r7, 4, %r2; mad.lo.u32 %r5, %r7, 4, %r3;
+         xor.b32 %r7, %thread, 63; mad.lo.u32 %r4, %r7, 4, %r2; mad.lo.u32 %r5, %r7, 4, %r3;
          ld.shared.u32 %r8, [%r4]; ld.shared.u32 %r9, [%r5]; mad.lo.u32 %r8, %r8, 1000, %r9;
          mov.u32 %r10, %dynamic_smem_size; mad.lo.u32 %r8, %r10, 1000000, %r8;
          st.global.u32 [%out], %r8;",
@@ -272,7 +272,7 @@ fn inactive_lanes_access_nothing() {
 fn orders_and_cache_hints_are_accepted() {
     let got = Run::default().per_thread(
         ".reg .b64 %pol; createpolicy.fractional.L2::evict_last.b64 %pol, 1.0;
-         st.volatile.global.u32 [%out], %tid; st.relaxed.gpu.global.u32 [%out], %tid; st.release.sys.global.u32 [%out], %tid;
+         st.volatile.global.u32 [%out], %thread; st.relaxed.gpu.global.u32 [%out], %thread; st.release.sys.global.u32 [%out], %thread;
          ld.acquire.gpu.global.u32 %r2, [%out]; ld.relaxed.cta.global.u32 %r2, [%out]; ld.volatile.global.u32 %r2, [%out];
          ld.global.nc.L1::no_allocate.L2::128B.u32 %r3, [%out]; ld.global.L2::cache_hint.u32 %r3, [%out], %pol;
          ld.global.cg.u32 %r4, [%out]; prefetch.global.L2 [%out]; fence.acq_rel.gpu; membar.gl; fence.sc.cta;

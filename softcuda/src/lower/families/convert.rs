@@ -24,6 +24,16 @@ fn is_float(ty: Type) -> bool {
     matches!(ty, F16 | BF16 | F32 | F64)
 }
 
+/// Whether every value of integer type `b` is one of `a`: there is nothing to saturate then, and `.sat` is not allowed.
+fn holds(a: Type, b: Type) -> bool {
+    let signed = |t| matches!(t, Type::S8 | Type::S16 | Type::S32 | Type::S64);
+    match (signed(a), signed(b)) {
+        (true, false) => a.bytes() > b.bytes(),
+        (false, true) => false,
+        _ => a.bytes() >= b.bytes(),
+    }
+}
+
 impl Builder<'_> {
     pub(super) fn cvt(&mut self, i: &Instruction) -> Result<()> {
         use Type::*;
@@ -48,7 +58,8 @@ impl Builder<'_> {
             (TF32, F32) if float_round == Some(Round::NearestAway) => plain && !relu,
             (TF32, F32) => rounds && plain,
             (a, b) if is_integer(a) && is_integer(b) => {
-                float_round.is_none() && integer_round.is_none() && !ftz && !satfinite && !relu
+                let plain = float_round.is_none() && integer_round.is_none() && !ftz && !satfinite && !relu;
+                plain && (!sat || !holds(a, b))
             }
             (a, b) if is_integer(a) && is_float(b) => {
                 integer_round.is_some() && float_round.is_none() && (!ftz || b == F32) && !satfinite && !relu
