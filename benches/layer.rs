@@ -73,10 +73,12 @@ fn forward(criterion: &mut Criterion) {
     group.measurement_time(std::time::Duration::from_secs(1));
     for &shape in shapes::SHAPES {
         for &tokens in shape.tokens {
+            // Named after the shape as published: scaled down, some would share a name.
+            let name = BenchmarkId::new(shape.model, tokens);
             let (shape, tokens) = if soft { shape.scaled(tokens) } else { (shape, tokens) };
             let mut layer = Layer::new(shape, tokens);
             assert!(layer.plan.launches() <= 5, "{}: {} launches", shape.model, layer.plan.launches());
-            group.bench_function(BenchmarkId::new(shape.model, tokens), |bencher| {
+            group.bench_function(name, |bencher| {
                 bencher.iter(|| {
                     layer.enqueue(&stream);
                     stream.synchronize().expect("the layer runs to its end");

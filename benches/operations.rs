@@ -8,7 +8,7 @@ mod support;
 
 use std::time::Duration;
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{Criterion, criterion_group, criterion_main};
 use half::bf16;
 use moe_kernels::combine::{self, CombineArgs, CombineDesc};
 use moe_kernels::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, TileList};
@@ -24,21 +24,23 @@ fn operations(criterion: &mut Criterion) {
     let soft = device::control().is_some();
     for &shape in shapes::SHAPES {
         for &tokens in shape.tokens {
+            // Named after the shape as published: scaled down, some would share a name.
+            let name = format!("{}/{tokens}", shape.model);
             let (shape, tokens) = if soft { shape.scaled(tokens) } else { (shape, tokens) };
-            one_shape(criterion, shape, tokens, if soft { " on softcuda, scaled" } else { "" });
+            one_shape(criterion, &name, shape, tokens, if soft { " on softcuda, scaled" } else { "" });
         }
     }
 }
 
-fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suffix: &str) {
+fn one_shape(criterion: &mut Criterion, name: &str, shape: shapes::Shape, tokens: usize, suffix: &str) {
     let stream = device::stream();
     let kernels = device::kernels();
     let rng = &mut inputs::generator(shape.model);
-    let shapes::Shape { model, experts, top_k, hidden, intermediate, .. } = shape;
+    let shapes::Shape { experts, top_k, hidden, intermediate, .. } = shape;
     let mut bench = |operation: &str, launch: &mut dyn FnMut()| {
         let mut group = criterion.benchmark_group(format!("{operation}{suffix}"));
         group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(500));
-        group.bench_function(BenchmarkId::new(model, tokens), |bencher| {
+        group.bench_function(name, |bencher| {
             bencher.iter(|| {
                 launch();
                 stream.synchronize().expect("the operation runs to its end");
