@@ -63,6 +63,7 @@ impl Builder<'_> {
         let implemented = match op {
             // fma, rcp, sqrt and div name their rounding; add, sub and mul default to the nearest.
             Fma | Div | Rcp | Sqrt if round.is_none() => false,
+            Fma if i.opcode == "mad" => ty == F32,
             Div | Rcp | Sqrt => ty == F32,
             _ if ty == F64 => false,
             Add | Sub | Mul | Fma if half || bhalf => matches!(round, None | Some(Round::Nearest)),

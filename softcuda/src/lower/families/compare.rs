@@ -71,6 +71,7 @@ impl Builder<'_> {
         let a = self.source(&i.operands[1], ty)?;
         let b = self.source(&i.operands[2], ty)?;
         let (p, q) = match &i.operands[0] {
+            Operand::Pair(..) if matches!(ty, Type::F16 | Type::BF16) => return Err(unknown(i)),
             Operand::Pair(p, q) => (self.dest(p, Type::Pred)?, Some(self.dest(q, Type::Pred)?)),
             p => (self.dest(p, Type::Pred)?, None),
         };
@@ -109,8 +110,10 @@ impl Builder<'_> {
         m.finish()?;
         count(&i.operands, 3 + usize::from(boolean.is_some())..=3 + usize::from(boolean.is_some()))?;
         self.class = Some(Class::Half);
-        let Operand::Pair(p, q) = &i.operands[0] else { return Err(unknown(i)) };
-        let (p, q) = (self.dest(p, Type::Pred)?, self.dest(q, Type::Pred)?);
+        let (p, q) = match &i.operands[0] {
+            Operand::Pair(p, q) => (self.dest(p, Type::Pred)?, Some(self.dest(q, Type::Pred)?)),
+            p => (self.dest(p, Type::Pred)?, None),
+        };
         let a = self.source(&i.operands[1], ty)?;
         let b = self.source(&i.operands[2], ty)?;
         let one = if ty == Type::F16x2 { Type::F16 } else { Type::BF16 };
@@ -133,7 +136,7 @@ impl Builder<'_> {
             };
         }
         self.emit(Code::PredMov, p, &[results[0]]);
-        self.emit(Code::PredMov, q, &[results[1]]);
+        q.into_iter().for_each(|q| self.emit(Code::PredMov, q, &[results[1]]));
         Ok(())
     }
 
@@ -218,6 +221,16 @@ impl Builder<'_> {
         m.finish()?;
         count(&i.operands, 3 + usize::from(boolean.is_some())..=3 + usize::from(boolean.is_some()))?;
         self.class = Some(class_of(ty));
+        let half = matches!(ty, Type::F16 | Type::BF16);
+        let allowed = match to {
+            Type::U16 | Type::S16 => half,
+            Type::F32 => !half,
+            Type::F16 => ty != Type::BF16,
+            _ => true,
+        };
+        if !allowed {
+            return Err(unknown(i));
+        }
         let (yes, code) = match to {
             Type::U32 | Type::S32 => (u32::MAX, Code::Selp32),
             Type::F32 => (1f32.to_bits(), Code::Selp32),

@@ -62,14 +62,16 @@ impl Builder<'_> {
                 plain && (!sat || !holds(a, b))
             }
             (a, b) if is_integer(a) && is_float(b) => {
-                integer_round.is_some() && float_round.is_none() && (!ftz || b == F32) && !satfinite && !relu
+                let rounds = integer_round.is_some() && float_round.is_none();
+                rounds && (!ftz || b == F32) && !satfinite && !relu && !(b == BF16 && (sat || a.bytes() == 1))
             }
             (a, b) if is_float(a) && is_integer(b) => {
                 integer_round.is_none()
                     && float_round.is_some_and(|r| r != Round::NearestAway)
-                    && !ftz
+                    && (!ftz || a == F32)
                     && !satfinite
                     && !relu
+                    && !(a == BF16 && (sat || b.bytes() == 1))
             }
             (a, b) if is_float(a) && is_float(b) => {
                 let narrows = a.bytes() < b.bytes() || a.bytes() == b.bytes() && a != b;
@@ -82,7 +84,7 @@ impl Builder<'_> {
                 rounding
                     && (!ftz || a == F32 || b == F32)
                     && (!(relu || satfinite) || small && rounds)
-                    && !(a == BF16 && (ftz || sat))
+                    && !(a == BF16 && (ftz || sat) || b == BF16 && sat)
             }
             _ => false,
         };

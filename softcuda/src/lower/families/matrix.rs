@@ -71,7 +71,7 @@ impl Builder<'_> {
         let saturate = c_type == S32 && m.take("satfinite");
         m.finish()?;
         let float_accumulator = matches!((d_type, c_type), (F32, F32));
-        let half_accumulator = matches!(d_type, F16 | F32) && matches!(c_type, F16 | F32);
+        let half_accumulator = matches!((d_type, c_type), (F16, F16) | (F32, F32));
         let (a_type, b_type, registers, accumulators) = match (shape, a, b) {
             ((16, 8, 8), F16, F16) if half_accumulator => (MmaType::F16, MmaType::F16, (2, 1), 4),
             ((16, 8, 16), F16, F16) if half_accumulator => (MmaType::F16, MmaType::F16, (4, 2), 4),

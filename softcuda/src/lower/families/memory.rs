@@ -89,7 +89,7 @@ impl Builder<'_> {
         if !matches!(ty, B8 | B16 | B32 | B64 | U8 | U16 | U32 | U64 | S8 | S16 | S32 | S64 | F32 | F64) {
             return Err(unknown(i));
         }
-        if n as u32 * ty.bytes() > 32 {
+        if n as u32 * ty.bytes() > 16 {
             return Err(unknown(i));
         }
         count(operands, 2..=2)?;
@@ -110,6 +110,10 @@ impl Builder<'_> {
             && !load
         {
             return Err(LowerErrorKind::Invalid(format!("a store to {}", dotted(s))));
+        }
+        let shared_by_threads = matches!(space, None | Some(Space::Global | Space::Shared));
+        if !shared_by_threads && order != Order::Weak && !i.modifiers.iter().any(|m| m == "volatile") {
+            return Err(unknown(i));
         }
         let mut regs = Vec::with_capacity(n);
         for o in self.vector(data, n)? {
@@ -313,6 +317,14 @@ impl Builder<'_> {
                 let (p, negated) = self.predicate_source(o)?;
                 ignore = Some((self.reg(p, Width::Pred), negated));
             } else {
+                if let Operand::Int(n) = o
+                    && !(0..=i128::from(bytes)).contains(n)
+                {
+                    return Err(LowerErrorKind::Operand {
+                        expected: format!("expected a source size from 0 to {bytes}"),
+                        got: describe(o),
+                    });
+                }
                 source_bytes = Some(self.source_reg(o, Type::U32)?);
             }
         }

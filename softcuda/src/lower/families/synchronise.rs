@@ -25,7 +25,7 @@ impl Builder<'_> {
             return Ok(());
         }
         m.take("cta");
-        let aligned = m.take("aligned") || i.opcode == "bar";
+        let aligned = i.opcode == "bar" || m.take("aligned");
         let operands = i.operands.as_slice();
         if m.take("red") {
             let kind = m.required(

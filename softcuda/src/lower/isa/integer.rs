@@ -214,8 +214,8 @@ macro_rules! integer_ops {
         slow Integer "prmt.b32.ecr" PrmtEcr(a: b32, _b: b32, c: b32) -> b32 { int::prmt_ecr(a, c) }
         slow Integer "prmt.b32.rc16" PrmtRc16(a: b32, _b: b32, c: b32) -> b32 { int::prmt_rc16(a, c) }
 
-        fast Move "mov.b16 mov.u16 mov.s16 mov.f16 mov.bf16" Mov16(a: b16) -> b16 { a }
-        fast Move "mov.b32 mov.u32 mov.s32 mov.f32 mov.f16x2" Mov32(a: b32) -> b32 { a }
+        fast Move "mov.b16 mov.u16 mov.s16" Mov16(a: b16) -> b16 { a }
+        fast Move "mov.b32 mov.u32 mov.s32 mov.f32" Mov32(a: b32) -> b32 { a }
         fast Move "mov.b64 mov.u64 mov.s64 mov.f64" Mov64(a: b64) -> b64 { a }
         fast Move "" Pack32(a: b16, b: b16) -> b32 { u32::from(a) | u32::from(b) << 16 }
         fast Move "" Pack64(a: b32, b: b32) -> b64 { u64::from(a) | u64::from(b) << 32 }
@@ -223,8 +223,8 @@ macro_rules! integer_ops {
         fast Move "" High16(a: b32) -> b16 { (a >> 16) as u16 }
         fast Move "" Low32(a: b64) -> b32 { a as u32 }
         fast Move "" High32(a: b64) -> b32 { (a >> 32) as u32 }
-        fast Integer "selp.b16 selp.u16 selp.s16 selp.f16 selp.bf16" Selp16(a: b16, b: b16, c: bool) -> b16 { if c { a } else { b } }
-        fast Integer "selp.b32 selp.u32 selp.s32 selp.f32 selp.f16x2" Selp32(a: b32, b: b32, c: bool) -> b32 { if c { a } else { b } }
+        fast Integer "selp.b16 selp.u16 selp.s16" Selp16(a: b16, b: b16, c: bool) -> b16 { if c { a } else { b } }
+        fast Integer "selp.b32 selp.u32 selp.s32 selp.f32" Selp32(a: b32, b: b32, c: bool) -> b32 { if c { a } else { b } }
         fast Integer "selp.b64 selp.u64 selp.s64 selp.f64" Selp64(a: b64, b: b64, c: bool) -> b64 { if c { a } else { b } }
         fast Integer "slct.b16.s32 slct.u16.s32 slct.s16.s32" Slct16(a: b16, b: b16, c: i32) -> b16 { if c >= 0 { a } else { b } }
         fast Integer "slct.b32.s32 slct.u32.s32 slct.s32.s32 slct.f32.s32" Slct32(a: b32, b: b32, c: i32) -> b32 { if c >= 0 { a } else { b } }
@@ -233,6 +233,12 @@ macro_rules! integer_ops {
         fast Integer "slct.b32.f32 slct.u32.f32 slct.s32.f32 slct.f32.f32" SlctF32(a: b32, b: b32, c: f32) -> b32 { if c >= 0.0 { a } else { b } }
         fast Integer "slct.b64.f32 slct.u64.f32 slct.s64.f32 slct.f64.f32" SlctF64(a: b64, b: b64, c: f32) -> b64 { if c >= 0.0 { a } else { b } }
         fast Integer "slct.ftz.b32.f32 slct.ftz.u32.f32 slct.ftz.s32.f32 slct.ftz.f32.f32" SlctFtzF32(a: b32, b: b32, c: f32) -> b32 {
+            if float::ftz(c) >= 0.0 { a } else { b }
+        }
+        fast Integer "slct.ftz.b16.f32 slct.ftz.u16.f32 slct.ftz.s16.f32" SlctFtz16(a: b16, b: b16, c: f32) -> b16 {
+            if float::ftz(c) >= 0.0 { a } else { b }
+        }
+        fast Integer "slct.ftz.b64.f32 slct.ftz.u64.f32 slct.ftz.s64.f32 slct.ftz.f64.f32" SlctFtz64(a: b64, b: b64, c: f32) -> b64 {
             if float::ftz(c) >= 0.0 { a } else { b }
         }
 
