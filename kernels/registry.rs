@@ -333,6 +333,47 @@ impl Combine {
     }
 }
 
+/// Experts that tokens get where experts have a capacity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Admit {
+    /// Experts up to this many.
+    pub max_experts: u32,
+}
+
+impl Admit {
+    /// Warps of a block.
+    pub const fn warps(&self) -> u32 {
+        warps_for_experts(self.max_experts)
+    }
+}
+
+/// Tokens that a block of the affinity kernel transposes.
+pub const AFFINITY_TOKENS: u32 = 32;
+
+/// Warps of the kernels that work by whole blocks of 256 threads.
+pub const BLOCK_WARPS: u32 = 8;
+
+/// Weighted sum of a token's expert outputs, however many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CombineRagged {
+    /// Type of the rows.
+    pub dtype: Dtype,
+}
+
+/// Balanced routing by Sinkhorn's iteration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Sinkhorn {
+    /// Experts up to this many.
+    pub max_experts: u32,
+}
+
+impl Sinkhorn {
+    /// Warps of a block.
+    pub const fn warps(&self) -> u32 {
+        warps_for_experts(self.max_experts)
+    }
+}
+
 /// One compiled kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kernel {
@@ -346,6 +387,22 @@ pub enum Kernel {
     GroupedGemm(GroupedGemm),
     /// Sums over a token's experts.
     Combine(Combine),
+    /// Which of its choices a token gets under a capacity.
+    Admit(Admit),
+    /// What each expert thinks of each token.
+    Affinity,
+    /// Each expert's best tokens.
+    ExpertChoice,
+    /// The slots of every token.
+    TokenSlots,
+    /// Sums over as many slots as a token has.
+    CombineRagged(CombineRagged),
+    /// Balanced assignment (BASE).
+    Auction,
+    /// Balanced routing by optimal transport (S-BASE).
+    Sinkhorn(Sinkhorn),
+    /// Experts by token id.
+    Hash,
 }
 
 impl Kernel {
@@ -361,6 +418,14 @@ impl Kernel {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.glu.name(), k.layout.name())
             }
             Kernel::Combine(k) => format!("combine_{}", k.dtype),
+            Kernel::Admit(k) => format!("admit_e{}", k.max_experts),
+            Kernel::Affinity => "affinity".into(),
+            Kernel::ExpertChoice => "expert_choice".into(),
+            Kernel::TokenSlots => "token_slots".into(),
+            Kernel::CombineRagged(k) => format!("combine_ragged_{}", k.dtype),
+            Kernel::Auction => "auction".into(),
+            Kernel::Sinkhorn(k) => format!("sinkhorn_e{}", k.max_experts),
+            Kernel::Hash => "hash".into(),
         }
     }
 
@@ -376,7 +441,12 @@ impl Kernel {
             Kernel::Gate(k) => k.warps() * 32,
             Kernel::Dispatch(k) => k.warps() * 32,
             Kernel::GroupedGemm(k) => k.tile.threads(),
-            Kernel::Combine(_) => Combine::THREADS,
+            Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
+            Kernel::Admit(k) => k.warps() * 32,
+            Kernel::Sinkhorn(k) => k.warps() * 32,
+            Kernel::Affinity | Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction | Kernel::Hash => {
+                BLOCK_WARPS * 32
+            }
         }
     }
 
@@ -397,6 +467,14 @@ impl Kernel {
             Kernel::Dispatch(_) => "dispatch.ptx.jinja",
             Kernel::GroupedGemm(_) => "grouped_gemm.ptx.jinja",
             Kernel::Combine(_) => "combine.ptx.jinja",
+            Kernel::Admit(_) => "admit.ptx.jinja",
+            Kernel::Affinity => "affinity.ptx.jinja",
+            Kernel::ExpertChoice => "expert_choice.ptx.jinja",
+            Kernel::TokenSlots => "token_slots.ptx.jinja",
+            Kernel::CombineRagged(_) => "combine_ragged.ptx.jinja",
+            Kernel::Auction => "auction.ptx.jinja",
+            Kernel::Sinkhorn(_) => "sinkhorn.ptx.jinja",
+            Kernel::Hash => "hash.ptx.jinja",
         }
     }
 
@@ -430,6 +508,11 @@ impl Kernel {
                 ("layout", Text(k.layout.name())),
             ],
             Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
+            Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
+            Kernel::Admit(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
+            Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
+            Kernel::Affinity | Kernel::Hash => vec![],
+            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction => vec![("warps", Int(BLOCK_WARPS))],
         }
     }
 }
@@ -474,6 +557,12 @@ pub fn all() -> Vec<Kernel> {
     }
     for dtype in Dtype::ALL {
         kernels.push(Kernel::Combine(Combine { dtype }));
+        kernels.push(Kernel::CombineRagged(CombineRagged { dtype }));
     }
+    for max_experts in Dispatch::MAX_EXPERTS {
+        kernels.push(Kernel::Admit(Admit { max_experts }));
+        kernels.push(Kernel::Sinkhorn(Sinkhorn { max_experts }));
+    }
+    kernels.extend([Kernel::Affinity, Kernel::ExpertChoice, Kernel::TokenSlots, Kernel::Auction, Kernel::Hash]);
     kernels
 }

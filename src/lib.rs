@@ -65,14 +65,18 @@
 #![deny(unsafe_code)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod admission;
+pub mod base;
 pub mod combine;
 pub mod device;
 pub mod dispatch;
 mod dtype;
 mod embedded;
 mod error;
+pub mod expert_choice;
 pub mod gating;
 pub mod gemm;
+pub mod hash;
 pub mod kernels;
 #[allow(unsafe_code)]
 mod launch;
@@ -82,6 +86,7 @@ pub mod reference;
 pub mod registry;
 pub mod router;
 mod shape;
+pub mod sinkhorn;
 pub mod tiles;
 mod workspace;
 

@@ -85,6 +85,9 @@ pub fn auction(scores: &[f32], rule: &AuctionRule) -> Result<Assigned, Reference
             if step == 1 {
                 return Ok(Assigned { ids: owner, rounds, converged: true });
             }
+            if rounds == rule.max_rounds {
+                break;
+            }
             step = (step / 4).max(1);
             owner.fill(-1);
             continue;

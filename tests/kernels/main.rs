@@ -8,11 +8,16 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod admission;
+mod base;
 mod combine;
 mod dispatch;
+mod expert_choice;
 mod gate;
 mod gemm;
+mod hash;
 mod router;
+mod sinkhorn;
 mod timing;
 
 use std::process::{Command, ExitCode};
@@ -53,6 +58,14 @@ fn check(kernel: Kernel) {
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::GroupedGemm(variant) => gemm::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
+        Kernel::Admit(variant) => admission::check(variant, rng),
+        Kernel::Affinity => expert_choice::check_affinity(rng),
+        Kernel::ExpertChoice => expert_choice::check_choice(rng),
+        Kernel::TokenSlots => expert_choice::check_token_slots(rng),
+        Kernel::CombineRagged(variant) => expert_choice::check_combine(variant, rng),
+        Kernel::Auction => base::check(rng),
+        Kernel::Sinkhorn(variant) => sinkhorn::check(variant, rng),
+        Kernel::Hash => hash::check(rng),
     }
 }
 

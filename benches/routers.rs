@@ -1,0 +1,156 @@
+//! The routers beyond softmax top-k, over the shapes of models in use.
+//!
+//! On the software device the shapes are scaled down ([`shapes`]) and a time is a time of the software, not of a GPU.
+
+mod shapes;
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+use std::time::Duration;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use moe_kernels::Workspace;
+use moe_kernels::admission::{self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert};
+use moe_kernels::base::{self, AuctionRule, BaseArgs, BaseDesc};
+use moe_kernels::expert_choice::{self, Affinity, ChoiceArgs, ExpertChoiceDesc, TokenSlotsArgs, TokenSlotsDesc};
+use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc};
+use moe_kernels::hash::{self, HashArgs, HashBy, HashDesc};
+use moe_kernels::registry::Score;
+use moe_kernels::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
+use support::{device, inputs};
+
+fn routers(criterion: &mut Criterion) {
+    let soft = device::control().is_some();
+    for &shape in shapes::SHAPES {
+        for &tokens in shape.tokens {
+            let (shape, tokens) = if soft { shape.scaled(tokens) } else { (shape, tokens) };
+            one_shape(criterion, shape, tokens, if soft { " on softcuda, scaled" } else { "" });
+        }
+    }
+}
+
+fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suffix: &str) {
+    let stream = device::stream();
+    let kernels = device::kernels();
+    let rng = &mut inputs::generator(shape.model);
+    let shapes::Shape { model, experts, top_k, .. } = shape;
+    let mut bench = |router: &str, launch: &mut dyn FnMut()| {
+        let mut group = criterion.benchmark_group(format!("{router}{suffix}"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(500));
+        group.bench_function(BenchmarkId::new(model, tokens), |bencher| {
+            bencher.iter(|| {
+                launch();
+                stream.synchronize().expect("the router runs to its end");
+            })
+        });
+    };
+    let logits = stream.clone_htod(&inputs::normals::<f32>(rng, tokens * experts, 1.0)).unwrap();
+
+    let candidates = 2.min(experts);
+    let mut ids = stream.alloc_zeros(tokens * candidates).unwrap();
+    let mut weights = stream.alloc_zeros(tokens * candidates).unwrap();
+    let gating = Gating { renormalise: true, ..Gating::new(Score::Softmax) };
+    let desc = GatingDesc { tokens, experts, top_k: candidates, gating };
+    let args = GatingArgs { logits: &logits, correction_bias: None, ids: &mut ids, weights: &mut weights };
+    gating::forward(kernels, &stream, &desc, args).unwrap();
+    let mut admitted = stream.alloc_zeros(tokens * candidates).unwrap();
+    let mut admitted_weights = stream.alloc_zeros(tokens * candidates).unwrap();
+    for (name, prioritised) in [("GShard admission", false), ("V-MoE admission", true)] {
+        let noise = NoiseSource { seed: 1, offset: 0 };
+        let second = SecondExpert::Random { threshold: 0.5, noise };
+        let group = tokens.min(2048);
+        let rule = AdmissionRule {
+            experts,
+            candidates,
+            top_k: candidates,
+            capacity: admission::capacity(group, experts, candidates, 1.25),
+            tokens_per_group: group,
+            order: Order::ByChoice,
+            prioritised,
+            second: if candidates == 2 { second } else { SecondExpert::Always },
+        };
+        let desc = AdmissionDesc { tokens, rule };
+        let mut workspace = Workspace::new(&stream, admission::workspace_bytes(&desc).unwrap()).unwrap();
+        bench(name, &mut || {
+            let args = AdmissionArgs {
+                ids: &ids,
+                weights: &weights,
+                priority: None,
+                admitted: &mut admitted,
+                admitted_weights: &mut admitted_weights,
+                workspace: &mut workspace,
+            };
+            admission::forward(kernels, &stream, &desc, args).unwrap()
+        });
+    }
+
+    let capacity = admission::capacity(tokens, experts, top_k, 1.0).min(tokens);
+    let desc = ExpertChoiceDesc { tokens, experts, capacity };
+    let mut affinities = stream.alloc_zeros(tokens * experts).unwrap();
+    bench("affinity", &mut || {
+        expert_choice::affinity(kernels, &stream, &desc, Affinity::Softmax, &logits, &mut affinities).unwrap()
+    });
+    let mut slot_token = stream.alloc_zeros(desc.slots()).unwrap();
+    bench("expert choice", &mut || {
+        let args = ChoiceArgs { affinities: &affinities, slot_token: &mut slot_token, slot_weight: None };
+        expert_choice::choose(kernels, &stream, &desc, args).unwrap()
+    });
+    let lists = TokenSlotsDesc { tokens, slots: desc.slots() };
+    let mut offsets = stream.alloc_zeros(tokens + 1).unwrap();
+    let mut slots = stream.alloc_zeros(desc.slots()).unwrap();
+    let bytes = expert_choice::token_slots_workspace_bytes(&lists, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    bench("token slots", &mut || {
+        let args = TokenSlotsArgs {
+            slot_token: &slot_token,
+            offsets: &mut offsets,
+            slots: &mut slots,
+            workspace: &mut workspace,
+        };
+        expert_choice::token_slots(kernels, &stream, &lists, args).unwrap()
+    });
+
+    let mut status = stream.alloc_zeros(2).unwrap();
+    if tokens.is_multiple_of(experts) {
+        let desc = BaseDesc { tokens, rule: AuctionRule { experts, epsilon: 0.01, max_rounds: 1 << 16 } };
+        let mut workspace = Workspace::new(&stream, base::workspace_bytes(&desc).unwrap()).unwrap();
+        let mut ids = stream.alloc_zeros(tokens).unwrap();
+        bench("BASE", &mut || {
+            let args = BaseArgs {
+                scores: &logits,
+                ids: &mut ids,
+                weights: None,
+                status: &mut status,
+                workspace: &mut workspace,
+            };
+            base::forward(kernels, &stream, &desc, args).unwrap()
+        });
+    }
+
+    let desc = SinkhornDesc { tokens, experts, top_k: 1, iterations: 10, tolerance: -1.0 };
+    let bytes = sinkhorn::workspace_bytes(&desc, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let mut potentials = stream.alloc_zeros(experts).unwrap();
+    bench("S-BASE, 10 iterations", &mut || {
+        let args = SinkhornArgs {
+            logits: &logits,
+            ids: &mut ids,
+            weights: None,
+            potentials: &mut potentials,
+            status: &mut status,
+            workspace: &mut workspace,
+        };
+        sinkhorn::forward(kernels, &stream, &desc, args).unwrap()
+    });
+
+    let words: Vec<i32> = (0..tokens).map(|_| rng.i32(0..50_000)).collect();
+    let words = stream.clone_htod(&words).unwrap();
+    let desc = HashDesc { tokens, experts, top_k: 1, hash: HashBy::Mix { seed: 1 } };
+    bench("hash", &mut || {
+        let args = HashArgs { token_ids: &words, table: None, ids: &mut ids };
+        hash::forward(kernels, &stream, &desc, args).unwrap()
+    });
+}
+
+criterion_group!(benches, routers);
+criterion_main!(benches);

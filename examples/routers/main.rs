@@ -1,0 +1,229 @@
+//! One batch of tokens with skewed popularity, through every router: who gets how much.
+//!
+//! `cargo run --example routers [-- FILE.svg]` prints each router's load histogram side by side, and writes the same as an SVG
+//! (default `routers.svg`).
+
+mod svg;
+mod terminal;
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream};
+use moe_kernels::admission::{self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert};
+use moe_kernels::base::{self, AuctionRule, BaseArgs, BaseDesc};
+use moe_kernels::expert_choice::{self, Affinity, ChoiceArgs, ExpertChoiceDesc};
+use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc};
+use moe_kernels::hash::{self, HashArgs, HashBy, HashDesc};
+use moe_kernels::registry::Score;
+use moe_kernels::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
+use moe_kernels::{Kernels, Workspace, device};
+
+type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
+
+const TOKENS: usize = 512;
+const EXPERTS: usize = 16;
+
+/// What became of the batch.
+pub struct Load {
+    /// The router.
+    pub name: &'static str,
+    /// Tokens of each expert, most popular expert first.
+    pub tokens: Vec<usize>,
+    /// Tokens that got no expert at all.
+    pub left_out: usize,
+}
+
+impl Load {
+    /// From the ids of all slots, by token.
+    fn new(name: &'static str, ids: &[i32], per_token: usize) -> Load {
+        let mut tokens = vec![0; EXPERTS];
+        ids.iter().filter_map(|&id| usize::try_from(id).ok()).for_each(|id| tokens[id] += 1);
+        let left_out = ids.chunks(per_token).filter(|ids| ids.iter().all(|&id| id < 0)).count();
+        Load { name, tokens, left_out }
+    }
+
+    /// Largest load over mean load: 1 when balanced.
+    pub fn imbalance(&self) -> f64 {
+        let total: usize = self.tokens.iter().sum();
+        let largest = self.tokens.iter().max().copied().unwrap_or(0);
+        if total == 0 { 0.0 } else { largest as f64 * self.tokens.len() as f64 / total as f64 }
+    }
+}
+
+/// The batch on the device.
+struct Batch<'a> {
+    kernels: &'a Kernels,
+    stream: &'a Arc<CudaStream>,
+    logits: CudaSlice<f32>,
+    words: CudaSlice<i32>,
+    frequencies: Vec<u64>,
+}
+
+fn main() -> Outcome<()> {
+    let file = std::env::args().nth(1).unwrap_or_else(|| "routers.svg".into());
+    softcuda::install_if_no_gpu()?;
+    let context = device::open(0)?;
+    println!("device: {}", context.name()?);
+    let stream = context.new_stream()?;
+    let kernels = Kernels::new(&context)?;
+    let batch = Batch::new(&kernels, &stream)?;
+    let loads = [
+        batch.top_k("top-1", 1)?,
+        batch.top_k("top-2", 2)?,
+        batch.admitted("Switch, cf 1.25", 1, 1, Order::ByToken, false, SecondExpert::Always)?,
+        batch.admitted("passed on", 4, 1, Order::ByChoice, false, SecondExpert::Always)?,
+        batch.admitted("GShard top-2", 2, 2, Order::ByChoice, false, batch.random_second())?,
+        batch.admitted("V-MoE top-2", 2, 2, Order::ByChoice, true, SecondExpert::Always)?,
+        batch.expert_choice()?,
+        batch.base()?,
+        batch.sinkhorn()?,
+        batch.hashed()?,
+        batch.hashed_by_frequency()?,
+    ];
+    println!("{}", terminal::table(&loads, TOKENS));
+    std::fs::write(&file, svg::drawing(&loads, TOKENS)).map_err(|error| format!("{file}: {error}"))?;
+    println!("{file} written");
+    Ok(())
+}
+
+impl<'a> Batch<'a> {
+    /// Logits whose mean falls by expert like the logarithm of Zipf's law, and words of a Zipf vocabulary.
+    fn new(kernels: &'a Kernels, stream: &'a Arc<CudaStream>) -> Outcome<Batch<'a>> {
+        let rng = &mut fastrand::Rng::with_seed(7);
+        let normal = |rng: &mut fastrand::Rng| (0..12).map(|_| rng.f32()).sum::<f32>() - 6.0;
+        let logits: Vec<f32> = (0..TOKENS * EXPERTS).map(|i| normal(rng) - ((i % EXPERTS + 1) as f32).ln()).collect();
+        let words: Vec<i32> = (0..TOKENS).map(|_| (512f32.powf(rng.f32()) - 1.0) as i32).collect();
+        let mut frequencies = vec![0; 512];
+        words.iter().for_each(|&word| frequencies[word as usize] += 1);
+        Ok(Batch {
+            kernels,
+            stream,
+            logits: stream.clone_htod(&logits)?,
+            words: stream.clone_htod(&words)?,
+            frequencies,
+        })
+    }
+
+    fn choose(&self, top_k: usize) -> Outcome<(CudaSlice<i32>, CudaSlice<f32>)> {
+        let gating = Gating { renormalise: true, ..Gating::new(Score::Softmax) };
+        let desc = GatingDesc { tokens: TOKENS, experts: EXPERTS, top_k, gating };
+        let mut ids = self.stream.alloc_zeros(TOKENS * top_k)?;
+        let mut weights = self.stream.alloc_zeros(TOKENS * top_k)?;
+        let args = GatingArgs { logits: &self.logits, correction_bias: None, ids: &mut ids, weights: &mut weights };
+        gating::forward(self.kernels, self.stream, &desc, args)?;
+        Ok((ids, weights))
+    }
+
+    fn top_k(&self, name: &'static str, top_k: usize) -> Outcome<Load> {
+        let (ids, _) = self.choose(top_k)?;
+        Ok(Load::new(name, &self.stream.clone_dtoh(&ids)?, top_k))
+    }
+
+    fn random_second(&self) -> SecondExpert {
+        SecondExpert::Random { threshold: 0.5, noise: NoiseSource { seed: 1, offset: 0 } }
+    }
+
+    fn admitted(
+        &self,
+        name: &'static str,
+        candidates: usize,
+        top_k: usize,
+        order: Order,
+        prioritised: bool,
+        second: SecondExpert,
+    ) -> Outcome<Load> {
+        let (ids, weights) = self.choose(candidates)?;
+        let capacity = admission::capacity(TOKENS, EXPERTS, top_k, 1.25);
+        let rule = AdmissionRule {
+            experts: EXPERTS,
+            candidates,
+            top_k,
+            capacity,
+            tokens_per_group: TOKENS,
+            order,
+            prioritised,
+            second,
+        };
+        let desc = AdmissionDesc { tokens: TOKENS, rule };
+        let mut admitted = self.stream.alloc_zeros(TOKENS * top_k)?;
+        let mut admitted_weights = self.stream.alloc_zeros(TOKENS * top_k)?;
+        let mut workspace = Workspace::new(self.stream, admission::workspace_bytes(&desc)?)?;
+        let args = AdmissionArgs {
+            ids: &ids,
+            weights: &weights,
+            priority: None,
+            admitted: &mut admitted,
+            admitted_weights: &mut admitted_weights,
+            workspace: &mut workspace,
+        };
+        admission::forward(self.kernels, self.stream, &desc, args)?;
+        Ok(Load::new(name, &self.stream.clone_dtoh(&admitted)?, top_k))
+    }
+
+    fn expert_choice(&self) -> Outcome<Load> {
+        let capacity = admission::capacity(TOKENS, EXPERTS, 1, 1.0);
+        let desc = ExpertChoiceDesc { tokens: TOKENS, experts: EXPERTS, capacity };
+        let mut affinities = self.stream.alloc_zeros(TOKENS * EXPERTS)?;
+        expert_choice::affinity(self.kernels, self.stream, &desc, Affinity::Softmax, &self.logits, &mut affinities)?;
+        let mut slot_token = self.stream.alloc_zeros(desc.slots())?;
+        let args = ChoiceArgs { affinities: &affinities, slot_token: &mut slot_token, slot_weight: None };
+        expert_choice::choose(self.kernels, self.stream, &desc, args)?;
+        let mut chosen = vec![false; TOKENS];
+        self.stream.clone_dtoh(&slot_token)?.iter().for_each(|&token: &i32| chosen[token as usize] = true);
+        let left_out = chosen.iter().filter(|&&chosen| !chosen).count();
+        Ok(Load { name: "expert choice", tokens: vec![capacity; EXPERTS], left_out })
+    }
+
+    fn base(&self) -> Outcome<Load> {
+        let rule = AuctionRule { experts: EXPERTS, epsilon: 0.01, max_rounds: 1 << 16 };
+        let desc = BaseDesc { tokens: TOKENS, rule };
+        let mut ids = self.stream.alloc_zeros(TOKENS)?;
+        let mut status = self.stream.alloc_zeros(2)?;
+        let mut workspace = Workspace::new(self.stream, base::workspace_bytes(&desc)?)?;
+        let args = BaseArgs {
+            scores: &self.logits,
+            ids: &mut ids,
+            weights: None,
+            status: &mut status,
+            workspace: &mut workspace,
+        };
+        base::forward(self.kernels, self.stream, &desc, args)?;
+        Ok(Load::new("BASE", &self.stream.clone_dtoh(&ids)?, 1))
+    }
+
+    fn sinkhorn(&self) -> Outcome<Load> {
+        let desc = SinkhornDesc { tokens: TOKENS, experts: EXPERTS, top_k: 1, iterations: 50, tolerance: 1e-2 };
+        let mut ids = self.stream.alloc_zeros(TOKENS)?;
+        let mut potentials = self.stream.alloc_zeros(EXPERTS)?;
+        let mut status = self.stream.alloc_zeros(2)?;
+        let bytes = sinkhorn::workspace_bytes(&desc, self.kernels.device())?;
+        let mut workspace = Workspace::new(self.stream, bytes)?;
+        let args = SinkhornArgs {
+            logits: &self.logits,
+            ids: &mut ids,
+            weights: None,
+            potentials: &mut potentials,
+            status: &mut status,
+            workspace: &mut workspace,
+        };
+        sinkhorn::forward(self.kernels, self.stream, &desc, args)?;
+        Ok(Load::new("S-BASE", &self.stream.clone_dtoh(&ids)?, 1))
+    }
+
+    fn hashed(&self) -> Outcome<Load> {
+        self.by_hash("hash", HashBy::Mix { seed: 1 }, None)
+    }
+
+    fn hashed_by_frequency(&self) -> Outcome<Load> {
+        let table = self.stream.clone_htod(&hash::balanced_table(&self.frequencies, EXPERTS))?;
+        self.by_hash("balanced hash", HashBy::Table { vocabulary: self.frequencies.len() }, Some(&table))
+    }
+
+    fn by_hash(&self, name: &'static str, hash: HashBy, table: Option<&CudaSlice<i32>>) -> Outcome<Load> {
+        let desc = HashDesc { tokens: TOKENS, experts: EXPERTS, top_k: 1, hash };
+        let mut ids = self.stream.alloc_zeros(TOKENS)?;
+        let args = HashArgs { token_ids: &self.words, table: table.map(|table| table as _), ids: &mut ids };
+        hash::forward(self.kernels, self.stream, &desc, args)?;
+        Ok(Load::new(name, &self.stream.clone_dtoh(&ids)?, 1))
+    }
+}

@@ -1,0 +1,41 @@
+//! The histograms as text.
+
+use std::fmt::Write as _;
+
+use crate::Load;
+
+const BAR: usize = 12;
+const EIGHTHS: [char; 8] = [' ', '▏', '▎', '▍', '▌', '▋', '▊', '▉'];
+
+/// One column a router, one row an expert; bars share one scale.
+pub fn table(loads: &[Load], tokens: usize) -> String {
+    let largest = loads.iter().flat_map(|load| &load.tokens).copied().max().unwrap_or(0).max(1);
+    let experts = loads.first().map_or(0, |load| load.tokens.len());
+    let mut text = format!("{tokens} tokens, {experts} experts, most popular first\n\n       ");
+    for load in loads {
+        let _ = write!(text, "{:<width$}", load.name, width = BAR + 6);
+    }
+    for expert in 0..experts {
+        let _ = write!(text, "\n  {expert:>3}  ");
+        for load in loads {
+            let _ = write!(text, "{} {:<4} ", bar(load.tokens[expert], largest), load.tokens[expert]);
+        }
+    }
+    text.push_str("\n\n  max/mean, and tokens left out\n       ");
+    for load in loads {
+        let summary = format!("{:.2}, {}", load.imbalance(), load.left_out);
+        let _ = write!(text, "{summary:<width$}", width = BAR + 6);
+    }
+    text
+}
+
+/// `BAR` characters, filled in eighths.
+fn bar(value: usize, largest: usize) -> String {
+    let eighths = (8 * BAR * value).div_ceil(largest);
+    let mut bar: String = std::iter::repeat_n('█', eighths / 8).collect();
+    if !eighths.is_multiple_of(8) {
+        bar.push(EIGHTHS[eighths % 8]);
+    }
+    bar.extend(std::iter::repeat_n(' ', BAR - bar.chars().count()));
+    bar
+}

@@ -1,0 +1,164 @@
+//! Checks of `admit_*`: GShard, GLaM, V-MoE and Switch orders, overflow, the random second expert.
+
+use moe_kernels::Workspace;
+use moe_kernels::admission::{
+    self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert, capacity,
+};
+use moe_kernels::reference;
+use moe_kernels::reference::admission::Admitted;
+use moe_kernels::registry::{Admit, Dispatch, Kernel};
+
+use crate::support::buffer::Guarded;
+use crate::support::device;
+use crate::timing::time;
+
+pub fn check(variant: Admit, rng: &mut fastrand::Rng) {
+    let most = variant.max_experts as usize;
+    let small = most == Dispatch::MAX_EXPERTS[0] as usize;
+    let expert_counts = if small { vec![1, 7, 64, most] } else { vec![1025, most] };
+    for experts in expert_counts {
+        for (tokens, candidates, group) in [(1, 1, 1), (67, 2, 67), (300, 2, 100), (130, 4, 33), (515, 3, 600)] {
+            for (order, passed_on) in [(Order::ByToken, false), (Order::ByChoice, false), (Order::ByChoice, true)] {
+                let candidates = candidates.min(experts);
+                let top_k = if passed_on { 1 + rng.usize(..candidates) } else { candidates };
+                let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
+                let threshold = [0.0, 0.25, 0.5, 1.0][rng.usize(..4)];
+                let second = match (top_k, rng.u32(..3)) {
+                    (2, 1) => SecondExpert::Above(threshold),
+                    (2, 2) => SecondExpert::Random { threshold, noise },
+                    _ => SecondExpert::Always,
+                };
+                let rule = AdmissionRule {
+                    experts,
+                    candidates,
+                    top_k,
+                    capacity: capacity(group.min(tokens), experts, top_k, [0.5, 1.0, 2.0][rng.usize(..3)]),
+                    tokens_per_group: group,
+                    order,
+                    prioritised: rng.bool(),
+                    second,
+                };
+                case(variant, rng, &AdmissionDesc { tokens, rule });
+            }
+        }
+    }
+    if small {
+        frequency_of_the_second_expert();
+    }
+}
+
+/// Distinct choices of each token, with a favourite expert in half of the cases; one in ten asks for nothing.
+fn choices(rng: &mut fastrand::Rng, desc: &AdmissionDesc) -> Vec<i32> {
+    let (experts, candidates) = (desc.rule.experts, desc.rule.candidates);
+    let skewed = rng.bool();
+    let mut ids = Vec::with_capacity(desc.tokens * candidates);
+    for _ in 0..desc.tokens {
+        let mut row: Vec<i32> = Vec::with_capacity(candidates);
+        while row.len() < candidates {
+            let range = if skewed && rng.bool() { experts.min(candidates) } else { experts };
+            let id = rng.usize(..range) as i32;
+            if !row.contains(&id) {
+                row.push(id);
+            }
+        }
+        ids.extend(row.into_iter().map(|id| if rng.u32(..10) == 0 { -1 } else { id }));
+    }
+    ids
+}
+
+fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&[f32]>) -> Admitted {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let input_ids = Guarded::input(&stream, "ids", ids);
+    let input_weights = Guarded::input(&stream, "weights", weights);
+    let input_priority = priority.map(|values| Guarded::input(&stream, "priority", values));
+    let places = desc.tokens * desc.rule.top_k;
+    let mut admitted = Guarded::output(&stream, "admitted", places);
+    let mut admitted_weights = Guarded::output(&stream, "admitted_weights", places);
+    let mut workspace = Workspace::new(&stream, admission::workspace_bytes(desc).unwrap()).unwrap();
+    let mut run = || {
+        let view = input_priority.as_ref().map(Guarded::view);
+        let args = AdmissionArgs {
+            ids: &input_ids.view(),
+            weights: &input_weights.view(),
+            priority: view.as_ref().map(|view| view as _),
+            admitted: &mut admitted.view_mut(),
+            admitted_weights: &mut admitted_weights.view_mut(),
+            workspace: &mut workspace,
+        };
+        admission::forward(kernels, &stream, desc, args).unwrap();
+        Admitted { ids: admitted.read(&stream), weights: admitted_weights.read(&stream) }
+    };
+    let got = run();
+    let again = run();
+    assert_eq!(got.ids, again.ids, "{desc:?}: another run admitted otherwise");
+    assert_eq!(bits(&got.weights), bits(&again.weights), "{desc:?}: another run gave other bits");
+    time(&stream, &format!("{desc:?}"), || drop(run()));
+    input_ids.assert_unchanged(&stream);
+    input_weights.assert_unchanged(&stream);
+    got
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+fn case(variant: Admit, rng: &mut fastrand::Rng, desc: &AdmissionDesc) {
+    let rule = &desc.rule;
+    let selection = admission::select(desc, device::kernels().device()).unwrap();
+    assert_eq!(selection.kernel, Kernel::Admit(variant));
+    let ids = choices(rng, desc);
+    // Few distinct values, so that priorities tie; some are not numbers.
+    let mut values = |len: usize| -> Vec<f32> {
+        (0..len)
+            .map(|_| match rng.u32(..40) {
+                0 => f32::NAN,
+                1 => f32::NEG_INFINITY,
+                2 => -0.0,
+                n => (n % 13) as f32 / 13.0,
+            })
+            .collect()
+    };
+    let weights = values(ids.len());
+    let own = values(desc.tokens);
+    let priority = (rule.prioritised && desc.tokens % 2 == 1).then_some(own.as_slice());
+    let want = reference::admission::admit(&ids, &weights, priority, rule).unwrap();
+    let got = launch(desc, &ids, &weights, priority);
+    assert_eq!(got.ids, want.ids, "{desc:?}: ids");
+    assert_eq!(bits(&got.weights), bits(&want.weights), "{desc:?}: weights");
+    // GShard's promise, of the device's own output.
+    for group in got.ids.chunks(rule.tokens_per_group * rule.top_k) {
+        let mut taken = vec![0; rule.experts];
+        group.iter().filter(|&&id| id >= 0).for_each(|&id| taken[id as usize] += 1);
+        assert!(taken.iter().all(|&taken| taken <= rule.capacity), "{desc:?}: an expert took more than its capacity");
+    }
+}
+
+/// A second expert of weight g is asked for with probability `min(1, g / threshold)`.
+///
+/// Each count of n = 4096 draws lies within 5 standard deviations of its mean: a false alarm in fewer than 1 of 300 000
+/// seeds for the 5 weights together (normal tail 5.7e-7 each).
+fn frequency_of_the_second_expert() {
+    const DRAWS: usize = 4096;
+    const WEIGHTS: [f32; 5] = [0.05, 0.125, 0.25, 0.375, 0.6];
+    let noise = NoiseSource { seed: crate::support::inputs::run_seed(), offset: 3 };
+    let rule = AdmissionRule {
+        experts: 2,
+        candidates: 2,
+        top_k: 2,
+        capacity: DRAWS,
+        tokens_per_group: DRAWS,
+        order: Order::ByChoice,
+        prioritised: false,
+        second: SecondExpert::Random { threshold: 0.5, noise },
+    };
+    let tokens = DRAWS * WEIGHTS.len();
+    let ids: Vec<i32> = (0..tokens).flat_map(|_| [0, 1]).collect();
+    let weights: Vec<f32> = (0..tokens).flat_map(|t| [1.0, WEIGHTS[t / DRAWS]]).collect();
+    let got = launch(&AdmissionDesc { tokens, rule }, &ids, &weights, None);
+    for (of_weight, weight) in got.ids.chunks(2 * DRAWS).zip(WEIGHTS) {
+        let sent = of_weight.iter().filter(|&&id| id == 1).count() as f64;
+        let p = (f64::from(weight) / 0.5).min(1.0);
+        let deviation = (DRAWS as f64 * p * (1.0 - p)).sqrt();
+        assert!((sent - DRAWS as f64 * p).abs() <= 5.0 * deviation, "weight {weight}: {sent} of {DRAWS}");
+    }
+}

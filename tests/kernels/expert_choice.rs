@@ -1,0 +1,203 @@
+//! Checks of `affinity`, `expert_choice`, `token_slots` and `combine_ragged_*`.
+
+use half::{bf16, f16};
+use moe_kernels::expert_choice::{
+    self, Affinity, ChoiceArgs, CombineRaggedArgs, CombineRaggedDesc, ExpertChoiceDesc, TokenSlotsArgs, TokenSlotsDesc,
+};
+use moe_kernels::reference::expert_choice as reference;
+use moe_kernels::reference::expert_choice::TokenSlots;
+use moe_kernels::registry::{CombineRagged, Dtype};
+use moe_kernels::{Element, Workspace};
+
+use crate::support::buffer::Guarded;
+use crate::support::compare::{Storage, assert_rounded_once, to_f64};
+use crate::support::device;
+use crate::support::inputs::{normal, normals};
+use crate::timing::time;
+
+#[derive(Clone, Copy, Debug)]
+enum Values {
+    Normal,
+    /// Few distinct values: lower tokens win.
+    Ties,
+    /// With NaN and infinities.
+    NotFinite,
+}
+
+const VALUES: [Values; 3] = [Values::Normal, Values::Ties, Values::NotFinite];
+
+fn values(rng: &mut fastrand::Rng, kind: Values, len: usize) -> Vec<f32> {
+    (0..len)
+        .map(|_| match kind {
+            Values::Normal => normal(rng) as f32,
+            Values::Ties => [-1.0, -0.0, 0.0, 0.5][rng.usize(..4)],
+            Values::NotFinite => match rng.u32(..12) {
+                0 => f32::NAN,
+                1 => f32::NEG_INFINITY,
+                2 if rng.bool() => f32::INFINITY,
+                _ => normal(rng) as f32,
+            },
+        })
+        .collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+pub fn check_affinity(rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for (tokens, experts) in [(1, 1), (31, 5), (33, 64), (100, 33), (7, 4096)] {
+        for affinity in [Affinity::Softmax, Affinity::Sigmoid, Affinity::Logit] {
+            for kind in VALUES {
+                let name = format!("{tokens} tokens, {experts} experts, {affinity:?}, {kind:?}");
+                let desc = ExpertChoiceDesc { tokens, experts, capacity: 1 };
+                let logits = values(rng, kind, tokens * experts);
+                let input = Guarded::input(&stream, "logits", &logits);
+                let mut output = Guarded::output(&stream, "affinities", logits.len());
+                let (view, mut out) = (input.view(), output.view_mut());
+                expert_choice::affinity(kernels, &stream, &desc, affinity, &view, &mut out).unwrap();
+                let want = reference::affinities(&logits, experts, affinity).unwrap();
+                assert_rounded_once(&name, &to_f64(&output.read(&stream)), &want, Dtype::F32);
+                input.assert_unchanged(&stream);
+            }
+        }
+    }
+}
+
+pub fn check_choice(rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for (tokens, experts, capacity) in
+        [(1, 3, 1), (40, 5, 7), (300, 4, 299), (257, 3, 257), (1000, 2, 1), (2049, 1, 1024)]
+    {
+        for kind in VALUES {
+            let desc = ExpertChoiceDesc { tokens, experts, capacity };
+            let name = format!("{desc:?} {kind:?}");
+            let affinities = values(rng, kind, tokens * experts);
+            let input = Guarded::input(&stream, "affinities", &affinities);
+            let mut slot_token = Guarded::<i32>::output(&stream, "slot_token", desc.slots());
+            let mut slot_weight = Guarded::<f32>::output(&stream, "slot_weight", desc.slots());
+            let mut run = || {
+                let args = ChoiceArgs {
+                    affinities: &input.view(),
+                    slot_token: &mut slot_token.view_mut(),
+                    slot_weight: Some(&mut slot_weight.view_mut()),
+                };
+                expert_choice::choose(kernels, &stream, &desc, args).unwrap();
+                (slot_token.read(&stream), slot_weight.read(&stream))
+            };
+            let want = reference::choose(&affinities, experts, capacity).unwrap();
+            let (tokens_of, weights) = run();
+            assert_eq!(tokens_of, want.slot_token, "{name}: slot_token");
+            assert_eq!(bits(&weights), bits(&want.slot_weight), "{name}: slot_weight");
+            // Exactly c distinct tokens for each expert, of the device's own output.
+            for row in tokens_of.chunks(capacity) {
+                assert!(row.windows(2).all(|pair| pair[0] < pair[1]), "{name}: not {capacity} distinct tokens");
+                assert!(row.iter().all(|&t| (0..tokens as i32).contains(&t)), "{name}: token out of range");
+            }
+            assert_eq!(tokens_of, run().0, "{name}: another run chose otherwise");
+            time(&stream, &name, || drop(run()));
+            input.assert_unchanged(&stream);
+        }
+    }
+}
+
+pub fn check_token_slots(rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for (tokens, slots) in [(1, 0), (1, 70), (5, 3), (33, 500), (700, 64), (600, 5000)] {
+        for skew in [1, 4] {
+            let desc = TokenSlotsDesc { tokens, slots };
+            let name = format!("{desc:?} skew {skew}");
+            // Some slots are nobody's; with skew few tokens have most.
+            let slot_token: Vec<i32> = (0..slots)
+                .map(|_| match rng.u32(..12) {
+                    0 => -1,
+                    1 => tokens as i32,
+                    _ => (tokens as f64 * rng.f64().powi(skew)) as i32,
+                })
+                .collect();
+            let listed: Vec<i32> =
+                slot_token.iter().map(|&t| if (0..tokens as i32).contains(&t) { t } else { -1 }).collect();
+            let want = reference::token_slots(&listed, tokens).unwrap();
+            let input = Guarded::input(&stream, "slot_token", &slot_token);
+            let mut offsets = Guarded::<i32>::output(&stream, "offsets", tokens + 1);
+            let mut output = Guarded::<i32>::output(&stream, "slots", slots);
+            let bytes = expert_choice::token_slots_workspace_bytes(&desc, kernels.device()).unwrap();
+            let mut workspace = Workspace::new(&stream, bytes).unwrap();
+            for run in 0..2 {
+                let args = TokenSlotsArgs {
+                    slot_token: &input.view(),
+                    offsets: &mut offsets.view_mut(),
+                    slots: &mut output.view_mut(),
+                    workspace: &mut workspace,
+                };
+                expert_choice::token_slots(kernels, &stream, &desc, args).unwrap();
+                assert_eq!(offsets.read(&stream), want.offsets, "{name}, run {run}: offsets");
+                let got = output.read(&stream);
+                assert_eq!(got[..want.slots.len()], want.slots, "{name}, run {run}: slots");
+                assert!(got[want.slots.len()..].iter().all(|&junk| junk == -1), "{name}: written past the last slot");
+            }
+            input.assert_unchanged(&stream);
+        }
+    }
+}
+
+pub fn check_combine(variant: CombineRagged, rng: &mut fastrand::Rng) {
+    match variant.dtype {
+        Dtype::Bf16 => combine::<bf16>(rng),
+        Dtype::F16 => combine::<f16>(rng),
+        Dtype::F32 => combine::<f32>(rng),
+    }
+}
+
+fn combine<T: Storage>(rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let dtype = <T as Element>::DTYPE;
+    for (tokens, slots, hidden) in [(1, 1, 8), (9, 40, 72), (50, 30, 256), (3, 100, 2056), (4, 0, 8)] {
+        let name = format!("{dtype}, {tokens} tokens, {slots} slots, hidden {hidden}");
+        let slot_token: Vec<i32> = (0..slots).map(|_| rng.usize(..tokens) as i32).collect();
+        let of: TokenSlots = reference::token_slots(&slot_token, tokens).unwrap();
+        let y_slots = normals::<T>(rng, slots * hidden, 1.0);
+        let (residual, addend) = (normals::<T>(rng, tokens * hidden, 1.0), normals::<T>(rng, tokens * hidden, 1.0));
+        let weights: Vec<f32> = (0..slots).map(|_| rng.f32()).collect();
+        let [weighted, with_residual, with_addend] = [rng.bool(), rng.bool(), rng.bool()];
+        let want = reference::combine_ragged(
+            &y_slots,
+            &of,
+            weighted.then_some(weights.as_slice()),
+            with_residual.then_some(residual.as_slice()),
+            with_addend.then_some(addend.as_slice()),
+            hidden,
+        )
+        .unwrap();
+
+        let rows = Guarded::input(&stream, "y_slots", &y_slots);
+        let offsets = Guarded::input(&stream, "offsets", &of.offsets);
+        let lists = Guarded::input(&stream, "token_slots", &of.slots);
+        let weights = Guarded::input(&stream, "slot_weight", &weights);
+        let (residual, addend) =
+            (Guarded::input(&stream, "residual", &residual), Guarded::input(&stream, "addend", &addend));
+        let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
+        let desc = CombineRaggedDesc { dtype, tokens, slots, hidden };
+        let mut run = || {
+            let (weights, residual, addend) = (weights.view(), residual.view(), addend.view());
+            let args = CombineRaggedArgs {
+                y_slots: &rows.view(),
+                offsets: &offsets.view(),
+                token_slots: &lists.view(),
+                slot_weight: weighted.then_some(&weights as _),
+                residual: with_residual.then_some(&residual as _),
+                addend: with_addend.then_some(&addend as _),
+                y: &mut y.view_mut(),
+            };
+            expert_choice::combine(kernels, &stream, &desc, args).unwrap();
+            y.read(&stream)
+        };
+        let got = run();
+        assert_rounded_once(&name, &to_f64(&got), &want, dtype);
+        let bytes = |values: &[T]| bytemuck::cast_slice::<T, u8>(values).to_vec();
+        assert_eq!(bytes(&got), bytes(&run()), "{name}: another run gave other bits");
+        time(&stream, &name, || drop(run()));
+        rows.assert_unchanged(&stream);
+    }
+}
