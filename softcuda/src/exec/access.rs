@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use super::fault::FaultKind;
 use super::interpreter::Isa;
 use super::lanes::{FULL, File, LANES, active};
+use super::observe::{AccessKind, Engine, Touch};
 use super::state::{Machine, Outcome, Raw};
 use super::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::lower::ir::{Access, Address, Order, Reg};
@@ -181,14 +182,6 @@ impl Machine<'_, '_> {
             }
         }
     }
-
-    /// Counts an access where the launch is counted.
-    #[inline(always)]
-    pub fn observe(&mut self, space: Option<Space>, addresses: &[u64; LANES], mask: u32, bytes: u32, pc: u32) {
-        if self.worker.tally.is_some() {
-            self.count_access(space, addresses, mask, bytes, pc);
-        }
-    }
 }
 
 /// `ld` on the lanes of a mask.
@@ -228,7 +221,7 @@ fn load_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Out
     let addresses = addresses(file, &x.address);
     let bytes = x.bytes * x.regs.len() as u32;
     let places = m.resolve(x.space, &addresses, mask, bytes)?;
-    m.observe(x.space, &addresses, mask, bytes, pc);
+    m.observe(&touch(AccessKind::Read, x, &addresses, mask, bytes), pc);
     // SAFETY: `resolve` has checked that every active lane's bytes are live and aligned.
     unsafe {
         if x.order != Order::Weak {
@@ -270,7 +263,7 @@ fn store_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Ou
         return Err(Raw::new(FaultKind::InvalidAddressSpace, mask, "a store to the kernel's parameters"));
     }
     let places = m.resolve(x.space, &addresses, mask, bytes)?;
-    m.observe(x.space, &addresses, mask, bytes, pc);
+    m.observe(&touch(AccessKind::Write, x, &addresses, mask, bytes), pc);
     // SAFETY: `resolve` has checked that every active lane's bytes are live and aligned.
     unsafe {
         if x.order != Order::Weak {
@@ -304,6 +297,12 @@ fn store_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Ou
         }
     }
     Ok(())
+}
+
+#[inline(always)]
+fn touch<'t>(kind: AccessKind, x: &Access, addresses: &'t [u64; LANES], mask: u32, bytes: u32) -> Touch<'t> {
+    let (engine, order, scope) = (Engine::Thread, x.order, x.scope);
+    Touch { kind, engine, space: x.space, addresses, mask, bytes, order, scope }
 }
 
 /// Lanes access adjacent elements of `step` bytes in order.

@@ -9,6 +9,7 @@ use super::lanes::{File, LANES, active};
 use super::numeric::float;
 use super::numeric::rounding::{Format, Round, add_odd, round};
 use super::numeric::{BF16, BF16x2, F16, F16x2};
+use super::observe::{AccessKind, Engine, Touch};
 use super::state::{Machine, Outcome, Raw};
 use crate::lower::ir::{Atom, AtomOp};
 use crate::ptx::ast::{Space, Type};
@@ -22,7 +23,17 @@ pub fn run(m: &mut Machine, file: File, x: &Atom, mask: u32, pc: u32) -> Outcome
         return Err(Raw::new(FaultKind::InvalidAddressSpace, 1 << i, message));
     }
     let places = m.resolve(x.space, &at, mask, x.ty.bytes())?;
-    m.observe(x.space, &at, mask, x.ty.bytes(), pc);
+    let touch = Touch {
+        kind: AccessKind::Atomic,
+        engine: Engine::Thread,
+        space: x.space,
+        addresses: &at,
+        mask,
+        bytes: x.ty.bytes(),
+        order: x.order,
+        scope: x.scope,
+    };
+    m.observe(&touch, pc);
     let b = get(file, x.b);
     let c = x.c.map_or([0; LANES], |c| get(file, c));
     let mut old = [0; LANES];

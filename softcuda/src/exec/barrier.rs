@@ -2,6 +2,7 @@
 
 use super::fault::FaultKind;
 use super::lanes::{File, active};
+use super::observe::SyncEvent;
 use super::state::{Barrier, Block, Group, GroupState, Machine, Outcome, Raw, Worker};
 use crate::lower::ir::{self, BarrierKind, Extra};
 use crate::lower::isa::Width;
@@ -58,6 +59,7 @@ impl Machine<'_, '_> {
             let arrived = b.arrived;
             return illegal(format!("{arrived} threads arrive at barrier {id}, which expects {n}"));
         }
+        self.observe_sync(SyncEvent::BarrierArrive { id: id as u32, mask }, pc);
         if x.kind == BarrierKind::Arrive {
             // Merged lanes may have come with the running group.
             self.step();
@@ -76,7 +78,7 @@ impl Machine<'_, '_> {
 
 impl Block {
     /// Opens the barriers at which all expected threads have arrived; `true` if any warp can go on.
-    pub fn release(&mut self, worker: &Worker) -> bool {
+    pub fn release(&mut self, worker: &mut Worker) -> bool {
         let mut any = false;
         for id in 0..16 {
             let b = self.shared.barriers[id];
@@ -89,6 +91,7 @@ impl Block {
             }
             self.shared.barriers[id] = Barrier::default();
             for warp in &mut self.warps {
+                let mut left = 0;
                 let file = File {
                     bases: [warp.file.as_mut_ptr(), worker.constants],
                     predicates: warp.predicates.as_mut_ptr(),
@@ -103,7 +106,16 @@ impl Block {
                     g.pc += 1;
                     g.state = GroupState::Ready;
                     any = true;
+                    left |= g.mask;
                 }
+                if left != 0 && worker.watched {
+                    let mut m = Machine { worker, shared: &mut self.shared, warp };
+                    m.observe_sync(SyncEvent::BarrierLeave { id: id as u32, mask: left }, 0);
+                }
+            }
+            if worker.watched {
+                let mut m = Machine { worker, shared: &mut self.shared, warp: &mut self.warps[0] };
+                m.observe_sync(SyncEvent::BarrierComplete { id: id as u32 }, 0);
             }
         }
         any

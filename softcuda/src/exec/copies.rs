@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use super::access::{addresses, get};
 use super::fault::FaultKind;
 use super::lanes::{File, LANES, active};
+use super::observe::{AccessKind, Engine, Touch};
 use super::state::{Machine, Outcome, Raw};
 use crate::lower::ir::CopyAsync;
 use crate::ptx::ast::Space;
@@ -79,10 +80,14 @@ pub fn issue(m: &mut Machine, file: File, x: &CopyAsync, mask: u32, pc: u32) -> 
     } else {
         check_partial(m, &from, &length, reading, x.bytes)?;
     }
-    m.observe(Some(Space::Shared), &to, mask, x.bytes, pc);
+    let touch = |kind, space, addresses, mask| Touch {
+        engine: Engine::CopyAsync,
+        ..Touch::weak(kind, Some(space), addresses, mask, x.bytes)
+    };
     if reading != 0 {
-        m.observe(Some(Space::Global), &from, reading, x.bytes, pc);
+        m.observe(&touch(AccessKind::Read, Space::Global, &from, reading), pc);
     }
+    m.observe(&touch(AccessKind::Write, Space::Shared, &to, mask), pc);
     let copies = &mut m.warp.copies;
     let fresh = Copy { mask, bytes: x.bytes, to: places, from, length, group: copies.committed };
     for i in active(mask) {

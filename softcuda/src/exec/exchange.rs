@@ -2,6 +2,7 @@
 
 use super::fault::FaultKind;
 use super::lanes::{File, LANES, active};
+use super::observe::SyncEvent;
 use super::state::{Group, GroupState, Machine, Outcome, Raw};
 use crate::lower::ir::{AtomOp, Exchange, ExchangeKind, Extra, ShflMode, VoteMode};
 use crate::lower::isa::Width;
@@ -16,6 +17,7 @@ impl Machine<'_, '_> {
         let live = self.warp.live();
         if first & live == mask && active(mask).all(|i| members[i] == first) {
             perform(file, x, mask);
+            self.met(x.kind, mask, pc);
             return Ok(true);
         }
         self.gather(file, x, pc, mask, &members)?;
@@ -45,8 +47,10 @@ impl Machine<'_, '_> {
             rest &= !set;
             if set == value & live {
                 perform(file, x, set);
+                self.met(x.kind, set, pc);
                 done |= set;
             } else if x.kind == ExchangeKind::Barrier && self.meet_elsewhere(file, pc, set, value & live, value) {
+                self.met(x.kind, value & live, pc);
                 done |= set;
             }
         }
@@ -61,6 +65,14 @@ impl Machine<'_, '_> {
             }
         }
         Ok(())
+    }
+
+    fn met(&mut self, kind: ExchangeKind, mask: u32, pc: u32) {
+        let event = match kind {
+            ExchangeKind::Barrier => SyncEvent::WarpBarrier { mask },
+            _ => SyncEvent::Exchange { mask },
+        };
+        self.observe_sync(event, pc);
     }
 
     /// `bar.warp.sync` may be met at another one with the same mask, as in the two branches of an `if`.

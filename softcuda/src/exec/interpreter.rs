@@ -3,6 +3,7 @@
 
 use super::fault::FaultKind;
 use super::lanes::{File, LANES};
+use super::observe::SyncEvent;
 use super::rows;
 use super::state::{Group, GroupState, Machine, Outcome, Raw};
 use crate::lower::ir::{Extra, Op};
@@ -259,8 +260,14 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let Extra::CopyAsync(x) = extra() else { unreachable!() };
                 super::copies::issue(m, file, x, mask, pc)?;
             }
-            Code::CopyCommit => m.warp.copies.commit(mask),
-            Code::CopyWait => super::copies::wait(m, op.x, mask),
+            Code::CopyCommit => {
+                m.warp.copies.commit(mask);
+                m.observe_sync(SyncEvent::CopyCommit { mask }, pc);
+            }
+            Code::CopyWait => {
+                super::copies::wait(m, op.x, mask);
+                m.observe_sync(SyncEvent::CopyWait { keep: op.x, mask }, pc);
+            }
             Code::Arith => {
                 let Extra::Arith(x) = extra() else { unreachable!() };
                 super::scalar::arith(file, x, mask);
@@ -281,7 +288,11 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
             Code::Activemask => {
                 file.store32(op.d, mask, &[mask; LANES]);
             }
-            Code::Fence => std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst),
+            Code::Fence => {
+                let Extra::Fence(order, scope) = *extra() else { unreachable!() };
+                std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+                m.observe_sync(SyncEvent::Fence { order, scope, mask }, pc);
+            }
             Code::Nop => {}
             Code::Trap => return Err(Raw::new(FaultKind::Trap, mask, "the kernel executed `trap`")),
             Code::Assert => {

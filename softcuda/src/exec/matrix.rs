@@ -3,6 +3,7 @@
 
 use super::access::addresses;
 use super::lanes::{FULL, File, LANES};
+use super::observe::{AccessKind, Touch};
 use super::state::{Machine, Outcome};
 use crate::lower::ir::MatrixMove;
 use crate::ptx::ast::Space;
@@ -17,7 +18,8 @@ pub fn run(m: &mut Machine, file: File, x: &MatrixMove, store: bool, pc: u32) ->
     let mask = if count == 4 { FULL } else { (1 << (8 * count)) - 1 };
     let space = if x.generic { None } else { Some(Space::Shared) };
     let places = m.resolve(space, &at, mask, ROW)?;
-    m.observe(space, &at, mask, ROW, pc);
+    let kind = if store { AccessKind::Write } else { AccessKind::Read };
+    m.observe(&Touch::weak(kind, space, &at, mask, ROW), pc);
     // SAFETY: `resolve` has checked all rows; slots are those of this kernel.
     unsafe {
         for (i, reg) in x.regs.iter().enumerate() {

@@ -17,6 +17,7 @@ mod matrix;
 mod mma;
 mod mma_x86;
 pub(crate) mod numeric;
+pub mod observe;
 mod rows;
 mod scalar;
 mod schedule;
@@ -59,6 +60,8 @@ pub struct Config {
     pub max_resident_blocks: usize,
     /// Fill [`Counters`]; slower.
     pub count: bool,
+    /// Who sees what the launch does; slower.
+    pub watches: Vec<std::sync::Arc<dyn observe::Watch>>,
     /// A launch that runs longer is a fault ([`FaultKind::LaunchTimeout`]).
     pub timeout: Option<std::time::Duration>,
 }
@@ -72,6 +75,7 @@ impl Default for Config {
             compute_capability: (8, 0),
             max_resident_blocks: 64,
             count: false,
+            watches: Vec::new(),
             timeout: None,
         }
     }

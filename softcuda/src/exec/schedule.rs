@@ -11,6 +11,7 @@ use super::copies::Copies;
 use super::fault::{Fault, FaultKind};
 use super::interpreter::{self, Isa, Stop};
 use super::lanes::Buffer;
+use super::observe::{BlockEvent, BlockSite};
 use super::state::{Barrier, Block, Group, GroupState, Machine, Shared, Warp, Worker, mix};
 use super::tally::Tally;
 use super::{Counters, Launch};
@@ -47,6 +48,7 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
     let threads = if l.config.threads == 0 { *CORES } else { l.config.threads };
     let threads = threads.min(usize::try_from(total).unwrap_or(usize::MAX)).max(1);
     let merged = Mutex::new(Counters::default());
+    l.config.watches.iter().for_each(|w| w.begin(l, grid_id));
     let work = || {
         let mut worker = worker(l, &constants, &params, grid_id);
         if let Err(fault) = run_blocks(&mut worker, l, &common) {
@@ -67,6 +69,7 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
             work();
         });
     }
+    l.config.watches.iter().for_each(|w| w.end(l, grid_id));
     if let Some(fault) = common.fault.into_inner().unwrap_or_else(|e| e.into_inner()) {
         return Err(fault);
     }
@@ -123,8 +126,9 @@ fn aligned(params: &[u8]) -> Buffer {
     buffer
 }
 
-fn worker<'a>(l: &Launch<'a>, constants: &Buffer, params: &'a Buffer, grid_id: u64) -> Worker<'a> {
+fn worker<'a>(l: &'a Launch<'a>, constants: &Buffer, params: &'a Buffer, grid_id: u64) -> Worker<'a> {
     let body = &l.kernel.body;
+    let observers: Vec<_> = l.config.watches.iter().filter_map(|w| w.observer(l, grid_id)).collect();
     Worker {
         kernel: l.kernel,
         body,
@@ -139,6 +143,8 @@ fn worker<'a>(l: &Launch<'a>, constants: &Buffer, params: &'a Buffer, grid_id: u
         clock: 0,
         allocations: Vec::new(),
         tally: l.config.count.then(|| Box::new(Tally::new(body.blocks.len(), l.kernel.lines.len()))),
+        watched: l.config.count || !observers.is_empty(),
+        observers,
         isa: Isa::detect(),
         grid_id,
         spare: VecDeque::new(),
@@ -171,6 +177,7 @@ fn run_blocks(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fa
         match round(worker, &mut current.block)? {
             Round::Finished => {
                 let done = resident.pop_front().expect("there is a current block");
+                tell(worker, &done.block, BlockEvent::End);
                 if let Some(t) = &mut worker.tally {
                     t.finished_blocks += 1;
                     t.finished_warps += done.block.warps.len() as u64;
@@ -254,7 +261,20 @@ fn start(worker: &mut Worker, l: &Launch, linear: u64) -> Block {
         warp.copies.clear();
         warp.local.fill(pattern);
     }
+    tell(worker, &block, BlockEvent::Begin);
     block
+}
+
+/// Tells observers of a block's start or end.
+fn tell(worker: &mut Worker, block: &Block, event: BlockEvent) {
+    let site = BlockSite {
+        block: block.shared.linear,
+        cluster: block.shared.linear,
+        threads: block.shared.threads,
+        shared_bytes: block.shared.bytes,
+        local_bytes: worker.kernel.local_bytes,
+    };
+    worker.observers.iter_mut().for_each(|o| o.block(&site, event));
 }
 
 fn new_warp(worker: &Worker, index: u32, threads: u32) -> Warp {

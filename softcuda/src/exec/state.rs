@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use super::copies::Copies;
 use super::fault::{Fault, FaultKind};
 use super::lanes::{Buffer, File};
+use super::observe::Observer;
 use super::tally::Tally;
 use super::{Config, GlobalMemory};
 use crate::lower::Kernel;
@@ -117,6 +118,9 @@ pub struct Worker<'a> {
     /// Allocations seen so far, the one used last first.
     pub allocations: Vec<(u64, u64)>,
     pub tally: Option<Box<Tally>>,
+    pub observers: Vec<Box<dyn Observer + 'a>>,
+    /// Somebody counts or observes.
+    pub watched: bool,
     pub isa: super::interpreter::Isa,
     pub grid_id: u64,
     /// Parts of finished blocks for new ones.

@@ -41,14 +41,26 @@ pub struct Address {
     pub offset: i64,
 }
 
-/// Memory ordering of an access; every scope is treated as the whole system.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Memory ordering of an access or a fence. The executor treats every scope as the whole system; checkers do not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Order {
     Weak,
     /// Also `.volatile`.
     Relaxed,
     Acquire,
     Release,
+    AcqRel,
+    /// Sequentially consistent fences.
+    SeqCst,
+}
+
+/// Threads among which an order holds (PTX ISA 8.5).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scope {
+    Cta,
+    Cluster,
+    Gpu,
+    Sys,
 }
 
 /// `ld` and `st`.
@@ -64,6 +76,7 @@ pub struct Access {
     /// One register for each element; `None` for `_`.
     pub regs: Vec<Option<Reg>>,
     pub order: Order,
+    pub scope: Scope,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,6 +103,8 @@ pub struct Atom {
     pub d: Option<Reg>,
     pub b: Reg,
     pub c: Option<Reg>,
+    pub order: Order,
+    pub scope: Scope,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -278,6 +293,8 @@ pub enum Extra {
     TestSpace(Reg, Reg, Space),
     /// `nanosleep` and other instructions that only read registers.
     Reads(Vec<Reg>),
+    /// `fence` and `membar`.
+    Fence(Order, Scope),
     /// A failed device-side assertion: message, file, line, function, as addresses.
     Assert(Vec<Reg>),
 }
@@ -341,6 +358,7 @@ impl Extra {
                 f(d, Use::Write);
                 f(a, Use::Read);
             }
+            Self::Fence(..) => {}
             Self::Reads(regs) | Self::Assert(regs) => regs.iter_mut().for_each(|r| f(r, Use::Read)),
         }
     }
@@ -412,6 +430,7 @@ impl Code {
                 | Mma
                 | BrxIdx
                 | Sleep
+                | Fence
                 | Assert
         )
     }

@@ -3,7 +3,7 @@
 use super::{Class, unknown};
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Item, Result, Symbol};
-use crate::lower::ir::{Access, Address, Extra, Order};
+use crate::lower::ir::{Access, Address, Extra, Order, Scope};
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::{count, describe};
@@ -208,6 +208,7 @@ impl Builder<'_> {
             signed: false,
             regs: vec![Some(value)],
             order: Order::Weak,
+            scope: Scope::Cta,
         };
         self.emit_extra(Code::Store, Extra::Access(access));
         Ok(Symbol::Variable { space: Space::Local, address })

@@ -3,7 +3,7 @@
 use super::{Class, unknown};
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result};
-use crate::lower::ir::{Access, Atom, AtomOp, CopyAsync, Extra, Order};
+use crate::lower::ir::{Access, Atom, AtomOp, CopyAsync, Extra, Order, Scope};
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::{count, describe, dotted};
@@ -20,7 +20,8 @@ const SPACES: &[(&str, Space)] = &[
     ("param::func", Space::Param),
 ];
 
-const SCOPES: &[(&str, ())] = &[("cta", ()), ("cluster", ()), ("gpu", ()), ("sys", ())];
+pub(super) const SCOPES: &[(&str, Scope)] =
+    &[("cta", Scope::Cta), ("cluster", Scope::Cluster), ("gpu", Scope::Gpu), ("sys", Scope::Sys)];
 
 /// Hints on caching and eviction, which change no result.
 const CACHE_HINTS: &[(&str, ())] = &[
@@ -126,8 +127,16 @@ impl Builder<'_> {
             (Some(Space::Global) | None, false) => Class::GlobalStore,
             _ => Class::OtherMemory,
         });
-        let access =
-            Access { space, address, bytes: ty.bytes(), signed: matches!(ty, S8 | S16 | S32 | S64), regs, order };
+        let access = Access {
+            space,
+            address,
+            bytes: ty.bytes(),
+            signed: matches!(ty, S8 | S16 | S32 | S64),
+            regs,
+            order,
+            // `.volatile` is `.relaxed.sys` (PTX ISA 8.4).
+            scope: scope.unwrap_or(Scope::Sys),
+        };
         self.emit_extra(if load { Code::Load } else { Code::Store }, Extra::Access(access));
         Ok(())
     }
@@ -138,11 +147,18 @@ impl Builder<'_> {
         let mut m = Modifiers::new(i);
         let atom = i.opcode == "atom";
         // `red` returns nothing that could be acquired.
-        let acquires = m.one_of(&[("relaxed", false), ("release", false), ("acquire", true), ("acq_rel", true)]);
-        if !atom && acquires == Some(true) {
+        let order = m.one_of(&[
+            ("relaxed", Order::Relaxed),
+            ("release", Order::Release),
+            ("acquire", Order::Acquire),
+            ("acq_rel", Order::AcqRel),
+        ]);
+        if !atom && matches!(order, Some(Order::Acquire | Order::AcqRel)) {
             return Err(unknown(i));
         }
-        m.one_of(SCOPES);
+        // Without them, `.relaxed` and `.gpu` (PTX ISA 9.7.13.5).
+        let order = order.unwrap_or(Order::Relaxed);
+        let scope = m.one_of(SCOPES).unwrap_or(Scope::Gpu);
         let space = m.one_of(&[("global", Space::Global), ("shared", Space::Shared), ("shared::cta", Space::Shared)]);
         let op = m.required(
             "an operation",
@@ -192,7 +208,7 @@ impl Builder<'_> {
         let b = self.source_reg(&operands[at + 1], ty)?;
         let c = if op == Cas { Some(self.source_reg(&operands[at + 2], ty)?) } else { None };
         self.class = Some(Class::Atomic);
-        self.emit_extra(Code::Atom, Extra::Atom(Atom { op, ty, space, address, d, b, c }));
+        self.emit_extra(Code::Atom, Extra::Atom(Atom { op, ty, space, address, d, b, c, order, scope }));
         Ok(())
     }
 

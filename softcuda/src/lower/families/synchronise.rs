@@ -1,9 +1,10 @@
 //! Barriers, fences and sleep (PTX ISA 9.7.13, 9.7.19).
 
+use super::memory::SCOPES;
 use super::{Class, unknown};
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result};
-use crate::lower::ir::{Barrier, BarrierKind, Exchange, ExchangeKind, Extra};
+use crate::lower::ir::{Barrier, BarrierKind, Exchange, ExchangeKind, Extra, Order, Scope};
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::{count, describe};
@@ -85,19 +86,27 @@ impl Builder<'_> {
         self.source_reg(o, Type::U32)
     }
 
-    /// All orders and scopes become the strongest one.
+    /// The executor takes all orders and scopes as the strongest one; checkers are told what they are.
     pub(super) fn fence(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
-        if i.opcode == "membar" {
-            m.required("a level", &[("cta", ()), ("gl", ()), ("sys", ())])?;
+        let (order, scope) = if i.opcode == "membar" {
+            // `membar.{cta,gl,sys}` is `fence.sc` of the scope (PTX ISA 9.7.13.4).
+            let levels = &[("cta", Scope::Cta), ("gl", Scope::Gpu), ("sys", Scope::Sys)];
+            (Order::SeqCst, m.required("a level", levels)?)
         } else {
-            m.one_of(&[("sc", ()), ("acq_rel", ()), ("acquire", ()), ("release", ())]);
-            m.required("a scope", &[("cta", ()), ("cluster", ()), ("gpu", ()), ("sys", ())])?;
-        }
+            let orders = [
+                ("sc", Order::SeqCst),
+                ("acq_rel", Order::AcqRel),
+                ("acquire", Order::Acquire),
+                ("release", Order::Release),
+            ];
+            // Without one it is `.acq_rel`.
+            (m.one_of(&orders).unwrap_or(Order::AcqRel), m.required("a scope", SCOPES)?)
+        };
         m.finish()?;
         count(&i.operands, 0..=0)?;
         self.class = Some(Class::Synchronise);
-        self.emit_plain(Code::Fence, 0);
+        self.emit_extra(Code::Fence, Extra::Fence(order, scope));
         Ok(())
     }
 

@@ -1,0 +1,126 @@
+//! Checkers: observers of running kernels that find what a GPU would do wrong silently, each its own module and switch.
+//!
+//! All are silent on correct programs. What each can see and what it cannot stands in its module's documentation.
+//!
+//! A checker is a [`Watch`](crate::exec::observe::Watch) that reports to the [`Findings`] that it was made with. [`Checks`] holds
+//! the ones that are switched on, and what the host does to memory.
+
+mod finding;
+
+use std::fmt;
+use std::sync::Arc;
+
+pub use finding::{Finding, Findings, Place};
+
+use crate::exec::observe::Watch;
+
+/// The checkers there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Checker {
+    /// Bounds, alignment, use after free, leaks.
+    Memory,
+    /// Reads of bytes that nothing has written.
+    Init,
+    /// Accesses that nothing orders.
+    Race,
+    /// Barriers: divergent or mismatched ones, misuse, deadlock.
+    Sync,
+    /// Asynchronous copies and products: data used before it is there, buffers reused while they are read.
+    Async,
+}
+
+impl Checker {
+    /// Every checker.
+    pub const ALL: [Checker; 5] = [Checker::Memory, Checker::Init, Checker::Race, Checker::Sync, Checker::Async];
+
+    /// The word in `SOFTCUDA_CHECKS`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Checker::Memory => "memory",
+            Checker::Init => "init",
+            Checker::Race => "race",
+            Checker::Sync => "sync",
+            Checker::Async => "async",
+        }
+    }
+}
+
+impl fmt::Display for Checker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Which checkers are on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Selection(u8);
+
+impl Selection {
+    pub const NONE: Selection = Selection(0);
+    pub const ALL: Selection = Selection((1 << Checker::ALL.len()) - 1);
+
+    pub fn of(checkers: &[Checker]) -> Selection {
+        Selection(checkers.iter().fold(0, |bits, &c| bits | 1 << c as u8))
+    }
+
+    pub fn has(self, checker: Checker) -> bool {
+        self.0 >> checker as u8 & 1 == 1
+    }
+
+    /// Names separated by commas; `all`, and `none` or nothing.
+    ///
+    /// # Errors
+    /// The word that names no checker.
+    pub fn parse(text: &str) -> Result<Selection, String> {
+        let mut selection = Selection::NONE;
+        for word in text.split(',').map(str::trim).filter(|w| !w.is_empty()) {
+            let named = Checker::ALL.into_iter().find(|c| c.name() == word);
+            match (word, named) {
+                ("all", _) => selection = Selection::ALL,
+                ("none", _) => selection = Selection::NONE,
+                (_, Some(checker)) => selection.0 |= Selection::of(&[checker]).0,
+                _ => return Err(word.to_owned()),
+            }
+        }
+        Ok(selection)
+    }
+}
+
+/// Checkers that are on, with what they have found. Lives across launches, for memory does.
+#[derive(Debug, Default)]
+pub struct Checks {
+    findings: Arc<Findings>,
+    watches: Vec<Arc<dyn Watch>>,
+}
+
+impl Checks {
+    pub fn new(selection: Selection) -> Checks {
+        let findings = Arc::new(Findings::default());
+        let watches: Vec<Arc<dyn Watch>> = Vec::new();
+        let _ = selection;
+        Checks { findings, watches }
+    }
+
+    /// For [`Config::watches`](crate::exec::Config::watches).
+    pub fn watches(&self) -> Vec<Arc<dyn Watch>> {
+        self.watches.clone()
+    }
+
+    pub fn findings(&self) -> &Findings {
+        &self.findings
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selections_name_checkers() {
+        assert_eq!(Selection::parse("race, init"), Ok(Selection::of(&[Checker::Init, Checker::Race])));
+        assert_eq!(Selection::parse("all"), Ok(Selection::ALL));
+        assert_eq!(Selection::parse(""), Ok(Selection::NONE));
+        assert_eq!(Selection::parse("memory,rice"), Err("rice".into()));
+        assert!(Selection::ALL.has(Checker::Async) && !Selection::NONE.has(Checker::Memory));
+    }
+}

@@ -1,0 +1,235 @@
+//! Hooks on what a running kernel does, for checkers and profiles. Nothing here changes what a program computes, and with no
+//! watch in [`Config::watches`](super::Config::watches) an access costs one test of a flag.
+//!
+//! A [`Watch`] lives as long as its owner wants and sees launch after launch; for each host thread of a launch it makes an
+//! [`Observer`], which sees the events of the blocks that this thread runs, each block's in the order of execution. Blocks of
+//! one cluster are always run by one thread. What threads of the host have to share, the watch shares.
+
+use std::fmt::Debug;
+
+use super::Launch;
+use super::lanes::{LANES, active};
+use super::state::Machine;
+use crate::lower::Kernel;
+use crate::ptx::ast::Space;
+
+pub use crate::lower::ir::{Order, Scope};
+
+/// Sees launches.
+pub trait Watch: Send + Sync + Debug {
+    /// Before the first block of a launch.
+    fn begin(&self, _launch: &Launch, _grid: u64) {}
+    /// One for each host thread of the launch; `None` to see nothing of it.
+    fn observer<'a>(&'a self, launch: &'a Launch<'a>, grid: u64) -> Option<Box<dyn Observer + 'a>>;
+    /// After the last block, whether or not the launch ended in a fault.
+    fn end(&self, _launch: &Launch, _grid: u64) {}
+}
+
+/// Sees the events of one host thread.
+pub trait Observer {
+    /// A warp instruction touches memory. Comes before the access itself, after its addresses have been checked.
+    fn memory(&mut self, _site: &Site, _event: &MemoryEvent) {}
+    /// A warp synchronises, or an asynchronous operation goes a step further.
+    fn sync(&mut self, _site: &Site, _event: &SyncEvent) {}
+    /// A block starts or ends.
+    fn block(&mut self, _block: &BlockSite, _event: BlockEvent) {}
+}
+
+/// Where in the launch an event happens.
+#[derive(Debug, Clone, Copy)]
+pub struct Site<'e> {
+    pub kernel: &'e Kernel,
+    /// The block's position in launch order.
+    pub block: u64,
+    pub block_id: [u32; 3],
+    /// Extents of a block.
+    pub shape: [u32; 3],
+    /// Index in the block.
+    pub warp: u32,
+    /// One-based line of the PTX.
+    pub line: u32,
+}
+
+/// A block that starts or ends.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockSite {
+    /// Position in launch order.
+    pub block: u64,
+    /// First block of its cluster, in launch order.
+    pub cluster: u64,
+    pub threads: u32,
+    pub shared_bytes: u32,
+    pub local_bytes: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockEvent {
+    Begin,
+    End,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum AccessKind {
+    Read,
+    Write,
+    /// A read and a write that nothing comes between.
+    Atomic,
+}
+
+/// Who carries an access out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Engine {
+    /// The thread itself.
+    Thread,
+    /// `cp.async`.
+    CopyAsync,
+    /// `cp.async.bulk` and `cp.async.bulk.tensor`: the asynchronous proxy.
+    Bulk,
+    /// `wgmma`: the asynchronous proxy.
+    Wgmma,
+}
+
+/// One warp instruction's access to one state space.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryEvent<'e> {
+    pub kind: AccessKind,
+    pub engine: Engine,
+    /// `Global`, `Shared` or `Local`. Constants and parameters are not reported.
+    pub space: Space,
+    /// Device addresses, or offsets into the owner's shared or the thread's local memory.
+    pub addresses: &'e [u64; LANES],
+    pub mask: u32,
+    /// Bytes that one lane touches.
+    pub bytes: u32,
+    pub order: Order,
+    pub scope: Scope,
+    /// For shared memory: the block that it belongs to, by position in launch order.
+    pub owner: u64,
+}
+
+/// What is not an access to memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SyncEvent {
+    /// Lanes arrive at barrier `id` of the block.
+    BarrierArrive { id: u32, mask: u32 },
+    /// Lanes go on from the barrier, for all have arrived.
+    BarrierLeave { id: u32, mask: u32 },
+    /// After the last leave: the barrier is as new.
+    BarrierComplete { id: u32 },
+    /// `bar.warp.sync` among these lanes.
+    WarpBarrier { mask: u32 },
+    /// `shfl`, `vote`, `match`, `redux`, `elect` among these lanes: they meet, but memory is not ordered.
+    Exchange { mask: u32 },
+    /// `fence` and `membar`.
+    Fence { order: Order, scope: Scope, mask: u32 },
+    /// `cp.async.commit_group`.
+    CopyCommit { mask: u32 },
+    /// `cp.async.wait_group`: all but each lane's last `keep` groups have landed.
+    CopyWait { keep: u32, mask: u32 },
+}
+
+/// An access before it is split by state space.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Touch<'t> {
+    pub kind: AccessKind,
+    pub engine: Engine,
+    /// `None` for generic addresses.
+    pub space: Option<Space>,
+    pub addresses: &'t [u64; LANES],
+    pub mask: u32,
+    pub bytes: u32,
+    pub order: Order,
+    pub scope: Scope,
+}
+
+impl<'t> Touch<'t> {
+    /// A weak access by the threads themselves.
+    pub fn weak(
+        kind: AccessKind,
+        space: Option<Space>,
+        addresses: &'t [u64; LANES],
+        mask: u32,
+        bytes: u32,
+    ) -> Touch<'t> {
+        let (engine, order, scope) = (Engine::Thread, Order::Weak, Scope::Cta);
+        Touch { kind, engine, space, addresses, mask, bytes, order, scope }
+    }
+}
+
+impl<'a> Machine<'_, 'a> {
+    /// Tells whoever watches of an access whose addresses have been checked.
+    #[inline(always)]
+    pub(super) fn observe(&mut self, touch: &Touch, pc: u32) {
+        if self.worker.watched {
+            self.report_access(touch, pc);
+        }
+    }
+
+    /// Tells whoever watches of anything else.
+    #[inline(always)]
+    pub(super) fn observe_sync(&mut self, event: SyncEvent, pc: u32) {
+        if self.worker.watched {
+            self.report_sync(event, pc);
+        }
+    }
+
+    fn site(&self, pc: u32) -> Site<'a> {
+        Site {
+            kernel: self.worker.kernel,
+            block: self.shared.linear,
+            block_id: self.shared.block,
+            shape: self.worker.block,
+            warp: self.warp.index,
+            line: self.line(pc),
+        }
+    }
+
+    #[inline(never)]
+    fn report_sync(&mut self, event: SyncEvent, pc: u32) {
+        let site = self.site(pc);
+        for observer in &mut self.worker.observers {
+            observer.sync(&site, &event);
+        }
+    }
+
+    #[inline(never)]
+    fn report_access(&mut self, t: &Touch, pc: u32) {
+        self.count_access(t.space, t.addresses, t.mask, t.bytes, pc);
+        if self.worker.observers.is_empty() {
+            return;
+        }
+        let site = self.site(pc);
+        let mut split = |space: Space, addresses: &[u64; LANES], mask: u32| {
+            let event = MemoryEvent {
+                kind: t.kind,
+                engine: t.engine,
+                space,
+                addresses,
+                mask,
+                bytes: t.bytes,
+                order: t.order,
+                scope: t.scope,
+                owner: site.block,
+            };
+            for observer in &mut self.worker.observers {
+                observer.memory(&site, &event);
+            }
+        };
+        match t.space {
+            Some(space @ (Space::Global | Space::Shared | Space::Local)) => split(space, t.addresses, t.mask),
+            Some(_) => {}
+            None => {
+                for space in [Space::Global, Space::Shared, Space::Local] {
+                    let inside = |&i: &usize| super::access::space_of(t.addresses[i]) == space;
+                    let mask = active(t.mask).filter(inside).fold(0, |m, i| m | 1 << i);
+                    if mask == 0 {
+                    } else if space == Space::Global {
+                        split(space, t.addresses, mask);
+                    } else {
+                        split(space, &t.addresses.map(|a| a & 0x00ff_ffff_ffff_ffff), mask);
+                    }
+                }
+            }
+        }
+    }
+}
