@@ -99,13 +99,20 @@ pub fn install() -> Result<Installed, InstallError> {
     if let Some(done) = &*installed {
         return Ok(done.clone());
     }
+    let new = load(library()?)?;
+    Ok(installed.insert(new).clone())
+}
+
+/// The driver's file, sought as [`install`] says.
+///
+/// # Errors
+/// There is none, or the platform has none.
+pub fn library() -> Result<PathBuf, InstallError> {
     if !cfg!(target_os = "linux") {
         return Err(InstallError::Platform);
     }
     let candidates = candidates();
-    let path = candidates.iter().find(|path| path.is_file()).cloned().ok_or(InstallError::NotFound(candidates))?;
-    let new = load(path)?;
-    Ok(installed.insert(new).clone())
+    candidates.iter().find(|path| path.is_file()).cloned().ok_or(InstallError::NotFound(candidates))
 }
 
 fn candidates() -> Vec<PathBuf> {

@@ -33,4 +33,4 @@ mod report;
 #[cfg(unix)]
 pub use control::{Control, LaunchRecord};
 #[cfg(unix)]
-pub use install::{Choice, InstallError, Installed, install, install_if_no_gpu};
+pub use install::{Choice, InstallError, Installed, install, install_if_no_gpu, library};
