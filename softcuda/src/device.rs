@@ -1,9 +1,17 @@
-//! What the device says it is: an A100 or an H100 in everything that shapes a kernel or a launch.
+//! What the device says it is: an A100, H100, H200 or L4 in everything that shapes a kernel or a launch, and in the rates
+//! from which [`crate::profile`] computes its bounds.
+
+mod models;
+mod occupancy;
+mod source;
 
 use std::fmt;
 
-/// Numbers of a GPU model, as NVIDIA publishes them in the CUDA programming guide's table of technical specifications and
-/// in the architecture white papers.
+pub use models::{A100, H100, H200, L4, MODELS};
+pub use occupancy::{Limiter, Occupancy, SHARED_UNIT, occupancy};
+pub use source::{Figure, Source};
+
+/// Numbers of a GPU model, as NVIDIA publishes them; [`Description::figures`] lists each with the document it is from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Description {
     /// Short name, as in `SOFTCUDA_DEVICE`.
@@ -23,7 +31,60 @@ pub struct Description {
     pub bus_bits: u32,
     /// Device memory in bytes.
     pub memory_bytes: u64,
+    /// Threads that a multiprocessor holds at once, at most.
+    pub threads_per_sm: u32,
+    /// Blocks that a multiprocessor holds at once, at most.
+    pub blocks_per_sm: u32,
+    /// L1 data cache and shared memory of a multiprocessor together, in bytes.
+    pub l1_shared_bytes: u32,
+    pub rates: Rates,
+    /// Where the numbers are from, by the names that [`Description::figures`] gives them.
+    pub sources: &'static [Source],
 }
+
+/// What the units of a GPU do in a clock. Rates of arithmetic are results of one multiprocessor; a warp instruction is 32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rates {
+    /// Warp instructions that the schedulers of a multiprocessor issue.
+    pub issue: u32,
+    /// f32 add, multiply, multiply-add.
+    pub float: u32,
+    /// f16 add, multiply, multiply-add; two results for each lane of a packed instruction.
+    pub half: u32,
+    /// f64 add, multiply, multiply-add.
+    pub double: u32,
+    /// 32-bit integer add, multiply-add, logic, compare.
+    pub integer: u32,
+    /// Approximate reciprocal, square root, exponential, logarithm, sine, cosine.
+    pub special: u32,
+    /// Conversions between types of at most 32 bits.
+    pub convert: u32,
+    /// Warp shuffles.
+    pub exchange: u32,
+    /// Lanes of loads and stores.
+    pub load_store: u32,
+    /// Bytes that a multiprocessor's shared memory and L1 cache deliver.
+    pub shared_bytes: u32,
+    /// Bytes that the whole L2 cache delivers; `None` where it is not known.
+    pub l2_bytes: Option<u32>,
+    /// Bytes a second of device memory, in either direction.
+    pub dram_bytes_per_second: u64,
+    /// Clock in kHz at which tensor cores reach their published peak on types of at most 32 bits.
+    pub tensor_clock_khz: u32,
+    /// Dense multiply-adds of a multiprocessor's tensor cores by type of the factors; 0 where they do not take the type.
+    pub tensor_f16: u32,
+    pub tensor_bf16: u32,
+    pub tensor_tf32: u32,
+    pub tensor_f64: u32,
+    pub tensor_int8: u32,
+    pub tensor_fp8: u32,
+}
+
+/// Bytes of a sector, the unit in which caches are filled and memory is moved; see the Nsight Compute documentation,
+/// "Metrics Decoder".
+pub const SECTOR_BYTES: u32 = 32;
+/// Bytes of a line of the L1 and L2 caches; same source.
+pub const LINE_BYTES: u32 = 128;
 
 /// Threads of a block, at most.
 pub const MAX_THREADS_PER_BLOCK: u32 = 1024;
@@ -38,41 +99,11 @@ pub const SHARED_RESERVED: u32 = 1 << 10;
 /// Registers of a multiprocessor, and of a block at most.
 pub const REGISTERS: u32 = 65536;
 pub const MAX_REGISTERS_PER_THREAD: u32 = 255;
-pub const MAX_THREADS_PER_SM: u32 = 2048;
-pub const MAX_BLOCKS_PER_SM: u32 = 32;
 pub const WARP_SIZE: u32 = 32;
 /// Blocks of a cluster that every device of compute capability 9.0 can hold.
 pub const MAX_PORTABLE_CLUSTER: u32 = 8;
 /// The same with the function's consent to non-portable sizes.
 pub const MAX_CLUSTER: u32 = 16;
-
-/// NVIDIA A100, 80 GB, SXM.
-pub const A100: Description = Description {
-    model: "a100",
-    compute_capability: (8, 0),
-    sm_count: 108,
-    shared_per_sm: 164 << 10,
-    shared_per_block_optin: 163 << 10,
-    l2_bytes: 40 << 20,
-    clock_khz: 1_410_000,
-    memory_clock_khz: 1_593_000,
-    bus_bits: 5120,
-    memory_bytes: 80 << 30,
-};
-
-/// NVIDIA H100, 80 GB, SXM.
-pub const H100: Description = Description {
-    model: "h100",
-    compute_capability: (9, 0),
-    sm_count: 132,
-    shared_per_sm: 228 << 10,
-    shared_per_block_optin: 227 << 10,
-    l2_bytes: 50 << 20,
-    clock_khz: 1_980_000,
-    memory_clock_khz: 2_619_000,
-    bus_bits: 5120,
-    memory_bytes: 80 << 30,
-};
 
 /// An environment variable that does not say what it should.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -84,7 +115,7 @@ pub struct SettingError {
 }
 
 impl Description {
-    /// The device that `SOFTCUDA_DEVICE` (`a100` or `h100`, the default) and `SOFTCUDA_MEMORY_MIB` ask for.
+    /// The device that `SOFTCUDA_DEVICE` (`a100`, `h100`, the default, `h200` or `l4`) and `SOFTCUDA_MEMORY_MIB` ask for.
     ///
     /// # Errors
     /// Either variable has another value.
@@ -93,9 +124,9 @@ impl Description {
         let variable = "SOFTCUDA_DEVICE";
         let mut device = match read(variable) {
             None => H100,
-            Some(name) => [A100, H100].into_iter().find(|device| device.model == name).ok_or(SettingError {
+            Some(name) => Description::named(&name).ok_or(SettingError {
                 variable,
-                expected: "`a100` or `h100`",
+                expected: "`a100`, `h100`, `h200` or `l4`",
                 found: name,
             })?,
         };
@@ -106,6 +137,11 @@ impl Description {
             device.memory_bytes = mib << 20;
         }
         Ok(device)
+    }
+
+    /// The device of this short name, as `SOFTCUDA_DEVICE` spells it.
+    pub fn named(model: &str) -> Option<Description> {
+        MODELS.into_iter().find(|device| device.model == model)
     }
 
     /// The name that `cuDeviceGetName` gives: never one that hardware has.
@@ -149,7 +185,7 @@ impl Description {
             36 => self.memory_clock_khz,
             37 => self.bus_bits,
             38 => self.l2_bytes,
-            39 => MAX_THREADS_PER_SM,
+            39 => self.threads_per_sm,
             // ASYNC_ENGINE_COUNT, UNIFIED_ADDRESSING, PCI_DOMAIN_ID, TEXTURE_PITCH_ALIGNMENT
             40 => 3,
             41 => 1,
@@ -165,7 +201,7 @@ impl Description {
             83 => 1,
             84..=86 => 0,
             // SINGLE_TO_DOUBLE_PRECISION_PERF_RATIO
-            87 => 2,
+            87 => self.rates.float / self.rates.double,
             // PAGEABLE_MEMORY_ACCESS, CONCURRENT_MANAGED_ACCESS, COMPUTE_PREEMPTION_SUPPORTED
             88 => 0,
             89 | 90 => 1,
@@ -177,7 +213,7 @@ impl Description {
             97 => self.shared_per_block_optin,
             // Flushing of remote writes, host registration, page tables, virtual memory management, shareable handles
             98..=105 => 0,
-            106 => MAX_BLOCKS_PER_SM,
+            106 => self.blocks_per_sm,
             // GENERIC_COMPRESSION, persisting L2, access policy window, GPU Direct
             107..=110 => 0,
             111 => SHARED_RESERVED,
@@ -215,9 +251,13 @@ mod tests {
     #[test]
     fn attributes_tell_the_models_apart() {
         // COMPUTE_CAPABILITY_MAJOR, MULTIPROCESSOR_COUNT, MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CLUSTER_LAUNCH
-        for (number, a100, h100) in [(75, 8, 9), (16, 108, 132), (97, 166_912, 232_448), (120, 0, 1)] {
-            assert_eq!((A100.attribute(number), H100.attribute(number)), (Some(a100), Some(h100)), "{number}");
+        for (number, a100, h100, l4) in
+            [(75, 8, 9, 8), (16, 108, 132, 58), (97, 166_912, 232_448, 101_376), (120, 0, 1, 0), (39, 2048, 2048, 1536)]
+        {
+            let found = [A100, H100, L4].map(|device| device.attribute(number));
+            assert_eq!(found, [Some(a100), Some(h100), Some(l4)], "{number}");
         }
+        assert_eq!(MODELS.map(|device| device.attribute(87)), [Some(2), Some(2), Some(2), Some(64)]);
         assert_eq!(H100.attribute(0), None);
         assert_eq!(H100.attribute(500), None);
         assert!((1..=161).all(|number| A100.attribute(number).is_some()));

@@ -6,37 +6,16 @@ use super::launch::{LaunchConfig, config_parts};
 use super::status::{CUresult, Outcome};
 use super::{api, driver, out};
 use crate::device::{
-    Description, MAX_BLOCKS_PER_SM, MAX_CLUSTER, MAX_PORTABLE_CLUSTER, MAX_THREADS_PER_BLOCK, MAX_THREADS_PER_SM,
-    REGISTERS, SHARED_RESERVED, WARP_SIZE,
+    Description, MAX_CLUSTER, MAX_PORTABLE_CLUSTER, MAX_THREADS_PER_BLOCK, SHARED_RESERVED, SHARED_UNIT, WARP_SIZE,
 };
-
-/// Registers are allocated to warps in units of this many.
-const REGISTER_UNIT: u32 = 256;
-/// Warps of a multiprocessor are spread over this many partitions.
-const PARTITIONS: u32 = 4;
-/// Shared memory is allocated in units of this many bytes.
-const SHARED_UNIT: u64 = 128;
 
 /// `CUoccupancyB2DSize`: dynamic shared memory as a function of the block size.
 type SharedOfBlock = Option<unsafe extern "C" fn(i32) -> usize>;
 
 /// Blocks of `threads` threads that one multiprocessor holds at once.
 pub(super) fn blocks_per_sm(device: &Description, function: &Function, threads: u32, dynamic_shared: u64) -> u64 {
-    if threads == 0 || threads > MAX_THREADS_PER_BLOCK {
-        return 0;
-    }
-    let warps = threads.div_ceil(WARP_SIZE);
-    let by_threads = MAX_THREADS_PER_SM / (warps * WARP_SIZE);
-    let per_warp = (function.registers() * WARP_SIZE).next_multiple_of(REGISTER_UNIT);
-    let resident_warps = REGISTERS / per_warp / PARTITIONS * PARTITIONS;
-    let by_registers = resident_warps / warps;
     let shared = u64::from(function.kernel.static_shared_bytes) + dynamic_shared;
-    if shared > device.shared_per_block_optin.into() {
-        return 0;
-    }
-    let shared = (shared + u64::from(SHARED_RESERVED)).next_multiple_of(SHARED_UNIT);
-    let by_shared = u64::from(device.shared_per_sm) / shared;
-    u64::from(by_threads.min(by_registers).min(MAX_BLOCKS_PER_SM)).min(by_shared)
+    crate::device::occupancy(device, function.registers(), threads, shared).blocks.into()
 }
 
 /// Threads of a block, 0 where there are too many to count.
