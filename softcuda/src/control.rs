@@ -1,7 +1,7 @@
 //! The safe face of the controls that the loaded driver exports.
 
 use std::collections::BTreeMap;
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, CString, c_char};
 
 use libloading::os::unix::Library;
 
@@ -24,6 +24,8 @@ pub struct Control {
     counters: unsafe extern "C" fn(*mut c_char, usize) -> usize,
     set_executing: unsafe extern "C" fn(bool),
     last_fault: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    set_checks: unsafe extern "C" fn(*const c_char) -> bool,
+    findings: unsafe extern "C" fn(*mut c_char, usize) -> usize,
 }
 
 /// One line of the launch log.
@@ -61,6 +63,8 @@ impl Control {
                 counters: *library.get(b"softcuda_counters\0")?,
                 set_executing: *library.get(b"softcuda_set_executing\0")?,
                 last_fault: *library.get(b"softcuda_last_fault\0")?,
+                set_checks: *library.get(b"softcuda_set_checks\0")?,
+                findings: *library.get(b"softcuda_findings\0")?,
             })
         }
     }
@@ -81,6 +85,20 @@ impl Control {
     pub fn set_threads(&self, threads: usize) {
         // SAFETY: takes any value.
         unsafe { (self.set_threads)(threads as u64) }
+    }
+
+    /// Switches checkers on, and forgets findings: names as [`crate::check::Selection::parse`] reads them. `false` if one is unknown.
+    ///
+    /// Memory that is allocated already counts as written.
+    pub fn set_checks(&self, names: &str) -> bool {
+        let Ok(names) = CString::new(names) else { return false };
+        // SAFETY: a NUL-terminated text.
+        unsafe { (self.set_checks)(names.as_ptr()) }
+    }
+
+    /// What the checkers have found since they were switched on, a line each.
+    pub fn findings(&self) -> Vec<String> {
+        read(self.findings).lines().map(str::to_owned).collect()
     }
 
     /// Sets after how many milliseconds a launch fails with `CUDA_ERROR_LAUNCH_TIMEOUT`; 0 for never.

@@ -6,8 +6,13 @@
 //! the ones that are switched on, and what the host does to memory.
 
 mod finding;
+mod init;
+mod memory;
+mod shadow;
 
 use std::fmt;
+use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use finding::{Finding, Findings, Place};
@@ -87,18 +92,63 @@ impl Selection {
 }
 
 /// Checkers that are on, with what they have found. Lives across launches, for memory does.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Checks {
+    selection: Selection,
     findings: Arc<Findings>,
     watches: Vec<Arc<dyn Watch>>,
+    memory: Option<Arc<memory::Memory>>,
+    init: Option<Arc<init::Init>>,
 }
 
 impl Checks {
-    pub fn new(selection: Selection) -> Checks {
+    /// Checkers for a device whose global memory has addresses of `range`. Whoever owns the memory tells of allocations and of
+    /// the host's accesses; what was allocated before counts as written once it is told as such.
+    ///
+    /// # Errors
+    /// The host grants no address space for a shadow.
+    pub fn new(selection: Selection, range: Range<u64>) -> io::Result<Checks> {
         let findings = Arc::new(Findings::default());
-        let watches: Vec<Arc<dyn Watch>> = Vec::new();
-        let _ = selection;
-        Checks { findings, watches }
+        let mut watches: Vec<Arc<dyn Watch>> = Vec::new();
+        let on = |checker| selection.has(checker).then(|| Arc::clone(&findings));
+        let memory = on(Checker::Memory).map(|f| Arc::new(memory::Memory::new(f)));
+        watches.extend(memory.clone().map(|w| w as Arc<dyn Watch>));
+        let init = on(Checker::Init).map(|f| init::Init::new(f, range).map(Arc::new)).transpose()?;
+        watches.extend(init.clone().map(|w| w as Arc<dyn Watch>));
+        Ok(Checks { selection, findings, watches, memory, init })
+    }
+
+    /// Which checkers these are.
+    pub fn selection(&self) -> Selection {
+        self.selection
+    }
+
+    /// Memory was allocated; `written` if whoever allocated it has filled it or may fill it unseen.
+    pub fn allocated(&self, address: u64, bytes: u64, written: bool) {
+        if let Some(init) = &self.init {
+            init.allocated(address, bytes, written);
+        }
+    }
+
+    /// An allocation outlives its context.
+    pub fn leaked(&self, address: u64, bytes: u64, serial: u64) {
+        if let Some(memory) = &self.memory {
+            memory.leaked(address, bytes, serial);
+        }
+    }
+
+    /// The host, or the driver in its name, wrote device memory.
+    pub fn host_wrote(&self, address: u64, bytes: u64) {
+        if let Some(init) = &self.init {
+            init.written(address, bytes);
+        }
+    }
+
+    /// The device copied memory outside any kernel.
+    pub fn copied(&self, from: u64, to: u64, bytes: u64) {
+        if let Some(init) = &self.init {
+            init.copied(from, to, bytes);
+        }
     }
 
     /// For [`Config::watches`](crate::exec::Config::watches).

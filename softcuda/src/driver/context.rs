@@ -71,6 +71,7 @@ impl Context {
         super::function::FUNCTIONS.retain(|function| function.context != self.handle);
         if let Ok(driver) = driver() {
             for addr in lock(&self.allocations).drain() {
+                super::checks::leaked(addr);
                 let _ = driver.memory.free(addr);
             }
         }

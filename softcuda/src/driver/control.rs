@@ -48,6 +48,7 @@ pub(super) fn config(device: &Description) -> Config {
         sm_count: device.sm_count,
         compute_capability: device.compute_capability,
         count: COUNTING.load(Ordering::Relaxed),
+        watches: super::checks::watches(),
         timeout: (timeout > 0).then(|| Duration::from_millis(timeout)),
         ..Config::default()
     }
@@ -86,7 +87,7 @@ pub(super) fn record_fault(text: &str) {
 }
 
 /// Copies as much of `text` as fits, NUL-terminated, and returns its whole length in bytes without the NUL.
-unsafe fn give(text: &str, to: *mut c_char, len: usize) -> usize {
+pub(super) unsafe fn give(text: &str, to: *mut c_char, len: usize) -> usize {
     if !to.is_null() && len > 0 {
         let fits = text.len().min(len - 1);
         // SAFETY: the caller's buffer has `len` bytes, of which `fits + 1` are written.

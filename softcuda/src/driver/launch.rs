@@ -10,7 +10,7 @@ use super::handles::Handle;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
 use super::work::Op;
-use super::{api, control, driver, occupancy};
+use super::{api, checks, control, driver, occupancy};
 use crate::device::{MAX_BLOCK, MAX_CLUSTER, MAX_GRID, MAX_PORTABLE_CLUSTER, MAX_THREADS_PER_BLOCK};
 use crate::exec::{self, FaultKind, Launch};
 
@@ -115,7 +115,9 @@ impl LaunchSpec {
             memory: &driver.memory,
             config: &config,
         };
-        let fault = match exec::launch(&launch) {
+        let outcome = exec::launch(&launch);
+        checks::print_new();
+        let fault = match outcome {
             Ok(counters) => {
                 control::record_counters(&kernel.name, &counters);
                 return Ok(());

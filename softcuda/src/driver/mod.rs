@@ -9,13 +9,15 @@
 //! standard error that names it.
 //!
 //! `cuGetErrorString` appends what the driver knows beyond the code. Environment: `SOFTCUDA_DEVICE`, `SOFTCUDA_MEMORY_MIB`
-//! ([`crate::device`]), `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_LOG=1` (every failure on standard error).
+//! ([`crate::device`]), `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_CHECKS` ([`crate::check`]), `SOFTCUDA_FINDINGS` (a file that
+//! gets a line for each finding), `SOFTCUDA_LOG=1` (every failure on standard error).
 
 // The names and the safety contracts are those of the CUDA driver API reference.
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
 
 mod absent;
 mod capture;
+mod checks;
 mod context;
 mod control;
 mod copy;
@@ -78,7 +80,7 @@ fn initialize() -> Outcome {
     let memory = Memory::new(device.memory_bytes)
         .map_err(|error| CUresult::ERROR_OPERATING_SYSTEM.with(format!("no address space: {error}")))?;
     let _ = DRIVER.set(Driver { device, memory });
-    Ok(())
+    checks::read_environment()
 }
 
 fn driver() -> Outcome<&'static Driver> {

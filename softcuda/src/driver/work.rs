@@ -3,9 +3,9 @@
 use std::ffi::c_void;
 
 use super::context::Context;
-use super::driver;
 use super::launch::LaunchSpec;
 use super::status::{CUresult, Failure, Outcome};
+use super::{checks, driver};
 use crate::memory::MemoryError;
 
 /// Which ends of a copy must be allocations of this device; other ends may be any host memory.
@@ -100,10 +100,12 @@ impl Op {
                     // SAFETY: device ranges were checked, host ranges are the caller's to vouch for. The ranges may
                     // overlap.
                     unsafe { std::ptr::copy(src as *const u8, dst as *mut u8, bytes as usize) };
+                    checks::copied(src, dst, bytes);
                 }
                 Ok(())
             }
             Op::Set { dst, value, width, count } => {
+                checks::wrote(dst, count * u64::from(width));
                 let count = count as usize;
                 // SAFETY: `check` has seen that the whole range is allocated and aligned.
                 unsafe {

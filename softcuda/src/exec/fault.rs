@@ -30,7 +30,7 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
-    fn text(self) -> &'static str {
+    pub(crate) fn text(self) -> &'static str {
         match self {
             Self::IllegalAddress => "illegal address",
             Self::MisalignedAddress => "misaligned address",
@@ -57,6 +57,8 @@ pub struct Fault {
     pub text: String,
     pub block: [u32; 3],
     pub thread: [u32; 3],
+    /// Extents of a block.
+    pub shape: [u32; 3],
     /// The address accessed, for faults of memory.
     pub address: Option<u64>,
     /// State space of the access: `global`, `shared`, `local`, `param`, `const`.
@@ -75,6 +77,7 @@ impl Fault {
             text: String::new(),
             block: [0; 3],
             thread: [0; 3],
+            shape: [1; 3],
             address: None,
             space: None,
             bytes: None,

@@ -7,9 +7,9 @@
 
 use std::fmt::Debug;
 
-use super::Launch;
 use super::lanes::{LANES, active};
 use super::state::Machine;
+use super::{Fault, Launch};
 use crate::lower::Kernel;
 use crate::ptx::ast::Space;
 
@@ -21,6 +21,8 @@ pub trait Watch: Send + Sync + Debug {
     fn begin(&self, _launch: &Launch, _grid: u64) {}
     /// One for each host thread of the launch; `None` to see nothing of it.
     fn observer<'a>(&'a self, launch: &'a Launch<'a>, grid: u64) -> Option<Box<dyn Observer + 'a>>;
+    /// The launch ends in a fault.
+    fn fault(&self, _fault: &Fault) {}
     /// After the last block, whether or not the launch ended in a fault.
     fn end(&self, _launch: &Launch, _grid: u64) {}
 }

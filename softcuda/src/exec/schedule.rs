@@ -71,6 +71,7 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
     }
     l.config.watches.iter().for_each(|w| w.end(l, grid_id));
     if let Some(fault) = common.fault.into_inner().unwrap_or_else(|e| e.into_inner()) {
+        l.config.watches.iter().for_each(|w| w.fault(&fault));
         return Err(fault);
     }
     let mut counters = merged.into_inner().unwrap_or_else(|e| e.into_inner());

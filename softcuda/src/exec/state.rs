@@ -184,6 +184,7 @@ impl Machine<'_, '_> {
             text: self.text(line).to_string(),
             block: self.shared.block,
             thread: self.thread(raw.lane),
+            shape: self.worker.block,
             address: raw.address,
             space: raw.space,
             bytes: raw.bytes,

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::exec::GlobalMemory;
 use arena::{Arena, CHUNK};
@@ -74,12 +74,18 @@ pub enum MemoryError {
     Host(#[from] io::Error),
 }
 
+/// Sees allocations as they are made.
+pub trait AllocationWatch: Send + Sync {
+    fn allocated(&self, allocation: &Allocation);
+}
+
 /// The device's global memory. See the [module](self) for what it does to find mistakes.
 pub struct Memory {
     total: u64,
     range: Range<u64>,
     generation: AtomicU64,
     state: RwLock<State>,
+    watch: RwLock<Option<Arc<dyn AllocationWatch>>>,
 }
 
 struct State {
@@ -107,7 +113,7 @@ impl Memory {
         let range = arena.range();
         let state =
             State { arena, live: BTreeMap::new(), history: History::default(), used: 0, serial: 0, small: None };
-        Ok(Memory { total, range, generation: AtomicU64::new(0), state: RwLock::new(state) })
+        Ok(Memory { total, range, generation: AtomicU64::new(0), state: RwLock::new(state), watch: RwLock::default() })
     }
 
     /// [`Memory::alloc_kind`] of device memory.
@@ -139,9 +145,25 @@ impl Memory {
         state.used += counted;
         state.serial += 1;
         let serial = state.serial;
-        state.live.insert(start, Allocation { start, end, kind, serial });
+        let allocation = Allocation { start, end, kind, serial };
+        state.live.insert(start, allocation);
         self.generation.fetch_add(1, Ordering::Release);
+        drop(state);
+        if let Some(watch) = &*self.watch.read().unwrap_or_else(PoisonError::into_inner) {
+            watch.allocated(&allocation);
+        }
         Ok(start)
+    }
+
+    /// Sets who sees allocations from now on, and returns those that are live already.
+    pub fn watch(&self, watch: Option<Arc<dyn AllocationWatch>>) -> Vec<Allocation> {
+        *self.watch.write().unwrap_or_else(PoisonError::into_inner) = watch;
+        self.read().live.values().copied().collect()
+    }
+
+    /// All addresses that allocations may have.
+    pub fn range(&self) -> Range<u64> {
+        self.range.clone()
     }
 
     /// Frees the allocation that starts at `addr`.

@@ -1,0 +1,144 @@
+//! The memory and initialisation checkers as a CUDA program meets them: through the driver, which tells them of allocations
+//! and of the host's copies.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::{CudaContext, CudaFunction, LaunchConfig, PushKernelArg, sys};
+use softcuda::Control;
+
+const PTX: &str = "
+.version 7.0
+.target sm_80
+.address_size 64
+
+// out[i] = in[i]
+.visible .entry copy(.param .u64 to, .param .u64 from)
+{
+    .reg .u64 %to, %from, %at;
+    .reg .u32 %i, %v;
+    ld.param.u64 %to, [to];
+    ld.param.u64 %from, [from];
+    mov.u32 %i, %tid.x;
+    mul.wide.u32 %at, %i, 4;
+    add.u64 %from, %from, %at;
+    add.u64 %to, %to, %at;
+    ld.global.u32 %v, [%from];
+    st.global.u32 [%to], %v;
+    ret;
+}
+
+// Reads shared memory that only the first half of the block has written.
+.visible .entry half_shared(.param .u64 to)
+{
+    .shared .align 4 .b8 buffer[256];
+    .reg .u64 %to;
+    .reg .u32 %i, %v, %at, %base;
+    .reg .pred %low;
+    ld.param.u64 %to, [to];
+    mov.u32 %i, %tid.x;
+    mov.u32 %base, buffer;
+    mad.lo.u32 %at, %i, 4, %base;
+    setp.lt.u32 %low, %i, 32;
+    @%low st.shared.u32 [%at], %i;
+    bar.sync 0;
+    ld.shared.u32 %v, [%at];
+    st.global.u32 [%to], %v;
+    ret;
+}
+";
+
+/// The checkers belong to the process: one test at a time.
+fn device(checks: &str) -> (MutexGuard<'static, ()>, Control, std::sync::Arc<CudaContext>) {
+    static ONE: Mutex<()> = Mutex::new(());
+    let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let control = *softcuda::install().unwrap().control();
+    let context = CudaContext::new(0).unwrap();
+    assert!(control.set_checks(checks));
+    (one, control, context)
+}
+
+fn function(context: &std::sync::Arc<CudaContext>, name: &str) -> CudaFunction {
+    context.load_module(cudarc::nvrtc::Ptx::from_src(PTX)).unwrap().load_function(name).unwrap()
+}
+
+const ONE_BLOCK: LaunchConfig = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (64, 1, 1), shared_mem_bytes: 0 };
+
+#[test]
+fn reads_of_unwritten_global_memory_are_found() {
+    let (_one, control, context) = device("init");
+    let stream = context.default_stream();
+    let copy = function(&context, "copy");
+    // SAFETY: written below, by half.
+    let from = unsafe { stream.alloc::<u32>(64) }.unwrap();
+    let mut to = stream.alloc_zeros::<u32>(64).unwrap();
+    let mut half = from.clone();
+    stream.memcpy_htod(&[1u32; 40], &mut half.slice_mut(..40)).unwrap();
+    let mut launch = stream.launch_builder(&copy);
+    launch.arg(&mut to).arg(&half);
+    // SAFETY: 64 threads copy 64 elements.
+    unsafe { launch.launch(ONE_BLOCK) }.unwrap();
+    let findings = control.findings();
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    let expected = "read, but not all of it was ever written, and so do 23 more lanes; kernel `copy`, line 17: \
+                    `ld.global.u32 %v, [%from];`, block (0, 0, 0), warp 1, lane 8";
+    assert!(findings[0].starts_with("init: global memory at 0x") && findings[0].ends_with(expected), "{}", findings[0]);
+}
+
+#[test]
+fn written_memory_is_no_finding_however_it_was_written() {
+    let (_one, control, context) = device("all");
+    let stream = context.default_stream();
+    let copy = function(&context, "copy");
+    let from = stream.clone_htod(&[7u32; 64]).unwrap();
+    let (mut a, mut b) = (stream.alloc_zeros::<u32>(64).unwrap(), stream.alloc_zeros::<u32>(64).unwrap());
+    for (to, from) in [(&mut a, &from), (&mut b, &from.clone())] {
+        let mut launch = stream.launch_builder(&copy);
+        launch.arg(to).arg(from);
+        // SAFETY: 64 threads copy 64 elements.
+        unsafe { launch.launch(ONE_BLOCK) }.unwrap();
+    }
+    assert_eq!(stream.clone_dtoh(&b).unwrap(), [7; 64]);
+    assert_eq!(control.findings(), Vec::<String>::new());
+}
+
+#[test]
+fn reads_of_unwritten_shared_memory_are_found() {
+    let (_one, control, context) = device("init");
+    let stream = context.default_stream();
+    let kernel = function(&context, "half_shared");
+    let mut to = stream.alloc_zeros::<u32>(1).unwrap();
+    let mut launch = stream.launch_builder(&kernel);
+    launch.arg(&mut to);
+    // SAFETY: one element is written.
+    unsafe { launch.launch(ONE_BLOCK) }.unwrap();
+    let findings = control.findings();
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    let expected = "init: shared memory at 0x80 (4 bytes) is read, but not all of it was ever written, and so do 31 more \
+                    lanes; kernel `half_shared`, line 36: `ld.shared.u32 %v, [%at];`, block (0, 0, 0), warp 1, lane 0";
+    assert_eq!(findings[0], expected);
+}
+
+#[test]
+fn what_a_destroyed_context_still_holds_is_a_leak() {
+    let (_one, control, _context) = device("memory");
+    let (mut own, mut before, mut address) = (std::ptr::null_mut(), std::ptr::null_mut(), 0);
+    // SAFETY: plain calls of the driver API; the context is made and destroyed here.
+    unsafe {
+        sys::cuCtxGetCurrent(&mut before).result().unwrap();
+        let status = sys::cuCtxCreate_v4(&mut own, std::ptr::null_mut(), 0, 0);
+        status.result().unwrap();
+        sys::cuMemAlloc_v2(&mut address, 100).result().unwrap();
+        sys::cuCtxDestroy_v2(own).result().unwrap();
+        sys::cuCtxSetCurrent(before).result().unwrap();
+    }
+    let findings = control.findings();
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    assert!(findings[0].starts_with(&format!("memory: 100 bytes at {address:#x}, allocation number ")));
+}
+
+#[test]
+fn unknown_checkers_are_refused() {
+    let (_one, control, _context) = device("none");
+    assert!(!control.set_checks("memory,rice"));
+    assert_eq!(control.findings(), Vec::<String>::new());
+}
