@@ -120,6 +120,7 @@ macro_rules! define_codes {
             Arith, Cvt, TestSpace,
             Exchange, Activemask, Barrier, Fence, Sleep,
             LoadMatrix, StoreMatrix, Mma,
+            Cluster,
         }
 
         /// All rows, in the order of [`Code`].
