@@ -16,6 +16,7 @@ mod expert_choice;
 mod gate;
 mod gemm;
 mod hash;
+mod mutants;
 mod router;
 mod sinkhorn;
 mod timing;
@@ -38,11 +39,11 @@ fn main() -> ExitCode {
     }
     let arguments = Arguments::from_args();
     let selected = WildMatch::new(&std::env::var("MOE_CASES").unwrap_or_else(|_| "*".into()));
-    let trials = registry::all()
-        .into_iter()
-        .filter(|kernel| selected.matches(&kernel.name()))
-        .map(|kernel| Trial::test(kernel.name(), move || run(kernel)))
-        .collect();
+    let kernels: Vec<Kernel> = registry::all().into_iter().filter(|kernel| selected.matches(&kernel.name())).collect();
+    if let Ok(limit) = std::env::var("MOE_MUTANTS") {
+        return mutants::report(&kernels, &limit);
+    }
+    let trials = kernels.into_iter().map(|kernel| Trial::test(kernel.name(), move || run(kernel))).collect();
     if !arguments.list {
         println!("seed {} (MOE_SEED)", run_seed());
     }

@@ -10,7 +10,8 @@
 //!
 //! `cuGetErrorString` appends what the driver knows beyond the code. Environment: `SOFTCUDA_DEVICE`, `SOFTCUDA_MEMORY_MIB`
 //! ([`crate::device`]), `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_CHECKS` ([`crate::check`]), `SOFTCUDA_FINDINGS` (a file that
-//! gets a line for each finding), `SOFTCUDA_LOG=1` (every failure on standard error).
+//! gets a line for each finding), `SOFTCUDA_LOG=1` (every failure on standard error), `SOFTCUDA_PATCH`
+//! (a file of lines to replace in kernels).
 
 // The names and the safety contracts are those of the CUDA driver API reference.
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
@@ -32,6 +33,7 @@ mod managed;
 mod memory;
 mod module;
 mod occupancy;
+mod patch;
 mod pool;
 mod proc_address;
 mod status;

@@ -89,7 +89,8 @@ fn clusters(ast: &Ast) -> HashMap<String, [u32; 3]> {
 fn compile(text: &str, context: &Context) -> Outcome<Module> {
     let capability = driver()?.device.compute_capability;
     let invalid = |why: String| CUresult::ERROR_INVALID_PTX.with(why);
-    let ast = ptx::parse(text).map_err(|error| invalid(error.to_string()))?;
+    let text = super::patch::apply(text)?;
+    let ast = ptx::parse(&text).map_err(|error| invalid(error.to_string()))?;
     if ast.version > PTX_VERSION {
         let ((a, b), (c, d)) = (ast.version, PTX_VERSION);
         return Err(CUresult::ERROR_UNSUPPORTED_PTX_VERSION
