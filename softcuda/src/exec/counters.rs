@@ -69,7 +69,8 @@ pub struct LineCounters {
     pub shared: SharedCounters,
 }
 
-/// Matrix instructions by shape and type, e.g. `m16n8k16.f32.bf16.bf16.f32`, counted per warp.
+/// Matrix instructions by shape and type, e.g. `m16n8k16.f32.bf16.bf16.f32`, counted per warp; those of `wgmma`,
+/// e.g. `wgmma.m64n128k16.f32.bf16.bf16`, per warpgroup.
 pub type MatrixOps = BTreeMap<String, u64>;
 
 /// Counters of one launch, or of several added up. All but `launches` stay zero unless

@@ -25,6 +25,8 @@ pub enum Isa {
     Baseline,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
 }
 
 impl Isa {
@@ -39,6 +41,14 @@ impl Isa {
                 && is_x86_feature_detected!("bmi2")
                 && is_x86_feature_detected!("lzcnt")
                 && is_x86_feature_detected!("popcnt");
+            let avx512 = avx2
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if avx512 {
+                return Self::Avx512;
+            }
             if avx2 {
                 return Self::Avx2;
             }
@@ -153,7 +163,7 @@ pub fn run(m: &mut Machine) -> Result<Stop, (Box<Raw>, u32)> {
                         if lanes == u32::MAX && mask == u32::MAX {
                             super::mma::run(m.worker.isa, file, x);
                             if counting {
-                                m.count_mma(x);
+                                m.count_matrix(&x.name);
                             }
                             pc += 1;
                         } else {
@@ -162,7 +172,7 @@ pub fn run(m: &mut Machine) -> Result<Stop, (Box<Raw>, u32)> {
                                 Ok(true) => {
                                     super::mma::run(m.worker.isa, file, x);
                                     if counting {
-                                        m.count_mma(x);
+                                        m.count_matrix(&x.name);
                                     }
                                     m.step();
                                 }
@@ -236,10 +246,6 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let Extra::Barrier(x) = extra() else { unreachable!() };
                 return m.barrier(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
             }
-            Code::Cluster => {
-                let Extra::Cluster(x) = extra() else { unreachable!() };
-                return m.cluster_op(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
-            }
             Code::LoadMatrix | Code::StoreMatrix => {
                 let Extra::MatrixMove { store, inner } = extra() else { unreachable!() };
                 if !m.whole_warp(pc, mask)? {
@@ -247,6 +253,30 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 }
                 super::matrix::run(m, file, inner, *store, pc)?;
                 m.step();
+                return Ok(Next::Reload);
+            }
+            Code::Wgmma => {
+                let Extra::Wgmma(x) = extra() else { unreachable!() };
+                if m.whole_warp(pc, mask)? {
+                    super::wgmma::issue(m, file, x, pc, op.a)?;
+                    if m.warp.index.is_multiple_of(4) {
+                        m.count_matrix(&x.name);
+                    }
+                    m.step();
+                }
+                return Ok(Next::Reload);
+            }
+            Code::WgmmaSync => {
+                let Extra::WgmmaSync(x) = extra() else { unreachable!() };
+                if m.whole_warp(pc, mask)? && super::wgmma::sync(m, file, x, pc)? {
+                    m.step();
+                }
+                return Ok(Next::Reload);
+            }
+            Code::SetMaxRegisters => {
+                if m.whole_warp(pc, mask)? && super::wgmma::adjust(m, op.x & 0xffff, op.x >> 31 == 1)? {
+                    m.step();
+                }
                 return Ok(Next::Reload);
             }
             Code::Sleep => {
@@ -285,7 +315,7 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let addresses = file.lanes64(a.slot);
                 let mut bits = 0;
                 for (i, &address) in addresses.iter().enumerate() {
-                    bits |= u32::from(m.is_in(address, *space)) << i;
+                    bits |= u32::from(super::access::space_of(address) == *space) << i;
                 }
                 file.set_predicate(p.slot, mask, bits);
             }

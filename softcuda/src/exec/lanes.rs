@@ -264,6 +264,13 @@ impl Buffer {
         Self { lines: vec![Line([0; 128]); bytes.div_ceil(128)] }
     }
 
+    /// Makes room for this many bytes; what is there stays.
+    pub fn grow(&mut self, bytes: usize) {
+        if self.lines.len() * 128 < bytes {
+            self.lines.resize(bytes.div_ceil(128), Line([0; 128]));
+        }
+    }
+
     pub fn as_ptr(&self) -> *const u8 {
         self.lines.as_ptr().cast()
     }

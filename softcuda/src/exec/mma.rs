@@ -8,7 +8,7 @@
 
 use super::interpreter::Isa;
 use super::lanes::{FULL, File, LANES};
-use super::numeric::{F16, float};
+use super::numeric::{F16, eight_bit, float};
 use crate::lower::ir::{Mma, MmaType, Reg};
 use crate::ptx::ast::Type;
 
@@ -22,7 +22,7 @@ pub unsafe fn run(isa: Isa, file: File, x: &Mma) {
         match isa {
             Isa::Baseline => run_body(file, x),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => {
+            Isa::Avx2 | Isa::Avx512 => {
                 if !super::mma_x86::run(file, x) {
                     run_avx2(file, x);
                 }
@@ -43,9 +43,24 @@ unsafe fn run_body(file: File, x: &Mma) {
     // SAFETY: passed on to the caller.
     unsafe {
         match x.a_type {
-            MmaType::BF16 => float_mma(file, x, |v| [f32::from_bits(v << 16), f32::from_bits(v & 0xffff_0000)]),
-            MmaType::F16 => float_mma(file, x, |v| [F16(v as u16).to_f32(), F16((v >> 16) as u16).to_f32()]),
-            MmaType::TF32 => float_mma(file, x, |v| [f32::from_bits(v & 0xffff_e000)]),
+            MmaType::BF16 => {
+                let split = |v| [f32::from_bits(v << 16), f32::from_bits(v & 0xffff_0000)];
+                float_mma(file, x, split, split);
+            }
+            MmaType::F16 => {
+                let split = |v| [F16(v as u16).to_f32(), F16((v >> 16) as u16).to_f32()];
+                float_mma(file, x, split, split);
+            }
+            MmaType::TF32 => {
+                let split = |v| [f32::from_bits(v & 0xffff_e000)];
+                float_mma(file, x, split, split);
+            }
+            MmaType::E4M3 | MmaType::E5M2 => {
+                let table = |ty| if ty == MmaType::E4M3 { &eight_bit::E4M3 } else { &eight_bit::E5M2 };
+                let (a, b) = (table(x.a_type), table(x.b_type));
+                let split = |table: &'static [f32; 256]| move |v: u32| v.to_le_bytes().map(|i| table[usize::from(i)]);
+                float_mma(file, x, split(a), split(b));
+            }
             MmaType::F64 => double_mma(file, x),
             MmaType::S8 | MmaType::U8 => integer_mma(file, x),
         }
@@ -55,9 +70,14 @@ unsafe fn run_body(file: File, x: &Mma) {
 /// Columns of an accumulator row as they are kept: the even ones first, as they lie in the registers.
 const COLUMNS: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 
-/// `H` elements to a register: 2 of 16 bits or one tf32.
+/// `H` elements to a register: 4 of fp8, 2 of 16 bits or one tf32.
 #[inline(always)]
-unsafe fn float_mma<const H: usize>(file: File, x: &Mma, split: impl Fn(u32) -> [f32; H]) {
+unsafe fn float_mma<const H: usize>(
+    file: File,
+    x: &Mma,
+    split_a: impl Fn(u32) -> [f32; H],
+    split_b: impl Fn(u32) -> [f32; H],
+) {
     let groups = x.b.len();
     // a[group][half][4 row + t], b[group][half][t][column]; k = (4 group + t) H + half.
     let mut a = [[[0f32; 64]; H]; 2];
@@ -67,7 +87,7 @@ unsafe fn float_mma<const H: usize>(file: File, x: &Mma, split: impl Fn(u32) -> 
             // SAFETY: passed on to the caller.
             let lanes = unsafe { file.lanes32(x.a[2 * group + half_rows].slot) };
             for lane in 0..LANES {
-                let values = split(lanes[lane]);
+                let values = split_a(lanes[lane]);
                 for h in 0..H {
                     a[group][h][32 * half_rows + lane] = values[h];
                 }
@@ -83,7 +103,7 @@ unsafe fn float_mma<const H: usize>(file: File, x: &Mma, split: impl Fn(u32) -> 
         }
         for t in 0..4 {
             for j in 0..8 {
-                let values = split(turned[t][j]);
+                let values = split_b(turned[t][j]);
                 for h in 0..H {
                     b[group][h][t][j] = values[h];
                 }

@@ -6,7 +6,6 @@
 mod access;
 mod atomic;
 mod barrier;
-mod cluster;
 mod copies;
 mod counters;
 mod exchange;
@@ -23,9 +22,9 @@ mod rows;
 mod scalar;
 mod schedule;
 mod specials;
-mod start;
 mod state;
 mod tally;
+mod wgmma;
 
 pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
 pub use fault::{Fault, FaultKind};

@@ -7,7 +7,6 @@
 
 use std::fmt::Debug;
 
-use super::cluster::OFFSET_BITS;
 use super::lanes::{LANES, active};
 use super::state::Machine;
 use super::{Fault, Launch};
@@ -114,25 +113,57 @@ pub struct MemoryEvent<'e> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SyncEvent {
     /// Lanes arrive at barrier `id` of the block.
-    BarrierArrive { id: u32, mask: u32 },
+    BarrierArrive {
+        id: u32,
+        mask: u32,
+    },
     /// Lanes go on from the barrier, for all have arrived.
-    BarrierLeave { id: u32, mask: u32 },
+    BarrierLeave {
+        id: u32,
+        mask: u32,
+    },
     /// After the last leave: the barrier is as new.
-    BarrierComplete { id: u32 },
+    BarrierComplete {
+        id: u32,
+    },
     /// `bar.warp.sync` among these lanes.
-    WarpBarrier { mask: u32 },
+    WarpBarrier {
+        mask: u32,
+    },
     /// `shfl`, `vote`, `match`, `redux`, `elect` among these lanes: they meet, but memory is not ordered.
-    Exchange { mask: u32 },
+    Exchange {
+        mask: u32,
+    },
     /// `fence` and `membar`.
-    Fence { order: Order, scope: Scope, mask: u32 },
-    /// Lanes arrive at the cluster's barrier, with release semantics or relaxed.
-    ClusterArrive { mask: u32, release: bool },
-    /// Lanes go on from the cluster's barrier, with acquire semantics.
-    ClusterLeave { mask: u32 },
+    Fence {
+        order: Order,
+        scope: Scope,
+        mask: u32,
+    },
     /// `cp.async.commit_group`.
-    CopyCommit { mask: u32 },
+    CopyCommit {
+        mask: u32,
+    },
     /// `cp.async.wait_group`: all but each lane's last `keep` groups have landed.
-    CopyWait { keep: u32, mask: u32 },
+    CopyWait {
+        keep: u32,
+        mask: u32,
+    },
+    /// The warp issues its warpgroup's `wgmma.mma_async` of this number, counted from 0. Where it is the first of the
+    /// warpgroup, the product's reads of shared memory follow, as accesses of [`Engine::Wgmma`]; they may be carried out at any
+    /// time until a warp of the warpgroup waits for the product.
+    WgmmaIssue {
+        number: u64,
+        first: bool,
+    },
+    WgmmaFence,
+    WgmmaCommit,
+    /// `wgmma.wait_group`: the warpgroup's products below `complete` no longer read shared memory, and the warp's results of
+    /// them are in its registers.
+    WgmmaWait {
+        keep: u32,
+        complete: u64,
+    },
 }
 
 /// An access before it is split by state space.
@@ -206,13 +237,7 @@ impl<'a> Machine<'_, 'a> {
             return;
         }
         let site = self.site(pc);
-        let (lower, higher) = (&*self.peers.lower, &*self.peers.higher);
-        let owner_of = |field: usize| match field.checked_sub(1).map(|rank| (rank, rank.checked_sub(lower.len()))) {
-            None | Some((_, Some(0))) => site.block,
-            Some((rank, None)) => lower[rank].linear,
-            Some((_, Some(above))) => higher[above - 1].linear,
-        };
-        let mut split = |space: Space, addresses: &[u64; LANES], mask: u32, owner: u64| {
+        let mut split = |space: Space, addresses: &[u64; LANES], mask: u32| {
             let event = MemoryEvent {
                 kind: t.kind,
                 engine: t.engine,
@@ -222,17 +247,14 @@ impl<'a> Machine<'_, 'a> {
                 bytes: t.bytes,
                 order: t.order,
                 scope: t.scope,
-                owner,
+                owner: site.block,
             };
             for observer in &mut self.worker.observers {
                 observer.memory(&site, &event);
             }
         };
         match t.space {
-            Some(space @ (Space::Global | Space::Local)) => split(space, t.addresses, t.mask, site.block),
-            Some(Space::Shared | Space::SharedCluster) => {
-                each_block(t.addresses, t.mask, |field, at, mask| split(Space::Shared, at, mask, owner_of(field)))
-            }
+            Some(space @ (Space::Global | Space::Shared | Space::Local)) => split(space, t.addresses, t.mask),
             Some(_) => {}
             None => {
                 for space in [Space::Global, Space::Shared, Space::Local] {
@@ -240,30 +262,12 @@ impl<'a> Machine<'_, 'a> {
                     let mask = active(t.mask).filter(inside).fold(0, |m, i| m | 1 << i);
                     if mask == 0 {
                     } else if space == Space::Global {
-                        split(space, t.addresses, mask, site.block);
-                    } else if space == Space::Shared {
-                        each_block(t.addresses, mask, |field, at, mask| {
-                            split(Space::Shared, at, mask, owner_of(field))
-                        });
+                        split(space, t.addresses, mask);
                     } else {
-                        split(space, &t.addresses.map(|a| a & 0x00ff_ffff_ffff_ffff), mask, site.block);
+                        split(space, &t.addresses.map(|a| a & 0x00ff_ffff_ffff_ffff), mask);
                     }
                 }
             }
         }
-    }
-}
-
-/// Calls `f` with the offsets of the lanes whose shared addresses are in the same block's memory, for each block in turn: see
-/// [`super::cluster`] for the field that names it.
-fn each_block(addresses: &[u64; LANES], mask: u32, mut f: impl FnMut(usize, &[u64; LANES], u32)) {
-    let field = |i: usize| (addresses[i] >> OFFSET_BITS & 0xff) as usize;
-    let offsets = addresses.map(|a| a & ((1 << OFFSET_BITS) - 1));
-    let mut rest = mask;
-    while rest != 0 {
-        let first = field(rest.trailing_zeros() as usize);
-        let mine = active(rest).filter(|&i| field(i) == first).fold(0, |m, i| m | 1 << i);
-        rest &= !mine;
-        f(first, &offsets, mine);
     }
 }

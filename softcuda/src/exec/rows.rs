@@ -22,6 +22,8 @@ pub fn table(isa: Isa) -> &'static [RowFn] {
         Isa::Baseline => baseline::TABLE,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::TABLE,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => avx512::TABLE,
     }
 }
 
@@ -111,6 +113,29 @@ mod avx2 {
         (@one slow $($rest:tt)*) => {};
         (@one fast $code:ident ( $($p:ident : $t:ident),* ) -> $r:ident $body:block) => {
             #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+            unsafe fn $code(file: &File, op: &Op, mask: u32) {
+                // SAFETY: passed on to the caller.
+                unsafe { lanes!(each1 each2 each3, file, op, mask, $r, $body, $($p: $t),*) }
+            }
+        };
+    }
+    for_each_row!(define_fast);
+}
+
+/// x86-64-v4.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    #![allow(non_snake_case)]
+    use super::*;
+
+    macro_rules! define_fast {
+        ($( $speed:ident $class:ident $names:literal $code:ident ( $($p:ident : $t:ident),* ) -> $r:ident $body:block )*) => {
+            $(define_fast! { @one $speed $code ( $($p: $t),* ) -> $r $body })*
+            pub const TABLE: &[RowFn] = &[$(row!($speed $code)),*];
+        };
+        (@one slow $($rest:tt)*) => {};
+        (@one fast $code:ident ( $($p:ident : $t:ident),* ) -> $r:ident $body:block) => {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
             unsafe fn $code(file: &File, op: &Op, mask: u32) {
                 // SAFETY: passed on to the caller.
                 unsafe { lanes!(each1 each2 each3, file, op, mask, $r, $body, $($p: $t),*) }

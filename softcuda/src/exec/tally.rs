@@ -6,7 +6,6 @@ use super::access::space_of;
 use super::counters::{Counters, LineCounters, MemoryCounters, SharedCounters};
 use super::lanes::{LANES, active};
 use super::state::{Machine, Worker};
-use crate::lower::ir::Mma;
 use crate::ptx::ast::Space;
 
 /// What one host thread has counted.
@@ -68,12 +67,12 @@ impl Machine<'_, '_> {
     }
 
     #[inline(never)]
-    pub fn count_mma(&mut self, x: &Mma) {
+    pub fn count_matrix(&mut self, name: &str) {
         if let Some(t) = &mut self.worker.tally {
-            match t.matrix.get_mut(&x.name) {
+            match t.matrix.get_mut(name) {
                 Some(n) => *n += 1,
                 None => {
-                    t.matrix.insert(x.name.clone(), 1);
+                    t.matrix.insert(name.to_string(), 1);
                 }
             }
         }
@@ -85,8 +84,7 @@ impl Machine<'_, '_> {
         let Some(t) = &mut self.worker.tally else { return };
         let Some(l) = t.lines.get_mut(line.wrapping_sub(1)) else { return };
         let of = |i: usize| space.unwrap_or_else(|| space_of(addresses[i]));
-        let shared =
-            active(mask).filter(|&i| matches!(of(i), Space::Shared | Space::SharedCluster)).fold(0, |m, i| m | 1 << i);
+        let shared = active(mask).filter(|&i| of(i) == Space::Shared).fold(0, |m, i| m | 1 << i);
         let global = active(mask).filter(|&i| of(i) == Space::Global).fold(0, |m, i| m | 1 << i);
         if shared != 0 {
             l.shared.add(&wavefronts(addresses, shared, bytes));

@@ -3,7 +3,6 @@
 //! A lane-wise operation names its operands by slot: a byte offset into the warp's register file, or, with [`CONSTANT`]
 //! set, into the kernel's bank of constants, each 32 lanes wide. Everything else keeps its operands in an [`Extra`].
 
-use super::ir_cluster::ClusterOp;
 use super::isa::{Code, Width};
 use crate::exec::InstructionClass;
 use crate::exec::numeric::rounding::Round;
@@ -252,6 +251,59 @@ pub enum MmaType {
     F64,
     S8,
     U8,
+    E4M3,
+    E5M2,
+}
+
+/// Where a `wgmma` finds A.
+#[derive(Debug, Clone)]
+pub enum WgmmaA {
+    /// In shared memory, through a 64-bit descriptor; M-major where turned, else K-major.
+    Descriptor { reg: Reg, turned: bool },
+    /// Each warp's 16 rows, as in `mma.sync`.
+    Registers(Vec<Reg>),
+}
+
+/// `wgmma.mma_async` of 64 x N x K.
+#[derive(Debug, Clone)]
+pub struct Wgmma {
+    pub n: u32,
+    pub k: u32,
+    pub a_type: MmaType,
+    pub b_type: MmaType,
+    pub d_type: Type,
+    /// `.satfinite` of integer accumulators.
+    pub saturate: bool,
+    /// The product is subtracted: one of the scales of A and B is -1.
+    pub negated: bool,
+    /// The accumulators as they are read, the same registers as `d`.
+    pub c: Vec<Reg>,
+    pub d: Vec<Reg>,
+    pub a: WgmmaA,
+    /// Descriptor of B.
+    pub b: Reg,
+    /// N-major, not K-major.
+    pub b_turned: bool,
+    /// Predicate, and whether it is negated: D = AB + D where true, else D = AB.
+    pub scale_d: (Reg, bool),
+    /// Shape and types as counted.
+    pub name: String,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WgmmaSyncKind {
+    Fence,
+    Commit,
+    /// For all but this many groups.
+    Wait(u32),
+}
+
+/// `wgmma.fence`, `wgmma.commit_group`, `wgmma.wait_group`.
+#[derive(Debug, Clone)]
+pub struct WgmmaSync {
+    pub kind: WgmmaSyncKind,
+    /// Registers that products not waited for so far may still touch.
+    pub in_flight: Vec<Reg>,
 }
 
 /// `mma.sync` with A row-major and B column-major.
@@ -288,6 +340,8 @@ pub enum Extra {
         inner: MatrixMove,
     },
     Mma(Mma),
+    Wgmma(Box<Wgmma>),
+    WgmmaSync(WgmmaSync),
     /// Index register and targets as operation indices.
     Brx(Reg, Vec<u32>),
     /// `isspacep`: destination, source, space.
@@ -296,7 +350,6 @@ pub enum Extra {
     Reads(Vec<Reg>),
     /// `fence` and `membar`.
     Fence(Order, Scope),
-    Cluster(ClusterOp),
     /// A failed device-side assertion: message, file, line, function, as addresses.
     Assert(Vec<Reg>),
 }
@@ -355,7 +408,17 @@ impl Extra {
                 x.d.iter_mut().for_each(|r| f(r, Use::Write));
                 x.a.iter_mut().chain(&mut x.b).chain(&mut x.c).for_each(|r| f(r, Use::Read));
             }
-            Self::Cluster(x) => x.visit(f),
+            Self::Wgmma(x) => {
+                x.d.iter_mut().for_each(|r| f(r, Use::Write));
+                x.c.iter_mut().for_each(|r| f(r, Use::Read));
+                match &mut x.a {
+                    WgmmaA::Descriptor { reg, .. } => f(reg, Use::Read),
+                    WgmmaA::Registers(regs) => regs.iter_mut().for_each(|r| f(r, Use::Read)),
+                }
+                f(&mut x.b, Use::Read);
+                f(&mut x.scale_d.0, Use::Read);
+            }
+            Self::WgmmaSync(x) => x.in_flight.iter_mut().for_each(|r| f(r, Use::Read)),
             Self::Brx(r, _) => f(r, Use::Read),
             Self::TestSpace(d, a, _) => {
                 f(d, Use::Write);
@@ -399,7 +462,7 @@ pub fn visit_registers(op: &mut Op, extras: &mut [Extra], f: &mut dyn FnMut(&mut
             }
         }
         Code::Special => {
-            let ty = [Type::B32, Type::B64, Type::Pred][op.b as usize];
+            let ty = if op.b == 1 { Type::B64 } else { Type::B32 };
             slot(&mut op.d, ty, Use::Write);
         }
         Code::Activemask => slot(&mut op.d, Type::B32, Use::Write),
@@ -431,11 +494,12 @@ impl Code {
                 | LoadMatrix
                 | StoreMatrix
                 | Mma
+                | Wgmma
+                | WgmmaSync
                 | BrxIdx
                 | Sleep
                 | Fence
                 | Assert
-                | Cluster
         )
     }
 }

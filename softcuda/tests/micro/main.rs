@@ -7,7 +7,6 @@
 
 mod barriers;
 mod bits;
-mod clusters;
 mod compare;
 mod convert;
 mod copies;
@@ -17,8 +16,10 @@ mod errors;
 mod float;
 mod flow;
 mod half_precision;
-mod hopper;
 mod integer;
 mod matrix;
 mod memory;
 mod warp;
+mod warpgroup;
+mod wgmma;
+mod wgmma_async;

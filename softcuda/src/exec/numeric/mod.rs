@@ -1,5 +1,6 @@
 //! Scalar definitions of what instructions compute, one lane at a time.
 
+pub(crate) mod eight_bit;
 pub(crate) mod float;
 pub(crate) mod int;
 pub(crate) mod rounding;

@@ -1,7 +1,6 @@
 //! Lowering by instruction family: what the rows of [`super::isa`] cannot say.
 
 mod arithmetic;
-mod cluster;
 mod compare;
 mod control;
 mod convert;
@@ -10,6 +9,7 @@ mod exchange;
 mod matrix;
 mod memory;
 mod synchronise;
+mod wgmma;
 
 use super::LowerErrorKind;
 use super::builder::{Builder, Result};
@@ -57,12 +57,12 @@ impl Builder<'_> {
             "elect" => self.elect(i),
             "activemask" => self.activemask(i),
             "bar" | "barrier" => self.barrier(i),
-            "mapa" => self.mapa(i),
-            "getctarank" => self.getctarank(i),
             "membar" | "fence" => self.fence(i),
             "nanosleep" => self.nanosleep(i),
             "ldmatrix" | "stmatrix" => self.matrix_move(i),
             "mma" => self.mma(i),
+            "wgmma" => self.wgmma(i),
+            "setmaxnreg" => self.setmaxnreg(i),
             "bra" | "brx" | "ret" | "exit" | "trap" | "brkpt" | "call" | "pmevent" => self.control(i),
             _ => Err(unknown(i)),
         }
