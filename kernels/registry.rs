@@ -374,6 +374,72 @@ impl Sinkhorn {
     }
 }
 
+/// How the keys of one token lie in the registers of the routers that add noise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Spread {
+    /// Experts that a lane holds.
+    pub values: u32,
+    /// Warps of a token: one, or all of the block.
+    pub team: u32,
+}
+
+impl Spread {
+    /// Every spread, by rising number of experts.
+    pub const ALL: [Spread; 8] = {
+        const fn spread(values: u32, team: u32) -> Spread {
+            Spread { values, team }
+        }
+        [
+            spread(1, 1),
+            spread(2, 1),
+            spread(4, 1),
+            spread(8, 1),
+            spread(16, 1),
+            spread(16, 2),
+            spread(16, 4),
+            spread(16, 8),
+        ]
+    };
+
+    /// Most experts.
+    pub const fn max_experts(&self) -> u32 {
+        32 * self.values * self.team
+    }
+
+    /// Warps of a block.
+    pub const fn warps(&self) -> u32 {
+        if self.team == 1 { BLOCK_WARPS } else { self.team }
+    }
+
+    /// Tokens that a block works on at once.
+    pub const fn tokens(&self) -> u32 {
+        self.warps() / self.team
+    }
+
+    /// Blocks that a multiprocessor holds at once: the kernels ask for registers of 16 warps.
+    pub const fn resident_blocks(&self) -> u32 {
+        16 / self.warps()
+    }
+
+    fn constants(&self) -> Vec<(&'static str, Constant)> {
+        vec![
+            ("values", Constant::Int(self.values)),
+            ("team", Constant::Int(self.team)),
+            ("warps", Constant::Int(self.warps())),
+            ("max_experts", Constant::Int(self.max_experts())),
+        ]
+    }
+}
+
+/// Noisy top-k gating.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Noisy {
+    /// Where a token's experts lie.
+    pub spread: Spread,
+    /// The second level of a hierarchy: experts of the groups that tokens chose.
+    pub grouped: bool,
+}
+
 /// One compiled kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Kernel {
@@ -403,6 +469,8 @@ pub enum Kernel {
     Sinkhorn(Sinkhorn),
     /// Experts by token id.
     Hash,
+    /// Noisy top-k gating with importance, load and their losses.
+    Noisy(Noisy),
 }
 
 impl Kernel {
@@ -426,6 +494,9 @@ impl Kernel {
             Kernel::Auction => "auction".into(),
             Kernel::Sinkhorn(k) => format!("sinkhorn_e{}", k.max_experts),
             Kernel::Hash => "hash".into(),
+            Kernel::Noisy(k) => {
+                format!("noisy_{}e{}", if k.grouped { "grouped_" } else { "" }, k.spread.max_experts())
+            }
         }
     }
 
@@ -447,6 +518,7 @@ impl Kernel {
             Kernel::Affinity | Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction | Kernel::Hash => {
                 BLOCK_WARPS * 32
             }
+            Kernel::Noisy(k) => k.spread.warps() * 32,
         }
     }
 
@@ -475,6 +547,7 @@ impl Kernel {
             Kernel::Auction => "auction.ptx.jinja",
             Kernel::Sinkhorn(_) => "sinkhorn.ptx.jinja",
             Kernel::Hash => "hash.ptx.jinja",
+            Kernel::Noisy(_) => "noisy.ptx.jinja",
         }
     }
 
@@ -513,6 +586,11 @@ impl Kernel {
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash => vec![],
             Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::Noisy(k) => {
+                let mut constants = k.spread.constants();
+                constants.push(("grouped", Int(k.grouped as u32)));
+                constants
+            }
         }
     }
 }
@@ -564,5 +642,8 @@ pub fn all() -> Vec<Kernel> {
         kernels.push(Kernel::Sinkhorn(Sinkhorn { max_experts }));
     }
     kernels.extend([Kernel::Affinity, Kernel::ExpertChoice, Kernel::TokenSlots, Kernel::Auction, Kernel::Hash]);
+    for spread in Spread::ALL {
+        kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
+    }
     kernels
 }

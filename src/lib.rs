@@ -81,6 +81,7 @@ pub mod kernels;
 #[allow(unsafe_code)]
 mod launch;
 pub mod layer;
+pub mod noisy;
 pub mod reference;
 #[path = "../kernels/registry.rs"]
 pub mod registry;

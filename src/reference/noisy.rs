@@ -29,6 +29,9 @@ pub struct NoisyGated {
     pub weights: Vec<f64>,
     /// `[T,E]`, `H(x)`: exactly the f32 numbers that experts are chosen by.
     pub noisy: Vec<f32>,
+    /// `[T,2]`, the k-th and the k+1-th largest of a token's noisy logits: what an expert that is left out, and one that is kept, is
+    /// compared with (`kth_excluding`, eq. 9). -Inf where there is none.
+    pub thresholds: Vec<f32>,
     /// `[E]`, tokens of each expert.
     pub counts: Vec<i32>,
     /// `[E]`, `Importance(X)`: sums of weights (eq. 6).
@@ -63,7 +66,7 @@ pub fn noise_deviation(raw: f32, noise_epsilon: f32) -> f32 {
 pub fn noisy_top_k(clean: &[f32], raw: &[f32], experts: usize, rule: &NoisyRule) -> Result<NoisyGated, ReferenceError> {
     let tokens = check(clean, raw, experts, rule)?;
     let all: Vec<usize> = (0..tokens).collect();
-    Ok(level(clean, raw, experts, rule, 0, &all, |t| t * experts, |_, e| e as u32))
+    Ok(level(clean, raw, experts, rule, 0, &all, |t| t * experts))
 }
 
 /// The two levels of a hierarchical mixture: `groups` groups of `experts` experts.
@@ -127,8 +130,7 @@ pub fn hierarchical(
         let places: Vec<usize> = (0..tokens * k1).filter(|&at| result.primary.ids[at] == group as i32).collect();
         let members: Vec<usize> = places.iter().map(|at| at / k1).collect();
         let row = |t: usize| (t * groups + group) * experts;
-        let word = |_, e: usize| (group * experts + e) as u32;
-        let secondary = level(clean, raw, experts, rule, 1, &members, row, word);
+        let secondary = level(clean, raw, experts, rule, 16 + group as u32, &members, row);
         for (n, &at) in places.iter().enumerate() {
             for j in 0..k2 {
                 let expert = group * experts + secondary.ids[n * k2 + j] as usize;
@@ -155,8 +157,7 @@ fn check(clean: &[f32], raw: &[f32], experts: usize, rule: &NoisyRule) -> Result
     Ok(clean.len() / experts)
 }
 
-/// One gating network on the tokens `members`, whose logits begin at `row(t)` and whose experts draw word `word(t, e)`.
-#[allow(clippy::too_many_arguments)]
+/// One gating network on the tokens `members`, whose logits begin at `row(t)`.
 fn level(
     clean: &[f32],
     raw: &[f32],
@@ -165,12 +166,12 @@ fn level(
     stream: u32,
     members: &[usize],
     row: impl Fn(usize) -> usize,
-    word: impl Fn(usize, usize) -> u32,
 ) -> NoisyGated {
     let mut result = NoisyGated {
         ids: Vec::new(),
         weights: Vec::new(),
         noisy: Vec::new(),
+        thresholds: Vec::new(),
         counts: vec![0; experts],
         importance: vec![0.0; experts],
         load: vec![0.0; experts],
@@ -181,7 +182,7 @@ fn level(
             raw[row(t)..row(t) + experts].iter().map(|&raw| noise_deviation(raw, rule.noise_epsilon)).collect();
         let noisy: Vec<f32> = (0..experts)
             .map(|e| {
-                let normal = standard_normal(rule.noise.gate_word(stream, t as u32, word(t, e)));
+                let normal = standard_normal(rule.noise.gate_word(stream, t as u32, e as u32));
                 normal.mul_add(deviation[e], clean[e])
             })
             .collect();
@@ -200,9 +201,11 @@ fn level(
         for e in 0..experts {
             let excluding = if kept.contains(&e) { order.get(rule.top_k) } else { kept.last() };
             // With no other expert left, e is always kept.
-            let threshold = excluding.map_or(f64::NEG_INFINITY, |&other| wide[other]);
-            result.load[e] += normal_cdf((f64::from(clean[e]) - threshold) / f64::from(deviation[e]));
+            result.load[e] += excluding
+                .map_or(1.0, |&other| normal_cdf((f64::from(clean[e]) - wide[other]) / f64::from(deviation[e])));
         }
+        let bound = |at: Option<&usize>| at.map_or(f32::NEG_INFINITY, |&other| noisy[other]);
+        result.thresholds.extend([bound(kept.last()), bound(order.get(rule.top_k))]);
         result.noisy.extend(noisy);
     }
     result

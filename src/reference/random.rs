@@ -37,7 +37,7 @@ impl NoiseSource {
 
     /// The random word of one token and expert: experts that differ by 32, 64 or 96 within a block of 128 share a counter.
     ///
-    /// `stream` is 0 for a gate, 1 for the second level of a hierarchical one, 2 for the choice of a second expert.
+    /// `stream` is 0 for a gate, 2 for the choice of a second expert, `16 + group` for a group's gate in a hierarchy.
     pub fn gate_word(self, stream: u32, token: u32, expert: u32) -> u32 {
         self.words((expert / 128 * 32 + expert % 32) | stream << 16, token)[expert as usize % 128 / 32]
     }
@@ -186,7 +186,7 @@ mod tests {
         for token in 0..4 {
             for expert in 0..4096 {
                 words.insert(source.gate_word(0, token, expert));
-                words.insert(source.gate_word(1, token, expert));
+                words.insert(source.gate_word(16, token, expert));
             }
         }
         // 32768 words out of 2^32 collide 0.125 times on average; four collisions have a chance below 1e-5.

@@ -16,7 +16,9 @@ mod expert_choice;
 mod gate;
 mod gemm;
 mod hash;
+mod hierarchical;
 mod mutants;
+mod noisy;
 mod router;
 mod sinkhorn;
 mod timing;
@@ -67,6 +69,7 @@ fn check(kernel: Kernel) {
         Kernel::Auction => base::check(rng),
         Kernel::Sinkhorn(variant) => sinkhorn::check(variant, rng),
         Kernel::Hash => hash::check(rng),
+        Kernel::Noisy(variant) => noisy::check(variant, rng),
     }
 }
 
