@@ -270,7 +270,7 @@ pub fn forward(
     scope.launch(&selection, params)
 }
 
-fn params(
+pub(crate) fn params(
     desc: &DispatchDesc,
     ids: Address<'_>,
     weights: Option<Address<'_>>,

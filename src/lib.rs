@@ -77,6 +77,7 @@ pub mod expert_choice;
 pub mod gating;
 pub mod gemm;
 pub mod hash;
+pub mod hierarchical;
 pub mod kernels;
 #[allow(unsafe_code)]
 mod launch;

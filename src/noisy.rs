@@ -169,7 +169,7 @@ pub fn forward(
     if tokens == 0 {
         return sums.map_or(Ok(()), |sums| sums.zero(&scope, experts));
     }
-    let logits = HeldLogits::open(&scope, args.logits, tokens, experts)?;
+    let logits = HeldLogits::open(&scope, args.logits, ["clean", "raw", "logits"], tokens, experts)?;
     let choices = tokens * desc.rule.top_k;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
@@ -181,7 +181,7 @@ pub fn forward(
         weights: weights.address(),
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
-        sums: sums.as_ref().map(HeldSums::addresses),
+        sums: sums.as_ref().map_or([Param::Address(0); 5], HeldSums::params),
     };
     scope.launch(&selection, params(desc, selection.grid[0], at))
 }
@@ -196,17 +196,18 @@ impl<'a> HeldLogits<'a> {
     pub(crate) fn open(
         scope: &Scope<'a>,
         logits: NoisyLogits<'a>,
+        [clean_name, raw_name, both_name]: [&'static str; 3],
         rows: usize,
         experts: usize,
     ) -> Result<HeldLogits<'a>, Error> {
         Ok(match logits {
             NoisyLogits::Apart { clean, raw } => HeldLogits::Apart(
-                scope.read("clean", clean, rows * experts, SCALAR)?,
-                scope.read("raw", raw, rows * experts, SCALAR)?,
+                scope.read(clean_name, clean, rows * experts, SCALAR)?,
+                scope.read(raw_name, raw, rows * experts, SCALAR)?,
                 experts,
             ),
             NoisyLogits::Together(both) => {
-                HeldLogits::Together(scope.read("logits", both, rows * 2 * experts, SCALAR)?, experts)
+                HeldLogits::Together(scope.read(both_name, both, rows * 2 * experts, SCALAR)?, experts)
             }
         })
     }
@@ -250,8 +251,8 @@ impl<'a> HeldSums<'a> {
         scope.zero(self.losses.address(), 2 * size_of::<f32>())
     }
 
-    fn addresses(&self) -> [Address<'_>; 5] {
-        [&self.counts, &self.importance, &self.load, &self.losses, &self.workspace].map(Held::address)
+    fn params(&self) -> [Param; 5] {
+        [&self.counts, &self.importance, &self.load, &self.losses, &self.workspace].map(|held| held.address().into())
     }
 }
 
@@ -262,15 +263,15 @@ pub(crate) struct Addresses<'a> {
     pub(crate) weights: Address<'a>,
     pub(crate) noisy: Option<Address<'a>>,
     pub(crate) thresholds: Option<Address<'a>>,
-    /// Counts, importance, load, losses, workspace.
-    pub(crate) sums: Option<[Address<'a>; 5]>,
+    /// Counts, importance, load, losses, workspace; all null without sums.
+    pub(crate) sums: [Param; 5],
 }
 
+/// The parameters that both levels of a hierarchy have; the last is the workspace.
 pub(crate) fn params(desc: &NoisyDesc, parts: u32, at: Addresses<'_>) -> [Param; 21] {
     let NoisyRule { top_k, noise_epsilon, noise } = desc.rule;
     let (clean, raw, row_stride) = at.logits;
-    let [counts, importance, load, losses, workspace] =
-        at.sums.map_or([None; 5], |sums| sums.map(Some)).map(Param::from);
+    let [counts, importance, load, losses, workspace] = at.sums;
     [
         clean.into(),
         raw.into(),
@@ -349,7 +350,7 @@ mod tests {
             weights: null,
             noisy: None,
             thresholds: None,
-            sums: Some([null; 5]),
+            sums: [Param::Address(0); 5],
         };
         for spread in Spread::ALL {
             let kernel = Kernel::Noisy(Noisy { spread, grouped: false });

@@ -1,1 +1,230 @@
-pub fn check(_: moe_kernels::registry::Noisy, _: &mut fastrand::Rng) {}
+//! Checks of `noisy_grouped_*`: the hierarchical mixture of experts, all three launches of it.
+
+use moe_kernels::Workspace;
+use moe_kernels::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+use moe_kernels::noisy::{NoiseSource, NoisyLogits, NoisyRule};
+use moe_kernels::reference::noisy::{hierarchical as reference, noise_deviation};
+use moe_kernels::registry::{Dtype, Kernel, Noisy, Spread};
+
+use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums};
+use crate::support::buffer::Guarded;
+use crate::support::compare::{assert_rounded_once, to_f64};
+use crate::support::device;
+use crate::timing::time;
+
+pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
+    let most = variant.spread.max_experts() as usize;
+    let least = Spread::ALL.iter().map(|s| s.max_experts() as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
+    for experts in [least, (least + most) / 2, most] {
+        let fit = 4096 / experts;
+        for (tokens, groups, primary_k, k) in
+            [(1, 1, 1, 1), (203, 5, 2, 3), (70, 16, 4, 8), (40, 3, 1, 32), (90, 300, 2, 2), (20, 64, 32, 1)]
+        {
+            let groups = groups.min(fit);
+            let tokens = if experts > 512 { tokens.min(40) } else { tokens };
+            for kind in Logits::ALL {
+                let mut rule = |top_k: usize, of: usize| NoisyRule {
+                    top_k: top_k.min(of),
+                    noise_epsilon: if rng.bool() { 1e-2 } else { 0.0 },
+                    noise: NoiseSource { seed: rng.u64(..), offset: rng.u64(..) },
+                };
+                let (primary, secondary) = (rule(primary_k, groups), rule(k, experts));
+                case(variant, rng, &HierarchicalDesc { tokens, groups, experts, primary, secondary }, kind);
+            }
+        }
+    }
+    if most == 32 {
+        balanced();
+        no_tokens();
+    }
+}
+
+/// `clean` and `raw` of both levels.
+struct Inputs {
+    primary: (Vec<f32>, Vec<f32>),
+    secondary: (Vec<f32>, Vec<f32>),
+}
+
+/// Both levels; the first is itself a noisy gating.
+fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let HierarchicalDesc { tokens, groups, experts, primary, secondary } = *desc;
+    let (all, slots) = (groups * experts, tokens * primary.top_k);
+    let input = |name, values: &[f32]| Guarded::input(&stream, name, values);
+    let (primary_clean, primary_raw) =
+        (input("primary clean", &inputs.primary.0), input("primary raw", &inputs.primary.1));
+    let (clean, raw) = (input("clean", &inputs.secondary.0), input("raw", &inputs.secondary.1));
+    let ints = |name, len| Guarded::<i32>::output(&stream, name, len);
+    let floats = |name, len| Guarded::<f32>::output(&stream, name, len);
+    let (mut first_ids, mut first_counts) = (ints("primary.ids", slots), ints("primary.counts", groups));
+    let mut first = [
+        floats("primary.weights", slots),
+        floats("primary.noisy", tokens * groups),
+        floats("primary.thresholds", 2 * tokens),
+        floats("primary.importance", groups),
+        floats("primary.load", groups),
+        floats("primary.losses", 2),
+    ];
+    let (mut ids, mut counts) = (ints("ids", slots * secondary.top_k), ints("counts", all));
+    let mut second = [
+        floats("weights", slots * secondary.top_k),
+        floats("noisy", slots * experts),
+        floats("thresholds", 2 * slots),
+        floats("importance", all),
+        floats("load", all),
+        floats("losses", 2),
+    ];
+    let bytes = hierarchical::workspace_bytes(desc, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let mut run = || {
+        let [primary_weights, primary_noisy, primary_thresholds, primary_importance, primary_load, primary_losses] =
+            &mut first.each_mut().map(|buffer| buffer.view_mut());
+        let [weights, noisy, thresholds, importance, load, losses] =
+            &mut second.each_mut().map(|buffer| buffer.view_mut());
+        let args = HierarchicalArgs {
+            primary_logits: NoisyLogits::Apart { clean: &primary_clean.view(), raw: &primary_raw.view() },
+            logits: NoisyLogits::Apart { clean: &clean.view(), raw: &raw.view() },
+            primary: PrimaryOutputs {
+                ids: &mut first_ids.view_mut(),
+                weights: primary_weights,
+                counts: &mut first_counts.view_mut(),
+                importance: primary_importance,
+                load: primary_load,
+                losses: primary_losses,
+                noisy: Some(primary_noisy),
+                thresholds: Some(primary_thresholds),
+            },
+            ids: &mut ids.view_mut(),
+            weights,
+            noisy: Some(noisy),
+            thresholds: Some(thresholds),
+            counts: &mut counts.view_mut(),
+            importance,
+            load,
+            losses,
+            workspace: &mut workspace,
+        };
+        hierarchical::forward(kernels, &stream, desc, args).unwrap();
+        let read = |ids: &Guarded<i32>, counts: &Guarded<i32>, rest: &[Guarded<f32>; 6]| {
+            let [weights, noisy, thresholds, importance, load, losses] =
+                rest.each_ref().map(|buffer| buffer.read(&stream));
+            let (ids, counts) = (ids.read(&stream), counts.read(&stream));
+            Got { ids, weights, noisy, thresholds, counts, importance, load, losses }
+        };
+        (read(&first_ids, &first_counts, &first), read(&ids, &counts, &second))
+    };
+    let (got, again) = (run(), run());
+    let bits = |got: &(Got, Got)| (got.0.bits(), got.1.bits());
+    assert!(bits(&got) == bits(&again), "{desc:?}: another run gave other bits");
+    time(&stream, &format!("{desc:?}"), || drop(run()));
+    [&primary_clean, &primary_raw, &clean, &raw].iter().for_each(|input| input.assert_unchanged(&stream));
+    got
+}
+
+fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: Logits) {
+    let selection = hierarchical::select(desc, device::kernels().device()).unwrap();
+    assert_eq!(selection.secondary.kernel, Kernel::Noisy(variant));
+    let name = format!("{desc:?} {kind:?}");
+    let HierarchicalDesc { tokens, groups, experts, primary, secondary } = *desc;
+    let inputs = Inputs {
+        primary: kind.draw(rng, tokens * groups, groups),
+        secondary: kind.draw(rng, tokens * groups * experts, experts),
+    };
+    let (first, got) = launch(desc, &inputs);
+    let (clean, raw) = &inputs.secondary;
+    let want =
+        reference(&inputs.primary.0, &inputs.primary.1, groups, &primary, clean, raw, experts, &secondary).unwrap();
+    assert_eq!(first.ids, want.primary.ids, "{name}: groups");
+    assert_same_bits(&format!("{name}: H of groups"), &first.noisy, &want.primary.noisy);
+    assert_sums(&format!("{name}: load of groups"), &first.load, &want.primary.load);
+    assert_eq!(got.ids, want.ids, "{name}: ids");
+    assert_rounded_once(&name, &to_f64(&got.weights), &want.weights, Dtype::F32);
+    assert_eq!(got.counts, want.counts, "{name}: counts");
+    assert_sums(&format!("{name}: importance"), &got.importance, &want.importance);
+    assert_sums(&format!("{name}: load"), &got.load, &want.load);
+    assert_loss(&format!("{name}: importance loss"), got.losses[0], &got.importance);
+    assert_loss(&format!("{name}: load loss"), got.losses[1], &got.load);
+    // H of the rows of chosen groups, by the library's own noise.
+    for (row, &group) in got.noisy.chunks(experts).zip(&first.ids).take(9) {
+        let slot = (row.as_ptr() as usize - got.noisy.as_ptr() as usize) / (4 * experts);
+        let token = slot / primary.top_k;
+        let at = (token * groups + group as usize) * experts;
+        let of = |e: usize| {
+            let noise = hierarchical::noise(secondary.noise, token as u32, group as u32, e as u32);
+            noise.mul_add(noise_deviation(raw[at + e], secondary.noise_epsilon), clean[at + e])
+        };
+        let want: Vec<f32> = (0..experts).map(of).collect();
+        assert_same_bits(&format!("{name}: H of slot {slot}"), row, &want);
+        let mut falling: Vec<f32> = want.into_iter().filter(|h| !h.is_nan()).collect();
+        falling.sort_by(|a, b| b.total_cmp(a));
+        for (threshold, place) in got.thresholds[2 * slot..][..2].iter().zip([secondary.top_k - 1, secondary.top_k]) {
+            let of_none = if place >= experts { f32::NEG_INFINITY } else { f32::NAN };
+            let want = falling.get(place).copied().unwrap_or(of_none);
+            assert!(
+                *threshold == want || (threshold.is_nan() && want.is_nan()),
+                "{name}: threshold {threshold}, {want}"
+            );
+        }
+    }
+}
+
+/// Each token prefers one group and one expert in it, evenly: all four losses vanish.
+fn balanced() {
+    let rule = NoisyRule { top_k: 1, noise_epsilon: 0.0, noise: NoiseSource { seed: 5, offset: 6 } };
+    let desc = HierarchicalDesc { tokens: 96, groups: 6, experts: 4, primary: rule, secondary: rule };
+    let prefers = |e: usize, of: usize| if e == of { 4.0f32 } else { 0.0 };
+    let primary: Vec<f32> = (0..96 * 6).map(|i| prefers(i % 6, i / 6 % 6)).collect();
+    let secondary: Vec<f32> = (0..96 * 24).map(|i| prefers(i % 4, i / 24 / 6 % 4)).collect();
+    let quiet = |like: &Vec<f32>| vec![-200.0; like.len()];
+    let inputs =
+        Inputs { primary: (primary.clone(), quiet(&primary)), secondary: (secondary.clone(), quiet(&secondary)) };
+    let (first, got) = launch(&desc, &inputs);
+    assert_eq!((first.counts, got.counts), (vec![16; 6], vec![4; 24]));
+    assert_eq!((first.losses, got.losses), (vec![0.0; 2], vec![0.0; 2]));
+    assert_eq!((got.importance, got.load), (vec![4.0; 24], vec![4.0; 24]));
+}
+
+fn no_tokens() {
+    let rule = NoisyRule { top_k: 1, noise_epsilon: 0.0, noise: NoiseSource { seed: 5, offset: 6 } };
+    let desc = HierarchicalDesc { tokens: 0, groups: 6, experts: 4, primary: rule, secondary: rule };
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let nothing = stream.alloc_zeros::<f32>(1).unwrap();
+    let mut ids = [stream.alloc_zeros::<i32>(1).unwrap(), stream.alloc_zeros::<i32>(1).unwrap()];
+    let mut weights = [stream.alloc_zeros::<f32>(1).unwrap(), stream.alloc_zeros::<f32>(1).unwrap()];
+    let mut counts = [6, 24].map(|len| Guarded::<i32>::output(&stream, "counts", len));
+    let mut sums = [6, 6, 2, 24, 24, 2].map(|len| Guarded::<f32>::output(&stream, "sums", len));
+    let bytes = hierarchical::workspace_bytes(&desc, kernels.device()).unwrap();
+    {
+        let [importance, load, losses, all_importance, all_load, all_losses] =
+            &mut sums.each_mut().map(|buffer| buffer.view_mut());
+        let [primary_counts, all_counts] = &mut counts.each_mut().map(|buffer| buffer.view_mut());
+        let [primary_ids, ids] = &mut ids;
+        let [primary_weights, weights] = &mut weights;
+        let args = HierarchicalArgs {
+            primary_logits: NoisyLogits::Together(&nothing),
+            logits: NoisyLogits::Together(&nothing),
+            primary: PrimaryOutputs {
+                ids: primary_ids,
+                weights: primary_weights,
+                counts: primary_counts,
+                importance,
+                load,
+                losses,
+                noisy: None,
+                thresholds: None,
+            },
+            ids,
+            weights,
+            noisy: None,
+            thresholds: None,
+            counts: all_counts,
+            importance: all_importance,
+            load: all_load,
+            losses: all_losses,
+            workspace: &mut Workspace::new(&stream, bytes).unwrap(),
+        };
+        hierarchical::forward(kernels, &stream, &desc, args).unwrap();
+    }
+    assert!(counts.iter().all(|counts| counts.read(&stream).iter().all(|&count| count == 0)));
+    assert!(sums.iter().all(|sums| sums.read(&stream).iter().all(|&sum| sum == 0.0)));
+}
