@@ -212,6 +212,9 @@ fn launch(
         (Some(required), Some(asked)) if required != asked => {
             return Err(invalid(format!("cluster {asked:?}, but .reqnctapercluster says {required:?}")));
         }
+        (None, None) if function.kernel.explicit_cluster => {
+            return Err(invalid("no cluster, but .explicitcluster asks for one".into()));
+        }
         (required, asked) => required.or(asked).unwrap_or([1; 3]),
     };
     let params = unsafe { parameters(&function, params, extra)? };

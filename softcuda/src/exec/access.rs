@@ -25,6 +25,7 @@ pub fn space_of(address: u64) -> Space {
 pub fn space_name(space: Space) -> &'static str {
     match space {
         Space::Shared => "shared",
+        Space::SharedCluster => "shared::cluster",
         Space::Local => "local",
         Space::Param => "param",
         Space::Const => "const",
@@ -82,7 +83,9 @@ impl Machine<'_, '_> {
         let aligned = bits & u64::from(bytes - 1) == 0;
         let end = high.wrapping_add(u64::from(bytes));
         match space {
-            Some(Space::Shared) if aligned && end <= u64::from(self.shared.bytes) && high < end => {
+            Some(Space::Shared | Space::SharedCluster)
+                if aligned && end <= u64::from(self.shared.bytes) && high < end =>
+            {
                 let base = self.shared.memory.as_mut_ptr() as u64;
                 Ok(addresses.map(|a| base.wrapping_add(a)))
             }
@@ -115,7 +118,7 @@ impl Machine<'_, '_> {
         let (space, offset) = match space {
             Some(s) => (s, address),
             None => match space_of(address) {
-                Space::Shared => (Space::Shared, address - SHARED_WINDOW),
+                Space::Shared => (Space::SharedCluster, address - SHARED_WINDOW),
                 Space::Local => (Space::Local, address - LOCAL_WINDOW),
                 Space::Param => (Space::Param, address - PARAM_WINDOW),
                 other => (other, address),
@@ -137,12 +140,13 @@ impl Machine<'_, '_> {
         let within = |size: u64| offset.checked_add(u64::from(bytes)).is_some_and(|end| end <= size);
         let outside = |what: &str, size: u64| fault(FaultKind::IllegalAddress, format!("{what} is {size} bytes"));
         match space {
-            Space::Shared => {
-                let size = u64::from(self.shared.bytes);
-                if !within(size) {
-                    return Err(outside("the block's shared memory", size));
+            Space::Shared | Space::SharedCluster => {
+                let (rank, offset) = self.locate(space, offset, lane)?;
+                let (memory, size) = self.shared_of(rank, address, lane)?;
+                if offset + u64::from(bytes) > size.into() {
+                    return Err(outside("the block's shared memory", size.into()));
                 }
-                Ok(self.shared.memory.as_mut_ptr() as u64 + offset)
+                Ok(memory + offset)
             }
             Space::Local => {
                 let size = u64::from(self.worker.kernel.local_bytes);

@@ -39,7 +39,7 @@ pub fn run(m: &mut Machine, file: File, x: &Atom, mask: u32, pc: u32) -> Outcome
     let mut old = [0; LANES];
     for i in active(mask) {
         // f32 additions flush subnormals in global memory, not in shared memory.
-        let global = x.space.unwrap_or_else(|| space_of(at[i])) != Space::Shared;
+        let global = x.space.unwrap_or_else(|| space_of(at[i])) == Space::Global;
         // SAFETY: `resolve` has checked that the place is live and aligned.
         old[i] = unsafe { one(x, places[i], b[i], c[i], global) };
     }

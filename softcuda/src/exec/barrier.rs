@@ -3,7 +3,7 @@
 use super::fault::FaultKind;
 use super::lanes::{File, active};
 use super::observe::SyncEvent;
-use super::state::{Barrier, Block, Group, GroupState, Machine, Outcome, Raw, Worker};
+use super::state::{Barrier, Cluster, Group, GroupState, Machine, Outcome, Raw, Worker};
 use crate::lower::ir::{self, BarrierKind, Extra};
 use crate::lower::isa::Width;
 
@@ -76,21 +76,23 @@ impl Machine<'_, '_> {
     }
 }
 
-impl Block {
-    /// Opens the barriers at which all expected threads have arrived; `true` if any warp can go on.
-    pub fn release(&mut self, worker: &mut Worker) -> bool {
-        let mut any = super::wgmma::release(&self.shared, &mut self.warps);
+impl Cluster {
+    /// Opens the barriers of a block at which all expected threads have arrived; `true` if any warp can go on.
+    pub fn release_block(&mut self, worker: &mut Worker, rank: usize) -> bool {
+        let mut any = super::wgmma::release(&self.blocks[rank], &mut self.warps[rank]);
         for id in 0..16 {
-            let b = self.shared.barriers[id];
+            let shared = &mut self.blocks[rank];
+            let b = shared.barriers[id];
             let complete = match b.expected {
                 Some(n) => b.arrived >= n,
-                None => b.lanes + self.shared.exited_threads >= self.shared.threads,
+                None => b.lanes + shared.exited_threads >= shared.threads,
             };
             if !b.in_use || !complete {
                 continue;
             }
-            self.shared.barriers[id] = Barrier::default();
-            for warp in &mut self.warps {
+            shared.barriers[id] = Barrier::default();
+            for i in 0..self.warps[rank].len() {
+                let warp = &mut self.warps[rank][i];
                 let mut left = 0;
                 let file = File {
                     bases: [warp.file.as_mut_ptr(), worker.constants],
@@ -109,13 +111,12 @@ impl Block {
                     left |= g.mask;
                 }
                 if left != 0 && worker.watched {
-                    let mut m = Machine { worker, shared: &mut self.shared, warp };
+                    let mut m = self.machine(worker, rank, i);
                     m.observe_sync(SyncEvent::BarrierLeave { id: id as u32, mask: left }, 0);
                 }
             }
             if worker.watched {
-                let mut m = Machine { worker, shared: &mut self.shared, warp: &mut self.warps[0] };
-                m.observe_sync(SyncEvent::BarrierComplete { id: id as u32 }, 0);
+                self.machine(worker, rank, 0).observe_sync(SyncEvent::BarrierComplete { id: id as u32 }, 0);
             }
         }
         any

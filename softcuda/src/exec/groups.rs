@@ -120,6 +120,7 @@ impl Machine<'_, '_> {
 
     /// Lanes end; the rest of the group goes on.
     pub fn exit(&mut self, mask: u32) {
+        self.leave_cluster(mask);
         let w = &mut *self.warp;
         w.exited |= mask;
         self.shared.exited_threads += mask.count_ones();
@@ -131,6 +132,13 @@ impl Machine<'_, '_> {
             w.current = 0;
         }
         w.wake();
+    }
+
+    /// Some lanes of the running group go on at `pc`, in a group of their own.
+    pub fn split(&mut self, lanes: u32, pc: u32) {
+        let w = &mut *self.warp;
+        w.groups[w.current].mask &= !lanes;
+        w.groups.push(Group { pc, mask: lanes, state: GroupState::Ready });
     }
 
     pub fn indexed_branch(&mut self, index: [u32; 32], targets: &[u32], mask: u32, pc: u32) -> Outcome<()> {

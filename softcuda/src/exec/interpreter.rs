@@ -246,6 +246,10 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let Extra::Barrier(x) = extra() else { unreachable!() };
                 return m.barrier(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
             }
+            Code::Cluster => {
+                let Extra::Cluster(x) = extra() else { unreachable!() };
+                return m.cluster_op(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
+            }
             Code::LoadMatrix | Code::StoreMatrix => {
                 let Extra::MatrixMove { store, inner } = extra() else { unreachable!() };
                 if !m.whole_warp(pc, mask)? {
@@ -315,7 +319,7 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let addresses = file.lanes64(a.slot);
                 let mut bits = 0;
                 for (i, &address) in addresses.iter().enumerate() {
-                    bits |= u32::from(super::access::space_of(address) == *space) << i;
+                    bits |= u32::from(m.is_in(address, *space)) << i;
                 }
                 file.set_predicate(p.slot, mask, bits);
             }

@@ -6,6 +6,7 @@
 mod access;
 mod atomic;
 mod barrier;
+mod cluster;
 mod copies;
 mod counters;
 mod exchange;
@@ -22,6 +23,7 @@ mod rows;
 mod scalar;
 mod schedule;
 mod specials;
+mod start;
 mod state;
 mod tally;
 mod wgmma;

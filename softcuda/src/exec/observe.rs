@@ -7,6 +7,7 @@
 
 use std::fmt::Debug;
 
+use super::cluster::OFFSET_BITS;
 use super::lanes::{LANES, active};
 use super::state::Machine;
 use super::{Fault, Launch};
@@ -140,6 +141,15 @@ pub enum SyncEvent {
         scope: Scope,
         mask: u32,
     },
+    /// Lanes arrive at the cluster's barrier, with release semantics or relaxed.
+    ClusterArrive {
+        mask: u32,
+        release: bool,
+    },
+    /// Lanes go on from the cluster's barrier, with acquire semantics.
+    ClusterLeave {
+        mask: u32,
+    },
     /// `cp.async.commit_group`.
     CopyCommit {
         mask: u32,
@@ -237,7 +247,13 @@ impl<'a> Machine<'_, 'a> {
             return;
         }
         let site = self.site(pc);
-        let mut split = |space: Space, addresses: &[u64; LANES], mask: u32| {
+        let (lower, higher) = (&*self.peers.lower, &*self.peers.higher);
+        let owner_of = |field: usize| match field.checked_sub(1).map(|rank| (rank, rank.checked_sub(lower.len()))) {
+            None | Some((_, Some(0))) => site.block,
+            Some((rank, None)) => lower[rank].linear,
+            Some((_, Some(above))) => higher[above - 1].linear,
+        };
+        let mut split = |space: Space, addresses: &[u64; LANES], mask: u32, owner: u64| {
             let event = MemoryEvent {
                 kind: t.kind,
                 engine: t.engine,
@@ -247,14 +263,17 @@ impl<'a> Machine<'_, 'a> {
                 bytes: t.bytes,
                 order: t.order,
                 scope: t.scope,
-                owner: site.block,
+                owner,
             };
             for observer in &mut self.worker.observers {
                 observer.memory(&site, &event);
             }
         };
         match t.space {
-            Some(space @ (Space::Global | Space::Shared | Space::Local)) => split(space, t.addresses, t.mask),
+            Some(space @ (Space::Global | Space::Local)) => split(space, t.addresses, t.mask, site.block),
+            Some(Space::Shared | Space::SharedCluster) => {
+                each_block(t.addresses, t.mask, |field, at, mask| split(Space::Shared, at, mask, owner_of(field)))
+            }
             Some(_) => {}
             None => {
                 for space in [Space::Global, Space::Shared, Space::Local] {
@@ -262,12 +281,30 @@ impl<'a> Machine<'_, 'a> {
                     let mask = active(t.mask).filter(inside).fold(0, |m, i| m | 1 << i);
                     if mask == 0 {
                     } else if space == Space::Global {
-                        split(space, t.addresses, mask);
+                        split(space, t.addresses, mask, site.block);
+                    } else if space == Space::Shared {
+                        each_block(t.addresses, mask, |field, at, mask| {
+                            split(Space::Shared, at, mask, owner_of(field))
+                        });
                     } else {
-                        split(space, &t.addresses.map(|a| a & 0x00ff_ffff_ffff_ffff), mask);
+                        split(space, &t.addresses.map(|a| a & 0x00ff_ffff_ffff_ffff), mask, site.block);
                     }
                 }
             }
         }
+    }
+}
+
+/// Calls `f` with the offsets of the lanes whose shared addresses are in the same block's memory, for each block in turn: see
+/// [`super::cluster`] for the field that names it.
+fn each_block(addresses: &[u64; LANES], mask: u32, mut f: impl FnMut(usize, &[u64; LANES], u32)) {
+    let field = |i: usize| (addresses[i] >> OFFSET_BITS & 0xff) as usize;
+    let offsets = addresses.map(|a| a & ((1 << OFFSET_BITS) - 1));
+    let mut rest = mask;
+    while rest != 0 {
+        let first = field(rest.trailing_zeros() as usize);
+        let mine = active(rest).filter(|&i| field(i) == first).fold(0, |m, i| m | 1 << i);
+        rest &= !mine;
+        f(first, &offsets, mine);
     }
 }

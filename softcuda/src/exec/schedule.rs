@@ -1,23 +1,23 @@
-//! Blocks over host threads. Each host thread takes blocks in launch order and runs the warps of a block in turn, a slice at
-//! a time, in an order that the seed picks. A block that only spins is set aside for further ones, so that patterns in which
-//! blocks wait for one another (grid barriers, look-back) make progress.
+//! Clusters over host threads. Each host thread takes clusters in launch order and runs the warps of their blocks in turn, a
+//! slice at a time, in an order that the seed picks. A cluster that only spins is set aside for further ones, so that patterns
+//! in which blocks wait for one another (grid barriers, look-back) make progress. Without clusters each block is its own.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{LazyLock, Mutex};
 use std::time::Instant;
 
-use super::copies::Copies;
+use super::cluster::{self, Shape};
 use super::fault::{Fault, FaultKind};
 use super::interpreter::{self, Isa, Stop};
 use super::lanes::Buffer;
 use super::observe::{BlockEvent, BlockSite};
-use super::state::{Barrier, Block, Group, GroupState, Machine, Shared, Warp, Worker, mix};
+use super::state::{Cluster, GroupState, Warp, Worker, mix};
 use super::tally::Tally;
-use super::{Counters, Launch};
+use super::{Counters, Launch, start};
 use crate::lower::ir::CONSTANT;
 
-/// Rounds of a block before another one is tried: those in which some warp used up its slice count for more than those in
+/// Rounds of a cluster before another one is tried: those in which some warp used up its slice count for more than those in
 /// which all came to a barrier, where loops of many short stages spend their time. Halved whenever it runs out, for a launch
 /// whose blocks have once waited for one another will do it again.
 const PATIENCE: u32 = 4096;
@@ -36,10 +36,10 @@ struct Common {
 }
 
 pub fn run(l: &Launch) -> Result<Counters, Fault> {
-    check(l)?;
+    let shape = check(l)?;
     static GRIDS: AtomicU64 = AtomicU64::new(1);
     let grid_id = GRIDS.fetch_add(1, Ordering::Relaxed);
-    let total = l.grid.iter().map(|&n| u64::from(n)).product();
+    let total = shape.clusters();
     let common = Common { next: AtomicU64::new(0), total, abort: AtomicBool::new(false), fault: Mutex::new(None) };
     let constants = constants(&l.kernel.body.constants);
     let params = aligned(l.params);
@@ -50,8 +50,8 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
     let merged = Mutex::new(Counters::default());
     l.config.watches.iter().for_each(|w| w.begin(l, grid_id));
     let work = || {
-        let mut worker = worker(l, &constants, &params, grid_id);
-        if let Err(fault) = run_blocks(&mut worker, l, &common) {
+        let mut worker = worker(l, shape, &constants, &params, grid_id);
+        if let Err(fault) = run_clusters(&mut worker, l, &common) {
             common.abort.store(true, Ordering::Relaxed);
             common.fault.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(fault);
         }
@@ -79,8 +79,8 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
     Ok(counters)
 }
 
-/// Whether the launch fits the kernel.
-fn check(l: &Launch) -> Result<(), Fault> {
+/// Whether the launch fits the kernel; the shapes that it really has.
+fn check(l: &Launch) -> Result<Shape, Fault> {
     let k = l.kernel;
     let bad = |message: String| Err(Fault::of_launch(k, FaultKind::InvalidLaunch, message));
     let threads: u64 = l.block.iter().map(|&n| u64::from(n)).product();
@@ -104,10 +104,7 @@ fn check(l: &Launch) -> Result<(), Fault> {
     if l.params.len() != k.param_bytes as usize {
         return bad(format!("{} bytes of parameters; the kernel takes {}", l.params.len(), k.param_bytes));
     }
-    if l.cluster != [1, 1, 1] {
-        return bad(format!("clusters of {:?} blocks are not implemented", l.cluster));
-    }
-    Ok(())
+    cluster::shape(l).map_err(|message| Fault::of_launch(k, FaultKind::InvalidLaunch, message))
 }
 
 /// The constants, aligned.
@@ -127,7 +124,7 @@ fn aligned(params: &[u8]) -> Buffer {
     buffer
 }
 
-fn worker<'a>(l: &'a Launch<'a>, constants: &Buffer, params: &'a Buffer, grid_id: u64) -> Worker<'a> {
+fn worker<'a>(l: &'a Launch<'a>, shape: Shape, constants: &Buffer, params: &'a Buffer, grid_id: u64) -> Worker<'a> {
     let body = &l.kernel.body;
     let observers: Vec<_> = l.config.watches.iter().filter_map(|w| w.observer(l, grid_id)).collect();
     Worker {
@@ -137,8 +134,9 @@ fn worker<'a>(l: &'a Launch<'a>, constants: &Buffer, params: &'a Buffer, grid_id
         params: params.bytes(l.params.len()),
         memory: l.memory,
         config: l.config,
-        grid: l.grid,
+        grid: shape.grid,
         block: l.block,
+        cluster: shape.cluster,
         dynamic_shared: l.dynamic_shared_bytes,
         started: Instant::now(),
         clock: 0,
@@ -152,15 +150,16 @@ fn worker<'a>(l: &'a Launch<'a>, constants: &Buffer, params: &'a Buffer, grid_id
     }
 }
 
-/// A block and how long it has made no visible progress.
+/// A cluster and how long it has made no visible progress.
 struct Resident {
-    block: Block,
+    cluster: Cluster,
     /// Rounds since its turn began, weighed.
     waited: u32,
 }
 
-fn run_blocks(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fault> {
-    let limit = if l.cooperative { usize::MAX } else { l.config.max_resident_blocks.max(1) };
+fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fault> {
+    let size = worker.cluster.iter().product::<u32>() as usize;
+    let limit = if l.cooperative { usize::MAX } else { (l.config.max_resident_blocks / size).max(1) };
     let mut resident: VecDeque<Resident> = VecDeque::new();
     let mut patience = PATIENCE;
     let mut rounds = 0u32;
@@ -170,20 +169,20 @@ fn run_blocks(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fa
         }
         if resident.is_empty() {
             match take(worker, l, common) {
-                Some(block) => resident.push_back(Resident { block, waited: 0 }),
+                Some(cluster) => resident.push_back(Resident { cluster, waited: 0 }),
                 None => return Ok(()),
             }
         }
         let current = &mut resident[0];
-        match round(worker, &mut current.block)? {
+        match round(worker, &mut current.cluster)? {
             Round::Finished => {
-                let done = resident.pop_front().expect("there is a current block");
-                tell(worker, &done.block, BlockEvent::End);
+                let done = resident.pop_front().expect("there is a current cluster");
+                tell(worker, &done.cluster, BlockEvent::End);
                 if let Some(t) = &mut worker.tally {
-                    t.finished_blocks += 1;
-                    t.finished_warps += done.block.warps.len() as u64;
+                    t.finished_blocks += done.cluster.blocks.len() as u64;
+                    t.finished_warps += done.cluster.warps.iter().map(|w| w.len() as u64).sum::<u64>();
                 }
-                worker.spare.push_back(done.block);
+                worker.spare.push_back(done.cluster);
             }
             Round::Progress => current.waited += 1,
             Round::Expired => current.waited += EXPIRED_COST,
@@ -194,117 +193,45 @@ fn run_blocks(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fa
             && worker.started.elapsed() > timeout
             && let Some(current) = resident.front_mut()
         {
-            return Err(place(worker, &mut current.block, FaultKind::LaunchTimeout, "the launch ran too long"));
+            return Err(place(worker, &mut current.cluster, FaultKind::LaunchTimeout, "the launch ran too long"));
         }
         if resident.front().is_some_and(|r| r.waited >= patience) {
             patience = (patience / 2).max(LEAST_PATIENCE);
             resident[0].waited = 0;
             resident.rotate_left(1);
             if resident.len() < limit
-                && let Some(block) = take(worker, l, common)
+                && let Some(cluster) = take(worker, l, common)
             {
-                resident.push_front(Resident { block, waited: 0 });
+                resident.push_front(Resident { cluster, waited: 0 });
             }
         }
     }
 }
 
-/// The next block that no host thread has taken.
-fn take(worker: &mut Worker, l: &Launch, common: &Common) -> Option<Block> {
+/// The next cluster that no host thread has taken.
+fn take(worker: &mut Worker, l: &Launch, common: &Common) -> Option<Cluster> {
     if common.next.load(Ordering::Relaxed) >= common.total {
         return None;
     }
-    let linear = common.next.fetch_add(1, Ordering::Relaxed);
-    (linear < common.total).then(|| start(worker, l, linear))
+    let index = common.next.fetch_add(1, Ordering::Relaxed);
+    (index < common.total).then(|| {
+        let cluster = start::cluster(worker, l, index);
+        tell(worker, &cluster, BlockEvent::Begin);
+        cluster
+    })
 }
 
-fn start(worker: &mut Worker, l: &Launch, linear: u64) -> Block {
-    let k = l.kernel;
-    let threads: u32 = l.block.iter().product();
-    let seed = mix(l.config.seed ^ linear.rotate_left(32));
-    let dynamic = l.dynamic_shared_bytes;
-    let bytes = if dynamic == 0 {
-        k.static_shared_bytes
-    } else {
-        k.static_shared_bytes.next_multiple_of(k.shared_align) + dynamic
-    };
-    let mut block = worker.spare.pop_front().unwrap_or_else(|| {
-        let warps = (0..threads.div_ceil(32)).map(|index| new_warp(worker, index, threads)).collect();
-        let shared = Shared {
-            block: [0; 3],
-            linear: 0,
-            memory: Buffer::new(bytes as usize),
-            bytes,
-            barriers: [Barrier::default(); 16],
-            warpgroups: (0..threads.div_ceil(128)).map(|_| Default::default()).collect(),
-            registers: Default::default(),
-            exited_threads: 0,
-            threads,
-            seed: 0,
+/// Tells observers of the start or end of a cluster's blocks.
+fn tell(worker: &mut Worker, cluster: &Cluster, event: BlockEvent) {
+    for block in &cluster.blocks {
+        let site = BlockSite {
+            block: block.linear,
+            cluster: cluster.blocks[0].linear,
+            threads: block.threads,
+            shared_bytes: block.bytes,
+            local_bytes: worker.kernel.local_bytes,
         };
-        Block { shared, warps }
-    });
-    let [gx, gy, _] = l.grid.map(u64::from);
-    block.shared.block = [(linear % gx) as u32, (linear / gx % gy) as u32, (linear / gx / gy) as u32];
-    block.shared.linear = linear;
-    block.shared.seed = seed;
-    block.shared.exited_threads = 0;
-    block.shared.barriers = [Barrier::default(); 16];
-    block.shared.warpgroups.iter_mut().for_each(|g| g.clear());
-    block.shared.registers.clear();
-    // Any of these bytes reads as NaN in f16, bf16, f32 and f64, and as a large number otherwise.
-    let pattern =
-        [0x81 | (mix(l.config.seed) as u8 & 0x7f), if mix(l.config.seed) >> 8 & 1 == 1 { 0xff } else { 0x7f }];
-    block.shared.memory.fill(pattern);
-    for warp in &mut block.warps {
-        warp.groups.clear();
-        warp.groups.push(Group { pc: 0, mask: warp.present, state: GroupState::Ready });
-        warp.current = 0;
-        warp.exited = 0;
-        warp.rotate = false;
-        warp.pinned = false;
-        warp.copies.clear();
-        let luck = if l.config.seed == 0 { 0 } else { seed };
-        warp.wgmma.clear(luck, warp.index.into());
-        warp.registers = Default::default();
-        warp.local.fill(pattern);
-    }
-    tell(worker, &block, BlockEvent::Begin);
-    block
-}
-
-/// Tells observers of a block's start or end.
-fn tell(worker: &mut Worker, block: &Block, event: BlockEvent) {
-    let site = BlockSite {
-        block: block.shared.linear,
-        cluster: block.shared.linear,
-        threads: block.shared.threads,
-        shared_bytes: block.shared.bytes,
-        local_bytes: worker.kernel.local_bytes,
-    };
-    worker.observers.iter_mut().for_each(|o| o.block(&site, event));
-}
-
-fn new_warp(worker: &Worker, index: u32, threads: u32) -> Warp {
-    let body = worker.body;
-    let mut predicates = vec![0; body.predicates as usize];
-    predicates[0] = u32::MAX;
-    let lanes = (threads - 32 * index).min(32);
-    Warp {
-        file: Buffer::new(body.file_bytes as usize),
-        predicates,
-        groups: Vec::with_capacity(4),
-        current: 0,
-        index,
-        present: u32::MAX >> (32 - lanes),
-        exited: 0,
-        local: Buffer::new(worker.kernel.local_bytes as usize * 32),
-        copies: Copies::default(),
-        wgmma: Default::default(),
-        registers: Default::default(),
-        rotate: false,
-        pinned: false,
-        turn: 0,
+        worker.observers.iter_mut().for_each(|o| o.block(&site, event));
     }
 }
 
@@ -316,68 +243,83 @@ enum Round {
     Expired,
 }
 
-/// Runs every warp of a block that can run once, in an order that the seed picks.
-fn round(worker: &mut Worker, block: &mut Block) -> Result<Round, Fault> {
-    let n = block.warps.len();
-    let mut order: [u8; 32] = std::array::from_fn(|i| i as u8);
-    let mut random = mix(block.shared.seed.wrapping_add(worker.clock));
-    block.shared.seed = random;
+/// The numbers below `n` (at most `N`) in a random order, the first `n` of the array.
+fn shuffled<const N: usize>(n: usize, random: &mut u64) -> [u8; N] {
+    let mut order: [u8; N] = std::array::from_fn(|i| i as u8);
     for i in (1..n).rev() {
-        random = mix(random);
-        order.swap(i, (random % (i as u64 + 1)) as usize);
+        *random = mix(*random);
+        order.swap(i, (*random % (i as u64 + 1)) as usize);
     }
+    order
+}
+
+/// Runs every warp of a cluster that can run once, in an order that the seed picks: block by block, and warp by warp in each.
+fn round(worker: &mut Worker, cluster: &mut Cluster) -> Result<Round, Fault> {
+    let mut random = mix(cluster.state.seed.wrapping_add(worker.clock));
+    cluster.state.seed = random;
+    let blocks = cluster.blocks.len();
+    let ranks: [u8; 16] = shuffled(blocks, &mut random);
     let mut expired = false;
-    let mut ran = false;
-    for &i in &order[..n] {
-        let warp = &mut block.warps[usize::from(i)];
-        if !warp.runnable() {
-            continue;
+    let mut released = false;
+    for &rank in &ranks[..blocks] {
+        let rank = usize::from(rank);
+        let n = cluster.warps[rank].len();
+        let order: [u8; 32] = shuffled(n, &mut random);
+        for &i in &order[..n] {
+            let i = usize::from(i);
+            if !cluster.warps[rank][i].runnable() {
+                continue;
+            }
+            let mut machine = cluster.machine(worker, rank, i);
+            match interpreter::run(&mut machine) {
+                Ok(stop) => expired |= stop == Stop::Expired,
+                Err((raw, pc)) => return Err(machine.fault(*raw, pc)),
+            }
         }
-        ran = true;
-        let mut machine = Machine { worker, shared: &mut block.shared, warp };
-        match interpreter::run(&mut machine) {
-            Ok(stop) => expired |= stop == Stop::Expired,
-            Err((raw, pc)) => return Err(machine.fault(*raw, pc)),
-        }
+        released |= cluster.release_block(worker, rank);
     }
-    if block.warps.iter().all(Warp::finished) {
+    if cluster.warps.iter().flatten().all(Warp::finished) {
         return Ok(Round::Finished);
     }
-    let released = block.release(worker);
-    if !released && !expired && !block.warps.iter().any(Warp::runnable) {
-        let message = waiting(worker, block);
-        return Err(place(worker, block, FaultKind::Deadlock, &message));
+    released |= cluster.release_all(worker);
+    if !released && !expired && !cluster.warps.iter().flatten().any(Warp::runnable) {
+        let message = waiting(worker, cluster);
+        return Err(place(worker, cluster, FaultKind::Deadlock, &message));
     }
-    debug_assert!(ran || released);
     Ok(if expired { Round::Expired } else { Round::Progress })
 }
 
 /// Who waits where.
-fn waiting(worker: &Worker, block: &Block) -> String {
+fn waiting(worker: &Worker, cluster: &Cluster) -> String {
     let mut parts = Vec::new();
-    for warp in &block.warps {
-        for g in &warp.groups {
-            let line = worker.body.lines.get(g.pc as usize).copied().unwrap_or(0);
-            let text = worker.kernel.lines.get((line as usize).wrapping_sub(1)).map_or("", |l| l.trim());
-            parts.push(format!("warp {} lanes {:#010x} at line {line} `{text}`", warp.index, g.mask));
+    for (block, warps) in cluster.blocks.iter().zip(&cluster.warps) {
+        for warp in warps {
+            for g in &warp.groups {
+                let line = worker.body.lines.get(g.pc as usize).copied().unwrap_or(0);
+                let text = worker.kernel.lines.get((line as usize).wrapping_sub(1)).map_or("", |l| l.trim());
+                let of = if cluster.blocks.len() == 1 { String::new() } else { format!("block {:?} ", block.block) };
+                let what =
+                    if g.state == GroupState::AtClusterBarrier { cluster.state.describe() } else { String::new() };
+                let place = format!("{of}warp {} lanes {:#010x} at line {line} `{text}`", warp.index, g.mask);
+                parts.push(format!("{place}{what}"));
+            }
         }
     }
     let more = parts.len().saturating_sub(8);
     parts.truncate(8);
     let tail = if more == 0 { String::new() } else { format!(" and {more} more") };
-    format!(
-        "no thread of the block can go on, {} have exited; waiting: {}{tail}",
-        block.shared.exited_threads,
-        parts.join(", ")
-    )
+    let what = if cluster.blocks.len() == 1 { "block" } else { "cluster" };
+    let exited = cluster.blocks.iter().map(|b| b.exited_threads).sum::<u32>();
+    format!("no thread of the {what} can go on, {exited} have exited; waiting: {}{tail}", parts.join(", "))
 }
 
-/// A fault of the whole block, placed at the first thread that has not exited.
-fn place(worker: &mut Worker, block: &mut Block, kind: FaultKind, message: &str) -> Fault {
-    let Some(warp) = block.warps.iter_mut().find(|w| !w.finished()) else {
+/// A fault of the whole cluster, placed at the first thread that has not exited.
+fn place(worker: &mut Worker, cluster: &mut Cluster, kind: FaultKind, message: &str) -> Fault {
+    let mut all = cluster.warps.iter().enumerate().flat_map(|(rank, w)| (0..w.len()).map(move |i| (rank, i)));
+    let Some((rank, i)) = all.find(|&(rank, i)| !cluster.warps[rank][i].finished()) else {
         return Fault::of_launch(worker.kernel, kind, message);
     };
-    let (pc, mask) = warp.groups.first().map_or((0, 1), |g| (g.pc, g.mask));
+    let (pc, mask) = cluster.warps[rank][i].groups.first().map_or((0, 1), |g| (g.pc, g.mask));
     let raw = super::state::Raw::new(kind, mask, message);
-    Machine { worker, shared: &mut block.shared, warp }.fault(*raw, pc)
+    cluster.machine(worker, rank, i).fault(*raw, pc)
 }

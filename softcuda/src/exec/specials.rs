@@ -1,5 +1,6 @@
 //! Values of the special registers (PTX ISA 10).
 
+use super::cluster::position;
 use super::lanes::{File, LANES};
 use super::state::Machine;
 use crate::lower::ir::Op;
@@ -35,12 +36,18 @@ impl Machine<'_, '_> {
             NtidX => w.block[0].into(),
             NtidY => w.block[1].into(),
             NtidZ => w.block[2].into(),
-            CtaidX | ClusterIdX => self.shared.block[0].into(),
-            CtaidY | ClusterIdY => self.shared.block[1].into(),
-            CtaidZ | ClusterIdZ => self.shared.block[2].into(),
-            NctaidX | NclusterIdX => w.grid[0].into(),
-            NctaidY | NclusterIdY => w.grid[1].into(),
-            NctaidZ | NclusterIdZ => w.grid[2].into(),
+            CtaidX => self.shared.block[0].into(),
+            CtaidY => self.shared.block[1].into(),
+            CtaidZ => self.shared.block[2].into(),
+            NctaidX => w.grid[0].into(),
+            NctaidY => w.grid[1].into(),
+            NctaidZ => w.grid[2].into(),
+            ClusterIdX => self.cluster.id[0].into(),
+            ClusterIdY => self.cluster.id[1].into(),
+            ClusterIdZ => self.cluster.id[2].into(),
+            NclusterIdX => (w.grid[0] / w.cluster[0]).into(),
+            NclusterIdY => (w.grid[1] / w.cluster[1]).into(),
+            NclusterIdZ => (w.grid[2] / w.cluster[2]).into(),
             WarpId => self.warp.index.into(),
             NwarpId => u64::from(w.block.iter().product::<u32>().div_ceil(32)),
             SmId => self.shared.linear % u64::from(w.config.sm_count.max(1)),
@@ -52,16 +59,23 @@ impl Machine<'_, '_> {
             GlobalTimerHi => epoch_nanoseconds() >> 32,
             TotalSmem | AggrSmem => self.shared.bytes.into(),
             DynamicSmem => w.dynamic_shared.into(),
-            // Clusters of one block.
-            ClusterCtaidX | ClusterCtaidY | ClusterCtaidZ | ClusterCtarank => 0,
-            ClusterNctaidX | ClusterNctaidY | ClusterNctaidZ | ClusterNctarank => 1,
+            ClusterCtaidX => position(self.shared.rank, w.cluster)[0].into(),
+            ClusterCtaidY => position(self.shared.rank, w.cluster)[1].into(),
+            ClusterCtaidZ => position(self.shared.rank, w.cluster)[2].into(),
+            ClusterNctaidX => w.cluster[0].into(),
+            ClusterNctaidY => w.cluster[1].into(),
+            ClusterNctaidZ => w.cluster[2].into(),
+            ClusterCtarank => self.shared.rank.into(),
+            ClusterNctarank => w.cluster.iter().product::<u32>().into(),
+            // Launches of clusters of one block are not told from launches without clusters.
+            IsExplicitCluster => (w.cluster != [1, 1, 1] || w.kernel.required_cluster.is_some()).into(),
         };
         // SAFETY: the slot is of the width that `b` says.
         unsafe {
-            if op.b == 1 {
-                file.store64(op.d, mask, &[uniform; LANES]);
-            } else {
-                file.store32(op.d, mask, &[uniform as u32; LANES]);
+            match op.b {
+                0 => file.store32(op.d, mask, &[uniform as u32; LANES]),
+                1 => file.store64(op.d, mask, &[uniform; LANES]),
+                _ => file.set_predicate(op.d, mask, (uniform as u32).wrapping_neg()),
             }
         }
     }

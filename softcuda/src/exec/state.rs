@@ -1,7 +1,8 @@
-//! What a launch is made of while it runs: warps with their groups of lanes, blocks with their barriers.
+//! What a launch is made of while it runs: warps with their groups of lanes, blocks with their barriers, clusters of blocks.
 
 use std::collections::VecDeque;
 
+use super::cluster::ClusterState;
 use super::copies::Copies;
 use super::fault::{Fault, FaultKind};
 use super::lanes::{Buffer, File};
@@ -25,6 +26,7 @@ pub enum GroupState {
     /// At an instruction that other lanes of the warp must reach first.
     AtSync,
     AtBarrier(u8),
+    AtClusterBarrier,
     /// At a wait for products that its warpgroup has yet to issue.
     AtProduct,
     /// At a `setmaxnreg` for which the block has too few registers left.
@@ -47,6 +49,9 @@ pub struct Warp {
     pub copies: Copies,
     pub wgmma: super::wgmma::Queue,
     pub registers: super::wgmma::Share,
+    /// Lanes that arrived at the cluster's barrier and have not waited since, and the parity of the phase they arrived in.
+    pub cluster_arrived: u32,
+    pub cluster_parity: u32,
     /// The last slice ran out while lanes were apart: the next one runs another group, whatever its place.
     pub rotate: bool,
     /// The group chosen so keeps running to the end of the slice.
@@ -90,6 +95,8 @@ pub struct Shared {
     pub block: [u32; 3],
     /// Position in launch order.
     pub linear: u64,
+    /// Rank in the cluster.
+    pub rank: u32,
     pub memory: Buffer,
     /// Bytes of shared memory that the block may use.
     pub bytes: u32,
@@ -98,15 +105,38 @@ pub struct Shared {
     pub registers: super::wgmma::Pool,
     pub exited_threads: u32,
     pub threads: u32,
-    /// Seed of the block's own choices.
-    pub seed: u64,
 }
 
-/// A block in flight.
+impl Shared {
+    /// All threads have ended: the block's shared memory is no longer there for its peers.
+    pub fn exited(&self) -> bool {
+        self.exited_threads == self.threads
+    }
+}
+
+/// A cluster in flight: what a host thread takes and runs as a whole. A launch without clusters has clusters of one block.
 #[derive(Debug)]
-pub struct Block {
-    pub shared: Shared,
-    pub warps: Vec<Warp>,
+pub struct Cluster {
+    pub state: ClusterState,
+    /// Blocks by rank, and the warps of each.
+    pub blocks: Vec<Shared>,
+    pub warps: Vec<Vec<Warp>>,
+}
+
+/// The other blocks of the cluster, around one's own: those of lower rank, then those of higher.
+pub struct Peers<'m> {
+    pub lower: &'m mut [Shared],
+    pub higher: &'m mut [Shared],
+}
+
+impl Cluster {
+    /// The machine of one warp.
+    pub fn machine<'m, 'a>(&'m mut self, worker: &'m mut Worker<'a>, rank: usize, warp: usize) -> Machine<'m, 'a> {
+        let (lower, rest) = self.blocks.split_at_mut(rank);
+        let (shared, higher) = rest.split_first_mut().expect("the cluster has a block of this rank");
+        let warp = &mut self.warps[rank][warp];
+        Machine { worker, shared, warp, cluster: &mut self.state, peers: Peers { lower, higher } }
+    }
 }
 
 /// What one host thread keeps during a launch.
@@ -119,6 +149,8 @@ pub struct Worker<'a> {
     pub config: &'a Config,
     pub grid: [u32; 3],
     pub block: [u32; 3],
+    /// Blocks per cluster.
+    pub cluster: [u32; 3],
     pub dynamic_shared: u32,
     pub started: std::time::Instant,
     /// Operations run so far, which the clocks read.
@@ -131,8 +163,8 @@ pub struct Worker<'a> {
     pub watched: bool,
     pub isa: super::interpreter::Isa,
     pub grid_id: u64,
-    /// Parts of finished blocks for new ones.
-    pub spare: VecDeque<Block>,
+    /// Parts of finished clusters for new ones.
+    pub spare: VecDeque<Cluster>,
 }
 
 /// A fault before the place where it happened is added.
@@ -160,6 +192,8 @@ pub struct Machine<'m, 'a> {
     pub worker: &'m mut Worker<'a>,
     pub shared: &'m mut Shared,
     pub warp: &'m mut Warp,
+    pub cluster: &'m mut ClusterState,
+    pub peers: Peers<'m>,
 }
 
 impl Machine<'_, '_> {
@@ -167,6 +201,17 @@ impl Machine<'_, '_> {
         File {
             bases: [self.warp.file.as_mut_ptr(), self.worker.constants],
             predicates: self.warp.predicates.as_mut_ptr(),
+        }
+    }
+
+    /// The block of this rank in the cluster, which must have one.
+    pub fn block_of(&mut self, rank: u32) -> &mut Shared {
+        let own = self.peers.lower.len();
+        let rank = rank as usize;
+        match rank.cmp(&own) {
+            std::cmp::Ordering::Less => &mut self.peers.lower[rank],
+            std::cmp::Ordering::Equal => self.shared,
+            std::cmp::Ordering::Greater => &mut self.peers.higher[rank - own - 1],
         }
     }
 

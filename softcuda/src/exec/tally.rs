@@ -84,7 +84,8 @@ impl Machine<'_, '_> {
         let Some(t) = &mut self.worker.tally else { return };
         let Some(l) = t.lines.get_mut(line.wrapping_sub(1)) else { return };
         let of = |i: usize| space.unwrap_or_else(|| space_of(addresses[i]));
-        let shared = active(mask).filter(|&i| of(i) == Space::Shared).fold(0, |m, i| m | 1 << i);
+        let shared =
+            active(mask).filter(|&i| matches!(of(i), Space::Shared | Space::SharedCluster)).fold(0, |m, i| m | 1 << i);
         let global = active(mask).filter(|&i| of(i) == Space::Global).fold(0, |m, i| m | 1 << i);
         if shared != 0 {
             l.shared.add(&wavefronts(addresses, shared, bytes));

@@ -3,6 +3,7 @@
 //! A lane-wise operation names its operands by slot: a byte offset into the warp's register file, or, with [`CONSTANT`]
 //! set, into the kernel's bank of constants, each 32 lanes wide. Everything else keeps its operands in an [`Extra`].
 
+use super::ir_cluster::ClusterOp;
 use super::isa::{Code, Width};
 use crate::exec::InstructionClass;
 use crate::exec::numeric::rounding::Round;
@@ -350,6 +351,7 @@ pub enum Extra {
     Reads(Vec<Reg>),
     /// `fence` and `membar`.
     Fence(Order, Scope),
+    Cluster(ClusterOp),
     /// A failed device-side assertion: message, file, line, function, as addresses.
     Assert(Vec<Reg>),
 }
@@ -408,6 +410,7 @@ impl Extra {
                 x.d.iter_mut().for_each(|r| f(r, Use::Write));
                 x.a.iter_mut().chain(&mut x.b).chain(&mut x.c).for_each(|r| f(r, Use::Read));
             }
+            Self::Cluster(x) => x.visit(f),
             Self::Wgmma(x) => {
                 x.d.iter_mut().for_each(|r| f(r, Use::Write));
                 x.c.iter_mut().for_each(|r| f(r, Use::Read));
@@ -462,7 +465,7 @@ pub fn visit_registers(op: &mut Op, extras: &mut [Extra], f: &mut dyn FnMut(&mut
             }
         }
         Code::Special => {
-            let ty = if op.b == 1 { Type::B64 } else { Type::B32 };
+            let ty = [Type::B32, Type::B64, Type::Pred][op.b as usize];
             slot(&mut op.d, ty, Use::Write);
         }
         Code::Activemask => slot(&mut op.d, Type::B32, Use::Write),
@@ -500,6 +503,7 @@ impl Code {
                 | Sleep
                 | Fence
                 | Assert
+                | Cluster
         )
     }
 }

@@ -10,6 +10,7 @@ mod families;
 mod flow;
 mod in_flight;
 pub(crate) mod ir;
+pub(crate) mod ir_cluster;
 pub(crate) mod isa;
 mod layout;
 mod modifiers;
@@ -74,6 +75,14 @@ pub struct Kernel {
     pub reqntid: Option<[u32; 3]>,
     /// `.minnctapersm`.
     pub min_ctas_per_sm: Option<u32>,
+    /// `.reqnctapercluster`: the only cluster shape the kernel may be launched with.
+    pub required_cluster: Option<[u32; 3]>,
+    /// `.explicitcluster`: the launch must say the cluster's shape.
+    pub explicit_cluster: bool,
+    /// `.maxclusterrank`: most blocks of a cluster.
+    pub max_cluster_rank: Option<u32>,
+    /// `.blocksareclusters`: the grid of a launch counts clusters.
+    pub blocks_are_clusters: bool,
     /// `.maxnreg`.
     pub max_registers: Option<u32>,
     /// Registers of 32 bits per thread that the packed file needs: an estimate of what `ptxas` would use.
@@ -146,6 +155,10 @@ fn lower_kernel(
         max_threads: None,
         reqntid: None,
         min_ctas_per_sm: None,
+        required_cluster: None,
+        explicit_cluster: false,
+        max_cluster_rank: None,
+        blocks_are_clusters: false,
         max_registers: None,
         registers,
         version: ast.version,
@@ -172,6 +185,16 @@ fn directive(kernel: &mut Kernel, name: &str, numbers: &[u64]) -> Result<(), Low
                 kernel.reqntid = Some(shape);
             }
         }
+        "reqnctapercluster" => {
+            let shape = [0, 1, 2].map(|i| numbers.get(i).map_or(1, |&n| n as u32));
+            if shape.contains(&0) {
+                return Err(LowerErrorKind::Invalid(format!("`.{name}` of {shape:?} blocks")));
+            }
+            kernel.required_cluster = Some(shape);
+        }
+        "explicitcluster" => kernel.explicit_cluster = true,
+        "maxclusterrank" => kernel.max_cluster_rank = first(),
+        "blocksareclusters" => kernel.blocks_are_clusters = true,
         "minnctapersm" => kernel.min_ctas_per_sm = first(),
         "maxnreg" => kernel.max_registers = first(),
         "noreturn" => {}

@@ -37,7 +37,7 @@ fn agree(instruction: Type, register: Type) -> bool {
 
 /// A type or state space as PTX writes it.
 pub fn dotted(x: impl std::fmt::Debug) -> String {
-    format!(".{x:?}").to_lowercase()
+    format!(".{x:?}").to_lowercase().replace("sharedcluster", "shared::cluster")
 }
 
 pub fn describe(o: &Operand) -> String {
@@ -127,10 +127,17 @@ impl Builder<'_> {
             Operand::F64(bits) if ty == Type::F64 || ty == Type::B64 => Ok(self.constant64(*bits)),
             Operand::Name(n) if n == "WARP_SZ" => self.integer(32, ty, o),
             Operand::Name(n) if special::find(n).is_some() => {
-                let (x, wide) = special::find(n).expect("just found");
-                let have = if wide { Width::W64 } else { Width::W32 };
+                let (x, have) = special::find(n).expect("just found");
+                if (have == Width::Pred) != (ty == Type::Pred) {
+                    return Err(mismatch(format!("a source of type {}", dotted(ty)), o));
+                }
                 let d = self.temp(have);
-                self.push(Op { code: Code::Special, guard: 0, d, a: 0, b: u32::from(wide), c: 0, x });
+                let b = match have {
+                    Width::W32 => 0,
+                    Width::W64 => 1,
+                    Width::Pred => 2,
+                };
+                self.push(Op { code: Code::Special, guard: 0, d, a: 0, b, c: 0, x });
                 match (have, width) {
                     _ if ty.bytes() == 2 => Ok(self.compute(Code::Trunc16, &[d])),
                     (Width::W32, Width::W64) => Ok(self.compute(Code::Zext32, &[d])),

@@ -1,5 +1,7 @@
 //! Special registers (PTX ISA 10), numbered for the executor.
 
+use super::isa::Width;
+
 macro_rules! specials {
     ($($name:literal $width:literal $variant:ident)*) => {
         /// What a special register holds.
@@ -7,7 +9,8 @@ macro_rules! specials {
         #[repr(u32)]
         pub enum Special { $($variant),* }
 
-        const NAMES: &[(&str, u32, bool)] = &[$(($name, Special::$variant as u32, $width == 64)),*];
+        /// Name, number, bits.
+        const NAMES: &[(&str, u32, u32)] = &[$(($name, Special::$variant as u32, $width)),*];
 
         impl Special {
             pub const ALL: &[Special] = &[$(Special::$variant),*];
@@ -34,10 +37,16 @@ specials! {
     "%cluster_ctaid.w" 32 ClusterCtaidW
     "%cluster_nctaid.x" 32 ClusterNctaidX "%cluster_nctaid.y" 32 ClusterNctaidY "%cluster_nctaid.z" 32 ClusterNctaidZ
     "%cluster_nctaid.w" 32 ClusterNctaidW
+    "%is_explicit_cluster" 1 IsExplicitCluster
     "%cluster_ctarank" 32 ClusterCtarank "%cluster_nctarank" 32 ClusterNctarank
 }
 
-/// Number of the special register and whether it has 64 bits. `WARP_SZ` is not among them.
-pub fn find(name: &str) -> Option<(u32, bool)> {
-    NAMES.iter().find(|(n, ..)| *n == name).map(|(_, number, wide)| (*number, *wide))
+/// Number of the special register and its width. `WARP_SZ` is not among them.
+pub fn find(name: &str) -> Option<(u32, Width)> {
+    let width = |bits: u32| match bits {
+        1 => Width::Pred,
+        64 => Width::W64,
+        _ => Width::W32,
+    };
+    NAMES.iter().find(|(n, ..)| *n == name).map(|(_, number, bits)| (*number, width(*bits)))
 }

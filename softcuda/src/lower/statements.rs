@@ -125,7 +125,7 @@ impl Builder<'_> {
                 }
                 Ok(())
             }
-            Space::Global | Space::Const => {
+            Space::Global | Space::Const | Space::SharedCluster => {
                 Err(LowerErrorKind::Unsupported(format!("`{}` declared in a function", v.name)))
             }
         }

@@ -32,7 +32,10 @@ pub enum Space {
     Global,
     Local,
     Param,
+    /// `.shared` and `.shared::cta`.
     Shared,
+    /// `.shared::cluster`, of addresses only: nothing is declared in it.
+    SharedCluster,
 }
 
 /// A fundamental or packed type (PTX ISA 5.2).

@@ -7,6 +7,7 @@
 
 mod barriers;
 mod bits;
+mod clusters;
 mod compare;
 mod convert;
 mod copies;
@@ -16,6 +17,7 @@ mod errors;
 mod float;
 mod flow;
 mod half_precision;
+mod hopper;
 mod integer;
 mod matrix;
 mod memory;

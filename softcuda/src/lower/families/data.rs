@@ -129,6 +129,7 @@ impl Builder<'_> {
         if let Operand::Name(n) | Operand::SymbolOffset { name: n, .. } = operand
             && let Some(Symbol::Variable { space: s, .. }) = self.lookup(n)
             && *s != space
+            && (*s, space) != (Space::Shared, Space::SharedCluster)
         {
             return Err(LowerErrorKind::Operand {
                 expected: format!("expected a variable in {}", dotted(space)),
@@ -165,7 +166,7 @@ const SPACES: &[(&str, Space)] = &[
     ("global", Space::Global),
     ("shared", Space::Shared),
     ("shared::cta", Space::Shared),
-    ("shared::cluster", Space::Shared),
+    ("shared::cluster", Space::SharedCluster),
     ("local", Space::Local),
     ("const", Space::Const),
     ("param", Space::Param),
@@ -175,7 +176,7 @@ const SPACES: &[(&str, Space)] = &[
 /// Base of a space's window in the generic address space.
 fn window(space: Space) -> u64 {
     match space {
-        Space::Shared => crate::exec::SHARED_WINDOW,
+        Space::Shared | Space::SharedCluster => crate::exec::SHARED_WINDOW,
         Space::Local => crate::exec::LOCAL_WINDOW,
         Space::Param => crate::exec::PARAM_WINDOW,
         _ => 0,

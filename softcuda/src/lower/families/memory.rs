@@ -13,6 +13,7 @@ const SPACES: &[(&str, Space)] = &[
     ("global", Space::Global),
     ("shared", Space::Shared),
     ("shared::cta", Space::Shared),
+    ("shared::cluster", Space::SharedCluster),
     ("local", Space::Local),
     ("const", Space::Const),
     ("param", Space::Param),
@@ -99,7 +100,7 @@ impl Builder<'_> {
         let space = match (space, of_symbol) {
             // Parameters of device functions are kept in local memory.
             (Some(Space::Param) | None, Some(s)) => Some(s),
-            (Some(a), Some(b)) if a != b => {
+            (Some(a), Some(b)) if a != b && (a, b) != (Space::SharedCluster, Space::Shared) => {
                 return Err(LowerErrorKind::Operand {
                     expected: format!("expected an address in {}", dotted(a)),
                     got: format!("{} in {}", describe(place), dotted(b)),
@@ -112,7 +113,7 @@ impl Builder<'_> {
         {
             return Err(LowerErrorKind::Invalid(format!("a store to {}", dotted(s))));
         }
-        let shared_by_threads = matches!(space, None | Some(Space::Global | Space::Shared));
+        let shared_by_threads = matches!(space, None | Some(Space::Global | Space::Shared | Space::SharedCluster));
         if !shared_by_threads && order != Order::Weak && !i.modifiers.iter().any(|m| m == "volatile") {
             return Err(unknown(i));
         }
@@ -121,8 +122,8 @@ impl Builder<'_> {
             regs.push(if load { self.wide_dest(&o, ty)? } else { Some(self.wide_source(&o, ty)?) });
         }
         self.class = Some(match (space, load) {
-            (Some(Space::Shared), true) => Class::SharedLoad,
-            (Some(Space::Shared), false) => Class::SharedStore,
+            (Some(Space::Shared | Space::SharedCluster), true) => Class::SharedLoad,
+            (Some(Space::Shared | Space::SharedCluster), false) => Class::SharedStore,
             (Some(Space::Global) | None, true) => Class::GlobalLoad,
             (Some(Space::Global) | None, false) => Class::GlobalStore,
             _ => Class::OtherMemory,
@@ -159,7 +160,12 @@ impl Builder<'_> {
         // Without them, `.relaxed` and `.gpu` (PTX ISA 9.7.13.5).
         let order = order.unwrap_or(Order::Relaxed);
         let scope = m.one_of(SCOPES).unwrap_or(Scope::Gpu);
-        let space = m.one_of(&[("global", Space::Global), ("shared", Space::Shared), ("shared::cta", Space::Shared)]);
+        let space = m.one_of(&[
+            ("global", Space::Global),
+            ("shared", Space::Shared),
+            ("shared::cta", Space::Shared),
+            ("shared::cluster", Space::SharedCluster),
+        ]);
         let op = m.required(
             "an operation",
             &[
@@ -197,7 +203,7 @@ impl Builder<'_> {
         let (address, of_symbol) = self.address(&operands[at])?;
         let space = space.or(of_symbol);
         if let Some(s) = space
-            && !matches!(s, Space::Global | Space::Shared)
+            && !matches!(s, Space::Global | Space::Shared | Space::SharedCluster)
         {
             return Err(LowerErrorKind::Invalid(format!("an atomic operation in {}", dotted(s))));
         }

@@ -1,6 +1,7 @@
 //! Lowering by instruction family: what the rows of [`super::isa`] cannot say.
 
 mod arithmetic;
+mod cluster;
 mod compare;
 mod control;
 mod convert;
@@ -57,6 +58,8 @@ impl Builder<'_> {
             "elect" => self.elect(i),
             "activemask" => self.activemask(i),
             "bar" | "barrier" => self.barrier(i),
+            "mapa" => self.mapa(i),
+            "getctarank" => self.getctarank(i),
             "membar" | "fence" => self.fence(i),
             "nanosleep" => self.nanosleep(i),
             "ldmatrix" | "stmatrix" => self.matrix_move(i),

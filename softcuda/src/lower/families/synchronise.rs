@@ -25,6 +25,9 @@ impl Builder<'_> {
             self.emit_extra(Code::Exchange, Extra::Exchange(x));
             return Ok(());
         }
+        if i.opcode == "barrier" && m.take("cluster") {
+            return self.cluster_barrier(i, m);
+        }
         m.take("cta");
         let aligned = i.opcode == "bar" || m.take("aligned");
         let operands = i.operands.as_slice();

@@ -120,6 +120,7 @@ macro_rules! define_codes {
             Arith, Cvt, TestSpace,
             Exchange, Activemask, Barrier, Fence, Sleep,
             LoadMatrix, StoreMatrix, Mma,
+            Cluster,
             /// `setmaxnreg` to the low bits of `x`, up where its top bit is set.
             Wgmma, WgmmaSync, SetMaxRegisters,
         }
