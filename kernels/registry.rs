@@ -242,6 +242,35 @@ impl Gate {
     }
 }
 
+/// Top-k gating that also measures the batch: balancing losses and router statistics from the same logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MeasuredGate {
+    /// From logits to scores.
+    pub score: Score,
+    /// Logits a lane holds: experts up to `32 * values`.
+    pub values: u32,
+}
+
+impl MeasuredGate {
+    /// The gating of the same score and width that measures nothing.
+    pub const fn gate(&self) -> Gate {
+        Gate { score: self.score, values: self.values, dispatch: false }
+    }
+
+    /// Blocks that a multiprocessor holds at once.
+    pub const fn blocks_resident(&self) -> u32 {
+        if self.values <= 8 { 2 } else { 1 }
+    }
+
+    /// Dynamic shared memory in bytes: rows of sums of each warp (two kinds of them where registers hold neither), two arrays of
+    /// counters, 32 bytes of scratch a warp.
+    pub const fn shared_bytes(&self) -> u32 {
+        let (warps, row) = (self.gate().warps(), 4 * self.gate().max_experts());
+        let rows = if self.values <= 64 { warps } else { 2 * warps };
+        (rows + 2) * row + 32 * warps
+    }
+}
+
 /// Dispatch alone, from ids that somebody else chose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Dispatch {
@@ -471,6 +500,12 @@ pub enum Kernel {
     Hash,
     /// Noisy top-k gating with importance, load and their losses.
     Noisy(Noisy),
+    /// Choice of experts, with losses and statistics.
+    MeasuredGate(MeasuredGate),
+    /// Balancing losses of totals.
+    BalanceLoss,
+    /// The correction bias after a step.
+    UpdateBias,
 }
 
 impl Kernel {
@@ -497,6 +532,9 @@ impl Kernel {
             Kernel::Noisy(k) => {
                 format!("noisy_{}e{}", if k.grouped { "grouped_" } else { "" }, k.spread.max_experts())
             }
+            Kernel::MeasuredGate(k) => format!("{}_measured", Kernel::Gate(k.gate()).name()),
+            Kernel::BalanceLoss => "balance_loss".into(),
+            Kernel::UpdateBias => "update_bias".into(),
         }
     }
 
@@ -519,6 +557,8 @@ impl Kernel {
                 BLOCK_WARPS * 32
             }
             Kernel::Noisy(k) => k.spread.warps() * 32,
+            Kernel::MeasuredGate(k) => k.gate().warps() * 32,
+            Kernel::BalanceLoss | Kernel::UpdateBias => BLOCK_WARPS * 32,
         }
     }
 
@@ -526,6 +566,7 @@ impl Kernel {
     pub const fn shared_bytes(&self) -> u32 {
         match self {
             Kernel::GroupedGemm(k) => k.shared_bytes(),
+            Kernel::MeasuredGate(k) => k.shared_bytes(),
             _ => 0,
         }
     }
@@ -548,6 +589,9 @@ impl Kernel {
             Kernel::Sinkhorn(_) => "sinkhorn.ptx.jinja",
             Kernel::Hash => "hash.ptx.jinja",
             Kernel::Noisy(_) => "noisy.ptx.jinja",
+            Kernel::MeasuredGate(_) => "gate.ptx.jinja",
+            Kernel::BalanceLoss => "balance_loss.ptx.jinja",
+            Kernel::UpdateBias => "update_bias.ptx.jinja",
         }
     }
 
@@ -565,8 +609,18 @@ impl Kernel {
                 ("score", Text(k.score.name())),
                 ("values", Int(k.values)),
                 ("dispatch", Int(k.dispatch as u32)),
+                ("measure", Int(0)),
                 ("max_experts", Int(k.max_experts())),
                 ("warps", Int(k.warps())),
+            ],
+            Kernel::MeasuredGate(k) => vec![
+                ("score", Text(k.score.name())),
+                ("values", Int(k.values)),
+                ("dispatch", Int(0)),
+                ("measure", Int(1)),
+                ("max_experts", Int(k.gate().max_experts())),
+                ("warps", Int(k.gate().warps())),
+                ("blocks_resident", Int(k.blocks_resident())),
             ],
             Kernel::Dispatch(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::GroupedGemm(k) => vec![
@@ -585,6 +639,7 @@ impl Kernel {
             Kernel::Admit(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash => vec![],
+            Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
@@ -645,5 +700,11 @@ pub fn all() -> Vec<Kernel> {
     for spread in Spread::ALL {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
     }
+    for score in Score::ALL {
+        for values in Gate::VALUES {
+            kernels.push(Kernel::MeasuredGate(MeasuredGate { score, values }));
+        }
+    }
+    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias]);
     kernels
 }

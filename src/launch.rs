@@ -11,7 +11,9 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::driver::{CudaContext, CudaStream, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop, result};
+use cudarc::driver::{
+    CudaContext, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, SyncOnDrop, ValidAsZeroBits, result,
+};
 
 use crate::embedded::Embedded;
 use crate::{DeviceInfo, Element, Error, Kernels, Selection};
@@ -219,6 +221,11 @@ impl<'a> Scope<'a> {
             .map_err(Error::driver(self.operation))
     }
 }
+
+// SAFETY: twelve words of plain data, of which every pattern of bits, all zeros included, is a value.
+unsafe impl DeviceRepr for crate::balance::RouterStats {}
+// SAFETY: as above.
+unsafe impl ValidAsZeroBits for crate::balance::RouterStats {}
 
 /// One kernel parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]

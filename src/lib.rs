@@ -66,6 +66,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod admission;
+pub mod balance;
 pub mod base;
 pub mod combine;
 pub mod device;

@@ -36,7 +36,7 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
 }
 
 /// Groups that divide the experts and leave enough of them, half of the time.
-fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<Groups> {
+pub fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<Groups> {
     let counts: Vec<usize> = (2..=16).filter(|count| experts.is_multiple_of(*count) && experts / count >= 2).collect();
     if counts.is_empty() || rng.bool() {
         return None;
@@ -48,7 +48,7 @@ fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<Group
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Logits {
+pub enum Logits {
     Normal,
     /// Few distinct values: lower ids win.
     Ties,
@@ -56,7 +56,7 @@ enum Logits {
     NotFinite,
 }
 
-fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
+pub fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
     (0..len)
         .map(|_| match kind {
             Logits::Normal => 2.0 * normal(rng) as f32,

@@ -9,6 +9,7 @@
 mod support;
 
 mod admission;
+mod balance;
 mod base;
 mod combine;
 mod dispatch;
@@ -70,6 +71,9 @@ fn check(kernel: Kernel) {
         Kernel::Sinkhorn(variant) => sinkhorn::check(variant, rng),
         Kernel::Hash => hash::check(rng),
         Kernel::Noisy(variant) => noisy::check(variant, rng),
+        Kernel::MeasuredGate(variant) => balance::check(variant, rng),
+        Kernel::BalanceLoss => balance::check_losses(rng),
+        Kernel::UpdateBias => balance::check_bias(rng),
     }
 }
 

@@ -1,0 +1,277 @@
+//! Checks of `gate_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
+
+use moe_kernels::Workspace;
+use moe_kernels::balance::{
+    self, BalanceRule, BiasDesc, LossScore, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
+};
+use moe_kernels::gating::{Gating, GatingDesc};
+use moe_kernels::reference::balance::{Balance, cv_squared, probabilities, update_bias};
+use moe_kernels::reference::{self, sampled::log_sum_exp};
+use moe_kernels::registry::{Dtype, Gate, Kernel, MeasuredGate, Score};
+
+use crate::gate::{Logits, groups, logits};
+use crate::support::buffer::Guarded;
+use crate::support::compare::{assert_rounded_once, to_f64};
+use crate::support::device;
+use crate::timing::time;
+
+/// Relative error of a sum of non-negative f32 terms: each term good to a few units in the last place, and at most so many
+/// additions in a row as a warp takes tokens (64 here), warps, pieces and parts. Errors of one sign in all would add up to 2^-24
+/// each; they do not, but nothing is known of their signs.
+const SUMS: f64 = 1e-5;
+/// A squared coefficient of variation is a difference of sums: twice the sums' error, on the scale of 1 + CV^2.
+const CV2: f64 = 4.0 * SUMS;
+
+pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
+    let most = variant.gate().max_experts() as usize;
+    let least = Gate::VALUES.iter().map(|&v| 32 * v as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
+    let wide = most > 1024;
+    for experts in [least, (least + most) / 2, most] {
+        for (tokens, top_k, sequence) in
+            [(1, 1, 1), (37, 2, 10), (9, 8, 9), (300, 4, 300), (333, 3, 100), (260, 2, 1), (5, 32, 2)]
+        {
+            let (tokens, sequence) = if wide { (tokens.min(40), sequence.min(40)) } else { (tokens, sequence) };
+            for kind in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
+                if wide && rng.u32(..3) > 0 {
+                    continue;
+                }
+                let top_k = top_k.min(experts);
+                let gating = Gating {
+                    score: variant.score,
+                    renormalise: rng.bool(),
+                    scale: if rng.bool() { 1.0 } else { 2.5 },
+                    groups: groups(rng, experts, top_k),
+                };
+                let sigmoid = variant.score == Score::Sigmoid && rng.bool();
+                let rule = BalanceRule {
+                    score: if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax },
+                    tokens_per_sequence: sequence,
+                    first_choice_only: rng.bool(),
+                    capacity: rng.bool().then(|| 1 + rng.usize(..4)),
+                };
+                let gating = GatingDesc { tokens, experts, top_k, gating };
+                case(variant, rng, &MeasureDesc { gating, rule, earlier_tokens: 0 }, kind);
+            }
+        }
+    }
+}
+
+/// What a call wrote.
+pub struct Measured {
+    pub ids: Vec<i32>,
+    pub weights: Vec<f32>,
+    pub log_sum_exp: Vec<f32>,
+    pub probabilities: Vec<f32>,
+    pub counts: Vec<i32>,
+    pub loss_counts: Vec<i32>,
+    pub probability: Vec<f32>,
+    pub importance: Vec<f32>,
+    pub stats: RouterStats,
+}
+
+impl Measured {
+    fn bits(&self) -> Vec<u32> {
+        let floats = [&self.weights, &self.log_sum_exp, &self.probabilities, &self.probability, &self.importance];
+        let ints = [&self.ids, &self.counts, &self.loss_counts];
+        let stats: [u32; 12] = bytemuck::cast(self.stats);
+        let floats = floats.into_iter().flatten().map(|value| value.to_bits());
+        floats.chain(ints.into_iter().flatten().map(|&value| value as u32)).chain(stats).collect()
+    }
+}
+
+/// Runs `desc` `times` times, the later ones onto the totals of the earlier, which must each give the same bits if they start anew.
+pub fn measure(desc: &MeasureDesc, values: &[f32], bias: Option<&[f32]>, times: usize) -> Measured {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
+    let logits = Guarded::input(&stream, "logits", values);
+    let bias = bias.map(|bias| Guarded::input(&stream, "correction_bias", bias));
+    let mut ids = Guarded::output(&stream, "ids", tokens * top_k);
+    let mut weights = Guarded::output(&stream, "weights", tokens * top_k);
+    let mut lse = Guarded::output(&stream, "log_sum_exp", tokens);
+    let mut shares = Guarded::output(&stream, "probabilities", tokens * experts);
+    let mut counts = Guarded::output(&stream, "counts", experts);
+    let mut loss_counts = Guarded::output(&stream, "loss_counts", experts);
+    let mut probability = Guarded::output(&stream, "probability", experts);
+    let mut importance = Guarded::output(&stream, "importance", experts);
+    let mut stats = Guarded::<RouterStats>::output(&stream, "stats", 1);
+    let bytes = balance::workspace_bytes(desc, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let mut run = |desc: &MeasureDesc| {
+        let bias = bias.as_ref().map(Guarded::view);
+        let (mut lse_view, mut shares_view) = (lse.view_mut(), shares.view_mut());
+        let args = MeasuredArgs {
+            logits: &logits.view(),
+            correction_bias: bias.as_ref().map(|view| view as _),
+            ids: &mut ids.view_mut(),
+            weights: &mut weights.view_mut(),
+            log_sum_exp: Some(&mut lse_view),
+            probabilities: Some(&mut shares_view),
+            totals: Totals {
+                counts: &mut counts.view_mut(),
+                loss_counts: &mut loss_counts.view_mut(),
+                probability: &mut probability.view_mut(),
+                importance: &mut importance.view_mut(),
+            },
+            stats: &mut stats.view_mut(),
+            workspace: &mut workspace,
+        };
+        balance::forward(kernels, &stream, desc, args).unwrap();
+        Measured {
+            ids: ids.read(&stream),
+            weights: weights.read(&stream),
+            log_sum_exp: lse.read(&stream),
+            probabilities: shares.read(&stream),
+            counts: counts.read(&stream),
+            loss_counts: loss_counts.read(&stream),
+            probability: probability.read(&stream),
+            importance: importance.read(&stream),
+            stats: stats.read(&stream)[0],
+        }
+    };
+    let mut got = run(desc);
+    assert_eq!(run(desc).bits(), got.bits(), "{desc:?}: another run gave other bits");
+    time(&stream, &format!("{desc:?}"), || drop(run(desc)));
+    for layer in 1..times {
+        got = run(&MeasureDesc { earlier_tokens: layer * tokens, ..*desc });
+    }
+    logits.assert_unchanged(&stream);
+    got
+}
+
+/// `got` is `want` to within `tolerance` of `scale + |want|`, NaN where that is NaN.
+fn near(name: &str, got: f32, want: f64, tolerance: f64, scale: f64) {
+    let close = (f64::from(got) - want).abs() <= tolerance * (scale + want.abs());
+    assert!(close || (got.is_nan() && want.is_nan()), "{name}: got {got:e}, want {want:e}");
+}
+
+fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind: Logits) {
+    let GatingDesc { tokens, experts, top_k, gating } = desc.gating;
+    let selection = balance::select(desc, device::kernels().device()).unwrap();
+    assert_eq!(selection.kernel, Kernel::MeasuredGate(variant));
+    let values = logits(rng, kind, tokens * experts);
+    let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
+    // Coarse: see the checks of `gate_*`.
+    let bias: Option<Vec<f32>> = with_bias.then(|| (0..experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
+    let name = format!("{desc:?} {kind:?} bias={with_bias}");
+    let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();
+    let layers = 1 + rng.usize(..3);
+    let got = measure(desc, &values, bias.as_deref(), layers);
+    assert_eq!(got.ids, gated.ids, "{name}: ids");
+    assert_rounded_once(&name, &to_f64(&got.weights), &gated.weights, Dtype::F32);
+
+    let weights = to_f64(&got.weights);
+    let want = reference::balance::balance(&values, &got.ids, &weights, experts, top_k, &desc.rule).unwrap();
+    assert_eq!(got.counts, want.counts, "{name}: counts");
+    for (e, (&got, &want)) in got.loss_counts.iter().zip(&want.totals.counts).enumerate() {
+        assert_eq!(got as u64, layers as u64 * want, "{name}: loss_counts[{e}]");
+    }
+    let mean = tokens as f64 / experts as f64;
+    for (e, (&got, &want)) in got.probability.iter().zip(&want.totals.probability).enumerate() {
+        near(&format!("{name}: probability[{e}]"), got, layers as f64 * want, SUMS, 0.01 * mean);
+    }
+    for (e, (&got, &want)) in got.importance.iter().zip(&want.importance).enumerate() {
+        near(&format!("{name}: importance[{e}]"), got, want, SUMS, 0.0);
+    }
+    for (t, row) in values.chunks(experts).enumerate() {
+        let row = to_f64(row);
+        near(&format!("{name}: log_sum_exp[{t}]"), got.log_sum_exp[t], log_sum_exp(row.iter().copied()), 3e-7, 1.0);
+        let shares = &got.probabilities[t * experts..][..experts];
+        for (e, (&got, want)) in shares.iter().zip(probabilities(&row, desc.rule.score)).enumerate() {
+            // The difference l - max, rounded, is the logarithm of p to within its own half unit.
+            let exponent = 1.0 + want.max(f64::MIN_POSITIVE).ln().abs();
+            near(&format!("{name}: probabilities[{t}, {e}]"), got, want, 3e-7 + 6e-8 * exponent, 1e-37);
+        }
+    }
+    check_stats(&name, &got.stats, &want, desc, layers);
+}
+
+fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasureDesc, layers: usize) {
+    let GatingDesc { tokens, top_k, .. } = desc.gating;
+    assert_eq!(got.tokens as usize, tokens, "{name}");
+    assert_eq!(got.slots as usize, tokens * top_k, "{name}");
+    assert_eq!(u64::from(got.dropped), want.dropped, "{name}: dropped");
+    assert_eq!(got.max_load as i32, want.counts.iter().copied().max().unwrap_or(0), "{name}");
+    let mut totals = want.totals.clone();
+    (1..layers).for_each(|_| totals.add(&want.totals));
+    near(&format!("{name}: balance_loss"), got.balance_loss, totals.loss(), SUMS, 0.0);
+    near(&format!("{name}: sequence_loss"), got.sequence_loss, want.sequence_loss, SUMS, 0.0);
+    near(&format!("{name}: z_loss"), got.z_loss, want.z_loss, SUMS, 1.0);
+    near(&format!("{name}: entropy"), got.entropy, want.entropy, SUMS, 1.0);
+    near(&format!("{name}: importance_cv2"), got.importance_cv2, cv_squared(&want.importance), CV2, 1.0);
+    let counts: Vec<f64> = want.counts.iter().map(|&count| f64::from(count)).collect();
+    near(&format!("{name}: load_cv2"), got.load_cv2, cv_squared(&counts), 2e-7, 0.0);
+    near(&format!("{name}: max_over_mean"), got.max_over_mean, want.max_over_mean(), 2e-7, 0.0);
+    let slots = (tokens * top_k) as f64;
+    near(&format!("{name}: dropped_fraction"), got.dropped_fraction, want.dropped as f64 / slots, 2e-7, 0.0);
+}
+
+/// Losses of totals that were made elsewhere; the fields that totals do not determine stay.
+pub fn check_losses(rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for experts in [1, 7, 64, 256, 300, 4096] {
+        let counts: Vec<i32> = (0..experts).map(|_| rng.i32(0..1 << 20)).collect();
+        let loss_counts: Vec<i32> = (0..experts).map(|_| rng.i32(0..i32::MAX)).collect();
+        let probability: Vec<f32> = (0..experts).map(|_| 1e5 * rng.f32()).collect();
+        let importance: Vec<f32> = (0..experts).map(|_| 1e3 * rng.f32()).collect();
+        let desc = TotalsDesc { experts, tokens: 1 + rng.usize(..1 << 30) };
+        let at = [&counts, &loss_counts].map(|values| Guarded::input(&stream, "totals", values));
+        let sums = [&probability, &importance].map(|values| Guarded::input(&stream, "totals", values));
+        let mut stats = Guarded::<RouterStats>::output(&stream, "stats", 1);
+        let before = stats.read(&stream)[0];
+        let totals = TotalsIn {
+            counts: &at[0].view(),
+            loss_counts: &at[1].view(),
+            probability: &sums[0].view(),
+            importance: &sums[1].view(),
+        };
+        balance::losses_of_totals(kernels, &stream, &desc, totals, &mut stats.view_mut()).unwrap();
+        let got = stats.read(&stream)[0];
+        at.iter().for_each(|input| input.assert_unchanged(&stream));
+        let name = format!("{desc:?}");
+        let want = reference::balance::Totals {
+            tokens: desc.tokens,
+            counts: loss_counts.iter().map(|&count| count as u64).collect(),
+            probability: to_f64(&probability),
+        };
+        // One rounding of an f64.
+        near(&name, got.balance_loss, want.loss(), 1e-7, 0.0);
+        near(&name, got.importance_cv2, cv_squared(&to_f64(&importance)), 1e-7, 0.0);
+        let loads: Vec<f64> = counts.iter().map(|&count| f64::from(count)).collect();
+        near(&name, got.load_cv2, cv_squared(&loads), 1e-7, 0.0);
+        let slots: i64 = counts.iter().map(|&count| i64::from(count)).sum();
+        let largest = counts.iter().copied().max().unwrap();
+        near(&name, got.max_over_mean, f64::from(largest) * experts as f64 / slots as f64, 1e-7, 0.0);
+        assert_eq!((got.slots, got.max_load), (slots as u32, largest as u32), "{name}");
+        let kept = |stats: RouterStats| {
+            [stats.sequence_loss, stats.z_loss, stats.entropy, stats.dropped_fraction].map(f32::to_bits)
+        };
+        assert_eq!(kept(got), kept(before), "{name}");
+        assert_eq!((got.tokens, got.dropped), (before.tokens, before.dropped), "{name}");
+    }
+}
+
+/// The update is exact, and moves against the load.
+pub fn check_bias(rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for experts in [1, 2, 31, 64, 256, 257, 4096] {
+        for range in [1, 3, i32::MAX] {
+            let counts: Vec<i32> = (0..experts).map(|_| rng.i32(0..range)).collect();
+            let bias: Vec<f32> = (0..experts).map(|_| rng.f32() - 0.5).collect();
+            let rate = [0.001, 0.0, -0.5][rng.usize(..3)];
+            let input = Guarded::input(&stream, "counts", &counts);
+            let mut updated = Guarded::input(&stream, "bias", &bias);
+            let desc = BiasDesc { experts, rate };
+            balance::update_bias(kernels, &stream, &desc, &input.view(), &mut updated.view_mut()).unwrap();
+            let got = updated.read(&stream);
+            let want = update_bias(&bias, &counts, rate).unwrap();
+            let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&got), bits(&want), "{desc:?}");
+            let mean = counts.iter().map(|&count| f64::from(count)).sum::<f64>() / experts as f64;
+            for e in 0..experts {
+                let moved = f64::from(got[e]) - f64::from(bias[e]);
+                assert!(moved * f64::from(rate) * (mean - f64::from(counts[e])) >= 0.0, "{desc:?}: expert {e}");
+            }
+            input.assert_unchanged(&stream);
+        }
+    }
+}
