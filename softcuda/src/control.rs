@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString, c_char};
 use libloading::os::unix::Library;
 
 use crate::exec::Counters;
+use crate::profile::Profile;
 use crate::report;
 
 /// Controls of the loaded software device, beyond CUDA's API. Obtained from [`crate::Installed::control`].
@@ -23,6 +24,9 @@ pub struct Control {
     set_counting: unsafe extern "C" fn(bool),
     counters: unsafe extern "C" fn(*mut c_char, usize) -> usize,
     set_executing: unsafe extern "C" fn(bool),
+    set_profiling: unsafe extern "C" fn(bool),
+    profile: unsafe extern "C" fn(*mut c_char, usize) -> usize,
+    record_registers: unsafe extern "C" fn(*const c_char),
     last_fault: unsafe extern "C" fn(*mut c_char, usize) -> usize,
     set_checks: unsafe extern "C" fn(*const c_char) -> bool,
     findings: unsafe extern "C" fn(*mut c_char, usize) -> usize,
@@ -62,6 +66,9 @@ impl Control {
                 set_counting: *library.get(b"softcuda_set_counting\0")?,
                 counters: *library.get(b"softcuda_counters\0")?,
                 set_executing: *library.get(b"softcuda_set_executing\0")?,
+                set_profiling: *library.get(b"softcuda_set_profiling\0")?,
+                profile: *library.get(b"softcuda_profile\0")?,
+                record_registers: *library.get(b"softcuda_record_registers\0")?,
                 last_fault: *library.get(b"softcuda_last_fault\0")?,
                 set_checks: *library.get(b"softcuda_set_checks\0")?,
                 findings: *library.get(b"softcuda_findings\0")?,
@@ -133,6 +140,40 @@ impl Control {
     /// Counters since [`Control::set_counting`], by kernel name; several launches of a kernel are added up.
     pub fn counters(&self) -> BTreeMap<String, Counters> {
         report::read(&read(self.counters))
+    }
+
+    /// Starts an empty profile of every launch from now on, of the whole process: instructions, memory traffic through a
+    /// model of the device's caches, and how long the device would need at least. Kernels run several times slower while it
+    /// is on. A profile that `SOFTCUDA_PROFILE` asked for starts anew too.
+    pub fn start_profile(&self) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_profiling)(true) }
+    }
+
+    /// Stops profiling and returns what was collected since [`Control::start_profile`]; `None` if that was never called.
+    pub fn stop_profile(&self) -> Option<Profile> {
+        // SAFETY: takes any value.
+        unsafe { (self.set_profiling)(false) };
+        // The versions of driver and program are the same, so the form is.
+        Profile::from_json(&read(self.profile)).ok()
+    }
+
+    /// Profiles the launches that `section` makes. They must have been enqueued when it returns.
+    ///
+    /// # Panics
+    /// The driver's profile cannot be read, which a driver of this version cannot cause.
+    pub fn profiled<R>(&self, section: impl FnOnce() -> R) -> (R, Profile) {
+        self.start_profile();
+        let result = section();
+        (result, self.stop_profile().expect("a profile was started"))
+    }
+
+    /// Records how many registers `ptxas` gave kernels, from what `ptxas -v` prints, or from lines of a kernel's name and a
+    /// number; used for occupancy instead of an estimate. A text with a NUL byte in it is cut there.
+    pub fn record_registers(&self, text: &str) {
+        let text: Vec<u8> = text.bytes().take_while(|&byte| byte != 0).chain([0]).collect();
+        // SAFETY: the text is NUL-terminated.
+        unsafe { (self.record_registers)(text.as_ptr().cast()) }
     }
 
     /// Sets whether launches run their kernels (they do at first). Without that they are checked, counted and logged, and

@@ -144,6 +144,17 @@ impl Description {
         MODELS.into_iter().find(|device| device.model == model)
     }
 
+    /// L1 cache that a multiprocessor has left while its blocks use `shared` bytes, the system's share of each included.
+    ///
+    /// Shared memory is carved out in steps; the smallest that suffices is taken. Steps: CUDA C++ Programming Guide,
+    /// "Compute Capability 8.x" and "9.0", "Shared Memory".
+    pub fn l1_bytes(&self, shared: u64) -> u32 {
+        const STEPS_KIB: [u32; 10] = [0, 8, 16, 32, 64, 100, 132, 164, 196, 228];
+        let fits = |step: &u32| u64::from(*step) >= shared && *step <= self.shared_per_sm;
+        let carved = STEPS_KIB.map(|kib| kib << 10).into_iter().find(fits).unwrap_or(self.shared_per_sm);
+        self.l1_shared_bytes - carved
+    }
+
     /// The name that `cuDeviceGetName` gives: never one that hardware has.
     pub fn name(&self) -> String {
         format!("softcuda {} (software device)", self.model.to_uppercase())

@@ -26,6 +26,7 @@ mod install;
 pub mod lower;
 #[cfg(target_os = "linux")]
 pub mod memory;
+pub mod profile;
 pub mod ptx;
 #[cfg(unix)]
 mod report;

@@ -40,6 +40,10 @@ pub(crate) fn write(report: &Report) -> String {
         for (shape, count) in &c.matrix {
             record("matrix", Some(shape), &[*count]);
         }
+        for (name, count) in &c.opcodes {
+            record("opcode", Some(name), &[*count]);
+        }
+        record("async", None, &[c.async_bytes]);
         record("lines", None, &[c.lines.len() as u64]);
         for (index, line) in c.lines.iter().enumerate().filter(|(_, line)| **line != LineCounters::default()) {
             let head = [index as u64, line.warp_instructions, line.thread_instructions];
@@ -60,7 +64,7 @@ pub(crate) fn read(text: &str) -> Report {
             kernel = fields.next().unwrap_or_default().to_owned();
         }
         let counters = report.entry(kernel.clone()).or_default();
-        let shape = if key == "matrix" { fields.next().unwrap_or_default() } else { "" };
+        let shape = if matches!(key, "matrix" | "opcode") { fields.next().unwrap_or_default() } else { "" };
         let mut numbers = fields.map(|field| field.parse::<u64>().unwrap_or(0));
         let mut next = || numbers.next().unwrap_or(0);
         match key {
@@ -76,6 +80,10 @@ pub(crate) fn read(text: &str) -> Report {
             "matrix" => {
                 counters.matrix.insert(shape.to_owned(), next());
             }
+            "opcode" => {
+                counters.opcodes.insert(shape.to_owned(), next());
+            }
+            "async" => counters.async_bytes = next(),
             "lines" => counters.lines = vec![LineCounters::default(); next() as usize],
             "line" => {
                 if let Some(line) = counters.lines.get_mut(next() as usize) {
@@ -110,6 +118,8 @@ mod tests {
         counters.global = MemoryCounters { requests: 1, sectors: 2, ideal_sectors: 3 };
         counters.shared = SharedCounters { requests: 4, wavefronts: 5, ideal_wavefronts: 6 };
         counters.matrix.insert("m16n8k16.f32.bf16.bf16.f32".into(), 77);
+        counters.opcodes.insert("fma.rn.f32".into(), 78);
+        counters.async_bytes = 79;
         counters.lines = vec![LineCounters::default(); 4];
         counters.lines[2].shared.wavefronts = 9;
         counters.lines[2].warp_instructions = 8;

@@ -57,9 +57,12 @@ impl Function {
         self.non_portable.load(Ordering::Relaxed)
     }
 
-    /// Registers a thread would have on hardware: the lowering's estimate, held to what the kernel's directives would
-    /// make `ptxas` keep to.
+    /// Registers a thread would have on hardware: as recorded from `ptxas`, else the lowering's estimate, held to what the
+    /// kernel's directives would make `ptxas` keep to.
     pub fn registers(&self) -> u32 {
+        if let Some(recorded) = super::profile::recorded_registers(&self.kernel.name) {
+            return recorded;
+        }
         let bounded = self.kernel.max_threads.map_or(MAX_REGISTERS_PER_THREAD, |threads| {
             let blocks = self.kernel.min_ctas_per_sm.unwrap_or(1).max(1);
             // Allocation is by 8 registers a thread.

@@ -10,7 +10,7 @@ use super::handles::Handle;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
 use super::work::Op;
-use super::{api, checks, control, driver, occupancy};
+use super::{api, checks, control, driver, occupancy, profile};
 use crate::device::{MAX_BLOCK, MAX_CLUSTER, MAX_GRID, MAX_PORTABLE_CLUSTER, MAX_THREADS_PER_BLOCK};
 use crate::exec::{self, FaultKind, Launch};
 
@@ -103,7 +103,9 @@ impl LaunchSpec {
         if !control::executes() {
             return Ok(());
         }
-        let config = control::config(&driver.device);
+        let mut config = control::config(&driver.device);
+        let threads = self.block.iter().product();
+        let watch = profile::begin(&mut config, &driver.device, &self.function, threads, self.dynamic_shared);
         let launch = Launch {
             kernel,
             grid: self.grid,
@@ -120,6 +122,9 @@ impl LaunchSpec {
         let fault = match outcome {
             Ok(counters) => {
                 control::record_counters(&kernel.name, &counters);
+                if let Some(watch) = watch {
+                    profile::end(&watch, &self.function, &launch, &counters);
+                }
                 return Ok(());
             }
             Err(fault) => fault,

@@ -10,8 +10,8 @@
 //!
 //! `cuGetErrorString` appends what the driver knows beyond the code. Environment: `SOFTCUDA_DEVICE`, `SOFTCUDA_MEMORY_MIB`
 //! ([`crate::device`]), `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_CHECKS` ([`crate::check`]), `SOFTCUDA_FINDINGS` (a file that
-//! gets a line for each finding), `SOFTCUDA_LOG=1` (every failure on standard error), `SOFTCUDA_PATCH`
-//! (a file of lines to replace in kernels).
+//! gets a line for each finding), `SOFTCUDA_PROFILE` and `SOFTCUDA_REGISTERS` (`driver::profile`), `SOFTCUDA_PATCH` (a file of
+//! lines to replace in kernels), `SOFTCUDA_LOG=1` (every failure on standard error).
 
 // The names and the safety contracts are those of the CUDA driver API reference.
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
@@ -36,6 +36,7 @@ mod occupancy;
 mod patch;
 mod pool;
 mod proc_address;
+mod profile;
 mod status;
 mod stream;
 mod work;
@@ -81,6 +82,7 @@ fn initialize() -> Outcome {
     control::read_environment().map_err(complain)?;
     let memory = Memory::new(device.memory_bytes)
         .map_err(|error| CUresult::ERROR_OPERATING_SYSTEM.with(format!("no address space: {error}")))?;
+    profile::read_environment(&device).map_err(complain)?;
     let _ = DRIVER.set(Driver { device, memory });
     checks::read_environment()
 }

@@ -38,10 +38,61 @@ pub enum InstructionClass {
 
 impl InstructionClass {
     pub const COUNT: usize = Self::Synchronise as usize + 1;
+
+    /// All classes, in the order of their numbers.
+    pub const ALL: [InstructionClass; Self::COUNT] = {
+        use InstructionClass::*;
+        [
+            Integer,
+            Float,
+            Half,
+            Double,
+            Special,
+            Convert,
+            Move,
+            Control,
+            GlobalLoad,
+            GlobalStore,
+            SharedLoad,
+            SharedStore,
+            OtherMemory,
+            Atomic,
+            AsyncCopy,
+            MatrixMove,
+            Matrix,
+            Exchange,
+            Synchronise,
+        ]
+    };
+
+    /// Short name, as in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Integer => "integer",
+            Self::Float => "f32",
+            Self::Half => "f16",
+            Self::Double => "f64",
+            Self::Special => "special",
+            Self::Convert => "convert",
+            Self::Move => "move",
+            Self::Control => "control",
+            Self::GlobalLoad => "global load",
+            Self::GlobalStore => "global store",
+            Self::SharedLoad => "shared load",
+            Self::SharedStore => "shared store",
+            Self::OtherMemory => "other memory",
+            Self::Atomic => "atomic",
+            Self::AsyncCopy => "async copy",
+            Self::MatrixMove => "matrix move",
+            Self::Matrix => "matrix",
+            Self::Exchange => "exchange",
+            Self::Synchronise => "synchronise",
+        }
+    }
 }
 
 /// Traffic of one state space.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct MemoryCounters {
     /// Warp instructions that accessed memory.
     pub requests: u64,
@@ -52,7 +103,7 @@ pub struct MemoryCounters {
 }
 
 /// Traffic of shared memory, in wavefronts: passes over the 32 banks of 4 bytes.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SharedCounters {
     pub requests: u64,
     pub wavefronts: u64,
@@ -87,6 +138,10 @@ pub struct Counters {
     pub global: MemoryCounters,
     pub shared: SharedCounters,
     pub matrix: MatrixOps,
+    /// Warp instructions by spelling without operands, e.g. `fma.rn.f32`.
+    pub opcodes: BTreeMap<String, u64>,
+    /// Bytes that asynchronous copies write to shared memory, zero fill included.
+    pub async_bytes: u64,
     /// By PTX line: `lines[0]` is line 1.
     pub lines: Vec<LineCounters>,
 }
@@ -111,6 +166,10 @@ impl Counters {
         for (k, v) in &other.matrix {
             *self.matrix.entry(k.clone()).or_default() += v;
         }
+        for (k, v) in &other.opcodes {
+            *self.opcodes.entry(k.clone()).or_default() += v;
+        }
+        self.async_bytes += other.async_bytes;
         if self.lines.is_empty() {
             self.lines = other.lines.clone();
         } else {
@@ -122,7 +181,7 @@ impl Counters {
 }
 
 impl MemoryCounters {
-    pub(super) fn add(&mut self, o: &Self) {
+    pub(crate) fn add(&mut self, o: &Self) {
         self.requests += o.requests;
         self.sectors += o.sectors;
         self.ideal_sectors += o.ideal_sectors;
@@ -130,7 +189,7 @@ impl MemoryCounters {
 }
 
 impl SharedCounters {
-    pub(super) fn add(&mut self, o: &Self) {
+    pub(crate) fn add(&mut self, o: &Self) {
         self.requests += o.requests;
         self.wavefronts += o.wavefronts;
         self.ideal_wavefronts += o.ideal_wavefronts;
@@ -138,7 +197,7 @@ impl SharedCounters {
 }
 
 impl LineCounters {
-    pub(super) fn add(&mut self, o: &Self) {
+    pub(crate) fn add(&mut self, o: &Self) {
         self.warp_instructions += o.warp_instructions;
         self.thread_instructions += o.thread_instructions;
         self.global.add(&o.global);

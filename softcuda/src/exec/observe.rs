@@ -51,6 +51,8 @@ pub struct Site<'e> {
     pub warp: u32,
     /// One-based line of the PTX.
     pub line: u32,
+    /// Whether an access to global memory passes the L1 cache by, by its cache operator or its order.
+    pub uncached: bool,
 }
 
 /// A block that starts or ends.
@@ -229,6 +231,7 @@ impl<'a> Machine<'_, 'a> {
             shape: self.worker.block,
             warp: self.warp.index,
             line: self.line(pc),
+            uncached: self.worker.body.ops[pc as usize].x != 0,
         }
     }
 
@@ -242,7 +245,7 @@ impl<'a> Machine<'_, 'a> {
 
     #[inline(never)]
     fn report_access(&mut self, t: &Touch, pc: u32) {
-        self.count_access(t.space, t.addresses, t.mask, t.bytes, pc);
+        self.count_access(t, pc);
         if self.worker.observers.is_empty() {
             return;
         }

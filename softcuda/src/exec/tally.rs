@@ -1,10 +1,24 @@
 //! Counting, for launches that ask for it.
+//!
+//! Rules, where NVIDIA states them:
+//! - A request to global memory moves whole sectors of 32 bytes, each once however many lanes want it (Nsight Compute
+//!   documentation, "Metrics Decoder").
+//! - Shared memory has 32 banks, each 32 bits wide, to which successive words map in turn; lanes that want the same word
+//!   share it, lanes that want different words of one bank wait for one another (CUDA C++ Programming Guide, "Compute
+//!   Capability 5.x", "Shared Memory", to which all later ones refer).
+//! - Accesses of 8 and 16 bytes take the lanes by halves and quarters: not in the guide, but what Nsight Compute shows, 4
+//!   wavefronts for 16 bytes a lane without conflicts
+//!   (forums.developer.nvidia.com, "Clarification: bank conflicts metric vs. wavefronts", 359822).
+//!
+//! Not known and not modelled: whether parts in which few lanes are active are joined, and what atomic operations on one
+//! word of shared memory cost beyond their wavefronts.
 
 use std::collections::BTreeMap;
 
 use super::access::space_of;
 use super::counters::{Counters, LineCounters, MemoryCounters, SharedCounters};
 use super::lanes::{LANES, active};
+use super::observe::{AccessKind, Engine, Touch};
 use super::state::{Machine, Worker};
 use crate::ptx::ast::Space;
 
@@ -15,12 +29,13 @@ pub struct Tally {
     blocks: Vec<(u64, u64)>,
     lines: Vec<LineCounters>,
     matrix: BTreeMap<String, u64>,
+    async_bytes: u64,
     pub finished_blocks: u64,
     pub finished_warps: u64,
 }
 
 /// Bytes of a sector of global memory.
-const SECTOR: u64 = 32;
+const SECTOR: u64 = crate::device::SECTOR_BYTES as u64;
 /// Bytes that shared memory delivers at once: 32 banks of 4 bytes.
 const WAVEFRONT: u64 = 128;
 
@@ -36,18 +51,23 @@ impl Tally {
             matrix: self.matrix,
             blocks: self.finished_blocks,
             warps: self.finished_warps,
+            async_bytes: self.async_bytes,
             ..Counters::default()
         };
+        let mut opcodes = vec![0; worker.body.names.len()];
         for (block, (warps, threads)) in worker.body.blocks.iter().zip(self.blocks) {
-            for &(line, class) in &block.instructions {
-                c.warp_instructions[class as usize] += warps;
+            for instruction in &block.instructions {
+                c.warp_instructions[instruction.class as usize] += warps;
                 c.thread_instructions += threads;
-                if let Some(l) = c.lines.get_mut((line as usize).wrapping_sub(1)) {
+                opcodes[instruction.name as usize] += warps;
+                if let Some(l) = c.lines.get_mut((instruction.line as usize).wrapping_sub(1)) {
                     l.warp_instructions += warps;
                     l.thread_instructions += threads;
                 }
             }
         }
+        let named = worker.body.names.iter().zip(opcodes).filter(|(_, count)| *count != 0);
+        c.opcodes = named.map(|(name, count)| (name.clone(), count)).collect();
         for l in &c.lines {
             c.global.add(&l.global);
             c.shared.add(&l.shared);
@@ -79,16 +99,21 @@ impl Machine<'_, '_> {
     }
 
     #[inline(never)]
-    pub fn count_access(&mut self, space: Option<Space>, addresses: &[u64; LANES], mask: u32, bytes: u32, pc: u32) {
+    pub fn count_access(&mut self, touch: &Touch, pc: u32) {
         let line = self.line(pc) as usize;
         let Some(t) = &mut self.worker.tally else { return };
         let Some(l) = t.lines.get_mut(line.wrapping_sub(1)) else { return };
-        let of = |i: usize| space.unwrap_or_else(|| space_of(addresses[i]));
-        let shared =
-            active(mask).filter(|&i| matches!(of(i), Space::Shared | Space::SharedCluster)).fold(0, |m, i| m | 1 << i);
-        let global = active(mask).filter(|&i| of(i) == Space::Global).fold(0, |m, i| m | 1 << i);
+        let &Touch { addresses, mask, bytes, .. } = touch;
+        let inside = |spaces: &[Space]| match touch.space {
+            Some(s) => mask * u32::from(spaces.contains(&s)),
+            None => active(mask).filter(|&i| spaces.contains(&space_of(addresses[i]))).fold(0, |m, i| m | 1 << i),
+        };
+        let (shared, global) = (inside(&[Space::Shared, Space::SharedCluster]), inside(&[Space::Global]));
         if shared != 0 {
             l.shared.add(&wavefronts(addresses, shared, bytes));
+            if touch.kind == AccessKind::Write && matches!(touch.engine, Engine::CopyAsync | Engine::Bulk) {
+                t.async_bytes += u64::from(shared.count_ones()) * u64::from(bytes);
+            }
         }
         if global != 0 {
             l.global.add(&sectors(addresses, global, bytes));
@@ -96,39 +121,51 @@ impl Machine<'_, '_> {
     }
 }
 
-fn sectors(addresses: &[u64; LANES], mask: u32, bytes: u32) -> MemoryCounters {
-    let mut touched: Vec<u64> =
-        active(mask).flat_map(|i| addresses[i] / SECTOR..=(addresses[i] + u64::from(bytes) - 1) / SECTOR).collect();
-    touched.sort_unstable();
-    touched.dedup();
-    let mut starts: Vec<u64> = active(mask).map(|i| addresses[i]).collect();
-    starts.sort_unstable();
-    starts.dedup();
-    let ideal = (starts.len() as u64 * u64::from(bytes)).div_ceil(SECTOR);
-    MemoryCounters { requests: 1, sectors: touched.len() as u64, ideal_sectors: ideal }
+/// Sorts and drops what occurs twice; most accesses are sorted already.
+fn distinct(values: &mut Vec<u64>) -> &[u64] {
+    if !values.is_sorted() {
+        values.sort_unstable();
+    }
+    values.dedup();
+    values
 }
 
-/// Accesses of 8 and 16 bytes take the lanes by halves and quarters. Within such a part each bank delivers one word at a
-/// time; lanes that read the same word share it.
+fn sectors(addresses: &[u64; LANES], mask: u32, bytes: u32) -> MemoryCounters {
+    let bytes = u64::from(bytes);
+    let mut list = Vec::with_capacity(LANES);
+    list.extend(active(mask).flat_map(|i| addresses[i] / SECTOR..=(addresses[i] + bytes - 1) / SECTOR));
+    let touched = distinct(&mut list).len() as u64;
+    list.clear();
+    list.extend(active(mask).map(|i| addresses[i]));
+    let starts = distinct(&mut list).len() as u64;
+    MemoryCounters { requests: 1, sectors: touched, ideal_sectors: (starts * bytes).div_ceil(SECTOR) }
+}
+
+/// Within a half or quarter, each bank delivers one word at a time; lanes that read the same word share it.
 fn wavefronts(addresses: &[u64; LANES], mask: u32, bytes: u32) -> SharedCounters {
-    let lanes = (WAVEFRONT / u64::from(bytes.max(4))).min(32) as usize;
+    // More than 16 bytes a lane are the rows of bulk copies, each as many whole passes.
+    let lanes = (WAVEFRONT / u64::from(bytes.clamp(4, 128))) as usize;
+    let ideal = u64::from(bytes).div_ceil(WAVEFRONT);
     let mut c = SharedCounters { requests: 1, ..SharedCounters::default() };
+    let mut words = Vec::with_capacity(LANES);
     for part in 0..LANES / lanes {
-        let mut words: Vec<u64> = active(mask)
-            .filter(|i| i / lanes == part)
-            .flat_map(|i| addresses[i] / 4..=(addresses[i] + u64::from(bytes) - 1) / 4)
-            .collect();
+        let part_mask = ((1u64 << lanes) - 1) << (part * lanes);
+        words.clear();
+        words.extend(
+            active(mask & part_mask as u32).flat_map(|i| addresses[i] / 4..=(addresses[i] + u64::from(bytes) - 1) / 4),
+        );
         if words.is_empty() {
             continue;
         }
-        words.sort_unstable();
-        words.dedup();
-        let mut banks = [0u64; 32];
-        for w in words {
-            banks[(w % 32) as usize] += 1;
+        let mut banks = [0u16; 32];
+        let mut most = 0;
+        for &word in distinct(&mut words) {
+            let bank = &mut banks[(word % 32) as usize];
+            *bank += 1;
+            most = most.max(*bank);
         }
-        c.wavefronts += banks.iter().max().copied().unwrap_or(0);
-        c.ideal_wavefronts += 1;
+        c.wavefronts += u64::from(most);
+        c.ideal_wavefronts += ideal;
     }
     c
 }

@@ -44,6 +44,8 @@ pub struct Micro {
     pub line: u32,
     /// Set on the first operation of a PTX instruction.
     pub class: Option<InstructionClass>,
+    /// The instruction's spelling, in [`Body::names`].
+    pub name: u32,
     /// Jump target of `Bra`.
     pub target: Option<Label>,
     /// Jump targets of `BrxIdx`.
@@ -76,6 +78,9 @@ pub struct Builder<'a> {
     pub line: u32,
     pub guard: Option<(u32, bool)>,
     pub class: Option<InstructionClass>,
+    name: u32,
+    names: Vec<String>,
+    name_index: HashMap<String, u32>,
     /// The predicate that stands for the condition code register.
     carry: Option<u32>,
     /// Where `ret` goes in a function expanded in place, innermost last, with the function's name.
@@ -100,6 +105,9 @@ impl<'a> Builder<'a> {
             line: 0,
             guard: None,
             class: None,
+            name: 0,
+            names: Vec::new(),
+            name_index: HashMap::new(),
             carry: None,
             returns: Vec::new(),
         }
@@ -107,8 +115,17 @@ impl<'a> Builder<'a> {
 
     /// The constants' bank.
     pub fn into_body(self) -> (Vec<Item>, Vec<Width>, Vec<bool>, Body) {
-        let body = Body { extras: self.extras, constants: self.constants, ..Body::default() };
+        let body = Body { extras: self.extras, constants: self.constants, names: self.names, ..Body::default() };
         (self.items, self.registers, self.temporaries, body)
+    }
+
+    /// Names the instruction being lowered, for counting.
+    pub fn set_name(&mut self, spelling: String) {
+        let names = &mut self.names;
+        self.name = *self.name_index.entry(spelling).or_insert_with_key(|spelling| {
+            names.push(spelling.clone());
+            names.len() as u32 - 1
+        });
     }
 
     pub fn new_label(&mut self) -> Label {
@@ -202,7 +219,8 @@ impl<'a> Builder<'a> {
     }
 
     pub fn push_guarded(&mut self, op: Op, guard: Option<(u32, bool)>) {
-        let micro = Micro { op, guard, line: self.line, class: self.class.take(), target: None, targets: Vec::new() };
+        let (line, class, name) = (self.line, self.class.take(), self.name);
+        let micro = Micro { op, guard, line, class, name, target: None, targets: Vec::new() };
         self.items.push(Item::Micro(Box::new(micro)));
     }
 
@@ -227,6 +245,13 @@ impl<'a> Builder<'a> {
         let a = self.extras.len() as u32;
         self.extras.push(extra);
         self.push(Op { code, guard: 0, d: 0, a, b: 0, c: 0, x: 0 });
+    }
+
+    /// Marks the operation emitted last, an access to global memory, as one that passes the L1 cache by.
+    pub fn mark_uncached(&mut self, uncached: bool) {
+        if let Some(Item::Micro(micro)) = self.items.last_mut() {
+            micro.op.x = uncached.into();
+        }
     }
 
     pub fn emit_plain(&mut self, code: Code, x: u32) {

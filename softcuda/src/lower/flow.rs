@@ -8,7 +8,7 @@ use std::collections::HashMap;
 
 use super::LowerErrorKind;
 use super::builder::{Item, Label, Micro, Result};
-use super::ir::{Block, Body, Extra, Op};
+use super::ir::{Block, Body, Counted, Extra, Op};
 use super::isa::Code;
 
 /// A block of the control-flow graph.
@@ -161,7 +161,8 @@ pub fn emit(nodes: &[Node], order: &[usize], labels: &HashMap<Label, usize>, bod
     for (position, &n) in order.iter().enumerate() {
         let node = &nodes[n];
         start.insert(n, body.ops.len() as u32);
-        let instructions: Vec<_> = node.micros.iter().filter_map(|m| m.class.map(|class| (m.line, class))).collect();
+        let counted = |m: &Micro| m.class.map(|class| Counted { line: m.line, class, name: m.name });
+        let instructions: Vec<_> = node.micros.iter().filter_map(counted).collect();
         let line = node.micros.first().map_or(0, |m| m.line);
         let mut push = |op: Op, line: u32| {
             body.ops.push(op);

@@ -15,7 +15,7 @@ pub const CONSTANT: u32 = 1 << 31;
 pub const TRUE: u32 = CONSTANT;
 pub const FALSE: u32 = CONSTANT | 1;
 
-/// One operation. Predicate operands are indices into the warp's predicate masks.
+/// One operation. `x` of accesses to global memory is 1 where they pass the L1 cache by. Predicate operands are indices into the warp's predicate masks.
 #[derive(Debug, Clone, Copy)]
 pub struct Op {
     pub code: Code,
@@ -516,6 +516,8 @@ pub struct Body {
     pub lines: Vec<u32>,
     pub extras: Vec<Extra>,
     pub blocks: Vec<Block>,
+    /// Spellings of the kernel's instructions, without operands.
+    pub names: Vec<String>,
     /// Constants, 32 lanes each: 128 bytes, or 256 for 64-bit ones.
     pub constants: Vec<u32>,
     /// Bytes of a warp's register file.
@@ -524,9 +526,17 @@ pub struct Body {
     pub predicates: u32,
 }
 
+/// A PTX instruction, for counting.
+#[derive(Debug, Clone, Copy)]
+pub struct Counted {
+    pub line: u32,
+    pub class: InstructionClass,
+    /// Its spelling, in [`Body::names`].
+    pub name: u32,
+}
+
 /// A basic block, for counting.
 #[derive(Debug, Clone, Default)]
 pub struct Block {
-    /// PTX instructions in it, by line and class.
-    pub instructions: Vec<(u32, InstructionClass)>,
+    pub instructions: Vec<Counted>,
 }

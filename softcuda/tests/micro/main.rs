@@ -21,6 +21,7 @@ mod hopper;
 mod integer;
 mod matrix;
 mod memory;
+mod traffic;
 mod warp;
 mod warpgroup;
 mod wgmma;

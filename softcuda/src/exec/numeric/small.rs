@@ -113,12 +113,12 @@ mod tests {
                 assert_eq!(F16::from_f32(x).0, half::f16::from_f32(x).to_bits(), "{x:e}");
                 assert_eq!(
                     round(x.into(), Format::F16, Round::Nearest),
-                    half::f16::from_f32(x).to_bits().into(),
+                    u32::from(half::f16::from_f32(x).to_bits()),
                     "{x:e}"
                 );
                 assert_eq!(BF16::from_f32(x).0, half::bf16::from_f32(x).to_bits(), "{x:e}");
                 let want = half::bf16::from_f32(x).to_bits();
-                assert_eq!(round(x.into(), Format::BF16, Round::Nearest), want.into(), "{x:e}");
+                assert_eq!(round(x.into(), Format::BF16, Round::Nearest), u32::from(want), "{x:e}");
             }
         }
         assert_eq!(F16::from_f32(f32::NAN).0, 0x7fff);

@@ -47,6 +47,11 @@ const CACHE_HINTS: &[(&str, ())] = &[
     ("L2::256B", ()),
 ];
 
+/// Whether a cache operator keeps an access out of the L1 cache (PTX ISA 9.7.9.1).
+fn passes_l1(i: &Instruction) -> bool {
+    i.modifiers.iter().any(|m| matches!(m.as_str(), "cg" | "cv" | "L1::no_allocate"))
+}
+
 impl Builder<'_> {
     fn cache_modifiers(m: &mut Modifiers) {
         while m.one_of(CACHE_HINTS).is_some() {}
@@ -139,6 +144,7 @@ impl Builder<'_> {
             scope: scope.unwrap_or(Scope::Sys),
         };
         self.emit_extra(if load { Code::Load } else { Code::Store }, Extra::Access(access));
+        self.mark_uncached(order != Order::Weak || passes_l1(i));
         Ok(())
     }
 
@@ -351,6 +357,7 @@ impl Builder<'_> {
             }
         }
         self.emit_extra(Code::CopyAsync, Extra::CopyAsync(CopyAsync { to, from, bytes, source_bytes, ignore }));
+        self.mark_uncached(passes_l1(i));
         Ok(())
     }
 }

@@ -31,6 +31,7 @@ fn unknown(i: &Instruction) -> LowerErrorKind {
 impl Builder<'_> {
     /// One instruction under the current guard.
     pub fn instruction(&mut self, i: &Instruction) -> Result<()> {
+        self.set_name(spelling(i));
         if self.row(i)? {
             return Ok(());
         }

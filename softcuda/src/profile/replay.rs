@@ -1,0 +1,164 @@
+//! The caches of a device, and requests that go through them.
+
+use std::collections::HashMap;
+
+use super::cache::{Cache, SECTORS};
+use super::traffic::{Hierarchy, Path, Run, Traffic};
+use crate::device::SECTOR_BYTES;
+
+/// Lines to a set of either cache. What hardware has is not published.
+const WAYS: usize = 16;
+
+/// Lines in a page of 2 MiB.
+const PAGE_BITS: u32 = 14;
+
+/// L1 caches, the L2 cache, and what has gone through them.
+#[derive(Debug)]
+pub struct Model {
+    l1_bytes: u32,
+    l2_bytes: u32,
+    l1: Vec<Cache>,
+    l2: Cache,
+    pages: Pages,
+    traffic: Traffic,
+}
+
+/// Numbers pages in the order in which they are first touched.
+#[derive(Debug, Default)]
+struct Pages {
+    numbers: HashMap<u64, u64>,
+    /// Page and number of the latest look-up.
+    latest: Option<(u64, u64)>,
+}
+
+impl Pages {
+    fn place(&mut self, line: u64) -> u64 {
+        let page = line >> PAGE_BITS;
+        let number = match self.latest {
+            Some((latest, number)) if latest == page => number,
+            _ => {
+                let next = self.numbers.len() as u64;
+                let number = *self.numbers.entry(page).or_insert(next);
+                self.latest = Some((page, number));
+                number
+            }
+        };
+        number << PAGE_BITS | line & ((1 << PAGE_BITS) - 1)
+    }
+}
+
+/// A place for a block: which multiprocessor it is on, and what is left of the block there.
+struct Place<'r> {
+    sm: usize,
+    rest: &'r [Run],
+}
+
+impl Model {
+    pub fn new(h: &Hierarchy) -> Model {
+        let l1 = || Cache::new(h.l1_bytes.into(), WAYS);
+        Model {
+            l1_bytes: h.l1_bytes,
+            l2_bytes: h.l2_bytes,
+            l1: (0..h.sm_count).map(|_| l1()).collect(),
+            l2: Cache::new(h.l2_bytes.into(), WAYS),
+            pages: Pages::default(),
+            traffic: Traffic::default(),
+        }
+    }
+
+    /// A stand-in without caches.
+    pub fn empty() -> Model {
+        Model::new(&Hierarchy { sm_count: 0, blocks_per_sm: 1, l1_bytes: 0, l2_bytes: 0 })
+    }
+
+    /// Whether the caches are those of `h`.
+    pub fn fits(&self, h: &Hierarchy) -> bool {
+        (self.l1_bytes, self.l2_bytes, self.l1.len()) == (h.l1_bytes, h.l2_bytes, h.sm_count as usize)
+    }
+
+    pub fn note_pieces(&mut self) {
+        self.traffic.in_pieces = true;
+    }
+
+    /// Sends the requests of blocks, given in launch order, through the caches.
+    pub fn replay<'r>(&mut self, h: &Hierarchy, blocks: impl Iterator<Item = &'r [Run]>) {
+        let mut blocks = blocks.filter(|block| !block.is_empty());
+        let places = h.sm_count as usize * h.blocks_per_sm as usize;
+        let mut places: Vec<Place> = (0..places)
+            .map_while(|place| blocks.next().map(|rest| Place { sm: place % h.sm_count as usize, rest }))
+            .collect();
+        while !places.is_empty() {
+            places.retain_mut(|place| {
+                self.request(place);
+                if place.rest.is_empty()
+                    && let Some(next) = blocks.next()
+                {
+                    place.rest = next;
+                }
+                !place.rest.is_empty()
+            });
+        }
+    }
+
+    /// The next request of a block.
+    fn request(&mut self, place: &mut Place) {
+        while let [run, rest @ ..] = place.rest {
+            for line in run.line()..run.line() + run.count() {
+                let line = self.pages.place(line);
+                self.line(place.sm, line, run.sectors(), run.path());
+            }
+            place.rest = rest;
+            if rest.first().is_some_and(|run| run.first()) {
+                break;
+            }
+        }
+    }
+
+    fn line(&mut self, sm: usize, line: u64, sectors: u8, path: Path) {
+        let count = |sectors: u8| u64::from(sectors.count_ones());
+        let bytes = |sectors: u8| count(sectors) * u64::from(SECTOR_BYTES);
+        debug_assert!(sectors < 1 << SECTORS);
+        let t = &mut self.traffic;
+        let mut wanted = sectors;
+        match path {
+            Path::Cached => {
+                let hits = self.l1[sm].access(line, sectors, false).hits;
+                t.l1_sectors += count(sectors);
+                t.l1_hits += count(hits);
+                wanted &= !hits;
+            }
+            Path::Atomic => self.l1[sm].invalidate(line, sectors),
+            Path::Uncached | Path::Store => {}
+        }
+        if wanted == 0 {
+            return;
+        }
+        let outcome = self.l2.access(line, wanted, matches!(path, Path::Store | Path::Atomic));
+        let missed = wanted & !outcome.hits;
+        match path {
+            Path::Cached | Path::Uncached => {
+                t.l2_read_sectors += count(wanted);
+                t.l2_read_hits += count(outcome.hits);
+                t.dram_read_bytes += bytes(missed);
+            }
+            Path::Store => t.l2_write_sectors += count(wanted),
+            Path::Atomic => {
+                t.l2_atomic_sectors += count(wanted);
+                t.dram_read_bytes += bytes(missed);
+            }
+        }
+        t.dram_write_bytes += bytes(outcome.written_back);
+    }
+
+    /// Writes back what is dirty, empties all caches and says what has gone through them.
+    pub fn end(&mut self) -> Traffic {
+        self.l1.iter_mut().for_each(|cache| {
+            cache.clear();
+        });
+        let mut traffic = std::mem::take(&mut self.traffic);
+        traffic.dirty_at_end_bytes = self.l2.clear() * u64::from(SECTOR_BYTES);
+        traffic.dram_write_bytes += traffic.dirty_at_end_bytes;
+        self.pages = Pages::default();
+        traffic
+    }
+}
