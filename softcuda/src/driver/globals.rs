@@ -4,8 +4,9 @@ use std::collections::HashMap;
 
 use super::module::Placed;
 use super::status::{CUresult, Failure, Outcome};
+use crate::lower::initial_bytes;
 use crate::memory::ALIGNMENT;
-use crate::ptx::ast::{Init, Linkage, Module, Space, Type, Variable};
+use crate::ptx::ast::{Linkage, Module, Space, Variable};
 
 /// All `.const` variables of a module together, in bytes (PTX ISA 5.1.3).
 const CONST_BYTES: u64 = 64 << 10;
@@ -41,39 +42,13 @@ pub(super) fn place(ast: &Module, placed: &mut Placed) -> Outcome<HashMap<String
             return Err(invalid(variable, "is declared twice"));
         }
     }
+    let addresses = found.iter().map(|(name, (start, _))| (name.clone(), *start)).collect();
     for variable in variables {
         let (start, bytes) = found[&variable.name];
-        let element = variable.ty.bytes() as usize;
-        if variable.init.len() * element > bytes as usize {
-            return Err(invalid(variable, "has more initial values than elements"));
-        }
+        let initial = initial_bytes(ast, variable, &addresses).map_err(|why| invalid(variable, why))?;
         // SAFETY: as above.
         let memory = unsafe { std::slice::from_raw_parts_mut(start as *mut u8, bytes as usize) };
-        for (place, init) in memory.chunks_exact_mut(element).zip(&variable.init) {
-            let bits = bits(init, variable.ty, &found).map_err(|why| invalid(variable, why))?;
-            place.copy_from_slice(&bits.to_le_bytes()[..element]);
-        }
+        memory.copy_from_slice(&initial);
     }
     Ok(found)
-}
-
-/// One initial value as the bits of an element.
-fn bits(init: &Init, ty: Type, addresses: &HashMap<String, (u64, u64)>) -> Result<u128, String> {
-    use Type::*;
-    Ok(match (init, ty) {
-        // Padding of an inner list that ends early.
-        (Init::Int(0), _) => 0,
-        (Init::F32(bits), F32) => (*bits).into(),
-        (Init::F32(bits), F64) => f64::from(f32::from_bits(*bits)).to_bits().into(),
-        (Init::F64(bits), F32) => (f64::from_bits(*bits) as f32).to_bits().into(),
-        (Init::F64(bits), F64) => (*bits).into(),
-        (Init::Int(value), B8 | B16 | B32 | B64 | B128 | U8 | U16 | U32 | U64 | S8 | S16 | S32 | S64) => *value as u128,
-        (Init::Symbol { name, offset, .. }, B64 | U64 | S64) => {
-            // The driver's addresses are generic already, so `generic()` changes nothing.
-            let (addr, _) = addresses.get(name).ok_or_else(|| format!("`{name}` is not a variable of the module"))?;
-            addr.wrapping_add_signed(*offset).into()
-        }
-        (Init::Symbol { name, .. }, _) => return Err(format!("the address of `{name}` does not fit the type")),
-        _ => return Err(format!("an initial value does not suit the type {ty:?}")),
-    })
 }

@@ -136,6 +136,7 @@ impl LaunchSpec {
             FaultKind::InvalidAddressSpace => CUresult::ERROR_INVALID_ADDRESS_SPACE,
             FaultKind::InvalidPc => CUresult::ERROR_INVALID_PC,
             FaultKind::IllegalInstruction => CUresult::ERROR_ILLEGAL_INSTRUCTION,
+            FaultKind::StackOverflow => CUresult::ERROR_HARDWARE_STACK_ERROR,
             FaultKind::Trap => CUresult::ERROR_LAUNCH_FAILED,
             FaultKind::Assert => CUresult::ERROR_ASSERT,
             FaultKind::Deadlock | FaultKind::LaunchTimeout => CUresult::ERROR_LAUNCH_TIMEOUT,

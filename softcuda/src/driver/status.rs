@@ -62,6 +62,7 @@ codes! {
     ERROR_PRIMARY_CONTEXT_ACTIVE = 708, "cannot set while device is active in this process";
     ERROR_CONTEXT_IS_DESTROYED = 709, "context is destroyed";
     ERROR_ASSERT = 710, "device-side assert triggered";
+    ERROR_HARDWARE_STACK_ERROR = 714, "hardware stack error";
     ERROR_ILLEGAL_INSTRUCTION = 715, "an illegal instruction was encountered";
     ERROR_MISALIGNED_ADDRESS = 716, "misaligned address";
     ERROR_INVALID_ADDRESS_SPACE = 717, "operation not supported on global/shared address space";

@@ -149,7 +149,7 @@ impl Machine<'_, '_> {
                 Ok(memory + offset)
             }
             Space::Local => {
-                let size = u64::from(self.worker.kernel.local_bytes);
+                let size = u64::from(self.worker.local_bytes);
                 if !within(size) {
                     return Err(outside("the thread's local memory", size));
                 }
@@ -185,6 +185,13 @@ impl Machine<'_, '_> {
                 }
             }
         }
+    }
+
+    /// Up to eight bytes at a generic address, for the device's own use.
+    pub fn read_bytes(&mut self, address: u64, lane: usize, bytes: u32) -> Outcome<u64> {
+        let place = self.resolve_lane(None, address, lane, bytes)?;
+        // SAFETY: `resolve_lane` has checked the place.
+        Ok(unsafe { read(place, bytes, Ordering::Relaxed) })
     }
 }
 

@@ -17,6 +17,8 @@ pub enum FaultKind {
     InvalidPc,
     /// An instruction used in a way the PTX ISA leaves undefined.
     IllegalInstruction,
+    /// Calls nest deeper than the thread's stack allows.
+    StackOverflow,
     /// `trap`.
     Trap,
     /// A device-side `assert`.
@@ -37,6 +39,7 @@ impl FaultKind {
             Self::InvalidAddressSpace => "invalid address space",
             Self::InvalidPc => "invalid program counter",
             Self::IllegalInstruction => "illegal instruction",
+            Self::StackOverflow => "stack overflow",
             Self::Trap => "trap",
             Self::Assert => "device-side assertion",
             Self::Deadlock => "deadlock",

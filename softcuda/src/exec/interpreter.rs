@@ -233,6 +233,23 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 m.exit(mask);
                 return Ok(Next::Reload);
             }
+            Code::Call => {
+                let Extra::Call(x) = extra() else { unreachable!() };
+                m.call(file, x, pc, mask)?;
+                return Ok(Next::Reload);
+            }
+            Code::Return => {
+                m.return_from_function(file, pc, mask)?;
+                return Ok(Next::Reload);
+            }
+            Code::Frame => {
+                let Extra::Frame(frame, arguments) = *extra() else { unreachable!() };
+                m.enter_function(file, frame, arguments, mask);
+            }
+            Code::Print => {
+                let Extra::Print(format, arguments, d) = *extra() else { unreachable!() };
+                m.print(file, format, arguments, d, mask)?;
+            }
             Code::BrxIdx => {
                 let Extra::Brx(index, targets) = extra() else { unreachable!() };
                 m.indexed_branch(file.lanes32(index.slot), targets, mask, pc)?;

@@ -6,6 +6,7 @@
 mod access;
 mod atomic;
 mod barrier;
+mod call;
 mod cluster;
 mod copies;
 mod counters;
@@ -19,6 +20,7 @@ mod mma;
 mod mma_x86;
 pub(crate) mod numeric;
 pub mod observe;
+mod print;
 mod rows;
 mod scalar;
 mod schedule;
@@ -30,6 +32,7 @@ mod wgmma;
 
 pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
 pub use fault::{Fault, FaultKind};
+pub use print::Output;
 
 use crate::lower::Kernel;
 
@@ -65,6 +68,10 @@ pub struct Config {
     pub count: bool,
     /// Who sees what the launch does; slower.
     pub watches: Vec<std::sync::Arc<dyn observe::Watch>>,
+    /// Stack of a thread in kernels whose calls may nest without bound, in bytes.
+    pub stack_bytes: u32,
+    /// Where `vprintf` writes.
+    pub output: Output,
     /// A launch that runs longer is a fault ([`FaultKind::LaunchTimeout`]).
     pub timeout: Option<std::time::Duration>,
 }
@@ -79,6 +86,8 @@ impl Default for Config {
             max_resident_blocks: 64,
             count: false,
             watches: Vec::new(),
+            stack_bytes: 8 << 10,
+            output: Output::default(),
             timeout: None,
         }
     }

@@ -12,6 +12,7 @@ use super::fault::{Fault, FaultKind};
 use super::interpreter::{self, Isa, Stop};
 use super::lanes::Buffer;
 use super::observe::{BlockEvent, BlockSite};
+use super::print::Printed;
 use super::state::{Cluster, GroupState, Warp, Worker, mix};
 use super::tally::Tally;
 use super::{Counters, Launch, start};
@@ -33,6 +34,7 @@ struct Common {
     total: u64,
     abort: AtomicBool,
     fault: Mutex<Option<Fault>>,
+    printed: Mutex<Printed>,
 }
 
 pub fn run(l: &Launch) -> Result<Counters, Fault> {
@@ -40,7 +42,13 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
     static GRIDS: AtomicU64 = AtomicU64::new(1);
     let grid_id = GRIDS.fetch_add(1, Ordering::Relaxed);
     let total = shape.clusters();
-    let common = Common { next: AtomicU64::new(0), total, abort: AtomicBool::new(false), fault: Mutex::new(None) };
+    let common = Common {
+        next: AtomicU64::new(0),
+        total,
+        abort: AtomicBool::new(false),
+        fault: Mutex::new(None),
+        printed: Mutex::default(),
+    };
     let constants = constants(&l.kernel.body.constants);
     let params = aligned(l.params);
     // Asking the system takes longer than a small launch.
@@ -54,6 +62,9 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
         if let Err(fault) = run_clusters(&mut worker, l, &common) {
             common.abort.store(true, Ordering::Relaxed);
             common.fault.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(fault);
+        }
+        if !worker.printed.is_empty() {
+            common.printed.lock().unwrap_or_else(|e| e.into_inner()).append(&mut worker.printed);
         }
         if let Some(tally) = worker.tally.take() {
             merged.lock().unwrap_or_else(|e| e.into_inner()).add(&tally.finish(&worker));
@@ -70,6 +81,7 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
         });
     }
     l.config.watches.iter().for_each(|w| w.end(l, grid_id));
+    l.config.output.write(&common.printed.into_inner().unwrap_or_else(|e| e.into_inner()));
     if let Some(fault) = common.fault.into_inner().unwrap_or_else(|e| e.into_inner()) {
         l.config.watches.iter().for_each(|w| w.fault(&fault));
         return Err(fault);
@@ -138,6 +150,8 @@ fn worker<'a>(l: &'a Launch<'a>, shape: Shape, constants: &Buffer, params: &'a B
         block: l.block,
         cluster: shape.cluster,
         dynamic_shared: l.dynamic_shared_bytes,
+        local_bytes: l.kernel.local_bytes + l.kernel.stack_bytes.unwrap_or(l.config.stack_bytes).next_multiple_of(16),
+        printed: Printed::new(),
         started: Instant::now(),
         clock: 0,
         allocations: Vec::new(),
@@ -229,7 +243,7 @@ fn tell(worker: &mut Worker, cluster: &Cluster, event: BlockEvent) {
             cluster: cluster.blocks[0].linear,
             threads: block.threads,
             shared_bytes: block.bytes,
-            local_bytes: worker.kernel.local_bytes,
+            local_bytes: worker.local_bytes,
         };
         worker.observers.iter_mut().for_each(|o| o.block(&site, event));
     }

@@ -1,6 +1,7 @@
 //! Clusters, blocks and warps as they are before their first instruction.
 
 use super::Launch;
+use super::call::Calls;
 use super::cluster::ClusterState;
 use super::copies::Copies;
 use super::lanes::Buffer;
@@ -37,7 +38,7 @@ pub fn cluster(worker: &mut Worker, l: &Launch, index: u64) -> Cluster {
     let luck = if l.config.seed == 0 { 0 } else { cluster.state.seed };
     for (i, warp) in cluster.warps.iter_mut().flatten().enumerate() {
         warp.groups.clear();
-        warp.groups.push(Group { pc: 0, mask: warp.present, state: GroupState::Ready });
+        warp.groups.push(Group { pc: worker.body.entry, mask: warp.present, state: GroupState::Ready });
         warp.current = 0;
         warp.exited = 0;
         warp.rotate = false;
@@ -45,6 +46,7 @@ pub fn cluster(worker: &mut Worker, l: &Launch, index: u64) -> Cluster {
         warp.copies.clear();
         warp.wgmma.clear(luck, i as u64);
         warp.registers = Default::default();
+        warp.calls.clear();
         warp.cluster_arrived = 0;
         warp.local.fill(pattern);
     }
@@ -92,10 +94,11 @@ fn new_warp(worker: &Worker, index: u32, threads: u32) -> Warp {
         index,
         present: u32::MAX >> (32 - lanes),
         exited: 0,
-        local: Buffer::new(worker.kernel.local_bytes as usize * 32),
+        local: Buffer::new(worker.local_bytes as usize * 32),
         copies: Copies::default(),
         wgmma: Default::default(),
         registers: Default::default(),
+        calls: Calls::default(),
         cluster_arrived: 0,
         cluster_parity: 0,
         rotate: false,

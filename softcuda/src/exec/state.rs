@@ -2,11 +2,13 @@
 
 use std::collections::VecDeque;
 
+use super::call::Calls;
 use super::cluster::ClusterState;
 use super::copies::Copies;
 use super::fault::{Fault, FaultKind};
 use super::lanes::{Buffer, File};
 use super::observe::Observer;
+use super::print::Printed;
 use super::tally::Tally;
 use super::{Config, GlobalMemory};
 use crate::lower::Kernel;
@@ -52,6 +54,7 @@ pub struct Warp {
     /// Lanes that arrived at the cluster's barrier and have not waited since, and the parity of the phase they arrived in.
     pub cluster_arrived: u32,
     pub cluster_parity: u32,
+    pub calls: Calls,
     /// The last slice ran out while lanes were apart: the next one runs another group, whatever its place.
     pub rotate: bool,
     /// The group chosen so keeps running to the end of the slice.
@@ -152,6 +155,9 @@ pub struct Worker<'a> {
     /// Blocks per cluster.
     pub cluster: [u32; 3],
     pub dynamic_shared: u32,
+    /// Local memory per thread, the stack of calls included.
+    pub local_bytes: u32,
+    pub printed: Printed,
     pub started: std::time::Instant,
     /// Operations run so far, which the clocks read.
     pub clock: u64,

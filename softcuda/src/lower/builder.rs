@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use super::calls::{Frame, Functions, Signature};
 use super::ir::{Body, CONSTANT, Extra, Op, Reg, TRUE};
 use super::isa::{Code, Width};
 use super::layout::Layout;
@@ -29,10 +30,18 @@ pub enum Symbol {
         space: Space,
         address: u64,
     },
+    /// A variable in the local memory of a called function: an offset from a register.
+    Stack {
+        base: u32,
+        offset: u64,
+    },
+    /// The address of a device function.
+    Function(u64),
     Label(Label),
-    /// `.branchtargets`.
+    /// `.branchtargets` or `.calltargets`.
     Targets(Vec<String>),
-    Other,
+    /// `.callprototype`.
+    Prototype(Signature),
 }
 
 /// An operation over virtual registers.
@@ -62,6 +71,7 @@ pub enum Item {
 pub struct Builder<'a> {
     pub module: &'a Module,
     pub env: &'a Environment,
+    pub functions: &'a Functions,
     pub layout: Layout,
     pub scopes: Vec<HashMap<String, Symbol>>,
     pub items: Vec<Item>,
@@ -83,15 +93,20 @@ pub struct Builder<'a> {
     name_index: HashMap<String, u32>,
     /// The predicate that stands for the condition code register.
     carry: Option<u32>,
-    /// Where `ret` goes in a function expanded in place, innermost last, with the function's name.
-    pub returns: Vec<(String, Label)>,
+    /// Where `ret` goes in a function expanded in place, innermost last.
+    pub returns: Vec<Label>,
+    /// Set in a function with a body of its own.
+    pub frame: Option<Frame>,
+    /// Functions with a body of their own that this body calls.
+    pub callees: Vec<u32>,
 }
 
 impl<'a> Builder<'a> {
-    pub fn new(module: &'a Module, env: &'a Environment, layout: Layout) -> Self {
+    pub fn new(module: &'a Module, env: &'a Environment, functions: &'a Functions, layout: Layout) -> Self {
         Self {
             module,
             env,
+            functions,
             layout,
             scopes: vec![HashMap::new()],
             items: Vec::new(),
@@ -110,13 +125,16 @@ impl<'a> Builder<'a> {
             name_index: HashMap::new(),
             carry: None,
             returns: Vec::new(),
+            frame: None,
+            callees: Vec::new(),
         }
     }
 
-    /// The constants' bank.
-    pub fn into_body(self) -> (Vec<Item>, Vec<Width>, Vec<bool>, Body) {
-        let body = Body { extras: self.extras, constants: self.constants, names: self.names, ..Body::default() };
-        (self.items, self.registers, self.temporaries, body)
+    /// Widths of the virtual registers, which of them are temporaries, and the constants' bank.
+    pub fn into_body(self) -> (Vec<Width>, Vec<bool>, Body) {
+        let (extras, constants, names) = (self.extras, self.constants, self.names);
+        let body = Body { extras, constants, names, predicates: 2, ..Body::default() };
+        (self.registers, self.temporaries, body)
     }
 
     /// Names the instruction being lowered, for counting.
@@ -133,7 +151,7 @@ impl<'a> Builder<'a> {
         Label(self.labels - 1)
     }
 
-    fn register(&mut self, width: Width, temporary: bool) -> u32 {
+    pub fn register(&mut self, width: Width, temporary: bool) -> u32 {
         self.registers.push(width);
         self.temporaries.push(temporary);
         self.registers.len() as u32 - 1

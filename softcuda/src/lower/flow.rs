@@ -45,10 +45,12 @@ pub fn split(items: Vec<Item>) -> Result<(Vec<Node>, HashMap<Label, usize>)> {
                 }
                 let ends = match micro.op.code {
                     Code::Bra | Code::BrxIdx => true,
-                    Code::Exit | Code::Trap | Code::InvalidPc => micro.guard.is_none(),
+                    Code::Exit | Code::Return | Code::Trap | Code::InvalidPc => micro.guard.is_none(),
+                    // Lanes come back to the start of a block, where they meet.
+                    Code::Call => true,
                     _ => false,
                 };
-                let conditional = micro.guard.is_some();
+                let conditional = micro.guard.is_some() || micro.op.code == Code::Call;
                 let last = nodes.len() - 1;
                 nodes[last].micros.push(*micro);
                 open = true;
@@ -164,13 +166,14 @@ pub fn emit(nodes: &[Node], order: &[usize], labels: &HashMap<Label, usize>, bod
         let counted = |m: &Micro| m.class.map(|class| Counted { line: m.line, class, name: m.name });
         let instructions: Vec<_> = node.micros.iter().filter_map(counted).collect();
         let line = node.micros.first().map_or(0, |m| m.line);
+        let body_blocks = body.blocks.len() as u32;
         let mut push = |op: Op, line: u32| {
             body.ops.push(op);
             body.lines.push(line);
             body.ops.len() - 1
         };
         let plain = |code, a, x| Op { code, guard: 0, d: 0, a, b: 0, c: 0, x };
-        push(plain(Code::Enter, position as u32, instructions.len().max(1) as u32), line);
+        push(plain(Code::Enter, body_blocks, instructions.len().max(1) as u32), line);
         let next = order.get(position + 1).copied();
         for m in &node.micros {
             let target = m.target.map(|l| labels[&l]);

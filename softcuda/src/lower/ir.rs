@@ -4,6 +4,9 @@
 //! set, into the kernel's bank of constants, each 32 lanes wide. Everything else keeps its operands in an [`Extra`].
 
 use super::ir_cluster::ClusterOp;
+use std::collections::HashMap;
+
+use super::calls::{Call, Entry};
 use super::isa::{Code, Width};
 use crate::exec::InstructionClass;
 use crate::exec::numeric::rounding::Round;
@@ -352,6 +355,11 @@ pub enum Extra {
     /// `fence` and `membar`.
     Fence(Order, Scope),
     Cluster(ClusterOp),
+    Call(Call),
+    /// Frame and argument pointer of the function that begins here.
+    Frame(Reg, Reg),
+    /// `vprintf`: format, arguments, and the count returned.
+    Print(Reg, Reg, Reg),
     /// A failed device-side assertion: message, file, line, function, as addresses.
     Assert(Vec<Reg>),
 }
@@ -428,6 +436,21 @@ impl Extra {
                 f(a, Use::Read);
             }
             Self::Fence(..) => {}
+            Self::Call(x) => {
+                if let super::calls::Target::Indirect(r, _) = &mut x.target {
+                    f(r, Use::Read);
+                }
+                f(&mut x.fp, Use::Read);
+            }
+            Self::Frame(fp, ap) => {
+                f(fp, Use::Write);
+                f(ap, Use::Write);
+            }
+            Self::Print(format, arguments, d) => {
+                f(d, Use::Write);
+                f(format, Use::Read);
+                f(arguments, Use::Read);
+            }
             Self::Reads(regs) | Self::Assert(regs) => regs.iter_mut().for_each(|r| f(r, Use::Read)),
         }
     }
@@ -504,6 +527,9 @@ impl Code {
                 | Fence
                 | Assert
                 | Cluster
+                | Call
+                | Frame
+                | Print
         )
     }
 }
@@ -512,6 +538,10 @@ impl Code {
 #[derive(Debug, Clone, Default)]
 pub struct Body {
     pub ops: Vec<Op>,
+    /// Where the kernel begins; functions that it calls stand before.
+    pub entry: u32,
+    /// Functions with a body of their own, by position in the module.
+    pub functions: HashMap<u32, Entry>,
     /// Source line of each operation.
     pub lines: Vec<u32>,
     pub extras: Vec<Extra>,

@@ -91,8 +91,13 @@ impl Layout {
 
     /// Reserves local memory for a variable.
     pub fn place_local(&mut self, v: &Variable) -> Result<u64> {
-        let offset = align_up(self.local, aligned(v)?);
-        self.local = offset + size_of(v)?;
+        self.reserve_local(size_of(v)?, aligned(v)?)
+    }
+
+    /// Reserves local memory.
+    pub fn reserve_local(&mut self, bytes: u64, align: u64) -> Result<u64> {
+        let offset = align_up(self.local, align);
+        self.local = offset + bytes;
         if self.local > 512 << 10 {
             return Err(LowerErrorKind::Invalid("local memory exceeds 512 KiB per thread".into()));
         }

@@ -5,10 +5,12 @@
 //! unless the manual makes it a hint.
 
 mod builder;
+pub(crate) mod calls;
 mod error;
 mod families;
 mod flow;
 mod in_flight;
+mod initial;
 pub(crate) mod ir;
 pub(crate) mod ir_cluster;
 pub(crate) mod isa;
@@ -22,7 +24,9 @@ mod statements;
 use std::collections::HashMap;
 use std::sync::Arc;
 
+pub use calls::function_address;
 pub use error::{LowerError, LowerErrorKind};
+pub use initial::initial_bytes;
 
 use crate::ptx::ast;
 
@@ -67,8 +71,10 @@ pub struct Kernel {
     pub static_shared_bytes: u32,
     /// Greatest alignment of any shared variable the kernel uses, at least 16.
     pub shared_align: u32,
-    /// Bytes of local memory per thread.
+    /// Bytes of local memory per thread, without the stack of its calls.
     pub local_bytes: u32,
+    /// Bytes of stack that calls of device functions need, where they cannot nest without bound.
+    pub stack_bytes: Option<u32>,
     /// Most threads per block, from `.maxntid` or `.reqntid`.
     pub max_threads: Option<u32>,
     /// The only block shape the kernel may be launched with.
@@ -101,8 +107,10 @@ pub struct Kernel {
 pub fn lower_module(ast: &ast::Module, env: &Environment) -> Result<Program, LowerError> {
     check_target(ast, env)?;
     let lines = Arc::new(ast.lines.clone());
+    let functions = calls::Functions::new(ast);
     let kernels = ast.functions.iter().filter(|f| f.is_entry && f.body.is_some());
-    let kernels = kernels.map(|f| lower_kernel(ast, f, env, &lines).map(Arc::new)).collect::<Result<_, _>>()?;
+    let kernels =
+        kernels.map(|f| lower_kernel(ast, f, env, &functions, &lines).map(Arc::new)).collect::<Result<_, _>>()?;
     Ok(Program { kernels })
 }
 
@@ -132,26 +140,47 @@ fn lower_kernel(
     ast: &ast::Module,
     function: &ast::Function,
     env: &Environment,
+    functions: &calls::Functions,
     lines: &Arc<Vec<String>>,
 ) -> Result<Kernel, LowerError> {
     let at = |line: u32| move |kind| LowerError::new(ast, line, kind);
     let layout = layout::Layout::new(ast, function).map_err(at(function.line))?;
-    let mut builder = builder::Builder::new(ast, env, layout);
-    builder.kernel(function).map_err(|kind| LowerError::new(ast, builder.line, kind))?;
+    let mut builder = builder::Builder::new(ast, env, functions, layout);
+    let bodies = builder.bodies(function).map_err(|kind| LowerError::new(ast, builder.line, kind))?;
     let layout = std::mem::take(&mut builder.layout);
-    let (items, widths, temporaries, mut body) = builder.into_body();
-    let (mut nodes, labels) = flow::split(items).map_err(at(function.line))?;
-    let order = flow::order(&nodes);
-    in_flight::note(&nodes, &order, &mut body);
-    let registers = registers::assign(&mut nodes, &order, &widths, &temporaries, &mut body);
-    flow::emit(&nodes, &order, &labels, &mut body);
+    let (widths, temporaries, mut body) = builder.into_body();
+    let stack_bytes = calls::stack_bytes(&bodies).map(|b| b as u32);
+    let (mut registers, mut deepest, mut local_bytes) = (0, 0, 0);
+    for part in bodies {
+        let (mut nodes, labels) = flow::split(part.items).map_err(at(part.line))?;
+        let order = flow::order(&nodes);
+        in_flight::note(&nodes, &order, &mut body);
+        let pc = body.ops.len() as u32;
+        let placed = registers::assign(&mut nodes, &order, &widths, &temporaries, &mut body);
+        flow::emit(&nodes, &order, &labels, &mut body);
+        match part.function {
+            None => {
+                registers = placed.count + deepest;
+                local_bytes = part.frame as u32;
+                body.entry = pc;
+            }
+            Some(f) => {
+                deepest = deepest.max(placed.count);
+                let name = ast.functions[f as usize].name.clone();
+                let registers::Placed { narrow, wide, predicates, .. } = placed;
+                let entry = calls::Entry { name, pc, narrow, wide, predicates, frame: part.frame };
+                body.functions.insert(f, entry);
+            }
+        }
+    }
     let mut kernel = Kernel {
         name: function.name.clone(),
         params: layout.params,
         param_bytes: layout.param_bytes,
         static_shared_bytes: layout.static_shared,
         shared_align: layout.shared_align,
-        local_bytes: layout.local.next_multiple_of(16) as u32,
+        local_bytes,
+        stack_bytes,
         max_threads: None,
         reqntid: None,
         min_ctas_per_sm: None,

@@ -156,6 +156,18 @@ impl Builder<'_> {
                             _ => Err(mismatch(format!("a 64-bit register for the address of `{n}`"), o)),
                         }
                     }
+                    Some(&Symbol::Stack { base, offset: at }) => {
+                        let at = self.constant64(at.wrapping_add_signed(offset));
+                        let address = self.compute(Code::Add64, &[base, at]);
+                        match width {
+                            Width::W64 => Ok(address),
+                            _ if ty.bytes() == 4 => Ok(self.compute(Code::Trunc32, &[address])),
+                            _ => Err(mismatch(format!("a register for the address of `{n}`"), o)),
+                        }
+                    }
+                    Some(&Symbol::Function(address)) if width == Width::W64 && offset == 0 => {
+                        Ok(self.constant64(address))
+                    }
                     _ => Err(self.unknown(o, "a source operand")),
                 }
             }
@@ -266,6 +278,10 @@ impl Builder<'_> {
                 let (space, address) = (*space, address.wrapping_add_signed(offset));
                 let slot = self.constant64(address);
                 Ok((Address { base: self.reg(slot, Width::W64), offset: 0 }, Some(space)))
+            }
+            Some(&Symbol::Stack { base, offset: at }) => {
+                let offset = offset.wrapping_add_unsigned(at);
+                Ok((Address { base: self.reg(base, Width::W64), offset }, Some(Space::Local)))
             }
             Some(_) => Err(mismatch("an address register of 32 or 64 bits or a variable", &name_operand)),
             None => Err(self.unknown(&name_operand, "an address")),

@@ -5,12 +5,23 @@
 //! not end the previous lifetime. A result may take the place of an operand of the same operation: the executor reads all
 //! operands of an operation before it writes.
 
+use std::ops::Range;
+
 use super::flow::Node;
 use super::ir::{Body, CONSTANT, Use, visit_registers};
 use super::isa::Width;
 
-/// Assigns places and rewrites all operations; returns the number of 32-bit registers per thread.
-pub fn assign(nodes: &mut [Node], order: &[usize], widths: &[Width], temporaries: &[bool], body: &mut Body) -> u32 {
+/// Where one body's registers lie: byte offsets in the file, and indices of predicates.
+pub struct Placed {
+    pub narrow: Range<u32>,
+    pub wide: Range<u32>,
+    pub predicates: Range<u32>,
+    /// Registers of 32 bits per thread.
+    pub count: u32,
+}
+
+/// Assigns places behind those of the bodies before, and rewrites all operations.
+pub fn assign(nodes: &mut [Node], order: &[usize], widths: &[Width], temporaries: &[bool], body: &mut Body) -> Placed {
     let intervals = intervals(nodes, order, widths.len(), temporaries, body);
     let mut places = vec![0u32; widths.len()];
     let mut used = [0u32; 3];
@@ -42,11 +53,12 @@ pub fn assign(nodes: &mut [Node], order: &[usize], widths: &[Width], temporaries
         }
     }
     let [predicates, w32, w64] = used;
-    // Two constant predicates come first, the 64-bit registers after the 32-bit ones.
-    let wide_base = w32 * Width::W32.file_bytes();
+    // The 64-bit registers stand after the 32-bit ones.
+    let (first, first_predicate) = (body.file_bytes, body.predicates);
+    let wide_base = first + w32 * Width::W32.file_bytes();
     let slot = |register: usize| match widths[register] {
-        Width::Pred => 2 + places[register],
-        Width::W32 => places[register] * Width::W32.file_bytes(),
+        Width::Pred => first_predicate + places[register],
+        Width::W32 => first + places[register] * Width::W32.file_bytes(),
         Width::W64 => wide_base + places[register] * Width::W64.file_bytes(),
     };
     for node in order {
@@ -64,9 +76,14 @@ pub fn assign(nodes: &mut [Node], order: &[usize], widths: &[Width], temporaries
             }
         }
     }
-    body.predicates = 2 + predicates;
+    body.predicates += predicates;
     body.file_bytes = wide_base + w64 * Width::W64.file_bytes();
-    w32 + 2 * w64
+    Placed {
+        narrow: first..wide_base,
+        wide: wide_base..body.file_bytes,
+        predicates: first_predicate..body.predicates,
+        count: w32 + 2 * w64,
+    }
 }
 
 type Bits = Vec<u64>;

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use super::LowerErrorKind;
 use super::builder::{Builder, Result, Symbol};
+use super::calls::Signature;
 use super::ir::Op;
 use super::isa::Code;
 use crate::ptx::ast::{Function, Instruction, Linkage, Space, Statement, Variable};
@@ -56,6 +57,9 @@ impl Builder<'_> {
                 other => other?,
             }
         }
+        for (name, address) in self.functions.addresses() {
+            self.declare(name, Symbol::Function(address))?;
+        }
         Ok(())
     }
 
@@ -76,9 +80,10 @@ impl Builder<'_> {
                     self.line = *line;
                     self.declare(name, Symbol::Targets(targets.clone()))?;
                 }
-                Statement::Prototype { name, line, .. } => {
+                Statement::Prototype { name, returns, params, line } => {
                     self.line = *line;
-                    self.declare(name, Symbol::Other)?;
+                    let signature = Signature::new(params, returns)?;
+                    self.declare(name, Symbol::Prototype(signature))?;
                 }
                 _ => {}
             }
@@ -120,8 +125,9 @@ impl Builder<'_> {
                     Some(n) => return Err(LowerErrorKind::Unsupported(format!("{n} variables `{}`", v.name))),
                 };
                 for name in names {
-                    let address = self.layout.place_local(v)?;
-                    self.declare(&name, Symbol::Variable { space: Space::Local, address })?;
+                    let offset = self.layout.place_local(v)?;
+                    let symbol = self.local_symbol(offset);
+                    self.declare(&name, symbol)?;
                 }
                 Ok(())
             }

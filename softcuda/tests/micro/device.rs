@@ -1,10 +1,14 @@
 //! Runs small PTX programs.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::sync::LazyLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use softcuda::exec::{Config, Counters, Fault, Launch, launch};
-use softcuda::lower::{Environment, LowerError, Program, lower_module};
+use softcuda::lower::{Environment, LowerError, Program, initial_bytes, lower_module};
 use softcuda::memory::Memory;
+use softcuda::ptx::ast::Space;
 
 pub fn memory() -> &'static Memory {
     static MEMORY: LazyLock<Memory> = LazyLock::new(|| Memory::new(8 << 30).unwrap());
@@ -38,22 +42,39 @@ impl Drop for Buffer {
     }
 }
 
+/// Assembles a program with `ptxas`, where the variable `PTXAS` names one: what a test runs must be PTX.
+fn assemble(text: &str) {
+    static PTXAS: LazyLock<Option<OsString>> =
+        LazyLock::new(|| std::env::var_os("PTXAS").filter(|path| !path.is_empty() && path != "none"));
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let Some(ptxas) = &*PTXAS else { return };
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let file = std::env::temp_dir().join(format!("softcuda-micro-{}-{number}.ptx", std::process::id()));
+    std::fs::write(&file, text).unwrap();
+    let target = text.split_once(".target ").and_then(|(_, rest)| rest.split_whitespace().next()).unwrap();
+    let mut command = std::process::Command::new(ptxas);
+    let run = command.args([&format!("-arch={target}"), "-O0", "-o", "/dev/null"]).arg(&file).output().unwrap();
+    assert!(run.status.success(), "{}\n{text}", String::from_utf8_lossy(&run.stderr));
+    std::fs::remove_file(&file).unwrap();
+}
+
 pub fn lower(text: &str) -> Result<Program, LowerError> {
     let module = softcuda::ptx::parse(text).unwrap_or_else(|e| panic!("{e}\n{text}"));
-    let symbols = module.variables.iter().map(|v| {
-        let address = memory().alloc(v.bytes().unwrap().max(1)).unwrap();
+    let symbols: HashMap<String, u64> =
+        module.variables.iter().map(|v| (v.name.clone(), memory().alloc(v.bytes().unwrap().max(1)).unwrap())).collect();
+    for v in module.variables.iter().filter(|v| v.space != Space::Shared) {
+        let bytes = initial_bytes(&module, v, &symbols).unwrap_or_else(|e| panic!("`{}` {e}\n{text}", v.name));
         // SAFETY: the allocation has this many bytes.
-        unsafe { std::ptr::write_bytes(address as *mut u8, 0, v.bytes().unwrap() as usize) };
-        (v.name.clone(), address)
-    });
-    lower_module(&module, &Environment { symbols: symbols.collect(), compute_capability: (8, 0) })
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), symbols[&v.name] as *mut u8, bytes.len()) };
+    }
+    lower_module(&module, &Environment { symbols, compute_capability: (9, 0) })
 }
 
 /// The module of one kernel `k` with 64-bit parameters `p0`, `p1`, ...; `outside` stands before it.
 pub fn module(params: usize, outside: &str, body: &str) -> String {
     let params: Vec<_> = (0..params).map(|i| format!(".param .u64 p{i}")).collect();
     format!(
-        ".version 8.3\n.target sm_80\n.address_size 64\n{outside}\n.visible .entry k({})\n{{\n{body}\n}}\n",
+        ".version 8.6\n.target sm_90\n.address_size 64\n{outside}\n.visible .entry k({})\n{{\n{body}\n}}\n",
         params.join(", ")
     )
 }
@@ -79,6 +100,7 @@ impl Default for Run {
 impl Run {
     pub fn run(&self, body: &str, params: &[u64]) -> Result<Counters, Fault> {
         let text = module(params.len(), &self.outside, body);
+        assemble(&text);
         let program = lower(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         let bytes: Vec<u8> = params.iter().flat_map(|p| p.to_le_bytes()).collect();
         launch(&Launch {

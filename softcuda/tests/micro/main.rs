@@ -7,6 +7,7 @@
 
 mod barriers;
 mod bits;
+mod calls;
 mod clusters;
 mod compare;
 mod convert;

@@ -134,6 +134,36 @@ fn lanes_that_arrive_late_are_waited_for() {
     assert_eq!(got, (0..32).map(|l| l ^ 16).collect::<Vec<u32>>());
 }
 
+/// The manual asks for the same instruction with the same qualifiers and mask, not for the same place.
+#[test]
+fn exchanges_meet_at_different_places() {
+    let branches = |low: &str, high: &str| {
+        Run::default().per_thread(&format!(
+            "setp.lt.u32 %p, %lane, 16; mul.lo.u32 %r2, %lane, 3; setp.eq.u32 %q, %lane, 20; @%p bra LOW;
+             {high} bra END; LOW: {low} END: st.global.u32 [%out], %r3;"
+        ))
+    };
+    let got = branches("shfl.sync.bfly.b32 %r3, %r2, 16, 31, -1;", "shfl.sync.bfly.b32 %r3, %lane, 16, 31, -1;");
+    assert_eq!(got, (0..32).map(|l| if l < 16 { l + 16 } else { (l - 16) * 3 }).collect::<Vec<u32>>());
+    let got = branches("vote.sync.ballot.b32 %r3, !%q, -1;", "vote.sync.ballot.b32 %r3, %q, -1;");
+    assert_eq!(got, [0x0010_ffff; 32]);
+    let got = branches("redux.sync.add.u32 %r3, 1, -1;", "redux.sync.add.u32 %r3, %lane, -1;");
+    assert_eq!(got, [16 + (16..32).sum::<u32>(); 32]);
+    let got = branches("match.any.sync.b32 %r3, 16, -1;", "match.any.sync.b32 %r3, %lane, -1;");
+    assert_eq!(got, (0..32).map(|l: u32| if l <= 16 { 0x0001_ffff } else { 1 << l }).collect::<Vec<u32>>());
+    // Another operation or another mask is not met.
+    for (low, high) in [
+        ("shfl.sync.bfly.b32 %r3, %r2, 16, 31, -1;", "shfl.sync.idx.b32 %r3, %r2, 16, 31, -1;"),
+        ("redux.sync.add.u32 %r3, 1, -1;", "redux.sync.add.s32 %r3, 1, -1;"),
+        ("redux.sync.add.u32 %r3, 1, -1;", "redux.sync.add.u32 %r3, 1, 0xfffffffe;"),
+    ] {
+        let fault = Run::default()
+            .try_per_thread(&format!("setp.lt.u32 %p, %lane, 16; @%p bra LOW; {high} bra END; LOW: {low} END: ret;"))
+            .unwrap_err();
+        assert_eq!(fault.kind, FaultKind::Deadlock, "{low} {high}: {fault}");
+    }
+}
+
 #[test]
 fn exited_lanes_are_not_waited_for() {
     let got = Run::default().per_thread(

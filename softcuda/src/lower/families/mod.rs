@@ -1,6 +1,7 @@
 //! Lowering by instruction family: what the rows of [`super::isa`] cannot say.
 
 mod arithmetic;
+mod call;
 mod cluster;
 mod compare;
 mod control;

@@ -114,6 +114,10 @@ macro_rules! define_codes {
             Enter,
             /// To operation `x`.
             Bra,
+            /// Calls of functions with a body of their own, and what such a body begins and ends with.
+            Call, Frame, Return,
+            /// `vprintf`.
+            Print,
             BrxIdx, Exit, Trap, Assert, InvalidPc, Nop,
             /// `cp.async.wait_group` of `x`; `wait_all` is a commit and a wait for all.
             Load, Store, Atom, CopyAsync, CopyCommit, CopyWait,
