@@ -114,7 +114,43 @@ pub struct SettingError {
     pub found: String,
 }
 
+/// Devices of a process, at most.
+const MAX_DEVICES: usize = 64;
+
 impl Description {
+    /// The devices that `SOFTCUDA_DEVICES` asks for: so many of [`Description::from_environment`]'s, or one for each name of
+    /// a list separated by commas; one without it.
+    ///
+    /// # Errors
+    /// A variable says something else.
+    pub fn all_from_environment() -> Result<Vec<Description>, SettingError> {
+        let device = Description::from_environment()?;
+        let variable = "SOFTCUDA_DEVICES";
+        let Some(found) = std::env::var(variable).ok().filter(|value| !value.is_empty()) else {
+            return Ok(vec![device]);
+        };
+        if let Ok(count) = found.parse::<usize>()
+            && (1..=MAX_DEVICES).contains(&count)
+        {
+            return Ok(vec![device; count]);
+        }
+        let chosen_memory = std::env::var("SOFTCUDA_MEMORY_MIB").is_ok_and(|value| !value.is_empty());
+        let named = found.split(',').take(MAX_DEVICES + 1).map(|name| {
+            let mut named = Description::named(name)?;
+            if chosen_memory {
+                named.memory_bytes = device.memory_bytes;
+            }
+            Some(named)
+        });
+        match named.collect::<Option<Vec<_>>>() {
+            Some(devices) if devices.len() <= MAX_DEVICES => Ok(devices),
+            _ => {
+                let expected = "a number from 1 to 64 or names of devices separated by commas";
+                Err(SettingError { variable, expected, found })
+            }
+        }
+    }
+
     /// The device that `SOFTCUDA_DEVICE` (`a100`, `h100`, the default, `h200` or `l4`) and `SOFTCUDA_MEMORY_MIB` ask for.
     ///
     /// # Errors

@@ -178,10 +178,14 @@ fn host_functions_run_in_order() {
     unsafe extern "C" fn increment(data: *mut c_void) {
         unsafe { *data.cast::<u32>() += 1 };
     }
-    let mut count = 0u32;
+    // Page-locked: a copy reads it in its turn, while it takes pageable memory as it is at the call.
+    let mut count = unsafe { context.alloc_pinned::<u32>(1) }.unwrap();
+    count.as_mut_slice().unwrap()[0] = 0;
     unsafe {
-        result::stream::launch_host_function(stream.cu_stream(), increment, (&raw mut count).cast()).unwrap();
-        result::memcpy_htod_async(addr, std::slice::from_ref(&count), stream.cu_stream()).unwrap();
+        let place = count.as_mut_ptr().unwrap();
+        result::stream::launch_host_function(stream.cu_stream(), increment, place.cast()).unwrap();
+        let count = std::slice::from_raw_parts(place, 1);
+        result::memcpy_htod_async(addr, count, stream.cu_stream()).unwrap();
     }
     assert_eq!(stream.clone_dtoh(&slice).unwrap(), [1]);
 }
@@ -340,7 +344,7 @@ fn proc_addresses_are_complete() {
     let (code, status, found) = address("cuMemPrefetchAsync", 11_000);
     assert_eq!((code, found), (CUresult::CUDA_ERROR_NOT_FOUND, null_mut()));
     assert_eq!(status, CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT);
-    let (code, status, _) = address("cuMemcpy3D", 12_080);
+    let (code, status, _) = address("cuTexRefCreate", 12_080);
     assert_eq!((code, status), (CUresult::CUDA_ERROR_NOT_FOUND, CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND));
 }
 

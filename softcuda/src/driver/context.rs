@@ -1,19 +1,22 @@
 //! Contexts: `cuCtx*` and `cuDevicePrimaryCtx*`.
 
-use std::cell::RefCell;
-use std::collections::{HashMap, HashSet};
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 
 use super::handles::{Handle, Table, fresh};
 use super::status::{CUresult, Failure, Outcome};
-use super::stream::Stream;
+use super::stream::{Kind, Stream};
 use super::{api, driver, lock, out};
+use crate::device::Description;
 
 /// A context owns streams, events, modules and memory, and keeps the first fault of any kernel it ran.
 pub(super) struct Context {
     pub handle: Handle,
+    /// Ordinal of its device.
+    pub device: u32,
     flags: AtomicU32,
     destroyed: AtomicBool,
     fault: Mutex<Option<Failure>>,
@@ -22,29 +25,49 @@ pub(super) struct Context {
     pub allocations: Mutex<HashSet<u64>>,
     pub legacy_stream: Arc<Stream>,
     pub per_thread_streams: Mutex<HashMap<ThreadId, Arc<Stream>>>,
-    /// Work of blocking streams reads, work of the legacy stream writes: neither overlaps the other.
-    pub legacy_gate: RwLock<()>,
+    /// Streams destroyed before their work was done.
+    pub leaving_streams: Mutex<Vec<Arc<Stream>>>,
+    /// Held while it is decided how a submission goes on, so that streams which wait for each other see each other.
+    pub order: Mutex<()>,
+    /// Other devices whose memory kernels of this context may use.
+    pub peers: Mutex<HashSet<u32>>,
     limits: Mutex<HashMap<u32, usize>>,
     cache_config: AtomicU32,
 }
 
 pub(super) static CONTEXTS: Table<Context> = Table::new("context", CUresult::ERROR_INVALID_CONTEXT);
 
-/// The device's primary context while it is retained.
-static PRIMARY: Mutex<Option<(Arc<Context>, u32)>> = Mutex::new(None);
+/// A device's primary context.
+#[derive(Default)]
+struct Primary {
+    /// While it is retained, and how often.
+    active: Option<(Arc<Context>, u32)>,
+    /// For its next activation.
+    flags: u32,
+}
 
-/// Flags for the primary context's next activation.
-static PRIMARY_FLAGS: AtomicU32 = AtomicU32::new(0);
+/// By ordinal.
+static PRIMARIES: Mutex<BTreeMap<u32, Primary>> = Mutex::new(BTreeMap::new());
 
 thread_local! {
     static CURRENT: RefCell<Vec<Arc<Context>>> = const { RefCell::new(Vec::new()) };
+    /// Whether a host function of a stream runs.
+    static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Runs a host function of a stream, which may not call CUDA (driver API, `cuLaunchHostFunc`).
+pub(super) fn without_api(function: impl FnOnce()) {
+    IN_HOST_FUNCTION.set(true);
+    function();
+    IN_HOST_FUNCTION.set(false);
 }
 
 impl Context {
-    fn create(flags: u32) -> Arc<Context> {
+    fn create(device: u32, flags: u32) -> Arc<Context> {
         let handle = fresh();
         let context = Arc::new_cyclic(|this| Context {
             handle,
+            device,
             flags: AtomicU32::new(flags),
             destroyed: AtomicBool::new(false),
             fault: Mutex::new(None),
@@ -52,7 +75,9 @@ impl Context {
             allocations: Mutex::default(),
             legacy_stream: Arc::new(Stream::legacy(this.clone(), handle)),
             per_thread_streams: Mutex::default(),
-            legacy_gate: RwLock::new(()),
+            leaving_streams: Mutex::default(),
+            order: Mutex::new(()),
+            peers: Mutex::default(),
             limits: Mutex::default(),
             cache_config: AtomicU32::new(0),
         });
@@ -62,6 +87,7 @@ impl Context {
 
     /// Frees all that the context owns.
     fn destroy(&self) {
+        self.drain();
         self.destroyed.store(true, Ordering::Release);
         let _ = CONTEXTS.remove(self.handle);
         super::capture::close_context(self.handle);
@@ -83,15 +109,32 @@ impl Context {
         self.faulted.store(true, Ordering::Release);
     }
 
-    /// Waits for work that other host threads are running in this context.
+    /// Streams other than the legacy one.
+    fn other_streams(&self) -> Vec<Arc<Stream>> {
+        let mut streams = super::stream::STREAMS.select(|stream| stream.belongs_to(self.handle));
+        streams.extend(lock(&self.per_thread_streams).values().cloned());
+        let mut leaving = lock(&self.leaving_streams);
+        leaving.retain(|stream| !stream.queue.is_idle());
+        streams.extend(leaving.iter().cloned());
+        drop(leaving);
+        streams
+    }
+
+    /// Streams that wait for the legacy stream, and it for them.
+    pub fn blocking_streams(&self) -> Vec<Arc<Stream>> {
+        self.other_streams().into_iter().filter(|stream| stream.kind == Kind::Blocking).collect()
+    }
+
+    /// Waits for all work of this context.
     pub fn drain(&self) {
-        for stream in super::stream::STREAMS.select(|stream| stream.belongs_to(self.handle)) {
-            stream.drain();
+        for stream in self.other_streams() {
+            stream.queue.drain();
         }
-        for stream in lock(&self.per_thread_streams).values() {
-            stream.drain();
-        }
-        self.legacy_stream.drain();
+        self.legacy_stream.queue.drain();
+    }
+
+    pub fn description(&self) -> Outcome<&'static Description> {
+        driver()?.device(self.device as i32)
     }
 
     /// The error that every call on this context returns, if it is in error or gone.
@@ -111,6 +154,9 @@ impl Context {
 /// The calling thread's context, even one in error.
 pub(super) fn current_any() -> Outcome<Arc<Context>> {
     driver()?;
+    if IN_HOST_FUNCTION.get() {
+        return Err(CUresult::ERROR_NOT_PERMITTED.with("a host function of a stream may not call CUDA"));
+    }
     CURRENT
         .with_borrow(|stack| stack.last().cloned())
         .ok_or_else(|| CUresult::ERROR_INVALID_CONTEXT.with("no context is current to this thread"))
@@ -123,78 +169,79 @@ pub(super) fn current() -> Outcome<Arc<Context>> {
     Ok(context)
 }
 
-fn device(device: i32) -> Outcome {
-    driver()?;
-    super::init::check_device(device)
-}
-
-fn release(all: bool) -> Outcome {
-    let mut primary = lock(&PRIMARY);
-    let Some((context, count)) = &mut *primary else {
+/// Releases a primary context once, or for good; to be destroyed by the caller, who holds no lock then.
+fn release(primary: &mut Primary, all: bool) -> Outcome<Option<Arc<Context>>> {
+    let Some((_, count)) = &mut primary.active else {
         return Err(CUresult::ERROR_INVALID_CONTEXT.with("the primary context is not retained"));
     };
     *count -= 1;
-    if *count == 0 || all {
-        context.destroy();
-        *primary = None;
-    }
-    Ok(())
+    let last = *count == 0 || all;
+    Ok(if last { primary.active.take().map(|(context, _)| context) } else { None })
+}
+
+/// Changes the primary context of a device.
+fn with_primary<T>(dev: i32, change: impl FnOnce(u32, &mut Primary) -> Outcome<T>) -> Outcome<T> {
+    let device = super::init::check_device(dev)?;
+    change(device, lock(&PRIMARIES).entry(device).or_default())
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut Handle, dev: i32) -> CUresult {
     api("cuDevicePrimaryCtxRetain", || {
-        device(dev)?;
-        let mut primary = lock(&PRIMARY);
-        let (active, count) =
-            primary.get_or_insert_with(|| (Context::create(PRIMARY_FLAGS.load(Ordering::Relaxed)), 0));
-        unsafe { out(context, "pctx", active.handle)? };
-        *count += 1;
-        Ok(())
+        with_primary(dev, |device, primary| {
+            let (active, count) = primary.active.get_or_insert_with(|| (Context::create(device, primary.flags), 0));
+            unsafe { out(context, "pctx", active.handle)? };
+            *count += 1;
+            Ok(())
+        })
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxRelease_v2(dev: i32) -> CUresult {
-    api("cuDevicePrimaryCtxRelease_v2", || device(dev).and_then(|()| release(false)))
+    api("cuDevicePrimaryCtxRelease_v2", || {
+        let last = with_primary(dev, |_, primary| release(primary, false))?;
+        last.iter().for_each(|context| context.destroy());
+        Ok(())
+    })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxReset_v2(dev: i32) -> CUresult {
     api("cuDevicePrimaryCtxReset_v2", || {
-        device(dev)?;
         // Resetting an inactive context is no error.
-        if lock(&PRIMARY).is_some() { release(true) } else { Ok(()) }
+        let last =
+            with_primary(dev, |_, primary| if primary.active.is_some() { release(primary, true) } else { Ok(None) })?;
+        last.iter().for_each(|context| context.destroy());
+        Ok(())
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxGetState(dev: i32, flags: *mut u32, active: *mut i32) -> CUresult {
     api("cuDevicePrimaryCtxGetState", || {
-        device(dev)?;
-        let primary = lock(&PRIMARY);
-        unsafe {
-            out(flags, "flags", PRIMARY_FLAGS.load(Ordering::Relaxed))?;
-            out(active, "active", primary.is_some().into())
-        }
+        with_primary(dev, |_, primary| unsafe {
+            out(flags, "flags", primary.flags)?;
+            out(active, "active", primary.active.is_some().into())
+        })
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDevicePrimaryCtxSetFlags_v2(dev: i32, flags: u32) -> CUresult {
     api("cuDevicePrimaryCtxSetFlags_v2", || {
-        device(dev)?;
-        PRIMARY_FLAGS.store(flags, Ordering::Relaxed);
-        if let Some((context, _)) = &*lock(&PRIMARY) {
-            context.flags.store(flags, Ordering::Relaxed);
-        }
-        Ok(())
+        with_primary(dev, |_, primary| {
+            primary.flags = flags;
+            if let Some((context, _)) = &primary.active {
+                context.flags.store(flags, Ordering::Relaxed);
+            }
+            Ok(())
+        })
     })
 }
 
 fn create(flags: u32, dev: i32) -> Outcome<Handle> {
-    device(dev)?;
-    let context = Context::create(flags);
+    let context = Context::create(super::init::check_device(dev)?, flags);
     let handle = context.handle;
     CURRENT.with_borrow_mut(|stack| stack.push(context));
     Ok(handle)
@@ -235,7 +282,8 @@ pub unsafe extern "C" fn cuCtxCreate_v4(context: *mut Handle, params: *const u8,
 pub unsafe extern "C" fn cuCtxDestroy_v2(context: Handle) -> CUresult {
     api("cuCtxDestroy_v2", || {
         let context = CONTEXTS.get(context)?;
-        if matches!(&*lock(&PRIMARY), Some((primary, _)) if primary.handle == context.handle) {
+        let is_primary = |primary: &Primary| matches!(&primary.active, Some((it, _)) if it.handle == context.handle);
+        if lock(&PRIMARIES).values().any(is_primary) {
             return Err(CUresult::ERROR_INVALID_CONTEXT.with("the primary context is released, not destroyed"));
         }
         CURRENT.with_borrow_mut(|stack| {
@@ -291,10 +339,7 @@ pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut Handle) -> CUresult {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetDevice(dev: *mut i32) -> CUresult {
-    api("cuCtxGetDevice", || {
-        current_any()?;
-        unsafe { out(dev, "device", 0) }
-    })
+    api("cuCtxGetDevice", || unsafe { out(dev, "device", current_any()?.device as i32) })
 }
 
 #[unsafe(no_mangle)]

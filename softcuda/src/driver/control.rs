@@ -19,10 +19,12 @@ static LOGGING: AtomicBool = AtomicBool::new(false);
 static LOG: Mutex<String> = Mutex::new(String::new());
 static COUNTING: AtomicBool = AtomicBool::new(false);
 static COUNTERS: Mutex<Report> = Mutex::new(Report::new());
+/// Whether work of streams is left to threads of theirs.
+static CONCURRENT: AtomicBool = AtomicBool::new(false);
 static EXECUTING: AtomicBool = AtomicBool::new(true);
 static LAST_FAULT: Mutex<String> = Mutex::new(String::new());
 
-/// Takes `SOFTCUDA_SEED`, `SOFTCUDA_THREADS` and `SOFTCUDA_TIMEOUT_MS`.
+/// Takes `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_TIMEOUT_MS` and `SOFTCUDA_STREAMS`.
 pub(super) fn read_environment() -> Result<(), SettingError> {
     let settings = [("SOFTCUDA_SEED", &SEED), ("SOFTCUDA_THREADS", &THREADS), ("SOFTCUDA_TIMEOUT_MS", &TIMEOUT)];
     for (variable, setting) in settings {
@@ -33,7 +35,20 @@ pub(super) fn read_environment() -> Result<(), SettingError> {
             setting.store(value, Ordering::Relaxed);
         }
     }
+    let variable = "SOFTCUDA_STREAMS";
+    match std::env::var(variable).unwrap_or_default().as_str() {
+        "" | "inline" => {}
+        "concurrent" => CONCURRENT.store(true, Ordering::Relaxed),
+        found => {
+            let expected = "`inline` or `concurrent`";
+            return Err(SettingError { variable, expected, found: found.to_owned() });
+        }
+    }
     Ok(())
+}
+
+pub(super) fn concurrent_streams() -> bool {
+    CONCURRENT.load(Ordering::Relaxed)
 }
 
 pub(super) fn seed() -> u64 {

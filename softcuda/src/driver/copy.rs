@@ -22,7 +22,9 @@ fn set(dst: u64, value: u32, width: u32, count: usize) -> Op {
 fn now(function: &str, op: Op) -> Outcome {
     let context = current()?;
     forbid_unsafe(function)?;
-    context.legacy_stream.submit(op)
+    context.legacy_stream.submit(op)?;
+    context.legacy_stream.queue.drain();
+    context.check()
 }
 
 /// Defines a call without a stream and its `Async` form.
@@ -48,7 +50,26 @@ pair!(cuMemsetD8_v2, cuMemsetD8Async, (dst: u64, value: u8, count: usize), set(d
 pair!(cuMemsetD16_v2, cuMemsetD16Async, (dst: u64, value: u16, count: usize), set(dst, value.into(), 2, count));
 pair!(cuMemsetD32_v2, cuMemsetD32Async, (dst: u64, value: u32, count: usize), set(dst, value, 4, count));
 
-/// Contexts of one device share their addresses: a copy between two of them is a copy.
+/// Copies between contexts: their addresses are all of one range.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyPeer(
+    dst: u64,
+    dst_context: Handle,
+    src: u64,
+    src_context: Handle,
+    bytes: usize,
+) -> CUresult {
+    api("cuMemcpyPeer", || {
+        check_contexts(&[dst_context, src_context])?;
+        now("cuMemcpyPeer", copy(dst, src, bytes, DeviceToDevice))
+    })
+}
+
+fn check_contexts(contexts: &[Handle]) -> Outcome {
+    driver()?;
+    contexts.iter().try_for_each(|&context| super::context::CONTEXTS.get(context)?.check())
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyPeerAsync(
     dst: u64,
@@ -59,10 +80,7 @@ pub unsafe extern "C" fn cuMemcpyPeerAsync(
     handle: Handle,
 ) -> CUresult {
     api("cuMemcpyPeerAsync", || {
-        driver()?;
-        for context in [dst_context, src_context] {
-            super::context::CONTEXTS.get(context)?.check()?;
-        }
+        check_contexts(&[dst_context, src_context])?;
         stream(handle)?.submit(copy(dst, src, bytes, DeviceToDevice))
     })
 }

@@ -1,14 +1,13 @@
 //! Events: `cuEvent*`.
 
-use std::sync::{Arc, Mutex};
-use std::time::Instant;
-
 use super::capture::{self, Capture};
 use super::context::current;
 use super::handles::{Handle, Table};
+use super::queue::{Point, Task};
 use super::status::{CUresult, Outcome};
-use super::stream::{Kind, stream};
+use super::stream::stream;
 use super::{api, driver, lock, out};
+use std::sync::{Arc, Mutex};
 
 const DISABLE_TIMING: u32 = 2;
 const INTERPROCESS: u32 = 4;
@@ -23,7 +22,7 @@ pub(super) struct Event {
 #[derive(Clone, Default)]
 pub(super) struct Mark {
     pub recorded: bool,
-    at: Option<Instant>,
+    pub at: Option<Arc<Point>>,
     /// Nodes of a capture rather than a point in time.
     pub captured: Option<(Arc<Capture>, Vec<usize>)>,
 }
@@ -84,10 +83,8 @@ fn record(handle: Handle, stream_handle: Handle, flags: u32) -> Outcome {
         *lock(&event.state) = Mark { recorded: true, at: None, captured };
         return Ok(());
     }
-    if stream.kind == Kind::Legacy {
-        capture::forbid_implicit(context.handle)?;
-    }
-    let at = stream.exclusively(&context, Instant::now);
+    let at = Arc::new(Point::default());
+    stream.submit_task(Task::Record(at.clone()))?;
     *lock(&event.state) = Mark { recorded: true, at: Some(at), captured: None };
     Ok(())
 }
@@ -116,14 +113,25 @@ fn on_timeline(event: &Event) -> Outcome<Mark> {
 pub unsafe extern "C" fn cuEventQuery(handle: Handle) -> CUresult {
     api("cuEventQuery", || {
         let event = event(handle)?;
-        on_timeline(&event)?;
-        capture::forbid_unsafe("cuEventQuery")
+        let mark = on_timeline(&event)?;
+        capture::forbid_unsafe("cuEventQuery")?;
+        match mark.at {
+            Some(point) if point.reached().is_none() => Err(CUresult::ERROR_NOT_READY.into()),
+            _ => Ok(()),
+        }
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventSynchronize(handle: Handle) -> CUresult {
-    api("cuEventSynchronize", || on_timeline(&*event(handle)?).map(drop))
+    api("cuEventSynchronize", || {
+        let found = event(handle)?;
+        if let Some(point) = on_timeline(&found)?.at {
+            point.wait();
+        }
+        // What came before may have put the context in error.
+        event(handle).map(drop)
+    })
 }
 
 fn elapsed(to: *mut f32, start: Handle, end: Handle) -> Outcome {
@@ -133,6 +141,9 @@ fn elapsed(to: *mut f32, start: Handle, end: Handle) -> Outcome {
     }
     let (Some(from), Some(till)) = (on_timeline(&start)?.at, on_timeline(&end)?.at) else {
         return Err(CUresult::ERROR_INVALID_HANDLE.with("an event has not been recorded"));
+    };
+    let (Some(from), Some(till)) = (from.reached(), till.reached()) else {
+        return Err(CUresult::ERROR_NOT_READY.into());
     };
     let milliseconds =
         if till >= from { (till - from).as_secs_f64() * 1e3 } else { -((from - till).as_secs_f64() * 1e3) };

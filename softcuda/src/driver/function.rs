@@ -8,12 +8,13 @@ use super::handles::{Handle, Table};
 use super::module::Module;
 use super::status::{CUresult, Outcome};
 use super::{api, driver, out};
-use crate::device::{MAX_REGISTERS_PER_THREAD, MAX_THREADS_PER_BLOCK, REGISTERS, SHARED_PER_BLOCK};
+use crate::device::{Description, MAX_REGISTERS_PER_THREAD, MAX_THREADS_PER_BLOCK, REGISTERS, SHARED_PER_BLOCK};
 use crate::lower::Kernel;
 
 pub(super) struct Function {
     pub context: Handle,
     pub module: Handle,
+    pub device: &'static Description,
     pub kernel: Arc<Kernel>,
     pub name: std::ffi::CString,
     /// `.reqnctapercluster`.
@@ -33,12 +34,14 @@ impl Function {
         kernel: Arc<Kernel>,
         required_cluster: Option<[u32; 3]>,
     ) -> Outcome<Function> {
-        let (major, minor) = driver()?.device.compute_capability;
+        let device = super::context::CONTEXTS.get(module.context)?.description()?;
+        let (major, minor) = device.compute_capability;
         let max_dynamic = SHARED_PER_BLOCK.saturating_sub(kernel.static_shared_bytes);
         let name = std::ffi::CString::new(kernel.name.clone()).unwrap_or_default();
         Ok(Function {
             context: module.context,
             module: handle,
+            device,
             kernel,
             name,
             required_cluster,
@@ -125,7 +128,7 @@ pub unsafe extern "C" fn cuFuncSetAttribute(handle: Handle, attribute: u32, valu
         let invalid = |text: String| Err(CUresult::ERROR_INVALID_VALUE.with(text));
         match attribute {
             8 => {
-                let optin = driver()?.device.shared_per_block_optin;
+                let optin = function.device.shared_per_block_optin;
                 let most = optin.saturating_sub(function.kernel.static_shared_bytes);
                 match u32::try_from(value) {
                     Ok(bytes) if bytes <= most => function.max_dynamic.store(bytes, Ordering::Relaxed),

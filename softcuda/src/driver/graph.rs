@@ -45,8 +45,12 @@ impl Graph {
 }
 
 impl Executable {
+    pub fn may_wait(&self) -> bool {
+        self.nodes.iter().any(|node| node.op.may_wait())
+    }
+
     /// Runs all nodes. Any order that respects the dependencies is right: the seed picks one, 0 the order of capture.
-    fn run(&self, context: &Context) -> Outcome {
+    pub fn run(&self, context: &Context) -> Outcome {
         let mut random = control::seed();
         let mut waiting: Vec<usize> = self.nodes.iter().map(|node| node.dependencies.len()).collect();
         let mut followers = vec![Vec::new(); self.nodes.len()];
@@ -123,11 +127,7 @@ pub unsafe extern "C" fn cuGraphLaunch(executable: Handle, stream_handle: Handle
             captured.capture.invalidate();
             return Err(super::unsupported("the capture of a graph launch"));
         }
-        let context = stream.context()?;
-        if stream.kind == super::stream::Kind::Legacy {
-            super::capture::forbid_implicit(context.handle)?;
-        }
-        stream.exclusively(&context, || executable.run(&context))
+        stream.submit(Op::Graph(executable))
     })
 }
 

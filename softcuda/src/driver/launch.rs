@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::context::Context;
 use super::function::{FUNCTIONS, Function};
 use super::handles::Handle;
+use super::peer::View;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
 use super::work::Op;
@@ -31,7 +32,7 @@ fn invalid(text: String) -> super::status::Failure {
 
 impl LaunchSpec {
     fn check(&self) -> Outcome {
-        let device = &driver()?.device;
+        let device = self.function.device;
         let kernel = &self.function.kernel;
         let name = &kernel.name;
         for (what, extents, limits) in [("grid", self.grid, MAX_GRID), ("block", self.block, MAX_BLOCK)] {
@@ -80,7 +81,7 @@ impl LaunchSpec {
         if blocks == 1 {
             return Ok(());
         }
-        if driver()?.device.compute_capability < (9, 0) {
+        if self.function.device.compute_capability < (9, 0) {
             return Err(invalid(format!("{name}: clusters need compute capability 9.0")));
         }
         let most = if self.function.non_portable_cluster() { MAX_CLUSTER } else { MAX_PORTABLE_CLUSTER };
@@ -103,9 +104,9 @@ impl LaunchSpec {
         if !control::executes() {
             return Ok(());
         }
-        let mut config = control::config(&driver.device);
+        let mut config = control::config(self.function.device);
         let threads = self.block.iter().product();
-        let watch = profile::begin(&mut config, &driver.device, &self.function, threads, self.dynamic_shared);
+        let watch = profile::begin(&mut config, self.function.device, &self.function, threads, self.dynamic_shared);
         let launch = Launch {
             kernel,
             grid: self.grid,
@@ -114,7 +115,7 @@ impl LaunchSpec {
             dynamic_shared_bytes: self.dynamic_shared,
             params: &self.params,
             cooperative: self.cooperative,
-            memory: &driver.memory,
+            memory: &View::new(&driver.memory, context),
             config: &config,
         };
         let outcome = exec::launch(&launch);

@@ -5,26 +5,35 @@ use std::ffi::c_void;
 use super::context::{Context, current, current_any};
 use super::handles::Handle;
 use super::status::{CUresult, Outcome};
-use super::{api, capture, driver, lock, out};
+use super::{api, capture, driver, lock, out, registered};
 use crate::memory::{Allocation, Kind, Memory};
 
 /// Allocates for `context`, which frees what is left when it is destroyed.
 pub(super) fn allocate(context: &Context, bytes: usize, kind: Kind) -> Outcome<u64> {
-    let addr = driver()?.memory.alloc_kind(bytes as u64, kind)?;
+    allocate_on(context, context.device, bytes, kind)
+}
+
+/// [`allocate`] on a device that need not be the context's.
+pub(super) fn allocate_on(context: &Context, device: u32, bytes: usize, kind: Kind) -> Outcome<u64> {
+    let addr = driver()?.memory.alloc_on(device, bytes as u64, kind)?;
     lock(&context.allocations).insert(addr);
     Ok(addr)
 }
 
 /// Frees an allocation whose kind is among `kinds`.
 pub(super) fn release(context: &Context, addr: u64, kinds: &[Kind]) -> Outcome {
+    check_release(addr, kinds)?;
+    driver()?.memory.free(addr)?;
+    lock(&context.allocations).remove(&addr);
+    Ok(())
+}
+
+/// Whether an allocation of one of `kinds` starts at `addr`.
+pub(super) fn check_release(addr: u64, kinds: &[Kind]) -> Outcome {
     let memory = &driver()?.memory;
     let found = memory.find(addr).filter(|allocation| allocation.start == addr);
     match found {
-        Some(allocation) if kinds.contains(&allocation.kind) => {
-            memory.free(addr)?;
-            lock(&context.allocations).remove(&addr);
-            Ok(())
-        }
+        Some(allocation) if kinds.contains(&allocation.kind) => Ok(()),
         Some(allocation) => {
             Err(CUresult::ERROR_INVALID_VALUE.with(format!("{addr:#x} is {} memory", kind_name(allocation.kind))))
         }
@@ -104,7 +113,8 @@ pub unsafe extern "C" fn cuMemFreeHost(addr: u64) -> CUresult {
 pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(to: *mut u64, host: u64, flags: u32) -> CUresult {
     api("cuMemHostGetDevicePointer_v2", || {
         current()?;
-        let known = driver()?.memory.find(host).is_some_and(|allocation| allocation.kind == Kind::Host);
+        let known = driver()?.memory.find(host).is_some_and(|allocation| allocation.kind == Kind::Host)
+            || registered::containing(host).is_some();
         if flags != 0 || !known {
             return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{host:#x} is not page-locked host memory")));
         }
@@ -115,11 +125,11 @@ pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(to: *mut u64, host: u64, f
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CUresult {
     api("cuMemGetInfo_v2", || {
-        current()?;
+        let device = current()?.device;
         let memory = &driver()?.memory;
         unsafe {
-            out(free, "free", memory.available() as usize)?;
-            out(total, "total", memory.total() as usize)
+            out(free, "free", memory.available_of(device) as usize)?;
+            out(total, "total", memory.total_of(device) as usize)
         }
     })
 }
@@ -166,7 +176,7 @@ unsafe fn attribute(to: *mut c_void, attribute: u32, addr: u64) -> Outcome {
         // IS_MANAGED
         8 => flag(allocation.kind == Kind::Managed),
         // DEVICE_ORDINAL
-        9 => unsafe { out(to.cast::<i32>(), "data", 0) },
+        9 => unsafe { out(to.cast::<i32>(), "data", allocation.device as i32) },
         // RANGE_START_ADDR
         11 => wide(allocation.start),
         // RANGE_SIZE

@@ -1,17 +1,22 @@
 //! The CUDA driver API (`cu*`, C calling convention) over the software device.
 //!
-//! Work runs to its end inside the call that enqueues it, in stream order: one of the schedules that CUDA allows. A fault of
-//! a kernel does not fail its launch; it puts the context in error, and every later call on that context returns it, until
-//! the context is destroyed.
+//! Work runs to its end inside the call that enqueues it, in stream order: one of the schedules that CUDA allows, and left only
+//! where work may have to wait for the host (`queue`). A fault of a kernel does not fail its launch; it puts the context in
+//! error, and every later call on that context returns it, until the context is destroyed.
 //!
 //! Handles are numbers that are never dereferenced and never reused, so a stale or foreign one is an error rather than
 //! undefined behaviour. What is not implemented has no symbol, or returns `CUDA_ERROR_NOT_SUPPORTED` with a line on
 //! standard error that names it.
 //!
-//! `cuGetErrorString` appends what the driver knows beyond the code. Environment: `SOFTCUDA_DEVICE`, `SOFTCUDA_MEMORY_MIB`
-//! ([`crate::device`]), `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_CHECKS` ([`crate::check`]), `SOFTCUDA_FINDINGS` (a file that
-//! gets a line for each finding), `SOFTCUDA_PROFILE` and `SOFTCUDA_REGISTERS` (`driver::profile`), `SOFTCUDA_PATCH` (a file of
-//! lines to replace in kernels), `SOFTCUDA_LOG=1` (every failure on standard error).
+//! `cuGetErrorString` appends what the driver knows beyond the code. Environment:
+//! - `SOFTCUDA_DEVICE`, `SOFTCUDA_DEVICES`, `SOFTCUDA_MEMORY_MIB`: see [`crate::device`]
+//! - `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_TIMEOUT_MS`: how kernels run
+//! - `SOFTCUDA_STREAMS=concurrent`: work of streams overlaps the host's and each other's
+//! - `SOFTCUDA_CHECKS`: see [`crate::check`]
+//! - `SOFTCUDA_FINDINGS`: a file that gets a line for each finding
+//! - `SOFTCUDA_PROFILE`, `SOFTCUDA_REGISTERS`: see `driver::profile`
+//! - `SOFTCUDA_LOG=1`: every failure on standard error
+//! - `SOFTCUDA_PATCH`: a file of lines to replace in kernels
 
 // The names and the safety contracts are those of the CUDA driver API reference.
 #![allow(non_snake_case, clippy::missing_safety_doc, clippy::too_many_arguments)]
@@ -23,6 +28,7 @@ mod context;
 mod control;
 mod copy;
 mod event;
+mod export_table;
 mod function;
 mod globals;
 mod graph;
@@ -34,9 +40,12 @@ mod memory;
 mod module;
 mod occupancy;
 mod patch;
+mod peer;
 mod pool;
 mod proc_address;
 mod profile;
+mod queue;
+mod registered;
 mod status;
 mod stream;
 mod work;
@@ -50,9 +59,10 @@ use status::Outcome;
 
 pub use status::CUresult;
 
-/// The one device, its memory and how it runs; made by `cuInit`.
+/// The devices and their memory; made by `cuInit`.
 struct Driver {
-    device: Description,
+    /// By ordinal.
+    devices: Vec<Description>,
     memory: Memory,
 }
 
@@ -78,17 +88,29 @@ fn initialize() -> Outcome {
         eprintln!("softcuda: {error}");
         CUresult::ERROR_INVALID_VALUE.with(error.to_string())
     };
-    let device = Description::from_environment().map_err(complain)?;
+    let devices = Description::all_from_environment().map_err(complain)?;
     control::read_environment().map_err(complain)?;
-    let memory = Memory::new(device.memory_bytes)
+    let memory = Memory::of_devices(devices.iter().map(|device| device.memory_bytes).collect())
         .map_err(|error| CUresult::ERROR_OPERATING_SYSTEM.with(format!("no address space: {error}")))?;
-    profile::read_environment(&device).map_err(complain)?;
-    let _ = DRIVER.set(Driver { device, memory });
+    profile::read_environment(&devices[0]).map_err(complain)?;
+    let _ = DRIVER.set(Driver { devices, memory });
     checks::read_environment()
 }
 
 fn driver() -> Outcome<&'static Driver> {
     DRIVER.get().ok_or_else(|| CUresult::ERROR_NOT_INITIALIZED.into())
+}
+
+impl Driver {
+    /// The device of an ordinal.
+    fn device(&self, ordinal: i32) -> Outcome<&Description> {
+        usize::try_from(ordinal).ok().and_then(|place| self.devices.get(place)).ok_or_else(|| {
+            let count = self.devices.len();
+            let those =
+                if count == 1 { "the only device is 0".to_owned() } else { format!("there are {count} devices") };
+            CUresult::ERROR_INVALID_DEVICE.with(format!("{ordinal}: {those}"))
+        })
+    }
 }
 
 /// Every entry point's frame: turns the outcome into a code, and a panic, which must not cross into C, into an error.

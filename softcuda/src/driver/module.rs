@@ -87,7 +87,7 @@ fn clusters(ast: &Ast) -> HashMap<String, [u32; 3]> {
 }
 
 fn compile(text: &str, context: &Context) -> Outcome<Module> {
-    let capability = driver()?.device.compute_capability;
+    let capability = context.description()?.compute_capability;
     let invalid = |why: String| CUresult::ERROR_INVALID_PTX.with(why);
     let text = super::patch::apply(text)?;
     let ast = ptx::parse(&text).map_err(|error| invalid(error.to_string()))?;

@@ -31,9 +31,9 @@ fn threads(block_size: i32) -> Outcome<u32> {
 }
 
 fn max_active(to: *mut i32, function: Handle, block_size: i32, dynamic: usize) -> Outcome {
-    let driver = driver()?;
+    driver()?;
     let function = FUNCTIONS.get(function)?;
-    let blocks = blocks_per_sm(&driver.device, &function, threads(block_size)?, dynamic as u64);
+    let blocks = blocks_per_sm(function.device, &function, threads(block_size)?, dynamic as u64);
     unsafe { out(to, "numBlocks", blocks as i32) }
 }
 
@@ -72,8 +72,9 @@ pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
     block_size: i32,
 ) -> CUresult {
     api("cuOccupancyAvailableDynamicSMemPerBlock", || {
-        let device = &driver()?.device;
+        driver()?;
         let function = FUNCTIONS.get(function)?;
+        let device = function.device;
         let most = blocks_per_sm(device, &function, threads(block_size)?, 0);
         let blocks = u64::try_from(blocks).ok().filter(|blocks| (1..=most).contains(blocks));
         let blocks = blocks.ok_or_else(|| {
@@ -94,8 +95,9 @@ fn potential_block_size(
     dynamic: usize,
     limit: i32,
 ) -> Outcome {
-    let device = &driver()?.device;
+    driver()?;
     let function = FUNCTIONS.get(function)?;
+    let device = function.device;
     let most = function.kernel.max_threads.unwrap_or(MAX_THREADS_PER_BLOCK).min(MAX_THREADS_PER_BLOCK);
     let most = if limit > 0 { most.min(limit as u32) } else { most };
     // Largest first: of equal occupancies the largest block wins.
@@ -166,9 +168,10 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialClusterSize(
     config: *const LaunchConfig,
 ) -> CUresult {
     api("cuOccupancyMaxPotentialClusterSize", || {
-        let device = &driver()?.device;
-        check_clusters(device)?;
+        driver()?;
         let function = FUNCTIONS.get(function)?;
+        let device = function.device;
+        check_clusters(device)?;
         let (block, shared, _) = unsafe { config_parts(config)? };
         let blocks = blocks_per_sm(device, &function, volume(block), shared.into());
         let most = if function.non_portable_cluster() { MAX_CLUSTER } else { MAX_PORTABLE_CLUSTER };
@@ -184,9 +187,10 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveClusters(
     config: *const LaunchConfig,
 ) -> CUresult {
     api("cuOccupancyMaxActiveClusters", || {
-        let device = &driver()?.device;
-        check_clusters(device)?;
+        driver()?;
         let function = FUNCTIONS.get(function)?;
+        let device = function.device;
+        check_clusters(device)?;
         let (block, shared, cluster) = unsafe { config_parts(config)? };
         let size = volume(function.required_cluster.or(cluster).unwrap_or([1; 3])).max(1);
         let blocks = blocks_per_sm(device, &function, volume(block), shared.into());

@@ -3,20 +3,21 @@
 //! Work is done when it is enqueued, so allocation and release take effect at once, as in a stream with nothing before them.
 //! Pools keep nothing back; their attributes are kept and reported.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::sync::{Arc, LazyLock, Mutex};
 
-use super::context::current;
+use super::context::{Context, current};
 use super::handles::{Handle, Table};
-use super::memory::{allocate, release};
+use super::memory::{allocate_on, release};
+use super::queue::Task;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
 use super::{api, driver, lock, out};
 use crate::memory::Kind;
 
-#[derive(Default)]
 struct Pool {
+    device: u32,
     state: Mutex<State>,
 }
 
@@ -31,10 +32,20 @@ struct State {
 
 static POOLS: Table<Pool> = Table::new("memory pool", CUresult::ERROR_INVALID_VALUE);
 
-static DEFAULT: LazyLock<Handle> = LazyLock::new(|| POOLS.add(Pool::new()));
+/// By device.
+static DEFAULTS: Mutex<BTreeMap<u32, Handle>> = Mutex::new(BTreeMap::new());
 
-/// The pool that `cuMemAllocAsync` takes from, if not the default.
-static CURRENT: Mutex<Option<Handle>> = Mutex::new(None);
+/// The pools that `cuMemAllocAsync` takes from, by device, where they are not the default.
+static CURRENT: Mutex<BTreeMap<u32, Handle>> = Mutex::new(BTreeMap::new());
+
+fn default_pool(device: u32) -> Handle {
+    *lock(&DEFAULTS).entry(device).or_insert_with(|| POOLS.add(Pool::new(device)))
+}
+
+fn current_pool(device: u32) -> Handle {
+    let set = lock(&CURRENT).get(&device).copied();
+    set.unwrap_or_else(|| default_pool(device))
+}
 
 type Owners = HashMap<u64, (Arc<Pool>, u64)>;
 
@@ -42,8 +53,8 @@ type Owners = HashMap<u64, (Arc<Pool>, u64)>;
 static OWNERS: LazyLock<Mutex<Owners>> = LazyLock::new(Mutex::default);
 
 impl Pool {
-    fn new() -> Pool {
-        Pool { state: Mutex::new(State { reuse: [1; 3], ..State::default() }) }
+    fn new(device: u32) -> Pool {
+        Pool { device, state: Mutex::new(State { reuse: [1; 3], ..State::default() }) }
     }
 }
 
@@ -57,7 +68,7 @@ fn allocate_from(to: *mut u64, bytes: usize, pool: Handle, stream_handle: Handle
     if bytes == 0 {
         return unsafe { out(to, "dptr", 0) };
     }
-    let addr = allocate(&*stream.context()?, bytes, Kind::Device)?;
+    let addr = allocate_on(&*stream.context()?, pool.device, bytes, Kind::Device)?;
     {
         let mut state = lock(&pool.state);
         state.used += bytes as u64;
@@ -70,8 +81,8 @@ fn allocate_from(to: *mut u64, bytes: usize, pool: Handle, stream_handle: Handle
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAllocAsync(to: *mut u64, bytes: usize, handle: Handle) -> CUresult {
     api("cuMemAllocAsync", || {
-        let pool = lock(&CURRENT).unwrap_or(*DEFAULT);
-        allocate_from(to, bytes, pool, handle)
+        let device = stream(handle)?.context()?.device;
+        allocate_from(to, bytes, current_pool(device), handle)
     })
 }
 
@@ -92,8 +103,10 @@ pub unsafe extern "C" fn cuMemFreeAsync(addr: u64, handle: Handle) -> CUresult {
             return Err(CUresult::ERROR_INVALID_VALUE
                 .with("memory allocated outside a graph cannot be freed during its capture"));
         }
-        let context = stream.context()?;
-        stream.exclusively(&context, || release(&context, addr, &[Kind::Device]))?;
+        // Refused now, for in its turn nobody hears of it.
+        super::memory::check_release(addr, &[Kind::Device])?;
+        let release = move |context: &Context| release(context, addr, &[Kind::Device]);
+        stream.submit_task(Task::Call(Box::new(release)))?;
         if let Some((pool, bytes)) = lock(&OWNERS).remove(&addr) {
             lock(&pool.state).used -= bytes;
         }
@@ -104,28 +117,27 @@ pub unsafe extern "C" fn cuMemFreeAsync(addr: u64, handle: Handle) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetDefaultMemPool(pool: *mut Handle, device: i32) -> CUresult {
     api("cuDeviceGetDefaultMemPool", || {
-        driver()?;
-        super::init::check_device(device)?;
-        unsafe { out(pool, "pool_out", *DEFAULT) }
+        let device = super::init::check_device(device)?;
+        unsafe { out(pool, "pool_out", default_pool(device)) }
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetMemPool(pool: *mut Handle, device: i32) -> CUresult {
     api("cuDeviceGetMemPool", || {
-        driver()?;
-        super::init::check_device(device)?;
-        unsafe { out(pool, "pool", lock(&CURRENT).unwrap_or(*DEFAULT)) }
+        let device = super::init::check_device(device)?;
+        unsafe { out(pool, "pool", current_pool(device)) }
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceSetMemPool(device: i32, pool: Handle) -> CUresult {
     api("cuDeviceSetMemPool", || {
-        driver()?;
-        super::init::check_device(device)?;
-        POOLS.get(pool)?;
-        *lock(&CURRENT) = Some(pool);
+        let device = super::init::check_device(device)?;
+        if POOLS.get(pool)?.device != device {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("the pool is another device's"));
+        }
+        lock(&CURRENT).insert(device, pool);
         Ok(())
     })
 }
@@ -151,13 +163,14 @@ pub unsafe extern "C" fn cuMemPoolCreate(pool: *mut Handle, properties: *const P
         let PoolProperties { alloc_type, handle_types, location_type, location_id } =
             unsafe { properties.read_unaligned() };
         // CU_MEM_ALLOCATION_TYPE_PINNED on CU_MEM_LOCATION_TYPE_DEVICE
-        if alloc_type != 1 || location_type != 1 || location_id != 0 {
-            return Err(CUresult::ERROR_INVALID_VALUE.with("a pool must be of pinned memory on device 0"));
+        if alloc_type != 1 || location_type != 1 {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("a pool must be of pinned memory on a device"));
         }
+        let device = super::init::check_device(location_id)?;
         if handle_types != 0 {
             return Err(super::unsupported("a pool with shareable handles"));
         }
-        unsafe { out(pool, "pool", POOLS.add(Pool::new())) }
+        unsafe { out(pool, "pool", POOLS.add(Pool::new(device))) }
     })
 }
 
@@ -165,14 +178,11 @@ pub unsafe extern "C" fn cuMemPoolCreate(pool: *mut Handle, properties: *const P
 pub unsafe extern "C" fn cuMemPoolDestroy(pool: Handle) -> CUresult {
     api("cuMemPoolDestroy", || {
         driver()?;
-        if pool == *DEFAULT {
+        if lock(&DEFAULTS).values().any(|default| *default == pool) {
             return Err(CUresult::ERROR_INVALID_VALUE.with("the default pool cannot be destroyed"));
         }
         POOLS.remove(pool)?;
-        let mut current = lock(&CURRENT);
-        if *current == Some(pool) {
-            *current = None;
-        }
+        lock(&CURRENT).retain(|_, current| *current != pool);
         Ok(())
     })
 }

@@ -4,9 +4,10 @@ use std::ffi::{CStr, c_char, c_void};
 
 use super::status::{CUresult, Outcome};
 use super::{
-    api, capture, context, copy, event, function, graph, init, launch, managed, memory, module, occupancy, out,
+    api, capture, context, copy, event, export_table, function, graph, init, launch, managed, memory, module,
+    occupancy, out,
 };
-use super::{pool, status, stream};
+use super::{peer, pool, registered, status, stream};
 
 /// Name without version suffix, the CUDA version (1000 * major + 10 * minor) from which that name means this entry point,
 /// and the entry point.
@@ -41,9 +42,21 @@ entries! {
         "cuDeviceTotalMem" 3020 cuDeviceTotalMem_v2,
         "cuDeviceGetAttribute" 2000 cuDeviceGetAttribute,
         "cuDeviceComputeCapability" 2000 cuDeviceComputeCapability,
-        "cuDeviceCanAccessPeer" 2000 cuDeviceCanAccessPeer,
+        "cuDeviceGetPCIBusId" 4010 cuDeviceGetPCIBusId,
+        "cuDeviceGetByPCIBusId" 4010 cuDeviceGetByPCIBusId,
         "cuProfilerStart" 2000 cuProfilerStart,
         "cuProfilerStop" 2000 cuProfilerStop,
+    }
+    peer {
+        "cuDeviceCanAccessPeer" 4000 cuDeviceCanAccessPeer,
+        "cuDeviceGetP2PAttribute" 8000 cuDeviceGetP2PAttribute,
+        "cuCtxEnablePeerAccess" 4000 cuCtxEnablePeerAccess,
+        "cuCtxDisablePeerAccess" 4000 cuCtxDisablePeerAccess,
+    }
+    registered {
+        "cuMemHostRegister" 6050 cuMemHostRegister_v2,
+        "cuMemHostUnregister" 4000 cuMemHostUnregister,
+        "cuMemHostGetFlags" 2030 cuMemHostGetFlags,
     }
     context {
         "cuDevicePrimaryCtxRetain" 2000 cuDevicePrimaryCtxRetain,
@@ -100,6 +113,9 @@ entries! {
         "cuEventElapsedTime" 2000 cuEventElapsedTime,
         "cuEventElapsedTime" 12080 cuEventElapsedTime_v2,
     }
+    export_table {
+        "cuGetExportTable" 3000 cuGetExportTable,
+    }
     memory {
         "cuMemAlloc" 3020 cuMemAlloc_v2,
         "cuMemFree" 3020 cuMemFree_v2,
@@ -131,7 +147,8 @@ entries! {
         "cuStreamAttachMemAsync" 2000 cuStreamAttachMemAsync,
     }
     copy {
-        "cuMemcpyPeerAsync" 2000 cuMemcpyPeerAsync,
+        "cuMemcpyPeer" 4000 cuMemcpyPeer,
+        "cuMemcpyPeerAsync" 4000 cuMemcpyPeerAsync,
         "cuMemcpyHtoD" 3020 cuMemcpyHtoD_v2,
         "cuMemcpyHtoDAsync" 3020 cuMemcpyHtoDAsync_v2,
         "cuMemcpyDtoH" 3020 cuMemcpyDtoH_v2,

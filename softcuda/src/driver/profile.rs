@@ -137,7 +137,7 @@ pub(super) fn end(watch: &TrafficWatch, function: &Function, launch: &Launch, co
 pub extern "C" fn softcuda_set_profiling(on: bool) {
     if on {
         // Before `cuInit` the device is what the environment says it will be.
-        let device = driver().map(|driver| driver.device).ok().or_else(|| Description::from_environment().ok());
+        let device = driver().map(|driver| driver.devices[0]).ok().or_else(|| Description::from_environment().ok());
         *lock(&COLLECTOR) = device.map(Collector::new);
     }
     ON.store(on, Ordering::Relaxed);

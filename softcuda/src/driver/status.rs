@@ -44,6 +44,7 @@ codes! {
     ERROR_INVALID_IMAGE = 200, "device kernel image is invalid";
     ERROR_INVALID_CONTEXT = 201, "invalid device context";
     ERROR_NO_BINARY_FOR_GPU = 209, "no kernel image is available for execution on the device";
+    ERROR_PEER_ACCESS_UNSUPPORTED = 217, "peer access is not supported between these two devices";
     ERROR_UNSUPPORTED_LIMIT = 215, "limit is not supported on this architecture";
     ERROR_INVALID_PTX = 218, "a PTX JIT compilation failed";
     ERROR_UNSUPPORTED_PTX_VERSION = 222, "the provided PTX was compiled with an unsupported toolchain.";
@@ -59,6 +60,8 @@ codes! {
     ERROR_ILLEGAL_ADDRESS = 700, "an illegal memory access was encountered";
     ERROR_LAUNCH_OUT_OF_RESOURCES = 701, "too many resources requested for launch";
     ERROR_LAUNCH_TIMEOUT = 702, "the launch timed out and was terminated";
+    ERROR_PEER_ACCESS_ALREADY_ENABLED = 704, "peer access is already enabled";
+    ERROR_PEER_ACCESS_NOT_ENABLED = 705, "peer access has not been enabled";
     ERROR_PRIMARY_CONTEXT_ACTIVE = 708, "cannot set while device is active in this process";
     ERROR_CONTEXT_IS_DESTROYED = 709, "context is destroyed";
     ERROR_ASSERT = 710, "device-side assert triggered";
@@ -67,8 +70,11 @@ codes! {
     ERROR_MISALIGNED_ADDRESS = 716, "misaligned address";
     ERROR_INVALID_ADDRESS_SPACE = 717, "operation not supported on global/shared address space";
     ERROR_INVALID_PC = 718, "invalid program counter";
+    ERROR_HOST_MEMORY_ALREADY_REGISTERED = 712, "part or all of the requested memory range is already mapped";
+    ERROR_HOST_MEMORY_NOT_REGISTERED = 713, "pointer does not correspond to a registered memory region";
     ERROR_LAUNCH_FAILED = 719, "unspecified launch failure";
     ERROR_COOPERATIVE_LAUNCH_TOO_LARGE = 720, "too many blocks in cooperative launch";
+    ERROR_GRAPH_EXEC_UPDATE_FAILURE = 910, "the graph update was not performed because it included changes which violated constraints specific to instantiated graph update";
     ERROR_NOT_PERMITTED = 800, "operation not permitted";
     ERROR_NOT_SUPPORTED = 801, "operation not supported";
     ERROR_STREAM_CAPTURE_UNSUPPORTED = 900, "operation not permitted when stream is capturing";

@@ -1,12 +1,13 @@
 //! Streams: `cuStream*`, apart from capture.
 
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use super::capture::{self, Captured};
 use super::context::{Context, current};
 use super::event::EVENTS;
 use super::handles::{Handle, Table, fresh};
+use super::queue::{self, Queue, Task};
 use super::status::{CUresult, Outcome};
 use super::work::Op;
 use super::{api, lock, out};
@@ -34,8 +35,7 @@ pub(super) struct Stream {
     priority: i32,
     context: Weak<Context>,
     context_handle: Handle,
-    /// Held while the stream's work runs: host threads that share a stream take turns.
-    work: Mutex<()>,
+    pub queue: Queue,
     /// The capture that this stream takes part in.
     pub capture: Mutex<Option<Captured>>,
 }
@@ -44,7 +44,7 @@ pub(super) static STREAMS: Table<Stream> = Table::new("stream", CUresult::ERROR_
 
 impl Stream {
     fn new(handle: Handle, kind: Kind, priority: i32, context: Weak<Context>, context_handle: Handle) -> Stream {
-        Stream { handle, kind, priority, context, context_handle, work: Mutex::new(()), capture: Mutex::new(None) }
+        Stream { handle, kind, priority, context, context_handle, queue: Queue::default(), capture: Mutex::new(None) }
     }
 
     /// The null stream of a context that is being made.
@@ -60,38 +60,33 @@ impl Stream {
         self.context.upgrade().ok_or_else(|| CUresult::ERROR_CONTEXT_IS_DESTROYED.into())
     }
 
-    /// Adds `op` to the stream: to the graph where it is capturing, else runs it.
-    pub fn submit(&self, op: Op) -> Outcome {
-        let context = self.context()?;
+    /// Adds `op` to the stream: to the graph where it is capturing, else to its work.
+    pub fn submit(self: &Arc<Self>, op: Op) -> Outcome {
         if let Some(captured) = &mut *lock(&self.capture) {
             return captured.add(op);
         }
+        op.check()?;
+        self.submit_task(Task::Op(Arc::new(op)))
+    }
+
+    /// Adds a task to the work of the stream, which is not capturing.
+    pub fn submit_task(self: &Arc<Self>, task: Task) -> Outcome {
+        let context = self.context()?;
         if self.kind == Kind::Legacy {
             capture::forbid_implicit(context.handle)?;
         }
-        op.check()?;
-        self.exclusively(&context, || op.run(&context))
+        queue::submit(self, &context, task)
     }
 
-    /// Waits for what another host thread is running in this stream.
-    pub fn drain(&self) {
-        drop(lock(&self.work));
-    }
-
-    /// Runs `work` when all that was submitted before it is done.
-    pub fn exclusively<T>(&self, context: &Context, work: impl FnOnce() -> T) -> T {
-        let _turn = lock(&self.work);
-        match self.kind {
-            Kind::Legacy => {
-                let _gate = context.legacy_gate.write().unwrap_or_else(PoisonError::into_inner);
-                work()
+    /// Waits for all work of the stream, and where it is the legacy stream for that of the streams it would wait for.
+    pub fn drain(&self) -> Outcome {
+        if self.kind == Kind::Legacy {
+            for stream in self.context()?.blocking_streams() {
+                stream.queue.drain();
             }
-            Kind::Blocking => {
-                let _gate = context.legacy_gate.read().unwrap_or_else(PoisonError::into_inner);
-                work()
-            }
-            Kind::NonBlocking => work(),
         }
+        self.queue.drain();
+        Ok(())
     }
 }
 
@@ -144,7 +139,12 @@ pub unsafe extern "C" fn cuStreamDestroy_v2(handle: Handle) -> CUresult {
         super::driver()?;
         let stream = STREAMS.remove(handle)?;
         capture::leave(&stream);
-        stream.context()?.check()
+        let context = stream.context()?;
+        // Its work goes on.
+        if !stream.queue.is_idle() {
+            lock(&context.leaving_streams).push(stream);
+        }
+        context.check()
     })
 }
 
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn cuStreamSynchronize(handle: Handle) -> CUresult {
         let stream = stream(handle)?;
         check_wait(&stream, "synchronisation")?;
         let context = stream.context()?;
-        stream.exclusively(&context, || ());
+        stream.drain()?;
         context.check()
     })
 }
@@ -176,7 +176,7 @@ pub unsafe extern "C" fn cuStreamQuery(handle: Handle) -> CUresult {
     api("cuStreamQuery", || {
         let stream = stream(handle)?;
         check_wait(&stream, "query")?;
-        if stream.work.try_lock().is_err() { Err(CUresult::ERROR_NOT_READY.into()) } else { Ok(()) }
+        if stream.queue.is_idle() { Ok(()) } else { Err(CUresult::ERROR_NOT_READY.into()) }
     })
 }
 
@@ -188,8 +188,12 @@ pub unsafe extern "C" fn cuStreamWaitEvent(handle: Handle, event: Handle, flags:
         if flags != 0 {
             return Err(super::unsupported(format!("cuStreamWaitEvent with flags {flags:#x}")));
         }
-        // Outside capture there is nothing to wait for: what the event marks was done when it was recorded.
-        capture::wait(&stream, &event)
+        capture::wait(&stream, &event)?;
+        match event.mark().at {
+            // A point that is reached already needs no waiting for.
+            Some(point) if point.reached().is_none() => stream.submit_task(Task::Wait(point)),
+            _ => Ok(()),
+        }
     })
 }
 
@@ -213,10 +217,7 @@ pub unsafe extern "C" fn cuStreamGetPriority(handle: Handle, priority: *mut i32)
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamGetDevice(handle: Handle, device: *mut i32) -> CUresult {
-    api("cuStreamGetDevice", || {
-        stream(handle)?;
-        unsafe { out(device, "device", 0) }
-    })
+    api("cuStreamGetDevice", || unsafe { out(device, "device", stream(handle)?.context()?.device as i32) })
 }
 
 #[unsafe(no_mangle)]

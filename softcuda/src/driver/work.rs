@@ -1,11 +1,13 @@
 //! Operations that streams run and graphs hold.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use super::context::Context;
+use super::graph::Executable;
 use super::launch::LaunchSpec;
 use super::status::{CUresult, Failure, Outcome};
-use super::{checks, driver};
+use super::{checks, driver, registered};
 use crate::memory::MemoryError;
 
 /// Which ends of a copy must be allocations of this device; other ends may be any host memory.
@@ -37,6 +39,17 @@ pub(super) enum Op {
         function: unsafe extern "C" fn(*mut c_void),
         data: usize,
     },
+    /// Bytes that were the host's pageable memory when they were submitted.
+    Upload {
+        dst: u64,
+        data: Vec<u8>,
+    },
+    Graph(Arc<Executable>),
+}
+
+/// Host memory that the driver knows nothing of.
+fn is_pageable(addr: u64) -> bool {
+    driver().is_ok_and(|driver| !driver.memory.contains(addr)) && registered::containing(addr).is_none()
 }
 
 impl From<MemoryError> for Failure {
@@ -57,6 +70,36 @@ impl Op {
             Op::Copy { .. } => 1,
             Op::Set { .. } => 2,
             Op::Host { .. } => 3,
+            Op::Upload { .. } => 1,
+            // CU_GRAPH_NODE_TYPE_GRAPH
+            Op::Graph(_) => 4,
+        }
+    }
+
+    /// Whether the operation may have to wait for something that the host does after submitting it.
+    pub fn may_wait(&self) -> bool {
+        match self {
+            Op::Launch(_) | Op::Copy { .. } | Op::Set { .. } | Op::Upload { .. } => false,
+            Op::Host { .. } => true,
+            Op::Graph(graph) => graph.may_wait(),
+        }
+    }
+
+    /// Whether the call that submits the operation returns only when it is done: copies to pageable memory do (CUDA driver
+    /// API, "API synchronization behavior").
+    pub fn returns_when_done(&self) -> bool {
+        matches!(*self, Op::Copy { dst, bytes, .. } if bytes > 0 && is_pageable(dst))
+    }
+
+    /// The same operation with its own copy of the pageable memory it reads, if it reads any.
+    pub fn staged(&self) -> Option<Op> {
+        match *self {
+            Op::Copy { dst, src, bytes, .. } if bytes > 0 && is_pageable(src) => {
+                // SAFETY: the caller vouches for host memory until its call returns.
+                let data = unsafe { std::slice::from_raw_parts(src as *const u8, bytes as usize) }.to_vec();
+                Some(Op::Upload { dst, data })
+            }
+            _ => None,
         }
     }
 
@@ -64,10 +107,14 @@ impl Op {
     pub fn check(&self) -> Outcome {
         let memory = &driver()?.memory;
         match *self {
-            Op::Launch(_) | Op::Host { .. } => {}
+            Op::Launch(_) | Op::Host { .. } | Op::Graph(_) => {}
+            Op::Upload { dst, ref data } => memory.check(dst, data.len() as u64).map(drop)?,
             Op::Copy { bytes: 0, .. } | Op::Set { count: 0, .. } => {}
             Op::Copy { dst, src, bytes, direction } => {
-                let device = |addr: u64| memory.check(addr, bytes).map(drop);
+                let device = |addr: u64| match registered::containing(addr) {
+                    Some(range) if bytes <= range.end - addr => Ok(()),
+                    _ => memory.check(addr, bytes).map(drop),
+                };
                 // An address outside the device's range is the host's pageable memory, which nobody can check.
                 let unified = |addr: u64| if memory.contains(addr) { device(addr) } else { Ok(()) };
                 match direction {
@@ -119,9 +166,16 @@ impl Op {
             }
             Op::Host { function, data } => {
                 // SAFETY: the caller of cuLaunchHostFunc vouches for the function and its argument.
-                unsafe { function(data as *mut c_void) };
+                super::context::without_api(|| unsafe { function(data as *mut c_void) });
                 Ok(())
             }
+            Op::Upload { dst, ref data } => {
+                // SAFETY: the range was checked when the operation was submitted.
+                unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), dst as *mut u8, data.len()) };
+                checks::wrote(dst, data.len() as u64);
+                Ok(())
+            }
+            Op::Graph(ref graph) => graph.run(context),
         }
     }
 }

@@ -50,6 +50,8 @@ pub struct Allocation {
     pub kind: Kind,
     /// Numbered from 1 in order of allocation.
     pub serial: u64,
+    /// Device whose memory it is, or in whose context it was made.
+    pub device: u32,
 }
 
 impl Allocation {
@@ -79,9 +81,10 @@ pub trait AllocationWatch: Send + Sync {
     fn allocated(&self, allocation: &Allocation);
 }
 
-/// The device's global memory. See the [module](self) for what it does to find mistakes.
+/// The global memory of one or several devices. See the [module](self) for what it does to find mistakes.
 pub struct Memory {
-    total: u64,
+    /// By device.
+    totals: Vec<u64>,
     range: Range<u64>,
     generation: AtomicU64,
     state: RwLock<State>,
@@ -92,7 +95,8 @@ struct State {
     arena: Arena,
     live: BTreeMap<u64, Allocation>,
     history: History,
-    used: u64,
+    /// By device.
+    used: Vec<u64>,
     serial: u64,
     /// Chunk that small allocations are carved from, and the next free address in it.
     small: Option<(u64, u64)>,
@@ -109,11 +113,26 @@ impl Memory {
     /// # Errors
     /// The host grants no address space.
     pub fn new(total: u64) -> io::Result<Memory> {
+        Memory::of_devices(vec![total])
+    }
+
+    /// Devices with so many bytes each, which share one range of addresses (CUDA programming guide, "Unified Virtual Address
+    /// Space").
+    ///
+    /// # Errors
+    /// The host grants no address space.
+    pub fn of_devices(totals: Vec<u64>) -> io::Result<Memory> {
         let arena = Arena::new()?;
         let range = arena.range();
-        let state =
-            State { arena, live: BTreeMap::new(), history: History::default(), used: 0, serial: 0, small: None };
-        Ok(Memory { total, range, generation: AtomicU64::new(0), state: RwLock::new(state), watch: RwLock::default() })
+        let state = State {
+            arena,
+            live: BTreeMap::new(),
+            history: History::default(),
+            used: vec![0; totals.len()],
+            serial: 0,
+            small: None,
+        };
+        Ok(Memory { totals, range, generation: AtomicU64::new(0), state: RwLock::new(state), watch: RwLock::default() })
     }
 
     /// [`Memory::alloc_kind`] of device memory.
@@ -130,22 +149,31 @@ impl Memory {
     /// [`MemoryError::Empty`] for zero bytes, [`MemoryError::OutOfMemory`] past the device's total,
     /// [`MemoryError::Host`] if the host has no address space left.
     pub fn alloc_kind(&self, bytes: u64, kind: Kind) -> Result<u64, MemoryError> {
+        self.alloc_on(0, bytes, kind)
+    }
+
+    /// [`Memory::alloc_kind`] on a device.
+    ///
+    /// # Errors
+    /// As [`Memory::alloc_kind`].
+    pub fn alloc_on(&self, device: u32, bytes: u64, kind: Kind) -> Result<u64, MemoryError> {
         if bytes == 0 {
             return Err(MemoryError::Empty);
         }
         let mut state = self.write();
-        let free = self.total - state.used;
+        let (total, place) = (self.totals[device as usize], device as usize);
+        let free = total - state.used[place];
         let counted = accounted(bytes, kind);
         if counted > free {
-            return Err(MemoryError::OutOfMemory { requested: bytes, free, total: self.total });
+            return Err(MemoryError::OutOfMemory { requested: bytes, free, total });
         }
         let start = state.place(bytes)?;
         let end = start + bytes;
         state.arena.occupy(start, end);
-        state.used += counted;
+        state.used[place] += counted;
         state.serial += 1;
         let serial = state.serial;
-        let allocation = Allocation { start, end, kind, serial };
+        let allocation = Allocation { start, end, kind, serial, device };
         state.live.insert(start, allocation);
         self.generation.fetch_add(1, Ordering::Release);
         drop(state);
@@ -176,7 +204,7 @@ impl Memory {
             let message = state.describe(addr);
             return Err(MemoryError::NotAllocated(message));
         };
-        state.used -= accounted(allocation.bytes(), allocation.kind);
+        state.used[allocation.device as usize] -= accounted(allocation.bytes(), allocation.kind);
         let keep = state.small.map(|(chunk, _)| chunk);
         state.arena.vacate(allocation.start, allocation.end, keep);
         state.history.push(Freed { start: allocation.start, end: allocation.end, serial: allocation.serial });
@@ -204,14 +232,24 @@ impl Memory {
         self.range.contains(&addr)
     }
 
-    /// The device's memory in bytes.
+    /// The first device's memory in bytes.
     pub fn total(&self) -> u64 {
-        self.total
+        self.total_of(0)
     }
 
     /// Bytes of it that are not allocated.
     pub fn available(&self) -> u64 {
-        self.total - self.read().used
+        self.available_of(0)
+    }
+
+    /// A device's memory in bytes.
+    pub fn total_of(&self, device: u32) -> u64 {
+        self.totals[device as usize]
+    }
+
+    /// Bytes of a device's memory that are not allocated.
+    pub fn available_of(&self, device: u32) -> u64 {
+        self.totals[device as usize] - self.read().used[device as usize]
     }
 
     /// The allocation that contains all of `addr .. addr + bytes`.

@@ -31,10 +31,11 @@ pub enum ArgumentError {
 }
 
 /// Options of `run` and the environment variable that each becomes.
-const OPTIONS: [(&str, &str); 6] = [
+const OPTIONS: [(&str, &str); 7] = [
     ("--device", "SOFTCUDA_DEVICE"),
     ("--devices", "SOFTCUDA_DEVICES"),
     ("--memory", "SOFTCUDA_MEMORY_MIB"),
+    ("--streams", "SOFTCUDA_STREAMS"),
     ("--seed", "SOFTCUDA_SEED"),
     ("--checks", "SOFTCUDA_CHECKS"),
     ("--profile", "SOFTCUDA_PROFILE"),
@@ -86,10 +87,9 @@ fn check(option: &'static str, value: OsString) -> Result<OsString, ArgumentErro
     let text = value.to_string_lossy();
     let wrong = |expected| Err(ArgumentError::Value { option, expected, found: text.clone().into_owned() });
     match option {
+        "--streams" if !matches!(&*text, "inline" | "concurrent") => wrong("`inline` or `concurrent`"),
         "--seed" if text.parse::<u64>().is_err() => wrong("a whole number"),
-        "--devices" | "--memory" if !text.parse::<u64>().is_ok_and(|number| number > 0) => {
-            wrong("a whole number above 0")
-        }
+        "--memory" if !text.parse::<u64>().is_ok_and(|number| number > 0) => wrong("a whole number above 0"),
         // The program may change its working folder before the driver opens the file.
         "--profile" => match std::path::absolute(&value) {
             Ok(path) => Ok(path.into_os_string()),
@@ -128,11 +128,12 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
+        assert!(parsed("run --streams sideways x").is_err());
         let error = |line| parsed(line).err().map(|error| error.to_string()).unwrap_or_default();
         assert_eq!(error("fly"), "`fly` is not a command");
         assert_eq!(error("run --wings 2 -- x"), "`--wings` is not an option of `softcuda run`");
         assert_eq!(error("run --seed soon -- x"), "`--seed` must be a whole number, not `soon`");
-        assert_eq!(error("run --devices 0 -- x"), "`--devices` must be a whole number above 0, not `0`");
+        assert_eq!(error("run --memory 0 -- x"), "`--memory` must be a whole number above 0, not `0`");
         assert_eq!(error("run --seed 1 --seed 2 -- x"), "`--seed` is given twice");
         assert_eq!(error("run --seed"), "`--seed` takes a value");
         assert_eq!(error("run --seed 1 --"), "the program to run is missing");

@@ -18,8 +18,10 @@ library  prints the path of the driver's file
 
 Options of run:
   --device NAME    the GPU to be: h100 (the default), h200, a100 or l4
-  --devices N      how many of them; 1 is the default
+  --devices LIST   how many of them, or a list of names separated by commas; 1 is the default
   --memory MIB     device memory of each, in MiB, instead of the GPU's
+  --streams MODE   inline (the default): work is done in the call that submits it wherever that is possible, which repeats
+                   from run to run; concurrent: work of streams overlaps the program's and each other's
   --seed N         seed of every order that the device is free to choose; 0, the default, is the plain order
   --checks LIST    checkers to switch on, separated by commas, or `all`
   --profile FILE   write a profile of every launch to FILE

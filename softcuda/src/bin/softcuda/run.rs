@@ -73,7 +73,7 @@ impl Run {
             // SAFETY: this process has no other thread.
             unsafe { std::env::set_var(variable, value) };
         }
-        softcuda::device::Description::from_environment()?;
+        softcuda::device::Description::all_from_environment()?;
         Ok(())
     }
 }

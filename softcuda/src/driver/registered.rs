@@ -1,0 +1,80 @@
+//! Host memory that is page-locked after the fact: `cuMemHostRegister`.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::{PoisonError, RwLock};
+
+use super::context::{current, current_any};
+use super::status::CUresult;
+use super::{api, capture, driver, out};
+
+/// Ends and flags by start.
+static RANGES: RwLock<BTreeMap<u64, (u64, u32)>> = RwLock::new(BTreeMap::new());
+
+fn found(addr: u64) -> Option<(Range<u64>, u32)> {
+    let ranges = RANGES.read().unwrap_or_else(PoisonError::into_inner);
+    let (start, (end, flags)) = ranges.range(..=addr).next_back()?;
+    (addr < *end).then_some((*start..*end, *flags))
+}
+
+/// The registered range that contains `addr`.
+pub(super) fn containing(addr: u64) -> Option<Range<u64>> {
+    found(addr).map(|(range, _)| range)
+}
+
+/// Flags of the registration that contains `addr`.
+pub(super) fn flags(addr: u64) -> Option<u32> {
+    found(addr).map(|(_, flags)| flags)
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostRegister_v2(start: u64, bytes: usize, flags: u32) -> CUresult {
+    api("cuMemHostRegister_v2", || {
+        current()?;
+        capture::forbid_unsafe("cuMemHostRegister_v2")?;
+        // PORTABLE, DEVICEMAP, IOMEMORY, READ_ONLY
+        if flags > 15 || bytes == 0 || start == 0 {
+            let text = format!("{bytes} bytes at {start:#x} with flags {flags:#x}");
+            return Err(CUresult::ERROR_INVALID_VALUE.with(text));
+        }
+        if flags & 4 != 0 {
+            return Err(super::unsupported("registration of I/O memory"));
+        }
+        let end = start.checked_add(bytes as u64).ok_or(CUresult::ERROR_INVALID_VALUE)?;
+        let mut ranges = RANGES.write().unwrap_or_else(PoisonError::into_inner);
+        let before = ranges.range(..end).next_back().is_some_and(|(_, (other, _))| *other > start);
+        if before || driver()?.memory.contains(start) || driver()?.memory.contains(end - 1) {
+            return Err(CUresult::ERROR_HOST_MEMORY_ALREADY_REGISTERED
+                .with(format!("{bytes} bytes at {start:#x} are registered or page-locked already")));
+        }
+        ranges.insert(start, (end, flags));
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostUnregister(start: u64) -> CUresult {
+    api("cuMemHostUnregister", || {
+        let context = current_any()?;
+        capture::forbid_unsafe("cuMemHostUnregister")?;
+        context.drain();
+        match RANGES.write().unwrap_or_else(PoisonError::into_inner).remove(&start) {
+            Some(_) => context.check(),
+            None => Err(CUresult::ERROR_HOST_MEMORY_NOT_REGISTERED
+                .with(format!("{start:#x} is not the start of a registered range"))),
+        }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemHostGetFlags(to: *mut u32, addr: u64) -> CUresult {
+    api("cuMemHostGetFlags", || {
+        current()?;
+        let allocated = driver()?.memory.find(addr).filter(|it| it.kind == crate::memory::Kind::Host);
+        // All page-locked memory is portable and mapped where addresses are unified; write-combining is not kept.
+        let flags = flags(addr).or(allocated.map(|_| 3));
+        let flags = flags
+            .ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with(format!("{addr:#x} is not page-locked host memory")))?;
+        unsafe { out(to, "pFlags", flags | 3) }
+    })
+}
