@@ -1,6 +1,6 @@
 //! Proves, then times, every registered kernel variant, in the manner of checkasm.
 //!
-//! One case is one variant, named as the variant. `--list` lists them, `MOE_CASES` (a glob) or the usual filter selects,
+//! One case is one variant, named as the variant. `--list` lists them, `MOE_CASES` (globs, separated by commas) or the usual filter selects,
 //! `MOE_SEED` changes the inputs, which each case draws from a generator of its own. `MOE_TIME=1` times each launch at the
 //! call site of its check, after the check has passed. A fault that breaks the device's context fails the case that
 //! caused it and no other: cases that ran beside it or come after it run again in a process of their own.
@@ -41,8 +41,10 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let arguments = Arguments::from_args();
-    let selected = WildMatch::new(&std::env::var("MOE_CASES").unwrap_or_else(|_| "*".into()));
-    let kernels: Vec<Kernel> = registry::all().into_iter().filter(|kernel| selected.matches(&kernel.name())).collect();
+    let globs = std::env::var("MOE_CASES").unwrap_or_else(|_| "*".into());
+    let globs: Vec<WildMatch> = globs.split(',').map(WildMatch::new).collect();
+    let kernels: Vec<Kernel> =
+        registry::all().into_iter().filter(|kernel| globs.iter().any(|glob| glob.matches(&kernel.name()))).collect();
     if let Ok(limit) = std::env::var("MOE_MUTANTS") {
         return mutants::report(&kernels, &limit);
     }

@@ -29,7 +29,7 @@ enum Kind {
     Predicate,
     /// A branch that is never taken.
     Branch,
-    /// A comparison that takes in one value more or less.
+    /// A comparison for order whose outcome is always the same.
     Bound,
 }
 
@@ -79,11 +79,12 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
                 add(Kind::Branch, i, text, without());
             }
         }
-        if starts(&["setp."]) {
-            for (from, to) in [(".lt.", ".le."), (".le.", ".lt."), (".gt.", ".ge."), (".ge.", ".gt.")] {
-                if instruction.starts_with(&format!("setp{from}")) {
-                    add(Kind::Bound, i, text, text.replacen(from, to, 1));
-                }
+        let compares = [".lt.", ".le.", ".gt.", ".ge."].iter().any(|c| instruction.starts_with(&format!("setp{c}")));
+        let target = instruction.split_whitespace().nth(1).map(|target| target.trim_end_matches(','));
+        if let Some(target) = target.filter(|target| compares && !target.contains('|')) {
+            for test in ["eq", "ne"] {
+                let guard = guard.map_or(String::new(), |guard| format!("@{guard} "));
+                add(Kind::Bound, i, text, format!("{guard}setp.{test}.u32 {target}, 0, 0;"));
             }
         }
     }

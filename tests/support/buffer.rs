@@ -1,4 +1,5 @@
-//! Device buffers between two guards of junk: a kernel that writes past an edge is noticed on any device.
+//! Device buffers beside guards of junk: a kernel that writes past an edge is noticed on any device. Inputs end where their
+//! allocation ends, so that the software device refuses reads past the last element.
 
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ const GUARD_BYTES: usize = 1024;
 /// Reads as a NaN in bf16, f16 and f32 and as an index far out of range.
 const JUNK: u8 = 0xff;
 
-/// `len` elements of `T` with a guard on either side.
+/// `len` elements of `T` with a guard before, and for outputs one behind.
 pub struct Guarded<T> {
     bytes: CudaSlice<T>,
     before: Vec<T>,
@@ -29,17 +30,21 @@ impl<T: DeviceRepr + bytemuck::Pod + PartialEq> Guarded<T> {
 
     /// An input: its contents must be the same after the launch ([`Guarded::assert_unchanged`]).
     pub fn input(stream: &Arc<CudaStream>, name: &'static str, values: &[T]) -> Guarded<T> {
+        Self::new(stream, name, values, 0)
+    }
+
+    fn new(stream: &Arc<CudaStream>, name: &'static str, values: &[T], behind: usize) -> Guarded<T> {
         let guard = Self::guard_elements();
         let mut all = vec![Self::junk(); guard];
         all.extend_from_slice(values);
-        all.extend(std::iter::repeat_n(Self::junk(), guard));
+        all.extend(std::iter::repeat_n(Self::junk(), behind));
         let bytes = stream.clone_htod(&all).expect("the device takes a test's input");
         Guarded { bytes, before: all, len: values.len(), guard, name }
     }
 
     /// An output of `len` elements, filled with junk.
     pub fn output(stream: &Arc<CudaStream>, name: &'static str, len: usize) -> Guarded<T> {
-        Self::input(stream, name, &vec![Self::junk(); len])
+        Self::new(stream, name, &vec![Self::junk(); len], Self::guard_elements())
     }
 
     pub fn view(&self) -> CudaView<'_, T> {
