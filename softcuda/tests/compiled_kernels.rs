@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
+use softcuda::check::{Checks, Selection};
 use softcuda::exec::{Config, Launch, launch};
 use softcuda::lower::{Environment, lower_module};
 use softcuda::memory::Memory;
@@ -41,11 +42,13 @@ fn numbers(dtype: Dtype, bytes: &[u8]) -> Vec<f64> {
 
 struct Device {
     memory: &'static Memory,
+    checks: Checks,
 }
 
 impl Device {
     fn upload(&self, bytes: &[u8]) -> u64 {
         let address = self.memory.alloc(bytes.len().max(1) as u64).unwrap();
+        self.checks.allocated(address, bytes.len().max(1) as u64, true);
         // SAFETY: the allocation has this many bytes.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
         address
@@ -67,8 +70,8 @@ fn three(v: &Value) -> [u32; 3] {
     std::array::from_fn(|i| v[i].as_u64().unwrap() as u32)
 }
 
-/// Runs a case; `false` if the device refuses its instructions.
-fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize) -> bool {
+/// Runs a case with some checkers; `false` if the device refuses its instructions.
+fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection: Selection) -> bool {
     let name = dir.file_name().unwrap().to_string_lossy();
     let case: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
     let data = std::fs::read(dir.join("data.safetensors")).unwrap();
@@ -76,7 +79,7 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize) -> bool {
     let text = std::fs::read_to_string(dir.join("kernel.ptx")).unwrap();
     let module = softcuda::ptx::parse(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
 
-    let device = Device { memory: memory() };
+    let device = Device { memory: memory(), checks: Checks::new(selection, memory().range()).unwrap() };
     let symbols =
         module.variables.iter().map(|v| (v.name.clone(), device.upload(&vec![0; v.bytes().unwrap() as usize])));
     let env = Environment { symbols: symbols.collect(), compute_capability: capability };
@@ -108,7 +111,8 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize) -> bool {
         }
     }
     params.resize(kernel.param_bytes as usize, 0);
-    let config = Config { seed, threads, compute_capability: capability, ..Config::default() };
+    let watches = device.checks.watches();
+    let config = Config { seed, threads, compute_capability: capability, watches, ..Config::default() };
     let result = launch(&Launch {
         kernel,
         grid: three(&case["grid"]),
@@ -123,6 +127,8 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize) -> bool {
     if let Err(fault) = result {
         panic!("{name}, seed {seed}: {fault}");
     }
+    let findings = device.checks.findings().all();
+    assert!(findings.is_empty(), "{name}, seed {seed}: {}", findings[0]);
     for e in case["expect"].as_array().unwrap() {
         let tensor = e["tensor"].as_str().unwrap();
         let want = tensors.tensor(e["equals"].as_str().unwrap()).unwrap();
@@ -145,7 +151,18 @@ fn every_case_under_several_seeds() {
     assert_eq!(cases.len(), 15, "all cases are there");
     for dir in &cases {
         for seed in 0..8 {
-            assert!(run(dir, (8, 0), seed, 1 + seed as usize % 3), "{} is refused", dir.display());
+            let none = Selection::NONE;
+            assert!(run(dir, (8, 0), seed, 1 + seed as usize % 3, none), "{} is refused", dir.display());
+        }
+    }
+}
+
+#[test]
+fn checkers_are_silent() {
+    let only = std::env::var("SOFTCUDA_CASE").unwrap_or_default();
+    for dir in cases("sm_80").iter().filter(|d| d.to_string_lossy().contains(&only)) {
+        for seed in 0..20 {
+            run(dir, (8, 0), seed, 1 + seed as usize % 3, Selection::ALL);
         }
     }
 }
@@ -154,6 +171,6 @@ fn every_case_under_several_seeds() {
 fn hopper_cases_that_need_no_engine() {
     let cases = cases("sm_90a");
     assert_eq!(cases.len(), 18, "all cases are there");
-    let ran = cases.iter().filter(|dir| run(dir, (9, 0), 1, 2)).count();
+    let ran = cases.iter().filter(|dir| run(dir, (9, 0), 1, 2, Selection::ALL)).count();
     assert!(ran >= 10, "{ran} of {} cases ran", cases.len());
 }

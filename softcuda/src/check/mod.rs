@@ -8,6 +8,7 @@
 mod finding;
 mod init;
 mod memory;
+mod race;
 mod shadow;
 
 use std::fmt;
@@ -99,6 +100,7 @@ pub struct Checks {
     watches: Vec<Arc<dyn Watch>>,
     memory: Option<Arc<memory::Memory>>,
     init: Option<Arc<init::Init>>,
+    race: Option<Arc<race::Race>>,
 }
 
 impl Checks {
@@ -115,7 +117,9 @@ impl Checks {
         watches.extend(memory.clone().map(|w| w as Arc<dyn Watch>));
         let init = on(Checker::Init).map(|f| init::Init::new(f, range).map(Arc::new)).transpose()?;
         watches.extend(init.clone().map(|w| w as Arc<dyn Watch>));
-        Ok(Checks { selection, findings, watches, memory, init })
+        let race = on(Checker::Race).map(|f| Arc::new(race::Race::new(f)));
+        watches.extend(race.clone().map(|w| w as Arc<dyn Watch>));
+        Ok(Checks { race, selection, findings, watches, memory, init })
     }
 
     /// Which checkers these are.
@@ -127,6 +131,9 @@ impl Checks {
     pub fn allocated(&self, address: u64, bytes: u64, written: bool) {
         if let Some(init) = &self.init {
             init.allocated(address, bytes, written);
+        }
+        if let Some(race) = &self.race {
+            race.allocated(address, bytes);
         }
     }
 

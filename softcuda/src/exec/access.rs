@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use super::fault::FaultKind;
 use super::interpreter::Isa;
 use super::lanes::{FULL, File, LANES, active};
-use super::observe::{AccessKind, Engine, Touch};
+use super::observe::{AccessKind, Engine, Stored, Touch};
 use super::state::{Machine, Outcome, Raw};
 use super::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::lower::ir::{Access, Address, Order, Reg};
@@ -237,6 +237,7 @@ fn load_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Out
     unsafe {
         if x.order != Order::Weak {
             load_ordered(file, x, &places, mask);
+            m.observe_performed(&touch(AccessKind::Read, x, &addresses, mask, bytes), pc);
             return Ok(());
         }
         if x.bytes == 4 && mask == FULL && contiguous(&places, u64::from(bytes)) && load_block(file, x, places[0]) {
@@ -274,7 +275,9 @@ fn store_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Ou
         return Err(Raw::new(FaultKind::InvalidAddressSpace, mask, "a store to the kernel's parameters"));
     }
     let places = m.resolve(x.space, &addresses, mask, bytes)?;
-    m.observe(&touch(AccessKind::Write, x, &addresses, mask, bytes), pc);
+    if m.worker.watched {
+        tell_store(m, file, x, &places, &touch(AccessKind::Write, x, &addresses, mask, bytes), pc);
+    }
     // SAFETY: `resolve` has checked that every active lane's bytes are live and aligned.
     unsafe {
         if x.order != Order::Weak {
@@ -314,6 +317,22 @@ fn store_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Ou
 fn touch<'t>(kind: AccessKind, x: &Access, addresses: &'t [u64; LANES], mask: u32, bytes: u32) -> Touch<'t> {
     let (engine, order, scope) = (Engine::Thread, x.order, x.scope);
     Touch { kind, engine, space: x.space, addresses, mask, bytes, order, scope }
+}
+
+/// Tells of a store, with its values.
+#[inline(never)]
+fn tell_store(m: &mut Machine, file: File, x: &Access, places: &[u64; LANES], touch: &Touch, pc: u32) {
+    let look = |lane: usize| {
+        let mut words = [[0; 4]; 2];
+        for (i, reg) in x.regs.iter().enumerate().take(4) {
+            let place = places[lane] + i as u64 * u64::from(x.bytes);
+            // SAFETY: `resolve` has checked the place of every active lane.
+            words[1][i] = unsafe { read(place, x.bytes, Ordering::Relaxed) };
+            words[0][i] = reg.map_or(words[1][i], |r| extend(get(file, r)[lane], x.bytes, false));
+        }
+        words
+    };
+    m.observe_store(touch, Stored { look: &look }, pc);
 }
 
 /// Lanes access adjacent elements of `step` bytes in order.
@@ -455,7 +474,7 @@ unsafe fn write(place: u64, bytes: u32, value: u64, order: Ordering) {
 /// The low `bytes` of `v`, sign-extended if asked.
 fn extend(v: u64, bytes: u32, signed: bool) -> u64 {
     let drop = 64 - 8 * bytes;
-    if signed { ((v << drop) as i64 >> drop) as u64 } else { v }
+    if signed { ((v << drop) as i64 >> drop) as u64 } else { v << drop >> drop }
 }
 
 /// All lanes of a register, zero-extended.

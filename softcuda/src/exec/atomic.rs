@@ -46,6 +46,7 @@ pub fn run(m: &mut Machine, file: File, x: &Atom, mask: u32, pc: u32) -> Outcome
     if let Some(d) = x.d {
         put(file, d, mask, &old);
     }
+    m.observe_performed(&touch, pc);
     Ok(())
 }
 

@@ -32,6 +32,8 @@ pub trait Watch: Send + Sync + Debug {
 pub trait Observer {
     /// A warp instruction touches memory. Comes before the access itself, after its addresses have been checked.
     fn memory(&mut self, _site: &Site, _event: &MemoryEvent) {}
+    /// A strong access ([`MemoryEvent::order`] is not weak, or it is atomic) has been done: what a read took is known to it.
+    fn performed(&mut self, _site: &Site, _event: &MemoryEvent) {}
     /// A warp synchronises, or an asynchronous operation goes a step further.
     fn sync(&mut self, _site: &Site, _event: &SyncEvent) {}
     /// A block starts or ends.
@@ -110,6 +112,34 @@ pub struct MemoryEvent<'e> {
     pub scope: Scope,
     /// For shared memory: the block that it belongs to, by position in launch order.
     pub owner: u64,
+    /// For stores: what is written.
+    pub stored: Option<Stored<'e>>,
+}
+
+/// What a store writes, looked at on demand.
+#[derive(Clone, Copy)]
+pub struct Stored<'e> {
+    /// For a lane: its new bytes, then those that are there now.
+    pub(super) look: &'e dyn Fn(usize) -> [[u64; 4]; 2],
+}
+
+impl Stored<'_> {
+    /// A lane's bytes, a word for each element.
+    pub fn value(&self, lane: usize) -> [u64; 4] {
+        (self.look)(lane)[0]
+    }
+
+    /// The lane's bytes are there already.
+    pub fn leaves(&self, lane: usize) -> bool {
+        let [new, old] = (self.look)(lane);
+        new == old
+    }
+}
+
+impl Debug for Stored<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Stored")
+    }
 }
 
 /// What is not an access to memory.
@@ -211,7 +241,25 @@ impl<'a> Machine<'_, 'a> {
     #[inline(always)]
     pub(super) fn observe(&mut self, touch: &Touch, pc: u32) {
         if self.worker.watched {
-            self.report_access(touch, pc);
+            self.count_access(touch, pc);
+            self.report_access(touch, None, false, pc);
+        }
+    }
+
+    /// As [`Machine::observe`], for a store of values that can be told.
+    #[inline(always)]
+    pub(super) fn observe_store(&mut self, touch: &Touch, stored: Stored, pc: u32) {
+        if self.worker.watched {
+            self.count_access(touch, pc);
+            self.report_access(touch, Some(stored), false, pc);
+        }
+    }
+
+    /// Tells whoever watches that a strong access has been done.
+    #[inline(always)]
+    pub(super) fn observe_performed(&mut self, touch: &Touch, pc: u32) {
+        if self.worker.watched {
+            self.report_access(touch, None, true, pc);
         }
     }
 
@@ -244,8 +292,7 @@ impl<'a> Machine<'_, 'a> {
     }
 
     #[inline(never)]
-    fn report_access(&mut self, t: &Touch, pc: u32) {
-        self.count_access(t, pc);
+    fn report_access(&mut self, t: &Touch, stored: Option<Stored>, performed: bool, pc: u32) {
         if self.worker.observers.is_empty() {
             return;
         }
@@ -267,9 +314,14 @@ impl<'a> Machine<'_, 'a> {
                 order: t.order,
                 scope: t.scope,
                 owner,
+                stored,
             };
             for observer in &mut self.worker.observers {
-                observer.memory(&site, &event);
+                if performed {
+                    observer.performed(&site, &event);
+                } else {
+                    observer.memory(&site, &event);
+                }
             }
         };
         match t.space {
@@ -301,6 +353,9 @@ impl<'a> Machine<'_, 'a> {
 /// Calls `f` with the offsets of the lanes whose shared addresses are in the same block's memory, for each block in turn: see
 /// [`super::cluster`] for the field that names it.
 fn each_block(addresses: &[u64; LANES], mask: u32, mut f: impl FnMut(usize, &[u64; LANES], u32)) {
+    if addresses.iter().fold(0, |all, a| all | a) >> OFFSET_BITS == 0 {
+        return f(0, addresses, mask);
+    }
     let field = |i: usize| (addresses[i] >> OFFSET_BITS & 0xff) as usize;
     let offsets = addresses.map(|a| a & ((1 << OFFSET_BITS) - 1));
     let mut rest = mask;

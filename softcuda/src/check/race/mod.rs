@@ -1,0 +1,81 @@
+//! Races: two accesses to the same byte, at least one of them a write, that nothing orders and that are not morally strong
+//! together (PTX ISA 8.6 to 8.10). Shared and global memory, across lanes, warps, blocks and clusters.
+//!
+//! After FastTrack (Flanagan and Freund, 2009): a shadow remembers the last write of each byte and some of the reads after it,
+//! with the time at which they happened; every warp keeps up to which time it knows every other warp's accesses.
+//! It is raised by
+//! - `bar`, `barrier`: those who leave know what those who arrived knew. `bar.arrive` does not learn.
+//! - `bar.warp.sync`, among its lanes. `shfl`, `vote`, `match`, `redux`, `elect` do **not** order memory, nor does it that lanes
+//!   happen to execute together: lanes of a warp that exchange data through memory need `bar.warp.sync`.
+//! - release and acquire patterns: a release, or a fence and then a strong write, and a strong read of that place that is an
+//!   acquire or is followed by a fence. Scopes must include each other's threads: a release of scope `.cta` says nothing to
+//!   other blocks, and atomic accesses of scope `.cta` by two blocks race.
+//! - `cp.async` writes twice: when it is issued, against what others did before, and for its thread when that waits for it.
+//! - `barrier.cluster`, unless the arrival is relaxed.
+//! - `wgmma` reads at any time from its issue to the end of a wait for it by a warp of its warpgroup.
+//! - the end of a launch: launches are taken to be ordered as they were called.
+//!
+//! Several lanes of one store that write the same value to one place, and a write that leaves the bytes as they are, are
+//! benign and not reported.
+//!
+//! Not seen:
+//! - a race that did not come near: the two accesses have to happen in this execution, though in any order.
+//! - Fences, releases and acquires count for the whole warp though one lane may have executed them, so that a
+//!   `bar.warp.sync` that is missing before or after them is not missed.
+//! - Which write a strong read takes its value from is not known: it acquires all that was released at that place before. A
+//!   release that this read did not see hides a race that another seed may show.
+//! - The fence of a thread counts for those that a barrier orders after it, as in the idiom by which all threads fence and one
+//!   of them then speaks for the block; the manual asks for a fence by the thread that speaks.
+//! - Two `fence.sc` with no access to a common place between them do not order anything here, as `fence.acq_rel` does not.
+//! - Of the readers since the last write, three are remembered for shared memory and two for global memory.
+//! - With more than about 60 blocks that synchronise through one place, knowledge is coarsened: see [`clock`].
+//! - Races between launches of streams that nothing orders, and accesses by the host.
+//! - Strong accesses of different sizes that overlap, which the manual does not call morally strong, count as such.
+
+mod cell;
+mod clock;
+mod global;
+mod home;
+mod observer;
+mod report;
+mod variable;
+
+use std::sync::Arc;
+
+use super::Findings;
+use crate::exec::Launch;
+use crate::exec::observe::{Observer, Watch};
+
+/// The lanes of a mask, in order.
+fn lanes_of(mask: u32) -> impl Iterator<Item = usize> {
+    (0..32).filter(move |i| mask >> i & 1 != 0)
+}
+
+/// The checker.
+#[derive(Debug)]
+pub struct Race {
+    findings: Arc<Findings>,
+    global: global::Global,
+    variables: variable::Variables,
+}
+
+impl Race {
+    pub fn new(findings: Arc<Findings>) -> Race {
+        Race { findings, global: global::Global::default(), variables: variable::Variables::default() }
+    }
+
+    /// Nobody has touched an allocation that is new.
+    pub fn allocated(&self, address: u64, bytes: u64) {
+        self.global.forget(address, bytes);
+    }
+}
+
+impl Watch for Race {
+    fn begin(&self, _launch: &Launch, _grid: u64) {
+        self.variables.clear();
+    }
+
+    fn observer<'a>(&'a self, launch: &'a Launch<'a>, grid: u64) -> Option<Box<dyn Observer + 'a>> {
+        Some(Box::new(observer::RaceObserver::new(self, launch, grid)))
+    }
+}

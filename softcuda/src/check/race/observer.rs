@@ -1,0 +1,375 @@
+//! What one host thread sees: its blocks' accesses against the shadows, its synchronisation as knowledge.
+
+use std::collections::HashMap;
+
+use super::cell::{Accessor, Conflict, MANY, Stamp, What};
+use super::global::{CELL, PAGE, Pages};
+use super::home::{Block, Copy, Home, Product, SHARED_CELL};
+use super::{Race, lanes_of, report};
+use crate::exec::Launch;
+use crate::exec::observe::{
+    AccessKind, BlockEvent, BlockSite, Engine, MemoryEvent, Observer, Order, Scope, Site, SyncEvent,
+};
+use crate::ptx::ast::Space;
+
+/// Products of a warpgroup that are remembered.
+const PRODUCTS: usize = 63;
+
+pub struct RaceObserver<'a> {
+    race: &'a Race,
+    launch: &'a Launch<'a>,
+    grid: u64,
+    pages: Pages<'a>,
+    homes: Vec<Home>,
+    /// A block's home, by position in launch order.
+    of_block: HashMap<u64, usize>,
+    /// The block last asked for: its home and its rank there.
+    last: (u64, usize, usize),
+    /// Parts of finished blocks, and places of finished homes.
+    spare: Vec<Block>,
+    free: Vec<usize>,
+}
+
+/// Lanes that touch adjacent pieces in order.
+struct Run {
+    lane: u32,
+    from: u64,
+    to: u64,
+    shift: u32,
+}
+
+impl<'a> RaceObserver<'a> {
+    pub fn new(race: &'a Race, launch: &'a Launch<'a>, grid: u64) -> Self {
+        RaceObserver {
+            race,
+            launch,
+            grid,
+            pages: Pages::new(&race.global),
+            homes: Vec::new(),
+            of_block: HashMap::new(),
+            last: (u64::MAX, 0, 0),
+            spare: Vec::new(),
+            free: Vec::new(),
+        }
+    }
+
+    /// Home, the block's rank there and the warp's index there.
+    fn find(&mut self, block: u64, warp: u32) -> (usize, usize, usize) {
+        if self.last.0 != block {
+            let home = self.of_block.get(&block).copied().unwrap_or(0);
+            self.last = (block, home, self.homes[home].rank(block));
+        }
+        let (_, home, rank) = self.last;
+        (home, rank, rank * self.homes[home].stride as usize + warp as usize)
+    }
+
+    /// Checks an access by one warp and remembers it.
+    fn check(&mut self, site: &Site, event: &MemoryEvent) {
+        let (h, rank, warp) = self.find(site.block, site.warp);
+        let home = &mut self.homes[h];
+        let engine = event.engine == Engine::Wgmma;
+        let index = if engine {
+            // Whatever the warp did before, its products come after.
+            home.warps[warp].known[warp] = home.now;
+            home.products(rank, site.warp)
+        } else {
+            warp
+        };
+        // Shadows of the home's shared memory are taken out while its clocks are read.
+        let rank = if event.space == Space::Shared { home.rank(event.owner) } else { 0 };
+        let mut shadow = std::mem::take(&mut home.blocks[rank].shadow);
+        let w = &home.warps[warp];
+        let what = What {
+            line: site.line,
+            warp: index as u32,
+            strong: event.order != Order::Weak || event.kind == AccessKind::Atomic,
+            scope: event.scope,
+            kind: match event.kind {
+                AccessKind::Read => 0,
+                AccessKind::Write => 1,
+                AccessKind::Atomic => 2,
+            },
+            launch: self.grid,
+        };
+        let by = Accessor {
+            stamp: Stamp::new(home.now, home.id, &what),
+            write: event.kind != AccessKind::Read,
+            known: &w.known,
+            away: &w.away,
+            lanes: w.lanes,
+            pairs: w.pairs.as_deref(),
+            stride: home.stride,
+            engine,
+            shared: event.space == Space::Shared,
+        };
+        let mut found = None;
+        let pages = &mut self.pages;
+        runs(event, |run| {
+            if event.space == Space::Shared {
+                each_cell(&run, SHARED_CELL, |cell, part, lane| {
+                    if let Some(cell) = shadow.get_mut(cell as usize) {
+                        cell.access(SHARED_CELL, part, lane, run.shift, &by, &mut found);
+                    }
+                });
+            } else {
+                global(pages, &run, &by, &mut found);
+            }
+        });
+        let stamp = by.stamp;
+        home.blocks[rank].shadow = shadow;
+        if let Some(conflict) = found {
+            self.report(h, site, event, &conflict, stamp);
+        }
+    }
+
+    #[cold]
+    fn report(&self, h: usize, site: &Site, event: &MemoryEvent, c: &Conflict, me: Stamp) {
+        let (lane, other) = (c.lane as usize & 31, c.other_lane as usize & 31);
+        let findings = &self.race.findings;
+        let a = event.addresses;
+        let overlap = a[lane].abs_diff(a[other]) < u64::from(event.bytes);
+        let same = event.kind == AccessKind::Write
+            && c.other.kind() == 1
+            && (c.other.home, c.other.warp(), c.other.line(), c.other.time) == (me.home, me.warp(), me.line(), me.time)
+            && event.mask >> other & 1 != 0
+            && overlap;
+        if let Some(stored) = &event.stored {
+            let same_value = a[lane] == a[other] && stored.value(lane) == stored.value(other);
+            if same && same_value || !same && stored.leaves(lane) {
+                return;
+            }
+        }
+        if same {
+            report::same_store(findings, site, event, c);
+        } else {
+            report::conflict(findings, self.launch, site, event, &self.homes[h], (c, me));
+        }
+    }
+
+    /// Addresses at which the lanes of a strong access synchronise, each once.
+    fn places(event: &MemoryEvent) -> impl Iterator<Item = u64> {
+        let first = |i: usize| !lanes_of(event.mask & ((1 << i) - 1)).any(|j| event.addresses[j] == event.addresses[i]);
+        lanes_of(event.mask).filter(move |&i| first(i)).map(|i| event.addresses[i])
+    }
+
+    fn release(&mut self, site: &Site, event: &MemoryEvent) {
+        let (h, _, warp) = self.find(site.block, site.warp);
+        let home = &mut self.homes[h];
+        let what = home.released(warp, event.order, event.scope);
+        if what.is_empty() {
+            return;
+        }
+        let (id, stride, warps) = (home.id, home.stride, home.warps_per_block);
+        let is_warp = move |i: usize| (i as u32 % stride) < warps;
+        let by: (u32, &dyn Fn(usize) -> bool) = (id, &is_warp);
+        for address in Self::places(event) {
+            if event.space == Space::Shared {
+                home.variables.entry((event.owner, address)).or_default().release(by, site.block, &what);
+            } else {
+                self.race.variables.with(address, |all| {
+                    all.entry(address).or_default().release(by, site.block, &what);
+                });
+            }
+        }
+    }
+
+    fn acquire(&mut self, site: &Site, event: &MemoryEvent) {
+        let (h, _, warp) = self.find(site.block, site.warp);
+        let home = &mut self.homes[h];
+        for address in Self::places(event) {
+            if event.space == Space::Shared {
+                if let Some(v) = home.variables.remove(&(event.owner, address)) {
+                    v.acquire(home, warp, site.block, event.order, event.scope);
+                    home.variables.insert((event.owner, address), v);
+                }
+            } else {
+                self.race.variables.with(address, |all| {
+                    if let Some(v) = all.get(&address) {
+                        v.acquire(home, warp, site.block, event.order, event.scope);
+                    }
+                });
+            }
+        }
+    }
+
+    /// Copies of all but each lane's last groups are there now: for their thread, they are written.
+    fn wait_copies(&mut self, site: &Site, keep: u32, mask: u32) {
+        let (h, _, warp) = self.find(site.block, site.warp);
+        self.homes[h].tick();
+        let w = &mut self.homes[h].warps[warp];
+        let committed = w.committed;
+        let mut copies = std::mem::take(&mut w.copies);
+        copies.retain_mut(|c| {
+            let due = |i: &usize| c.group[*i].saturating_add(keep) < committed[*i];
+            let due = lanes_of(c.mask & mask).filter(due).fold(0, |m, i| m | 1 << i);
+            if due != 0 {
+                let site = Site { line: c.line, ..*site };
+                self.check(&site, &c.event(due));
+            }
+            c.mask &= !due;
+            c.mask != 0
+        });
+        self.homes[h].warps[warp].copies = copies;
+    }
+}
+
+impl Copy {
+    fn event(&self, mask: u32) -> MemoryEvent<'_> {
+        MemoryEvent {
+            kind: AccessKind::Write,
+            engine: Engine::CopyAsync,
+            space: Space::Shared,
+            addresses: &self.to,
+            mask,
+            bytes: self.bytes,
+            order: Order::Weak,
+            scope: Scope::Cta,
+            owner: self.owner,
+            stored: None,
+        }
+    }
+}
+
+/// Splits an access into runs of lanes with adjacent addresses.
+#[inline(always)]
+fn runs(event: &MemoryEvent, mut each: impl FnMut(Run)) {
+    let (a, bytes, mask) = (event.addresses, u64::from(event.bytes), event.mask);
+    if mask == 0 {
+        return;
+    }
+    let shift = event.bytes.trailing_zeros();
+    let first = mask.trailing_zeros() as usize;
+    if event.kind == AccessKind::Read && mask.count_ones() > 1 && lanes_of(mask).all(|i| a[i] == a[first]) {
+        return each(Run { lane: first as u32, from: a[first], to: a[first] + bytes, shift: MANY });
+    }
+    let mut rest = mask;
+    while rest != 0 {
+        let lane = rest.trailing_zeros() as usize;
+        let mut end = lane + 1;
+        while end < 32 && rest >> end & 1 != 0 && a[end] == a[end - 1] + bytes {
+            end += 1;
+        }
+        each(Run { lane: lane as u32, from: a[lane], to: a[end - 1] + bytes, shift });
+        rest &= u32::MAX.checked_shl(end as u32).unwrap_or(0);
+    }
+}
+
+/// The cells that a run touches: index, part of the cell and the part's first lane.
+#[inline(always)]
+fn each_cell(run: &Run, size: u32, mut each: impl FnMut(u64, (u32, u32), u32)) {
+    let bytes = u64::from(size);
+    let mut at = run.from;
+    while at < run.to {
+        let cell = at / bytes;
+        let start = cell * bytes;
+        let end = run.to.min(start + bytes);
+        let lane = if run.shift == MANY { run.lane } else { run.lane + ((at - run.from) >> run.shift) as u32 };
+        each(cell, ((at - start) as u32, (end - start) as u32), lane);
+        at = end;
+    }
+}
+
+fn global(pages: &mut Pages, run: &Run, by: &Accessor, found: &mut Option<Conflict>) {
+    let mut at = run.from;
+    while at < run.to {
+        let end = run.to.min((at / PAGE + 1) * PAGE);
+        let lane = if run.shift == MANY { run.lane } else { run.lane + ((at - run.from) >> run.shift) as u32 };
+        let part = Run { lane, from: at, to: end, shift: run.shift };
+        let mut cells = pages.get(at).cells();
+        each_cell(&part, CELL, |cell, part, lane| {
+            cells[(cell % (PAGE / u64::from(CELL))) as usize].access(CELL, part, lane, run.shift, by, found);
+        });
+        at = end;
+    }
+}
+
+impl Observer for RaceObserver<'_> {
+    fn block(&mut self, b: &BlockSite, event: BlockEvent) {
+        match event {
+            BlockEvent::Begin => {
+                let h = match self.of_block.get(&b.cluster) {
+                    Some(&h) => h,
+                    None => {
+                        let h = self.free.pop().unwrap_or_else(|| {
+                            self.homes.push(Home::default());
+                            self.homes.len() - 1
+                        });
+                        self.homes[h].id = b.cluster as u32;
+                        h
+                    }
+                };
+                let parts = self.spare.pop().unwrap_or_default();
+                self.homes[h].begin(b.block, b.threads, b.shared_bytes, parts);
+                self.of_block.insert(b.block, h);
+            }
+            BlockEvent::End => {
+                self.last.0 = u64::MAX;
+                let Some(h) = self.of_block.remove(&b.block) else { return };
+                if !self.of_block.values().any(|&other| other == h) {
+                    self.spare.extend(std::mem::take(&mut self.homes[h]).blocks);
+                    self.free.push(h);
+                }
+            }
+        }
+    }
+
+    fn memory(&mut self, site: &Site, event: &MemoryEvent) {
+        if event.space == Space::Local {
+            return;
+        }
+        self.check(site, event);
+        let strong = event.order != Order::Weak || event.kind == AccessKind::Atomic;
+        if strong && event.kind != AccessKind::Read {
+            self.release(site, event);
+        }
+        if event.engine == Engine::CopyAsync && event.kind == AccessKind::Write {
+            let (h, _, warp) = self.find(site.block, site.warp);
+            let w = &mut self.homes[h].warps[warp];
+            w.copies.push(Copy {
+                mask: event.mask,
+                to: *event.addresses,
+                bytes: event.bytes,
+                line: site.line,
+                group: w.committed,
+                owner: event.owner,
+            });
+        }
+    }
+
+    fn performed(&mut self, site: &Site, event: &MemoryEvent) {
+        if event.kind != AccessKind::Write && event.space != Space::Local {
+            self.acquire(site, event);
+        }
+    }
+
+    fn sync(&mut self, site: &Site, event: &SyncEvent) {
+        let (h, rank, warp) = self.find(site.block, site.warp);
+        let home = &mut self.homes[h];
+        match *event {
+            SyncEvent::BarrierArrive { id, mask } => home.arrive(rank, id as usize, warp, mask),
+            SyncEvent::BarrierLeave { id, mask } => home.leave(rank, id as usize, warp, mask),
+            SyncEvent::BarrierComplete { id } => home.blocks[rank].barriers[id as usize].clear(),
+            SyncEvent::WarpBarrier { mask } => home.warp_barrier(warp, mask),
+            SyncEvent::Fence { order, scope, .. } => home.fence(warp, order, scope),
+            SyncEvent::CopyCommit { mask } => {
+                let committed = &mut home.warps[warp].committed;
+                lanes_of(mask).for_each(|i| committed[i] += 1);
+            }
+            SyncEvent::CopyWait { keep, mask } => self.wait_copies(site, keep, mask),
+            SyncEvent::ClusterArrive { mask, release } => home.arrive_cluster(warp, mask, release),
+            SyncEvent::ClusterLeave { mask } => home.leave_cluster(warp, mask),
+            SyncEvent::WgmmaIssue { number, first: true } => {
+                home.tick();
+                let (engine, time) = (home.products(rank, site.warp), home.now);
+                let list = home.products.entry(engine).or_default();
+                list.truncate(PRODUCTS);
+                list.insert(0, Product { number, time });
+            }
+            SyncEvent::WgmmaWait { complete, .. } => {
+                home.tick();
+                home.wait_products(rank, site.warp, warp, complete);
+            }
+            _ => {}
+        }
+    }
+}
