@@ -506,6 +506,8 @@ pub enum Kernel {
     BalanceLoss,
     /// The correction bias after a step.
     UpdateBias,
+    /// Router's expert numbers to those of a device.
+    MapExperts,
 }
 
 impl Kernel {
@@ -535,6 +537,7 @@ impl Kernel {
             Kernel::MeasuredGate(k) => format!("{}_measured", Kernel::Gate(k.gate()).name()),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
+            Kernel::MapExperts => "map_experts".into(),
         }
     }
 
@@ -558,7 +561,7 @@ impl Kernel {
             }
             Kernel::Noisy(k) => k.spread.warps() * 32,
             Kernel::MeasuredGate(k) => k.gate().warps() * 32,
-            Kernel::BalanceLoss | Kernel::UpdateBias => BLOCK_WARPS * 32,
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::MapExperts => BLOCK_WARPS * 32,
         }
     }
 
@@ -592,6 +595,7 @@ impl Kernel {
             Kernel::MeasuredGate(_) => "gate.ptx.jinja",
             Kernel::BalanceLoss => "balance_loss.ptx.jinja",
             Kernel::UpdateBias => "update_bias.ptx.jinja",
+            Kernel::MapExperts => "map_experts.ptx.jinja",
         }
     }
 
@@ -639,7 +643,7 @@ impl Kernel {
             Kernel::Admit(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash => vec![],
-            Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::MapExperts => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
@@ -705,6 +709,6 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::MeasuredGate(MeasuredGate { score, values }));
         }
     }
-    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias]);
+    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::MapExperts]);
     kernels
 }

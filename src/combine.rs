@@ -2,6 +2,9 @@
 //!
 //! `y[t] = residual[t] + addend[t] + sum_j weights[t,j] * y_slots[token_slot[t,j]]`, added in that order in f32 and rounded
 //! once: the same input gives the same bits. A skipped or dropped slot (`token_slot = -1`) adds nothing.
+//!
+//! [`forward_with_identity`] also adds what experts that pass their input on contribute, `identity_weight[t] * identity[t]`, after the
+//! addend: see [`crate::expert_map`].
 
 use std::sync::Arc;
 
@@ -42,6 +45,14 @@ pub struct CombineArgs<'a, T> {
     pub addend: Option<In<'a, T>>,
     /// `[T, H]`, written.
     pub y: Out<'a, T>,
+}
+
+/// The part of experts whose output is their input.
+pub struct Identity<'a, T> {
+    /// `[T, H]`: the experts' input.
+    pub x: In<'a, T>,
+    /// `[T]`: the sum of their weights ([`crate::expert_map::forward`]); where it is 0, `x` is not read.
+    pub weight: In<'a, f32>,
 }
 
 impl CombineDesc {
@@ -86,6 +97,30 @@ pub fn forward<T: Element>(
     desc: &CombineDesc,
     args: CombineArgs<'_, T>,
 ) -> Result<(), Error> {
+    run(kernels, stream, desc, args, None)
+}
+
+/// Computes `y` where some experts are identities.
+///
+/// # Errors
+/// Those of [`forward`].
+pub fn forward_with_identity<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &CombineDesc,
+    args: CombineArgs<'_, T>,
+    identity: Identity<'_, T>,
+) -> Result<(), Error> {
+    run(kernels, stream, desc, args, Some(identity))
+}
+
+fn run<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &CombineDesc,
+    args: CombineArgs<'_, T>,
+    identity: Option<Identity<'_, T>>,
+) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<T>("y_slots", desc.dtype)?;
@@ -98,6 +133,9 @@ pub fn forward<T: Element>(
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
     let residual = scope.read_some("residual", args.residual, elements, VECTOR)?;
     let addend = scope.read_some("addend", args.addend, elements, VECTOR)?;
+    let (x, weight) = identity.map(|identity| (identity.x, identity.weight)).unzip();
+    let identity = scope.read_some("identity.x", x, elements, VECTOR)?;
+    let identity_weight = scope.read_some("identity.weight", weight, desc.tokens, SCALAR)?;
     let y = scope.write("y", args.y, elements, VECTOR)?;
     let addresses = Addresses {
         y_slots: y_slots.address(),
@@ -105,6 +143,7 @@ pub fn forward<T: Element>(
         weights: optional(&weights),
         residual: optional(&residual),
         addend: optional(&addend),
+        identity: optional(&identity).zip(optional(&identity_weight)),
         y: y.address(),
     };
     enqueue(&scope, desc, &selection, addresses)
@@ -116,6 +155,8 @@ pub(crate) struct Addresses<'a> {
     pub(crate) weights: Option<Address<'a>>,
     pub(crate) residual: Option<Address<'a>>,
     pub(crate) addend: Option<Address<'a>>,
+    /// Input and weights of identity experts.
+    pub(crate) identity: Option<(Address<'a>, Address<'a>)>,
     pub(crate) y: Address<'a>,
 }
 
@@ -128,7 +169,8 @@ pub(crate) fn enqueue(
     scope.launch(selection, params(desc, at))
 }
 
-fn params(desc: &CombineDesc, at: Addresses<'_>) -> [Param; 9] {
+fn params(desc: &CombineDesc, at: Addresses<'_>) -> [Param; 11] {
+    let (identity, identity_weight) = at.identity.unzip();
     [
         at.y_slots.into(),
         at.token_slot.into(),
@@ -136,6 +178,8 @@ fn params(desc: &CombineDesc, at: Addresses<'_>) -> [Param; 9] {
         at.residual.into(),
         at.addend.into(),
         at.y.into(),
+        identity.into(),
+        identity_weight.into(),
         (desc.tokens as u32).into(),
         (desc.top_k as u32).into(),
         (desc.hidden as u32).into(),
@@ -160,6 +204,7 @@ mod tests {
             weights: None,
             residual: None,
             addend: None,
+            identity: None,
             y: Address::NULL,
         };
         let params = params(&desc(), at);

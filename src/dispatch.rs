@@ -43,7 +43,7 @@ pub struct DispatchDesc {
     pub tokens: usize,
     /// Experts `E`, 1 to 4096.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32 and at most `E`.
+    /// Experts per token `k`, 1 to 32. More than `E` where ids were mapped to the experts of one device.
     pub top_k: usize,
     /// Limit per expert; none is dropless.
     pub capacity: Option<Capacity>,
@@ -60,7 +60,7 @@ impl DispatchDesc {
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, self.experts)?;
-        shape::top_k(OPERATION, self.top_k, self.experts)?;
+        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
         shape::positive(OPERATION, "tile_m", self.tile_m)?;
         shape::product_i32(OPERATION, "token_slot", &[self.tokens, self.top_k])?;
         if let Some(capacity) = self.capacity {

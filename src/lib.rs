@@ -75,6 +75,7 @@ mod dtype;
 mod embedded;
 mod error;
 pub mod expert_choice;
+pub mod expert_map;
 pub mod gating;
 pub mod gemm;
 pub mod hash;

@@ -282,6 +282,7 @@ impl<'a> Launch<'a> {
             weights: (self.plan.desc.weighting == Weighting::Output).then_some(self.choice_weights),
             residual: self.residual,
             addend,
+            identity: None,
             y: self.y,
         };
         combine::enqueue(self.scope, &step.desc, &step.selection, addresses)

@@ -51,6 +51,22 @@ pub fn combine<Y: Real, A: Real>(
     Ok(y)
 }
 
+/// `y[t] += weight[t] * x[t]` where `weight[t]` is not 0: what experts contribute whose output is their input (LongCat-Flash; see
+/// [`super::expert_map`]). `y` and `x` are `[T,H]`, `weight` is `[T]`.
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn add_identity<X: Real>(y: &mut [f64], x: &[X], weight: &[f64]) -> Result<(), ReferenceError> {
+    require_shape("x", x, &[y.len()])?;
+    require("weight", !weight.is_empty() || y.is_empty(), || "a weight a token".into(), 0)?;
+    require("weight", y.len().is_multiple_of(weight.len().max(1)), || "a weight a token".into(), weight.len())?;
+    let hidden = y.len() / weight.len().max(1);
+    for (i, (y, &x)) in y.iter_mut().zip(x).enumerate().filter(|(i, _)| weight[i / hidden] != 0.0) {
+        *y += weight[i / hidden] * x.into();
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,5 +94,13 @@ mod tests {
     #[test]
     fn a_slot_out_of_range_is_an_error() {
         assert_eq!(combine::<f64, f64>(&[1.0], &[1], None, None, None, 1, 1).unwrap_err().argument, "token_slot");
+    }
+
+    #[test]
+    fn identities_add_their_input() {
+        let mut y = vec![1.0, 2.0, 3.0, 4.0];
+        add_identity(&mut y, &[10.0, 20.0, f64::NAN, 40.0], &[0.5, 0.0]).unwrap();
+        assert_eq!(y, [6.0, 12.0, 3.0, 4.0]);
+        assert_eq!(add_identity(&mut y, &[1.0; 4], &[]).unwrap_err().argument, "weight");
     }
 }

@@ -1,7 +1,7 @@
 //! Checks of `combine_*`.
 
 use half::{bf16, f16};
-use moe_kernels::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::combine::{self, CombineArgs, CombineDesc, Identity};
 use moe_kernels::reference;
 use moe_kernels::registry::{Combine, Dtype, Kernel};
 
@@ -21,17 +21,17 @@ pub fn check(variant: Combine, rng: &mut fastrand::Rng) {
 
 fn check_as<T: Storage>(variant: Combine, rng: &mut fastrand::Rng) {
     for (tokens, top_k, hidden) in [(1, 1, 8), (1, 32, 2056), (7, 2, 104), (130, 8, 96), (3, 5, 4104), (65, 3, 2048)] {
-        for options in 0..8 {
+        for options in 0..16 {
             case::<T>(variant, rng, [tokens, top_k, hidden], options);
         }
     }
 }
 
-/// Bits of `options`: weights, residual, addend.
+/// Bits of `options`: weights, residual, addend, identity experts.
 fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, hidden]: [usize; 3], options: u32) {
     let kernels = device::kernels();
     let stream = device::stream();
-    let name = format!("T={tokens} k={top_k} H={hidden} options={options:03b}");
+    let name = format!("T={tokens} k={top_k} H={hidden} options={options:04b}");
     // More rows than choices, and rows that no choice refers to hold NaN: they must not be read into any sum.
     let slots = tokens * top_k + 3;
     let mut order: Vec<i32> = (0..slots as i32).collect();
@@ -45,10 +45,20 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let weights: Option<Vec<f32>> =
         (options & 1 != 0).then(|| (0..tokens * top_k).map(|_| normal(rng) as f32).collect());
     let mut rows = |bit: u32| (options & bit != 0).then(|| normals::<T>(rng, tokens * hidden, 1.0));
-    let (residual, addend) = (rows(2), rows(4));
+    let (residual, addend, mut identity) = (rows(2), rows(4), rows(8));
+    // A third of the tokens have no identity expert: their x is not read.
+    let identity_weight: Vec<f32> =
+        (0..tokens).map(|_| if rng.u32(..3) == 0 { 0.0 } else { normal(rng) as f32 }).collect();
+    if let Some(identity) = &mut identity {
+        for (row, &weight) in identity.chunks_mut(hidden).zip(&identity_weight) {
+            if weight == 0.0 {
+                row.fill(T::from_f64(f64::NAN));
+            }
+        }
+    }
 
     let weights64 = weights.as_deref().map(to_f64);
-    let want = reference::combine::combine(
+    let mut want = reference::combine::combine(
         &y_slots,
         &token_slot,
         weights64.as_deref(),
@@ -58,6 +68,9 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         hidden,
     )
     .unwrap();
+    if let Some(identity) = &identity {
+        reference::combine::add_identity(&mut want, identity, &to_f64(&identity_weight)).unwrap();
+    }
 
     let desc = CombineDesc { dtype: variant.dtype, tokens, top_k, hidden, slots };
     assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel, Kernel::Combine(variant));
@@ -66,23 +79,28 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let weights = weights.map(|values| Guarded::input(&stream, "weights", &values));
     let residual = residual.map(|values| Guarded::input(&stream, "residual", &values));
     let addend = addend.map(|values| Guarded::input(&stream, "addend", &values));
+    let identity = identity.map(|values| Guarded::input(&stream, "identity", &values));
+    let identity_weight = Guarded::input(&stream, "identity_weight", &identity_weight);
     let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
     let views =
         (weights.as_ref().map(Guarded::view), residual.as_ref().map(Guarded::view), addend.as_ref().map(Guarded::view));
     let launch = |y: &mut Guarded<T>| {
-        combine::forward(
-            kernels,
-            &stream,
-            &desc,
-            CombineArgs {
-                y_slots: &y_slots.view(),
-                token_slot: &token_slot.view(),
-                weights: views.0.as_ref().map(|view| view as _),
-                residual: views.1.as_ref().map(|view| view as _),
-                addend: views.2.as_ref().map(|view| view as _),
-                y: &mut y.view_mut(),
-            },
-        )
+        let mut y = y.view_mut();
+        let args = CombineArgs {
+            y_slots: &y_slots.view(),
+            token_slot: &token_slot.view(),
+            weights: views.0.as_ref().map(|view| view as _),
+            residual: views.1.as_ref().map(|view| view as _),
+            addend: views.2.as_ref().map(|view| view as _),
+            y: &mut y,
+        };
+        match &identity {
+            None => combine::forward(kernels, &stream, &desc, args),
+            Some(x) => {
+                let identity = Identity { x: &x.view(), weight: &identity_weight.view() };
+                combine::forward_with_identity(kernels, &stream, &desc, args, identity)
+            }
+        }
         .unwrap()
     };
     launch(&mut y);

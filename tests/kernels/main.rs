@@ -14,6 +14,7 @@ mod base;
 mod combine;
 mod dispatch;
 mod expert_choice;
+mod expert_map;
 mod gate;
 mod gemm;
 mod hash;
@@ -76,6 +77,7 @@ fn check(kernel: Kernel) {
         Kernel::MeasuredGate(variant) => balance::check(variant, rng),
         Kernel::BalanceLoss => balance::check_losses(rng),
         Kernel::UpdateBias => balance::check_bias(rng),
+        Kernel::MapExperts => expert_map::check(rng),
     }
 }
 
