@@ -508,6 +508,10 @@ pub enum Kernel {
     UpdateBias,
     /// Router's expert numbers to those of a device.
     MapExperts,
+    /// Experts drawn from the router's distribution.
+    Sampled(Spread),
+    /// Multiplicative noise on a matrix.
+    Jitter(Dtype),
 }
 
 impl Kernel {
@@ -538,6 +542,8 @@ impl Kernel {
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::MapExperts => "map_experts".into(),
+            Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
+            Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
         }
     }
 
@@ -562,6 +568,8 @@ impl Kernel {
             Kernel::Noisy(k) => k.spread.warps() * 32,
             Kernel::MeasuredGate(k) => k.gate().warps() * 32,
             Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::MapExperts => BLOCK_WARPS * 32,
+            Kernel::Sampled(spread) => spread.warps() * 32,
+            Kernel::Jitter(_) => BLOCK_WARPS * 32,
         }
     }
 
@@ -596,6 +604,8 @@ impl Kernel {
             Kernel::BalanceLoss => "balance_loss.ptx.jinja",
             Kernel::UpdateBias => "update_bias.ptx.jinja",
             Kernel::MapExperts => "map_experts.ptx.jinja",
+            Kernel::Sampled(_) => "sampled.ptx.jinja",
+            Kernel::Jitter(_) => "jitter.ptx.jinja",
         }
     }
 
@@ -650,6 +660,8 @@ impl Kernel {
                 constants.push(("grouped", Int(k.grouped as u32)));
                 constants
             }
+            Kernel::Sampled(spread) => spread.constants(),
+            Kernel::Jitter(dtype) => vec![("dtype", Text(dtype.name()))],
         }
     }
 }
@@ -703,6 +715,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::Affinity, Kernel::ExpertChoice, Kernel::TokenSlots, Kernel::Auction, Kernel::Hash]);
     for spread in Spread::ALL {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
+        kernels.push(Kernel::Sampled(spread));
     }
     for score in Score::ALL {
         for values in Gate::VALUES {
@@ -710,5 +723,6 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::MapExperts]);
+    kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels
 }

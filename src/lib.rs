@@ -80,6 +80,7 @@ pub mod gating;
 pub mod gemm;
 pub mod hash;
 pub mod hierarchical;
+pub mod jitter;
 pub mod kernels;
 #[allow(unsafe_code)]
 mod launch;
@@ -89,6 +90,7 @@ pub mod reference;
 #[path = "../kernels/registry.rs"]
 pub mod registry;
 pub mod router;
+pub mod sampled;
 mod shape;
 pub mod sinkhorn;
 pub mod tiles;

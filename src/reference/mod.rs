@@ -46,14 +46,25 @@ impl Real for f32 {
 
 impl Real for half::bf16 {
     fn round(value: f64) -> f64 {
-        half::bf16::from_f64(value).to_f64()
+        half::bf16::from_f32(rounded_to_odd(value)).to_f64()
     }
 }
 
 impl Real for half::f16 {
     fn round(value: f64) -> f64 {
-        half::f16::from_f64(value).to_f64()
+        half::f16::from_f32(rounded_to_odd(value)).to_f64()
     }
+}
+
+/// The f32 next to `value` towards zero, its last bit set if it is not `value` itself: rounding that to fewer bits is rounding
+/// `value` (Boldo and Melquiond 2008). The conversions from f64 of `half` look at the upper 32 bits of the f64 only.
+fn rounded_to_odd(value: f64) -> f32 {
+    let near = value as f32;
+    if f64::from(near) == value || value.is_nan() {
+        return near;
+    }
+    let below = near.to_bits() - u32::from(f64::from(near).abs() > value.abs());
+    f32::from_bits(below | 1)
 }
 
 /// An argument of a reference function that does not fit the shapes.
@@ -81,4 +92,37 @@ pub(crate) fn require(
 pub(crate) fn require_shape<T>(argument: &'static str, slice: &[T], extents: &[usize]) -> Result<(), ReferenceError> {
     let elements = extents.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
     require(argument, elements == Some(slice.len()), || format!("a slice of {extents:?} elements"), slice.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use half::{bf16, f16};
+
+    use super::*;
+
+    #[test]
+    fn rounding_sees_every_bit() {
+        for sign in [1.0, -1.0] {
+            // 1 + 2^-8 is between two bf16, and 1 + 2^-11 between two f16: the even one is 1.
+            let half_ulp = |bits: i32| 1.0 + 2f64.powi(-bits);
+            for bits in [9, 30, 40, 52] {
+                let more = 2f64.powi(-bits);
+                assert_eq!(bf16::round(sign * (half_ulp(8) + more)), sign * (1.0 + 2f64.powi(-7)), "{bits}");
+                assert_eq!(bf16::round(sign * (half_ulp(8) - more)), sign, "{bits}");
+            }
+            for bits in [12, 40, 52] {
+                let more = 2f64.powi(-bits);
+                assert_eq!(f16::round(sign * (half_ulp(11) + more)), sign * (1.0 + 2f64.powi(-10)), "{bits}");
+                assert_eq!(f16::round(sign * (half_ulp(11) - more)), sign, "{bits}");
+            }
+            assert_eq!((bf16::round(sign * half_ulp(8)), f16::round(sign * half_ulp(11))), (sign, sign));
+            assert_eq!(
+                (bf16::round(sign * 1e300), f16::round(sign * 65520.0)),
+                (sign * f64::INFINITY, sign * f64::INFINITY)
+            );
+            assert_eq!(f16::round(sign * 65519.99), sign * 65504.0);
+        }
+        assert_eq!(bf16::round(-0.0).to_bits(), (-0.0f64).to_bits());
+        assert!(bf16::round(f64::NAN).is_nan());
+    }
 }

@@ -66,7 +66,10 @@ pub fn gumbel_top_k(logits: &[f32], experts: usize, rule: &SamplingRule) -> Resu
         for &e in &drawn {
             result.ids.push(e as i32);
             result.weights.push(policy[e]);
-            result.log_probabilities.push(scaled[e] - log_sum_exp(left.iter().map(|&other| scaled[other])));
+            // Relative to the largest, so that a logit of any size leaves the logarithm its digits.
+            let max = left.iter().map(|&other| scaled[other]).fold(f64::NEG_INFINITY, f64::max);
+            let log_sum = left.iter().map(|&other| (scaled[other] - max).exp()).sum::<f64>().ln();
+            result.log_probabilities.push(scaled[e] - max - log_sum);
             left.retain(|&other| other != e);
         }
         result.entropy.push(entropy(&policy));

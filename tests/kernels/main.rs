@@ -19,9 +19,11 @@ mod gate;
 mod gemm;
 mod hash;
 mod hierarchical;
+mod jitter;
 mod mutants;
 mod noisy;
 mod router;
+mod sampled;
 mod sinkhorn;
 mod timing;
 
@@ -78,6 +80,8 @@ fn check(kernel: Kernel) {
         Kernel::BalanceLoss => balance::check_losses(rng),
         Kernel::UpdateBias => balance::check_bias(rng),
         Kernel::MapExperts => expert_map::check(rng),
+        Kernel::Sampled(variant) => sampled::check(variant, rng),
+        Kernel::Jitter(dtype) => jitter::check(dtype, rng),
     }
 }
 

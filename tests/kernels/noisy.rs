@@ -233,7 +233,7 @@ fn pairs_come_as_often_as_the_formula_says() {
 }
 
 /// Noise that the device added, in 32 parts of equal chance: chi-square of 31 degrees of freedom exceeds 90 for fewer than 1 of 10^6 seeds
-/// (Wilson-Hilferty: 1.5e-7). Mean and variance likewise within 5 standard errors.
+/// (its tail there is 1.2e-7). Mean and variance likewise within 5 standard errors.
 fn noise_is_normal() {
     const TOKENS: usize = 4096;
     let desc = NoisyDesc { tokens: TOKENS, experts: 32, rule: rule(1, 0.0) };

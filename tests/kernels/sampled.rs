@@ -1,0 +1,173 @@
+//! Checks of `sampled_*`: experts drawn from the router's distribution.
+
+use moe_kernels::reference::sampled::gumbel_top_k;
+use moe_kernels::registry::{Dtype, Kernel, Spread};
+use moe_kernels::sampled::{self, NoiseSource, SampledArgs, SampledDesc, SamplingRule};
+
+use crate::noisy::{Logits, assert_same_bits};
+use crate::support::buffer::Guarded;
+use crate::support::compare::{assert_rounded_once, to_f64};
+use crate::support::device;
+use crate::support::inputs::run_seed;
+use crate::timing::time;
+
+/// Of a logarithm of a probability and of an entropy: exp and ln are good to 2e-7, and a difference of logits that f32 holds in a few units of
+/// 2^-24 of the larger.
+const LOGARITHMS: f64 = 2e-6;
+
+pub fn check(variant: Spread, rng: &mut fastrand::Rng) {
+    let most = variant.max_experts() as usize;
+    let least = Spread::ALL.iter().map(|s| s.max_experts() as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
+    for experts in [least, (least + most) / 2, most - 1, most] {
+        for (tokens, top_k) in [(1, 1), (37, 2), (300, 3), (70, 8), (20, 32)] {
+            let tokens = if experts > 512 { tokens.min(40) } else { tokens };
+            for kind in Logits::ALL {
+                let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
+                let inverse_temperature = [1.0, 0.5, 40.0, 0.0][rng.usize(..4)];
+                let rule = SamplingRule { top_k: top_k.min(experts), inverse_temperature, noise };
+                case(variant, rng, &SampledDesc { tokens, experts, rule }, kind);
+            }
+        }
+    }
+    if most == 32 {
+        pairs_come_as_often_as_the_formula_says();
+        certain_and_even_policies();
+        many_tokens(rng);
+    }
+}
+
+struct Got {
+    ids: Vec<i32>,
+    weights: Vec<f32>,
+    log_probabilities: Vec<f32>,
+    entropy: Vec<f32>,
+    perturbed: Vec<f32>,
+}
+
+impl Got {
+    fn bits(&self) -> Vec<u32> {
+        let floats = [&self.weights, &self.log_probabilities, &self.entropy, &self.perturbed];
+        let ids = self.ids.iter().map(|&id| id as u32);
+        floats.into_iter().flatten().map(|value| value.to_bits()).chain(ids).collect()
+    }
+}
+
+fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let choices = desc.tokens * desc.rule.top_k;
+    let input = Guarded::input(&stream, "logits", logits);
+    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
+    let mut logs = Guarded::<f32>::output(&stream, "log_probabilities", choices);
+    let mut entropy = Guarded::<f32>::output(&stream, "entropy", desc.tokens);
+    let mut perturbed = Guarded::<f32>::output(&stream, "perturbed", desc.tokens * desc.experts);
+    let mut run = |rest: bool| {
+        let args = SampledArgs {
+            logits: &input.view(),
+            ids: &mut ids.view_mut(),
+            weights: &mut weights.view_mut(),
+            log_probabilities: if rest { Some(&mut logs.view_mut()) } else { None },
+            entropy: if rest { Some(&mut entropy.view_mut()) } else { None },
+            perturbed: if rest { Some(&mut perturbed.view_mut()) } else { None },
+        };
+        sampled::forward(kernels, &stream, desc, args).unwrap();
+        Got {
+            ids: ids.read(&stream),
+            weights: weights.read(&stream),
+            log_probabilities: logs.read(&stream),
+            entropy: entropy.read(&stream),
+            perturbed: perturbed.read(&stream),
+        }
+    };
+    let got = run(true);
+    assert!(got.bits() == run(false).bits(), "{desc:?}: another run gave other bits");
+    time(&stream, &format!("{desc:?}"), || drop(run(true)));
+    input.assert_unchanged(&stream);
+    got
+}
+
+fn assert_logarithms(name: &str, got: &[f32], want: &[f64]) {
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        let near = (f64::from(g) - w).abs() <= LOGARITHMS * w.abs().max(1.0) || f64::from(g) == w;
+        assert!(near || (g.is_nan() && w.is_nan()), "{name}[{i}]: {g:e}, want {w:e}");
+    }
+}
+
+fn case(variant: Spread, rng: &mut fastrand::Rng, desc: &SampledDesc, kind: Logits) {
+    let selection = sampled::select(desc, device::kernels().device()).unwrap();
+    assert_eq!(selection.kernel, Kernel::Sampled(variant));
+    let name = format!("{desc:?} {kind:?}");
+    let (logits, _) = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
+    let want = gumbel_top_k(&logits, desc.experts, &desc.rule).unwrap();
+    let got = launch(desc, &logits);
+    assert_same_bits(&format!("{name}: perturbed"), &got.perturbed, &want.perturbed);
+    assert_eq!(got.ids, want.ids, "{name}: ids");
+    assert_rounded_once(&name, &to_f64(&got.weights), &want.weights, Dtype::F32);
+    assert_logarithms(&format!("{name}: log-probabilities"), &got.log_probabilities, &want.log_probabilities);
+    assert_logarithms(&format!("{name}: entropy"), &got.entropy, &want.entropy);
+}
+
+fn rule(top_k: usize, inverse_temperature: f32) -> SamplingRule {
+    SamplingRule { top_k, inverse_temperature, noise: NoiseSource { seed: run_seed(), offset: 23 } }
+}
+
+/// Ordered pairs of 4 experts: `P(a, b) = p_a p_b / (1 - p_a)`. Chi-square of 11 degrees of freedom exceeds 52 for fewer than 1 of 10^6 seeds
+/// (the upper tail at 52 is 2.7e-7). The log-probabilities that the device writes are those of the same formula.
+fn pairs_come_as_often_as_the_formula_says() {
+    const DRAWS: usize = 16384;
+    let p = [0.4f64, 0.3, 0.2, 0.1];
+    let logits: Vec<f32> = p.iter().map(|p| (p.ln() / 2.0) as f32).collect();
+    let desc = SampledDesc { tokens: DRAWS, experts: 4, rule: rule(2, 2.0) };
+    let got = launch(&desc, &logits.repeat(DRAWS));
+    let mut chi_square = 0.0;
+    for a in 0..4 {
+        for b in (0..4).filter(|&b| b != a) {
+            let chance = p[a] * p[b] / (1.0 - p[a]);
+            let pairs = got.ids.chunks(2).zip(got.log_probabilities.chunks(2));
+            let of_this: Vec<_> = pairs.filter(|(ids, _)| **ids == [a as i32, b as i32]).collect();
+            for (_, logs) in &of_this {
+                assert!(((f64::from(logs[0]) + f64::from(logs[1])).exp() / chance - 1.0).abs() < 1e-6);
+            }
+            let expected = chance * DRAWS as f64;
+            chi_square += (of_this.len() as f64 - expected).powi(2) / expected;
+        }
+    }
+    assert!(chi_square < 52.0, "chi-square {chi_square}");
+    let entropy = -p.iter().map(|p| p * p.ln()).sum::<f64>();
+    assert!(got.entropy.iter().all(|&found| (f64::from(found) - entropy).abs() < 1e-6));
+}
+
+fn certain_and_even_policies() {
+    let certain =
+        launch(&SampledDesc { tokens: 1, experts: 4, rule: rule(2, 1e3) }, &[0.0, 5.0, 1.0, f32::NEG_INFINITY]);
+    assert_eq!((certain.ids, certain.weights), (vec![1, 2], vec![1.0, 0.0]));
+    // What is left after the first draw is as certain, though the policy gives it nothing.
+    assert_eq!((certain.log_probabilities, certain.entropy), (vec![0.0, 0.0], vec![0.0]));
+    let even = launch(&SampledDesc { tokens: 1, experts: 4, rule: rule(4, 0.0) }, &[0.0, 5.0, 1.0, 2.0]);
+    for (log, left) in even.log_probabilities.iter().zip([4f32, 3.0, 2.0, 1.0]) {
+        assert!((log + left.ln()).abs() < 1e-6, "{log}");
+    }
+    let desc = SampledDesc { tokens: 0, experts: 4, rule: rule(2, 1.0) };
+    assert!(launch(&desc, &[]).ids.is_empty());
+}
+
+/// Close to 2^20 tokens.
+fn many_tokens(rng: &mut fastrand::Rng) {
+    let desc = SampledDesc { tokens: (1 << 20) - 5, experts: 3, rule: rule(1, 1.0) };
+    let (logits, _) = Logits::Skewed.draw(rng, desc.tokens * 3, 3);
+    let stream = device::stream();
+    let input = stream.clone_htod(&logits).unwrap();
+    let mut ids = Guarded::<i32>::output(&stream, "ids", desc.tokens);
+    let mut weights = Guarded::<f32>::output(&stream, "weights", desc.tokens);
+    let args = SampledArgs {
+        logits: &input,
+        ids: &mut ids.view_mut(),
+        weights: &mut weights.view_mut(),
+        log_probabilities: None,
+        entropy: None,
+        perturbed: None,
+    };
+    sampled::forward(device::kernels(), &stream, &desc, args).unwrap();
+    let want = gumbel_top_k(&logits, 3, &desc.rule).unwrap();
+    assert!(ids.read(&stream) == want.ids, "ids of many tokens");
+}
