@@ -276,6 +276,13 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 m.step();
                 return Ok(Next::Reload);
             }
+            Code::MoveMatrix => {
+                if m.whole_warp(pc, mask)? {
+                    super::matrix::transpose(file, op.d, op.a);
+                    m.step();
+                }
+                return Ok(Next::Reload);
+            }
             Code::Wgmma => {
                 let Extra::Wgmma(x) = extra() else { unreachable!() };
                 if m.whole_warp(pc, mask)? {

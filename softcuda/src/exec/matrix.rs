@@ -1,4 +1,4 @@
-//! `ldmatrix` and `stmatrix` (PTX ISA 9.7.14.5): matrices of 8 rows of 8 16-bit elements. Lane 8i + r holds the address of
+//! `ldmatrix`, `stmatrix` and `movmatrix` (PTX ISA 9.7.14.5): matrices of 8 rows of 8 16-bit elements. Lane 8i + r holds the address of
 //! row r of matrix i; lane l holds elements (l / 4, 2 (l % 4)) and the next one, rows and columns exchanged for `.trans`.
 
 use super::access::addresses;
@@ -32,6 +32,23 @@ pub fn run(m: &mut Machine, file: File, x: &MatrixMove, store: bool, pc: u32) ->
         }
     }
     Ok(())
+}
+
+/// `movmatrix` (PTX ISA 9.7.14.5.17): the matrix in a register, transposed.
+///
+/// # Safety
+/// The slots must be 32-bit ones of this file's kernel.
+pub unsafe fn transpose(file: File, d: u32, a: u32) {
+    // SAFETY: passed on to the caller.
+    unsafe {
+        let pairs = file.lanes32(a);
+        let element = |row: usize, column: usize| pairs[4 * row + column / 2] >> (16 * (column % 2)) & 0xffff;
+        let turned = std::array::from_fn(|lane| {
+            let (row, column) = (lane / 4, lane % 4 * 2);
+            element(column, row) | element(column + 1, row) << 16
+        });
+        file.store32(d, FULL, &turned);
+    }
 }
 
 /// # Safety

@@ -189,25 +189,29 @@ unsafe fn deliver(file: File, regs: &[Reg], ty: Type, rows: &[[f32; 8]; 16]) {
     }
 }
 
-/// m8n8k4: one register each of A (row g, k = t) and B (k = t, column g).
+/// Register r of A holds row g (+ 8 for odd r, of 16 rows) and k = 4 (r / 2) + t, of B k = 4r + t and column g. The manual's
+/// operations on f64 are those of IEEE 754, each rounded to nearest.
 #[inline(always)]
 unsafe fn double_mma(file: File, x: &Mma) {
+    let halves = x.m as usize / 8;
     // SAFETY: passed on to the caller.
     unsafe {
-        let a = file.lanes64(x.a[0].slot).map(f64::from_bits);
-        let b = file.lanes64(x.b[0].slot).map(f64::from_bits);
-        let c = [file.lanes64(x.c[0].slot), file.lanes64(x.c[1].slot)];
-        let mut d = [[0; LANES]; 2];
-        for lane in 0..LANES {
-            for odd in 0..2 {
+        let wide = |r: &Reg| file.lanes64(r.slot).map(f64::from_bits);
+        let a: Vec<_> = x.a.iter().map(wide).collect();
+        let b: Vec<_> = x.b.iter().map(wide).collect();
+        let c: Vec<_> = x.c.iter().map(wide).collect();
+        for (i, reg) in x.d.iter().enumerate() {
+            let (upper, odd) = (i / 2, i % 2);
+            let d = std::array::from_fn(|lane| {
                 let (row, column) = (lane / 4, 2 * (lane % 4) + odd);
-                let sum =
-                    (0..4).fold(f64::from_bits(c[odd][lane]), |s, k| a[4 * row + k].mul_add(b[4 * column + k], s));
-                d[odd][lane] = sum.to_bits();
-            }
+                let step = |sum: f64, k: usize| {
+                    let group = k / 4;
+                    a[halves * group + upper][4 * row + k % 4].mul_add(b[group][4 * column + k % 4], sum)
+                };
+                (0..4 * b.len()).fold(c[i][lane], step).to_bits()
+            });
+            file.store64(reg.slot, FULL, &d);
         }
-        file.store64(x.d[0].slot, FULL, &d[0]);
-        file.store64(x.d[1].slot, FULL, &d[1]);
     }
 }
 

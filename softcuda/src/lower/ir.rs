@@ -492,6 +492,10 @@ pub fn visit_registers(op: &mut Op, extras: &mut [Extra], f: &mut dyn FnMut(&mut
             slot(&mut op.d, ty, Use::Write);
         }
         Code::Activemask => slot(&mut op.d, Type::B32, Use::Write),
+        Code::MoveMatrix => {
+            slot(&mut op.d, Type::B32, Use::Write);
+            slot(&mut op.a, Type::B32, Use::Read);
+        }
         Code::Load | Code::Store => {
             let Extra::Access(x) = &mut extras[op.a as usize] else { unreachable!("accesses have their operands") };
             let direction = if op.code == Code::Load { Use::Write } else { Use::Read };

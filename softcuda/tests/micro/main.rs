@@ -21,6 +21,7 @@ mod half_precision;
 mod hopper;
 mod integer;
 mod matrix;
+mod matrix_hopper;
 mod memory;
 mod traffic;
 mod warp;

@@ -1,9 +1,9 @@
-//! `ldmatrix`, `stmatrix` and `mma.sync` (PTX ISA 9.7.14).
+//! `ldmatrix`, `stmatrix`, `movmatrix` and `mma.sync` (PTX ISA 9.7.14).
 
-use super::{Class, unknown};
+use super::{Class, spelling, unknown};
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result};
-use crate::lower::ir::{Extra, MatrixMove, Mma, MmaType, Reg};
+use crate::lower::ir::{Extra, MatrixMove, Mma, MmaType, Op, Reg};
 use crate::lower::isa::Code;
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::{count, describe};
@@ -42,8 +42,49 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// Transposes an 8x8 matrix across the warp.
+    pub(super) fn movmatrix(&mut self, i: &Instruction) -> Result<()> {
+        let mut m = Modifiers::new(i);
+        let named = ["sync", "aligned", "m8n8", "trans"].iter().all(|name| m.take(name));
+        if !named || m.last_type()? != Type::B16 {
+            return Err(unknown(i));
+        }
+        m.finish()?;
+        count(&i.operands, 2..=2)?;
+        let a = self.source(&i.operands[1], Type::B32)?;
+        let d = self.dest(&i.operands[0], Type::B32)?;
+        self.class = Some(Class::MatrixMove);
+        self.push(Op { code: Code::MoveMatrix, guard: 0, d, a, b: 0, c: 0, x: 0 });
+        Ok(())
+    }
+
+    /// An instruction of this architecture and later ones.
+    fn needs(&self, i: &Instruction, architecture: u32) -> Result<()> {
+        let target = &self.module.target;
+        let number = target.strip_prefix("sm_").and_then(|t| t.trim_end_matches(['a', 'f']).parse::<u32>().ok());
+        if number.is_some_and(|n| n >= architecture) {
+            return Ok(());
+        }
+        Err(LowerErrorKind::Invalid(format!("`{}` needs sm_{architecture}, not `{target}`", spelling(i))))
+    }
+
     pub(super) fn mma(&mut self, i: &Instruction) -> Result<()> {
         use Type::*;
+        // Kinds of product that this device has not, by the modifier that says so.
+        const ABSENT: [(&str, &str); 9] = [
+            ("sp", "a sparse product"),
+            ("sp::ordered_metadata", "a sparse product"),
+            ("s4", "a product of 4-bit integers"),
+            ("u4", "a product of 4-bit integers"),
+            ("b1", "a product of single bits"),
+            ("block_scale", "a block-scaled product"),
+            ("kind::f8f6f4", "a product of sm_120a"),
+            ("kind::mxf8f6f4", "a product of sm_120a"),
+            ("kind::mxf4", "a product of sm_120a"),
+        ];
+        if let Some((_, what)) = ABSENT.iter().find(|(name, _)| i.modifiers.iter().any(|m| m == name)) {
+            return Err(LowerErrorKind::Unsupported(format!("`{}`, {what}", spelling(i))));
+        }
         let mut m = Modifiers::new(i);
         if !m.take("sync") || !m.take("aligned") {
             return Err(unknown(i));
@@ -80,6 +121,19 @@ impl Builder<'_> {
             ((16, 8, 4), TF32, TF32) if float_accumulator => (MmaType::TF32, MmaType::TF32, (2, 1), 4),
             ((16, 8, 8), TF32, TF32) if float_accumulator => (MmaType::TF32, MmaType::TF32, (4, 2), 4),
             ((8, 8, 4), F64, F64) if (d_type, c_type) == (F64, F64) => (MmaType::F64, MmaType::F64, (1, 1), 2),
+            ((16, 8, depth @ (4 | 8 | 16)), F64, F64) if (d_type, c_type) == (F64, F64) => {
+                self.needs(i, 90)?;
+                (MmaType::F64, MmaType::F64, (depth / 2, depth / 4), 4)
+            }
+            ((16, 8, depth @ (16 | 32)), E4M3 | E5M2, E4M3 | E5M2) if half_accumulator => {
+                self.needs(i, 89)?;
+                let ty = |t| if t == E4M3 { MmaType::E4M3 } else { MmaType::E5M2 };
+                (ty(a), ty(b), (depth / 8, depth / 16), 4)
+            }
+            ((8, 8, 4), F16, F16) => {
+                let what = format!("`{}`, the product of four quads of sm_70", spelling(i));
+                return Err(LowerErrorKind::Unsupported(what));
+            }
             (shape, S8 | U8, S8 | U8) if (d_type, c_type) == (S32, S32) => {
                 let registers = match shape {
                     (8, 8, 16) => (1, 1),

@@ -65,6 +65,7 @@ impl Builder<'_> {
             "membar" | "fence" => self.fence(i),
             "nanosleep" => self.nanosleep(i),
             "ldmatrix" | "stmatrix" => self.matrix_move(i),
+            "movmatrix" => self.movmatrix(i),
             "mma" => self.mma(i),
             "wgmma" => self.wgmma(i),
             "setmaxnreg" => self.setmaxnreg(i),

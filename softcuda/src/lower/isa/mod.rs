@@ -123,7 +123,7 @@ macro_rules! define_codes {
             Load, Store, Atom, CopyAsync, CopyCommit, CopyWait,
             Arith, Cvt, TestSpace,
             Exchange, Activemask, Barrier, Fence, Sleep,
-            LoadMatrix, StoreMatrix, Mma,
+            LoadMatrix, StoreMatrix, MoveMatrix, Mma,
             Cluster,
             /// `setmaxnreg` to the low bits of `x`, up where its top bit is set.
             Wgmma, WgmmaSync, SetMaxRegisters,
