@@ -1,9 +1,11 @@
-//! Speed of the device on one core: `cargo bench -p softcuda --bench device [NAME]`. Each line is the best of several runs,
-//! in processor time of the one thread that runs the launch, so that other load on the machine matters little.
+//! Speed of the device: `cargo bench -p softcuda --bench device [NAME]`. On one core each figure is the best of several runs,
+//! in processor time of the one thread that runs the launch, so that other load on the machine matters little; on all cores
+//! it is in elapsed time, with as many times the blocks. `DEVICE_ISA=Baseline|Avx2|Avx512` takes other instructions than the
+//! host's best.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use softcuda::exec::{Config, Launch, launch};
+use softcuda::exec::{Config, Isa, Launch, launch};
 use softcuda::lower::{Environment, lower_module};
 use softcuda::memory::Memory;
 
@@ -11,6 +13,8 @@ use softcuda::memory::Memory;
 struct Bench {
     name: &'static str,
     body: String,
+    target: &'static str,
+    shared: u32,
     grid: u32,
     block: u32,
     /// Work of one launch in `unit`s.
@@ -33,6 +37,8 @@ fn benches() -> Vec<Bench> {
     list.push(Bench {
         name: "alu",
         body: format!("{prologue}{alu}"),
+        target: "sm_80",
+        shared: 0,
         grid: 1,
         block: 256,
         work: 10.0 * 20000.0 * 256.0 / 1e9,
@@ -52,10 +58,56 @@ fn benches() -> Vec<Bench> {
         list.push(Bench {
             name,
             body: format!("{prologue} LOOP: {mma} add.u32 %i, %i, 1; setp.lt.u32 %p, %i, 4000; @%p bra LOOP; st.global.f32 [%a], %f3;"),
-            grid: 1,
+            target: "sm_80",
+        shared: 0,
+        grid: 1,
             block: 128,
             work: 4.0 * 4000.0 * 4.0 * 2.0 * 16.0 * 8.0 * k / 1e9,
             unit: "GFLOP/s",
+        });
+    }
+    // Four products a turn into one accumulator, as in the main loop of a kernel: 64 K in rows of 128 bytes, for `wait`
+    // turns in flight. Each warpgroup computes 64 rows.
+    for (name, types, n, k, registers) in [
+        ("wgmma_bf16", "f32.bf16.bf16", 128, 16, false),
+        ("wgmma_bf16_wide", "f32.bf16.bf16", 256, 16, false),
+        ("wgmma_bf16_rs", "f32.bf16.bf16", 128, 16, true),
+        ("wgmma_f16", "f16.f16.f16", 128, 16, false),
+        ("wgmma_tf32", "f32.tf32.tf32", 128, 8, false),
+        ("wgmma_e4m3", "f32.e4m3.e4m3", 128, 32, false),
+        ("wgmma_s8", "s32.s8.s8", 128, 32, false),
+    ] {
+        let d: Vec<_> = (0..if types.starts_with("f16") { n / 4 } else { n / 2 }).map(|i| format!("%d{i}")).collect();
+        let a = if registers { "{%r8, %r9, %r10, %r11}" } else { "%a" };
+        let tail = match (types.starts_with("s32"), k == 16, registers) {
+            (true, ..) => "",
+            (_, true, true) => ", 1, 1, 0",
+            (_, true, false) => ", 1, 1, 0, 0",
+            _ => ", 1, 1",
+        };
+        let product = format!(
+            "wgmma.mma_async.sync.aligned.m64n{n}k{k}.{types} {{{}}}, {a}, %b, %p{tail}; add.s64 %a, %a, 2; add.s64 %b, %b, 2;",
+            d.join(", ")
+        );
+        // Descriptors: 128-byte swizzle, 1024 bytes from 8 rows to the next, A at 0 and B at 8192.
+        list.push(Bench {
+            name,
+            body: format!(
+                "{prologue} .reg .b32 %d<{}>; ld.param.u64 %a, [p0]; setp.eq.u32 %p, 0, 0;
+                 LOOP: mov.u64 %a, {}; mov.u64 %b, {}; wgmma.fence.sync.aligned; {product} {product} {product} {product}
+                 wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1;
+                 add.u32 %i, %i, 1; setp.lt.u32 %p, %i, 400; @!%p bra END; bra LOOP;
+                 END: wgmma.wait_group.sync.aligned 0; ld.param.u64 %a, [p0]; st.global.b32 [%a], %d3;",
+                d.len(),
+                (1u64 << 62 | 64 << 32) as i64,
+                (1u64 << 62 | 64 << 32 | 8192 >> 4) as i64,
+            ),
+            target: "sm_90a",
+            shared: 8192 + 32768 + 1024,
+            grid: 1,
+            block: 128,
+            work: 400.0 * 4.0 * 2.0 * 64.0 * f64::from(n * k) / 1e9,
+            unit: if types.starts_with("s32") { "Gop/s" } else { "GFLOP/s" },
         });
     }
     list.push(Bench {
@@ -65,6 +117,8 @@ fn benches() -> Vec<Bench> {
              st.global.v4.b32 [%a+16777216], {{%r4, %r5, %r6, %r7}}; add.s64 %a, %a, 1048576; add.u32 %i, %i, 1;
              setp.lt.u32 %p, %i, 16; @%p bra LOOP;"
         ),
+        target: "sm_80",
+        shared: 0,
         grid: 256,
         block: 256,
         work: 2.0 * 16.0 * 1048576.0 / 1e9,
@@ -79,6 +133,8 @@ fn benches() -> Vec<Bench> {
              st.shared.u32 [%r5], %r9; SKIP: shr.u32 %r7, %r7, 1; setp.ne.u32 %p, %r7, 0; @%p bra LOOP;
              add.u32 %i, %i, 1; bar.sync 0; setp.lt.u32 %p, %i, 100; @%p bra AGAIN;"
         ),
+        target: "sm_80",
+        shared: 0,
         grid: 8,
         block: 256,
         work: 800.0 * 256.0 / 1e6,
@@ -89,6 +145,8 @@ fn benches() -> Vec<Bench> {
         body: format!(
             "{prologue} LOOP: red.global.add.u32 [%a], 1; add.u32 %i, %i, 1; setp.lt.u32 %p, %i, 100; @%p bra LOOP;"
         ),
+        target: "sm_80",
+        shared: 0,
         grid: 16,
         block: 256,
         work: 16.0 * 256.0 * 100.0 / 1e6,
@@ -97,6 +155,8 @@ fn benches() -> Vec<Bench> {
     list.push(Bench {
         name: "empty_launch",
         body: String::new(),
+        target: "sm_80",
+        shared: 0,
         grid: 1,
         block: 32,
         work: 1e-3,
@@ -113,36 +173,61 @@ fn thread_time() -> Duration {
     Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
 }
 
+/// Thread-instructions per second of public PTX emulators, at most.
+const OTHERS: f64 = 60e6;
+
 fn main() {
     let filter = std::env::args().skip(1).find(|a| !a.starts_with("--"));
     let memory = Memory::new(1 << 30).expect("address space for the device");
     let data = memory.alloc(64 << 20).expect("64 MiB");
-    let config = Config { threads: 1, ..Config::default() };
+    let wanted = std::env::var("DEVICE_ISA").ok();
+    let isa = match wanted {
+        None => Isa::detect(),
+        Some(name) => {
+            *Isa::available().iter().find(|i| format!("{i:?}") == name).expect("an instruction set of this host")
+        }
+    };
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    println!("instructions of the host: {isa:?}; {cores} cores\n");
+    println!("{:18} {:>12} {:>12} {:8} {:24} {:>12}", "", "one core", "all cores", "scaling", "", "one launch");
     for b in benches().iter().filter(|b| filter.as_ref().is_none_or(|f| b.name.contains(f.as_str()))) {
         let text = format!(
-            ".version 8.3\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 p0) {{ {} ret; }}\n",
-            b.body
+            ".version 8.3\n.target {}\n.address_size 64\n.extern .shared .align 1024 .b8 dynamic[];\n
+             .visible .entry k(.param .u64 p0) {{ {} ret; }}\n",
+            b.target, b.body
         );
+        let capability = if b.target == "sm_90a" { (9, 0) } else { (8, 0) };
         let module = softcuda::ptx::parse(&text).unwrap_or_else(|e| panic!("{}: {e}", b.name));
-        let env = Environment { compute_capability: (8, 0), ..Environment::default() };
+        let env = Environment { compute_capability: capability, ..Environment::default() };
         let program = lower_module(&module, &env).unwrap_or_else(|e| panic!("{}: {e}", b.name));
-        let one = || {
-            let start = thread_time();
-            launch(&Launch {
-                kernel: &program.kernels[0],
-                grid: [b.grid, 1, 1],
-                block: [b.block, 1, 1],
-                cluster: [1, 1, 1],
-                dynamic_shared_bytes: 0,
-                params: &data.to_le_bytes(),
-                cooperative: false,
-                memory: &memory,
-                config: &config,
-            })
-            .unwrap_or_else(|e| panic!("{}: {e}", b.name));
-            thread_time() - start
+        let best = |threads: usize| {
+            let config = Config { threads, isa: Some(isa), compute_capability: capability, ..Config::default() };
+            let one = || {
+                let (start, elapsed) = (thread_time(), Instant::now());
+                launch(&Launch {
+                    kernel: &program.kernels[0],
+                    grid: [b.grid * threads as u32, 1, 1],
+                    block: [b.block, 1, 1],
+                    cluster: [1, 1, 1],
+                    dynamic_shared_bytes: b.shared,
+                    params: &data.to_le_bytes(),
+                    cooperative: false,
+                    memory: &memory,
+                    config: &config,
+                })
+                .unwrap_or_else(|e| panic!("{}: {e}", b.name));
+                if threads == 1 { thread_time() - start } else { elapsed.elapsed() }
+            };
+            (0..RUNS).map(|_| one()).min().unwrap_or(Duration::MAX)
         };
-        let best = (0..RUNS).map(|_| one()).min().unwrap_or(Duration::MAX);
-        println!("{:18} {:10.3} {:24} ({best:.1?})", b.name, b.work / best.as_secs_f64(), b.unit);
+        let one = best(1);
+        let speed = b.work / one.as_secs_f64();
+        let all = if cores == 1 { one } else { best(cores) };
+        let many = b.work * cores as f64 / all.as_secs_f64();
+        println!("{:18} {speed:12.2} {many:12.2} {:7.2}x {:24} {one:>12.1?}", b.name, many / speed, b.unit);
+        if b.name == "alu" {
+            let times = speed * 1e9 / OTHERS;
+            println!("{:18} {times:12.0} times the {:.0} M/s of the fastest public emulators", "", OTHERS / 1e6);
+        }
     }
 }

@@ -19,17 +19,32 @@ pub enum Stop {
     Finished,
 }
 
-/// Instruction sets that lane-wise operations are compiled for.
+/// Instruction sets of the host that the device is compiled for; every one computes the same bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     Baseline,
+    /// x86-64-v3.
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    /// AVX-512 F, BW, DQ and VL.
     #[cfg(target_arch = "x86_64")]
     Avx512,
 }
 
 impl Isa {
+    /// Those that this host has, the plainest first.
+    pub fn available() -> Vec<Self> {
+        let best = Self::detect();
+        let all = [
+            Self::Baseline,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512,
+        ];
+        all.into_iter().filter(|isa| *isa as u8 <= best as u8).collect()
+    }
+
     /// The best that this host has.
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]

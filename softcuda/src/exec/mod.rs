@@ -32,6 +32,7 @@ mod wgmma;
 
 pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
 pub use fault::{Fault, FaultKind};
+pub use interpreter::Isa;
 pub use print::Output;
 
 use crate::lower::Kernel;
@@ -64,6 +65,8 @@ pub struct Config {
     pub compute_capability: (u32, u32),
     /// Most blocks that one host thread keeps in flight at once. Cooperative launches keep all of theirs.
     pub max_resident_blocks: usize,
+    /// The host's instructions to use; `None` for the best that it has.
+    pub isa: Option<Isa>,
     /// Fill [`Counters`]; slower.
     pub count: bool,
     /// Who sees what the launch does; slower.
@@ -84,6 +87,7 @@ impl Default for Config {
             sm_count: 108,
             compute_capability: (8, 0),
             max_resident_blocks: 64,
+            isa: None,
             count: false,
             watches: Vec::new(),
             stack_bytes: 8 << 10,

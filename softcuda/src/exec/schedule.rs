@@ -113,6 +113,11 @@ fn check(l: &Launch) -> Result<Shape, Fault> {
     {
         return bad(format!("blocks of {:?} threads; the kernel requires {required:?}", l.block));
     }
+    if let Some(isa) = l.config.isa
+        && !Isa::available().contains(&isa)
+    {
+        return bad(format!("the host has no {isa:?}"));
+    }
     if l.params.len() != k.param_bytes as usize {
         return bad(format!("{} bytes of parameters; the kernel takes {}", l.params.len(), k.param_bytes));
     }
@@ -158,7 +163,7 @@ fn worker<'a>(l: &'a Launch<'a>, shape: Shape, constants: &Buffer, params: &'a B
         tally: l.config.count.then(|| Box::new(Tally::new(body.blocks.len(), l.kernel.lines.len()))),
         watched: l.config.count || !observers.is_empty(),
         observers,
-        isa: Isa::detect(),
+        isa: l.config.isa.unwrap_or_else(Isa::detect),
         grid_id,
         spare: VecDeque::new(),
     }

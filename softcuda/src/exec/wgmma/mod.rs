@@ -19,6 +19,7 @@ mod descriptor;
 mod product;
 mod registers;
 mod tiles;
+mod tiles_x86;
 
 pub use descriptor::Descriptor;
 pub use registers::{Pool, Share, adjust};
@@ -33,7 +34,7 @@ use super::lanes::{Buffer, FULL, File, LANES};
 use super::numeric::{F16, float};
 use super::observe::{AccessKind, Engine, SyncEvent, Touch};
 use super::state::{GroupState, Machine, Outcome, Raw, Shared, Warp, mix};
-use crate::lower::ir::{Extra, Wgmma, WgmmaA, WgmmaSync, WgmmaSyncKind};
+use crate::lower::ir::{Extra, MmaType, Wgmma, WgmmaA, WgmmaSync, WgmmaSyncKind};
 use crate::ptx::ast::{Space, Type};
 
 /// Warps of a warpgroup.
@@ -346,7 +347,7 @@ fn land(m: &mut Machine, file: File) {
         product.filled = true;
         product.tiles.reserve(x.k as usize, x.n as usize);
         // SAFETY: `issue` has checked the chunks, and the tiles have room.
-        unsafe { fill(isa, product, x, base) };
+        unsafe { fill(isa, product, x, base, isa) };
     }
     let sums = &mut m.warp.wgmma.sums[pending.sums];
     // SAFETY: the tiles and sums have the extents of this product; slots are this kernel's.
@@ -398,18 +399,24 @@ macro_rules! for_each_isa {
     };
 }
 
-for_each_isa!(fill, fill_body, (product: &mut Product, x: &Wgmma, base: *const u8));
+for_each_isa!(fill, fill_body, (product: &mut Product, x: &Wgmma, base: *const u8, isa: Isa));
 for_each_isa!(deliver, deliver_body, (file: File, slots: &[u32], x: &Wgmma, sums: *const u32));
 
 /// Reads A and B from shared memory.
 #[inline(always)]
-unsafe fn fill_body(product: &mut Product, x: &Wgmma, base: *const u8) {
+unsafe fn fill_body(product: &mut Product, x: &Wgmma, base: *const u8, isa: Isa) {
     let tiles = &mut product.tiles;
     // SAFETY: passed on to the caller.
     unsafe {
         if let WgmmaA::Descriptor { turned, .. } = x.a {
             tiles::fill_a(x.a_type, base, &product.a_chunks, turned, tiles.a.as_mut_ptr().cast());
         }
+        #[cfg(target_arch = "x86_64")]
+        if isa != Isa::Baseline && matches!(x.b_type, MmaType::F16 | MmaType::BF16) && !x.b_turned {
+            tiles_x86::fill_b(x.b_type, base, &product.b_chunks, x.n as usize, tiles.b.as_mut_ptr().cast());
+            return;
+        }
+        let _ = isa;
         tiles::fill_b(x.b_type, base, &product.b_chunks, x.b_turned, x.n as usize, tiles.b.as_mut_ptr().cast());
     }
 }
@@ -418,7 +425,7 @@ unsafe fn fill_body(product: &mut Product, x: &Wgmma, base: *const u8) {
 ///
 /// # Safety
 /// `sums` must be of this product's extents and `file` of its kernel.
-unsafe fn add(isa: Isa, file: File, x: &Wgmma, product: &Product, warp: u32, sums: *mut u32) {
+unsafe fn add(isa: Isa, file: File, x: &Wgmma, product: &mut Product, warp: u32, sums: *mut u32) {
     let (k, stride) = (x.k as usize, padded(x.n as usize));
     let mut own = [0f32; WARP_ROWS * 32];
     let mut a: *const f32 = product.tiles.a.as_ptr().cast();
@@ -426,41 +433,61 @@ unsafe fn add(isa: Isa, file: File, x: &Wgmma, product: &Product, warp: u32, sum
     unsafe {
         match &x.a {
             WgmmaA::Registers(regs) => {
-                own = tiles::a_from_registers(x.a_type, &std::array::from_fn(|i| file.lanes32(regs[i].slot)));
+                let words = std::array::from_fn(|i| file.lanes32(regs[i].slot));
+                from_registers(isa, x.a_type, &words, &mut own);
                 a = own.as_ptr();
             }
             WgmmaA::Descriptor { .. } => a = a.add(warp as usize * WARP_ROWS * k),
         }
         if x.negated {
-            let rows = std::slice::from_raw_parts(a, WARP_ROWS * k).to_vec();
-            rows.iter().zip(&mut own).for_each(|(from, to)| *to = -from);
+            let rows: [f32; WARP_ROWS * 32] = std::array::from_fn(|i| if i < WARP_ROWS * k { -*a.add(i) } else { 0.0 });
+            own = rows;
             a = own.as_ptr();
         }
         let b = product.tiles.b.as_ptr().cast();
-        let values = std::slice::from_raw_parts_mut(sums, WARP_ROWS * stride);
         if !product.accumulate {
-            values.fill(0);
+            std::ptr::write_bytes(sums, 0, WARP_ROWS * stride);
         }
-        if x.d_type != Type::S32 {
+        if x.d_type == Type::S32 {
+            let added: *mut f32 = product.tiles.sums.as_mut_ptr().cast();
+            std::ptr::write_bytes(added, 0, WARP_ROWS * stride);
+            product::accumulate(isa, added, a, b, k, stride);
+            add_integers(isa, sums, added, WARP_ROWS * stride, x.saturate);
+        } else {
             product::accumulate(isa, sums.cast(), a, b, k, stride);
-        }
-        match x.d_type {
-            Type::F16 => {
-                for v in values {
-                    *v = F16::from_f32(f32::from_bits(*v)).to_f32().to_bits();
-                }
+            if x.d_type == Type::F16 {
+                to_halves(isa, sums, WARP_ROWS * stride);
             }
-            Type::S32 => {
-                // 32 products of 8-bit numbers are less than 2^24, where f32 counts exactly.
-                let mut added = vec![0f32; WARP_ROWS * stride];
-                product::accumulate(isa, added.as_mut_ptr(), a, b, k, stride);
-                for (v, &p) in values.iter_mut().zip(&added) {
-                    let (c, p) = (*v as i32, p as i32);
-                    *v = if x.saturate { c.saturating_add(p) } else { c.wrapping_add(p) } as u32;
-                }
-            }
-            _ => {}
         }
+    }
+}
+
+for_each_isa!(from_registers, from_registers_body, (ty: MmaType, words: &[[u32; LANES]; 4], to: &mut [f32; WARP_ROWS * 32]));
+for_each_isa!(add_integers, add_integers_body, (sums: *mut u32, added: *const f32, n: usize, saturate: bool));
+for_each_isa!(to_halves, to_halves_body, (sums: *mut u32, n: usize));
+
+#[inline(always)]
+unsafe fn from_registers_body(ty: MmaType, words: &[[u32; LANES]; 4], to: &mut [f32; WARP_ROWS * 32]) {
+    *to = tiles::a_from_registers(ty, words);
+}
+
+/// 32 products of 8-bit numbers are less than 2^24, where f32 counts exactly.
+#[inline(always)]
+unsafe fn add_integers_body(sums: *mut u32, added: *const f32, n: usize, saturate: bool) {
+    // SAFETY: passed on to the caller.
+    let (sums, added) = unsafe { (std::slice::from_raw_parts_mut(sums, n), std::slice::from_raw_parts(added, n)) };
+    for (v, &p) in sums.iter_mut().zip(added) {
+        let (c, p) = (*v as i32, p as i32);
+        *v = if saturate { c.saturating_add(p) } else { c.wrapping_add(p) } as u32;
+    }
+}
+
+/// Rounds to f16.
+#[inline(always)]
+unsafe fn to_halves_body(sums: *mut u32, n: usize) {
+    // SAFETY: passed on to the caller.
+    for v in unsafe { std::slice::from_raw_parts_mut(sums, n) } {
+        *v = F16::from_f32(f32::from_bits(*v)).to_f32().to_bits();
     }
 }
 

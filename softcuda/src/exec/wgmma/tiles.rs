@@ -28,12 +28,15 @@ pub struct Tiles {
     pub a: Buffer,
     /// `[k][padded(n)]`
     pub b: Buffer,
+    /// `[16][padded(n)]`, for sums of integers.
+    pub sums: Buffer,
 }
 
 impl Tiles {
     pub fn reserve(&mut self, k: usize, n: usize) {
         self.a.grow(4 * WARP_ROWS * k * 4);
         self.b.grow(k * padded(n) * 4);
+        self.sums.grow(WARP_ROWS * padded(n) * 4);
     }
 }
 
@@ -69,8 +72,8 @@ macro_rules! element {
 element!(Half, u16, 8, |x: u16| F16(x).to_f32());
 element!(Brain, u16, 8, |x: u16| f32::from_bits(u32::from(x) << 16));
 element!(Tensor32, u32, 4, |x: u32| f32::from_bits(x & 0xffff_e000));
-element!(E4m3, u8, 16, |x: u8| eight_bit::E4M3[usize::from(x)]);
-element!(E5m2, u8, 16, |x: u8| eight_bit::E5M2[usize::from(x)]);
+element!(E4m3, u8, 16, eight_bit::e4m3);
+element!(E5m2, u8, 16, eight_bit::e5m2);
 element!(Signed, u8, 16, |x: u8| f32::from(x as i8));
 element!(Unsigned, u8, 16, |x: u8| f32::from(x));
 
