@@ -86,7 +86,7 @@ unsafe fn one(x: &Atom, place: u64, b: u64, c: u64, global: bool) -> u64 {
 }
 
 /// The new value.
-fn combine(op: AtomOp, ty: Type, old: u64, b: u64, c: u64, global: bool) -> u64 {
+pub fn combine(op: AtomOp, ty: Type, old: u64, b: u64, c: u64, global: bool) -> u64 {
     let (x, y) = (old as u32, b as u32);
     match (op, ty) {
         (AtomOp::Add, Type::F32) => {

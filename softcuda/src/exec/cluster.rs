@@ -80,6 +80,8 @@ pub struct ClusterState {
     threads: u32,
     /// A phase completed since waiting lanes were last let go.
     opened: bool,
+    /// What runs beside the threads.
+    pub engine: super::engine::Engine,
 }
 
 impl ClusterState {

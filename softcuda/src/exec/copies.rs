@@ -27,6 +27,8 @@ struct Copy {
     from: [u64; LANES],
     /// Bytes to read; the rest is zero.
     length: [u8; LANES],
+    /// Its number among the warp's copies.
+    serial: u64,
     /// Group that the copy belongs to, counted per lane.
     group: [u32; LANES],
 }
@@ -37,6 +39,7 @@ pub struct Copies {
     pending: VecDeque<Box<Copy>>,
     /// Groups committed so far by each lane.
     committed: [u32; LANES],
+    issued: u64,
     /// Boxed because they move between the two lists.
     #[allow(clippy::vec_box)]
     spare: Vec<Box<Copy>>,
@@ -50,6 +53,11 @@ impl Copies {
 
     pub fn commit(&mut self, mask: u32) {
         active(mask).for_each(|i| self.committed[i] += 1);
+    }
+
+    /// Number of the next copy.
+    pub fn issued(&self) -> u64 {
+        self.issued
     }
 }
 
@@ -89,7 +97,9 @@ pub fn issue(m: &mut Machine, file: File, x: &CopyAsync, mask: u32, pc: u32) -> 
     }
     m.observe(&touch(AccessKind::Write, Space::Shared, &to, mask), pc);
     let copies = &mut m.warp.copies;
-    let fresh = Copy { mask, bytes: x.bytes, to: places, from, length, group: copies.committed };
+    let serial = copies.issued;
+    copies.issued += 1;
+    let fresh = Copy { mask, bytes: x.bytes, to: places, from, length, serial, group: copies.committed };
     for i in active(mask) {
         // SAFETY: `resolve` has checked the destination.
         unsafe { std::ptr::write_bytes(places[i] as *mut u8, POISON, x.bytes as usize) };
@@ -122,11 +132,22 @@ fn check_partial(m: &mut Machine, from: &[u64; LANES], length: &[u8; LANES], mas
 
 /// Lands the copies of all but each lane's last `keep` groups.
 pub fn wait(m: &mut Machine, keep: u32, mask: u32) {
-    let copies = &mut m.warp.copies;
-    let committed = copies.committed;
+    let committed = m.warp.copies.committed;
+    land(&mut m.warp.copies, |copy| {
+        mask & (0..LANES).fold(0, |due, i| due | u32::from(copy.group[i].saturating_add(keep) < committed[i]) << i)
+    });
+}
+
+/// Lands the lanes' copies that were issued before one of this number.
+pub fn land_issued_before(m: &mut Machine, serial: u64, lanes: u32) {
+    land(&mut m.warp.copies, |copy| if copy.serial < serial { lanes } else { 0 });
+}
+
+/// Lands the copies of the lanes that `due` says.
+fn land(copies: &mut Copies, due: impl Fn(&Copy) -> u32) {
     for copy in &mut copies.pending {
-        let due = (0..LANES).fold(0, |due, i| due | u32::from(copy.group[i].saturating_add(keep) < committed[i]) << i);
-        for i in active(due & copy.mask & mask) {
+        let due = due(copy);
+        for i in active(due & copy.mask) {
             let (bytes, length) = (copy.bytes as usize, usize::from(copy.length[i]));
             // SAFETY: `issue` has checked both ends.
             unsafe {
@@ -139,7 +160,7 @@ pub fn wait(m: &mut Machine, keep: u32, mask: u32) {
                 }
             }
         }
-        copy.mask &= !(due & mask);
+        copy.mask &= !due;
     }
     while copies.pending.front().is_some_and(|c| c.mask == 0) {
         copies.spare.extend(copies.pending.pop_front());

@@ -132,6 +132,11 @@ impl Machine<'_, '_> {
             w.current = 0;
         }
         w.wake();
+        if self.shared.exited() && !self.cluster.engine.is_empty() {
+            for id in self.cluster.engine.abandon(self.shared.rank) {
+                self.observe_sync(super::observe::SyncEvent::BulkAbandon { id }, 0);
+            }
+        }
     }
 
     /// Some lanes of the running group go on at `pc`, in a group of their own.

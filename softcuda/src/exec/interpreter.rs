@@ -17,6 +17,8 @@ pub enum Stop {
     /// Every group waits.
     Blocked,
     Finished,
+    /// A poll found nothing: others should run before the next one.
+    Polled,
 }
 
 /// Instruction sets of the host that the device is compiled for; every one computes the same bits.
@@ -77,7 +79,7 @@ impl Isa {
 const SLICE: i64 = 4000;
 
 /// What the loop does after an operation that is not lane-wise.
-enum Next {
+pub enum Next {
     /// On to the next operation.
     Step,
     /// The group to run has changed: its place and lanes are in the warp.
@@ -281,6 +283,18 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
             Code::Cluster => {
                 let Extra::Cluster(x) = extra() else { unreachable!() };
                 return m.cluster_op(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
+            }
+            Code::Mbarrier => {
+                let Extra::Mbarrier(x) = extra() else { unreachable!() };
+                return m.mbarrier_op(file, x, pc, mask);
+            }
+            Code::Bulk => {
+                let Extra::Bulk(x) = extra() else { unreachable!() };
+                m.bulk_op(file, x, pc, mask)?;
+            }
+            Code::ProxyFence => {
+                let Extra::ProxyFence(kind, map) = extra() else { unreachable!() };
+                m.proxy_fence(file, *kind, map.as_ref(), pc, mask)?;
             }
             Code::LoadMatrix | Code::StoreMatrix => {
                 let Extra::MatrixMove { store, inner } = extra() else { unreachable!() };

@@ -6,21 +6,27 @@
 mod access;
 mod atomic;
 mod barrier;
+mod bulk;
+mod bulk_ops;
 mod call;
 mod cluster;
 mod copies;
 mod counters;
+mod engine;
 mod exchange;
 mod fault;
 mod groups;
 mod interpreter;
 mod lanes;
 mod matrix;
+mod mbarrier;
+mod mbarrier_ops;
 mod mma;
 mod mma_x86;
 pub(crate) mod numeric;
 pub mod observe;
 mod print;
+mod reduce;
 mod rows;
 mod scalar;
 mod schedule;
@@ -34,6 +40,8 @@ pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCo
 pub use fault::{Fault, FaultKind};
 pub use interpreter::Isa;
 pub use print::Output;
+
+pub(crate) use reduce::allowed as reduction_allowed;
 
 use crate::lower::Kernel;
 

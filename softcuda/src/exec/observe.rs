@@ -14,7 +14,7 @@ use super::{Fault, Launch};
 use crate::lower::Kernel;
 use crate::ptx::ast::Space;
 
-pub use crate::lower::ir::{Order, Scope};
+pub use crate::lower::ir::{Order, ProxyFence, Scope};
 
 /// Sees launches.
 pub trait Watch: Send + Sync + Debug {
@@ -182,6 +182,95 @@ pub enum SyncEvent {
     ClusterLeave {
         mask: u32,
     },
+    /// A lane initialises an mbarrier object.
+    MbarrierInit {
+        at: ObjectPlace,
+        lane: u32,
+        count: u32,
+    },
+    MbarrierInval {
+        at: ObjectPlace,
+        lane: u32,
+    },
+    /// A lane raises the transaction count of an object that is in this phase.
+    MbarrierExpect {
+        at: ObjectPlace,
+        lane: u32,
+        phase: u64,
+        bytes: u64,
+    },
+    /// A lane arrives at an object that is in this phase.
+    MbarrierArrive {
+        at: ObjectPlace,
+        lane: u32,
+        phase: u64,
+        count: u32,
+        order: Order,
+        scope: Scope,
+    },
+    /// The phase is complete: after the arrival or the transfer that completed it.
+    MbarrierPhase {
+        at: ObjectPlace,
+        phase: u64,
+    },
+    /// A lane learns that the phase is complete.
+    MbarrierWait {
+        at: ObjectPlace,
+        lane: u32,
+        phase: u64,
+        order: Order,
+        scope: Scope,
+    },
+    /// `cp.async.mbarrier.arrive`: an arrival of each lane when its copies so far have landed, which [`SyncEvent::BulkLand`]
+    /// of this number tells.
+    CopyArrive {
+        id: u64,
+        at: ObjectPlace,
+        mask: u32,
+    },
+    /// A lane sets a bulk transfer off. The accesses of [`Engine::Bulk`] that follow from the same site, up to any other
+    /// event, are what it will read and write.
+    BulkIssue {
+        id: u64,
+        lane: u32,
+        mbarrier: bool,
+        bulk_group: bool,
+    },
+    /// The transfer has read its source, which may be overwritten now.
+    BulkRead {
+        id: u64,
+        lane: u32,
+    },
+    /// The transfer has written its destination.
+    BulkLand {
+        id: u64,
+        lane: u32,
+    },
+    /// Its transactions on an object that is in this phase.
+    BulkComplete {
+        id: u64,
+        at: ObjectPlace,
+        phase: u64,
+    },
+    /// The block that it goes to has exited: it will not land there.
+    BulkAbandon {
+        id: u64,
+    },
+    /// `cp.async.bulk.commit_group`.
+    BulkCommit {
+        mask: u32,
+    },
+    /// `cp.async.bulk.wait_group`: all but each lane's last `keep` bulk groups have landed, or with `read` at least been read.
+    BulkWait {
+        keep: u32,
+        read: bool,
+        mask: u32,
+    },
+    /// `fence.proxy` and `fence.mbarrier_init`.
+    ProxyFence {
+        kind: ProxyFence,
+        mask: u32,
+    },
     /// `cp.async.commit_group`.
     CopyCommit {
         mask: u32,
@@ -206,6 +295,13 @@ pub enum SyncEvent {
         keep: u32,
         complete: u64,
     },
+}
+
+/// An mbarrier object: the block whose shared memory it is in, by position in launch order, and its offset there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ObjectPlace {
+    pub owner: u64,
+    pub offset: u32,
 }
 
 /// An access before it is split by state space.
@@ -288,6 +384,14 @@ impl<'a> Machine<'_, 'a> {
         let site = self.site(pc);
         for observer in &mut self.worker.observers {
             observer.sync(&site, &event);
+        }
+    }
+
+    /// Tells observers of an access by an engine beside the threads.
+    pub(super) fn report_memory(&mut self, event: &MemoryEvent, pc: u32) {
+        let site = self.site(pc);
+        for observer in &mut self.worker.observers {
+            observer.memory(&site, event);
         }
     }
 

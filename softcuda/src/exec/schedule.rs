@@ -16,7 +16,7 @@ use super::print::Printed;
 use super::state::{Cluster, GroupState, Warp, Worker, mix};
 use super::tally::Tally;
 use super::{Counters, Launch, start};
-use crate::lower::ir::CONSTANT;
+use crate::lower::ir::{CONSTANT, Extra};
 
 /// Rounds of a cluster before another one is tried: those in which some warp used up its slice count for more than those in
 /// which all came to a barrier, where loops of many short stages spend their time. Halved whenever it runs out, for a launch
@@ -282,6 +282,7 @@ fn round(worker: &mut Worker, cluster: &mut Cluster) -> Result<Round, Fault> {
     let mut released = false;
     for &rank in &ranks[..blocks] {
         let rank = usize::from(rank);
+        cluster.land_early(worker, random)?;
         let n = cluster.warps[rank].len();
         let order: [u8; 32] = shuffled(n, &mut random);
         for &i in &order[..n] {
@@ -291,17 +292,23 @@ fn round(worker: &mut Worker, cluster: &mut Cluster) -> Result<Round, Fault> {
             }
             let mut machine = cluster.machine(worker, rank, i);
             match interpreter::run(&mut machine) {
-                Ok(stop) => expired |= stop == Stop::Expired,
+                Ok(stop) => {
+                    expired |= stop == Stop::Expired;
+                    machine.warp.polled = stop == Stop::Polled;
+                }
                 Err((raw, pc)) => return Err(machine.fault(*raw, pc)),
             }
         }
         released |= cluster.release_block(worker, rank);
     }
     if cluster.warps.iter().flatten().all(Warp::finished) {
+        cluster.finish(worker)?;
         return Ok(Round::Finished);
     }
     released |= cluster.release_all(worker);
-    if !released && !expired && !cluster.warps.iter().flatten().any(Warp::runnable) {
+    released |= cluster.wake();
+    let ready = cluster.warps.iter().flatten().any(|w| w.runnable() && !w.polled);
+    if !cluster.engine_round(worker, released || ready && !expired, expired)? {
         let message = waiting(worker, cluster);
         return Err(place(worker, cluster, FaultKind::Deadlock, &message));
     }
@@ -309,18 +316,12 @@ fn round(worker: &mut Worker, cluster: &mut Cluster) -> Result<Round, Fault> {
 }
 
 /// Who waits where.
-fn waiting(worker: &Worker, cluster: &Cluster) -> String {
+fn waiting(worker: &mut Worker, cluster: &mut Cluster) -> String {
     let mut parts = Vec::new();
-    for (block, warps) in cluster.blocks.iter().zip(&cluster.warps) {
-        for warp in warps {
-            for g in &warp.groups {
-                let line = worker.body.lines.get(g.pc as usize).copied().unwrap_or(0);
-                let text = worker.kernel.lines.get((line as usize).wrapping_sub(1)).map_or("", |l| l.trim());
-                let of = if cluster.blocks.len() == 1 { String::new() } else { format!("block {:?} ", block.block) };
-                let what =
-                    if g.state == GroupState::AtClusterBarrier { cluster.state.describe() } else { String::new() };
-                let place = format!("{of}warp {} lanes {:#010x} at line {line} `{text}`", warp.index, g.mask);
-                parts.push(format!("{place}{what}"));
+    for rank in 0..cluster.blocks.len() {
+        for i in 0..cluster.warps[rank].len() {
+            for group in 0..cluster.warps[rank][i].groups.len() {
+                parts.push(waiting_group(worker, cluster, rank, i, group));
             }
         }
     }
@@ -330,6 +331,28 @@ fn waiting(worker: &Worker, cluster: &Cluster) -> String {
     let what = if cluster.blocks.len() == 1 { "block" } else { "cluster" };
     let exited = cluster.blocks.iter().map(|b| b.exited_threads).sum::<u32>();
     format!("no thread of the {what} can go on, {exited} have exited; waiting: {}{tail}", parts.join(", "))
+}
+
+fn waiting_group(worker: &mut Worker, cluster: &mut Cluster, rank: usize, warp: usize, group: usize) -> String {
+    let mut g = cluster.warps[rank][warp].groups[group];
+    if cluster.warps[rank][warp].polled && g.state == GroupState::Ready {
+        g.pc = cluster.warps[rank][warp].poll;
+    }
+    let body = worker.body;
+    let line = body.lines.get(g.pc as usize).copied().unwrap_or(0);
+    let text = worker.kernel.lines.get((line as usize).wrapping_sub(1)).map_or("", |l| l.trim());
+    let of = if cluster.blocks.len() == 1 { String::new() } else { format!("block {:?} ", cluster.blocks[rank].block) };
+    let place = format!("{of}warp {warp} lanes {:#010x} at line {line} `{text}`", g.mask);
+    let what = match (g.state, body.ops.get(g.pc as usize).and_then(|op| body.extras.get(op.a as usize))) {
+        (GroupState::AtClusterBarrier, _) => cluster.state.describe(),
+        (GroupState::AtMbarrier | GroupState::Ready, Some(Extra::Mbarrier(x))) => {
+            let mut machine = cluster.machine(worker, rank, warp);
+            let file = machine.file();
+            machine.describe_wait(file, x, g.mask).unwrap_or_default()
+        }
+        _ => String::new(),
+    };
+    place + &what
 }
 
 /// A fault of the whole cluster, placed at the first thread that has not exited.

@@ -31,6 +31,8 @@ pub fn cluster(worker: &mut Worker, l: &Launch, index: u64) -> Cluster {
         block.linear = (z * gy + y) * gx + x;
         block.exited_threads = 0;
         block.barriers = [Barrier::default(); 16];
+        block.mbarriers.clear();
+        block.phase_completed = false;
         block.warpgroups.iter_mut().for_each(|g| g.clear());
         block.registers.clear();
         block.memory.fill(pattern);
@@ -48,6 +50,9 @@ pub fn cluster(worker: &mut Worker, l: &Launch, index: u64) -> Cluster {
         warp.registers = Default::default();
         warp.calls.clear();
         warp.cluster_arrived = 0;
+        warp.poll_expired = 0;
+        warp.polled = false;
+        warp.bulk_committed = [0; 32];
         warp.local.fill(pattern);
     }
     cluster
@@ -74,6 +79,8 @@ fn new_block(rank: u32, bytes: u32, threads: u32) -> Shared {
         memory: Buffer::new(bytes as usize),
         bytes,
         barriers: [Barrier::default(); 16],
+        mbarriers: Vec::new(),
+        phase_completed: false,
         warpgroups: (0..threads.div_ceil(128)).map(|_| Default::default()).collect(),
         registers: Default::default(),
         exited_threads: 0,
@@ -101,6 +108,10 @@ fn new_warp(worker: &Worker, index: u32, threads: u32) -> Warp {
         calls: Calls::default(),
         cluster_arrived: 0,
         cluster_parity: 0,
+        poll_expired: 0,
+        polled: false,
+        poll: 0,
+        bulk_committed: [0; 32],
         rotate: false,
         pinned: false,
         turn: 0,

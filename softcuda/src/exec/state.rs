@@ -29,6 +29,8 @@ pub enum GroupState {
     AtSync,
     AtBarrier(u8),
     AtClusterBarrier,
+    /// At a `try_wait` whose phase is not complete.
+    AtMbarrier,
     /// At a wait for products that its warpgroup has yet to issue.
     AtProduct,
     /// At a `setmaxnreg` for which the block has too few registers left.
@@ -55,6 +57,13 @@ pub struct Warp {
     pub cluster_arrived: u32,
     pub cluster_parity: u32,
     pub calls: Calls,
+    /// Lanes whose `try_wait` has reached its time limit.
+    pub poll_expired: u32,
+    /// The last slice ended in a poll that found nothing, at the operation `poll`.
+    pub polled: bool,
+    pub poll: u32,
+    /// Bulk groups committed so far by each lane.
+    pub bulk_committed: [u32; 32],
     /// The last slice ran out while lanes were apart: the next one runs another group, whatever its place.
     pub rotate: bool,
     /// The group chosen so keeps running to the end of the slice.
@@ -104,6 +113,10 @@ pub struct Shared {
     /// Bytes of shared memory that the block may use.
     pub bytes: u32,
     pub barriers: [Barrier; 16],
+    /// Valid mbarrier objects by offset.
+    pub mbarriers: Vec<super::mbarrier::Object>,
+    /// A phase has completed since waiting lanes last looked.
+    pub phase_completed: bool,
     pub warpgroups: Vec<super::wgmma::Warpgroup>,
     pub registers: super::wgmma::Pool,
     pub exited_threads: u32,

@@ -3,10 +3,12 @@
 //! A lane-wise operation names its operands by slot: a byte offset into the warp's register file, or, with [`CONSTANT`]
 //! set, into the kernel's bank of constants, each 32 lanes wide. Everything else keeps its operands in an [`Extra`].
 
-use super::ir_cluster::ClusterOp;
 use std::collections::HashMap;
 
 use super::calls::{Call, Entry};
+use super::ir_bulk::BulkOp;
+use super::ir_cluster::ClusterOp;
+use super::ir_mbarrier::Mbarrier as MbarrierOp;
 use super::isa::{Code, Width};
 use crate::exec::InstructionClass;
 use crate::exec::numeric::rounding::Round;
@@ -65,6 +67,23 @@ pub enum Scope {
     Cluster,
     Gpu,
     Sys,
+}
+
+/// What a proxy fence orders (PTX ISA 9.7.13.4).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ProxyFence {
+    Alias,
+    /// Between the generic and the asynchronous proxy, in one state space or in all.
+    Async(Option<Space>),
+    /// From the generic to the tensor map proxy.
+    TensormapRelease(Scope),
+    TensormapAcquire(Scope),
+    /// From the generic to the asynchronous proxy within the cluster: release for `.shared::cta`, acquire for
+    /// `.shared::cluster`.
+    AsyncRelease,
+    AsyncAcquire,
+    /// `fence.mbarrier_init.release.cluster`.
+    MbarrierInit,
 }
 
 /// `ld` and `st`.
@@ -360,6 +379,10 @@ pub enum Extra {
     Frame(Reg, Reg),
     /// `vprintf`: format, arguments, and the count returned.
     Print(Reg, Reg, Reg),
+    Mbarrier(MbarrierOp),
+    Bulk(BulkOp),
+    /// The fence, and the address of the tensor map that `fence.proxy.tensormap::generic.acquire` is for.
+    ProxyFence(ProxyFence, Option<Address>),
     /// A failed device-side assertion: message, file, line, function, as addresses.
     Assert(Vec<Reg>),
 }
@@ -419,6 +442,9 @@ impl Extra {
                 x.a.iter_mut().chain(&mut x.b).chain(&mut x.c).for_each(|r| f(r, Use::Read));
             }
             Self::Cluster(x) => x.visit(f),
+            Self::Mbarrier(x) => x.visit(f),
+            Self::Bulk(x) => x.visit(f),
+            Self::ProxyFence(_, x) => x.iter_mut().for_each(|a| address(a, f)),
             Self::Wgmma(x) => {
                 x.d.iter_mut().for_each(|r| f(r, Use::Write));
                 x.c.iter_mut().for_each(|r| f(r, Use::Read));
@@ -534,6 +560,9 @@ impl Code {
                 | Call
                 | Frame
                 | Print
+                | Mbarrier
+                | Bulk
+                | ProxyFence
         )
     }
 }

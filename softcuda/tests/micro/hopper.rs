@@ -74,6 +74,11 @@ impl Hopper {
 
     pub fn run(&self, body: &str, params: &[u64]) -> Result<(), Fault> {
         let text = self.text(params.len(), body);
+        // For `ptxas -arch=sm_90a` over all that the tests run.
+        if let Ok(folder) = std::env::var("HOPPER_PTX") {
+            let name = text.bytes().fold(0u64, |h, b| h.wrapping_mul(31).wrapping_add(b.into()));
+            std::fs::write(format!("{folder}/{name:x}.ptx"), &text).unwrap();
+        }
         let program = lower(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         let kernel = &program.kernels[0];
         let mut bytes: Vec<u8> = params.iter().flat_map(|p| p.to_le_bytes()).collect();

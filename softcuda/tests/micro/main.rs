@@ -22,6 +22,7 @@ mod hopper;
 mod integer;
 mod matrix;
 mod matrix_hopper;
+mod mbarriers;
 mod memory;
 mod traffic;
 mod warp;

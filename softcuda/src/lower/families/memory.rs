@@ -58,7 +58,7 @@ impl Builder<'_> {
     }
 
     /// The operands without the cache policy that `.L2::cache_hint` puts at the end.
-    fn without_policy<'i>(&mut self, i: &'i Instruction, m: &mut Modifiers) -> Result<&'i [Operand]> {
+    pub(super) fn without_policy<'i>(&mut self, i: &'i Instruction, m: &mut Modifiers) -> Result<&'i [Operand]> {
         if !m.take("L2::cache_hint") {
             return Ok(&i.operands);
         }
@@ -282,12 +282,22 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// `cp.async` and its groups. Bulk copies are another engine.
+    /// `cp.async` and its groups.
     pub(super) fn copy_async(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
         self.class = Some(Class::AsyncCopy);
+        let reduces = m.take("reduce");
         if !m.take("async") {
             return Err(unknown(i));
+        }
+        if m.take("bulk") {
+            return self.bulk(i, m, reduces);
+        }
+        if reduces {
+            return Err(unknown(i));
+        }
+        if m.take("mbarrier") {
+            return self.copy_arrive(i, m);
         }
         if m.take("commit_group") {
             m.finish()?;

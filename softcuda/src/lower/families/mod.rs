@@ -1,6 +1,7 @@
 //! Lowering by instruction family: what the rows of [`super::isa`] cannot say.
 
 mod arithmetic;
+mod bulk;
 mod call;
 mod cluster;
 mod compare;
@@ -8,7 +9,9 @@ mod control;
 mod convert;
 mod data;
 mod exchange;
+mod fence;
 mod matrix;
+mod mbarrier;
 mod memory;
 mod synchronise;
 mod wgmma;
@@ -48,6 +51,7 @@ impl Builder<'_> {
             "cvt" => self.cvt(i),
             "cvta" => self.cvta(i),
             "isspacep" => self.isspacep(i),
+            "st" | "red" if i.modifiers.first().is_some_and(|m| m == "async") => self.store_async(i),
             "ld" | "ldu" | "st" => self.load_store(i),
             "atom" | "red" => self.atomic(i),
             "prefetch" | "prefetchu" | "applypriority" | "discard" => self.cache_hint(i),
@@ -60,6 +64,8 @@ impl Builder<'_> {
             "elect" => self.elect(i),
             "activemask" => self.activemask(i),
             "bar" | "barrier" => self.barrier(i),
+            "mbarrier" => self.mbarrier(i),
+            "griddepcontrol" => self.griddepcontrol(i),
             "mapa" => self.mapa(i),
             "getctarank" => self.getctarank(i),
             "membar" | "fence" => self.fence(i),

@@ -91,6 +91,9 @@ impl Builder<'_> {
 
     /// The executor takes all orders and scopes as the strongest one; checkers are told what they are.
     pub(super) fn fence(&mut self, i: &Instruction) -> Result<()> {
+        if self.restricted_fence(i)? {
+            return Ok(());
+        }
         let mut m = Modifiers::new(i);
         let (order, scope) = if i.opcode == "membar" {
             // `membar.{cta,gl,sys}` is `fence.sc` of the scope (PTX ISA 9.7.13.4).
