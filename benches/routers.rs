@@ -9,14 +9,18 @@ mod support;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use moe_kernels::Workspace;
 use moe_kernels::admission::{self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert};
 use moe_kernels::base::{self, AuctionRule, BaseArgs, BaseDesc};
 use moe_kernels::expert_choice::{self, Affinity, ChoiceArgs, ExpertChoiceDesc, TokenSlotsArgs, TokenSlotsDesc};
 use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc};
 use moe_kernels::hash::{self, HashArgs, HashBy, HashDesc};
+use moe_kernels::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+use moe_kernels::jitter::{self, JitterDesc};
+use moe_kernels::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisyRule, NoisySums};
 use moe_kernels::registry::Score;
+use moe_kernels::sampled::{self, SampledArgs, SampledDesc, SamplingRule};
 use moe_kernels::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
+use moe_kernels::{Dtype, Workspace};
 use support::{device, inputs};
 
 fn routers(criterion: &mut Criterion) {
@@ -142,6 +146,89 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
         };
         sinkhorn::forward(kernels, &stream, &desc, args).unwrap()
     });
+
+    let noise = NoiseSource { seed: 1, offset: 0 };
+    let raw = stream.clone_htod(&inputs::normals::<f32>(rng, tokens * experts, 1.0)).unwrap();
+    let mut chosen = stream.alloc_zeros(tokens * top_k).unwrap();
+    let mut chosen_weights = stream.alloc_zeros(tokens * top_k).unwrap();
+    let rule = NoisyRule { top_k, noise_epsilon: 1e-2, noise };
+    let desc = NoisyDesc { tokens, experts, rule };
+    let mut workspace = Workspace::new(&stream, noisy::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
+    let mut counts = stream.alloc_zeros(experts).unwrap();
+    let [importance, load, losses] = &mut [experts, experts, 2].map(|len| stream.alloc_zeros(len).unwrap());
+    for (name, summed) in [("noisy top-k", false), ("noisy top-k with losses", true)] {
+        bench(name, &mut || {
+            let sums = NoisySums { counts: &mut counts, importance, load, losses, workspace: &mut workspace };
+            let args = NoisyArgs {
+                logits: NoisyLogits::Apart { clean: &logits, raw: &raw },
+                ids: &mut chosen,
+                weights: &mut chosen_weights,
+                noisy: None,
+                thresholds: None,
+                sums: summed.then_some(sums),
+            };
+            noisy::forward(kernels, &stream, &desc, args).unwrap()
+        });
+    }
+
+    // The same experts in groups of about 16, two groups a token.
+    let groups = (experts / 16).max(2);
+    let secondary = NoisyRule { top_k: top_k.div_ceil(2).min(experts / groups), ..rule };
+    let primary = NoisyRule { top_k: 2, ..rule };
+    let desc = HierarchicalDesc { tokens, groups, experts: experts / groups, primary, secondary };
+    let group_logits = stream.clone_htod(&inputs::normals::<f32>(rng, tokens * groups * 2, 1.0)).unwrap();
+    let bytes = hierarchical::workspace_bytes(&desc, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let [group_ids, group_counts, slot_ids, all_counts] =
+        &mut [2 * tokens, groups, 2 * tokens * secondary.top_k, experts].map(|len| stream.alloc_zeros(len).unwrap());
+    let [group_weights, group_importance, group_load, group_losses, slot_weights] =
+        &mut [2 * tokens, groups, groups, 2, 2 * tokens * secondary.top_k].map(|len| stream.alloc_zeros(len).unwrap());
+    bench("hierarchical", &mut || {
+        let args = HierarchicalArgs {
+            primary_logits: NoisyLogits::Together(&group_logits),
+            logits: NoisyLogits::Apart { clean: &logits, raw: &raw },
+            primary: PrimaryOutputs {
+                ids: group_ids,
+                weights: group_weights,
+                counts: group_counts,
+                importance: group_importance,
+                load: group_load,
+                losses: group_losses,
+                noisy: None,
+                thresholds: None,
+            },
+            ids: slot_ids,
+            weights: slot_weights,
+            noisy: None,
+            thresholds: None,
+            counts: all_counts,
+            importance,
+            load,
+            losses,
+            workspace: &mut workspace,
+        };
+        hierarchical::forward(kernels, &stream, &desc, args).unwrap()
+    });
+
+    let desc = SampledDesc { tokens, experts, rule: SamplingRule { top_k, inverse_temperature: 1.0, noise } };
+    let mut log_probabilities = stream.alloc_zeros(tokens * top_k).unwrap();
+    let mut entropy = stream.alloc_zeros(tokens).unwrap();
+    bench("sampled", &mut || {
+        let args = SampledArgs {
+            logits: &logits,
+            ids: &mut chosen,
+            weights: &mut chosen_weights,
+            log_probabilities: Some(&mut log_probabilities),
+            entropy: Some(&mut entropy),
+            perturbed: None,
+        };
+        sampled::forward(kernels, &stream, &desc, args).unwrap()
+    });
+
+    let x = stream.clone_htod(&inputs::normals::<half::bf16>(rng, tokens * shape.hidden, 1.0)).unwrap();
+    let mut y = stream.alloc_zeros::<half::bf16>(tokens * shape.hidden).unwrap();
+    let desc = JitterDesc { dtype: Dtype::Bf16, elements: tokens * shape.hidden, epsilon: 0.01, noise };
+    bench("jitter", &mut || jitter::forward(kernels, &stream, &desc, &x, &mut y).unwrap());
 
     let words: Vec<i32> = (0..tokens).map(|_| rng.i32(0..50_000)).collect();
     let words = stream.clone_htod(&words).unwrap();

@@ -15,8 +15,8 @@ use crate::{DeviceInfo, Element, Error, Kernels, Selection, shape};
 
 const OPERATION: &str = "jitter";
 
-/// Elements of a thread.
-const ELEMENTS: u64 = 8;
+/// Bytes that a thread moves.
+const THREAD_BYTES: u32 = 16;
 
 /// Size and strength of a jitter.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,12 +45,12 @@ impl JitterDesc {
     }
 
     fn blocks(&self) -> Result<u32, Error> {
-        let of_block = ELEMENTS * u64::from(Kernel::Jitter(self.dtype).threads());
+        let of_block = u64::from(THREAD_BYTES / self.dtype.bytes() * Kernel::Jitter(self.dtype).threads());
         shape::grid_x(OPERATION, "elements", (self.elements as u64).div_ceil(of_block))
     }
 }
 
-/// Chooses kernel and grid: a thread for 8 elements.
+/// Chooses kernel and grid: a thread for 16 bytes.
 ///
 /// # Errors
 /// Those of [`JitterDesc::validate`].
@@ -138,7 +138,11 @@ mod tests {
         for dtype in Dtype::ALL {
             let desc = JitterDesc { dtype, ..desc };
             crate::embedded::assert_takes(Kernel::Jitter(dtype), &params(&desc, [Param::Address(0); 2]));
-            assert_eq!(select(&JitterDesc { elements: 2049, ..desc }, &crate::device::A100).unwrap().grid, [2, 1, 1]);
+            let block = 256 * 16 / dtype.bytes() as usize;
+            for (elements, blocks) in [(0, 1), (1, 1), (block, 1), (block + 1, 2)] {
+                let got = select(&JitterDesc { elements, ..desc }, &crate::device::A100).unwrap();
+                assert_eq!(got.grid, [blocks, 1, 1], "{elements} elements");
+            }
         }
     }
 }

@@ -21,7 +21,6 @@ use crate::launch::{Address, Held, In, Out, Param, SCALAR, Scope, optional};
 pub use crate::reference::noisy::NoisyRule;
 pub use crate::reference::random::NoiseSource;
 use crate::registry::{Kernel, Noisy, Spread};
-use crate::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Error, Kernels, Selection, Workspace, reference, shape};
 
 const OPERATION: &str = "noisy";
@@ -125,9 +124,12 @@ pub fn workspace_bytes(desc: &NoisyDesc, device: &DeviceInfo) -> Result<usize, E
     Ok(partial_bytes(parts, desc.experts))
 }
 
+/// Bytes of the barrier, rounded up to a sector.
+const HEADER: usize = 32;
+
 /// A barrier, and importance, counts and load of each part of the work.
 pub(crate) fn partial_bytes(items: usize, experts: usize) -> usize {
-    BARRIER_HEADER + items * 3 * experts * size_of::<f32>()
+    HEADER + items * 3 * experts * size_of::<f32>()
 }
 
 /// Blocks that may meet at a barrier.
@@ -338,7 +340,7 @@ mod tests {
             assert_eq!(select(&desc, &DeviceInfo { cooperative_launch: false, ..A100 }, true).unwrap().grid, [1, 1, 1]);
             assert!(!select(&desc, &A100, false).unwrap().cooperative);
         }
-        assert_eq!(workspace_bytes(&desc(), &A100).unwrap(), 16 + 13 * 3 * 64 * 4);
+        assert_eq!(workspace_bytes(&desc(), &A100).unwrap(), 32 + 13 * 3 * 64 * 4);
     }
 
     #[test]

@@ -1,5 +1,8 @@
 //! What every operation refuses: a typed error that names the argument, and nothing launched.
 
+#[path = "refusals/noise.rs"]
+mod noise;
+
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream};

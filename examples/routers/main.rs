@@ -14,14 +14,23 @@ use moe_kernels::base::{self, AuctionRule, BaseArgs, BaseDesc};
 use moe_kernels::expert_choice::{self, Affinity, ChoiceArgs, ExpertChoiceDesc};
 use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc};
 use moe_kernels::hash::{self, HashArgs, HashBy, HashDesc};
+use moe_kernels::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+use moe_kernels::jitter::{self, JitterDesc};
+use moe_kernels::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisyRule};
 use moe_kernels::registry::Score;
+use moe_kernels::sampled::{self, SampledArgs, SampledDesc, SamplingRule};
 use moe_kernels::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
-use moe_kernels::{Kernels, Workspace, device};
+use moe_kernels::{Dtype, Kernels, Workspace, device};
 
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 const TOKENS: usize = 512;
 const EXPERTS: usize = 16;
+const NOISE: NoiseSource = NoiseSource { seed: 1, offset: 0 };
+
+fn noisy_rule(top_k: usize) -> NoisyRule {
+    NoisyRule { top_k, noise_epsilon: 1e-2, noise: NOISE }
+}
 
 /// What became of the batch.
 pub struct Load {
@@ -70,6 +79,10 @@ fn main() -> Outcome<()> {
     let loads = [
         batch.top_k("top-1", 1)?,
         batch.top_k("top-2", 2)?,
+        batch.jittered()?,
+        batch.noisy()?,
+        batch.hierarchical()?,
+        batch.sampled()?,
         batch.admitted("Switch, cf 1.25", 1, 1, Order::ByToken, false, SecondExpert::Always)?,
         batch.admitted("passed on", 4, 1, Order::ByChoice, false, SecondExpert::Always)?,
         batch.admitted("GShard top-2", 2, 2, Order::ByChoice, false, batch.random_second())?,
@@ -119,8 +132,104 @@ impl<'a> Batch<'a> {
         Ok(Load::new(name, &self.stream.clone_dtoh(&ids)?, top_k))
     }
 
+    /// Logits times a number of 0.9 to 1.1, then the best.
+    fn jittered(&self) -> Outcome<Load> {
+        let mut logits = self.stream.clone_dtod(&self.logits)?;
+        let desc = JitterDesc { dtype: Dtype::F32, elements: TOKENS * EXPERTS, epsilon: 0.1, noise: NOISE };
+        jitter::forward_in_place(self.kernels, self.stream, &desc, &mut logits)?;
+        let ids = Batch { logits, words: self.words.clone(), frequencies: Vec::new(), ..*self }.choose(1)?.0;
+        Ok(Load::new("jitter top-1", &self.stream.clone_dtoh(&ids)?, 1))
+    }
+
+    /// Noise of deviation softplus(1) = 1.3.
+    fn noisy(&self) -> Outcome<Load> {
+        let desc = NoisyDesc { tokens: TOKENS, experts: EXPERTS, rule: noisy_rule(2) };
+        let raw = self.stream.clone_htod(&[1f32; TOKENS * EXPERTS])?;
+        let mut ids = self.stream.alloc_zeros(TOKENS * 2)?;
+        let mut weights = self.stream.alloc_zeros(TOKENS * 2)?;
+        let args = NoisyArgs {
+            logits: NoisyLogits::Apart { clean: &self.logits, raw: &raw },
+            ids: &mut ids,
+            weights: &mut weights,
+            noisy: None,
+            thresholds: None,
+            sums: None,
+        };
+        noisy::forward(self.kernels, self.stream, &desc, args)?;
+        Ok(Load::new("noisy top-2", &self.stream.clone_dtoh(&ids)?, 2))
+    }
+
+    /// Two of four groups by their experts' mean logit, one expert in each.
+    fn hierarchical(&self) -> Outcome<Load> {
+        const GROUPS: usize = 4;
+        let size = EXPERTS / GROUPS;
+        let desc = HierarchicalDesc {
+            tokens: TOKENS,
+            groups: GROUPS,
+            experts: size,
+            primary: noisy_rule(2),
+            secondary: noisy_rule(1),
+        };
+        let clean = self.stream.clone_dtoh(&self.logits)?;
+        let means: Vec<f32> = clean.chunks(size).map(|group| group.iter().sum::<f32>() / size as f32).collect();
+        let primary_clean = self.stream.clone_htod(&means)?;
+        let primary_raw = self.stream.clone_htod(&vec![1f32; means.len()])?;
+        let raw = self.stream.clone_htod(&vec![1f32; clean.len()])?;
+        let floats = |len: usize| self.stream.alloc_zeros::<f32>(len);
+        let ints = |len: usize| self.stream.alloc_zeros::<i32>(len);
+        let (mut group_ids, mut group_counts) = (ints(TOKENS * 2)?, ints(GROUPS)?);
+        let (mut group_weights, mut group_importance) = (floats(TOKENS * 2)?, floats(GROUPS)?);
+        let (mut group_load, mut group_losses) = (floats(GROUPS)?, floats(2)?);
+        let (mut ids, mut counts, mut weights) = (ints(TOKENS * 2)?, ints(EXPERTS)?, floats(TOKENS * 2)?);
+        let (mut importance, mut load, mut losses) = (floats(EXPERTS)?, floats(EXPERTS)?, floats(2)?);
+        let bytes = hierarchical::workspace_bytes(&desc, self.kernels.device())?;
+        let mut workspace = Workspace::new(self.stream, bytes)?;
+        let args = HierarchicalArgs {
+            primary_logits: NoisyLogits::Apart { clean: &primary_clean, raw: &primary_raw },
+            logits: NoisyLogits::Apart { clean: &self.logits, raw: &raw },
+            primary: PrimaryOutputs {
+                ids: &mut group_ids,
+                weights: &mut group_weights,
+                counts: &mut group_counts,
+                importance: &mut group_importance,
+                load: &mut group_load,
+                losses: &mut group_losses,
+                noisy: None,
+                thresholds: None,
+            },
+            ids: &mut ids,
+            weights: &mut weights,
+            noisy: None,
+            thresholds: None,
+            counts: &mut counts,
+            importance: &mut importance,
+            load: &mut load,
+            losses: &mut losses,
+            workspace: &mut workspace,
+        };
+        hierarchical::forward(self.kernels, self.stream, &desc, args)?;
+        Ok(Load::new("hierarchical", &self.stream.clone_dtoh(&ids)?, 2))
+    }
+
+    fn sampled(&self) -> Outcome<Load> {
+        let rule = SamplingRule { top_k: 1, inverse_temperature: 1.0, noise: NOISE };
+        let desc = SampledDesc { tokens: TOKENS, experts: EXPERTS, rule };
+        let mut ids = self.stream.alloc_zeros(TOKENS)?;
+        let mut weights = self.stream.alloc_zeros(TOKENS)?;
+        let args = SampledArgs {
+            logits: &self.logits,
+            ids: &mut ids,
+            weights: &mut weights,
+            log_probabilities: None,
+            entropy: None,
+            perturbed: None,
+        };
+        sampled::forward(self.kernels, self.stream, &desc, args)?;
+        Ok(Load::new("sampled", &self.stream.clone_dtoh(&ids)?, 1))
+    }
+
     fn random_second(&self) -> SecondExpert {
-        SecondExpert::Random { threshold: 0.5, noise: NoiseSource { seed: 1, offset: 0 } }
+        SecondExpert::Random { threshold: 0.5, noise: NOISE }
     }
 
     fn admitted(

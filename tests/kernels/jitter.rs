@@ -80,7 +80,7 @@ fn factors_fill_the_interval<T: Storage>() {
     const ELEMENTS: usize = 1 << 15;
     let noise = NoiseSource { seed: run_seed(), offset: 4 };
     let desc = JitterDesc { dtype: T::DTYPE, elements: ELEMENTS, epsilon: 0.5, noise };
-    let y = launch(&desc, &vec![T::from_f64(1.0); ELEMENTS]);
+    let y = launch(&desc, &[T::from_f64(1.0); ELEMENTS]);
     let mut counts = [0.0f64; 16];
     for y in y {
         let y: f64 = y.into();

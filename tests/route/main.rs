@@ -6,5 +6,6 @@ mod combine;
 mod device;
 mod dispatch;
 mod gate;
+mod noise;
 mod random;
 mod router;

@@ -1,0 +1,110 @@
+//! The routers that add noise, over random shapes and values: what is chosen is the reference's choice bit for bit.
+
+use cudarc::driver::CudaSlice;
+use moe_kernels::noisy::{self, NoiseSource, NoisyArgs, NoisyDesc, NoisyLogits, NoisyRule, NoisySums};
+use moe_kernels::sampled::{self, SampledArgs, SampledDesc, SamplingRule};
+
+use super::*;
+
+fn upload(values: &[f32]) -> CudaSlice<f32> {
+    let stream = device::stream();
+    stream.clone_htod(if values.is_empty() { &[0.0][..] } else { values }).unwrap()
+}
+
+fn assert_distinct(ids: &[i32], top_k: usize, experts: usize) {
+    for chosen in ids.chunks(top_k) {
+        let mut distinct = chosen.to_vec();
+        distinct.sort_unstable();
+        distinct.dedup();
+        assert!(distinct.len() == top_k && chosen.iter().all(|&id| (0..experts as i32).contains(&id)), "{chosen:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(config(96))]
+
+    #[test]
+    fn noisy_gating_of_any_logits(
+        (experts, top_k, clean, raw) in experts_and_k().prop_flat_map(|(experts, top_k)| {
+            (0usize..24).prop_flat_map(move |tokens| {
+                let logits = || prop::collection::vec(logit(), tokens * experts);
+                (Just(experts), Just(top_k), logits(), logits())
+            })
+        }),
+        noise_epsilon in prop::sample::select(vec![0.0f32, 1e-2, 3.0]),
+        (seed, offset, summed) in any::<(u64, u64, bool)>(),
+    ) {
+        let (kernels, stream) = (device::kernels(), device::stream());
+        let tokens = clean.len() / experts;
+        let rule = NoisyRule { top_k, noise_epsilon, noise: NoiseSource { seed, offset } };
+        let desc = NoisyDesc { tokens, experts, rule };
+        let mut ids = stream.alloc_zeros::<i32>((tokens * top_k).max(1)).unwrap();
+        let mut counts = stream.alloc_zeros::<i32>(experts).unwrap();
+        let [weights, importance, load, losses] =
+            &mut [(tokens * top_k).max(1), experts, experts, 2].map(|len| stream.alloc_zeros::<f32>(len).unwrap());
+        let bytes = noisy::workspace_bytes(&desc, kernels.device()).unwrap();
+        let mut workspace = Workspace::new(&stream, bytes).unwrap();
+        let sums = NoisySums { counts: &mut counts, importance, load, losses, workspace: &mut workspace };
+        let args = NoisyArgs {
+            logits: NoisyLogits::Apart { clean: &upload(&clean), raw: &upload(&raw) },
+            ids: &mut ids,
+            weights,
+            noisy: None,
+            thresholds: None,
+            sums: summed.then_some(sums),
+        };
+        noisy::forward(kernels, &stream, &desc, args).unwrap();
+        let want = reference::noisy::noisy_top_k(&clean, &raw, experts, &rule).unwrap();
+        let ids = stream.clone_dtoh(&ids).unwrap()[..tokens * top_k].to_vec();
+        assert_distinct(&ids, top_k, experts);
+        prop_assert_eq!(&ids, &want.ids);
+        let weights = stream.clone_dtoh(weights).unwrap()[..tokens * top_k].to_vec();
+        assert_rounded_once("weights", &to_f64(&weights), &want.weights, Dtype::F32);
+        if summed {
+            prop_assert_eq!(stream.clone_dtoh(&counts).unwrap(), want.counts);
+            for (got, want) in stream.clone_dtoh(load).unwrap().into_iter().zip(want.load) {
+                let near = (f64::from(got) - want).abs() <= 2e-6 * want.abs().max(1.0);
+                prop_assert!(near || (got.is_nan() && want.is_nan()), "load {}, want {}", got, want);
+            }
+        }
+    }
+
+    #[test]
+    fn sampling_from_any_logits(
+        (experts, top_k, logits) in experts_and_k().prop_flat_map(|(experts, top_k)| {
+            (0usize..24).prop_flat_map(move |tokens| {
+                (Just(experts), Just(top_k), prop::collection::vec(logit(), tokens * experts))
+            })
+        }),
+        inverse_temperature in prop::sample::select(vec![0.0f32, 0.3, 1.0, 25.0]),
+        (seed, offset) in any::<(u64, u64)>(),
+    ) {
+        let (kernels, stream) = (device::kernels(), device::stream());
+        let tokens = logits.len() / experts;
+        let rule = SamplingRule { top_k, inverse_temperature, noise: NoiseSource { seed, offset } };
+        let mut ids = stream.alloc_zeros::<i32>((tokens * top_k).max(1)).unwrap();
+        let [weights, logs, entropy] =
+            &mut [tokens * top_k, tokens * top_k, tokens].map(|len| stream.alloc_zeros::<f32>(len.max(1)).unwrap());
+        let args = SampledArgs {
+            logits: &upload(&logits),
+            ids: &mut ids,
+            weights,
+            log_probabilities: Some(logs),
+            entropy: Some(entropy),
+            perturbed: None,
+        };
+        sampled::forward(kernels, &stream, &SampledDesc { tokens, experts, rule }, args).unwrap();
+        let want = reference::sampled::gumbel_top_k(&logits, experts, &rule).unwrap();
+        let ids = stream.clone_dtoh(&ids).unwrap()[..tokens * top_k].to_vec();
+        assert_distinct(&ids, top_k, experts);
+        prop_assert_eq!(&ids, &want.ids);
+        let weights = stream.clone_dtoh(weights).unwrap()[..tokens * top_k].to_vec();
+        assert_rounded_once("weights", &to_f64(&weights), &want.weights, Dtype::F32);
+        for (got, want) in [(logs, want.log_probabilities), (entropy, want.entropy)] {
+            for (got, want) in stream.clone_dtoh(got).unwrap().into_iter().zip(want) {
+                let near = (f64::from(got) - want).abs() <= 2e-6 * want.abs().max(1.0) || f64::from(got) == want;
+                prop_assert!(near || (got.is_nan() && want.is_nan()), "{}, want {}", got, want);
+            }
+        }
+    }
+}
