@@ -421,6 +421,7 @@ fn gather<T: Copy + Default>(places: &[u64; LANES], mask: u32, read: impl Fn(u64
 /// The address must be valid for atomic reads of this size.
 unsafe fn load_ordered(file: File, x: &Access, places: &[u64; LANES], mask: u32) {
     let order = if x.order == Order::Acquire { Ordering::Acquire } else { Ordering::Relaxed };
+    let _whole = (x.bytes * x.regs.len() as u32 == 16).then(|| super::atomic::WIDE.lock());
     for (i, reg) in x.regs.iter().enumerate() {
         let Some(reg) = reg else { continue };
         let offset = i as u64 * u64::from(x.bytes);
@@ -434,6 +435,7 @@ unsafe fn load_ordered(file: File, x: &Access, places: &[u64; LANES], mask: u32)
 /// The address must be valid for atomic writes of this size.
 unsafe fn store_ordered(file: File, x: &Access, places: &[u64; LANES], mask: u32) {
     let order = if x.order == Order::Release { Ordering::Release } else { Ordering::Relaxed };
+    let _whole = (x.bytes * x.regs.len() as u32 == 16).then(|| super::atomic::WIDE.lock());
     for (i, reg) in x.regs.iter().enumerate() {
         let Some(reg) = reg else { continue };
         let offset = i as u64 * u64::from(x.bytes);

@@ -347,6 +347,10 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let Extra::Atom(x) = extra() else { unreachable!() };
                 super::atomic::run(m, file, x, mask, pc)?;
             }
+            Code::AtomWide => {
+                let Extra::AtomWide(x) = extra() else { unreachable!() };
+                super::atomic::run_wide(m, file, x, mask, pc)?;
+            }
             Code::CopyAsync => {
                 let Extra::CopyAsync(x) = extra() else { unreachable!() };
                 super::copies::issue(m, file, x, mask, pc)?;

@@ -2,6 +2,7 @@
 
 use super::access::{get, put};
 use super::lanes::{File, LANES, active};
+use super::numeric::exact::f64_op;
 use super::numeric::float;
 use super::numeric::rounding::{self, Format, Round, add_odd, div_odd, fma_odd, round, sqrt_odd};
 use super::numeric::{BF16, F16, F16x2};
@@ -9,10 +10,17 @@ use crate::lower::ir::{Arith, ArithOp, Cvt};
 use crate::lower::isa::Width;
 use crate::ptx::ast::Type;
 
-/// f32, f16 and bf16 arithmetic: formed in f64 rounded to odd, then rounded once.
+/// f32, f16 and bf16 arithmetic: formed in f64 rounded to odd, then rounded once. f64: from exact values.
 pub fn arith(file: File, x: &Arith, mask: u32) {
     let sources: Vec<[u64; LANES]> = x.sources.iter().map(|r| get(file, *r)).collect();
     let mut out = [0; LANES];
+    if x.ty == Type::F64 {
+        for i in active(mask) {
+            let operand = |n: usize| sources.get(n).map_or(0.0, |s| f64::from_bits(s[i]));
+            out[i] = f64_op(x.op, operand(0), operand(1), operand(2), x.round).to_bits();
+        }
+        return put(file, x.d, mask, &out);
+    }
     for i in active(mask) {
         let operand = |n: usize| sources.get(n).map_or(0, |s| s[i] as u32);
         let (a, b, c) = (operand(0), operand(1), operand(2));
@@ -56,6 +64,10 @@ fn one(x: &Arith, f: Format, a: u32, b: u32, c: u32) -> u32 {
         ArithOp::Neg => return a ^ sign,
         ArithOp::Min | ArithOp::Max => return extremum(x, f, a, b),
         _ => {}
+    }
+    // PTX ISA 5.5: what lies outside a tensor may be filled with this NaN.
+    if x.oob && [a, b, c].contains(&0xffff) {
+        return 0;
     }
     let (va, vb, vc) = (value(a, f), value(b, f), value(c, f));
     let exact = match x.op {

@@ -69,6 +69,8 @@ impl Machine<'_, '_> {
             ClusterNctarank => w.cluster.iter().product::<u32>().into(),
             // Launches of clusters of one block are not told from launches without clusters.
             IsExplicitCluster => (w.cluster != [1, 1, 1] || w.kernel.required_cluster.is_some()).into(),
+            // `%pm`, `%envreg` and `%current_graph_exec`: nothing sets them.
+            _ => 0,
         };
         // SAFETY: the slot is of the width that `b` says.
         unsafe {

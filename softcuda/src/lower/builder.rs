@@ -25,6 +25,8 @@ pub enum Symbol {
     },
     /// `.reg .v4 ...`: its components.
     Vector(Vec<u32>, Type),
+    /// `.reg .b128`: its low and high half.
+    Wide([u32; 2]),
     /// A variable with its address within the space: an offset for shared, local and param, an address otherwise.
     Variable {
         space: Space,
@@ -204,7 +206,9 @@ impl<'a> Builder<'a> {
     }
 
     pub fn declare_registers(&mut self, v: &Variable) -> Result<()> {
-        let Some(width) = Width::of(v.ty) else {
+        let wide = v.ty == Type::B128;
+        let width = if wide { Some(Width::W64) } else { Width::of(v.ty) };
+        let Some(width) = width.filter(|_| !wide || v.vector == 1) else {
             return Err(LowerErrorKind::Unsupported(format!("registers of type {}", super::operands::dotted(v.ty))));
         };
         if !v.dims.is_empty() {
@@ -216,7 +220,9 @@ impl<'a> Builder<'a> {
             Some(n) => (0..n).map(|i| format!("{}{i}", v.name)).collect(),
         };
         for name in names {
-            let symbol = if v.vector == 1 {
+            let symbol = if wide {
+                Symbol::Wide([self.register(width, false), self.register(width, false)])
+            } else if v.vector == 1 {
                 Symbol::Register { slot: self.register(width, false), ty: v.ty }
             } else {
                 Symbol::Vector((0..v.vector).map(|_| self.register(width, false)).collect(), v.ty)

@@ -128,6 +128,20 @@ pub struct Atom {
     pub c: Option<Reg>,
     pub order: Order,
     pub scope: Scope,
+    /// What the address must be a multiple of: the size of the whole vector, of which this is one element.
+    pub align: u32,
+}
+
+/// `atom.exch` and, with a value to compare with, `atom.cas` of 128 bits, in halves.
+#[derive(Debug, Clone)]
+pub struct AtomWide {
+    pub space: Option<Space>,
+    pub address: Address,
+    pub d: Option<[Reg; 2]>,
+    pub compare: Option<[Reg; 2]>,
+    pub value: [Reg; 2],
+    pub order: Order,
+    pub scope: Scope,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,6 +170,8 @@ pub struct Arith {
     pub relu: bool,
     /// `.NaN` of min and max.
     pub nan: bool,
+    /// `.oob`: the result is zero where an operand is the NaN that marks what lies outside a tensor.
+    pub oob: bool,
     /// `.xorsign.abs` of min and max.
     pub xorsign: bool,
     pub d: Reg,
@@ -353,6 +369,7 @@ pub struct Mma {
 pub enum Extra {
     Access(Access),
     Atom(Atom),
+    AtomWide(AtomWide),
     Arith(Arith),
     Cvt(Cvt),
     Exchange(Exchange),
@@ -405,6 +422,11 @@ impl Extra {
                 address(&mut x.address, f);
                 f(&mut x.b, Use::Read);
                 x.c.iter_mut().for_each(|r| f(r, Use::Read));
+            }
+            Self::AtomWide(x) => {
+                x.d.iter_mut().flatten().for_each(|r| f(r, Use::Write));
+                address(&mut x.address, f);
+                x.compare.iter_mut().flatten().chain(&mut x.value).for_each(|r| f(r, Use::Read));
             }
             Self::Arith(x) => {
                 f(&mut x.d, Use::Write);
@@ -541,6 +563,7 @@ impl Code {
             self,
             Load | Store
                 | Atom
+                | AtomWide
                 | CopyAsync
                 | Arith
                 | Cvt

@@ -135,6 +135,25 @@ fn lop3_tables() {
     }
 }
 
+/// PTX ISA 9.7.8.6: the predicate says whether any bit is set, combined with another one.
+#[test]
+fn lop3_with_a_predicate() {
+    let (p, w): (&[u64], &[u64]) = (&[0, 1], &[0, 0xff, 0xffff_0000]);
+    for (op, negated) in [("or", false), ("and", false), ("or", true), ("and", true)] {
+        let not = if negated { "!" } else { "" };
+        let text = format!(
+            ".reg .pred %p; .reg .b32 %l; lop3.{op}.b32 %l|%p, %a, %b, %b, 0xc0, {not}%c; selp.u32 %d, 1, 0, %p; lop3.{op}.b32 _|%p, %a, %b, %b, 0xc0, {not}%c;
+             @%p add.u32 %d, %d, 2; and.b32 %l, %l, 0xfffffffc; add.u32 %d, %d, %l;"
+        );
+        sweep(&text, "b32", &["b32", "b32", "pred"], &[w, w, p], |x| {
+            let value = x[0] & x[1];
+            let (set, q) = (value != 0, (x[2] == 1) != negated);
+            let yes = if op == "or" { set || q } else { set && q };
+            (value & 0xffff_fffc) + if yes { 3 } else { 0 }
+        });
+    }
+}
+
 #[test]
 fn shifts_clamp() {
     for (bits, v) in [(16u64, W16), (32, W32), (64, W64)] {

@@ -110,3 +110,28 @@ fn set_delivers_numbers() {
         &[(&[1, 2, 0], 0), (&[1, 2, 1], 0xffff_ffff)],
     );
 }
+
+/// PTX ISA 9.7.7: a half of ones, or 1.0, for each half of the sources.
+#[test]
+fn sets_of_pairs() {
+    let v: &[u64] = &[0x3c00_4000, 0x4000_3c00, 0x3c00_3c00, 0x7e00_0000, 0x0001_0000];
+    let value = |h: u64| half::f16::from_bits(h as u16).to_f32();
+    for (to, yes) in [("u32", 0xffff_u64), ("f16x2", 0x3c00)] {
+        crate::device::sweep(&format!("set.lt.{to}.f16x2 %d, %a, %b;"), "b32", &["b32", "b32"], &[v, v], |x| {
+            let half = |s: u32| if value(x[0] >> s & 0xffff) < value(x[1] >> s & 0xffff) { yes << s } else { 0 };
+            half(0) | half(16)
+        });
+    }
+    let text = "set.geu.and.ftz.s32.f16x2 %d, %a, %b, !%c;";
+    crate::device::sweep(text, "b32", &["b32", "b32", "pred"], &[v, v, &[0, 1]], |x| {
+        let flushed = |h: u64| if h & 0x7c00 == 0 { 0.0 } else { value(h) };
+        let half = |s: u32| !(flushed(x[0] >> s & 0xffff) < flushed(x[1] >> s & 0xffff)) && x[2] == 0;
+        u64::from(half(0)) * 0xffff | u64::from(half(16)) * 0xffff_0000
+    });
+    crate::device::table(
+        "set.eq.bf16x2.bf16x2 %d, %a, %b;",
+        "b32",
+        &["b32", "b32"],
+        &[(&[0x3f80_4000, 0x3f80_3f80], 0x3f80_0000), (&[0x7fc0_8000, 0x7fc0_0000], 0x0000_3f80)],
+    );
+}

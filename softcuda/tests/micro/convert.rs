@@ -275,3 +275,44 @@ fn address_spaces() {
     );
     assert_eq!(got, [88 * 10000 + 77 * 100 + 27]);
 }
+
+/// PTX ISA 9.7.9.22: both sources saturated, the second below the first, the third's low bits above them.
+#[test]
+fn packing_with_saturation() {
+    let v: &[u64] = &[0, 1, 5, 0xffff_ffff, 0xffff_fffd, 0x7fff_ffff, 0x8000_0000, 200];
+    let clamp = |x: u64, bits: u32, signed: bool| {
+        let x = i64::from(x as u32 as i32);
+        let (min, max) = if signed { (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) } else { (0, (1i64 << bits) - 1) };
+        x.clamp(min, max) as u64 & ((1 << bits) - 1)
+    };
+    for (ty, bits, signed) in [("u16", 16, false), ("s16", 16, true)] {
+        crate::device::sweep(&format!("cvt.pack.sat.{ty}.s32 %d, %a, %b;"), "b32", &["b32", "b32"], &[v, v], |x| {
+            clamp(x[0], bits, signed) << bits | clamp(x[1], bits, signed)
+        });
+    }
+    for (ty, bits, signed) in
+        [("u8", 8, false), ("s8", 8, true), ("u4", 4, false), ("s4", 4, true), ("u2", 2, false), ("s2", 2, true)]
+    {
+        let c: &[u64] = &[0, 0x1234_5678];
+        let text = format!("cvt.pack.sat.{ty}.s32.b32 %d, %a, %b, %c;");
+        crate::device::sweep(&text, "b32", &["b32"; 3], &[v, v, c], |x| {
+            (x[2] << (2 * bits) | clamp(x[0], bits, signed) << bits | clamp(x[1], bits, signed)) & 0xffff_ffff
+        });
+    }
+}
+
+#[test]
+fn bf16_only_widens() {
+    crate::device::table(
+        "cvt.rz.f32.bf16 %d, %a;",
+        "f32",
+        &["b16"],
+        &[(&[0x3f81], 0x3f81_0000), (&[0x8001], 0x8001_0000)],
+    );
+    crate::device::table(
+        "cvt.rn.ftz.bf16.f32 %d, %a;",
+        "b16",
+        &["f32"],
+        &[(&[0x0040_0000], 0), (&[0x3f80_8000], 0x3f80)],
+    );
+}

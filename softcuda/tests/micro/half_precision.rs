@@ -131,3 +131,27 @@ fn functions() {
     table("tanh.approx.f16 %d, %a;", "b16", &["b16"], &[(&[0x7c00], 0x3c00), (&[0x8000], 0x8000)]);
     table("tanh.approx.bf16x2 %d, %a;", "b32", &["b32"], &[(&[0xff80_0000], 0xbf80_0000)]);
 }
+
+/// PTX ISA 9.7.4.4: `.oob` gives zero where an operand is the NaN that fills what lies outside a tensor, and no other NaN.
+#[test]
+fn fma_outside_of_tensors() {
+    let (one, two) = (0x3c00u64, 0x4000u64);
+    crate::device::table(
+        "fma.rn.oob.f16 %d, %a, %b, %c;",
+        "b16",
+        &["b16"; 3],
+        &[
+            (&[one, two, one], 0x4200),
+            (&[0xffff, two, one], 0),
+            (&[one, 0xffff, one], 0),
+            (&[0x7e00, two, one], 0x7fff),
+        ],
+    );
+    crate::device::table(
+        "fma.rn.oob.relu.f16x2 %d, %a, %b, %c;",
+        "b32",
+        &["b32"; 3],
+        &[(&[0xffff_3c00, 0x4000_c000, 0x3c00_3c00], 0), (&[0x3c00_3c00, 0x4000_4000, 0x3c00_ffff], 0x4200_0000)],
+    );
+    crate::device::table("fma.rn.oob.bf16 %d, %a, %b, %c;", "b16", &["b16"; 3], &[(&[0x3f80, 0xffff, 0x3f80], 0)]);
+}

@@ -185,3 +185,14 @@ fn carry_chains() {
     sweep(product, "b64", &["b64", "b64"], &[W64, W64], |x| x[0].wrapping_mul(x[1]));
     table("add.cc.u64 %a, %a, %b; addc.u64 %d, 0, 0;", "b64", &["b64", "b64"], &[(&[u64::MAX, 1], 1), (&[5, 6], 0)]);
 }
+
+#[test]
+fn pairs_with_relu() {
+    let v: &[u64] = &[0x0001_ffff, 0x8000_7fff, 0x0005_0003, 0xfff0_0000];
+    for (op, host) in [("min", i16::min as fn(i16, i16) -> i16), ("max", i16::max)] {
+        crate::device::sweep(&format!("{op}.relu.s16x2 %d, %a, %b;"), "b32", &["b32", "b32"], &[v, v], |x| {
+            let half = |s: u32| u64::from(host((x[0] >> s) as i16, (x[1] >> s) as i16).max(0) as u16);
+            half(0) | half(16) << 16
+        });
+    }
+}

@@ -1,6 +1,7 @@
 //! Scalar definitions of what instructions compute, one lane at a time.
 
 pub(crate) mod eight_bit;
+pub(crate) mod exact;
 pub(crate) mod float;
 pub(crate) mod int;
 pub(crate) mod rounding;

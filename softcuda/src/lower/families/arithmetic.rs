@@ -53,19 +53,20 @@ impl Builder<'_> {
         let round = if rounds { m.one_of(ROUNDINGS) } else { None };
         let ftz = !bhalf && ty != F64 && m.take("ftz");
         let sat = matches!(op, Add | Sub | Mul | Fma) && (ty == F32 || half) && m.take("sat");
+        let oob = op == Fma && (half || bhalf) && !sat && m.take("oob");
         let relu = op == Fma && (half || bhalf) && m.take("relu");
         let nan = min_max && ty != F64 && m.take("NaN");
         let xorsign = min_max && ty != F64 && m.take("xorsign");
-        if xorsign && !m.take("abs") || sat && relu {
+        if xorsign && !m.take("abs") || (sat || oob && ftz) && (relu || oob) {
             return Err(unknown(i));
         }
         m.finish()?;
         let implemented = match op {
             // fma, rcp, sqrt and div name their rounding; add, sub and mul default to the nearest.
             Fma | Div | Rcp | Sqrt if round.is_none() => false,
-            Fma if i.opcode == "mad" => ty == F32,
-            Div | Rcp | Sqrt => ty == F32,
-            _ if ty == F64 => false,
+            Fma if i.opcode == "mad" => ty == F32 || ty == F64,
+            Div | Rcp | Sqrt => ty == F32 || ty == F64,
+            _ if ty == F64 => rounds && round.is_some(),
             Add | Sub | Mul | Fma if half || bhalf => matches!(round, None | Some(Round::Nearest)),
             Abs | Neg => half,
             _ => true,
@@ -82,6 +83,7 @@ impl Builder<'_> {
         self.class = Some(match ty {
             F32 if matches!(op, Div | Rcp | Sqrt) => Class::Special,
             F32 => Class::Float,
+            F64 => Class::Double,
             _ => Class::Half,
         });
         let mut sources = Vec::with_capacity(arity);
@@ -90,7 +92,10 @@ impl Builder<'_> {
         }
         let d = self.dest_reg(&i.operands[0], ty)?;
         let round = round.unwrap_or(Round::Nearest);
-        self.emit_extra(Code::Arith, Extra::Arith(Arith { op, ty, round, ftz, sat, relu, nan, xorsign, d, sources }));
+        self.emit_extra(
+            Code::Arith,
+            Extra::Arith(Arith { op, ty, round, ftz, sat, relu, nan, oob, xorsign, d, sources }),
+        );
         Ok(())
     }
 

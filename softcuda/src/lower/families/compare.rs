@@ -3,7 +3,7 @@
 use super::{Class, unknown};
 use crate::lower::builder::{Builder, Result};
 use crate::lower::ir::Op;
-use crate::lower::isa::Code;
+use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::count;
 use crate::ptx::ast::{Instruction, Operand, Type};
@@ -217,9 +217,13 @@ impl Builder<'_> {
         let to = m.last_type()?;
         let compare = m.required("a comparison", COMPARES)?;
         let boolean = m.one_of(BOOLEANS);
-        let ftz = matches!(ty, Type::F32 | Type::F16) && m.take("ftz");
+        let flushes = matches!(ty, Type::F32 | Type::F16 | Type::F16x2) && to != Type::BF16;
+        let ftz = flushes && m.take("ftz");
         m.finish()?;
         count(&i.operands, 3 + usize::from(boolean.is_some())..=3 + usize::from(boolean.is_some()))?;
+        if matches!(ty, Type::F16x2 | Type::BF16x2) {
+            return self.set_pairs(i, (compare, boolean, ftz), to, ty);
+        }
         self.class = Some(class_of(ty));
         let half = matches!(ty, Type::F16 | Type::BF16);
         let allowed = match to {
@@ -255,6 +259,48 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// `set` of packed pairs: a half of ones, or 1.0, for each half.
+    fn set_pairs(
+        &mut self,
+        i: &Instruction,
+        (compare, boolean, ftz): (Compare, Option<Code>, bool),
+        to: Type,
+        ty: Type,
+    ) -> Result<()> {
+        let yes = match to {
+            Type::U32 | Type::S32 => 0xffff,
+            Type::F16x2 if ty == to => 0x3c00,
+            Type::BF16x2 if ty == to => 0x3f80,
+            _ => return Err(unknown(i)),
+        };
+        self.class = Some(Class::Half);
+        let a = self.source(&i.operands[1], ty)?;
+        let b = self.source(&i.operands[2], ty)?;
+        let one = if ty == Type::F16x2 { Type::F16 } else { Type::BF16 };
+        let c = match boolean {
+            None => None,
+            Some(code) => {
+                let (c, negated) = self.predicate_source(&i.operands[3])?;
+                Some((code, self.predicate(c, negated)))
+            }
+        };
+        let (yes, no) = (self.constant32(yes), self.constant32(0));
+        let mut halves = [0; 2];
+        for (half, result) in [Code::Low16, Code::High16].into_iter().zip(&mut halves) {
+            let (x, y) = (self.compute(half, &[a]), self.compute(half, &[b]));
+            let (code, sources, negated) = self.comparison(compare, one, ftz, x, y).ok_or_else(|| unknown(i))?;
+            let raw = self.compute(code, &sources);
+            let mut p = self.predicate(raw, negated);
+            if let Some((code, c)) = c {
+                p = self.compute(code, &[p, c]);
+            }
+            *result = self.compute(Code::Selp16, &[yes, no, p]);
+        }
+        let d = self.dest(&i.operands[0], to)?;
+        self.emit(Code::Pack32, d, &halves);
+        Ok(())
+    }
+
     /// `and`, `or`, `xor` and `not` of predicates; the other types are rows.
     pub(super) fn predicate_logic(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
@@ -279,14 +325,16 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// `lop3.b32 d, a, b, c, immLut`
+    /// `lop3.b32 d, a, b, c, immLut` and `lop3.BoolOp.b32 d|p, a, b, c, immLut, q`
     pub(super) fn lop3(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
+        let boolean = m.one_of(&BOOLEANS[..2]);
         if m.last_type()? != Type::B32 {
             return Err(unknown(i));
         }
         m.finish()?;
-        count(&i.operands, 5..=5)?;
+        let arity = if boolean.is_some() { 6 } else { 5 };
+        count(&i.operands, arity..=arity)?;
         let mut s = [0; 3];
         for (slot, o) in s.iter_mut().zip(&i.operands[1..]) {
             *slot = self.source(o, Type::B32)?;
@@ -297,8 +345,24 @@ impl Builder<'_> {
                 got: crate::lower::operands::describe(&i.operands[4]),
             });
         };
-        let d = self.dest(&i.operands[0], Type::B32)?;
-        self.push(Op { code: Code::Lop3, guard: 0, d, a: s[0], b: s[1], c: s[2], x: lut as u32 });
+        let lop3 = |d| Op { code: Code::Lop3, guard: 0, d, a: s[0], b: s[1], c: s[2], x: lut as u32 };
+        let Some(boolean) = boolean else {
+            let d = self.dest(&i.operands[0], Type::B32)?;
+            self.push(lop3(d));
+            return Ok(());
+        };
+        let Operand::Pair(d, p) = &i.operands[0] else { return Err(unknown(i)) };
+        let (q, negated) = self.predicate_source(&i.operands[5])?;
+        let q = self.predicate(q, negated);
+        let value = self.temp(Width::W32);
+        self.push(lop3(value));
+        let zero = self.constant32(0);
+        let equal = self.compute(Code::Eq32, &[value, zero]);
+        let set = self.compute(Code::PredNot, &[equal]);
+        let p = self.dest(p, Type::Pred)?;
+        self.emit(boolean, p, &[set, q]);
+        let d = self.dest(d, Type::B32)?;
+        self.emit(Code::Mov32, d, &[value]);
         Ok(())
     }
 }

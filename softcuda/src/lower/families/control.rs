@@ -15,6 +15,7 @@ impl Builder<'_> {
         self.class = Some(Class::Control);
         let indexed = i.opcode == "brx" && m.take("idx");
         m.take("uni");
+        let mask = i.opcode == "pmevent" && m.take("mask");
         m.finish()?;
         match i.opcode.as_str() {
             "bra" => {
@@ -40,7 +41,17 @@ impl Builder<'_> {
                 count(&i.operands, 0..=0)?;
                 self.emit_plain(Code::Trap, 0);
             }
-            "pmevent" => self.emit_plain(Code::Nop, 0),
+            "pmevent" => {
+                count(&i.operands, 1..=1)?;
+                let most = if mask { 0xffff } else { 15 };
+                if !matches!(i.operands[0], Operand::Int(n) if (0..=most).contains(&n)) {
+                    return Err(LowerErrorKind::Operand {
+                        expected: format!("expected a constant from 0 to {most}"),
+                        got: describe(&i.operands[0]),
+                    });
+                }
+                self.emit_plain(Code::Nop, 0);
+            }
             "call" => self.call(i)?,
             _ => return Err(unknown(i)),
         }

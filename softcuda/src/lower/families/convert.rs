@@ -37,6 +37,9 @@ fn holds(a: Type, b: Type) -> bool {
 impl Builder<'_> {
     pub(super) fn cvt(&mut self, i: &Instruction) -> Result<()> {
         use Type::*;
+        if i.modifiers.first().is_some_and(|m| m == "pack") {
+            return self.cvt_pack(i);
+        }
         let mut m = Modifiers::new(i);
         let from = m.last_type()?;
         let to = m.last_type()?;
@@ -56,7 +59,8 @@ impl Builder<'_> {
             (E4M3x2 | E5M2x2, F32 | F16x2) => nearest && satfinite && plain,
             (F16x2, E4M3x2 | E5M2x2) => nearest && !satfinite && plain,
             (TF32, F32) if float_round == Some(Round::NearestAway) => plain && !relu,
-            (TF32, F32) => rounds && plain,
+            // `.satfinite` with these came with sm_100.
+            (TF32, F32) => rounds && plain && !satfinite,
             (a, b) if is_integer(a) && is_integer(b) => {
                 let plain = float_round.is_none() && integer_round.is_none() && !ftz && !satfinite && !relu;
                 plain && (!sat || !holds(a, b))
@@ -75,7 +79,10 @@ impl Builder<'_> {
             }
             (a, b) if is_float(a) && is_float(b) => {
                 let narrows = a.bytes() < b.bytes() || a.bytes() == b.bytes() && a != b;
-                let rounding = if narrows {
+                // A rounding where bf16 only becomes wider has nothing to do.
+                let rounding = if b == BF16 && a.bytes() > 2 && float_round.is_some_and(|r| r != Round::NearestAway) {
+                    integer_round.is_none()
+                } else if narrows {
                     integer_round.is_none() && float_round.is_some_and(|r| r != Round::NearestAway)
                 } else {
                     float_round.is_none() && (a == b || integer_round.is_none())
@@ -83,8 +90,8 @@ impl Builder<'_> {
                 let small = matches!(a, F16 | BF16) && b == F32;
                 rounding
                     && (!ftz || a == F32 || b == F32)
-                    && (!(relu || satfinite) || small && rounds)
-                    && !(a == BF16 && (ftz || sat) || b == BF16 && sat)
+                    && (!(relu || satfinite) || small && rounds && !ftz)
+                    && !(a == BF16 && (ftz && b != F32 || sat) || b == BF16 && sat)
             }
             _ => false,
         };
@@ -106,6 +113,46 @@ impl Builder<'_> {
         let integral = integer_round.is_some();
         let cvt = Cvt { to, from, round, integral, ftz, sat, satfinite, relu, d, a, b };
         self.emit_extra(Code::Cvt, Extra::Cvt(cvt));
+        Ok(())
+    }
+
+    /// `cvt.pack.sat.type.s32{.b32} d, a, b{, c}`: both saturated, b below a below the low bits of c.
+    fn cvt_pack(&mut self, i: &Instruction) -> Result<()> {
+        let words: Vec<&str> = i.modifiers.iter().map(String::as_str).collect();
+        let (bits, signed, thirds) = match words.as_slice() {
+            ["pack", "sat", "u16", "s32"] => (16, false, false),
+            ["pack", "sat", "s16", "s32"] => (16, true, false),
+            ["pack", "sat", "u8", "s32", "b32"] => (8, false, true),
+            ["pack", "sat", "s8", "s32", "b32"] => (8, true, true),
+            ["pack", "sat", "u4", "s32", "b32"] => (4, false, true),
+            ["pack", "sat", "s4", "s32", "b32"] => (4, true, true),
+            ["pack", "sat", "u2", "s32", "b32"] => (2, false, true),
+            ["pack", "sat", "s2", "s32", "b32"] => (2, true, true),
+            _ => return Err(unknown(i)),
+        };
+        count(&i.operands, if thirds { 4..=4 } else { 3..=3 })?;
+        self.class = Some(Class::Convert);
+        let (least, most) = if signed { (-(1i32 << (bits - 1)), (1 << (bits - 1)) - 1) } else { (0, (1 << bits) - 1) };
+        let (least, most) = (self.constant32(least as u32), self.constant32(most as u32));
+        let mask = self.constant32((1 << bits) - 1);
+        let mut fields = [0; 2];
+        for (field, o) in fields.iter_mut().zip(&i.operands[1..3]) {
+            let a = self.source(o, Type::S32)?;
+            let above = self.compute(Code::MaxS32, &[a, least]);
+            let clamped = self.compute(Code::MinS32, &[above, most]);
+            *field = self.compute(Code::And32, &[clamped, mask]);
+        }
+        let [high, low] = fields;
+        let (once, twice) = (self.constant32(bits), self.constant32(2 * bits));
+        let shifted = self.compute(Code::Shl32, &[high, once]);
+        let mut packed = self.compute(Code::Or32, &[shifted, low]);
+        if thirds {
+            let c = self.source(&i.operands[3], Type::B32)?;
+            let rest = self.compute(Code::Shl32, &[c, twice]);
+            packed = self.compute(Code::Or32, &[packed, rest]);
+        }
+        let d = self.dest(&i.operands[0], Type::B32)?;
+        self.emit(Code::Mov32, d, &[packed]);
         Ok(())
     }
 }

@@ -15,6 +15,9 @@ impl Builder<'_> {
         let mut m = Modifiers::new(i);
         let ty = m.last_type()?;
         m.finish()?;
+        if ty == Type::B128 {
+            return self.mov_wide(i);
+        }
         count(&i.operands, 2..=2)?;
         self.class = Some(Class::Move);
         let (d, a) = (&i.operands[0], &i.operands[1]);

@@ -45,6 +45,9 @@ impl Builder<'_> {
         let c = self.source_reg(&i.operands[3], Type::B32)?;
         let members = self.source_reg(&i.operands[4], Type::B32)?;
         let (d, p) = self.pair(&i.operands[0], Type::B32)?;
+        if d.is_none() {
+            return Err(unknown(i));
+        }
         self.exchange(Exchange { kind: ExchangeKind::Shfl(mode), members, d, p, a: Some(a), b: Some(b), c: Some(c) });
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::{Class, unknown};
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result};
-use crate::lower::ir::{Access, Atom, AtomOp, CopyAsync, Extra, Order, Scope};
+use crate::lower::ir::{Access, Address, Atom, AtomOp, AtomWide, CopyAsync, Extra, Order, Scope};
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::{count, describe, dotted};
@@ -24,27 +24,15 @@ const SPACES: &[(&str, Space)] = &[
 pub(super) const SCOPES: &[(&str, Scope)] =
     &[("cta", Scope::Cta), ("cluster", Scope::Cluster), ("gpu", Scope::Gpu), ("sys", Scope::Sys)];
 
-/// Hints on caching and eviction, which change no result.
-const CACHE_HINTS: &[(&str, ())] = &[
-    ("ca", ()),
-    ("cg", ()),
-    ("cs", ()),
-    ("lu", ()),
-    ("cv", ()),
-    ("wb", ()),
-    ("wt", ()),
-    ("nc", ()),
+/// Where a load may keep what it loads; the first three also with `.nc`. They change no result.
+const CACHE_OPERATIONS: &[(&str, ())] = &[("ca", ()), ("cg", ()), ("cs", ()), ("lu", ()), ("cv", ())];
+const STORE_OPERATIONS: &[(&str, ())] = &[("wb", ()), ("cg", ()), ("cs", ()), ("wt", ())];
+const EVICTIONS: &[(&str, ())] = &[
     ("L1::evict_normal", ()),
     ("L1::evict_unchanged", ()),
     ("L1::evict_first", ()),
     ("L1::evict_last", ()),
     ("L1::no_allocate", ()),
-    ("L2::evict_normal", ()),
-    ("L2::evict_first", ()),
-    ("L2::evict_last", ()),
-    ("L2::64B", ()),
-    ("L2::128B", ()),
-    ("L2::256B", ()),
 ];
 
 /// Whether a cache operator keeps an access out of the L1 cache (PTX ISA 9.7.9.1).
@@ -53,10 +41,6 @@ fn passes_l1(i: &Instruction) -> bool {
 }
 
 impl Builder<'_> {
-    fn cache_modifiers(m: &mut Modifiers) {
-        while m.one_of(CACHE_HINTS).is_some() {}
-    }
-
     /// The operands without the cache policy that `.L2::cache_hint` puts at the end.
     pub(super) fn without_policy<'i>(&mut self, i: &'i Instruction, m: &mut Modifiers) -> Result<&'i [Operand]> {
         if !m.take("L2::cache_hint") {
@@ -80,23 +64,51 @@ impl Builder<'_> {
         if order == Some(if load { Order::Release } else { Order::Acquire }) {
             return Err(unknown(i));
         }
-        m.take("mmio");
+        let volatile = i.modifiers.iter().any(|m| m == "volatile");
+        let mmio = m.take("mmio");
         let scope = m.one_of(SCOPES);
         let order = order.unwrap_or(Order::Weak);
-        if scope.is_some() != (order != Order::Weak) && !i.modifiers.iter().any(|m| m == "volatile") {
+        if scope.is_some() != (order != Order::Weak && !volatile) {
             return Err(unknown(i));
         }
         let space = m.one_of(SPACES);
-        Self::cache_modifiers(&mut m);
+        // What lies in global memory, or may.
+        let cached = matches!(space, None | Some(Space::Global));
+        if mmio && !(cached && scope == Some(Scope::Sys)) {
+            return Err(unknown(i));
+        }
+        let nc = load && matches!(space, Some(Space::Global)) && order == Order::Weak && m.take("nc");
+        let operation = match (load, nc) {
+            (true, true) => m.one_of(&CACHE_OPERATIONS[..3]),
+            (true, false) => m.one_of(CACHE_OPERATIONS),
+            _ => m.one_of(STORE_OPERATIONS),
+        };
+        // `.volatile` and the stronger orders say themselves where data may be kept.
+        if operation.is_some() && order != Order::Weak
+            || nc && i.modifiers.iter().any(|m| m == "weak")
+            || volatile && matches!(space, Some(Space::Const | Space::Param))
+        {
+            return Err(unknown(i));
+        }
+        if cached {
+            m.one_of(EVICTIONS);
+        }
+        let hinted = i.modifiers.iter().any(|m| m == "L2::cache_hint");
+        if hinted && !cached {
+            return Err(unknown(i));
+        }
         let operands = self.without_policy(i, &mut m)?;
-        let n = m.one_of(&[("v2", 2), ("v4", 4), ("v8", 8)]).unwrap_or(1);
+        if cached && load {
+            m.one_of(&[("L2::64B", ()), ("L2::128B", ()), ("L2::256B", ())]);
+        }
+        let n = m.one_of(&[("v2", 2), ("v4", 4)]).unwrap_or(1);
         let ty = m.last_type()?;
         m.finish()?;
         use Type::*;
-        if !matches!(ty, B8 | B16 | B32 | B64 | U8 | U16 | U32 | U64 | S8 | S16 | S32 | S64 | F32 | F64) {
+        if !matches!(ty, B8 | B16 | B32 | B64 | B128 | U8 | U16 | U32 | U64 | S8 | S16 | S32 | S64 | F32 | F64) {
             return Err(unknown(i));
         }
-        if n as u32 * ty.bytes() > 16 {
+        if n as u32 * ty.bytes() > 16 || mmio && n > 1 {
             return Err(unknown(i));
         }
         count(operands, 2..=2)?;
@@ -123,7 +135,10 @@ impl Builder<'_> {
             return Err(unknown(i));
         }
         let mut regs = Vec::with_capacity(n);
-        for o in self.vector(data, n)? {
+        if ty == B128 {
+            regs.extend(self.halves(data)?.map(Some));
+        }
+        for o in if ty == B128 { Vec::new() } else { self.vector(data, n)? } {
             regs.push(if load { self.wide_dest(&o, ty)? } else { Some(self.wide_source(&o, ty)?) });
         }
         self.class = Some(match (space, load) {
@@ -136,7 +151,7 @@ impl Builder<'_> {
         let access = Access {
             space,
             address,
-            bytes: ty.bytes(),
+            bytes: ty.bytes().min(8),
             signed: matches!(ty, S8 | S16 | S32 | S64),
             regs,
             order,
@@ -188,11 +203,28 @@ impl Builder<'_> {
             ],
         )?;
         let noftz = m.take("noftz");
+        let hinted = i.modifiers.iter().any(|m| m == "L2::cache_hint");
+        if hinted && matches!(space, Some(Space::Shared | Space::SharedCluster)) {
+            return Err(unknown(i));
+        }
         let operands = self.without_policy(i, &mut m)?;
+        let vector = m.one_of(&[("v2", 2), ("v4", 4), ("v8", 8)]);
         let ty = m.last_type()?;
         m.finish()?;
         let halves = matches!(ty, F16 | F16x2 | BF16 | BF16x2);
+        if ty == B128 && matches!(op, Exch | Cas) && atom && vector.is_none() && !noftz {
+            return self.atomic_wide(i, operands, op == Cas, (space, order, scope));
+        }
+        // Vectors hold 16 bytes at most, of f32 or of halves, and lie in global memory (9.7.13.5).
+        if let Some(n) = vector
+            && (n * ty.bytes() > 16
+                || matches!(space, Some(Space::Shared | Space::SharedCluster))
+                || !(ty == F32 && op == Add || halves && matches!(op, Add | Min | Max)))
+        {
+            return Err(unknown(i));
+        }
         let allowed = match op {
+            Min | Max if vector.is_some() => true,
             Add => matches!(ty, U32 | S32 | U64 | F32 | F64) || halves,
             Min | Max => matches!(ty, U32 | S32 | U64 | S64),
             Inc | Dec => ty == U32,
@@ -200,7 +232,7 @@ impl Builder<'_> {
             Cas => atom && matches!(ty, B16 | B32 | B64),
             And | Or | Xor => matches!(ty, B32 | B64),
         };
-        if !allowed || noftz != (op == Add && halves) {
+        if !allowed || noftz != halves {
             return Err(unknown(i));
         }
         let arity = 1 + usize::from(atom) + 1 + usize::from(op == Cas);
@@ -213,27 +245,93 @@ impl Builder<'_> {
         {
             return Err(LowerErrorKind::Invalid(format!("an atomic operation in {}", dotted(s))));
         }
+        self.class = Some(Class::Atomic);
+        if let Some(n) = vector {
+            return self.atomic_vector(
+                operands,
+                n,
+                Atom { op, ty, space, address, d: None, b: address.base, c: None, order, scope, align: n * ty.bytes() },
+            );
+        }
         let d = match operands.first() {
             Some(o) if atom && !matches!(o, Operand::Sink) => Some(self.dest_reg(o, ty)?),
             _ => None,
         };
         let b = self.source_reg(&operands[at + 1], ty)?;
         let c = if op == Cas { Some(self.source_reg(&operands[at + 2], ty)?) } else { None };
+        let align = ty.bytes();
+        self.emit_extra(Code::Atom, Extra::Atom(Atom { op, ty, space, address, d, b, c, order, scope, align }));
+        Ok(())
+    }
+
+    /// A vector is as many operations, each atomic by itself; results come last, for they may be operands.
+    fn atomic_vector(&mut self, operands: &[Operand], n: u32, like: Atom) -> Result<()> {
+        let returns = operands.len() == 3;
+        let values = self.vector(&operands[operands.len() - 1], n as usize)?;
+        let mut old = Vec::new();
+        for (at, value) in values.iter().enumerate() {
+            let b = self.source_reg(value, like.ty)?;
+            let d = returns.then(|| self.temp(Width::W32)).map(|slot| self.reg(slot, Width::W32));
+            old.extend(d);
+            let offset = like.address.offset + (at as u32 * like.ty.bytes()) as i64;
+            let align = if at == 0 { like.align } else { like.ty.bytes() };
+            let address = Address { offset, ..like.address };
+            self.emit_extra(Code::Atom, Extra::Atom(Atom { address, d, b, align, ..like.clone() }));
+        }
+        if returns && !matches!(operands[0], Operand::Sink) {
+            for (o, value) in self.vector(&operands[0], n as usize)?.iter().zip(old) {
+                let d = self.dest(o, like.ty)?;
+                self.emit(Code::Mov32, d, &[value.slot]);
+            }
+        }
+        Ok(())
+    }
+
+    /// `atom.exch.b128` and `atom.cas.b128`.
+    fn atomic_wide(
+        &mut self,
+        i: &Instruction,
+        operands: &[Operand],
+        cas: bool,
+        (space, order, scope): (Option<Space>, Order, Scope),
+    ) -> Result<()> {
+        let arity = if cas { 4 } else { 3 };
+        count(operands, arity..=arity)?;
+        let (address, of_symbol) = self.address(&operands[1])?;
+        let space = space.or(of_symbol);
+        if !matches!(space, None | Some(Space::Global | Space::Shared | Space::SharedCluster)) {
+            return Err(unknown(i));
+        }
+        let d = if matches!(operands[0], Operand::Sink) { None } else { Some(self.halves(&operands[0])?) };
+        let compare = if cas { Some(self.halves(&operands[2])?) } else { None };
+        let value = self.halves(&operands[arity - 1])?;
         self.class = Some(Class::Atomic);
-        self.emit_extra(Code::Atom, Extra::Atom(Atom { op, ty, space, address, d, b, c, order, scope }));
+        self.emit_extra(Code::AtomWide, Extra::AtomWide(AtomWide { space, address, d, compare, value, order, scope }));
         Ok(())
     }
 
     /// Instructions that only advise the caches: their addresses are checked for form, then dropped.
     pub(super) fn cache_hint(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
-        m.one_of(SPACES);
+        let space = match i.opcode.as_str() {
+            "prefetch" => m.one_of(&[("global", Space::Global), ("local", Space::Local)]),
+            "prefetchu" => None,
+            _ => m.one_of(&[("global", Space::Global)]),
+        };
         match i.opcode.as_str() {
-            "prefetch" | "prefetchu" => {
+            "prefetch" if space != Some(Space::Local) => {
                 m.required(
                     "a cache level",
                     &[("L1", ()), ("L2", ()), ("L2::evict_last", ()), ("L2::evict_normal", ())],
                 )?;
+                count(&i.operands, 1..=1)?;
+            }
+            "prefetch" => {
+                m.required("a cache level", &[("L1", ()), ("L2", ())])?;
+                count(&i.operands, 1..=1)?;
+            }
+            "prefetchu" => {
+                m.required("a cache level", &[("L1", ())])?;
                 count(&i.operands, 1..=1)?;
             }
             "applypriority" => {

@@ -15,13 +15,46 @@ mod mbarrier;
 mod memory;
 mod synchronise;
 mod wgmma;
+mod wide;
 
 use super::LowerErrorKind;
 use super::builder::{Builder, Result};
 use super::isa::BY_NAME;
 use super::operands::count;
+use super::special;
 use crate::exec::InstructionClass as Class;
 use crate::ptx::ast::{Instruction, Operand};
+
+/// Instructions that are PTX but that this device does not have, by the beginning of their opcode.
+const REFUSED: &[(&str, &str)] = &[
+    ("multimem", "there are no multicast objects"),
+    ("istypep", "there are no textures, samplers and surfaces"),
+    ("tex", "there are no textures"),
+    ("tld4", "there are no textures"),
+    ("txq", "there are no textures"),
+    ("suld", "there are no surfaces"),
+    ("sust", "there are no surfaces"),
+    ("sured", "there are no surfaces"),
+    ("suq", "there are no surfaces"),
+    ("vadd", "video instructions"),
+    ("vsub", "video instructions"),
+    ("vabsdiff", "video instructions"),
+    ("vmin", "video instructions"),
+    ("vmax", "video instructions"),
+    ("vshl", "video instructions"),
+    ("vshr", "video instructions"),
+    ("vmad", "video instructions"),
+    ("vset", "video instructions"),
+    ("alloca", "the stack has no dynamic part"),
+    ("stack", "the stack has no dynamic part"),
+    ("tcgen05", "an instruction of sm_100"),
+    ("clusterlaunchcontrol", "an instruction of sm_100"),
+    ("st.bulk", "an instruction of sm_100"),
+];
+
+fn is_special(name: &str) -> bool {
+    name.starts_with('%') && special::find(name).is_some()
+}
 
 /// The instruction as written, without its operands.
 fn spelling(i: &Instruction) -> String {
@@ -36,6 +69,15 @@ impl Builder<'_> {
     /// One instruction under the current guard.
     pub fn instruction(&mut self, i: &Instruction) -> Result<()> {
         self.set_name(spelling(i));
+        // PTX ISA 10: special registers are read with `mov` and `cvt`.
+        if !matches!(i.opcode.as_str(), "mov" | "cvt")
+            && let Some(Operand::Name(n)) = i.operands.iter().find(|o| matches!(o, Operand::Name(n) if is_special(n)))
+        {
+            return Err(LowerErrorKind::Invalid(format!(
+                "`{}` reads the special register `{n}`: only `mov` and `cvt` do",
+                i.opcode
+            )));
+        }
         if self.row(i)? {
             return Ok(());
         }
@@ -76,7 +118,10 @@ impl Builder<'_> {
             "wgmma" => self.wgmma(i),
             "setmaxnreg" => self.setmaxnreg(i),
             "bra" | "brx" | "ret" | "exit" | "trap" | "brkpt" | "call" | "pmevent" => self.control(i),
-            _ => Err(unknown(i)),
+            _ => match REFUSED.iter().find(|(start, _)| i.opcode.starts_with(start)) {
+                Some((_, why)) => Err(LowerErrorKind::Unsupported(format!("`{}`: {why}", spelling(i)))),
+                None => Err(unknown(i)),
+            },
         }
     }
 

@@ -107,6 +107,8 @@ macro_rules! integer_ops {
         fast Integer "min.u32" MinU32(a: u32, b: u32) -> u32 { a.min(b) }
         fast Integer "min.s32" MinS32(a: i32, b: i32) -> i32 { a.min(b) }
         fast Integer "min.relu.s32" MinReluS32(a: i32, b: i32) -> i32 { a.min(b).max(0) }
+        slow Integer "min.relu.s16x2" MinReluS16x2(a: u32, b: u32) -> u32 { int::pairs(a, b, |x, y| (x as i16).min(y as i16).max(0) as u16) }
+        slow Integer "max.relu.s16x2" MaxReluS16x2(a: u32, b: u32) -> u32 { int::pairs(a, b, |x, y| (x as i16).max(y as i16).max(0) as u16) }
         fast Integer "min.u64" MinU64(a: u64, b: u64) -> u64 { a.min(b) }
         fast Integer "min.s64" MinS64(a: i64, b: i64) -> i64 { a.min(b) }
         fast Integer "max.u16" MaxU16(a: u16, b: u16) -> u16 { a.max(b) }

@@ -120,7 +120,7 @@ macro_rules! define_codes {
             Print,
             BrxIdx, Exit, Trap, Assert, InvalidPc, Nop,
             /// `cp.async.wait_group` of `x`; `wait_all` is a commit and a wait for all.
-            Load, Store, Atom, CopyAsync, CopyCommit, CopyWait,
+            Load, Store, Atom, AtomWide, CopyAsync, CopyCommit, CopyWait,
             Arith, Cvt, TestSpace,
             Exchange, Activemask, Barrier, Fence, Sleep,
             LoadMatrix, StoreMatrix, MoveMatrix, Mma,
