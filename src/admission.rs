@@ -28,7 +28,7 @@ const OPERATION: &str = "admission";
 pub struct AdmissionDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
-    /// The rule. Experts are 1 to 4096, candidates `K` 1 to 32. [`Order::ByToken`] needs `top_k = K`.
+    /// The rule. Experts are 1 to 4096, candidates `K` 1 to 32.
     pub rule: AdmissionRule,
 }
 
@@ -76,10 +76,6 @@ impl AdmissionDesc {
         }
         shape::positive(OPERATION, "capacity", rule.capacity)?;
         shape::positive(OPERATION, "tokens_per_group", rule.tokens_per_group)?;
-        if rule.order == Order::ByToken && rule.top_k != candidates {
-            let supported = "choices are passed on to the next candidate with Order::ByChoice only";
-            return Err(Error::unsupported(OPERATION, "order", supported, "Order::ByToken"));
-        }
         let threshold = match rule.second {
             SecondExpert::Always => return self.sizes(),
             SecondExpert::Above(threshold) | SecondExpert::Random { threshold, .. } => threshold,
@@ -104,8 +100,9 @@ impl AdmissionDesc {
 /// Those of [`AdmissionDesc::validate`].
 pub fn workspace_bytes(desc: &AdmissionDesc) -> Result<usize, Error> {
     desc.validate()?;
-    // What each token wants and has; and, sorted, two orders of the tokens.
-    let words = if desc.rule.prioritised { 3 } else { 1 };
+    // What each token wants and has; sorted, two orders of the tokens; passed on by token, who has refused it, before and in a round.
+    let passes_by_token = desc.rule.order == Order::ByToken && desc.rule.top_k < desc.rule.candidates;
+    let words = 1 + if desc.rule.prioritised { 2 } else { 0 } + if passes_by_token { 2 } else { 0 };
     Ok(BARRIER_HEADER + words * desc.tokens * size_of::<u32>())
 }
 
@@ -254,10 +251,17 @@ mod tests {
         assert_eq!(fault(|d| d.rule.tokens_per_group = 0), "tokens_per_group");
         assert_eq!(fault(|d| d.rule.second = SecondExpert::Above(f32::NAN)), "second.threshold");
         assert_eq!(fault(|d| d.tokens = 1 << 30), "ids");
-        let by_token = |d: &mut AdmissionDesc| {
-            (d.rule.order, d.rule.candidates, d.rule.second) = (Order::ByToken, 3, SecondExpert::Always);
+    }
+
+    #[test]
+    fn words_of_a_token() {
+        let bytes = |order: Order, candidates: usize, prioritised: bool| {
+            let rule = AdmissionRule { order, candidates, prioritised, ..desc().rule };
+            workspace_bytes(&AdmissionDesc { rule, ..desc() }).unwrap() - BARRIER_HEADER
         };
-        assert_eq!(fault(by_token), "order");
+        assert_eq!(bytes(Order::ByChoice, 3, false), 400);
+        assert_eq!(bytes(Order::ByToken, 2, true), 1200);
+        assert_eq!(bytes(Order::ByToken, 3, true), 2000);
     }
 
     #[test]

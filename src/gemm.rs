@@ -6,7 +6,7 @@
 //! `v[n] = row_scale[r] * sum_k a[.,k] * b[e,n,k] + bias[e,n]`
 //!
 //! and `out[r]` is an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
-//! keep a relative error of 1e-5.
+//! keep a relative error of 1e-5. [`forward_with_dropout`] also drops outputs at random.
 
 use std::sync::Arc;
 
@@ -14,6 +14,8 @@ use cudarc::driver::CudaStream;
 
 use crate::dispatch::TileEntry;
 use crate::launch::{Address, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::reference::gemm::{drop_below, keep_scale};
+pub use crate::reference::random::NoiseSource;
 use crate::registry::{Dtype, GroupedGemm, Kernel};
 pub use crate::registry::{Glu, Layout};
 use crate::tiles::{select_tile, tile_of_height};
@@ -244,6 +246,44 @@ pub fn forward<T: Element>(
     desc: &GemmDesc,
     args: GemmArgs<'_, T>,
 ) -> Result<(), Error> {
+    run(kernels, stream, desc, args, None)
+}
+
+/// Dropout inside experts (Fedus et al., *Switch Transformers*, 2021, section 4.1: 0.4 where other layers have 0.1).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Chance of each output to become 0, from 0 to 1 (excluded); what is kept is divided by the rest.
+    pub probability: f32,
+    /// Where the random words come from: output `r * N + c` has the word [`NoiseSource::dropout_word`] of that index, so that the
+    /// gradient's pass, and the host, know the mask. Give each layer and step its own.
+    pub noise: NoiseSource,
+}
+
+/// Computes `out` and drops some of it, after the activation: [`crate::reference::gemm::dropout`].
+///
+/// # Errors
+/// Those of [`forward`]; [`Error::Invalid`] for a probability outside its range.
+pub fn forward_with_dropout<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &GemmDesc,
+    args: GemmArgs<'_, T>,
+    dropout: Dropout,
+) -> Result<(), Error> {
+    if !(0.0..1.0).contains(&dropout.probability) {
+        let expected = "from 0 to below 1";
+        return Err(Error::invalid(OPERATION, "dropout.probability", expected, dropout.probability));
+    }
+    run(kernels, stream, desc, args, Some(dropout))
+}
+
+fn run<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &GemmDesc,
+    args: GemmArgs<'_, T>,
+    dropout: Option<Dropout>,
+) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<T>("a", desc.dtype)?;
@@ -273,7 +313,7 @@ pub fn forward<T: Element>(
         tiles: optional(&tiles),
         num_tiles: optional(&num_tiles),
     };
-    enqueue(&scope, desc, &selection, addresses)
+    scope.launch(&selection, params(desc, addresses, dropout))
 }
 
 fn check_arguments<T>(desc: &GemmDesc, args: &GemmArgs<'_, T>) -> Result<(), Error> {
@@ -311,11 +351,12 @@ pub(crate) fn enqueue(
     selection: &Selection,
     at: Addresses<'_>,
 ) -> Result<(), Error> {
-    scope.launch(selection, params(desc, at))
+    scope.launch(selection, params(desc, at, None))
 }
 
-fn params(desc: &GemmDesc, at: Addresses<'_>) -> [Param; 14] {
+fn params(desc: &GemmDesc, at: Addresses<'_>, dropout: Option<Dropout>) -> [Param; 20] {
     let (alpha, limit) = desc.activation.alpha_limit();
+    let Dropout { probability, noise } = dropout.unwrap_or(Dropout { probability: 0.0, noise: NoiseSource::default() });
     [
         at.a.into(),
         at.b.into(),
@@ -331,6 +372,12 @@ fn params(desc: &GemmDesc, at: Addresses<'_>) -> [Param; 14] {
         desc.activation.code().into(),
         alpha.into(),
         limit.into(),
+        drop_below(probability).into(),
+        keep_scale(probability).into(),
+        (noise.seed as u32).into(),
+        ((noise.seed >> 32) as u32).into(),
+        (noise.offset as u32).into(),
+        ((noise.offset >> 32) as u32).into(),
     ]
 }
 
@@ -371,7 +418,7 @@ mod tests {
             tiles: None,
             num_tiles: None,
         };
-        let params = params(&dense(), at);
+        let params = params(&dense(), at, None);
         for kernel in crate::registry::all().into_iter().filter(|kernel| matches!(kernel, Kernel::GroupedGemm(_))) {
             crate::embedded::assert_takes(kernel, &params);
         }

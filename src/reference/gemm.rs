@@ -5,6 +5,7 @@ use rayon::prelude::*;
 pub use super::activation::Activation;
 use super::activation::{activate, activate_glu};
 use super::dispatch::Dispatched;
+use super::random::NoiseSource;
 use super::{Real, ReferenceError, require, require_shape};
 pub use crate::registry::{Glu, Layout};
 
@@ -116,6 +117,31 @@ pub fn dense_gemm<A: Real, W: Real>(
         .collect())
 }
 
+/// Dropout of `out [rows,N]`: element i is 0 if its random word is below `2^32 p`, else divided by `1 - p`.
+///
+/// Expert dropout: Fedus et al. 2021, "Switch Transformers", section 4.1. Rows stand in the order of slots.
+///
+/// # Errors
+/// `probability` outside 0 (included) to 1 (excluded).
+pub fn dropout(out: &mut [f64], probability: f32, noise: NoiseSource) -> Result<(), ReferenceError> {
+    require("probability", (0.0..1.0).contains(&probability), || "0 to 1, without 1".into(), probability)?;
+    let (below, scale) = (drop_below(probability), keep_scale(probability));
+    out.iter_mut().enumerate().for_each(|(i, value)| {
+        *value = if noise.dropout_word(i as u64) < below { 0.0 } else { *value * f64::from(scale) };
+    });
+    Ok(())
+}
+
+/// Random words below this drop: `2^32 p`, rounded to nearest, at most `2^32 - 1`.
+pub fn drop_below(probability: f32) -> u32 {
+    (f64::from(probability) * 2f64.powi(32)).round() as u32
+}
+
+/// What keeps the mean: `1 / (1 - p)` in f32.
+pub fn keep_scale(probability: f32) -> f32 {
+    (1.0 / (1.0 - f64::from(probability))) as f32
+}
+
 fn check<W: Real>(matrix: &ExpertMatrix<W>, experts: usize, activation: Activation) -> Result<(), ReferenceError> {
     require("n", matrix.n > 0, || "at least 1".into(), 0)?;
     require("k", matrix.k > 0, || "at least 1".into(), 0)?;
@@ -185,5 +211,20 @@ mod tests {
     fn a_short_weight_is_an_error() {
         let error = dense_gemm(&[1.0, 2.0], &matrix(&[1.0; 5], 3, 2), Activation::Identity).unwrap_err();
         assert_eq!(error.to_string(), "reference argument `weight`: expected a slice of [1, 3, 2] elements, found 5");
+    }
+
+    #[test]
+    fn dropout_keeps_the_mean() {
+        let noise = NoiseSource { seed: 3, offset: 4 };
+        let mut out = vec![1.0; 40_000];
+        dropout(&mut out, 0.4, noise).unwrap();
+        let kept = out.iter().filter(|&&value| value != 0.0).count() as f64;
+        // 24000 expected, standard deviation 98.
+        assert!((kept - 24_000.0).abs() < 490.0, "{kept}");
+        assert!(out.iter().all(|&value| value == 0.0 || (value - 1.0 / 0.6).abs() < 1e-6));
+        assert_eq!(dropout(&mut out, 1.0, noise).unwrap_err().argument, "probability");
+        let mut nan = [f64::NAN; 64];
+        dropout(&mut nan, 0.5, noise).unwrap();
+        assert!(nan.contains(&0.0), "what is dropped is zero, whatever it was");
     }
 }

@@ -42,6 +42,13 @@ impl NoiseSource {
         self.words((expert / 128 * 32 + expert % 32) | stream << 16, token)[expert as usize % 128 / 32]
     }
 
+    /// The random word of element `index` of an expert's inner activations.
+    pub fn dropout_word(self, index: u64) -> u32 {
+        let counter = index / 4;
+        // Both upper bits: fewer elements than 2^62 leave jitter's counters without the second.
+        self.words(counter as u32, (counter >> 32) as u32 | 3 << 30)[index as usize % 4]
+    }
+
     /// The random word of element `index` of the router's input.
     pub fn jitter_word(self, index: u64) -> u32 {
         let counter = index / 4;

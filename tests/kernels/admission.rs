@@ -18,7 +18,9 @@ pub fn check(variant: Admit, rng: &mut fastrand::Rng) {
     let expert_counts = if small { vec![1, 7, 64, most] } else { vec![1025, most] };
     for experts in expert_counts {
         for (tokens, candidates, group) in [(1, 1, 1), (67, 2, 67), (300, 2, 100), (130, 4, 33), (515, 3, 600)] {
-            for (order, passed_on) in [(Order::ByToken, false), (Order::ByChoice, false), (Order::ByChoice, true)] {
+            for (order, passed_on) in
+                [(Order::ByToken, false), (Order::ByToken, true), (Order::ByChoice, false), (Order::ByChoice, true)]
+            {
                 let candidates = candidates.min(experts);
                 let top_k = if passed_on { 1 + rng.usize(..candidates) } else { candidates };
                 let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
@@ -44,6 +46,7 @@ pub fn check(variant: Admit, rng: &mut fastrand::Rng) {
     }
     if small {
         frequency_of_the_second_expert();
+        very_many_tokens(rng);
     }
 }
 
@@ -130,6 +133,35 @@ fn case(variant: Admit, rng: &mut fastrand::Rng, desc: &AdmissionDesc) {
         let mut taken = vec![0; rule.experts];
         group.iter().filter(|&&id| id >= 0).for_each(|&id| taken[id as usize] += 1);
         assert!(taken.iter().all(|&taken| taken <= rule.capacity), "{desc:?}: an expert took more than its capacity");
+    }
+}
+
+/// One group of 2^20 tokens, more turns than 2^16 by far, overflow passed on in either order.
+fn very_many_tokens(rng: &mut fastrand::Rng) {
+    const TOKENS: usize = 1 << 20;
+    let ids: Vec<i32> = (0..TOKENS)
+        .flat_map(|_| {
+            // The favourite overflows, and so does whom it passes tokens on to.
+            let first = if rng.u32(..4) > 0 { 0 } else { rng.i32(0..4) };
+            [first, (first + rng.i32(1..4)) % 4]
+        })
+        .collect();
+    let weights = vec![1.0; ids.len()];
+    for order in [Order::ByToken, Order::ByChoice] {
+        let rule = AdmissionRule {
+            experts: 4,
+            candidates: 2,
+            top_k: 1,
+            capacity: capacity(TOKENS, 4, 1, 1.0),
+            tokens_per_group: TOKENS,
+            order,
+            prioritised: false,
+            second: SecondExpert::Always,
+        };
+        let want = reference::admission::admit(&ids, &weights, None, &rule).unwrap();
+        let got = launch(&AdmissionDesc { tokens: TOKENS, rule }, &ids, &weights, None);
+        assert!(got.ids == want.ids && bits(&got.weights) == bits(&want.weights), "{rule:?}");
+        assert!(want.ids.contains(&-1), "some token finds both its experts full");
     }
 }
 

@@ -1,7 +1,7 @@
 //! Checks of `gemm_*`.
 
 use half::{bf16, f16};
-use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Schedule, Tiles};
+use moe_kernels::gemm::{self, Activation, Dropout, GemmArgs, GemmDesc, NoiseSource, Schedule, Tiles};
 use moe_kernels::reference;
 use moe_kernels::reference::dispatch::{Dispatched, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
@@ -169,7 +169,7 @@ fn run<T: Storage>(
     });
     let mut out = Guarded::<T>::output(&stream, "out", rows * n);
     let junk = out.read(&stream);
-    let launch = |out: &mut Guarded<T>| {
+    let launch = |out: &mut Guarded<T>, dropout: Option<Dropout>| {
         let (bias, scale) = (bias.as_ref().map(Guarded::view), scale.as_ref().map(Guarded::view));
         let slot_token = slot_token.as_ref().map(Guarded::view);
         let tiles = tiles.as_ref().map(|(tiles, count)| (tiles.view(), count.view()));
@@ -182,18 +182,40 @@ fn run<T: Storage>(
             tiles: tiles.as_ref().map(|(tiles, num_tiles)| Tiles { tiles, num_tiles }),
             out: &mut out.view_mut(),
         };
-        gemm::forward(kernels, &stream, desc, args).unwrap()
+        match dropout {
+            None => gemm::forward(kernels, &stream, desc, args).unwrap(),
+            Some(dropout) => gemm::forward_with_dropout(kernels, &stream, desc, args, dropout).unwrap(),
+        }
     };
-    launch(&mut out);
+    launch(&mut out, None);
     let first = out.read(&stream);
     assert_rounded_once(&name, &to_f64(&first[..live * n]), &want, variant.dtype);
     let same = bytemuck::cast_slice::<T, u8>(&first[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
     assert!(same, "{name}: a row that no tile covers was written");
     a.assert_unchanged(&stream);
     b.assert_unchanged(&stream);
-    time(&stream, &name, || launch(&mut out));
-    launch(&mut out);
+    time(&stream, &name, || launch(&mut out, None));
+    launch(&mut out, None);
     let again = out.read(&stream);
     let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
     assert!(same, "{name}: another run gave other bits");
+
+    // The mask is the host's, exactly; what is kept is scaled before the one rounding.
+    let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
+    let dropout = Dropout { probability: [0.1, 0.4, 0.75][rng.usize(..3)], noise };
+    let mut want = want;
+    reference::gemm::dropout(&mut want, dropout.probability, noise).unwrap();
+    launch(&mut out, Some(dropout));
+    let got = out.read(&stream);
+    let name = format!("{name} {dropout:?}");
+    assert_rounded_once(&name, &to_f64(&got[..live * n]), &want, variant.dtype);
+    let below = reference::gemm::drop_below(dropout.probability);
+    for (i, value) in to_f64(&got[..live * n]).into_iter().enumerate() {
+        let kept = noise.dropout_word(i as u64) >= below;
+        assert!(kept || value == 0.0, "{name}: output {i} is {value}, dropped");
+        // ReLU makes zeros of its own.
+        assert!(!kept || value != 0.0 || want[i].abs() < 1e-6, "{name}: output {i} is 0, not dropped");
+    }
+    let same = bytemuck::cast_slice::<T, u8>(&got[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
+    assert!(same, "{name}: a row that no tile covers was written");
 }
