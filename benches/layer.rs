@@ -13,7 +13,7 @@ use cudarc::driver::CudaSlice;
 use half::bf16;
 use moe_kernels::layer::Linear;
 use moe_kernels::{Dtype, LayerArgs, LayerDesc, LayerPlan, LayerWeights, Workspace};
-use support::{device, inputs};
+use support::{counters, device, inputs};
 
 /// A layer with its weights on the device.
 struct Layer {
@@ -75,8 +75,10 @@ fn forward(criterion: &mut Criterion) {
         for &tokens in shape.tokens {
             // Named after the shape as published: scaled down, some would share a name.
             let name = BenchmarkId::new(shape.model, tokens);
+            let title = format!("layer/{}/{tokens}", shape.model);
             let (shape, tokens) = if soft { shape.scaled(tokens) } else { (shape, tokens) };
             let mut layer = Layer::new(shape, tokens);
+            counters::print(&title, || layer.enqueue(&stream));
             assert!(layer.plan.launches() <= 5, "{}: {} launches", shape.model, layer.plan.launches());
             group.bench_function(name, |bencher| {
                 bencher.iter(|| {

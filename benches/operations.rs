@@ -1,6 +1,7 @@
 //! Each operation alone, over the shapes of models in use.
 //!
-//! On the software device the shapes are scaled down ([`shapes`]) and a time is a time of the software, not of a GPU.
+//! On the software device the shapes are scaled down ([`shapes`]) and a time is a time of the software, not of a GPU; what one
+//! launch of each case did is printed before its times.
 
 mod shapes;
 #[path = "../tests/support/mod.rs"]
@@ -17,7 +18,7 @@ use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Schedule, Tiles};
 use moe_kernels::registry::{Glu, Layout, Score};
 use moe_kernels::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::{Dtype, Workspace, tiles};
-use support::{device, inputs};
+use support::{counters, device, inputs};
 
 /// Runs every operation of a layer once, each under its own name, on the data that the one before it made.
 fn operations(criterion: &mut Criterion) {
@@ -38,6 +39,7 @@ fn one_shape(criterion: &mut Criterion, name: &str, shape: shapes::Shape, tokens
     let rng = &mut inputs::generator(shape.model);
     let shapes::Shape { experts, top_k, hidden, intermediate, .. } = shape;
     let mut bench = |operation: &str, launch: &mut dyn FnMut()| {
+        counters::print(&format!("{operation}{suffix}/{name}"), &mut *launch);
         let mut group = criterion.benchmark_group(format!("{operation}{suffix}"));
         group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(500));
         group.bench_function(name, |bencher| {

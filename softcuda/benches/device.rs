@@ -1,13 +1,18 @@
 //! Speed of the device: `cargo bench -p softcuda --bench device [NAME]`. On one core each figure is the best of several runs,
 //! in processor time of the one thread that runs the launch, so that other load on the machine matters little; on all cores
 //! it is in elapsed time, with as many times the blocks. `DEVICE_ISA=Baseline|Avx2|Avx512` takes other instructions than the
-//! host's best.
+//! host's best. `-- --profile` also says how much longer a launch takes while its counters are kept and a trace for the model of
+//! the caches is recorded and replayed.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use softcuda::device::H100;
+use softcuda::exec::observe::Watch;
 use softcuda::exec::{Config, Isa, Launch, launch};
 use softcuda::lower::{Environment, lower_module};
 use softcuda::memory::Memory;
+use softcuda::profile::{Hierarchy, TrafficWatch};
 
 /// One kernel: its body, grid, block, and what to divide by the time.
 struct Bench {
@@ -200,9 +205,18 @@ fn main() {
         let module = softcuda::ptx::parse(&text).unwrap_or_else(|e| panic!("{}: {e}", b.name));
         let env = Environment { compute_capability: capability, ..Environment::default() };
         let program = lower_module(&module, &env).unwrap_or_else(|e| panic!("{}: {e}", b.name));
-        let best = |threads: usize| {
-            let config = Config { threads, isa: Some(isa), compute_capability: capability, ..Config::default() };
+        let best = |threads: usize, profiled: bool| {
             let one = || {
+                let watch = profiled.then(|| TrafficWatch::new(Hierarchy::new(&H100, 8, b.shared.into())));
+                let watches = watch.iter().map(|watch| Arc::clone(watch) as Arc<dyn Watch>).collect();
+                let config = Config {
+                    threads,
+                    isa: Some(isa),
+                    compute_capability: capability,
+                    count: profiled,
+                    watches,
+                    ..Config::default()
+                };
                 let (start, elapsed) = (thread_time(), Instant::now());
                 launch(&Launch {
                     kernel: &program.kernels[0],
@@ -216,15 +230,19 @@ fn main() {
                     config: &config,
                 })
                 .unwrap_or_else(|e| panic!("{}: {e}", b.name));
+                let _ = watch.map(|watch| watch.finish());
                 if threads == 1 { thread_time() - start } else { elapsed.elapsed() }
             };
             (0..RUNS).map(|_| one()).min().unwrap_or(Duration::MAX)
         };
-        let one = best(1);
+        let one = best(1, false);
         let speed = b.work / one.as_secs_f64();
-        let all = if cores == 1 { one } else { best(cores) };
+        let all = if cores == 1 { one } else { best(cores, false) };
         let many = b.work * cores as f64 / all.as_secs_f64();
         println!("{:18} {speed:12.2} {many:12.2} {:7.2}x {:24} {one:>12.1?}", b.name, many / speed, b.unit);
+        if std::env::args().any(|a| a == "--profile") {
+            println!("{:18} {:12.2} times as long when profiled", "", best(1, true).as_secs_f64() / one.as_secs_f64());
+        }
         if b.name == "alu" {
             let times = speed * 1e9 / OTHERS;
             println!("{:18} {times:12.0} times the {:.0} M/s of the fastest public emulators", "", OTHERS / 1e6);

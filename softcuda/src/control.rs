@@ -144,7 +144,7 @@ impl Control {
 
     /// Starts an empty profile of every launch from now on, of the whole process: instructions, memory traffic through a
     /// model of the device's caches, and how long the device would need at least. Kernels run several times slower while it
-    /// is on. A profile that `SOFTCUDA_PROFILE` asked for starts anew too.
+    /// is on. Apart from a profile that `SOFTCUDA_PROFILE` asked for.
     pub fn start_profile(&self) {
         // SAFETY: takes any value.
         unsafe { (self.set_profiling)(true) }

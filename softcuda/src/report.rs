@@ -43,7 +43,7 @@ pub(crate) fn write(report: &Report) -> String {
         for (name, count) in &c.opcodes {
             record("opcode", Some(name), &[*count]);
         }
-        record("async", None, &[c.async_bytes]);
+        record("async", None, &[c.async_bytes, c.repeated_polls]);
         record("lines", None, &[c.lines.len() as u64]);
         for (index, line) in c.lines.iter().enumerate().filter(|(_, line)| **line != LineCounters::default()) {
             let head = [index as u64, line.warp_instructions, line.thread_instructions];
@@ -83,7 +83,10 @@ pub(crate) fn read(text: &str) -> Report {
             "opcode" => {
                 counters.opcodes.insert(shape.to_owned(), next());
             }
-            "async" => counters.async_bytes = next(),
+            "async" => {
+                counters.async_bytes = next();
+                counters.repeated_polls = next();
+            }
             "lines" => counters.lines = vec![LineCounters::default(); next() as usize],
             "line" => {
                 if let Some(line) = counters.lines.get_mut(next() as usize) {
@@ -120,6 +123,7 @@ mod tests {
         counters.matrix.insert("m16n8k16.f32.bf16.bf16.f32".into(), 77);
         counters.opcodes.insert("fma.rn.f32".into(), 78);
         counters.async_bytes = 79;
+        counters.repeated_polls = 80;
         counters.lines = vec![LineCounters::default(); 4];
         counters.lines[2].shared.wavefronts = 9;
         counters.lines[2].warp_instructions = 8;

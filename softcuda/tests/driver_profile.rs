@@ -94,7 +94,7 @@ fn a_section_of_a_program() {
     });
     program.launch("copy", 1, THREADS);
 
-    assert_eq!((profile.schema, profile.notice.as_str(), profile.device.model.as_str()), (SCHEMA, NOTICE, "h100"));
+    assert_eq!((profile.schema, profile.notice.as_str(), profile.models().as_str()), (SCHEMA, NOTICE, "h100"));
     assert_eq!((profile.launch_count, profile.launches.len(), profile.kernels.len()), (3, 3, 2));
     let n = BYTES as u64;
     let copy = &profile.launches[0];
@@ -152,18 +152,18 @@ fn the_form_of_json_is_stable() {
         keys.join(" ")
     };
     assert_eq!(SCHEMA, 1);
-    assert_eq!(keys(&json), "device kernels launch_count launches notice schema softcuda");
-    assert_eq!(keys(&json["device"]), "figures model sm_count warps_per_sm");
-    assert_eq!(keys(&json["device"]["figures"][0]), "document name place value");
+    assert_eq!(keys(&json), "devices kernels launch_count launches notice schema softcuda");
+    assert_eq!(keys(&json["devices"][0]), "figures model sm_count warps_per_sm");
+    assert_eq!(keys(&json["devices"][0]["figures"][0]), "document name place value");
     let launch = &json["launches"][0];
     assert_eq!(
         keys(launch),
-        "block bounds cluster dynamic_shared_bytes grid index kernel limited_by modelled_seconds occupancy registers \
+        "block bounds cluster device dynamic_shared_bytes grid index kernel limited_by modelled_seconds occupancy registers \
          static_shared_bytes work"
     );
     assert_eq!(
         keys(&launch["work"]),
-        "async_bytes barriers blocks classes global opcodes shared tensor thread_instructions traffic waits \
+        "async_bytes barriers blocks classes global opcodes repeated_polls shared tensor thread_instructions traffic waits \
          warp_instructions warps"
     );
     assert_eq!(
@@ -177,7 +177,7 @@ fn the_form_of_json_is_stable() {
     assert_eq!(launch["occupancy"]["limiter"], "grid");
     assert_eq!(keys(&launch["bounds"][0]), "detail seconds unit");
     let kernel = &json["kernels"][0];
-    assert_eq!(keys(kernel), "bounds launches limited_by lines modelled_seconds name occupancy registers work");
+    assert_eq!(keys(kernel), "bounds device launches limited_by lines modelled_seconds name occupancy registers work");
     assert_eq!(keys(&kernel["lines"][0]), "global line shared text thread_instructions warp_instructions");
     let bounds = launch["bounds"].as_array().unwrap();
     let units: Vec<&str> = bounds.iter().map(|bound| bound["unit"].as_str().unwrap()).collect();
@@ -213,7 +213,7 @@ fn the_environment_profiles_a_whole_process() {
     assert!(output.status.success(), "{output:?}");
     let read = |ending: &str| std::fs::read_to_string(folder.join(format!("out.{ending}"))).unwrap();
     let profile = Profile::from_json(&read("json")).unwrap();
-    assert_eq!((profile.device.model.as_str(), profile.launch_count), ("l4", 1));
+    assert_eq!((profile.models().as_str(), profile.launch_count), ("l4", 1));
     let registers = profile.kernels[0].registers;
     assert_eq!((registers.count, registers.source), (40, RegisterSource::Ptxas));
     assert_eq!((read("html"), read("txt")), (profile.to_html(), profile.to_text()));

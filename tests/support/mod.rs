@@ -3,6 +3,7 @@
 
 pub mod buffer;
 pub mod compare;
+pub mod counters;
 pub mod device;
 pub mod inputs;
 pub mod layer_case;

@@ -92,7 +92,7 @@ fn initialize() -> Outcome {
     control::read_environment().map_err(complain)?;
     let memory = Memory::of_devices(devices.iter().map(|device| device.memory_bytes).collect())
         .map_err(|error| CUresult::ERROR_OPERATING_SYSTEM.with(format!("no address space: {error}")))?;
-    profile::read_environment(&devices[0]).map_err(complain)?;
+    profile::read_environment().map_err(complain)?;
     let _ = DRIVER.set(Driver { devices, memory });
     checks::read_environment()
 }

@@ -6,25 +6,30 @@
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::control::give;
 use super::function::Function;
-use super::{driver, lock};
+use super::lock;
 use crate::device::{Description, SettingError, occupancy};
 use crate::exec::{Config, Counters, Launch};
 use crate::profile::{Collector, Hierarchy, Launched, RegisterSource, Registers, TrafficWatch, parse_registers};
 
-static ON: AtomicBool = AtomicBool::new(false);
-static COLLECTOR: Mutex<Option<Collector>> = Mutex::new(None);
+/// Who wants launches profiled: bits of [`PROCESS`] and [`SECTION`].
+static ON: AtomicU8 = AtomicU8::new(0);
+/// The whole process, for `SOFTCUDA_PROFILE`.
+const PROCESS: usize = 0;
+/// What [`softcuda_set_profiling`] started.
+const SECTION: usize = 1;
+static COLLECTORS: [Mutex<Option<Collector>>; 2] = [const { Mutex::new(None) }; 2];
 static REGISTERS: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
 /// Where the profile of the whole process goes.
 static FILE: OnceLock<PathBuf> = OnceLock::new();
 
 /// Takes `SOFTCUDA_PROFILE` and `SOFTCUDA_REGISTERS`.
-pub(super) fn read_environment(device: &Description) -> Result<(), SettingError> {
+pub(super) fn read_environment() -> Result<(), SettingError> {
     let read = |variable| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(path) = read("SOFTCUDA_REGISTERS") {
         let text = std::fs::read_to_string(&path).map_err(|error| SettingError {
@@ -40,15 +45,17 @@ pub(super) fn read_environment(device: &Description) -> Result<(), SettingError>
             _ => path,
         };
         // What cannot be written at the end is better known at the start.
-        let file = with_ending(&stem, "json");
+        let mut file = stem.as_os_str().to_owned();
+        file.push(".json");
+        let file = PathBuf::from(file);
         std::fs::File::create(&file).map_err(|error| SettingError {
             variable: "SOFTCUDA_PROFILE",
             expected: "a file that can be written",
             found: format!("{} ({error})", file.display()),
         })?;
         if FILE.set(stem).is_ok() {
-            *lock(&COLLECTOR) = Some(Collector::new(*device));
-            ON.store(true, Ordering::Relaxed);
+            *lock(&COLLECTORS[PROCESS]) = Some(Collector::default());
+            ON.fetch_or(1 << PROCESS, Ordering::Relaxed);
             // SAFETY: the library is never unloaded, and the function takes no arguments.
             unsafe { libc::atexit(at_exit) };
         }
@@ -56,33 +63,16 @@ pub(super) fn read_environment(device: &Description) -> Result<(), SettingError>
     Ok(())
 }
 
-fn with_ending(stem: &Path, ending: &str) -> PathBuf {
-    let mut path = stem.as_os_str().to_owned();
-    path.push(".");
-    path.push(ending);
-    path.into()
-}
-
 extern "C" fn at_exit() {
-    let Some(stem) = FILE.get() else { return };
-    if let Err(error) = write(stem, true) {
-        eprintln!("softcuda: the profile cannot be written: {error}");
+    let (Some(stem), Some(collector)) = (FILE.get(), &*lock(&COLLECTORS[PROCESS])) else { return };
+    let profile = collector.profile();
+    eprint!("{}", profile.to_text());
+    match profile.write(stem) {
+        Ok([txt, json, html]) => {
+            eprintln!("softcuda: profile in {}, {} and {}", txt.display(), json.display(), html.display());
+        }
+        Err(error) => eprintln!("softcuda: the profile cannot be written: {error}"),
     }
-}
-
-/// Writes what has been collected in all three forms.
-fn write(stem: &Path, print: bool) -> std::io::Result<()> {
-    let Some(profile) = lock(&COLLECTOR).as_ref().map(Collector::profile) else { return Ok(()) };
-    let text = profile.to_text();
-    let (txt, json, html) = (with_ending(stem, "txt"), with_ending(stem, "json"), with_ending(stem, "html"));
-    std::fs::write(&txt, &text)?;
-    std::fs::write(&json, profile.to_json())?;
-    std::fs::write(&html, profile.to_html())?;
-    if print {
-        eprint!("{text}");
-        eprintln!("softcuda: profile in {}, {} and {}", txt.display(), json.display(), html.display());
-    }
-    Ok(())
 }
 
 /// Registers of a kernel as recorded from `ptxas`.
@@ -98,7 +88,7 @@ pub(super) fn begin(
     threads: u32,
     dynamic_shared: u32,
 ) -> Option<Arc<TrafficWatch>> {
-    if !ON.load(Ordering::Relaxed) {
+    if ON.load(Ordering::Relaxed) == 0 {
         return None;
     }
     let shared = u64::from(function.kernel.static_shared_bytes) + u64::from(dynamic_shared);
@@ -116,6 +106,7 @@ pub(super) fn end(watch: &TrafficWatch, function: &Function, launch: &Launch, co
     let source =
         if recorded_registers(&kernel.name).is_some() { RegisterSource::Ptxas } else { RegisterSource::Estimate };
     let launched = Launched {
+        device: function.device,
         kernel: &kernel.name,
         grid: launch.grid,
         block: launch.block,
@@ -127,8 +118,11 @@ pub(super) fn end(watch: &TrafficWatch, function: &Function, launch: &Launch, co
         counters,
         traffic: watch.finish(),
     };
-    if let Some(collector) = lock(&COLLECTOR).as_mut() {
-        collector.add(&launched);
+    let on = ON.load(Ordering::Relaxed);
+    for (_, collector) in COLLECTORS.iter().enumerate().filter(|(bit, _)| on >> bit & 1 == 1) {
+        if let Some(collector) = lock(collector).as_mut() {
+            collector.add(&launched);
+        }
     }
 }
 
@@ -136,20 +130,20 @@ pub(super) fn end(watch: &TrafficWatch, function: &Function, launch: &Launch, co
 #[unsafe(no_mangle)]
 pub extern "C" fn softcuda_set_profiling(on: bool) {
     if on {
-        // Before `cuInit` the device is what the environment says it will be.
-        let device = driver().map(|driver| driver.devices[0]).ok().or_else(|| Description::from_environment().ok());
-        *lock(&COLLECTOR) = device.map(Collector::new);
+        *lock(&COLLECTORS[SECTION]) = Some(Collector::default());
+        ON.fetch_or(1 << SECTION, Ordering::Relaxed);
+    } else {
+        ON.fetch_and(!(1 << SECTION), Ordering::Relaxed);
     }
-    ON.store(on, Ordering::Relaxed);
 }
 
-/// What has been collected, as JSON; empty if nothing was started. Returns its length.
+/// What has been collected since the latest start, as JSON; empty if there was none. Returns its length.
 ///
 /// # Safety
 /// `to` is null or has room for `len` bytes.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn softcuda_profile(to: *mut c_char, len: usize) -> usize {
-    let json = lock(&COLLECTOR).as_ref().map_or(String::new(), |collector| collector.profile().to_json());
+    let json = lock(&COLLECTORS[SECTION]).as_ref().map_or(String::new(), |collector| collector.profile().to_json());
     unsafe { give(&json, to, len) }
 }
 

@@ -142,6 +142,9 @@ pub struct Counters {
     pub opcodes: BTreeMap<String, u64>,
     /// Bytes that asynchronous copies write to shared memory, zero fill included.
     pub async_bytes: u64,
+    /// Rounds of loops that only wait for others, beyond each warp's first: nothing else counts them, for their number depends on
+    /// who runs when.
+    pub repeated_polls: u64,
     /// By PTX line: `lines[0]` is line 1.
     pub lines: Vec<LineCounters>,
 }
@@ -170,6 +173,7 @@ impl Counters {
             *self.opcodes.entry(k.clone()).or_default() += v;
         }
         self.async_bytes += other.async_bytes;
+        self.repeated_polls += other.repeated_polls;
         if self.lines.is_empty() {
             self.lines = other.lines.clone();
         } else {

@@ -55,6 +55,9 @@ pub struct Site<'e> {
     pub line: u32,
     /// Whether an access to global memory passes the L1 cache by, by its cache operator or its order.
     pub uncached: bool,
+    /// The warp is in a loop that only waits for others, and not for the first time (`lower::polls`). Known where launches are
+    /// counted, else false.
+    pub repeated: bool,
 }
 
 /// A block that starts or ends.
@@ -375,6 +378,7 @@ impl<'a> Machine<'_, 'a> {
             shape: self.worker.block,
             warp: self.warp.index,
             line: self.line(pc),
+            repeated: self.worker.tally.as_ref().is_some_and(|tally| tally.repeating()),
             uncached: self.worker.body.ops[pc as usize].x != 0,
         }
     }

@@ -10,6 +10,9 @@
 //!   wavefronts for 16 bytes a lane without conflicts
 //!   (forums.developer.nvidia.com, "Clarification: bank conflicts metric vs. wavefronts", 359822).
 //!
+//! Loops that only wait for others ([`crate::lower`]'s polls) count once for each time that a warp comes to them or is run again:
+//! how often a GPU would try is not known.
+//!
 //! Not known and not modelled: whether parts in which few lanes are active are joined, and what atomic operations on one
 //! word of shared memory cost beyond their wavefronts.
 
@@ -30,8 +33,22 @@ pub struct Tally {
     lines: Vec<LineCounters>,
     matrix: BTreeMap<String, u64>,
     async_bytes: u64,
+    /// The poll that the warp counted last is in.
+    poll: Option<Poll>,
+    repeating: bool,
+    repeated_polls: u64,
     pub finished_blocks: u64,
     pub finished_warps: u64,
+}
+
+/// A warp in a poll: it counts once, however often it is run before others are.
+#[derive(Debug, PartialEq, Eq)]
+struct Poll {
+    /// Position of the block in launch order, and the warp in it.
+    warp: (u64, u32),
+    poll: u32,
+    /// Basic blocks that have been counted.
+    counted: Vec<u32>,
 }
 
 /// Bytes of a sector of global memory.
@@ -44,6 +61,32 @@ impl Tally {
         Self { blocks: vec![(0, 0); blocks], lines: vec![LineCounters::default(); lines], ..Self::default() }
     }
 
+    /// Whether the warp counted last is in a poll again.
+    pub fn repeating(&self) -> bool {
+        self.repeating
+    }
+
+    /// Whether a basic block counts: not if it is one of a poll that the warp has been through.
+    fn first_round(&mut self, block: u32, poll: Option<u32>, warp: (u64, u32)) -> bool {
+        self.repeating = false;
+        let Some(poll) = poll else {
+            self.poll = None;
+            return true;
+        };
+        match &mut self.poll {
+            Some(p) if p.warp == warp && p.poll == poll => {
+                self.repeating = p.counted.contains(&block);
+                if self.repeating {
+                    self.repeated_polls += 1;
+                } else {
+                    p.counted.push(block);
+                }
+            }
+            other => *other = Some(Poll { warp, poll, counted: vec![block] }),
+        }
+        !self.repeating
+    }
+
     /// Adds up by instruction class and line.
     pub fn finish(self, worker: &Worker) -> Counters {
         let mut c = Counters {
@@ -52,6 +95,7 @@ impl Tally {
             blocks: self.finished_blocks,
             warps: self.finished_warps,
             async_bytes: self.async_bytes,
+            repeated_polls: self.repeated_polls,
             ..Counters::default()
         };
         let mut opcodes = vec![0; worker.body.names.len()];
@@ -80,6 +124,10 @@ impl Machine<'_, '_> {
     #[inline(never)]
     pub fn count_block(&mut self, block: u32, lanes: u32) {
         if let Some(t) = &mut self.worker.tally {
+            let warp = (self.shared.linear, self.warp.index);
+            if !t.first_round(block, self.worker.body.blocks[block as usize].poll, warp) {
+                return;
+            }
             let (warps, threads) = &mut t.blocks[block as usize];
             *warps += 1;
             *threads += u64::from(lanes.count_ones());
@@ -101,7 +149,7 @@ impl Machine<'_, '_> {
     #[inline(never)]
     pub fn count_access(&mut self, touch: &Touch, pc: u32) {
         let line = self.line(pc) as usize;
-        let Some(t) = &mut self.worker.tally else { return };
+        let Some(t) = self.worker.tally.as_mut().filter(|t| !t.repeating) else { return };
         let Some(l) = t.lines.get_mut(line.wrapping_sub(1)) else { return };
         let &Touch { addresses, mask, bytes, .. } = touch;
         let inside = |spaces: &[Space]| match touch.space {

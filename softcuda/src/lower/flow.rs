@@ -160,6 +160,8 @@ pub fn order(nodes: &[Node]) -> Vec<usize> {
 pub fn emit(nodes: &[Node], order: &[usize], labels: &HashMap<Label, usize>, body: &mut Body) {
     let mut start = HashMap::new();
     let mut jumps = Vec::new();
+    let polls = super::polls::polls(nodes, body);
+    let blocks_before = body.blocks.len() as u32;
     for (position, &n) in order.iter().enumerate() {
         let node = &nodes[n];
         start.insert(n, body.ops.len() as u32);
@@ -191,7 +193,7 @@ pub fn emit(nodes: &[Node], order: &[usize], labels: &HashMap<Label, usize>, bod
             let at = push(plain(Code::Bra, 0, 0), node.micros.last().map_or(line, |m| m.line));
             jumps.push((at, to));
         }
-        body.blocks.push(Block { instructions });
+        body.blocks.push(Block { instructions, poll: polls[n].map(|poll| blocks_before + poll) });
     }
     for (at, target) in jumps {
         body.ops[at].x = start[&target];

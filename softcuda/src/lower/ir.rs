@@ -625,4 +625,6 @@ pub struct Counted {
 #[derive(Debug, Clone, Default)]
 pub struct Block {
     pub instructions: Vec<Counted>,
+    /// The poll that it is part of, see `lower::polls`.
+    pub poll: Option<u32>,
 }

@@ -19,6 +19,7 @@ pub(crate) mod isa;
 mod layout;
 mod modifiers;
 mod operands;
+mod polls;
 mod registers;
 pub(crate) mod special;
 mod statements;

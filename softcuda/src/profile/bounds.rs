@@ -64,7 +64,7 @@ pub fn bounds(device: &Description, work: &Work) -> Vec<Bound> {
     let instructions: f64 = memory.into_iter().map(class).sum();
     on_sm("load/store", 32.0 * instructions, "lanes", rates.load_store.into(), clock);
     let wavefront = f64::from(LINE_BYTES);
-    let passes = work.shared.wavefronts as f64 + work.traffic.l1_sectors as f64 * f64::from(SECTOR_BYTES) / wavefront;
+    let passes = work.shared.wavefronts as f64 + work.global.sectors as f64 * f64::from(SECTOR_BYTES) / wavefront;
     on_sm("shared and L1", passes, "passes of 128 bytes", f64::from(rates.shared_bytes) / wavefront, clock);
     let tensor_clock = f64::from(rates.tensor_clock_khz) * 1e3;
     let (mut seconds, mut parts) = (0.0, Vec::new());

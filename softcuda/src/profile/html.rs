@@ -3,8 +3,8 @@
 use std::fmt::{Display, Write};
 
 use super::bounds::{Bound, count};
-use super::record::{KernelProfile, LaunchProfile, LineProfile, Profile, RegisterSource};
-use super::text::{by_count, bytes, percent, time};
+use super::record::{Device, KernelProfile, LaunchProfile, LineProfile, Profile, RegisterSource};
+use super::text::{Weight, by_count, bytes, percent, time};
 use crate::device::SECTOR_BYTES;
 
 const STYLE: &str = include_str!("page.css");
@@ -13,8 +13,8 @@ const STYLE: &str = include_str!("page.css");
 const OPEN: usize = 24;
 /// Launches in the table; all that are listed are in the plot.
 const TABLE: usize = 200;
-/// Lines in the table of hot ones, by each of its three measures.
-const HOT: usize = 8;
+/// Lines in the table of hot ones, by each of its measures.
+const HOT: usize = 6;
 
 /// Text for HTML, also inside attributes.
 struct Safe<T>(T);
@@ -97,7 +97,7 @@ impl Profile {
     }
 
     fn write_html(&self, out: &mut String) -> std::fmt::Result {
-        let model = &self.device.model;
+        let model = self.models();
         writeln!(
             out,
             "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
@@ -105,7 +105,7 @@ impl Profile {
              <title>Profile on the model of {0} – softcuda</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n\
              <h1>Profile on the model of <code>{0}</code></h1>\n<p class=\"soft\">softcuda {1}, device description \
              <code>{0}</code></p>\n<p class=\"notice\"><b>Model.</b> {2}</p>",
-            Safe(model),
+            Safe(&model),
             Safe(&self.softcuda),
             Safe(&self.notice)
         )?;
@@ -122,20 +122,20 @@ impl Profile {
         self.write_kernels(out, total)?;
         self.write_timeline(out)?;
         for (index, kernel) in self.kernels.iter().enumerate() {
-            kernel.write_html(out, index, self.device.warps_per_sm)?;
+            kernel.write_html(out, index, self.warps_per_sm(&kernel.device))?;
         }
         self.write_launches(out)?;
-        self.write_device(out)?;
+        self.write_devices(out)?;
         writeln!(
             out,
             "<footer>\n<p>Every time on this page is modelled: the greatest of what each unit needs for the work that was \
              counted, at its published rate. Latencies, launch overhead, dependences between units and the instructions that \
              <code>ptxas</code> would make are not modelled; a GPU takes longer. Counts of instructions, sectors and \
-             wavefronts are those of the PTX that ran. L2 and DRAM traffic come from a model of the caches: cold at the \
+             wavefronts are those of the PTX that ran, without repeated rounds of loops that only wait for others. L2 and DRAM traffic come from a model of the caches: cold at the \
              start of each launch, least recently used lines replaced, dirty data written back at the end.</p>\n\
              <p>softcuda {}, device description <code>{}</code>.</p>\n</footer>\n</main>\n</body>\n</html>",
             Safe(&self.softcuda),
-            Safe(model)
+            Safe(&model)
         )
     }
 
@@ -214,7 +214,7 @@ impl Profile {
         writeln!(
             out,
             "<h2>Launches</h2>\n<div class=\"panel scroll\">\n<table>\n<tr><th class=\"n\">#</th><th>kernel</th>\
-             <th>grid</th><th>block</th><th class=\"n\">shared</th><th class=\"n\">occupancy</th><th class=\"n\">L2</th>\
+             <th>device</th><th>grid</th><th>block</th><th class=\"n\">shared</th><th class=\"n\">occupancy</th><th class=\"n\">L2</th>\
              <th class=\"n\">DRAM</th><th class=\"n\">modelled</th><th>limited by</th></tr>"
         )?;
         self.launches.iter().take(TABLE).try_for_each(|l| l.write_row(out))?;
@@ -226,14 +226,20 @@ impl Profile {
         Ok(())
     }
 
-    fn write_device(&self, out: &mut String) -> std::fmt::Result {
+    fn write_devices(&self, out: &mut String) -> std::fmt::Result {
+        self.devices.iter().try_for_each(|device| device.write_html(out))
+    }
+}
+
+impl Device {
+    fn write_html(&self, out: &mut String) -> std::fmt::Result {
         writeln!(
             out,
             "<details>\n<summary>Device description <code>{}</code>: every number with its source</summary>\n\
              <div class=\"panel scroll\">\n<table>\n<tr><th>figure</th><th>value</th><th>source</th></tr>",
-            Safe(&self.device.model)
+            Safe(&self.model)
         )?;
-        for f in &self.device.figures {
+        for f in &self.figures {
             writeln!(
                 out,
                 "<tr><td class=\"mono\">{}</td><td>{}</td><td>{} <span class=\"soft\">– {}</span></td></tr>",
@@ -258,10 +264,11 @@ impl LaunchProfile {
         let shared = u64::from(self.static_shared_bytes) + u64::from(self.dynamic_shared_bytes);
         writeln!(
             out,
-            "<tr><td class=\"n\">{}</td><td class=\"mono\">{}</td><td>{}</td><td>{}</td><td class=\"n\">{}</td>\
-             <td class=\"n\">{:.0} %</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td>{}</td></tr>",
+            "<tr><td class=\"n\">{}</td><td class=\"mono\">{}</td><td>{}</td><td>{}</td><td>{}</td>\
+             <td class=\"n\">{}</td><td class=\"n\">{:.0} %</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td class=\"n\">{}</td><td>{}</td></tr>",
             self.index,
             Safe(&self.kernel),
+            Safe(&self.device),
             extents(self.grid),
             extents(self.block),
             bytes(shared),
@@ -279,10 +286,11 @@ impl KernelProfile {
         let launches = if self.launches == 1 { "1 launch".into() } else { format!("{} launches", self.launches) };
         writeln!(
             out,
-            "<section class=\"kernel\" id=\"k{index}\">\n<h2>{}</h2>\n<p class=\"soft\">{launches}, modelled {}, limited by \
+            "<section class=\"kernel\" id=\"k{index}\">\n<h2>{}</h2>\n<p class=\"soft\">{launches} on <code>{}</code>, modelled {}, limited by \
              <b style=\"color:{}\">{}</b></p>\n<details{}><summary>units, memory, instructions, lines</summary>\n\
              <div class=\"two\">",
             Safe(&self.name),
+            Safe(&self.device),
             time(self.modelled_seconds),
             colour(&self.limited_by),
             Safe(&self.limited_by),
@@ -301,9 +309,12 @@ impl KernelProfile {
     fn write_units(&self, out: &mut String) {
         out.push_str("<div>\n<h3>Least time of each unit</h3>\n");
         let most = self.bounds.iter().fold(0.0, |most: f64, bound| most.max(bound.seconds));
-        for Bound { unit, seconds, detail } in &self.bounds {
-            let class = if *seconds > 0.0 { "row" } else { "row zero" };
-            out.push_str(&row(class, unit, &track(ratio(*seconds, most), colour(unit)), &time(*seconds), detail));
+        for Bound { unit, seconds, detail } in self.bounds.iter().filter(|bound| bound.seconds > 0.0) {
+            out.push_str(&row("row", unit, &track(ratio(*seconds, most), colour(unit)), &time(*seconds), detail));
+        }
+        let idle: Vec<&str> = self.bounds.iter().filter(|b| b.seconds <= 0.0).map(|b| b.unit.as_str()).collect();
+        if !idle.is_empty() {
+            out.push_str(&format!("<p class=\"soft idle\">Nothing to do: {}</p>\n", Safe(idle.join(", "))));
         }
         out.push_str("</div>\n");
     }
@@ -393,6 +404,9 @@ impl KernelProfile {
             let (products, adds) = (count(ops.instructions as f64), count(ops.multiply_adds as f64));
             facts.push(("tensor", format!("{}: {products} products, {adds} multiply-adds", Safe(kind))));
         }
+        if w.repeated_polls > 0 {
+            facts.push(("polling", format!("{} rounds after the first are left out", count(w.repeated_polls as f64))));
+        }
         if w.traffic.in_pieces {
             facts.push(("caches", "replayed in pieces: traffic may vary a little from run to run".into()));
         }
@@ -405,8 +419,13 @@ impl KernelProfile {
     }
 
     fn write_lines(&self, out: &mut String) -> std::fmt::Result {
-        let measures: [fn(&LineProfile) -> u64; 3] =
-            [LineProfile::wasted_sectors, LineProfile::conflict_wavefronts, |line| line.warp_instructions];
+        let measures: [Weight; 5] = [
+            LineProfile::wasted_sectors,
+            LineProfile::conflict_wavefronts,
+            |line| line.global.sectors,
+            |line| line.shared.wavefronts,
+            |line| line.warp_instructions,
+        ];
         let mut hot: Vec<&LineProfile> = measures.iter().flat_map(|m| self.hottest(HOT, m)).collect();
         hot.sort_by_key(|line| line.line);
         hot.dedup_by_key(|line| line.line);
@@ -420,8 +439,8 @@ impl KernelProfile {
     }
 
     fn write_table(&self, out: &mut String, lines: &[&LineProfile]) -> std::fmt::Result {
-        let most = |weight: fn(&LineProfile) -> u64| self.lines.iter().map(weight).max().unwrap_or(0) as f64;
-        let columns: [(fn(&LineProfile) -> u64, &str); 3] = [
+        let most = |weight: Weight| self.lines.iter().map(weight).max().unwrap_or(0) as f64;
+        let columns: [(Weight, &str); 3] = [
             (|line| line.warp_instructions, "cool"),
             (LineProfile::wasted_sectors, "heat"),
             (LineProfile::conflict_wavefronts, "heat"),
@@ -429,11 +448,11 @@ impl KernelProfile {
         writeln!(
             out,
             "<div class=\"scroll\"><table>\n<tr><th class=\"n\">line</th><th>PTX</th><th class=\"n\">warp<br>instructions</th>\
-             <th class=\"n\">sectors<br>of ideal</th><th class=\"n\">wasted<br>sectors</th><th class=\"n\">wavefronts<br>of \
-             ideal</th><th class=\"n\">conflict<br>wavefronts</th></tr>"
+             <th class=\"n\">sectors<br>/ ideal</th><th class=\"n\">wasted<br>sectors</th><th class=\"n\">wavefronts<br>\
+             / ideal</th><th class=\"n\">conflict<br>wavefronts</th></tr>"
         )?;
         for line in lines {
-            let cell = |(weight, class): (fn(&LineProfile) -> u64, &str)| {
+            let cell = |(weight, class): (Weight, &str)| {
                 let value = weight(line);
                 if value == 0 {
                     return "<td class=\"n soft\">·</td>".to_owned();

@@ -1,6 +1,8 @@
 //! A profile: launches and the kernels they are of.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -29,7 +31,8 @@ pub struct Profile {
     pub notice: String,
     /// Version of softcuda.
     pub softcuda: String,
-    pub device: Device,
+    /// The devices that kernels ran on, in order of their first launch.
+    pub devices: Vec<Device>,
     /// The first launches, in order, at most [`MOST_LAUNCHES`].
     pub launches: Vec<LaunchProfile>,
     /// All launches, listed or not.
@@ -92,6 +95,8 @@ pub struct LaunchProfile {
     /// Position among the profile's launches, from 0.
     pub index: u64,
     pub kernel: String,
+    /// The device's model.
+    pub device: String,
     /// Blocks.
     pub grid: [u32; 3],
     /// Threads.
@@ -112,10 +117,12 @@ pub struct LaunchProfile {
     pub limited_by: String,
 }
 
-/// All launches of one kernel.
+/// All launches of one kernel on devices of one model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct KernelProfile {
     pub name: String,
+    /// The device's model.
+    pub device: String,
     pub launches: u64,
     pub registers: Registers,
     /// Of the latest launch.
@@ -158,6 +165,7 @@ impl LineProfile {
 /// A launch as the driver reports it.
 #[derive(Debug)]
 pub struct Launched<'l> {
+    pub device: &'l Description,
     pub kernel: &'l str,
     pub grid: [u32; 3],
     pub block: [u32; 3],
@@ -171,13 +179,13 @@ pub struct Launched<'l> {
 }
 
 /// Launches as they come in.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Collector {
-    device: Description,
+    devices: Vec<Description>,
     launches: Vec<LaunchProfile>,
     launch_count: u64,
-    /// By name and text: the module may have been unloaded since.
-    kernels: BTreeMap<(String, usize), Sums>,
+    /// By name, text and model; the module may have been unloaded since.
+    kernels: BTreeMap<(String, usize, &'static str), Sums>,
 }
 
 #[derive(Debug)]
@@ -187,14 +195,10 @@ struct Sums {
     lines: Vec<LineCounters>,
 }
 
-impl Collector {
-    pub fn new(device: Description) -> Collector {
-        Collector { device, launches: Vec::new(), launch_count: 0, kernels: BTreeMap::new() }
-    }
-
-    /// The launch's occupancy on the device; a grid that leaves room is its own limit.
-    fn occupancy(&self, l: &Launched) -> OccupancyProfile {
-        let device = &self.device;
+impl Launched<'_> {
+    /// The launch's occupancy on its device; a grid that leaves room is its own limit.
+    fn occupancy(&self) -> OccupancyProfile {
+        let (l, device) = (self, self.device);
         let threads = l.block.iter().product::<u32>();
         let shared = u64::from(l.static_shared_bytes) + u64::from(l.dynamic_shared_bytes);
         let found = occupancy(device, l.registers.count.min(MAX_REGISTERS_PER_THREAD), threads, shared);
@@ -208,13 +212,35 @@ impl Collector {
         let fraction = f64::from(warps_per_sm * WARP_SIZE) / f64::from(device.threads_per_sm);
         OccupancyProfile { blocks_per_sm, warps_per_sm, fraction, limiter }
     }
+}
 
+impl Device {
+    fn new(d: &Description) -> Device {
+        let figures = d.figures().into_iter().map(|figure| DeviceFigure {
+            name: figure.name.into(),
+            value: figure.value,
+            document: figure.source.document.into(),
+            place: figure.source.place.into(),
+        });
+        Device {
+            model: d.model.into(),
+            sm_count: d.sm_count,
+            warps_per_sm: d.threads_per_sm / WARP_SIZE,
+            figures: figures.collect(),
+        }
+    }
+}
+
+impl Collector {
     pub fn add(&mut self, l: &Launched) {
         let work = Work::new(l.counters, l.traffic);
-        let bounds = bounds(&self.device, &work);
+        let bounds = bounds(l.device, &work);
         let (modelled_seconds, limited_by) = greatest(&bounds);
-        let occupancy = self.occupancy(l);
-        let key = (l.kernel.to_owned(), Arc::as_ptr(l.lines) as usize);
+        let occupancy = l.occupancy();
+        if self.devices.iter().all(|known| known.model != l.device.model) {
+            self.devices.push(*l.device);
+        }
+        let key = (l.kernel.to_owned(), Arc::as_ptr(l.lines) as usize, l.device.model);
         match self.kernels.get_mut(&key) {
             Some(sums) => {
                 let k = &mut sums.profile;
@@ -229,6 +255,7 @@ impl Collector {
             None => {
                 let profile = KernelProfile {
                     name: l.kernel.to_owned(),
+                    device: l.device.model.into(),
                     launches: 1,
                     registers: l.registers,
                     occupancy,
@@ -246,6 +273,7 @@ impl Collector {
             self.launches.push(LaunchProfile {
                 index: self.launch_count,
                 kernel: l.kernel.to_owned(),
+                device: l.device.model.into(),
                 grid: l.grid,
                 block: l.block,
                 cluster: l.cluster,
@@ -264,25 +292,13 @@ impl Collector {
 
     /// What has come in so far.
     pub fn profile(&self) -> Profile {
-        let d = &self.device;
-        let figures = d.figures().into_iter().map(|figure| DeviceFigure {
-            name: figure.name.into(),
-            value: figure.value,
-            document: figure.source.document.into(),
-            place: figure.source.place.into(),
-        });
         let mut kernels: Vec<KernelProfile> = self.kernels.values().map(Sums::profile).collect();
         kernels.sort_by(|a, b| b.modelled_seconds.total_cmp(&a.modelled_seconds));
         Profile {
             schema: SCHEMA,
             notice: NOTICE.into(),
             softcuda: env!("CARGO_PKG_VERSION").into(),
-            device: Device {
-                model: d.model.into(),
-                sm_count: d.sm_count,
-                warps_per_sm: d.threads_per_sm / WARP_SIZE,
-                figures: figures.collect(),
-            },
+            devices: self.devices.iter().map(Device::new).collect(),
             launches: self.launches.clone(),
             launch_count: self.launch_count,
             kernels,
@@ -321,12 +337,40 @@ impl Profile {
             .expect("a profile has neither maps with odd keys nor numbers that JSON lacks")
     }
 
+    /// Writes `STEM.txt`, `STEM.json` and `STEM.html`, and returns their paths.
+    ///
+    /// # Errors
+    /// One of them cannot be written.
+    pub fn write(&self, stem: &Path) -> io::Result<[PathBuf; 3]> {
+        let path = |ending: &str| {
+            let mut path = stem.as_os_str().to_owned();
+            path.push(ending);
+            PathBuf::from(path)
+        };
+        let paths = [".txt", ".json", ".html"].map(path);
+        for (path, text) in paths.iter().zip([self.to_text(), self.to_json(), self.to_html()]) {
+            std::fs::write(path, text)?;
+        }
+        Ok(paths)
+    }
+
     /// Reads what [`Profile::to_json`] wrote.
     ///
     /// # Errors
     /// The text is not a profile of this [`SCHEMA`].
     pub fn from_json(text: &str) -> Result<Profile, serde_json::Error> {
         serde_json::from_str(text)
+    }
+
+    /// Models of the devices, in words.
+    pub fn models(&self) -> String {
+        let models: Vec<&str> = self.devices.iter().map(|device| device.model.as_str()).collect();
+        if models.is_empty() { "no device".into() } else { models.join(", ") }
+    }
+
+    /// Warps that a multiprocessor of a model holds at most.
+    pub(super) fn warps_per_sm(&self, model: &str) -> u32 {
+        self.devices.iter().find(|device| device.model == model).map_or(0, |device| device.warps_per_sm)
     }
 
     /// Sum of the modelled times in seconds.

@@ -3,12 +3,15 @@
 use std::fmt::Write;
 
 use super::bounds::count;
-use super::record::{KernelProfile, LineProfile, Profile, RegisterSource};
+use super::record::{KernelProfile, LaunchProfile, LineProfile, Profile, RegisterSource};
 
 /// Columns of a full bar.
 const BAR: usize = 30;
 /// Hot lines that are shown of a kernel.
 const HOT: usize = 5;
+
+/// What lines are ordered by.
+pub(super) type Weight = fn(&LineProfile) -> u64;
 
 /// `fraction` of a bar, in eighths of a column.
 fn bar(fraction: f64) -> String {
@@ -20,23 +23,25 @@ fn bar(fraction: f64) -> String {
     text
 }
 
-/// Seconds in a unit that suits them.
+/// Seconds in a unit that suits them, with three digits or more.
 pub(super) fn time(seconds: f64) -> String {
-    match seconds {
-        s if s == 0.0 => "0".into(),
-        s if s < 1e-6 => format!("{:.3} ns", s * 1e9),
-        s if s < 1e-3 => format!("{:.3} µs", s * 1e6),
-        s if s < 1.0 => format!("{:.3} ms", s * 1e3),
-        s => format!("{s:.3} s"),
-    }
+    let (number, unit) = match seconds {
+        0.0 => return "0".into(),
+        s if s < 1e-6 => (s * 1e9, "ns"),
+        s if s < 1e-3 => (s * 1e6, "µs"),
+        s if s < 1.0 => (s * 1e3, "ms"),
+        s => (s, "s"),
+    };
+    let digits = 2 - number.log10().floor().clamp(0.0, 2.0) as usize;
+    format!("{number:.digits$} {unit}")
 }
 
 /// Bytes in a unit that suits them.
 pub(super) fn bytes(bytes: u64) -> String {
     match bytes {
-        b if b < 1 << 14 => format!("{b} B"),
-        b if b < 1 << 24 => format!("{:.1} KiB", b as f64 / 1024.0),
-        b if b < 1 << 34 => format!("{:.1} MiB", b as f64 / (1 << 20) as f64),
+        b if b < 1 << 10 => format!("{b} B"),
+        b if b < 1 << 20 => format!("{:.1} KiB", b as f64 / 1024.0),
+        b if b < 1 << 30 => format!("{:.1} MiB", b as f64 / (1 << 20) as f64),
         b => format!("{:.1} GiB", b as f64 / (1 << 30) as f64),
     }
 }
@@ -56,15 +61,35 @@ impl Profile {
     }
 
     fn write_text(&self, out: &mut String) -> std::fmt::Result {
-        writeln!(out, "softcuda {}: profile on the model of `{}`", self.softcuda, self.device.model)?;
+        writeln!(out, "softcuda {}: profile on the model of {}", self.softcuda, self.models())?;
         writeln!(out, "{}", self.notice)?;
         let total = self.modelled_seconds();
         writeln!(out, "{} launches, at least {} if run one after another", self.launch_count, time(total))?;
         for kernel in &self.kernels {
             writeln!(out)?;
-            kernel.write_text(out, total, self.device.warps_per_sm)?;
+            kernel.write_text(out, total, self.warps_per_sm(&kernel.device))?;
         }
         Ok(())
+    }
+}
+
+/// One line: what the launch did, and what it would take at least.
+impl std::fmt::Display for LaunchProfile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let w = &self.work;
+        write!(f, "{}: {} warp instructions", self.kernel, count(w.warp_instructions as f64))?;
+        for (kind, ops) in &w.tensor {
+            write!(f, ", {} {kind} multiply-adds", count(ops.multiply_adds as f64))?;
+        }
+        let (g, s) = (&w.global, &w.shared);
+        write!(f, ", {} sectors (ideal {})", count(g.sectors as f64), count(g.ideal_sectors as f64))?;
+        if s.requests > 0 {
+            write!(f, ", {} wavefronts (ideal {})", count(s.wavefronts as f64), count(s.ideal_wavefronts as f64))?;
+        }
+        let (l2, dram) = (bytes(w.traffic.l2_bytes()), bytes(w.traffic.dram_bytes()));
+        let occupancy = 100.0 * self.occupancy.fraction;
+        write!(f, ", L2 {l2}, DRAM {dram}, occupancy {occupancy:.0} %; ")?;
+        write!(f, "modelled: at least {}, limited by {}", time(self.modelled_seconds), self.limited_by)
     }
 }
 
@@ -72,7 +97,7 @@ impl KernelProfile {
     fn write_text(&self, out: &mut String, total: f64, warps_per_sm: u32) -> std::fmt::Result {
         let w = &self.work;
         let share = if total > 0.0 { 100.0 * self.modelled_seconds / total } else { 0.0 };
-        writeln!(out, "{}", self.name)?;
+        writeln!(out, "{} on {}", self.name, self.device)?;
         writeln!(
             out,
             "  {} launches, at least {} ({share:.1} % of all), limited by {}",
@@ -151,8 +176,12 @@ impl KernelProfile {
             percent(s.wavefronts.saturating_sub(s.ideal_wavefronts), s.wavefronts),
             bytes(w.async_bytes)
         )?;
-        writeln!(out, "  synchronise    {} at barriers, {} waits", w.barriers, w.waits)?;
-        let lists: [(&str, fn(&LineProfile) -> u64); 2] = [
+        let polls = match w.repeated_polls {
+            0 => String::new(),
+            n => format!("; {} rounds of polling left out", count(n as f64)),
+        };
+        writeln!(out, "  synchronise    {} at barriers, {} waits{polls}", w.barriers, w.waits)?;
+        let lists: [(&str, Weight); 2] = [
             ("conflicts, in wavefronts beyond the ideal", LineProfile::conflict_wavefronts),
             ("wasted sectors", LineProfile::wasted_sectors),
         ];
@@ -193,7 +222,9 @@ mod tests {
         assert_eq!(bar(1.0), "█".repeat(BAR));
         assert_eq!(bar(0.0), "·".repeat(BAR));
         assert!(bar(0.5 + 1.0 / (8 * BAR) as f64).starts_with(&("█".repeat(BAR / 2) + "▏·")));
-        assert_eq!((time(1.5e-6), time(0.0), bytes(1 << 20)), ("1.500 µs".into(), "0".into(), "1024.0 KiB".into()));
+        let times = [1.5e-6, 0.0, 40.404e-9, 0.123456, 1234.0].map(time);
+        assert_eq!(times, ["1.50 µs", "0", "40.4 ns", "123 ms", "1234 s"]);
+        assert_eq!([1023, 1 << 10, 3 << 19, 5 << 30].map(bytes), ["1023 B", "1.0 KiB", "1.5 MiB", "5.0 GiB"]);
         assert_eq!((percent(1, 8), percent(0, 0)), ("12.5 %".into(), "–".into()));
     }
 }

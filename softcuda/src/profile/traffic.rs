@@ -14,6 +14,8 @@
 //! and dirty sectors that make room for others. A launch begins with empty caches, as under Nsight Compute's cache control,
 //! and dirty sectors that are left at its end count as written, so that a launch's numbers are its own.
 //!
+//! Loads of loops that only wait for others are recorded once for each time that a warp is run.
+//!
 //! Not modelled: replacement other than least recently used; the two partitions of the L2 and what crosses between them;
 //! prefetches and fetches of more than a sector; eviction priorities and cache policies; sectors that a write covers only in
 //! part (as if memory took any bytes); compression; caches of constants and instructions; local memory. Memory pages are
@@ -170,11 +172,11 @@ struct State {
     /// Blocks that have ended, or parts of such that have not, in order of arrival.
     blocks: Vec<(u64, Vec<Run>)>,
     runs: usize,
-    model: Box<Model>,
+    model: Model,
 }
 
 /// Models that wait for their next launch: they are large, and empty at no cost.
-static SPARE: Mutex<Vec<Box<Model>>> = Mutex::new(Vec::new());
+static SPARE: Mutex<Vec<Model>> = Mutex::new(Vec::new());
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -184,7 +186,7 @@ impl TrafficWatch {
     pub fn new(hierarchy: Hierarchy) -> Arc<TrafficWatch> {
         let mut spare = lock(&SPARE);
         let fits = spare.iter().position(|model| model.fits(&hierarchy));
-        let model = fits.map(|at| spare.swap_remove(at)).unwrap_or_else(|| Box::new(Model::new(&hierarchy)));
+        let model = fits.map(|at| spare.swap_remove(at)).unwrap_or_else(|| Model::new(&hierarchy));
         let state = State { hierarchy, blocks: Vec::new(), runs: 0, model };
         Arc::new(TrafficWatch { state: Mutex::new(state) })
     }
@@ -200,7 +202,7 @@ impl TrafficWatch {
 impl Drop for TrafficWatch {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let mut model = std::mem::replace(&mut state.model, Box::new(Model::empty()));
+        let mut model = std::mem::replace(&mut state.model, Model::empty());
         model.end();
         let mut spare = lock(&SPARE);
         if spare.len() < 2 {
@@ -291,7 +293,7 @@ impl Recorder<'_> {
 
 impl Observer for Recorder<'_> {
     fn memory(&mut self, site: &Site, event: &MemoryEvent) {
-        if event.space != Space::Global {
+        if event.space != Space::Global || site.repeated {
             return;
         }
         let path = match (event.kind, event.engine) {

@@ -29,8 +29,10 @@ pub struct Work {
     pub async_bytes: u64,
     /// Warp instructions that arrive at barriers of a block or cluster.
     pub barriers: u64,
-    /// Warp instructions that wait for asynchronous work; those that try again depend on this device's schedule.
+    /// Warp instructions that wait for asynchronous work.
     pub waits: u64,
+    /// Rounds of loops that only wait for others, beyond the first: left out of everything else.
+    pub repeated_polls: u64,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,6 +69,7 @@ impl Work {
             shared: counters.shared,
             traffic,
             async_bytes: counters.async_bytes,
+            repeated_polls: counters.repeated_polls,
             barriers: sum(|name| name.starts_with("bar.") && name != "bar.warp.sync" || name.starts_with("barrier.")),
             waits: sum(|name| {
                 let waits = ["wait_group", "wait_all", "test_wait", "try_wait", "wait"];
@@ -107,6 +110,7 @@ impl Work {
         self.async_bytes += other.async_bytes;
         self.barriers += other.barriers;
         self.waits += other.waits;
+        self.repeated_polls += other.repeated_polls;
     }
 }
 

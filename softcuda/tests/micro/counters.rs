@@ -71,3 +71,35 @@ fn matrix_operations() {
     );
     assert_eq!(c.matrix.iter().collect::<Vec<_>>(), [(&"m16n8k8.f32.f16.f16.f32".to_string(), &2)]);
 }
+
+#[test]
+fn loops_that_only_wait_count_once() {
+    // Warp 1 waits for warp 0, which goes to sleep over and over first.
+    let body = |load: &str| {
+        format!(
+            "ld.param.u64 %rd5, [p0]; mov.u32 %r2, 0; setp.ge.u32 %p, %t, 32; bar.sync 0; @%p bra WAIT;
+             SLEEP: nanosleep.u32 100; add.u32 %r2, %r2, 1; setp.lt.u32 %p, %r2, 50; @%p bra SLEEP;
+             st.release.gpu.global.u32 [%rd5], 7; bra DONE;
+             WAIT: {load} %r3, [%rd5]; setp.ne.u32 %q, %r3, 7; @%q bra WAIT;
+             DONE: mov.u32 %r4, 1;"
+        )
+    };
+    let c = count(64, &body("ld.acquire.gpu.global.u32"));
+    assert!(c.repeated_polls > 0, "{c:?}");
+    assert!(c.opcodes["ld.acquire.gpu.global.u32"] < 100, "once for each turn of the other warp: {:?}", c.opcodes);
+    assert_eq!(c.opcodes["nanosleep.u32"], 50);
+    // A loop over memory is no poll, whatever its order.
+    let c = count(
+        32,
+        "mov.u32 %r2, 0; mov.u64 %rd0, %out; SUM: ld.volatile.global.u32 %r3, [%rd0]; add.u64 %rd0, %rd0, 4;
+        add.u32 %r2, %r2, 1; setp.lt.u32 %p, %r2, 50; @%p bra SUM;",
+    );
+    assert_eq!((c.opcodes["ld.volatile.global.u32"], c.repeated_polls), (50, 0));
+    // Nor is one that stores.
+    let c = count(
+        32,
+        "mov.u32 %r2, 0; SUM: ld.volatile.global.u32 %r3, [%out]; st.global.u32 [%out], %r2;
+        add.u32 %r2, %r2, 1; setp.lt.u32 %p, %r2, 50; @%p bra SUM;",
+    );
+    assert_eq!((c.opcodes["ld.volatile.global.u32"], c.repeated_polls), (50, 0));
+}
