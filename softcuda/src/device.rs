@@ -199,7 +199,7 @@ impl Description {
     /// `CUdevice_attribute` by number, `None` where CUDA 13 defines none.
     ///
     /// Limits are the modelled GPU's. What this driver does not implement (textures, surfaces, virtual memory management,
-    /// interprocess handles, stream memory operations, tensor maps) is reported as absent.
+    /// interprocess handles, stream memory operations) is reported as absent.
     pub fn attribute(&self, number: u32) -> Option<i32> {
         let hopper = self.compute_capability >= (9, 0);
         let (major, minor) = self.compute_capability;
@@ -273,7 +273,8 @@ impl Description {
             121..=125 => 0,
             // MEM_SYNC_DOMAIN_COUNT, TENSOR_MAP_ACCESS_SUPPORTED, HANDLE_TYPE_FABRIC, UNIFIED_FUNCTION_POINTERS
             126 => 1,
-            127..=129 => 0,
+            127 => hopper.into(),
+            128 | 129 => 0,
             // NUMA_CONFIG, NUMA_ID (-1: none), MULTICAST_SUPPORTED, MPS_ENABLED, HOST_NUMA_ID (-1: none)
             130 | 132 | 133 => 0,
             131 | 134 => return Some(-1),

@@ -30,6 +30,7 @@ pub mod profile;
 pub mod ptx;
 #[cfg(unix)]
 mod report;
+pub mod tensormap;
 
 #[cfg(unix)]
 pub use control::{Control, LaunchRecord};

@@ -12,6 +12,7 @@ use softcuda::check::{Checks, Selection};
 use softcuda::exec::{Config, Launch, launch};
 use softcuda::lower::{Environment, lower_module};
 use softcuda::memory::Memory;
+use softcuda::tensormap::{Element, Swizzle, TensorMap};
 
 fn cases(target: &str) -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/ptx");
@@ -66,6 +67,38 @@ fn memory() -> &'static Memory {
     &MEMORY
 }
 
+/// A case's description of a tensor map.
+fn tensor_map(v: &Value, address: u64) -> TensorMap {
+    let numbers =
+        |name: &str| -> Vec<u64> { v[name].as_array().unwrap().iter().map(|x| x.as_u64().unwrap()).collect() };
+    let (dims, strides) = (numbers("dims"), numbers("strides_bytes"));
+    let (tile, steps) = (numbers("box"), numbers("element_strides"));
+    assert_eq!((v["interleave"].as_u64(), v["fill"].as_str()), (Some(0), Some("zero")));
+    TensorMap {
+        address,
+        element: match v["dtype"].as_str().unwrap() {
+            "BF16" => Element::BF16,
+            "F16" => Element::F16,
+            "F32" => Element::F32,
+            other => panic!("dtype {other}"),
+        },
+        rank: dims.len(),
+        dims: std::array::from_fn(|i| dims.get(i).copied().unwrap_or(0)),
+        strides: std::array::from_fn(|i| strides.get(i).copied().unwrap_or(0)),
+        tile: std::array::from_fn(|i| tile.get(i).map_or(0, |&x| x as u32)),
+        steps: std::array::from_fn(|i| steps.get(i).map_or(0, |&x| x as u32)),
+        swizzle: match v["swizzle_bytes"].as_u64().unwrap() {
+            0 => Swizzle::None,
+            32 => Swizzle::B32,
+            64 => Swizzle::B64,
+            _ => Swizzle::B128,
+        },
+        fill_nan: false,
+        interleave: 0,
+        promotion: 0,
+    }
+}
+
 fn three(v: &Value) -> [u32; 3] {
     std::array::from_fn(|i| v[i].as_u64().unwrap() as u32)
 }
@@ -94,6 +127,11 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection:
 
     let mut buffers = HashMap::new();
     let mut params = Vec::new();
+    for p in case["params"].as_array().unwrap() {
+        if let Some(tensor) = p["tensormap"]["tensor"].as_str() {
+            buffers.insert(tensor, device.upload(tensors.tensor(tensor).unwrap().data()));
+        }
+    }
     for (p, place) in case["params"].as_array().unwrap().iter().zip(&kernel.params) {
         params.resize(place.offset as usize, 0);
         if let Some(tensor) = p["tensor"].as_str() {
@@ -102,8 +140,14 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection:
             params.extend(address.to_le_bytes());
         } else if let Some(x) = p["i32"].as_i64() {
             params.extend((x as i32).to_le_bytes());
+        } else if let Some(x) = p["i64"].as_i64() {
+            params.extend(x.to_le_bytes());
         } else if let Some(x) = p["f32"].as_f64() {
             params.extend((x as f32).to_le_bytes());
+        } else if p["tensormap"].is_object() {
+            let map = &p["tensormap"];
+            let address = buffers[map["tensor"].as_str().unwrap()];
+            params.extend(tensor_map(map, address).encode());
         } else if let Some(bytes) = p["scratch_bytes"].as_u64() {
             params.extend(if bytes == 0 { 0 } else { device.upload(&vec![0; bytes as usize]) }.to_le_bytes());
         } else {
@@ -168,9 +212,12 @@ fn checkers_are_silent() {
 }
 
 #[test]
-fn hopper_cases_that_need_no_engine() {
+fn every_hopper_case_under_many_seeds() {
     let cases = cases("sm_90a");
     assert_eq!(cases.len(), 18, "all cases are there");
-    let ran = cases.iter().filter(|dir| run(dir, (9, 0), 1, 2, Selection::ALL)).count();
-    assert!(ran >= 10, "{ran} of {} cases ran", cases.len());
+    for dir in &cases {
+        for seed in 0..20 {
+            assert!(run(dir, (9, 0), seed, 1 + seed as usize % 3, Selection::NONE), "{} is refused", dir.display());
+        }
+    }
 }

@@ -302,10 +302,29 @@ fn a_context_takes_its_memory_with_it() {
 fn unsupported_calls_say_so() {
     let (_, _context, _turn) = device();
     let mut map = unsafe { std::mem::zeroed() };
-    let code = unsafe { sys::cuTensorMapReplaceAddress(&mut map, null_mut()) };
+    let corner = [0; 3];
+    let code = unsafe {
+        sys::cuTensorMapEncodeIm2col(
+            &mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            3,
+            null_mut(),
+            [1; 3].as_ptr(),
+            [16; 2].as_ptr(),
+            corner.as_ptr(),
+            corner.as_ptr(),
+            8,
+            8,
+            [1; 3].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
     let (code, text) = status(code);
     assert_eq!(code, CUresult::CUDA_ERROR_NOT_SUPPORTED);
-    says(&text, &["cuTensorMapReplaceAddress is not implemented by softcuda"]);
+    says(&text, &["cuTensorMapEncodeIm2col is not implemented by softcuda"]);
 }
 
 /// Every entry point in the driver's source is found by `cuGetProcAddress` under its unversioned name.

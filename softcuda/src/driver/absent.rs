@@ -18,7 +18,4 @@ absent! {
     cuImportExternalMemory
     cuDestroyExternalMemory
     cuExternalMemoryGetMappedBuffer
-    cuTensorMapEncodeTiled
-    cuTensorMapEncodeIm2col
-    cuTensorMapReplaceAddress
 }

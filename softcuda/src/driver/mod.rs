@@ -48,6 +48,7 @@ mod queue;
 mod registered;
 mod status;
 mod stream;
+mod tensormap;
 mod work;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

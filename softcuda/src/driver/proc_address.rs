@@ -3,6 +3,7 @@
 use std::ffi::{CStr, c_char, c_void};
 
 use super::status::{CUresult, Outcome};
+use super::tensormap;
 use super::{
     api, capture, context, copy, event, export_table, function, graph, init, launch, managed, memory, module,
     occupancy, out,
@@ -190,6 +191,12 @@ entries! {
         "cuOccupancyMaxPotentialBlockSizeWithFlags" 2000 cuOccupancyMaxPotentialBlockSizeWithFlags,
         "cuOccupancyMaxPotentialClusterSize" 2000 cuOccupancyMaxPotentialClusterSize,
         "cuOccupancyMaxActiveClusters" 2000 cuOccupancyMaxActiveClusters,
+    }
+    tensormap {
+        "cuTensorMapEncodeTiled" 12000 cuTensorMapEncodeTiled,
+        "cuTensorMapReplaceAddress" 12000 cuTensorMapReplaceAddress,
+        "cuTensorMapEncodeIm2col" 12000 cuTensorMapEncodeIm2col,
+        "cuTensorMapEncodeIm2colWide" 12080 cuTensorMapEncodeIm2colWide,
     }
     launch {
         "cuLaunchKernel" 2000 cuLaunchKernel,

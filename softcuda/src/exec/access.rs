@@ -113,7 +113,7 @@ impl Machine<'_, '_> {
         Ok(out)
     }
 
-    fn resolve_lane(&mut self, space: Option<Space>, address: u64, lane: usize, bytes: u32) -> Outcome<u64> {
+    pub fn resolve_lane(&mut self, space: Option<Space>, address: u64, lane: usize, bytes: u32) -> Outcome<u64> {
         // A generic address carries the window of its space.
         let (space, offset) = match space {
             Some(s) => (s, address),

@@ -23,7 +23,7 @@ impl Machine<'_, '_> {
     pub fn bulk_op(&mut self, file: File, x: &BulkOp, pc: u32, mask: u32) -> Outcome<()> {
         match x {
             BulkOp::Copy(x) => active(mask).try_for_each(|lane| self.bulk_copy(file, x, lane, pc)),
-            BulkOp::Tensor(_) => illegal(0, "tensor copies are not implemented".into()),
+            BulkOp::Tensor(x) => active(mask).try_for_each(|lane| self.tensor_copy(file, x, lane, pc)),
             BulkOp::Store(x) => active(mask).try_for_each(|lane| self.store_async(file, x, lane, pc)),
             BulkOp::Commit => {
                 active(mask).for_each(|i| self.warp.bulk_committed[i] += 1);

@@ -292,6 +292,10 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let Extra::Bulk(x) = extra() else { unreachable!() };
                 m.bulk_op(file, x, pc, mask)?;
             }
+            Code::Tensormap => {
+                let Extra::Tensormap(x) = extra() else { unreachable!() };
+                return m.tensormap_op(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
+            }
             Code::ProxyFence => {
                 let Extra::ProxyFence(kind, map) = extra() else { unreachable!() };
                 m.proxy_fence(file, *kind, map.as_ref(), pc, mask)?;

@@ -34,6 +34,7 @@ mod specials;
 mod start;
 mod state;
 mod tally;
+mod tensor;
 mod wgmma;
 
 pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};

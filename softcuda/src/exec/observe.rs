@@ -97,6 +97,8 @@ pub enum Engine {
     Bulk,
     /// `wgmma`: the asynchronous proxy.
     Wgmma,
+    /// Tensor maps are read through a proxy of their own.
+    Tensormap,
 }
 
 /// One warp instruction's access to one state space.

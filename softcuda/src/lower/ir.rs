@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use super::calls::{Call, Entry};
-use super::ir_bulk::BulkOp;
+use super::ir_bulk::{BulkOp, TensormapOp};
 use super::ir_cluster::ClusterOp;
 use super::ir_mbarrier::Mbarrier as MbarrierOp;
 use super::isa::{Code, Width};
@@ -398,6 +398,7 @@ pub enum Extra {
     Print(Reg, Reg, Reg),
     Mbarrier(MbarrierOp),
     Bulk(BulkOp),
+    Tensormap(TensormapOp),
     /// The fence, and the address of the tensor map that `fence.proxy.tensormap::generic.acquire` is for.
     ProxyFence(ProxyFence, Option<Address>),
     /// A failed device-side assertion: message, file, line, function, as addresses.
@@ -466,6 +467,7 @@ impl Extra {
             Self::Cluster(x) => x.visit(f),
             Self::Mbarrier(x) => x.visit(f),
             Self::Bulk(x) => x.visit(f),
+            Self::Tensormap(x) => x.visit(f),
             Self::ProxyFence(_, x) => x.iter_mut().for_each(|a| address(a, f)),
             Self::Wgmma(x) => {
                 x.d.iter_mut().for_each(|r| f(r, Use::Write));
@@ -586,6 +588,7 @@ impl Code {
                 | Mbarrier
                 | Bulk
                 | ProxyFence
+                | Tensormap
         )
     }
 }

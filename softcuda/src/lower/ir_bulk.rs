@@ -1,7 +1,8 @@
 //! Operands of the bulk engine's instructions.
 
-use super::ir::{Address, AtomOp, Reg, Use};
+use super::ir::{Address, AtomOp, Reg, Scope, Use};
 use crate::ptx::ast::{Space, Type};
+use crate::tensormap::Field;
 
 #[derive(Debug, Clone)]
 pub enum BulkOp {
@@ -57,8 +58,6 @@ pub struct TensorCopy {
     pub direction: TensorDirection,
     /// Generic address of the tensor map.
     pub map: Address,
-    /// State space of the map where the operand is a variable.
-    pub map_space: Option<Space>,
     /// One for each dimension, the innermost first.
     pub coordinates: Vec<Reg>,
     /// The tile in shared memory; unused by the prefetch.
@@ -108,6 +107,38 @@ impl BulkOp {
             Self::Prefetch { from, bytes } => {
                 read(&mut from.base);
                 read(bytes);
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone)]
+pub enum TensormapOp {
+    /// `tensormap.replace`.
+    Replace {
+        /// `None` for generic addresses.
+        space: Option<Space>,
+        map: Address,
+        field: Field,
+        value: Reg,
+        /// Bits that the value is shifted up by.
+        shift: u32,
+    },
+    /// `tensormap.cp_fenceproxy`, from shared to global memory.
+    CopyFence { to: Address, from: Address, scope: Scope },
+}
+
+impl TensormapOp {
+    /// Visits every register operand; none is written.
+    pub fn visit(&mut self, f: &mut dyn FnMut(&mut Reg, Use)) {
+        match self {
+            Self::Replace { map, value, .. } => {
+                f(&mut map.base, Use::Read);
+                f(value, Use::Read);
+            }
+            Self::CopyFence { to, from, .. } => {
+                f(&mut to.base, Use::Read);
+                f(&mut from.base, Use::Read);
             }
         }
     }

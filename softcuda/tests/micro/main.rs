@@ -7,6 +7,7 @@
 
 mod barriers;
 mod bits;
+mod bulk;
 mod calls;
 mod clusters;
 mod compare;
@@ -25,6 +26,7 @@ mod matrix;
 mod matrix_hopper;
 mod mbarriers;
 mod memory;
+mod tensors;
 mod traffic;
 mod warp;
 mod warpgroup;

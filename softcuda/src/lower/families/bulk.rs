@@ -22,7 +22,7 @@ pub(super) const REDUCTIONS: &[(&str, AtomOp)] = &[
     ("xor", AtomOp::Xor),
 ];
 
-const COMPLETE_TX: &str = "mbarrier::complete_tx::bytes";
+pub(super) const COMPLETE_TX: &str = "mbarrier::complete_tx::bytes";
 
 impl Builder<'_> {
     pub(super) fn emit_bulk(&mut self, x: BulkOp) {
@@ -65,10 +65,10 @@ impl Builder<'_> {
                 return Ok(());
             }
             if m.take("prefetch") {
-                return if m.take("tensor") { Err(unknown(i)) } else { self.bulk_prefetch(i, m) };
+                return if m.take("tensor") { self.tensor_prefetch(i, m) } else { self.bulk_prefetch(i, m) };
             }
         }
-        if m.take("tensor") { Err(unknown(i)) } else { self.bulk_copy(i, m, reduces) }
+        if m.take("tensor") { self.tensor_copy(i, m, reduces) } else { self.bulk_copy(i, m, reduces) }
     }
 
     /// `cp.async.bulk.prefetch.L2.global{.L2::cache_hint} [from], size{, policy}`
@@ -99,7 +99,7 @@ impl Builder<'_> {
     }
 
     /// Destination and source space, in this order.
-    fn directions(i: &Instruction, m: &mut Modifiers) -> Result<(Space, Space)> {
+    pub(super) fn directions(i: &Instruction, m: &mut Modifiers) -> Result<(Space, Space)> {
         // A space that occurs first is the destination.
         let order: Vec<&str> = i
             .modifiers

@@ -313,12 +313,15 @@ impl Builder<'_> {
     /// Instructions that only advise the caches: their addresses are checked for form, then dropped.
     pub(super) fn cache_hint(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
+        let tensormap = i.opcode == "prefetch" && m.take("tensormap");
         let space = match i.opcode.as_str() {
+            "prefetch" if tensormap => m.one_of(&[("const", Space::Const), ("param", Space::Param)]),
             "prefetch" => m.one_of(&[("global", Space::Global), ("local", Space::Local)]),
             "prefetchu" => None,
             _ => m.one_of(&[("global", Space::Global)]),
         };
         match i.opcode.as_str() {
+            "prefetch" if tensormap => count(&i.operands, 1..=1)?,
             "prefetch" if space != Some(Space::Local) => {
                 m.required(
                     "a cache level",

@@ -14,6 +14,7 @@ mod matrix;
 mod mbarrier;
 mod memory;
 mod synchronise;
+mod tensor;
 mod wgmma;
 mod wide;
 
@@ -107,6 +108,7 @@ impl Builder<'_> {
             "activemask" => self.activemask(i),
             "bar" | "barrier" => self.barrier(i),
             "mbarrier" => self.mbarrier(i),
+            "tensormap" => self.tensormap(i),
             "griddepcontrol" => self.griddepcontrol(i),
             "mapa" => self.mapa(i),
             "getctarank" => self.getctarank(i),

@@ -124,7 +124,7 @@ macro_rules! define_codes {
             Arith, Cvt, TestSpace,
             Exchange, Activemask, Barrier, Fence, Sleep,
             LoadMatrix, StoreMatrix, MoveMatrix, Mma,
-            Cluster, Mbarrier, Bulk, ProxyFence,
+            Cluster, Mbarrier, Bulk, ProxyFence, Tensormap,
             /// `setmaxnreg` to the low bits of `x`, up where its top bit is set.
             Wgmma, WgmmaSync, SetMaxRegisters,
         }
