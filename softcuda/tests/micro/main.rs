@@ -21,6 +21,7 @@ mod float;
 mod flow;
 mod half_precision;
 mod hopper;
+mod instruction_sets;
 mod integer;
 mod matrix;
 mod matrix_hopper;

@@ -1,6 +1,6 @@
 //! Runs `wgmma` programs: one or more warpgroups, an image of shared memory, accumulators in and out.
 
-use softcuda::exec::{Config, Fault, Launch, launch};
+use softcuda::exec::{Config, Fault, Isa, Launch, launch};
 use softcuda::lower::{Environment, LowerError, Program, lower_module};
 
 use crate::device::{Buffer, memory};
@@ -20,6 +20,7 @@ pub struct Program64 {
     pub b: u64,
     pub scale: bool,
     pub seed: u64,
+    pub isa: Option<Isa>,
     pub body: String,
 }
 
@@ -83,6 +84,7 @@ ret;
         let config = Config {
             threads: 1,
             seed: self.seed,
+            isa: self.isa,
             compute_capability: (9, 0),
             timeout: Some(std::time::Duration::from_secs(20)),
             ..Config::default()

@@ -276,6 +276,7 @@ impl Case {
             b: b.descriptor,
             scale: self.scale,
             seed: self.seed,
+            isa: None,
             body: format!(
                 "wgmma.fence.sync.aligned; {} wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;",
                 self.instruction(registers)
@@ -428,6 +429,7 @@ fn steps_along_k_within_a_swizzled_row() {
             b: descriptor(8192, 0, 1024, 0, 1),
             scale: false,
             seed,
+            isa: None,
             body: format!(
                 "wgmma.fence.sync.aligned; {step}{step}{step}{step} wgmma.commit_group.sync.aligned;
                  wgmma.wait_group.sync.aligned 0;"

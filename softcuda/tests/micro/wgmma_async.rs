@@ -23,6 +23,7 @@ fn program(body: &str) -> Program64 {
         b: descriptor(2048, 128, 256, 0, 0),
         scale: true,
         seed: 0,
+        isa: None,
         body: body.to_string(),
     }
 }
