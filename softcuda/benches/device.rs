@@ -27,7 +27,7 @@ struct Bench {
     unit: &'static str,
 }
 
-const RUNS: usize = 7;
+const RUNS: usize = 9;
 
 fn benches() -> Vec<Bench> {
     let mut list = Vec::new();
@@ -125,6 +125,20 @@ fn benches() -> Vec<Bench> {
         target: "sm_80",
         shared: 0,
         grid: 256,
+        block: 256,
+        work: 2.0 * 16.0 * 1048576.0 / 1e9,
+        unit: "GB/s",
+    });
+    list.push(Bench {
+        name: "copy_in_cache",
+        body: format!(
+            "{prologue} mul.wide.u32 %b, %t, 16; add.s64 %a, %a, %b; LOOP: ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [%a];
+             st.global.v4.b32 [%a+131072], {{%r4, %r5, %r6, %r7}};  add.u32 %i, %i, 1;
+             setp.lt.u32 %p, %i, 256; @%p bra LOOP;"
+        ),
+        target: "sm_80",
+        shared: 0,
+        grid: 16,
         block: 256,
         work: 2.0 * 16.0 * 1048576.0 / 1e9,
         unit: "GB/s",
