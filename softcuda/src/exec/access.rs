@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
+#[cfg(target_arch = "x86_64")]
+use super::access_x86;
 use super::fault::FaultKind;
 use super::interpreter::Isa;
 use super::lanes::{FULL, File, LANES, active};
@@ -40,11 +42,21 @@ pub fn addresses(file: File, a: &Address) -> [u64; LANES] {
     // SAFETY: the slot is the kernel's, of this width.
     unsafe {
         if a.base.width == Width::W64 {
-            file.lanes64(a.base.slot).map(|x| x.wrapping_add_signed(a.offset))
+            each(&file.lanes64(a.base.slot), |x| x.wrapping_add_signed(a.offset))
         } else {
-            file.lanes32(a.base.slot).map(|x| u64::from(x.wrapping_add(a.offset as u32)))
+            each(&file.lanes32(a.base.slot), |x| u64::from(x.wrapping_add(a.offset as u32)))
         }
     }
+}
+
+/// `map` as a plain loop, which takes the instructions of the function that it stands in.
+#[inline(always)]
+fn each<A: Copy, B: Copy + Default>(values: &[A; LANES], f: impl Fn(A) -> B) -> [B; LANES] {
+    let mut out = [B::default(); LANES];
+    for i in 0..LANES {
+        out[i] = f(values[i]);
+    }
+    out
 }
 
 /// Least and greatest active address and all their bits together, as signed numbers, which compare faster.
@@ -87,7 +99,7 @@ impl Machine<'_, '_> {
                 if aligned && end <= u64::from(self.shared.bytes) && high < end =>
             {
                 let base = self.shared.memory.as_mut_ptr() as u64;
-                Ok(addresses.map(|a| base.wrapping_add(a)))
+                Ok(each(addresses, |a| base.wrapping_add(a)))
             }
             Some(Space::Global | Space::Const) | None
                 if aligned && self.worker.allocations.first().is_some_and(|&(from, to)| low >= from && end <= to) =>
@@ -198,37 +210,56 @@ impl Machine<'_, '_> {
 /// `ld` on the lanes of a mask.
 pub fn load(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
     match m.worker.isa {
-        Isa::Baseline => load_body(m, file, x, mask, pc),
+        Isa::Baseline => load_body::<false>(m, file, x, mask, pc),
         // SAFETY: the host has the instruction set, or it would not have been chosen.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { load_avx2(m, file, x, mask, pc) },
+        Isa::Avx2 => unsafe { load_avx2(m, file, x, mask, pc) },
+        // SAFETY: likewise.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { load_avx512(m, file, x, mask, pc) },
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
 fn load_avx2(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
-    load_body(m, file, x, mask, pc)
+    load_body::<false>(m, file, x, mask, pc)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn load_avx512(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+    load_body::<true>(m, file, x, mask, pc)
 }
 
 /// `st` on the lanes of a mask.
 pub fn store(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
     match m.worker.isa {
-        Isa::Baseline => store_body(m, file, x, mask, pc),
+        Isa::Baseline => store_body::<false>(m, file, x, mask, pc),
         // SAFETY: the host has the instruction set, or it would not have been chosen.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::Avx512 => unsafe { store_avx2(m, file, x, mask, pc) },
+        Isa::Avx2 => unsafe { store_avx2(m, file, x, mask, pc) },
+        // SAFETY: likewise.
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => unsafe { store_avx512(m, file, x, mask, pc) },
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
 fn store_avx2(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
-    store_body(m, file, x, mask, pc)
+    store_body::<false>(m, file, x, mask, pc)
 }
 
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi1,bmi2,lzcnt,popcnt")]
+fn store_avx512(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+    store_body::<true>(m, file, x, mask, pc)
+}
+
+/// `WIDE` with AVX-512.
 #[inline(always)]
-fn load_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+fn load_body<const WIDE: bool>(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
     let addresses = addresses(file, &x.address);
     let bytes = x.bytes * x.regs.len() as u32;
     let places = m.resolve(x.space, &addresses, mask, bytes)?;
@@ -240,7 +271,11 @@ fn load_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Out
             m.observe_performed(&touch(AccessKind::Read, x, &addresses, mask, bytes), pc);
             return Ok(());
         }
-        if x.bytes == 4 && mask == FULL && contiguous(&places, u64::from(bytes)) && load_block(file, x, places[0]) {
+        if x.bytes == 4
+            && mask == FULL
+            && contiguous(&places, u64::from(bytes))
+            && load_block::<WIDE>(file, x, places[0])
+        {
             return Ok(());
         }
         for (i, reg) in x.regs.iter().enumerate() {
@@ -259,7 +294,7 @@ fn load_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Out
                 }
                 _ => {
                     let values = gather(&places, mask, |p| read(p + offset, x.bytes, Ordering::Relaxed));
-                    put(file, *reg, mask, &values.map(|v| extend(v, x.bytes, x.signed)));
+                    put(file, *reg, mask, &each(&values, |v| extend(v, x.bytes, x.signed)));
                 }
             }
         }
@@ -267,8 +302,9 @@ fn load_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Out
     Ok(())
 }
 
+/// `WIDE` with AVX-512.
 #[inline(always)]
-fn store_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
+fn store_body<const WIDE: bool>(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Outcome<()> {
     let addresses = addresses(file, &x.address);
     let bytes = x.bytes * x.regs.len() as u32;
     if x.space.is_none() && active(mask).any(|i| space_of(addresses[i]) == Space::Param) {
@@ -284,7 +320,11 @@ fn store_body(m: &mut Machine, file: File, x: &Access, mask: u32, pc: u32) -> Ou
             store_ordered(file, x, &places, mask);
             return Ok(());
         }
-        if x.bytes == 4 && mask == FULL && contiguous(&places, u64::from(bytes)) && store_block(file, x, places[0]) {
+        if x.bytes == 4
+            && mask == FULL
+            && contiguous(&places, u64::from(bytes))
+            && store_block::<WIDE>(file, x, places[0])
+        {
             return Ok(());
         }
         for (i, reg) in x.regs.iter().enumerate() {
@@ -350,19 +390,33 @@ fn contiguous(places: &[u64; LANES], step: u64) -> bool {
 /// # Safety
 /// The piece must be readable.
 #[inline(always)]
-unsafe fn load_block(file: File, x: &Access, place: u64) -> bool {
+unsafe fn load_block<const WIDE: bool>(file: File, x: &Access, place: u64) -> bool {
     let all = |n: usize| x.regs.len() == n && x.regs.iter().all(|r| matches!(r, Some(Reg { width: Width::W32, .. })));
     let slot = |i: usize| x.regs[i].map_or(0, |r| r.slot);
     // SAFETY: passed on to the caller.
     unsafe {
         if all(1) {
             file.store32(slot(0), FULL, &*(place as *const [u32; LANES]));
-        } else if all(2) {
+            return true;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if WIDE && all(2) {
+            access_x86::load2(file, [slot(0), slot(1)], place as *const _);
+            return true;
+        } else if WIDE && all(4) {
+            access_x86::load4(file, [slot(0), slot(1), slot(2), slot(3)], place as *const _);
+            return true;
+        }
+        if all(2) {
             let words = &*(place as *const [[u32; 2]; LANES]);
-            (0..2).for_each(|r| file.store32(slot(r), FULL, &words.map(|w| w[r])));
+            for r in 0..2 {
+                file.store32(slot(r), FULL, &each(words, |w| w[r]));
+            }
         } else if all(4) {
             let words = &*(place as *const [[u32; 4]; LANES]);
-            (0..4).for_each(|r| file.store32(slot(r), FULL, &words.map(|w| w[r])));
+            for r in 0..4 {
+                file.store32(slot(r), FULL, &each(words, |w| w[r]));
+            }
         } else {
             return false;
         }
@@ -375,19 +429,36 @@ unsafe fn load_block(file: File, x: &Access, place: u64) -> bool {
 /// # Safety
 /// The piece must be writable.
 #[inline(always)]
-unsafe fn store_block(file: File, x: &Access, place: u64) -> bool {
+unsafe fn store_block<const WIDE: bool>(file: File, x: &Access, place: u64) -> bool {
     let all = |n: usize| x.regs.len() == n && x.regs.iter().all(|r| matches!(r, Some(Reg { width: Width::W32, .. })));
     // SAFETY: passed on to the caller.
     unsafe {
-        let lanes = |i: usize| file.lanes32(x.regs[i].map_or(0, |r| r.slot));
+        let slot = |i: usize| x.regs[i].map_or(0, |r| r.slot);
+        let lanes = |i: usize| file.lanes32(slot(i));
         if all(1) {
             *(place as *mut [u32; LANES]) = lanes(0);
-        } else if all(2) {
+            return true;
+        }
+        #[cfg(target_arch = "x86_64")]
+        if WIDE && all(2) {
+            access_x86::store2(file, [slot(0), slot(1)], place as *mut _);
+            return true;
+        } else if WIDE && all(4) {
+            access_x86::store4(file, [slot(0), slot(1), slot(2), slot(3)], place as *mut _);
+            return true;
+        }
+        if all(2) {
             let (a, b) = (lanes(0), lanes(1));
-            *(place as *mut [[u32; 2]; LANES]) = std::array::from_fn(|i| [a[i], b[i]]);
+            let to = &mut *(place as *mut [[u32; 2]; LANES]);
+            for i in 0..LANES {
+                to[i] = [a[i], b[i]];
+            }
         } else if all(4) {
             let (a, b, c, d) = (lanes(0), lanes(1), lanes(2), lanes(3));
-            *(place as *mut [[u32; 4]; LANES]) = std::array::from_fn(|i| [a[i], b[i], c[i], d[i]]);
+            let to = &mut *(place as *mut [[u32; 4]; LANES]);
+            for i in 0..LANES {
+                to[i] = [a[i], b[i], c[i], d[i]];
+            }
         } else {
             return false;
         }
@@ -398,9 +469,13 @@ unsafe fn store_block(file: File, x: &Access, place: u64) -> bool {
 #[inline(always)]
 fn scatter(places: &[u64; LANES], mask: u32, write: impl Fn(usize, u64)) {
     if mask == FULL {
-        (0..LANES).for_each(|i| write(i, places[i]));
+        for i in 0..LANES {
+            write(i, places[i]);
+        }
     } else {
-        active(mask).for_each(|i| write(i, places[i]));
+        for i in active(mask) {
+            write(i, places[i]);
+        }
     }
 }
 
@@ -412,7 +487,9 @@ fn gather<T: Copy + Default>(places: &[u64; LANES], mask: u32, read: impl Fn(u64
             values[i] = read(places[i]);
         }
     } else {
-        active(mask).for_each(|i| values[i] = read(places[i]));
+        for i in active(mask) {
+            values[i] = read(places[i]);
+        }
     }
     values
 }

@@ -4,6 +4,7 @@
 #![allow(clippy::result_large_err, clippy::needless_range_loop)]
 
 mod access;
+mod access_x86;
 mod atomic;
 mod barrier;
 mod bulk;

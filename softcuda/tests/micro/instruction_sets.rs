@@ -184,6 +184,39 @@ fn warpgroup_products(isa: Isa, seed: u64) -> Vec<u32> {
     all
 }
 
+/// Vector loads and stores of lanes that lie side by side, apart, and half of which are masked.
+fn accesses(isa: Isa, seed: u64) -> Vec<u32> {
+    let mut body = String::from(
+        ".reg .pred %p; .reg .b64 %i, %o, %x, %w<4>; .reg .b32 %t, %a<4>; ld.param.u64 %i, [p0]; ld.param.u64 %o, [p1];
+         mov.u32 %t, %tid.x; and.b32 %a0, %t, 1; setp.ne.u32 %p, %a0, 0;",
+    );
+    let mut at = 0;
+    for guard in ["", "@%p "] {
+        for (vector, regs, step) in [
+            (".b32", "%a0", 4),
+            (".b32", "%a0", 12),
+            (".v2.b32", "{%a0, %a1}", 8),
+            (".v2.b32", "{%a1, %a0}", 24),
+            (".v4.b32", "{%a0, %a1, %a2, %a3}", 16),
+            (".v4.b32", "{%a3, %a0, %a2, %a1}", 48),
+            (".v2.b64", "{%w0, %w1}", 16),
+            (".u16", "%a0", 2),
+            (".s8", "%a0", 1),
+        ] {
+            body += &format!(
+                "mad.wide.u32 %x, %t, {step}, %i; {guard}ld.global{vector} {regs}, [%x];
+                 mad.wide.u32 %x, %t, {step}, %o; {guard}st.global{vector} [%x+{at}], {regs};"
+            );
+            at += 128 * 48;
+        }
+    }
+    body += "ret;";
+    let (input, output) = (Buffer::new(&Words(seed).many(128 * 12)), Buffer::new(&vec![0u32; at / 4]));
+    let run = Run { block: 128, config: Config { isa: Some(isa), ..Run::default().config }, ..Run::default() };
+    run.run(&body, &[input.address, output.address]).unwrap();
+    output.read()
+}
+
 #[test]
 fn all_compute_the_same_bits() {
     let sets = Isa::available();
@@ -191,6 +224,7 @@ fn all_compute_the_same_bits() {
     for seed in 0..8 {
         for (name, f) in [
             ("lane-wise", lane_wise as fn(Isa, u64) -> Vec<u32>),
+            ("accesses", accesses),
             ("warp products", warp_products),
             ("warpgroup products", warpgroup_products),
         ] {
