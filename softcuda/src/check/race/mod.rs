@@ -71,8 +71,8 @@ impl Race {
 }
 
 impl Watch for Race {
-    fn begin(&self, _launch: &Launch, _grid: u64) {
-        self.variables.clear();
+    fn end(&self, _launch: &Launch, grid: u64) {
+        self.variables.forget(grid);
     }
 
     fn observer<'a>(&'a self, launch: &'a Launch<'a>, grid: u64) -> Option<Box<dyn Observer + 'a>> {

@@ -154,6 +154,7 @@ impl<'a> RaceObserver<'a> {
 
     fn release(&mut self, site: &Site, event: &MemoryEvent) {
         let (h, _, warp) = self.find(site.block, site.warp);
+        let grid = self.grid;
         let home = &mut self.homes[h];
         let what = home.released(warp, event.order, event.scope);
         if what.is_empty() {
@@ -167,7 +168,7 @@ impl<'a> RaceObserver<'a> {
                 home.variables.entry((event.owner, address)).or_default().release(by, site.block, &what);
             } else {
                 self.race.variables.with(address, |all| {
-                    all.entry(address).or_default().release(by, site.block, &what);
+                    all.entry((grid, address)).or_default().release(by, site.block, &what);
                 });
             }
         }
@@ -175,6 +176,7 @@ impl<'a> RaceObserver<'a> {
 
     fn acquire(&mut self, site: &Site, event: &MemoryEvent) {
         let (h, _, warp) = self.find(site.block, site.warp);
+        let grid = self.grid;
         let home = &mut self.homes[h];
         for address in Self::places(event) {
             if event.space == Space::Shared {
@@ -184,7 +186,7 @@ impl<'a> RaceObserver<'a> {
                 }
             } else {
                 self.race.variables.with(address, |all| {
-                    if let Some(v) = all.get(&address) {
+                    if let Some(v) = all.get(&(grid, address)) {
                         v.acquire(home, warp, site.block, event.order, event.scope);
                     }
                 });

@@ -56,10 +56,13 @@ impl Variable {
 
 const SHARDS: usize = 64;
 
-/// Variables in global memory, by address.
+/// A place in global memory as a launch sees it: launches may run at the same time.
+pub type Place = (u64, u64);
+
+/// Variables in global memory, by launch and address.
 #[derive(Debug)]
 pub struct Variables {
-    shards: Vec<Mutex<HashMap<u64, Variable>>>,
+    shards: Vec<Mutex<HashMap<Place, Variable>>>,
 }
 
 impl Default for Variables {
@@ -69,14 +72,15 @@ impl Default for Variables {
 }
 
 impl Variables {
-    pub fn with<R>(&self, address: u64, f: impl FnOnce(&mut HashMap<u64, Variable>) -> R) -> R {
+    pub fn with<R>(&self, address: u64, f: impl FnOnce(&mut HashMap<Place, Variable>) -> R) -> R {
         let shard = &self.shards[(address >> 2) as usize % SHARDS];
         f(&mut shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 
-    pub fn clear(&self) {
+    /// A launch is over.
+    pub fn forget(&self, grid: u64) {
         for shard in &self.shards {
-            shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+            shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).retain(|(of, _), _| *of != grid);
         }
     }
 }
