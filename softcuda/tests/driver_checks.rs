@@ -142,3 +142,33 @@ fn unknown_checkers_are_refused() {
     assert!(!control.set_checks("memory,rice"));
     assert_eq!(control.findings(), Vec::<String>::new());
 }
+
+#[test]
+fn launches_beside_one_another_keep_their_own_order() {
+    let (_one, control, context) = device("race");
+    let text = include_str!("pass/grid_barrier.ptx");
+    let kernel = context.load_module(cudarc::nvrtc::Ptx::from_src(text)).unwrap().load_function("k").unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let stream = context.new_stream().unwrap();
+                for _ in 0..12 {
+                    let mut data = stream.alloc_zeros::<u32>(256).unwrap();
+                    let mut counter = stream.alloc_zeros::<u32>(32).unwrap();
+                    let mut launch = stream.launch_builder(&kernel);
+                    launch.arg(&mut data).arg(&mut counter);
+                    // SAFETY: four blocks of 64 threads exchange 256 words.
+                    unsafe {
+                        launch.launch_cooperative(LaunchConfig {
+                            grid_dim: (4, 1, 1),
+                            block_dim: (64, 1, 1),
+                            shared_mem_bytes: 1024,
+                        })
+                    }
+                    .unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(control.findings(), Vec::<String>::new());
+}
