@@ -199,7 +199,7 @@ impl Description {
     /// `CUdevice_attribute` by number, `None` where CUDA 13 defines none.
     ///
     /// Limits are the modelled GPU's. What this driver does not implement (textures, surfaces, virtual memory management,
-    /// interprocess handles, stream memory operations) is reported as absent.
+    /// interprocess handles) is reported as absent.
     pub fn attribute(&self, number: u32) -> Option<i32> {
         let hopper = self.compute_capability >= (9, 0);
         let (major, minor) = self.compute_capability;
@@ -252,14 +252,17 @@ impl Description {
             // PAGEABLE_MEMORY_ACCESS, CONCURRENT_MANAGED_ACCESS, COMPUTE_PREEMPTION_SUPPORTED
             88 => 0,
             89 | 90 => 1,
-            // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM and stream memory operations
-            91..=94 => 0,
+            // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, and the first form of stream memory operations
+            91 => 1,
+            92..=94 => 0,
             // COOPERATIVE_LAUNCH, COOPERATIVE_MULTI_DEVICE_LAUNCH
             95 => 1,
             96 => 0,
             97 => self.shared_per_block_optin,
-            // Flushing of remote writes, host registration, page tables, virtual memory management, shareable handles
-            98..=105 => 0,
+            // HOST_REGISTER_SUPPORTED
+            99 => 1,
+            // Flushing of remote writes, page tables, virtual memory management, shareable handles
+            98 | 100..=105 => 0,
             106 => self.blocks_per_sm,
             // GENERIC_COMPRESSION, persisting L2, access policy window, GPU Direct
             107..=110 => 0,
@@ -270,7 +273,9 @@ impl Description {
             116..=119 => 0,
             // CLUSTER_LAUNCH
             120 => hopper.into(),
-            121..=125 => 0,
+            // CAN_USE_64_BIT_STREAM_MEM_OPS, CAN_USE_STREAM_WAIT_VALUE_NOR
+            122 | 123 => 1,
+            121 | 124 | 125 => 0,
             // MEM_SYNC_DOMAIN_COUNT, TENSOR_MAP_ACCESS_SUPPORTED, HANDLE_TYPE_FABRIC, UNIFIED_FUNCTION_POINTERS
             126 => 1,
             127 => hopper.into(),

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 
 use super::event::Event;
-use super::graph::{GRAPHS, Graph, Node};
+use super::graph::Node;
 use super::handles::Handle;
 use super::status::{CUresult, Outcome};
 use super::stream::{Kind, Stream, stream};
@@ -259,7 +259,7 @@ pub unsafe extern "C" fn cuStreamEndCapture(handle: Handle, graph: *mut Handle) 
             return Err(CUresult::ERROR_STREAM_CAPTURE_UNJOINED
                 .with(format!("{left} operations of forked streams were not joined to the origin")));
         }
-        unsafe { out(graph, "phGraph", GRAPHS.add(Graph::new(nodes))) }
+        unsafe { out(graph, "phGraph", super::graph::add_captured(nodes)) }
     })
 }
 

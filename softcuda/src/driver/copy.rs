@@ -5,7 +5,7 @@ use super::context::current;
 use super::handles::Handle;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
-use super::work::{Direction, Op};
+use super::work::{Direction, Op, Rows};
 use super::{api, driver};
 
 use Direction::{DeviceToDevice, DeviceToHost, HostToDevice, Unified};
@@ -15,11 +15,11 @@ fn copy(dst: u64, src: u64, bytes: usize, direction: Direction) -> Op {
 }
 
 fn set(dst: u64, value: u32, width: u32, count: usize) -> Op {
-    Op::Set { dst, value, width, count: count as u64 }
+    Op::Set { dst, value, width, count: count as u64, rows: Rows::ONE }
 }
 
 /// The forms without a stream: in the legacy stream, and the host waits.
-fn now(function: &str, op: Op) -> Outcome {
+pub(super) fn now(function: &str, op: Op) -> Outcome {
     let context = current()?;
     forbid_unsafe(function)?;
     context.legacy_stream.submit(op)?;

@@ -30,13 +30,20 @@ pub(super) struct Mark {
 pub(super) static EVENTS: Table<Event> = Table::new("event", CUresult::ERROR_INVALID_HANDLE);
 
 impl Event {
+    /// Records a point that is reached.
+    pub fn mark_now(&self) {
+        let point = Point::default();
+        point.reach();
+        *lock(&self.state) = Mark { recorded: true, at: Some(Arc::new(point)), captured: None };
+    }
+
     pub fn mark(&self) -> Mark {
         lock(&self.state).clone()
     }
 }
 
 /// The event of a handle, the current context being usable.
-fn event(handle: Handle) -> Outcome<Arc<Event>> {
+pub(super) fn event(handle: Handle) -> Outcome<Arc<Event>> {
     driver()?;
     let event = EVENTS.get(handle)?;
     super::context::CONTEXTS.get(event.context)?.check()?;

@@ -83,66 +83,69 @@ impl Function {
 
 fn function(handle: Handle) -> Outcome<Arc<Function>> {
     driver()?;
-    let function = FUNCTIONS.get(handle)?;
+    let function = super::library::resolve(handle, super::context::current)?;
     super::context::CONTEXTS.get(function.context)?.check()?;
     Ok(function)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuFuncGetAttribute(value: *mut i32, attribute: u32, handle: Handle) -> CUresult {
-    api("cuFuncGetAttribute", || {
-        let function = function(handle)?;
-        let kernel = &function.kernel;
-        let (major, minor) = kernel.version;
-        let cluster = function.required_cluster;
-        let found = match attribute {
-            // MAX_THREADS_PER_BLOCK, SHARED_SIZE_BYTES, CONST_SIZE_BYTES, LOCAL_SIZE_BYTES, NUM_REGS
-            0 => function.max_threads(),
-            1 => kernel.static_shared_bytes,
-            2 => 0,
-            3 => kernel.local_bytes,
-            4 => function.registers(),
-            // PTX_VERSION, BINARY_VERSION, CACHE_MODE_CA
-            5 => 10 * major + minor,
-            6 => function.binary_version,
-            7 => 0,
-            8 => function.max_dynamic_shared(),
-            // PREFERRED_SHARED_MEMORY_CARVEOUT
-            9 => return unsafe { out(value, "pi", function.carveout.load(Ordering::Relaxed)) },
-            // CLUSTER_SIZE_MUST_BE_SET, REQUIRED_CLUSTER_WIDTH, HEIGHT, DEPTH
-            10 => cluster.is_some().into(),
-            11..=13 => cluster.map_or(0, |extents| extents[attribute as usize - 11]),
-            14 => function.non_portable_cluster().into(),
-            // CLUSTER_SCHEDULING_POLICY_PREFERENCE
-            15 => 0,
-            _ => return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{attribute} is no known attribute"))),
-        };
-        unsafe { out(value, "pi", found as i32) }
-    })
+    api("cuFuncGetAttribute", || unsafe { out(value, "pi", self::attribute(&*function(handle)?, attribute)?) })
+}
+
+/// The value of a `CUfunction_attribute`.
+pub(super) fn attribute(function: &Function, attribute: u32) -> Outcome<i32> {
+    let kernel = &function.kernel;
+    let (major, minor) = kernel.version;
+    let cluster = function.required_cluster;
+    let found = match attribute {
+        // MAX_THREADS_PER_BLOCK, SHARED_SIZE_BYTES, CONST_SIZE_BYTES, LOCAL_SIZE_BYTES, NUM_REGS
+        0 => function.max_threads(),
+        1 => kernel.static_shared_bytes,
+        2 => 0,
+        3 => kernel.local_bytes,
+        4 => function.registers(),
+        // PTX_VERSION, BINARY_VERSION, CACHE_MODE_CA
+        5 => 10 * major + minor,
+        6 => function.binary_version,
+        7 => 0,
+        8 => function.max_dynamic_shared(),
+        // PREFERRED_SHARED_MEMORY_CARVEOUT
+        9 => return Ok(function.carveout.load(Ordering::Relaxed)),
+        // CLUSTER_SIZE_MUST_BE_SET, REQUIRED_CLUSTER_WIDTH, HEIGHT, DEPTH
+        10 => cluster.is_some().into(),
+        11..=13 => cluster.map_or(0, |extents| extents[attribute as usize - 11]),
+        14 => function.non_portable_cluster().into(),
+        // CLUSTER_SCHEDULING_POLICY_PREFERENCE
+        15 => 0,
+        _ => return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{attribute} is no known attribute"))),
+    };
+    Ok(found as i32)
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuFuncSetAttribute(handle: Handle, attribute: u32, value: i32) -> CUresult {
-    api("cuFuncSetAttribute", || {
-        let function = function(handle)?;
-        let invalid = |text: String| Err(CUresult::ERROR_INVALID_VALUE.with(text));
-        match attribute {
-            8 => {
-                let optin = function.device.shared_per_block_optin;
-                let most = optin.saturating_sub(function.kernel.static_shared_bytes);
-                match u32::try_from(value) {
-                    Ok(bytes) if bytes <= most => function.max_dynamic.store(bytes, Ordering::Relaxed),
-                    _ => return invalid(format!("{value} bytes of dynamic shared memory; at most {most}")),
-                }
+    api("cuFuncSetAttribute", || set_attribute(&*function(handle)?, attribute, value))
+}
+
+pub(super) fn set_attribute(function: &Function, attribute: u32, value: i32) -> Outcome {
+    let invalid = |text: String| Err(CUresult::ERROR_INVALID_VALUE.with(text));
+    match attribute {
+        8 => {
+            let optin = function.device.shared_per_block_optin;
+            let most = optin.saturating_sub(function.kernel.static_shared_bytes);
+            match u32::try_from(value) {
+                Ok(bytes) if bytes <= most => function.max_dynamic.store(bytes, Ordering::Relaxed),
+                _ => return invalid(format!("{value} bytes of dynamic shared memory; at most {most}")),
             }
-            9 if (-1..=100).contains(&value) => function.carveout.store(value, Ordering::Relaxed),
-            9 => return invalid(format!("a carveout of {value} percent")),
-            14 => function.non_portable.store(value != 0, Ordering::Relaxed),
-            15 if (0..=2).contains(&value) => {}
-            _ => return invalid(format!("attribute {attribute} cannot be set to {value}")),
         }
-        Ok(())
-    })
+        9 if (-1..=100).contains(&value) => function.carveout.store(value, Ordering::Relaxed),
+        9 => return invalid(format!("a carveout of {value} percent")),
+        14 => function.non_portable.store(value != 0, Ordering::Relaxed),
+        15 if (0..=2).contains(&value) => {}
+        _ => return invalid(format!("attribute {attribute} cannot be set to {value}")),
+    }
+    Ok(())
 }
 
 #[unsafe(no_mangle)]
@@ -172,15 +175,34 @@ pub unsafe extern "C" fn cuFuncGetParamInfo(
     offset: *mut usize,
     size: *mut usize,
 ) -> CUresult {
-    api("cuFuncGetParamInfo", || {
-        let function = function(handle)?;
-        let count = function.kernel.params.len();
-        let param = function.kernel.params.get(index);
-        let param = param
-            .ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with(format!("parameter {index}; the kernel has {count}")))?;
-        unsafe {
-            out(offset, "paramOffset", param.offset as usize)?;
-            if size.is_null() { Ok(()) } else { out(size, "paramSize", param.size as usize) }
-        }
-    })
+    api("cuFuncGetParamInfo", || unsafe { give_param(&*function(handle)?, index, offset, size) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFuncGetParamCount(handle: Handle, count: *mut usize) -> CUresult {
+    api("cuFuncGetParamCount", || unsafe { out(count, "paramCount", function(handle)?.kernel.params.len()) })
+}
+
+/// Functions are loaded with their module.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFuncLoad(handle: Handle) -> CUresult {
+    api("cuFuncLoad", || function(handle).map(drop))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuFuncIsLoaded(state: *mut u32, handle: Handle) -> CUresult {
+    // CU_FUNCTION_LOADING_STATE_LOADED
+    api("cuFuncIsLoaded", || function(handle).and_then(|_| unsafe { out(state, "state", 1) }))
+}
+
+/// Place and size of a parameter.
+pub(super) unsafe fn give_param(function: &Function, index: usize, offset: *mut usize, size: *mut usize) -> Outcome {
+    let count = function.kernel.params.len();
+    let param = function.kernel.params.get(index);
+    let param = param
+        .ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with(format!("parameter {index}; the kernel has {count}")))?;
+    unsafe {
+        out(offset, "paramOffset", param.offset as usize)?;
+        if size.is_null() { Ok(()) } else { out(size, "paramSize", param.size as usize) }
+    }
 }

@@ -1,6 +1,7 @@
-//! Graphs made by stream capture: `cuGraph*`.
+//! Graphs, made by capture or node by node, and their executable form: `cuGraph*`. Nodes are added by `graph_nodes`.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 use super::context::Context;
 use super::handles::{Handle, Table, fresh};
@@ -9,68 +10,130 @@ use super::stream::stream;
 use super::work::Op;
 use super::{api, control, driver, lock, out};
 
-/// An operation and the nodes that must be done before it, all earlier in the list.
+/// An operation and the nodes that must be done before it.
 #[derive(Clone)]
 pub(super) struct Node {
     pub op: Arc<Op>,
     pub dependencies: Vec<usize>,
 }
 
+/// A node of a graph that can still change.
+#[derive(Clone)]
+pub(super) struct Entry {
+    pub handle: Handle,
+    pub op: Arc<Op>,
+    pub dependencies: Vec<Handle>,
+}
+
+#[derive(Default)]
 pub(super) struct Graph {
-    nodes: Vec<Node>,
-    handles: Vec<Handle>,
+    /// In the order in which they were made.
+    pub nodes: Mutex<Vec<Entry>>,
 }
 
 /// An instantiated graph.
 pub(super) struct Executable {
-    nodes: Vec<Node>,
+    pub nodes: Mutex<Vec<Node>>,
+    /// The nodes of the graph that it was made of, in the order of its own.
+    pub sources: Vec<Handle>,
+    /// Nodes that are left out.
+    pub disabled: Mutex<Vec<bool>>,
+    flags: u64,
 }
 
 pub(super) static GRAPHS: Table<Graph> = Table::new("graph", CUresult::ERROR_INVALID_VALUE);
-static EXECUTABLES: Table<Executable> = Table::new("executable graph", CUresult::ERROR_INVALID_VALUE);
+pub(super) static EXECUTABLES: Table<Executable> = Table::new("executable graph", CUresult::ERROR_INVALID_VALUE);
 
-/// Types of nodes by their handles.
-static NODES: Table<u32> = Table::new("graph node", CUresult::ERROR_INVALID_VALUE);
+/// Graphs of nodes by the nodes' handles.
+pub(super) static NODES: Table<Handle> = Table::new("graph node", CUresult::ERROR_INVALID_VALUE);
+
+/// Makes a graph of nodes that capture found.
+pub(super) fn add_captured(nodes: Vec<Node>) -> Handle {
+    let handles: Vec<Handle> = nodes.iter().map(|_| fresh()).collect();
+    let entries = nodes.into_iter().zip(&handles).map(|(node, &handle)| {
+        let dependencies = node.dependencies.iter().map(|&dependency| handles[dependency]).collect();
+        Entry { handle, op: node.op, dependencies }
+    });
+    add(entries.collect())
+}
+
+/// Makes a graph of nodes whose handles are new.
+pub(super) fn add(nodes: Vec<Entry>) -> Handle {
+    let graph = fresh();
+    for node in &nodes {
+        NODES.insert(node.handle, Arc::new(graph));
+    }
+    GRAPHS.insert(graph, Arc::new(Graph { nodes: Mutex::new(nodes) }));
+    graph
+}
 
 impl Graph {
-    pub fn new(nodes: Vec<Node>) -> Graph {
-        let handles = nodes.iter().map(|node| {
-            let handle = fresh();
-            NODES.insert(handle, Arc::new(node.op.node_type()));
-            handle
-        });
-        let handles = handles.collect();
-        Graph { nodes, handles }
+    /// The graph as it is now, ready to run.
+    pub fn executable(&self, flags: u64) -> Outcome<Executable> {
+        let nodes = lock(&self.nodes);
+        let places: HashMap<Handle, usize> = nodes.iter().enumerate().map(|(at, node)| (node.handle, at)).collect();
+        let ready: Vec<Node> = nodes
+            .iter()
+            .map(|node| Node {
+                op: node.op.clone(),
+                dependencies: node.dependencies.iter().map(|dependency| places[dependency]).collect(),
+            })
+            .collect();
+        if order(&ready, |ready| ready.len() - 1).len() < ready.len() {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("the graph has a cycle"));
+        }
+        let sources = nodes.iter().map(|node| node.handle).collect();
+        let disabled = Mutex::new(vec![false; ready.len()]);
+        Ok(Executable { nodes: Mutex::new(ready), sources, disabled, flags })
     }
+}
+
+/// An order of the nodes that respects their dependencies, `pick` choosing among those that are ready; short of some if there
+/// is a cycle.
+fn order(nodes: &[Node], mut pick: impl FnMut(&[usize]) -> usize) -> Vec<usize> {
+    let mut waiting: Vec<usize> = nodes.iter().map(|node| node.dependencies.len()).collect();
+    let mut followers = vec![Vec::new(); nodes.len()];
+    for (index, node) in nodes.iter().enumerate() {
+        for &dependency in &node.dependencies {
+            followers[dependency].push(index);
+        }
+    }
+    let mut ready: Vec<usize> = (0..nodes.len()).filter(|&node| waiting[node] == 0).collect();
+    let mut order = Vec::with_capacity(nodes.len());
+    while !ready.is_empty() {
+        let node = ready.swap_remove(pick(&ready));
+        order.push(node);
+        for &follower in &followers[node] {
+            waiting[follower] -= 1;
+            if waiting[follower] == 0 {
+                ready.push(follower);
+            }
+        }
+    }
+    order
 }
 
 impl Executable {
     pub fn may_wait(&self) -> bool {
-        self.nodes.iter().any(|node| node.op.may_wait())
+        lock(&self.nodes).iter().any(|node| node.op.may_wait())
     }
 
-    /// Runs all nodes. Any order that respects the dependencies is right: the seed picks one, 0 the order of capture.
+    /// Runs all nodes. Any order that respects the dependencies is right: the seed picks one, 0 the order of making.
     pub fn run(&self, context: &Context) -> Outcome {
         let mut random = control::seed();
-        let mut waiting: Vec<usize> = self.nodes.iter().map(|node| node.dependencies.len()).collect();
-        let mut followers = vec![Vec::new(); self.nodes.len()];
-        for (index, node) in self.nodes.iter().enumerate() {
-            for &dependency in &node.dependencies {
-                followers[dependency].push(index);
+        let nodes = lock(&self.nodes).clone();
+        let disabled = lock(&self.disabled).clone();
+        let order = order(&nodes, |ready| {
+            if random == 0 {
+                return ready.iter().enumerate().min_by_key(|(_, node)| **node).map_or(0, |(place, _)| place);
             }
-        }
-        let mut ready: Vec<usize> = (0..self.nodes.len()).filter(|&node| waiting[node] == 0).collect();
-        while !ready.is_empty() {
-            let pick = if random == 0 {
-                ready.iter().enumerate().min_by_key(|(_, node)| **node).map_or(0, |(place, _)| place)
-            } else {
-                random = mix(random);
-                (random % ready.len() as u64) as usize
-            };
-            let node = ready.swap_remove(pick);
-            let op = &self.nodes[node].op;
+            random = mix(random);
+            (random % ready.len() as u64) as usize
+        });
+        for node in order.into_iter().filter(|&node| !disabled[node]) {
+            let op = &nodes[node].op;
             if let Err(failure) = op.check() {
-                // What was allocated at capture is gone at launch: the device meets it, not the launching call.
+                // What was allocated when the node was made is gone: the device meets it, not the launching call.
                 let fault = CUresult::ERROR_ILLEGAL_ADDRESS.with(failure.detail.unwrap_or_default());
                 control::record_fault(fault.detail.as_deref().unwrap_or_default());
                 context.set_fault(fault);
@@ -80,14 +143,15 @@ impl Executable {
             if context.check().is_err() {
                 return Ok(());
             }
-            for &follower in &followers[node] {
-                waiting[follower] -= 1;
-                if waiting[follower] == 0 {
-                    ready.push(follower);
-                }
-            }
         }
         Ok(())
+    }
+
+    /// The place of the node that was made of `source`.
+    pub fn place(&self, source: Handle) -> Outcome<usize> {
+        self.sources.iter().position(|&known| known == source).ok_or_else(|| {
+            CUresult::ERROR_INVALID_VALUE.with(format!("{source:#x} is not a node of the instantiated graph"))
+        })
     }
 }
 
@@ -102,6 +166,7 @@ fn mix(state: u64) -> u64 {
 fn instantiate(to: *mut Handle, graph: Handle, flags: u64) -> Outcome {
     driver()?;
     let graph = GRAPHS.get(graph)?;
+    let executable = graph.executable(flags)?;
     // CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH, UPLOAD, DEVICE_LAUNCH, USE_NODE_PRIORITY
     let (auto_free, device_launch) = (1, 4);
     if flags > 15 || flags & (auto_free | device_launch) == auto_free | device_launch {
@@ -110,7 +175,7 @@ fn instantiate(to: *mut Handle, graph: Handle, flags: u64) -> Outcome {
     if flags & device_launch != 0 {
         return Err(super::unsupported("a graph launched from the device"));
     }
-    unsafe { out(to, "phGraphExec", EXECUTABLES.add(Executable { nodes: graph.nodes.clone() })) }
+    unsafe { out(to, "phGraphExec", EXECUTABLES.add(executable)) }
 }
 
 #[unsafe(no_mangle)]
@@ -123,10 +188,6 @@ pub unsafe extern "C" fn cuGraphLaunch(executable: Handle, stream_handle: Handle
     api("cuGraphLaunch", || {
         let stream = stream(stream_handle)?;
         let executable = EXECUTABLES.get(executable)?;
-        if let Some(captured) = &*lock(&stream.capture) {
-            captured.capture.invalidate();
-            return Err(super::unsupported("the capture of a graph launch"));
-        }
         stream.submit(Op::Graph(executable))
     })
 }
@@ -144,8 +205,8 @@ pub unsafe extern "C" fn cuGraphUpload(executable: Handle, stream_handle: Handle
 pub unsafe extern "C" fn cuGraphDestroy(graph: Handle) -> CUresult {
     api("cuGraphDestroy", || {
         driver()?;
-        for &node in &GRAPHS.remove(graph)?.handles {
-            let _ = NODES.remove(node);
+        for node in lock(&GRAPHS.remove(graph)?.nodes).iter() {
+            let _ = NODES.remove(node.handle);
         }
         Ok(())
     })
@@ -159,65 +220,89 @@ pub unsafe extern "C" fn cuGraphExecDestroy(executable: Handle) -> CUresult {
     })
 }
 
-/// Copies `items` to an array of `*count` places, or just tells how many there are if the array is null; surplus places
-/// become 0.
-unsafe fn list(items: &[Handle], to: *mut Handle, count: *mut usize) -> Outcome {
-    if count.is_null() {
-        return Err(CUresult::ERROR_INVALID_VALUE.with("the count is null"));
-    }
-    if to.is_null() {
-        return unsafe { out(count, "count", items.len()) };
-    }
-    // SAFETY: `count` is valid, and the array has as many places as it says.
-    unsafe {
-        let room = count.read_unaligned();
-        for place in 0..room {
-            to.add(place).write_unaligned(items.get(place).copied().unwrap_or(0));
-        }
-        out(count, "count", room.min(items.len()))
-    }
+/// `CUDA_GRAPH_INSTANTIATE_PARAMS`.
+#[repr(C)]
+pub struct InstantiateParams {
+    flags: u64,
+    upload_stream: Handle,
+    error_node: Handle,
+    result: u32,
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphGetNodes(graph: Handle, nodes: *mut Handle, count: *mut usize) -> CUresult {
-    api("cuGraphGetNodes", || {
-        driver()?;
-        unsafe { list(&GRAPHS.get(graph)?.handles, nodes, count) }
-    })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphGetEdges(
-    graph: Handle,
-    from: *mut Handle,
+pub unsafe extern "C" fn cuGraphInstantiateWithParams(
     to: *mut Handle,
-    count: *mut usize,
+    graph: Handle,
+    params: *mut InstantiateParams,
 ) -> CUresult {
-    api("cuGraphGetEdges", || {
-        driver()?;
-        let graph = GRAPHS.get(graph)?;
-        let edges = graph
-            .nodes
-            .iter()
-            .zip(&graph.handles)
-            .flat_map(|(node, &handle)| node.dependencies.iter().map(move |&dependency| (dependency, handle)));
-        let (sources, targets): (Vec<_>, Vec<_>) =
-            edges.map(|(dependency, handle)| (graph.handles[dependency], handle)).unzip();
-        if from.is_null() != to.is_null() {
-            return Err(CUresult::ERROR_INVALID_VALUE.with("`from` and `to` must both be null or neither"));
-        }
-        let mut again = if count.is_null() { 0 } else { unsafe { count.read_unaligned() } };
-        unsafe {
-            list(&sources, from, count)?;
-            list(&targets, to, &mut again)
-        }
+    api("cuGraphInstantiateWithParams", || {
+        // SAFETY: null, or the caller's structure.
+        let params = unsafe { params.as_mut() };
+        let params = params.ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with("`instantiateParams` is null"))?;
+        let outcome = instantiate(to, graph, params.flags);
+        // CUDA_GRAPH_INSTANTIATE_SUCCESS, ERROR
+        params.result = outcome.is_err().into();
+        params.error_node = 0;
+        outcome
     })
 }
 
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphNodeGetType(node: Handle, node_type: *mut u32) -> CUresult {
-    api("cuGraphNodeGetType", || {
+pub unsafe extern "C" fn cuGraphExecGetFlags(executable: Handle, flags: *mut u64) -> CUresult {
+    api("cuGraphExecGetFlags", || {
         driver()?;
-        unsafe { out(node_type, "type", *NODES.get(node)?) }
+        unsafe { out(flags, "flags", EXECUTABLES.get(executable)?.flags) }
+    })
+}
+
+/// `CUgraphExecUpdateResultInfo`.
+#[repr(C)]
+pub struct UpdateResult {
+    result: u32,
+    error_node: Handle,
+    error_from_node: Handle,
+}
+
+/// Gives an executable graph the operations of a graph of the same form.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphExecUpdate_v2(
+    executable: Handle,
+    graph: Handle,
+    result: *mut UpdateResult,
+) -> CUresult {
+    api("cuGraphExecUpdate_v2", || {
+        driver()?;
+        let executable = EXECUTABLES.get(executable)?;
+        let graph = GRAPHS.get(graph)?;
+        let new = graph.executable(0)?;
+        let new_nodes = lock(&new.nodes);
+        let mut nodes = lock(&executable.nodes);
+        // CU_GRAPH_EXEC_UPDATE_SUCCESS, ERROR_TOPOLOGY_CHANGED, ERROR_NODE_TYPE_CHANGED
+        let (mut code, mut culprit) = (0, 0);
+        if nodes.len() != new_nodes.len() {
+            code = 2;
+        }
+        for (at, (old, new_node)) in nodes.iter().zip(new_nodes.iter()).enumerate() {
+            let sorted = |node: &Node| {
+                let mut dependencies = node.dependencies.clone();
+                dependencies.sort_unstable();
+                dependencies
+            };
+            if code == 0 && sorted(old) != sorted(new_node) {
+                (code, culprit) = (2, new.sources[at]);
+            }
+            if code == 0 && old.op.node_type() != new_node.op.node_type() {
+                (code, culprit) = (3, new.sources[at]);
+            }
+        }
+        unsafe { out(result, "resultInfo", UpdateResult { result: code, error_node: culprit, error_from_node: 0 })? };
+        if code != 0 {
+            let why = if code == 2 { "the graph's form differs" } else { "a node's type differs" };
+            return Err(CUresult::ERROR_GRAPH_EXEC_UPDATE_FAILURE.with(why));
+        }
+        for (old, new) in nodes.iter_mut().zip(new_nodes.iter()) {
+            old.op = new.op.clone();
+        }
+        Ok(())
     })
 }

@@ -2,11 +2,12 @@
 
 use std::ffi::c_void;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use super::context::Context;
-use super::function::{FUNCTIONS, Function};
+use super::context::{CONTEXTS, Context, current};
+use super::function::Function;
 use super::handles::Handle;
+use super::library::resolve;
 use super::peer::View;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
@@ -14,9 +15,12 @@ use super::work::Op;
 use super::{api, checks, control, driver, occupancy, profile};
 use crate::device::{MAX_BLOCK, MAX_CLUSTER, MAX_GRID, MAX_PORTABLE_CLUSTER, MAX_THREADS_PER_BLOCK};
 use crate::exec::{self, FaultKind, Launch};
+use crate::lower::ParamLayout;
 
 /// A launch that has passed every check made before it is enqueued.
 pub(super) struct LaunchSpec {
+    /// Of the function, or of the kernel of a library that it is.
+    handle: Handle,
     function: Arc<Function>,
     grid: [u32; 3],
     block: [u32; 3],
@@ -24,6 +28,8 @@ pub(super) struct LaunchSpec {
     dynamic_shared: u32,
     params: Vec<u8>,
     cooperative: bool,
+    /// Addresses of the parameters, made when asked for.
+    pointers: OnceLock<Vec<usize>>,
 }
 
 fn invalid(text: String) -> super::status::Failure {
@@ -199,22 +205,24 @@ unsafe fn parameters(function: &Function, params: *const *const u8, extra: *cons
     Ok(buffer)
 }
 
-fn launch(
-    function: Handle,
+/// The shape of a launch.
+struct Shape {
     grid: [u32; 3],
     block: [u32; 3],
     cluster: Option<[u32; 3]>,
     dynamic_shared: u32,
+    cooperative: bool,
+}
+
+/// A launch that has not been checked yet.
+fn prepare(
     handle: Handle,
+    function: Arc<Function>,
+    shape: Shape,
     params: *const *const u8,
     extra: *const *const c_void,
-    cooperative: bool,
-) -> Outcome {
-    let stream = stream(handle)?;
-    let function = FUNCTIONS.get(function)?;
-    if !stream.belongs_to(function.context) {
-        return Err(CUresult::ERROR_INVALID_HANDLE.with("the function and the stream belong to different contexts"));
-    }
+) -> Outcome<LaunchSpec> {
+    let Shape { grid, block, cluster, dynamic_shared, cooperative } = shape;
     let cluster = match (function.required_cluster, cluster) {
         (Some(required), Some(asked)) if required != asked => {
             return Err(invalid(format!("cluster {asked:?}, but .reqnctapercluster says {required:?}")));
@@ -225,7 +233,24 @@ fn launch(
         (required, asked) => required.or(asked).unwrap_or([1; 3]),
     };
     let params = unsafe { parameters(&function, params, extra)? };
-    let spec = LaunchSpec { function, grid, block, cluster, dynamic_shared, params, cooperative };
+    let pointers = OnceLock::new();
+    Ok(LaunchSpec { handle, function, grid, block, cluster, dynamic_shared, params, cooperative, pointers })
+}
+
+/// What every call that launches comes to.
+fn launch(
+    function: Handle,
+    shape: Shape,
+    handle: Handle,
+    params: *const *const u8,
+    extra: *const *const c_void,
+) -> Outcome {
+    let stream = stream(handle)?;
+    let found = resolve(function, || stream.context())?;
+    if !stream.belongs_to(found.context) {
+        return Err(CUresult::ERROR_INVALID_HANDLE.with("the function and the stream belong to different contexts"));
+    }
+    let spec = prepare(function, found, shape, params, extra)?;
     let checked = spec.check();
     if let (Err(_), Some(captured)) = (&checked, &*super::lock(&stream.capture)) {
         captured.capture.invalidate();
@@ -234,39 +259,78 @@ fn launch(
     stream.submit(Op::Launch(Box::new(spec)))
 }
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuLaunchKernel(
-    function: Handle,
-    grid_x: u32,
-    grid_y: u32,
-    grid_z: u32,
-    block_x: u32,
-    block_y: u32,
-    block_z: u32,
-    shared: u32,
-    stream: Handle,
-    params: *const *const u8,
-    extra: *const *const c_void,
-) -> CUresult {
-    let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-    api("cuLaunchKernel", || launch(function, grid, block, None, shared, stream, params, extra, false))
+/// Defines a launch whose extents come as nine arguments.
+macro_rules! launches {
+    ($name:ident, $cooperative:literal, ($($extra:ident)?)) => {
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name(
+            function: Handle,
+            grid_x: u32,
+            grid_y: u32,
+            grid_z: u32,
+            block_x: u32,
+            block_y: u32,
+            block_z: u32,
+            dynamic_shared: u32,
+            stream: Handle,
+            params: *const *const u8,
+            $($extra: *const *const c_void,)?
+        ) -> CUresult {
+            let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
+            let shape = Shape { grid, block, cluster: None, dynamic_shared, cooperative: $cooperative };
+            let extra = [$($extra,)? ptr::null()][0];
+            api(stringify!($name), || launch(function, shape, stream, params, extra))
+        }
+    };
 }
 
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuLaunchCooperativeKernel(
+launches!(cuLaunchKernel, false, (extra));
+launches!(cuLaunchCooperativeKernel, true, ());
+
+/// `CUDA_KERNEL_NODE_PARAMS`, version 2 and later.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct KernelParams {
     function: Handle,
-    grid_x: u32,
-    grid_y: u32,
-    grid_z: u32,
-    block_x: u32,
-    block_y: u32,
-    block_z: u32,
+    grid: [u32; 3],
+    block: [u32; 3],
     shared: u32,
-    stream: Handle,
     params: *const *const u8,
-) -> CUresult {
-    let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-    api("cuLaunchCooperativeKernel", || launch(function, grid, block, None, shared, stream, params, ptr::null(), true))
+    extra: *const *const c_void,
+    kernel: Handle,
+    context: Handle,
+}
+
+/// The launch that a kernel node stands for.
+pub(super) unsafe fn of_node(node: &KernelParams) -> Outcome<LaunchSpec> {
+    let KernelParams { function, grid, block, shared, params, extra, kernel, context } = *node;
+    let handle = if function == 0 { kernel } else { function };
+    let in_context = || if context == 0 { current() } else { CONTEXTS.get(context) };
+    let function = resolve(handle, in_context)?;
+    let shape = Shape { grid, block, cluster: None, dynamic_shared: shared, cooperative: false };
+    let spec = prepare(handle, function, shape, params, extra)?;
+    spec.check()?;
+    Ok(spec)
+}
+
+impl LaunchSpec {
+    /// The parameters of the kernel node that the launch is; pointers live as long as the node keeps this launch.
+    pub fn node_params(&self) -> KernelParams {
+        let pointers = self.pointers.get_or_init(|| {
+            let place = |param: &ParamLayout| self.params[param.offset as usize..].as_ptr() as usize;
+            self.function.kernel.params.iter().map(place).collect()
+        });
+        KernelParams {
+            function: self.handle,
+            grid: self.grid,
+            block: self.block,
+            shared: self.dynamic_shared,
+            params: pointers.as_ptr().cast(),
+            extra: ptr::null(),
+            kernel: 0,
+            context: 0,
+        }
+    }
 }
 
 /// `CUlaunchAttribute`.
@@ -327,7 +391,8 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
         let config = unsafe { config.as_ref() }.ok_or_else(|| invalid("`config` is null".into()))?;
         let (cluster, cooperative) = unsafe { config.attributes()? };
         let LaunchConfig { grid, block, shared, stream, .. } = *config;
-        launch(function, grid, block, cluster, shared, stream, params, extra, cooperative)
+        let shape = Shape { grid, block, cluster, dynamic_shared: shared, cooperative };
+        launch(function, shape, stream, params, extra)
     })
 }
 

@@ -108,8 +108,17 @@ fn compile(text: &str, context: &Context) -> Outcome<Module> {
     Ok(Module { context: context.handle, program, clusters, globals, functions: Mutex::default() })
 }
 
+/// Whether an image of at least four bytes begins as machine code does.
+fn check_magic(magic: [u8; 4]) -> Outcome {
+    let fat_binaries = [0xba55_ed50_u32, 0x4662_43b1];
+    if &magic == b"\x7fELF" || fat_binaries.contains(&u32::from_le_bytes(magic)) {
+        return Err(CUresult::ERROR_NO_BINARY_FOR_GPU.with("the image is machine code; softcuda executes PTX text"));
+    }
+    Ok(())
+}
+
 /// The text of an image, which is PTX or nothing this device can run.
-unsafe fn text_of(image: *const u8) -> Outcome<String> {
+pub(super) unsafe fn text_of(image: *const u8) -> Outcome<String> {
     if image.is_null() {
         return Err(CUresult::ERROR_INVALID_VALUE.with("`image` is null"));
     }
@@ -121,49 +130,120 @@ unsafe fn text_of(image: *const u8) -> Outcome<String> {
             break;
         }
     }
-    let fat_binaries = [0xba55_ed50_u32, 0x4662_43b1];
-    if &magic == b"\x7fELF" || fat_binaries.contains(&u32::from_le_bytes(magic)) {
-        return Err(CUresult::ERROR_NO_BINARY_FOR_GPU.with("the image is machine code; softcuda executes PTX text"));
-    }
+    check_magic(magic)?;
     // SAFETY: not machine code, so by the API's contract a NUL-terminated text.
     let text = unsafe { CStr::from_ptr(image.cast()) };
     Ok(text.to_string_lossy().into_owned())
 }
 
-fn load(to: *mut Handle, text: &str) -> Outcome {
-    let context = current()?;
+/// [`text_of`] an image whose length is known, with or without a NUL at its end.
+pub(super) fn text_of_bytes(image: &[u8]) -> Outcome<String> {
+    let mut magic = [0; 4];
+    magic.iter_mut().zip(image).for_each(|(place, byte)| *place = *byte);
+    check_magic(magic)?;
+    let text = image.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(text).into_owned())
+}
+
+/// The text of an image in a file.
+pub(super) unsafe fn text_of_file(path: *const c_char) -> Outcome<String> {
+    if path.is_null() {
+        return Err(CUresult::ERROR_INVALID_VALUE.with("the path is null"));
+    }
+    // SAFETY: a NUL-terminated path, by the API's contract.
+    let path = unsafe { CStr::from_ptr(path) }.to_string_lossy();
+    let image = std::fs::read(&*path);
+    text_of_bytes(&image.map_err(|error| CUresult::ERROR_FILE_NOT_FOUND.with(format!("{path}: {error}")))?)
+}
+
+/// Makes a module of a text in a context.
+pub(super) fn load(text: &str, context: &Context) -> Outcome<Handle> {
     capture::forbid_unsafe("cuModuleLoadData")?;
-    let module = compile(text, &context).inspect_err(|failure| {
+    let module = compile(text, context).inspect_err(|failure| {
         if let Some(detail) = &failure.detail {
             eprintln!("softcuda: module not loaded: {detail}");
         }
     })?;
-    unsafe { out(to, "module", MODULES.add(module)) }
+    Ok(MODULES.add(module))
+}
+
+/// Options of a just-in-time compilation that are not left to the optimiser, which is not here: where logs go.
+pub(super) struct Options {
+    /// CU_JIT_ERROR_LOG_BUFFER, and the value that holds its size: the room before, the length after.
+    error: Option<(usize, usize)>,
+    /// CU_JIT_INFO_LOG_BUFFER likewise.
+    info: Option<(usize, usize)>,
+}
+
+impl Options {
+    /// # Safety
+    /// `keys` and `values` have `count` elements, as the API's contract has it.
+    pub unsafe fn new(count: u32, keys: *const u32, values: *mut *mut c_void) -> Outcome<Options> {
+        if count == 0 {
+            return Ok(Options { error: None, info: None });
+        }
+        if keys.is_null() || values.is_null() {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("options are counted but not given"));
+        }
+        // SAFETY: by the contract above.
+        let keys = unsafe { std::slice::from_raw_parts(keys, count as usize) };
+        let log = |buffer_key, size_key| {
+            let find = |key| keys.iter().position(|&found| found == key);
+            let (buffer, size) = (find(buffer_key)?, find(size_key)?);
+            // SAFETY: as many values as keys.
+            Some(unsafe { (*values.add(buffer) as usize, values.add(size) as usize) })
+        };
+        Ok(Options { info: log(3, 4), error: log(5, 6) })
+    }
+
+    /// Writes the log of a failure, empty for none, and the lengths of both logs.
+    ///
+    /// # Safety
+    /// The caller's buffers are still there.
+    pub unsafe fn log(&self, text: &str) {
+        for (log, text) in [(self.info, ""), (self.error, text)] {
+            let Some((buffer, size)) = log else { continue };
+            let (to, size) = (buffer as *mut u8, size as *mut usize);
+            // SAFETY: the buffer has the size that its own option gives.
+            unsafe {
+                let room = size.read_unaligned();
+                if to.is_null() || room == 0 {
+                    continue;
+                }
+                let len = text.len().min(room - 1);
+                std::ptr::copy_nonoverlapping(text.as_ptr(), to, len);
+                to.add(len).write(0);
+                size.write_unaligned(len);
+            }
+        }
+    }
+
+    /// Runs a compilation and writes its log.
+    ///
+    /// # Safety
+    /// As for [`Options::log`].
+    pub unsafe fn logged<T>(&self, compile: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+        let outcome = compile();
+        let text = outcome.as_ref().err().and_then(|failure| failure.detail.as_deref()).unwrap_or("");
+        unsafe { self.log(text) };
+        outcome
+    }
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(to: *mut Handle, image: *const u8) -> CUresult {
-    api("cuModuleLoadData", || load(to, &unsafe { text_of(image)? }))
+    api("cuModuleLoadData", || unsafe {
+        let context = current()?;
+        out(to, "module", load(&text_of(image)?, &context)?)
+    })
 }
 
-/// Writes the log of a failed load to the buffer that the options name, and its length to their size.
-unsafe fn write_log(text: &str, keys: &[u32], values: *mut *mut c_void) {
-    // CU_JIT_INFO_LOG_BUFFER and its size, CU_JIT_ERROR_LOG_BUFFER and its size
-    for (buffer_key, size_key, text) in [(3, 4, ""), (5, 6, text)] {
-        let find = |key| keys.iter().position(|&found| found == key);
-        let (Some(buffer), Some(size)) = (find(buffer_key), find(size_key)) else { continue };
-        // SAFETY: the values are as many as the keys; the buffer has the size that its own option gives.
-        unsafe {
-            let (to, room) = ((*values.add(buffer)).cast::<u8>(), *values.add(size) as usize);
-            if to.is_null() || room == 0 {
-                continue;
-            }
-            let len = text.len().min(room - 1);
-            std::ptr::copy_nonoverlapping(text.as_ptr(), to, len);
-            to.add(len).write(0);
-            *values.add(size) = len as *mut c_void;
-        }
-    }
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadFatBinary(to: *mut Handle, image: *const u8) -> CUresult {
+    api("cuModuleLoadFatBinary", || unsafe {
+        let context = current()?;
+        out(to, "module", load(&text_of(image)?, &context)?)
+    })
 }
 
 #[unsafe(no_mangle)]
@@ -174,34 +254,31 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
     keys: *const u32,
     values: *mut *mut c_void,
 ) -> CUresult {
-    api("cuModuleLoadDataEx", || {
-        if count > 0 && (keys.is_null() || values.is_null()) {
-            return Err(CUresult::ERROR_INVALID_VALUE.with("options are counted but not given"));
-        }
-        // Options other than the logs direct an optimiser that is not here.
-        // SAFETY: `count` keys, by the API's contract.
-        let keys = if count == 0 { &[] } else { unsafe { std::slice::from_raw_parts(keys, count as usize) } };
-        let outcome = unsafe { text_of(image) }.and_then(|text| load(to, &text));
-        let log = outcome.as_ref().err().and_then(|failure| failure.detail.as_deref()).unwrap_or("");
-        unsafe { write_log(log, keys, values) };
-        outcome
+    api("cuModuleLoadDataEx", || unsafe {
+        let context = current()?;
+        let options = Options::new(count, keys, values)?;
+        out(to, "module", options.logged(|| load(&text_of(image)?, &context))?)
     })
 }
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoad(to: *mut Handle, path: *const c_char) -> CUresult {
-    api("cuModuleLoad", || {
-        if path.is_null() {
-            return Err(CUresult::ERROR_INVALID_VALUE.with("`fname` is null"));
-        }
-        // SAFETY: a NUL-terminated path, by the API's contract.
-        let path = unsafe { CStr::from_ptr(path) }.to_string_lossy();
-        let image = std::fs::read(&*path);
-        let mut image = image.map_err(|error| CUresult::ERROR_FILE_NOT_FOUND.with(format!("{path}: {error}")))?;
-        // Long enough for any magic number, and terminated.
-        image.extend([0; 4]);
-        load(to, &unsafe { text_of(image.as_ptr())? })
+    api("cuModuleLoad", || unsafe {
+        let context = current()?;
+        out(to, "module", load(&text_of_file(path)?, &context)?)
     })
+}
+
+/// Drops a module and gives back its memory.
+pub(super) fn unload(handle: Handle, context: &Context) -> Outcome {
+    let module = MODULES.remove(handle)?;
+    for (_, function) in lock(&module.functions).drain() {
+        let _ = FUNCTIONS.remove(function);
+    }
+    for (addr, _) in module.globals.values() {
+        let _ = release(context, *addr, &[Kind::Module]);
+    }
+    Ok(())
 }
 
 #[unsafe(no_mangle)]
@@ -209,13 +286,8 @@ pub unsafe extern "C" fn cuModuleUnload(handle: Handle) -> CUresult {
     api("cuModuleUnload", || {
         let context = current_any()?;
         capture::forbid_unsafe("cuModuleUnload")?;
-        let module = MODULES.remove(handle)?;
-        for (_, function) in lock(&module.functions).drain() {
-            let _ = FUNCTIONS.remove(function);
-        }
-        for (addr, _) in module.globals.values() {
-            let _ = release(&context, *addr, &[Kind::Module]);
-        }
+        context.drain();
+        unload(handle, &context)?;
         context.check()
     })
 }
@@ -235,18 +307,44 @@ unsafe fn module_and_name(handle: Handle, name: *const c_char) -> Outcome<(Arc<M
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleGetFunction(to: *mut Handle, handle: Handle, name: *const c_char) -> CUresult {
     api("cuModuleGetFunction", || {
-        let (module, name) = unsafe { module_and_name(handle, name)? };
-        let mut functions = lock(&module.functions);
-        if let Some(&known) = functions.get(&name) {
-            return unsafe { out(to, "hfunc", known) };
+        let (_, name) = unsafe { module_and_name(handle, name)? };
+        unsafe { out(to, "hfunc", function_of(handle, &name)?) }
+    })
+}
+
+/// The function of a kernel of a module.
+pub(super) fn function_of(handle: Handle, name: &str) -> Outcome<Handle> {
+    let module = MODULES.get(handle)?;
+    let mut functions = lock(&module.functions);
+    if let Some(&known) = functions.get(name) {
+        return Ok(known);
+    }
+    let kernel = module.program.kernel(name).cloned();
+    let kernel = kernel.ok_or_else(|| CUresult::ERROR_NOT_FOUND.with(format!("no kernel `{name}`")))?;
+    let function = Function::new(&module, handle, kernel, module.clusters.get(name).copied())?;
+    let new = fresh();
+    FUNCTIONS.insert(new, Arc::new(function));
+    functions.insert(name.to_owned(), new);
+    Ok(new)
+}
+
+/// Address and size of a variable of a module.
+pub(super) fn global_of(handle: Handle, name: &str) -> Outcome<(u64, u64)> {
+    let found = MODULES.get(handle)?.globals.get(name).copied();
+    found.ok_or_else(|| CUresult::ERROR_NOT_FOUND.with(format!("no variable `{name}`")))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleEnumerateFunctions(to: *mut Handle, count: u32, handle: Handle) -> CUresult {
+    api("cuModuleEnumerateFunctions", || {
+        driver()?;
+        let names: Vec<String> =
+            MODULES.get(handle)?.program.kernels.iter().map(|kernel| kernel.name.clone()).collect();
+        for (place, name) in names.iter().take(count as usize).enumerate() {
+            // SAFETY: `count` places, by the API's contract.
+            unsafe { out(to.wrapping_add(place), "functions", function_of(handle, name)?)? };
         }
-        let kernel = module.program.kernel(&name).cloned();
-        let kernel = kernel.ok_or_else(|| CUresult::ERROR_NOT_FOUND.with(format!("no kernel `{name}`")))?;
-        let function = Function::new(&module, handle, kernel, module.clusters.get(&name).copied())?;
-        let new = fresh();
-        FUNCTIONS.insert(new, Arc::new(function));
-        functions.insert(name, new);
-        unsafe { out(to, "hfunc", new) }
+        Ok(())
     })
 }
 
@@ -266,17 +364,19 @@ pub unsafe extern "C" fn cuModuleGetGlobal_v2(
     name: *const c_char,
 ) -> CUresult {
     api("cuModuleGetGlobal_v2", || {
-        let (module, name) = unsafe { module_and_name(handle, name)? };
-        let found = module.globals.get(&name);
-        let (start, size) = found.ok_or_else(|| CUresult::ERROR_NOT_FOUND.with(format!("no variable `{name}`")))?;
-        // Either pointer may be null.
-        for (to, value) in [(addr, *start), (bytes.cast(), *size)] {
-            if !to.is_null() {
-                unsafe { out(to, "pointer", value)? };
-            }
-        }
-        Ok(())
+        let (_, name) = unsafe { module_and_name(handle, name)? };
+        unsafe { give_range(addr, bytes, global_of(handle, &name)?) }
     })
+}
+
+/// Writes an address and a size where they are asked for.
+pub(super) unsafe fn give_range(addr: *mut u64, bytes: *mut usize, (start, size): (u64, u64)) -> Outcome {
+    for (to, value) in [(addr, start), (bytes.cast(), size)] {
+        if !to.is_null() {
+            unsafe { out(to, "pointer", value)? };
+        }
+    }
+    Ok(())
 }
 
 #[unsafe(no_mangle)]

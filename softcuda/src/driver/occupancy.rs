@@ -1,8 +1,10 @@
 //! `cuOccupancy*`, computed as the CUDA occupancy calculator does, from the lowering's estimate of registers.
 
-use super::function::{FUNCTIONS, Function};
+use super::context::current;
+use super::function::Function;
 use super::handles::Handle;
 use super::launch::{LaunchConfig, config_parts};
+use super::library::resolve;
 use super::status::{CUresult, Outcome};
 use super::{api, driver, out};
 use crate::device::{
@@ -30,9 +32,15 @@ fn threads(block_size: i32) -> Outcome<u32> {
         .ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with(format!("a block of {block_size} threads")))
 }
 
-fn max_active(to: *mut i32, function: Handle, block_size: i32, dynamic: usize) -> Outcome {
+/// Flags of an occupancy query: CU_OCCUPANCY_DISABLE_CACHING_OVERRIDE, which changes nothing here.
+fn check_flags(flags: u32) -> Outcome {
     driver()?;
-    let function = FUNCTIONS.get(function)?;
+    if flags > 1 { Err(CUresult::ERROR_INVALID_VALUE.with(format!("flags {flags:#x}"))) } else { Ok(()) }
+}
+
+fn max_active(to: *mut i32, function: Handle, block_size: i32, dynamic: usize, flags: u32) -> Outcome {
+    check_flags(flags)?;
+    let function = resolve(function, current)?;
     let blocks = blocks_per_sm(function.device, &function, threads(block_size)?, dynamic as u64);
     unsafe { out(to, "numBlocks", blocks as i32) }
 }
@@ -44,7 +52,7 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
     block_size: i32,
     dynamic: usize,
 ) -> CUresult {
-    api("cuOccupancyMaxActiveBlocksPerMultiprocessor", || max_active(blocks, function, block_size, dynamic))
+    api("cuOccupancyMaxActiveBlocksPerMultiprocessor", || max_active(blocks, function, block_size, dynamic, 0))
 }
 
 #[unsafe(no_mangle)]
@@ -56,11 +64,7 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     flags: u32,
 ) -> CUresult {
     api("cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags", || {
-        // CU_OCCUPANCY_DISABLE_CACHING_OVERRIDE
-        if flags > 1 {
-            return Err(CUresult::ERROR_INVALID_VALUE.into());
-        }
-        max_active(blocks, function, block_size, dynamic)
+        max_active(blocks, function, block_size, dynamic, flags)
     })
 }
 
@@ -73,7 +77,7 @@ pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
 ) -> CUresult {
     api("cuOccupancyAvailableDynamicSMemPerBlock", || {
         driver()?;
-        let function = FUNCTIONS.get(function)?;
+        let function = resolve(function, current)?;
         let device = function.device;
         let most = blocks_per_sm(device, &function, threads(block_size)?, 0);
         let blocks = u64::try_from(blocks).ok().filter(|blocks| (1..=most).contains(blocks));
@@ -94,9 +98,10 @@ fn potential_block_size(
     shared_of_block: SharedOfBlock,
     dynamic: usize,
     limit: i32,
+    flags: u32,
 ) -> Outcome {
-    driver()?;
-    let function = FUNCTIONS.get(function)?;
+    check_flags(flags)?;
+    let function = resolve(function, current)?;
     let device = function.device;
     let most = function.kernel.max_threads.unwrap_or(MAX_THREADS_PER_BLOCK).min(MAX_THREADS_PER_BLOCK);
     let most = if limit > 0 { most.min(limit as u32) } else { most };
@@ -132,7 +137,7 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSize(
     limit: i32,
 ) -> CUresult {
     api("cuOccupancyMaxPotentialBlockSize", || {
-        potential_block_size(min_grid, block_size, function, shared_of_block, dynamic, limit)
+        potential_block_size(min_grid, block_size, function, shared_of_block, dynamic, limit, 0)
     })
 }
 
@@ -147,10 +152,7 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSizeWithFlags(
     flags: u32,
 ) -> CUresult {
     api("cuOccupancyMaxPotentialBlockSizeWithFlags", || {
-        if flags > 1 {
-            return Err(CUresult::ERROR_INVALID_VALUE.into());
-        }
-        potential_block_size(min_grid, block_size, function, shared_of_block, dynamic, limit)
+        potential_block_size(min_grid, block_size, function, shared_of_block, dynamic, limit, flags)
     })
 }
 
@@ -169,7 +171,7 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialClusterSize(
 ) -> CUresult {
     api("cuOccupancyMaxPotentialClusterSize", || {
         driver()?;
-        let function = FUNCTIONS.get(function)?;
+        let function = resolve(function, current)?;
         let device = function.device;
         check_clusters(device)?;
         let (block, shared, _) = unsafe { config_parts(config)? };
@@ -188,7 +190,7 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveClusters(
 ) -> CUresult {
     api("cuOccupancyMaxActiveClusters", || {
         driver()?;
-        let function = FUNCTIONS.get(function)?;
+        let function = resolve(function, current)?;
         let device = function.device;
         check_clusters(device)?;
         let (block, shared, cluster) = unsafe { config_parts(config)? };

@@ -5,10 +5,10 @@ use std::ffi::{CStr, c_char, c_void};
 use super::status::{CUresult, Outcome};
 use super::tensormap;
 use super::{
-    api, capture, context, copy, event, export_table, function, graph, init, launch, managed, memory, module,
-    occupancy, out,
+    api, capture, context, copy, event, export_table, function, graph, graph_nodes, init, launch, managed, memory,
+    module, occupancy, out,
 };
-use super::{peer, pool, registered, status, stream};
+use super::{library, link, memops, peer, pitched, pool, registered, status, stream};
 
 /// Name without version suffix, the CUDA version (1000 * major + 10 * minor) from which that name means this entry point,
 /// and the entry point.
@@ -53,6 +53,53 @@ entries! {
         "cuDeviceGetP2PAttribute" 8000 cuDeviceGetP2PAttribute,
         "cuCtxEnablePeerAccess" 4000 cuCtxEnablePeerAccess,
         "cuCtxDisablePeerAccess" 4000 cuCtxDisablePeerAccess,
+    }
+    link {
+        "cuLinkCreate" 6050 cuLinkCreate_v2,
+        "cuLinkAddData" 6050 cuLinkAddData_v2,
+        "cuLinkAddFile" 6050 cuLinkAddFile_v2,
+        "cuLinkComplete" 5050 cuLinkComplete,
+        "cuLinkDestroy" 5050 cuLinkDestroy,
+    }
+    library {
+        "cuLibraryLoadData" 12000 cuLibraryLoadData,
+        "cuLibraryLoadFromFile" 12000 cuLibraryLoadFromFile,
+        "cuLibraryUnload" 12000 cuLibraryUnload,
+        "cuLibraryGetKernel" 12000 cuLibraryGetKernel,
+        "cuLibraryGetKernelCount" 12040 cuLibraryGetKernelCount,
+        "cuLibraryEnumerateKernels" 12040 cuLibraryEnumerateKernels,
+        "cuLibraryGetModule" 12000 cuLibraryGetModule,
+        "cuLibraryGetGlobal" 12000 cuLibraryGetGlobal,
+        "cuLibraryGetManaged" 12000 cuLibraryGetManaged,
+        "cuKernelGetFunction" 12000 cuKernelGetFunction,
+        "cuKernelGetLibrary" 12050 cuKernelGetLibrary,
+        "cuKernelGetName" 12030 cuKernelGetName,
+        "cuKernelGetAttribute" 12000 cuKernelGetAttribute,
+        "cuKernelSetAttribute" 12000 cuKernelSetAttribute,
+        "cuKernelSetCacheConfig" 12000 cuKernelSetCacheConfig,
+        "cuKernelGetParamInfo" 12040 cuKernelGetParamInfo,
+    }
+    memops {
+        "cuStreamWaitValue32" 8000 cuStreamWaitValue32_v2,
+        "cuStreamWaitValue64" 9000 cuStreamWaitValue64_v2,
+        "cuStreamWriteValue32" 8000 cuStreamWriteValue32_v2,
+        "cuStreamWriteValue64" 9000 cuStreamWriteValue64_v2,
+    }
+    pitched {
+        "cuMemcpy2D" 3020 cuMemcpy2D_v2,
+        "cuMemcpy2DUnaligned" 3020 cuMemcpy2DUnaligned_v2,
+        "cuMemcpy2DAsync" 3020 cuMemcpy2DAsync_v2,
+        "cuMemcpy3D" 3020 cuMemcpy3D_v2,
+        "cuMemcpy3DAsync" 3020 cuMemcpy3DAsync_v2,
+        "cuMemcpy3DPeer" 4000 cuMemcpy3DPeer,
+        "cuMemcpy3DPeerAsync" 4000 cuMemcpy3DPeerAsync,
+        "cuMemsetD2D8" 3020 cuMemsetD2D8_v2,
+        "cuMemsetD2D8Async" 3020 cuMemsetD2D8Async,
+        "cuMemsetD2D16" 3020 cuMemsetD2D16_v2,
+        "cuMemsetD2D16Async" 3020 cuMemsetD2D16Async,
+        "cuMemsetD2D32" 3020 cuMemsetD2D32_v2,
+        "cuMemsetD2D32Async" 3020 cuMemsetD2D32Async,
+        "cuMemAllocPitch" 3020 cuMemAllocPitch_v2,
     }
     registered {
         "cuMemHostRegister" 6050 cuMemHostRegister_v2,
@@ -171,6 +218,8 @@ entries! {
         "cuModuleLoad" 2000 cuModuleLoad,
         "cuModuleUnload" 2000 cuModuleUnload,
         "cuModuleGetFunction" 2000 cuModuleGetFunction,
+        "cuModuleLoadFatBinary" 2000 cuModuleLoadFatBinary,
+        "cuModuleEnumerateFunctions" 12040 cuModuleEnumerateFunctions,
         "cuModuleGetFunctionCount" 2000 cuModuleGetFunctionCount,
         "cuModuleGetGlobal" 3020 cuModuleGetGlobal_v2,
         "cuModuleGetLoadingMode" 2000 cuModuleGetLoadingMode,
@@ -181,6 +230,9 @@ entries! {
         "cuFuncSetCacheConfig" 2000 cuFuncSetCacheConfig,
         "cuFuncGetName" 2000 cuFuncGetName,
         "cuFuncGetModule" 2000 cuFuncGetModule,
+        "cuFuncGetParamCount" 13020 cuFuncGetParamCount,
+        "cuFuncLoad" 12040 cuFuncLoad,
+        "cuFuncIsLoaded" 12040 cuFuncIsLoaded,
         "cuFuncGetParamInfo" 2000 cuFuncGetParamInfo,
     }
     occupancy {
@@ -206,13 +258,46 @@ entries! {
     graph {
         "cuGraphInstantiateWithFlags" 11040 cuGraphInstantiateWithFlags,
         "cuGraphInstantiate" 12000 cuGraphInstantiateWithFlags,
-        "cuGraphLaunch" 2000 cuGraphLaunch,
-        "cuGraphUpload" 2000 cuGraphUpload,
-        "cuGraphDestroy" 2000 cuGraphDestroy,
-        "cuGraphExecDestroy" 2000 cuGraphExecDestroy,
-        "cuGraphGetNodes" 2000 cuGraphGetNodes,
-        "cuGraphGetEdges" 2000 cuGraphGetEdges,
-        "cuGraphNodeGetType" 2000 cuGraphNodeGetType,
+        "cuGraphInstantiateWithParams" 12000 cuGraphInstantiateWithParams,
+        "cuGraphExecGetFlags" 12000 cuGraphExecGetFlags,
+        "cuGraphExecUpdate" 12000 cuGraphExecUpdate_v2,
+        "cuGraphLaunch" 10000 cuGraphLaunch,
+        "cuGraphUpload" 11010 cuGraphUpload,
+        "cuGraphDestroy" 10000 cuGraphDestroy,
+        "cuGraphExecDestroy" 10000 cuGraphExecDestroy,
+    }
+    graph_nodes {
+        "cuGraphCreate" 10000 cuGraphCreate,
+        "cuGraphClone" 10000 cuGraphClone,
+        "cuGraphNodeFindInClone" 10000 cuGraphNodeFindInClone,
+        "cuGraphAddKernelNode" 12000 cuGraphAddKernelNode_v2,
+        "cuGraphAddMemcpyNode" 10000 cuGraphAddMemcpyNode,
+        "cuGraphAddMemsetNode" 10000 cuGraphAddMemsetNode,
+        "cuGraphAddHostNode" 10000 cuGraphAddHostNode,
+        "cuGraphAddEmptyNode" 10000 cuGraphAddEmptyNode,
+        "cuGraphAddChildGraphNode" 10000 cuGraphAddChildGraphNode,
+        "cuGraphAddEventRecordNode" 11010 cuGraphAddEventRecordNode,
+        "cuGraphAddEventWaitNode" 11010 cuGraphAddEventWaitNode,
+        "cuGraphDestroyNode" 10000 cuGraphDestroyNode,
+        "cuGraphAddDependencies" 10000 cuGraphAddDependencies,
+        "cuGraphRemoveDependencies" 10000 cuGraphRemoveDependencies,
+        "cuGraphGetNodes" 10000 cuGraphGetNodes,
+        "cuGraphGetRootNodes" 10000 cuGraphGetRootNodes,
+        "cuGraphGetEdges" 10000 cuGraphGetEdges,
+        "cuGraphNodeGetDependencies" 10000 cuGraphNodeGetDependencies,
+        "cuGraphNodeGetDependentNodes" 10000 cuGraphNodeGetDependentNodes,
+        "cuGraphNodeGetType" 10000 cuGraphNodeGetType,
+        "cuGraphKernelNodeGetParams" 12000 cuGraphKernelNodeGetParams_v2,
+        "cuGraphKernelNodeSetParams" 12000 cuGraphKernelNodeSetParams_v2,
+        "cuGraphMemcpyNodeSetParams" 10000 cuGraphMemcpyNodeSetParams,
+        "cuGraphMemsetNodeSetParams" 10000 cuGraphMemsetNodeSetParams,
+        "cuGraphHostNodeSetParams" 10000 cuGraphHostNodeSetParams,
+        "cuGraphExecKernelNodeSetParams" 12000 cuGraphExecKernelNodeSetParams_v2,
+        "cuGraphExecMemcpyNodeSetParams" 10020 cuGraphExecMemcpyNodeSetParams,
+        "cuGraphExecMemsetNodeSetParams" 10020 cuGraphExecMemsetNodeSetParams,
+        "cuGraphExecHostNodeSetParams" 10020 cuGraphExecHostNodeSetParams,
+        "cuGraphNodeSetEnabled" 11060 cuGraphNodeSetEnabled,
+        "cuGraphNodeGetEnabled" 11060 cuGraphNodeGetEnabled,
     }
 }
 

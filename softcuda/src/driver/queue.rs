@@ -38,7 +38,7 @@ impl Point {
         }
     }
 
-    fn reach(&self) {
+    pub fn reach(&self) {
         *lock(&self.reached) = Some(Instant::now());
         self.changed.notify_all();
     }

@@ -4,8 +4,10 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::context::Context;
+use super::event::Event;
 use super::graph::Executable;
 use super::launch::LaunchSpec;
+use super::memops::Value;
 use super::status::{CUresult, Failure, Outcome};
 use super::{checks, driver, registered};
 use crate::memory::MemoryError;
@@ -18,6 +20,83 @@ pub(super) enum Direction {
     DeviceToDevice,
     /// Both ends are unified addresses, of either side.
     Unified,
+}
+
+/// Rows of a set, `pitch` bytes from one to the next.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows {
+    pub pitch: u64,
+    pub count: u64,
+}
+
+impl Rows {
+    pub const ONE: Rows = Rows { pitch: 0, count: 1 };
+
+    /// Bytes from the first of a row of `bytes` to the end of the last row.
+    fn extent(self, bytes: u64) -> Option<u64> {
+        self.pitch.checked_mul(self.count.saturating_sub(1))?.checked_add(bytes)
+    }
+}
+
+/// One side of a copy of rows: where its first row begins, bytes from row to row and from plane to plane.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Side {
+    pub start: u64,
+    pub pitch: u64,
+    pub slice: u64,
+    /// Rather than a unified address.
+    pub on_device: bool,
+}
+
+/// A copy of `depth` planes of `height` rows of `width` bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pitched {
+    pub src: Side,
+    pub dst: Side,
+    pub width: u64,
+    pub height: u64,
+    pub depth: u64,
+}
+
+impl Pitched {
+    fn is_empty(&self) -> bool {
+        self.width == 0 || self.height == 0 || self.depth == 0
+    }
+
+    fn check_side(&self, side: &Side) -> Outcome {
+        if side.start == 0 {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("a null pointer"));
+        }
+        let rows = Rows { pitch: side.pitch, count: self.height };
+        let planes = Rows { pitch: side.slice, count: self.depth };
+        let bytes = rows.extent(self.width).and_then(|plane| planes.extent(plane));
+        let bytes = bytes.ok_or(CUresult::ERROR_INVALID_VALUE)?;
+        let memory = &driver()?.memory;
+        if side.on_device || memory.contains(side.start) {
+            check_device(side.start, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn run(&self) {
+        for plane in 0..self.depth {
+            for row in 0..self.height {
+                let at = |side: &Side| side.start + plane * side.slice + row * side.pitch;
+                let (src, dst) = (at(&self.src), at(&self.dst));
+                // SAFETY: device ranges were checked, host ranges are the caller's to vouch for.
+                unsafe { std::ptr::copy(src as *const u8, dst as *mut u8, self.width as usize) };
+                checks::copied(src, dst, self.width);
+            }
+        }
+    }
+}
+
+/// Whether a range is allocated, or registered host memory.
+fn check_device(addr: u64, bytes: u64) -> Outcome {
+    match registered::containing(addr) {
+        Some(range) if bytes <= range.end - addr => Ok(()),
+        _ => Ok(driver()?.memory.check(addr, bytes).map(drop)?),
+    }
 }
 
 pub(super) enum Op {
@@ -34,7 +113,17 @@ pub(super) enum Op {
         value: u32,
         width: u32,
         count: u64,
+        rows: Rows,
     },
+    Pitched(Pitched),
+    WaitValue(Value),
+    WriteValue(Value),
+    /// Marks an event.
+    Record(Arc<Event>),
+    /// Waits for what an event marks when the operation runs.
+    WaitEvent(Arc<Event>),
+    /// Only orders what depends on it.
+    Empty,
     Host {
         function: unsafe extern "C" fn(*mut c_void),
         data: usize,
@@ -70,7 +159,12 @@ impl Op {
             Op::Copy { .. } => 1,
             Op::Set { .. } => 2,
             Op::Host { .. } => 3,
-            Op::Upload { .. } => 1,
+            Op::Upload { .. } | Op::Pitched(_) => 1,
+            Op::Empty => 5,
+            Op::WaitEvent(_) => 6,
+            Op::Record(_) => 7,
+            // CU_GRAPH_NODE_TYPE_BATCH_MEM_OP
+            Op::WaitValue(_) | Op::WriteValue(_) => 12,
             // CU_GRAPH_NODE_TYPE_GRAPH
             Op::Graph(_) => 4,
         }
@@ -79,7 +173,10 @@ impl Op {
     /// Whether the operation may have to wait for something that the host does after submitting it.
     pub fn may_wait(&self) -> bool {
         match self {
-            Op::Launch(_) | Op::Copy { .. } | Op::Set { .. } | Op::Upload { .. } => false,
+            Op::Launch(_) | Op::Copy { .. } | Op::Set { .. } | Op::Upload { .. } | Op::Pitched(_) => false,
+            Op::WriteValue(_) | Op::Record(_) | Op::Empty => false,
+            Op::WaitValue(value) => value.check().is_ok() && !value.holds(),
+            Op::WaitEvent(event) => event.mark().at.is_some_and(|point| point.reached().is_none()),
             Op::Host { .. } => true,
             Op::Graph(graph) => graph.may_wait(),
         }
@@ -88,7 +185,12 @@ impl Op {
     /// Whether the call that submits the operation returns only when it is done: copies to pageable memory do (CUDA driver
     /// API, "API synchronization behavior").
     pub fn returns_when_done(&self) -> bool {
-        matches!(*self, Op::Copy { dst, bytes, .. } if bytes > 0 && is_pageable(dst))
+        match *self {
+            Op::Copy { dst, bytes, .. } => bytes > 0 && is_pageable(dst),
+            // Rows are not staged: the call waits for both directions.
+            Op::Pitched(ref copy) => !copy.is_empty() && (is_pageable(copy.dst.start) || is_pageable(copy.src.start)),
+            _ => false,
+        }
     }
 
     /// The same operation with its own copy of the pageable memory it reads, if it reads any.
@@ -108,13 +210,14 @@ impl Op {
         let memory = &driver()?.memory;
         match *self {
             Op::Launch(_) | Op::Host { .. } | Op::Graph(_) => {}
+            Op::Record(_) | Op::WaitEvent(_) | Op::Empty => {}
+            Op::WaitValue(ref value) | Op::WriteValue(ref value) => value.check()?,
+            Op::Pitched(ref copy) if copy.is_empty() => {}
+            Op::Pitched(ref copy) => [&copy.src, &copy.dst].iter().try_for_each(|side| copy.check_side(side))?,
             Op::Upload { dst, ref data } => memory.check(dst, data.len() as u64).map(drop)?,
             Op::Copy { bytes: 0, .. } | Op::Set { count: 0, .. } => {}
             Op::Copy { dst, src, bytes, direction } => {
-                let device = |addr: u64| match registered::containing(addr) {
-                    Some(range) if bytes <= range.end - addr => Ok(()),
-                    _ => memory.check(addr, bytes).map(drop),
-                };
+                let device = |addr: u64| check_device(addr, bytes);
                 // An address outside the device's range is the host's pageable memory, which nobody can check.
                 let unified = |addr: u64| if memory.contains(addr) { device(addr) } else { Ok(()) };
                 match direction {
@@ -127,12 +230,13 @@ impl Op {
                     return Err(CUresult::ERROR_INVALID_VALUE.with("a null pointer"));
                 }
             }
-            Op::Set { dst, width, count, .. } => {
+            Op::Set { rows: Rows { count: 0, .. }, .. } => {}
+            Op::Set { dst, width, count, rows, .. } => {
                 if dst % u64::from(width) != 0 {
                     return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{dst:#x} is not aligned to {width} bytes")));
                 }
                 let bytes = count.checked_mul(width.into()).ok_or(CUresult::ERROR_INVALID_VALUE)?;
-                memory.check(dst, bytes)?;
+                check_device(dst, rows.extent(bytes).ok_or(CUresult::ERROR_INVALID_VALUE)?)?;
             }
         }
         Ok(())
@@ -151,15 +255,18 @@ impl Op {
                 }
                 Ok(())
             }
-            Op::Set { dst, value, width, count } => {
-                checks::wrote(dst, count * u64::from(width));
-                let count = count as usize;
-                // SAFETY: `check` has seen that the whole range is allocated and aligned.
-                unsafe {
-                    match width {
-                        1 => std::ptr::write_bytes(dst as *mut u8, value as u8, count),
-                        2 => std::slice::from_raw_parts_mut(dst as *mut u16, count).fill(value as u16),
-                        _ => std::slice::from_raw_parts_mut(dst as *mut u32, count).fill(value),
+            Op::Set { dst, value, width, count, rows } => {
+                for row in 0..rows.count {
+                    let dst = dst + row * rows.pitch;
+                    checks::wrote(dst, count * u64::from(width));
+                    let count = count as usize;
+                    // SAFETY: `check` has seen that the whole range is allocated and aligned.
+                    unsafe {
+                        match width {
+                            1 => std::ptr::write_bytes(dst as *mut u8, value as u8, count),
+                            2 => std::slice::from_raw_parts_mut(dst as *mut u16, count).fill(value as u16),
+                            _ => std::slice::from_raw_parts_mut(dst as *mut u32, count).fill(value),
+                        }
                     }
                 }
                 Ok(())
@@ -176,6 +283,26 @@ impl Op {
                 Ok(())
             }
             Op::Graph(ref graph) => graph.run(context),
+            Op::Pitched(ref copy) => {
+                copy.run();
+                Ok(())
+            }
+            Op::WaitValue(ref value) => value.wait(context),
+            Op::WriteValue(ref value) => {
+                value.write();
+                Ok(())
+            }
+            Op::Record(ref event) => {
+                event.mark_now();
+                Ok(())
+            }
+            Op::WaitEvent(ref event) => {
+                if let Some(point) = event.mark().at {
+                    point.wait();
+                }
+                Ok(())
+            }
+            Op::Empty => Ok(()),
         }
     }
 }

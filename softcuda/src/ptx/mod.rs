@@ -4,6 +4,7 @@ pub mod ast;
 mod constant;
 mod declaration;
 mod lexer;
+pub mod link;
 mod parser;
 mod statement;
 
