@@ -1,6 +1,7 @@
 //! The routers beyond softmax top-k, over the shapes of models in use.
 //!
-//! On the software device the shapes are scaled down ([`shapes`]) and a time is a time of the software, not of a GPU.
+//! On the software device the shapes are scaled down ([`shapes`]) and a time is a time of the software, not of a GPU. There each
+//! time stands below what one launch did by the device's counters.
 
 mod shapes;
 #[path = "../tests/support/mod.rs"]
@@ -9,9 +10,12 @@ mod support;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use cudarc::driver::CudaStream;
 use moe_kernels::admission::{self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert};
+use moe_kernels::balance::{self, BiasDesc, MeasureDesc, MeasuredArgs, Totals};
 use moe_kernels::base::{self, AuctionRule, BaseArgs, BaseDesc};
 use moe_kernels::expert_choice::{self, Affinity, ChoiceArgs, ExpertChoiceDesc, TokenSlotsArgs, TokenSlotsDesc};
+use moe_kernels::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
 use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc};
 use moe_kernels::hash::{self, HashArgs, HashBy, HashDesc};
 use moe_kernels::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
@@ -33,12 +37,31 @@ fn routers(criterion: &mut Criterion) {
     }
 }
 
+/// What one launch does, kernel by kernel: sectors of global memory and wavefronts of shared memory beside the fewest that the same
+/// accesses could need.
+fn print_counters(name: &str, stream: &CudaStream, launch: &mut dyn FnMut()) {
+    let Some(control) = device::control() else { return };
+    control.set_counting(true);
+    launch();
+    stream.synchronize().expect("the router runs to its end");
+    for (kernel, counters) in control.counters() {
+        let instructions: u64 = counters.warp_instructions.iter().sum();
+        let (global, shared) = (counters.global, counters.shared);
+        println!(
+            "{name}: {kernel}: {instructions} instructions of {} warps, {} sectors ({} ideal), {} wavefronts ({} ideal)",
+            counters.warps, global.sectors, global.ideal_sectors, shared.wavefronts, shared.ideal_wavefronts
+        );
+    }
+    control.set_counting(false);
+}
+
 fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suffix: &str) {
     let stream = device::stream();
     let kernels = device::kernels();
     let rng = &mut inputs::generator(shape.model);
     let shapes::Shape { model, experts, top_k, .. } = shape;
     let mut bench = |router: &str, launch: &mut dyn FnMut()| {
+        print_counters(&format!("{router}{suffix}/{model}/{tokens}"), &stream, launch);
         let mut group = criterion.benchmark_group(format!("{router}{suffix}"));
         group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(500));
         group.bench_function(BenchmarkId::new(model, tokens), |bencher| {
@@ -49,6 +72,54 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
         });
     };
     let logits = stream.clone_htod(&inputs::normals::<f32>(rng, tokens * experts, 1.0)).unwrap();
+
+    let score = if model == "deepseek-v3" { Score::Sigmoid } else { Score::Softmax };
+    let gated = GatingDesc { tokens, experts, top_k, gating: Gating::new(score) };
+    let mut chosen_ids = stream.alloc_zeros(tokens * top_k).unwrap();
+    let mut shares = stream.alloc_zeros(tokens * top_k).unwrap();
+    bench("gating", &mut || {
+        let args = GatingArgs { logits: &logits, correction_bias: None, ids: &mut chosen_ids, weights: &mut shares };
+        gating::forward(kernels, &stream, &gated, args).unwrap()
+    });
+    let desc = MeasureDesc::new(gated);
+    let [counts, loss_counts] = &mut [experts; 2].map(|len| stream.alloc_zeros(len).unwrap());
+    let [probability, importance] = &mut [experts; 2].map(|len| stream.alloc_zeros(len).unwrap());
+    let mut stats = stream.alloc_zeros(1).unwrap();
+    let bytes = balance::workspace_bytes(&desc, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    bench("gating with losses and statistics", &mut || {
+        let args = MeasuredArgs {
+            logits: &logits,
+            correction_bias: None,
+            ids: &mut chosen_ids,
+            weights: &mut shares,
+            log_sum_exp: None,
+            probabilities: None,
+            totals: Totals { counts, loss_counts, probability, importance },
+            stats: &mut stats,
+            workspace: &mut workspace,
+        };
+        balance::forward(kernels, &stream, &desc, args).unwrap()
+    });
+    let mut correction = stream.alloc_zeros(experts).unwrap();
+    let step = BiasDesc { experts, rate: 1e-3 };
+    bench("bias update", &mut || balance::update_bias(kernels, &stream, &step, counts, &mut correction).unwrap());
+    // Half of the experts are here; the others are another device's.
+    let map: Vec<i32> = (0..experts as i32).map(|e| if e % 2 == 0 { e / 2 } else { expert_map::NONE }).collect();
+    let map = stream.clone_htod(&map).unwrap();
+    let desc = ExpertMapDesc { tokens, experts, top_k, max_replicas: 1, seed: 0 };
+    let mut local_ids = stream.alloc_zeros(tokens * top_k).unwrap();
+    bench("expert map", &mut || {
+        let args = ExpertMapArgs {
+            ids: &chosen_ids,
+            weights: None,
+            map: &map,
+            replicas: None,
+            local_ids: &mut local_ids,
+            identity_weight: None,
+        };
+        expert_map::forward(kernels, &stream, &desc, args).unwrap()
+    });
 
     let candidates = 2.min(experts);
     let mut ids = stream.alloc_zeros(tokens * candidates).unwrap();

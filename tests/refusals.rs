@@ -1,5 +1,7 @@
 //! What every operation refuses: a typed error that names the argument, and nothing launched.
 
+#[path = "refusals/balance.rs"]
+mod balance;
 #[path = "refusals/noise.rs"]
 mod noise;
 

@@ -1,7 +1,8 @@
 //! One batch of tokens with skewed popularity, through every router: who gets how much.
 //!
 //! `cargo run --example routers [-- FILE.svg]` prints each router's load histogram side by side, and writes the same as an SVG
-//! (default `routers.svg`).
+//! (default `routers.svg`); below stands what measured gating says of the batch, and of the same batch once a bias without
+//! loss has balanced it.
 
 mod svg;
 mod terminal;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
 use moe_kernels::admission::{self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert};
+use moe_kernels::balance::{self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals};
 use moe_kernels::base::{self, AuctionRule, BaseArgs, BaseDesc};
 use moe_kernels::expert_choice::{self, Affinity, ChoiceArgs, ExpertChoiceDesc};
 use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc};
@@ -27,6 +29,10 @@ type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 const TOKENS: usize = 512;
 const EXPERTS: usize = 16;
 const NOISE: NoiseSource = NoiseSource { seed: 1, offset: 0 };
+
+/// Steps of the bias update, and by how much a step moves a bias.
+const BIAS_STEPS: usize = 60;
+const BIAS_RATE: f32 = 0.01;
 
 fn noisy_rule(top_k: usize) -> NoisyRule {
     NoisyRule { top_k, noise_epsilon: 1e-2, noise: NOISE }
@@ -59,6 +65,12 @@ impl Load {
     }
 }
 
+/// A load with what the device measured of it.
+struct Measured {
+    load: Load,
+    stats: RouterStats,
+}
+
 /// The batch on the device.
 struct Batch<'a> {
     kernels: &'a Kernels,
@@ -76,9 +88,13 @@ fn main() -> Outcome<()> {
     let stream = context.new_stream()?;
     let kernels = Kernels::new(&context)?;
     let batch = Batch::new(&kernels, &stream)?;
+    let unbiased = batch.measured("top-2, no bias", 0)?;
+    let balanced = batch.measured("top-2, bias", BIAS_STEPS)?;
+    let statistics = terminal::statistics(&[unbiased.stats, balanced.stats], ["no bias", "bias"]);
     let loads = [
         batch.top_k("top-1", 1)?,
         batch.top_k("top-2", 2)?,
+        balanced.load,
         batch.jittered()?,
         batch.noisy()?,
         batch.hierarchical()?,
@@ -94,6 +110,7 @@ fn main() -> Outcome<()> {
         batch.hashed_by_frequency()?,
     ];
     println!("{}", terminal::table(&loads, TOKENS));
+    println!("\n{statistics}");
     std::fs::write(&file, svg::drawing(&loads, TOKENS)).map_err(|error| format!("{file}: {error}"))?;
     println!("{file} written");
     Ok(())
@@ -130,6 +147,49 @@ impl<'a> Batch<'a> {
     fn top_k(&self, name: &'static str, top_k: usize) -> Outcome<Load> {
         let (ids, _) = self.choose(top_k)?;
         Ok(Load::new(name, &self.stream.clone_dtoh(&ids)?, top_k))
+    }
+
+    /// The two best by sigmoid scores plus a bias, which `steps` updates by the counts have moved (DeepSeek-V3).
+    fn measured(&self, name: &'static str, steps: usize) -> Outcome<Measured> {
+        let top_k = 2;
+        let gating = Gating::new(Score::Sigmoid).renormalised();
+        let gating = GatingDesc { tokens: TOKENS, experts: EXPERTS, top_k, gating };
+        let mut desc = MeasureDesc::new(gating);
+        desc.rule.capacity = Some(admission::capacity(TOKENS, EXPERTS, top_k, 1.25));
+        let stream = self.stream;
+        let mut bias = stream.alloc_zeros::<f32>(EXPERTS)?;
+        let mut ids = stream.alloc_zeros(TOKENS * top_k)?;
+        let mut weights = stream.alloc_zeros(TOKENS * top_k)?;
+        let (mut counts, mut loss_counts) = (stream.alloc_zeros(EXPERTS)?, stream.alloc_zeros(EXPERTS)?);
+        let (mut probability, mut importance) = (stream.alloc_zeros(EXPERTS)?, stream.alloc_zeros(EXPERTS)?);
+        let mut stats = stream.alloc_zeros::<RouterStats>(1)?;
+        let bytes = balance::workspace_bytes(&desc, self.kernels.device())?;
+        let mut workspace = Workspace::new(stream, bytes)?;
+        for step in 0..=steps {
+            let args = MeasuredArgs {
+                logits: &self.logits,
+                correction_bias: Some(&bias),
+                ids: &mut ids,
+                weights: &mut weights,
+                log_sum_exp: None,
+                probabilities: None,
+                totals: Totals {
+                    counts: &mut counts,
+                    loss_counts: &mut loss_counts,
+                    probability: &mut probability,
+                    importance: &mut importance,
+                },
+                stats: &mut stats,
+                workspace: &mut workspace,
+            };
+            balance::forward(self.kernels, stream, &desc, args)?;
+            if step < steps {
+                let update = BiasDesc { experts: EXPERTS, rate: BIAS_RATE };
+                balance::update_bias(self.kernels, stream, &update, &counts, &mut bias)?;
+            }
+        }
+        let load = Load::new(name, &stream.clone_dtoh(&ids)?, top_k);
+        Ok(Measured { load, stats: stream.clone_dtoh(&stats)?[0] })
     }
 
     /// Logits times a number of 0.9 to 1.1, then the best.

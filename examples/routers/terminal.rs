@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use moe_kernels::balance::RouterStats;
+
 use crate::Load;
 
 const BAR: usize = 12;
@@ -25,6 +27,33 @@ pub fn table(loads: &[Load], tokens: usize) -> String {
     for load in loads {
         let summary = format!("{:.2}, {}", load.imbalance(), load.left_out);
         let _ = write!(text, "{summary:<width$}", width = BAR + 6);
+    }
+    text
+}
+
+/// What the device measured, a column a run.
+pub fn statistics<const N: usize>(runs: &[RouterStats; N], names: [&str; N]) -> String {
+    let mut text = format!("  {:<22}", "top-2 by sigmoid");
+    for name in names {
+        let _ = write!(text, "{name:>12}");
+    }
+    let rows: [(&str, fn(&RouterStats) -> f64); 10] = [
+        ("max load", |stats| stats.max_load.into()),
+        ("max over mean", |stats| stats.max_over_mean.into()),
+        ("load CV^2", |stats| stats.load_cv2.into()),
+        ("importance CV^2", |stats| stats.importance_cv2.into()),
+        ("balance loss", |stats| stats.balance_loss.into()),
+        ("sequence loss", |stats| stats.sequence_loss.into()),
+        ("z-loss", |stats| stats.z_loss.into()),
+        ("entropy", |stats| stats.entropy.into()),
+        ("dropped", |stats| stats.dropped.into()),
+        ("dropped fraction", |stats| stats.dropped_fraction.into()),
+    ];
+    for (name, value) in rows {
+        let _ = write!(text, "\n  {name:<22}");
+        for run in runs {
+            let _ = write!(text, "{:>12.4}", value(run));
+        }
     }
     text
 }
