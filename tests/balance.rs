@@ -1,5 +1,7 @@
 //! Measured gating through the library: random batches, degenerate ones, many layers, CUDA graphs, very many tokens.
 
+#[path = "balance/others.rs"]
+mod others;
 mod support;
 
 use std::sync::Arc;
