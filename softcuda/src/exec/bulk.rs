@@ -187,7 +187,7 @@ impl Machine<'_, '_> {
         if self.worker.watched {
             let (mbarrier, bulk_group) = (!transfer.signals.is_empty(), transfer.group.is_some());
             self.observe_sync(SyncEvent::BulkIssue { id, lane: lane as u32, mbarrier, bulk_group }, pc);
-            self.report_transfer(&transfer, lane, pc);
+            self.report_transfer(&transfer, pc);
         }
         transfer.poison();
         let (rank, warp) = (self.shared.rank, self.warp.index);
@@ -245,19 +245,19 @@ impl Machine<'_, '_> {
     }
 
     /// Tells observers what a transfer reads and writes, in chunks of up to 16 bytes.
-    fn report_transfer(&mut self, t: &Transfer, lane: usize, pc: u32) {
-        let write = if t.effect == Effect::Copy { AccessKind::Write } else { AccessKind::Atomic };
-        let source = if t.from_shared { Some(self.shared.rank) } else { Some(GLOBAL) };
+    fn report_transfer(&mut self, t: &Transfer, pc: u32) {
+        let source = if t.from_shared { self.shared.rank } else { GLOBAL };
         if t.data.is_none() {
-            let reads = t.pieces.iter().filter(|p| p.from != 0).map(|p| (GLOBAL, p.from, p.bytes));
-            let reads: Vec<_> = reads.map(|(_, at, bytes)| (source.unwrap_or(GLOBAL), at, bytes)).collect();
-            self.report_ranges(AccessKind::Read, &reads, lane, pc);
+            let reads: Vec<_> = t.pieces.iter().filter(|p| p.from != 0).map(|p| (source, p.from, p.bytes)).collect();
+            self.report_ranges(AccessKind::Read, &reads, pc);
         }
+        let write = if t.effect == Effect::Copy { AccessKind::Write } else { AccessKind::Atomic };
         let writes: Vec<_> = t.pieces.iter().map(|p| (p.rank, p.to, p.bytes)).collect();
-        self.report_ranges(write, &writes, lane, pc);
+        self.report_ranges(write, &writes, pc);
     }
 
-    fn report_ranges(&mut self, kind: AccessKind, ranges: &[(u32, u64, u32)], lane: usize, pc: u32) {
+    /// Ranges by rank, host address and length.
+    fn report_ranges(&mut self, kind: AccessKind, ranges: &[(u32, u64, u32)], pc: u32) {
         let mut chunks: Vec<(u32, u32, u64)> = Vec::new();
         for &(rank, mut at, mut bytes) in ranges {
             if rank != GLOBAL {
@@ -271,7 +271,6 @@ impl Machine<'_, '_> {
                 bytes -= size;
             }
         }
-        let _ = lane;
         for run in chunks.chunk_by(|a, b| (a.0, a.1) == (b.0, b.1)) {
             for part in run.chunks(LANES) {
                 let (rank, bytes, _) = part[0];
