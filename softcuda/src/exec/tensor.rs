@@ -199,7 +199,7 @@ impl Machine<'_, '_> {
             }
             for &rank in &receivers {
                 let host = self.same_place(rank, place, host, bytes, lane)?;
-                self.add_run(&mut transfer, &map, &run, (rank, place.1), host, load, lane)?;
+                self.add_run(&mut transfer, &map, &run, (rank, place.1), host, lane)?;
             }
         }
         self.issue(transfer, lane, pc);
@@ -214,9 +214,9 @@ impl Machine<'_, '_> {
         run: &Run,
         place: Place,
         host: u64,
-        load: bool,
         lane: usize,
     ) -> Outcome<()> {
+        let load = !transfer.from_shared;
         let (rank, base) = (place.0, u64::from(place.1));
         let size = u64::from(self.block_of(rank).bytes);
         let mut beyond = None;

@@ -212,7 +212,7 @@ fn reductions_of_floating_point() {
     // Subnormal f32 is flushed.
     let sub = f32::from_bits(1);
     reductions!(f32, "f32", [sub, 1.0, sub, -sub], [sub, sub, 0.0, 0.0], false, {
-        "add" => |a, b| if a == 1.0 { 1.0 } else if a < 0.0 && b == 0.0 { 0.0 } else { 0.0 },
+        "add" => |a, b| if a == 1.0 { 1.0 } else { 0.0 * b },
     });
     let h = |x: [f32; 8]| x.map(|v| f16::from_f32(v).to_bits());
     let (a, b) =
