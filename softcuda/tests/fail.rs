@@ -48,7 +48,7 @@ fn correct_programs_are_silent() {
 /// Each kind of mistake has its programs.
 #[test]
 fn classes_are_covered() {
-    for class in ["race"] {
+    for class in ["race", "sync", "async", "memory", "init"] {
         let n = all(&format!("fail/{class}")).len();
         assert!(n >= 6, "{n} programs of class {class}");
     }

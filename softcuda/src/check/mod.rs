@@ -5,11 +5,13 @@
 //! A checker is a [`Watch`](crate::exec::observe::Watch) that reports to the [`Findings`] that it was made with. [`Checks`] holds
 //! the ones that are switched on, and what the host does to memory.
 
+mod asynchrony;
 mod finding;
 mod init;
 mod memory;
 mod race;
 mod shadow;
+mod sync;
 
 use std::fmt;
 use std::io;
@@ -119,6 +121,8 @@ impl Checks {
         watches.extend(init.clone().map(|w| w as Arc<dyn Watch>));
         let race = on(Checker::Race).map(|f| Arc::new(race::Race::new(f)));
         watches.extend(race.clone().map(|w| w as Arc<dyn Watch>));
+        watches.extend(on(Checker::Sync).map(|f| Arc::new(sync::Sync::new(f)) as Arc<dyn Watch>));
+        watches.extend(on(Checker::Async).map(|f| Arc::new(asynchrony::Async::new(f)) as Arc<dyn Watch>));
         Ok(Checks { race, selection, findings, watches, memory, init })
     }
 

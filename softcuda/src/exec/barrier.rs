@@ -3,7 +3,7 @@
 use super::fault::FaultKind;
 use super::lanes::{File, active};
 use super::observe::SyncEvent;
-use super::state::{Barrier, Cluster, Group, GroupState, Machine, Outcome, Raw, Worker};
+use super::state::{Barrier, Cluster, Group, GroupState, Machine, Outcome, Raw, Shared, Worker};
 use crate::lower::ir::{self, BarrierKind, Extra};
 use crate::lower::isa::Width;
 
@@ -73,6 +73,18 @@ impl Machine<'_, '_> {
         }
         self.wait(GroupState::AtBarrier(id as u8));
         Ok(false)
+    }
+}
+
+impl Shared {
+    /// How far a barrier is.
+    pub fn describe_barrier(&self, id: u8) -> String {
+        let b = &self.barriers[usize::from(id)];
+        let (arrived, expected) = match b.expected {
+            Some(n) => (b.arrived, n),
+            None => (b.lanes, self.threads - self.exited_threads),
+        };
+        format!(" (barrier {id}: {arrived} of {expected} threads have arrived)")
     }
 }
 

@@ -350,6 +350,13 @@ fn waiting_group(worker: &mut Worker, cluster: &mut Cluster, rank: usize, warp: 
             let file = machine.file();
             machine.describe_wait(file, x, g.mask).unwrap_or_default()
         }
+        (GroupState::AtBarrier(id), _) => cluster.blocks[rank].describe_barrier(id),
+        (GroupState::AtSync, Some(Extra::Exchange(x))) => {
+            let file = cluster.machine(worker, rank, warp).file();
+            // SAFETY: the slot is a 32-bit one of this kernel.
+            let members = unsafe { file.lanes32(x.members.slot) }[g.mask.trailing_zeros() as usize % 32];
+            format!(" (for lanes {:#010x})", members & cluster.warps[rank][warp].live() & !g.mask)
+        }
         _ => String::new(),
     };
     place + &what

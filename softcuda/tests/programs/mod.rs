@@ -110,12 +110,25 @@ impl Program {
     /// A finding as `expect` spells it.
     fn spell(&self, f: &Finding) -> String {
         let mut message = f.message.clone();
-        // Addresses differ from run to run, and where a mistake shows first from seed to seed.
+        // Addresses, and numbers of allocations, differ from run to run.
         let mut from = 0;
-        while let Some(at) = message[from..].find("at 0x").map(|i| from + i) {
-            let digits = message[at + 5..].chars().take_while(char::is_ascii_hexdigit).count();
-            message.replace_range(at + 3..at + 5 + digits, "ADDR");
-            from = at + 3;
+        while let Some(at) = message[from..].find("0x").map(|i| from + i) {
+            let digits = message[at + 2..].chars().take_while(char::is_ascii_hexdigit).count();
+            if digits > 8 || message[..at].ends_with("at ") {
+                message.replace_range(at..at + 2 + digits, "ADDR");
+            }
+            from = at + 2;
+        }
+        if let Some((before, after)) = message.split_once("allocation #") {
+            message = format!("{before}allocation{}", after.trim_start_matches(|c: char| c.is_ascii_digit()));
+        }
+        // Lines are named by their marks.
+        while let Some(at) = message.find("line ") {
+            let digits = message[at + 5..].chars().take_while(char::is_ascii_digit).count();
+            let mark = self.mark(message[at + 5..at + 5 + digits].parse().unwrap_or(0));
+            let text = message[at + 5 + digits..].strip_prefix(" `").and_then(|t| t.find('`'));
+            let end = at + 5 + digits + text.map_or(0, |n| n + 3);
+            message.replace_range(at..end, &mark.replace("line ", "#"));
         }
         let place = |p: &Option<softcuda::check::Place>, word: &str| {
             p.as_ref().map_or(String::new(), |p| format!("; {word} {}", self.mark(p.line)))

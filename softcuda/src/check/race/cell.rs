@@ -121,6 +121,8 @@ pub struct Accessor<'a> {
     pub stride: u32,
     /// An asynchronous engine rather than lanes of a warp.
     pub engine: bool,
+    /// Whether a conflict does no harm to the lane, for what it writes.
+    pub benign: &'a dyn Fn(&Conflict, u32) -> bool,
     /// Of shared memory: what blocks before have left in its shadow is nothing.
     pub shared: bool,
 }
@@ -184,6 +186,18 @@ impl Accessor<'_> {
             let met = self.pairs.is_some_and(|p| p[mine as usize][theirs as usize] >= other.time);
             (theirs != mine && !met).then_some(Conflict { other, other_lane: theirs, lane: mine })
         })
+    }
+
+    /// Keeps the first conflict that matters, with a lane that it matters to.
+    #[cold]
+    fn note(&self, conflict: Conflict, me: Stamp, size: u32, found: &mut Option<Conflict>) {
+        if found.is_some() {
+            return;
+        }
+        let same_warp = conflict.other.home == me.home && conflict.other.warp() == me.warp();
+        let lanes = if same_warp { conflict.lane..conflict.lane + 1 } else { me.lane(0)..me.lane(size - 1) + 1 };
+        let lane = lanes.into_iter().find(|&lane| !(self.benign)(&conflict, lane));
+        *found = lane.map(|lane| Conflict { lane, ..conflict });
     }
 
     /// Morally strong: both accesses are strong, and each one's scope includes the other's thread (PTX ISA 8.6).
@@ -264,19 +278,36 @@ impl<const R: usize> Cell<R> {
             return;
         }
         if let Some(conflict) = by.against(self.write, me, size) {
-            found.get_or_insert(conflict);
+            by.note(conflict, me, size, found);
         }
         if by.write {
             for &read in &self.reads {
                 if let Some(conflict) = by.against(read, me, size) {
-                    found.get_or_insert(conflict);
+                    by.note(conflict, me, size, found);
                 }
             }
-            self.write = me;
-            self.reads = [Stamp::default(); R];
+            self.replace(me, by);
         } else {
             self.remember(me, by, size);
         }
+    }
+
+    /// A write takes the place of what was before. Behind a strong one, weak accesses still matter to other strong ones.
+    fn replace(&mut self, me: Stamp, by: &Accessor) {
+        if me.strong() {
+            for read in &mut self.reads {
+                if read.strong() {
+                    *read = Stamp::default();
+                }
+            }
+            if by.live(self.write) && !self.write.strong() {
+                let place = self.reads.iter().position(|r| !by.live(*r)).unwrap_or(0);
+                self.reads[place] = self.write;
+            }
+        } else {
+            self.reads = [Stamp::default(); R];
+        }
+        self.write = me;
     }
 
     /// Keeps a reader, in place of an older one of the same warp or one that comes before it, if there is such a one.

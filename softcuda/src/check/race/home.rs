@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use super::cell::Cell;
 use super::clock::{Away, join};
 use super::variable::Variable;
-use crate::exec::observe::{Order, Scope};
+use crate::exec::observe::{AccessKind, ObjectPlace, Order, Scope};
+use crate::ptx::ast::Space;
 
 /// Readers of shared memory that are remembered.
 pub const SHARED_READERS: usize = 3;
@@ -71,6 +72,9 @@ pub struct Warp {
     pub copies: Vec<Copy>,
     /// Groups of copies committed by each lane.
     pub committed: [u32; 32],
+    /// Phases of the cluster's barrier that each lane has arrived at, and has left.
+    pub cluster_arrived: [u64; 32],
+    pub cluster_left: [u64; 32],
 }
 
 /// A `cp.async`.
@@ -81,6 +85,7 @@ pub struct Copy {
     pub bytes: u32,
     pub line: u32,
     pub group: [u32; 32],
+    pub number: u64,
     pub owner: u64,
 }
 
@@ -108,6 +113,12 @@ impl Barrier {
         self.lanes[index] |= mask;
     }
 
+    fn complete(&mut self, transfers: usize, total: usize, now: u32) {
+        self.known.resize(total, 0);
+        self.lanes.resize(total, 0);
+        self.known[transfers] = self.known[transfers].max(now);
+    }
+
     fn leave(&self, w: &mut Warp, index: usize, mask: u32) {
         if self.known.is_empty() {
             return;
@@ -127,6 +138,61 @@ impl Barrier {
         self.fenced.iter_mut().for_each(Known::clear);
         self.pending.iter_mut().for_each(Away::clear);
     }
+}
+
+/// An mbarrier object, or the cluster's barrier: what arrivals of its latest phases bring along.
+#[derive(Debug, Default)]
+pub struct Object {
+    phases: Vec<(u64, Barrier)>,
+    /// The phase that is not complete.
+    pub current: u64,
+}
+
+/// Phases of an object that can still be waited for.
+const PHASES: usize = 3;
+
+impl Object {
+    /// A phase's arrivals; whoever learns of a phase knows of those before.
+    fn phase(&mut self, number: u64) -> &mut Barrier {
+        if let Some(i) = self.phases.iter().position(|(n, _)| *n == number) {
+            return &mut self.phases[i].1;
+        }
+        if self.phases.len() == PHASES {
+            self.phases.remove(0);
+        }
+        let before = self.phases.last().map(|(_, b)| b.clone()).unwrap_or_default();
+        self.phases.push((number, before));
+        let last = self.phases.len() - 1;
+        &mut self.phases[last].1
+    }
+}
+
+/// A bulk copy in flight.
+#[derive(Debug)]
+pub struct Transfer {
+    pub line: u32,
+    /// What it writes.
+    pub writes: Vec<Write>,
+}
+
+/// Pieces that a bulk copy writes.
+#[derive(Debug, Clone, Copy)]
+pub struct Write {
+    pub kind: AccessKind,
+    pub space: Space,
+    pub addresses: [u64; 32],
+    pub mask: u32,
+    pub bytes: u32,
+    pub owner: u64,
+}
+
+/// Arrivals that come when copies have landed.
+#[derive(Debug)]
+pub struct CopyArrival {
+    pub at: ObjectPlace,
+    pub lanes: u32,
+    /// Number of the first copy that is not among them.
+    pub before: u64,
 }
 
 #[derive(Debug, Default)]
@@ -155,9 +221,16 @@ pub struct Home {
     pub stride: u32,
     pub warps: Vec<Warp>,
     pub blocks: Vec<Block>,
-    /// What arrivals at the cluster's barrier bring along. Those of a phase that has not been left by all are taken with those
-    /// of the next.
-    pub cluster: Barrier,
+    /// The cluster's barrier.
+    pub cluster: Object,
+    pub objects: HashMap<ObjectPlace, Object>,
+    /// Bulk copies and arrivals of copies in flight, by their number.
+    pub transfers: HashMap<u64, Transfer>,
+    pub arrivals: HashMap<u64, CopyArrival>,
+    /// The bulk copy whose accesses are being told.
+    pub current: u64,
+    /// `cp.async` issued so far.
+    pub issued: u64,
     /// Products in flight, by the index of their warpgroup.
     pub products: HashMap<usize, Vec<Product>>,
     /// Places in shared memory that strong accesses synchronise through, by block and offset.
@@ -188,6 +261,11 @@ impl Home {
         rank * self.stride as usize + (self.warps_per_block + warp / 4) as usize
     }
 
+    /// The index of a block's bulk copies.
+    pub fn transfers(&self, rank: usize) -> usize {
+        (rank + 1) * self.stride as usize - 1
+    }
+
     pub fn rank(&self, block: u64) -> usize {
         self.blocks.iter().position(|b| b.linear == block).unwrap_or(0)
     }
@@ -211,13 +289,21 @@ impl Home {
     /// At the cluster's barrier; a relaxed arrival brings nothing along.
     pub fn arrive_cluster(&mut self, warp: usize, mask: u32, release: bool) {
         let now = self.tick();
+        let w = &mut self.warps[warp];
+        let phase = w.cluster_arrived[mask.trailing_zeros() as usize & 31];
+        super::lanes_of(mask).for_each(|i| w.cluster_arrived[i] += 1);
         if release {
-            self.cluster.arrive(&mut self.warps[warp], warp, mask, now);
+            self.cluster.phase(phase).arrive(w, warp, mask, now);
         }
     }
 
     pub fn leave_cluster(&mut self, warp: usize, mask: u32) {
-        self.cluster.leave(&mut self.warps[warp], warp, mask);
+        let w = &mut self.warps[warp];
+        let phase = w.cluster_left[mask.trailing_zeros() as usize & 31];
+        super::lanes_of(mask).for_each(|i| w.cluster_left[i] += 1);
+        if let Some((_, barrier)) = self.cluster.phases.iter().find(|(n, _)| *n == phase) {
+            barrier.leave(w, warp, mask);
+        }
     }
 
     /// The warp waits for all products of its warpgroup before this number.
@@ -227,6 +313,24 @@ impl Home {
         let time = list.iter().filter(|p| p.number < before).map(|p| p.time).max().unwrap_or(0);
         let known = &mut self.warps[index].known[engine];
         *known = time.max(*known);
+    }
+
+    /// A thread's arrival at an object, with release semantics.
+    pub fn arrive_object(&mut self, at: ObjectPlace, phase: u64, warp: usize, lane: u32) {
+        let now = self.tick();
+        self.objects.entry(at).or_default().phase(phase).arrive(&mut self.warps[warp], warp, 1 << lane, now);
+    }
+
+    /// A bulk copy's transactions: whoever learns of the phase knows what the copy has written.
+    pub fn complete_object(&mut self, at: ObjectPlace, phase: u64, transfers: usize) {
+        let (now, total) = (self.tick(), self.warps.len());
+        self.objects.entry(at).or_default().phase(phase).complete(transfers, total, now);
+    }
+
+    pub fn wait_object(&mut self, at: ObjectPlace, phase: u64, warp: usize, lane: u32) {
+        if let Some((_, barrier)) = self.objects.get(&at).and_then(|o| o.phases.iter().find(|(n, _)| *n == phase)) {
+            barrier.leave(&mut self.warps[warp], warp, 1 << lane);
+        }
     }
 
     /// `bar.warp.sync`.
@@ -290,6 +394,9 @@ fn carry(fenced: &mut [Known; LEVELS], pending: &mut [Away; LEVELS], f: &[Known;
 impl Warp {
     /// Lanes of `mask` come to know the others of `among` up to a time.
     fn meet(&mut self, mask: u32, among: u32, time: u32) {
+        if among == 0 {
+            return;
+        }
         if mask & among == self.present {
             self.lanes = self.lanes.max(time);
             return;

@@ -4,11 +4,11 @@ use std::collections::HashMap;
 
 use super::cell::{Accessor, Conflict, MANY, Stamp, What};
 use super::global::{CELL, PAGE, Pages};
-use super::home::{Block, Copy, Home, Product, SHARED_CELL};
+use super::home::{Block, Copy, CopyArrival, Home, Product, SHARED_CELL, Transfer, Write};
 use super::{Race, lanes_of, report};
 use crate::exec::Launch;
 use crate::exec::observe::{
-    AccessKind, BlockEvent, BlockSite, Engine, MemoryEvent, Observer, Order, Scope, Site, SyncEvent,
+    AccessKind, BlockEvent, BlockSite, Engine, MemoryEvent, ObjectPlace, Observer, Order, Scope, Site, SyncEvent,
 };
 use crate::ptx::ast::Space;
 
@@ -65,13 +65,20 @@ impl<'a> RaceObserver<'a> {
 
     /// Checks an access by one warp and remembers it.
     fn check(&mut self, site: &Site, event: &MemoryEvent) {
+        if let Some((home, conflict, stamp)) = self.enter(site, event) {
+            self.report(home, site, event, &conflict, stamp);
+        }
+    }
+
+    /// Remembers an access; the home, the first conflict and the access as remembered, if there is a conflict.
+    fn enter(&mut self, site: &Site, event: &MemoryEvent) -> Option<(usize, Conflict, Stamp)> {
         let (h, rank, warp) = self.find(site.block, site.warp);
         let home = &mut self.homes[h];
-        let engine = event.engine == Engine::Wgmma;
+        let engine = matches!(event.engine, Engine::Wgmma | Engine::Bulk);
         let index = if engine {
-            // Whatever the warp did before, its products come after.
+            // Whatever the warp did before, what it sets off comes after.
             home.warps[warp].known[warp] = home.now;
-            home.products(rank, site.warp)
+            if event.engine == Engine::Wgmma { home.products(rank, site.warp) } else { home.transfers(rank) }
         } else {
             warp
         };
@@ -83,7 +90,8 @@ impl<'a> RaceObserver<'a> {
             line: site.line,
             warp: index as u32,
             strong: event.order != Order::Weak || event.kind == AccessKind::Atomic,
-            scope: event.scope,
+            // Reductions by the bulk engine are relaxed, for the whole device (PTX ISA 9.7.9.25.5.2).
+            scope: if event.engine == Engine::Bulk { Scope::Gpu } else { event.scope },
             kind: match event.kind {
                 AccessKind::Read => 0,
                 AccessKind::Write => 1,
@@ -91,8 +99,20 @@ impl<'a> RaceObserver<'a> {
             },
             launch: self.grid,
         };
+        let stamp = Stamp::new(home.now, home.id, &what);
+        // The same value from several lanes of one store, or the one that is there already.
+        let benign = |c: &Conflict, lane: u32| {
+            let Some(stored) = &event.stored else { return false };
+            let (lane, other) = (lane as usize & 31, c.other_lane as usize & 31);
+            if same_store(event, stamp, c) {
+                event.addresses[lane] == event.addresses[other] && stored.value(lane) == stored.value(other)
+            } else {
+                stored.leaves(lane)
+            }
+        };
         let by = Accessor {
-            stamp: Stamp::new(home.now, home.id, &what),
+            stamp,
+            benign: &benign,
             write: event.kind != AccessKind::Read,
             known: &w.known,
             away: &w.away,
@@ -115,31 +135,14 @@ impl<'a> RaceObserver<'a> {
                 global(pages, &run, &by, &mut found);
             }
         });
-        let stamp = by.stamp;
         home.blocks[rank].shadow = shadow;
-        if let Some(conflict) = found {
-            self.report(h, site, event, &conflict, stamp);
-        }
+        found.map(|conflict| (h, conflict, stamp))
     }
 
     #[cold]
     fn report(&self, h: usize, site: &Site, event: &MemoryEvent, c: &Conflict, me: Stamp) {
-        let (lane, other) = (c.lane as usize & 31, c.other_lane as usize & 31);
         let findings = &self.race.findings;
-        let a = event.addresses;
-        let overlap = a[lane].abs_diff(a[other]) < u64::from(event.bytes);
-        let same = event.kind == AccessKind::Write
-            && c.other.kind() == 1
-            && (c.other.home, c.other.warp(), c.other.line(), c.other.time) == (me.home, me.warp(), me.line(), me.time)
-            && event.mask >> other & 1 != 0
-            && overlap;
-        if let Some(stored) = &event.stored {
-            let same_value = a[lane] == a[other] && stored.value(lane) == stored.value(other);
-            if same && same_value || !same && stored.leaves(lane) {
-                return;
-            }
-        }
-        if same {
+        if same_store(event, me, c) {
             report::same_store(findings, site, event, c);
         } else {
             report::conflict(findings, self.launch, site, event, &self.homes[h], (c, me));
@@ -194,24 +197,72 @@ impl<'a> RaceObserver<'a> {
         }
     }
 
-    /// Copies of all but each lane's last groups are there now: for their thread, they are written.
-    fn wait_copies(&mut self, site: &Site, keep: u32, mask: u32) {
+    /// Copies of the lanes that `due` says are there now: for their thread, they are written.
+    fn land_copies(&mut self, site: &Site, due: impl Fn(&Copy, &[u32; 32]) -> u32) {
         let (h, _, warp) = self.find(site.block, site.warp);
         self.homes[h].tick();
         let w = &mut self.homes[h].warps[warp];
         let committed = w.committed;
         let mut copies = std::mem::take(&mut w.copies);
         copies.retain_mut(|c| {
-            let due = |i: &usize| c.group[*i].saturating_add(keep) < committed[*i];
-            let due = lanes_of(c.mask & mask).filter(due).fold(0, |m, i| m | 1 << i);
-            if due != 0 {
+            let landed = due(c, &committed) & c.mask;
+            if landed != 0 {
                 let site = Site { line: c.line, ..*site };
-                self.check(&site, &c.event(due));
+                self.check(&site, &c.event(landed));
             }
-            c.mask &= !due;
+            c.mask &= !landed;
             c.mask != 0
         });
         self.homes[h].warps[warp].copies = copies;
+    }
+
+    /// An mbarrier object is used like a word by atomic accesses, and initialised like one by a write.
+    fn touch_object(&mut self, site: &Site, at: ObjectPlace, lane: u32, kind: AccessKind) {
+        let event = MemoryEvent {
+            kind,
+            engine: Engine::Thread,
+            space: Space::Shared,
+            addresses: &[u64::from(at.offset); 32],
+            mask: 1 << lane,
+            bytes: 8,
+            order: Order::Weak,
+            scope: Scope::Cluster,
+            owner: at.owner,
+            stored: None,
+        };
+        self.check(site, &event);
+    }
+
+    /// A bulk copy has landed: its writes happen now.
+    fn land_transfer(&mut self, site: &Site, id: u64) {
+        let (h, _, warp) = self.find(site.block, site.warp);
+        if let Some(a) = self.homes[h].arrivals.remove(&id) {
+            self.land_copies(site, |c, _| if c.number < a.before { a.lanes } else { 0 });
+            let home = &mut self.homes[h];
+            let phase = home.objects.get(&a.at).map_or(0, |o| o.current);
+            lanes_of(a.lanes).for_each(|lane| home.arrive_object(a.at, phase, warp, lane as u32));
+        }
+        if let Some(t) = self.homes[h].transfers.remove(&id) {
+            self.homes[h].tick();
+            let site = Site { line: t.line, ..*site };
+            for w in &t.writes {
+                // Who touched these bytes since the issue is the asynchrony checker's business.
+                let event = MemoryEvent {
+                    kind: w.kind,
+                    engine: Engine::Bulk,
+                    space: w.space,
+                    addresses: &w.addresses,
+                    mask: w.mask,
+                    bytes: w.bytes,
+                    order: Order::Weak,
+                    scope: Scope::Gpu,
+                    owner: w.owner,
+                    stored: None,
+                };
+                let _ = self.enter(&site, &event);
+            }
+            self.homes[h].tick();
+        }
     }
 }
 
@@ -230,6 +281,15 @@ impl Copy {
             stored: None,
         }
     }
+}
+
+/// Both accesses are those of two lanes of one store.
+fn same_store(event: &MemoryEvent, me: Stamp, c: &Conflict) -> bool {
+    let (lane, other) = (c.lane as usize & 31, c.other_lane as usize & 31);
+    let overlap = event.addresses[lane].abs_diff(event.addresses[other]) < u64::from(event.bytes);
+    let one = |s: Stamp| (s.home, s.warp(), s.line(), s.time);
+    let writes = event.kind == AccessKind::Write && c.other.kind() == 1;
+    writes && one(c.other) == one(me) && event.mask >> other & 1 != 0 && overlap
 }
 
 /// Splits an access into runs of lanes with adjacent addresses.
@@ -324,15 +384,26 @@ impl Observer for RaceObserver<'_> {
         if strong && event.kind != AccessKind::Read {
             self.release(site, event);
         }
+        let (h, _, warp) = self.find(site.block, site.warp);
+        let home = &mut self.homes[h];
+        if event.engine == Engine::Bulk && event.kind != AccessKind::Read {
+            let current = home.current;
+            if let Some(t) = home.transfers.get_mut(&current) {
+                let &MemoryEvent { kind, space, addresses, mask, bytes, owner, .. } = event;
+                t.writes.push(Write { kind, space, addresses: *addresses, mask, bytes, owner });
+            }
+        }
         if event.engine == Engine::CopyAsync && event.kind == AccessKind::Write {
-            let (h, _, warp) = self.find(site.block, site.warp);
-            let w = &mut self.homes[h].warps[warp];
+            home.issued += 1;
+            let number = home.issued;
+            let w = &mut home.warps[warp];
             w.copies.push(Copy {
                 mask: event.mask,
                 to: *event.addresses,
                 bytes: event.bytes,
                 line: site.line,
                 group: w.committed,
+                number,
                 owner: event.owner,
             });
         }
@@ -357,7 +428,46 @@ impl Observer for RaceObserver<'_> {
                 let committed = &mut home.warps[warp].committed;
                 lanes_of(mask).for_each(|i| committed[i] += 1);
             }
-            SyncEvent::CopyWait { keep, mask } => self.wait_copies(site, keep, mask),
+            SyncEvent::CopyWait { keep, mask } => self.land_copies(site, |c, committed| {
+                let due = |i: &usize| c.group[*i].saturating_add(keep) < committed[*i];
+                lanes_of(c.mask & mask).filter(due).fold(0, |m, i| m | 1 << i)
+            }),
+            SyncEvent::CopyArrive { id, at, mask } => {
+                let before = home.issued + 1;
+                home.arrivals.insert(id, CopyArrival { at, lanes: mask, before });
+            }
+            SyncEvent::MbarrierInit { at, lane, .. } => {
+                home.objects.remove(&at);
+                self.touch_object(site, at, lane, AccessKind::Write);
+            }
+            SyncEvent::MbarrierInval { at, lane } => self.touch_object(site, at, lane, AccessKind::Write),
+            SyncEvent::MbarrierArrive { at, lane, phase, order, scope, .. } => {
+                if order != Order::Relaxed && (scope != Scope::Cta || at.owner == site.block) {
+                    home.arrive_object(at, phase, warp, lane);
+                }
+                self.touch_object(site, at, lane, AccessKind::Atomic);
+            }
+            SyncEvent::MbarrierPhase { at, phase } => home.objects.entry(at).or_default().current = phase + 1,
+            SyncEvent::MbarrierWait { at, lane, phase, order, .. } => {
+                self.touch_object(site, at, lane, AccessKind::Atomic);
+                if order != Order::Relaxed {
+                    self.homes[h].wait_object(at, phase, warp, lane);
+                }
+            }
+            SyncEvent::BulkIssue { id, .. } => {
+                home.tick();
+                home.current = id;
+                home.transfers.insert(id, Transfer { line: site.line, writes: Vec::new() });
+            }
+            SyncEvent::BulkLand { id, .. } => self.land_transfer(site, id),
+            SyncEvent::BulkAbandon { id } => {
+                home.transfers.remove(&id);
+            }
+            SyncEvent::BulkComplete { at, phase, .. } => home.complete_object(at, phase, home.transfers(rank)),
+            SyncEvent::BulkWait { .. } => {
+                let (now, index) = (home.tick(), home.transfers(rank));
+                home.warps[warp].known[index] = now;
+            }
             SyncEvent::ClusterArrive { mask, release } => home.arrive_cluster(warp, mask, release),
             SyncEvent::ClusterLeave { mask } => home.leave_cluster(warp, mask),
             SyncEvent::WgmmaIssue { number, first: true } => {

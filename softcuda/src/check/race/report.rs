@@ -36,7 +36,11 @@ pub fn conflict(
         text: site.kernel.lines.get((c.other.line() as usize).wrapping_sub(1)).map_or("", |l| l.trim()).to_owned(),
         block: [(block % gx) as u32, (block / gx % gy) as u32, (block / gx / gy) as u32],
         // Products are told by the first warp of their warpgroup.
-        warp: if index < home.warps_per_block { index } else { (index - home.warps_per_block) * 4 },
+        warp: if index < home.warps_per_block {
+            index
+        } else {
+            (index - home.warps_per_block) * 4 % home.warps_per_block
+        },
         lane: c.other_lane,
     };
     let who = if !own {
@@ -44,7 +48,7 @@ pub fn conflict(
     } else if block != site.block {
         "another block of the cluster"
     } else if index >= home.warps_per_block {
-        "a product in flight"
+        if index + 1 == stride { "a bulk copy" } else { "a `wgmma`" }
     } else if c.other.warp() != me.warp() {
         "another warp"
     } else {
@@ -59,7 +63,8 @@ pub fn conflict(
     let (earlier, at) = (names[c.other.kind() as usize], place(event, c.lane));
     let scope = if me.strong() && c.other.strong() { ": their scopes do not include each other" } else { "" };
     let message = format!("{kind} {at} is not ordered after the {earlier} by {who}{scope}");
-    let message = if event.engine == Engine::Wgmma { format!("asynchronous {message}") } else { message };
+    let message =
+        if matches!(event.engine, Engine::Wgmma | Engine::Bulk) { format!("asynchronous {message}") } else { message };
     let class = match (event.kind, c.other.kind()) {
         (AccessKind::Read, _) => "read after write",
         (_, 0) => "write after read",

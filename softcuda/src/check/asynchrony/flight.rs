@@ -1,0 +1,172 @@
+//! What is in flight in a cluster, and which words of shared memory it holds.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::check::Place;
+
+/// Bytes of a word.
+pub const WORD: u64 = 4;
+
+/// An operation in flight.
+#[derive(Debug)]
+pub struct Operation {
+    pub kind: Kind,
+    /// The block that issued it, and its warp there.
+    pub block: u64,
+    pub warp: u32,
+    pub place: Place,
+    /// Its source has been read.
+    pub read: bool,
+}
+
+#[derive(Debug)]
+pub enum Kind {
+    /// `cp.async` of the lanes of a mask, each with the group that it belongs to.
+    Copy {
+        mask: u32,
+        to: [u64; 32],
+        bytes: u32,
+        group: [u32; 32],
+    },
+    Product {
+        number: u64,
+    },
+    Bulk {
+        atomic: bool,
+    },
+}
+
+impl Operation {
+    pub fn name(&self) -> &'static str {
+        match self.kind {
+            Kind::Copy { .. } => "`cp.async`",
+            Kind::Product { .. } => "`wgmma`",
+            Kind::Bulk { .. } => "bulk copy",
+        }
+    }
+
+    /// Whether it still writes a word.
+    pub fn writes(&self, word: u64) -> bool {
+        match &self.kind {
+            Kind::Copy { mask, to, bytes, .. } => {
+                let holds = |i: usize| to[i] / WORD <= word && word < (to[i] + u64::from(*bytes)).div_ceil(WORD);
+                (0..32).any(|i| mask >> i & 1 != 0 && holds(i))
+            }
+            Kind::Product { .. } => false,
+            Kind::Bulk { .. } => true,
+        }
+    }
+}
+
+/// A block's shared memory, word by word.
+#[derive(Debug, Default)]
+pub struct Words {
+    /// The operation that writes it, and the one that reads it; 0 for none, and those that are no more mean none.
+    pub written_by: Vec<u64>,
+    pub read_by: Vec<u64>,
+    /// The warp that wrote it last through the generic proxy, and when.
+    pub generic: Vec<(u32, u32)>,
+}
+
+/// What a warp has done.
+#[derive(Debug, Default)]
+pub struct Warp {
+    /// Groups of `cp.async` committed by each lane.
+    pub committed: [u32; 32],
+    /// Bulk groups committed by each lane.
+    pub bulk_committed: [u32; 32],
+    /// When it last executed a proxy fence.
+    pub fenced: u32,
+    pub wgmma_fenced: bool,
+}
+
+/// A bulk copy in a bulk group that its thread has not waited for yet.
+#[derive(Debug)]
+pub struct Unwaited {
+    pub block: u64,
+    pub warp: u32,
+    pub lane: u32,
+    pub group: u32,
+    pub reads_shared: bool,
+    pub place: Place,
+}
+
+/// Copies that an arrival at an mbarrier waits for.
+#[derive(Debug)]
+pub struct Arrival {
+    pub block: u64,
+    pub warp: u32,
+    pub lanes: u32,
+    pub before: u64,
+}
+
+/// A cluster.
+#[derive(Debug, Default)]
+pub struct Flight {
+    pub words: HashMap<u64, Words>,
+    pub warps: HashMap<(u64, u32), Warp>,
+    /// By number, which is never 0.
+    pub operations: BTreeMap<u64, Operation>,
+    /// The numbers of bulk transfers as the executor counts them.
+    pub bulk: HashMap<u64, u64>,
+    pub arrivals: HashMap<u64, Arrival>,
+    pub unwaited: Vec<Unwaited>,
+    issued: u64,
+    /// The operation whose accesses are being told.
+    pub current: u64,
+    /// Counts generic writes and fences.
+    pub now: u32,
+    pub blocks: u32,
+}
+
+impl Flight {
+    pub fn begin(&mut self, block: u64, bytes: u32) {
+        let n = (u64::from(bytes)).div_ceil(WORD) as usize;
+        let words = self.words.entry(block).or_default();
+        (words.written_by, words.read_by, words.generic) = (vec![0; n], vec![0; n], vec![(0, 0); n]);
+        self.blocks += 1;
+    }
+
+    pub fn issue(&mut self, operation: Operation) -> u64 {
+        self.issued += 1;
+        self.operations.insert(self.issued, operation);
+        self.current = self.issued;
+        self.issued
+    }
+
+    pub fn issued(&self) -> u64 {
+        self.issued
+    }
+
+    /// The operation of this number that is not `own` and still in flight.
+    pub fn alive(&self, number: u64, own: u64) -> Option<&Operation> {
+        if number == 0 || number == own {
+            return None;
+        }
+        self.operations.get(&number)
+    }
+
+    /// Copies of a warp's lanes have landed: those for which `due` gives lanes. Their data counts as written by then.
+    pub fn land(&mut self, block: u64, warp: u32, proxied: bool, due: impl Fn(u64, &[u32; 32]) -> u32) {
+        self.now += 1;
+        let (now, words) = (self.now, &mut self.words);
+        self.operations.retain(|&number, o| {
+            let Kind::Copy { mask, to, bytes, group } = &mut o.kind else { return true };
+            if o.block != block || o.warp != warp {
+                return true;
+            }
+            let landed = due(number, group) & *mask;
+            *mask &= !landed;
+            if proxied && let Some(words) = words.get_mut(&block) {
+                for i in (0..32).filter(|i| landed >> i & 1 != 0) {
+                    for word in to[i] / WORD..(to[i] + u64::from(*bytes)).div_ceil(WORD) {
+                        if let Some(g) = words.generic.get_mut(word as usize) {
+                            *g = (warp, now);
+                        }
+                    }
+                }
+            }
+            *mask != 0
+        });
+    }
+}
