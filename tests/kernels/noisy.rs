@@ -33,6 +33,11 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
             }
         }
     }
+    if variant.spread.team == 2 {
+        // More tokens than blocks, so that a block goes from one to the next.
+        let blocks = (variant.spread.resident_blocks() * device::kernels().device().multiprocessors) as usize;
+        case(variant, rng, &NoisyDesc { tokens: blocks + 70, experts: least, rule: rule(3, 1e-2) }, Logits::Skewed);
+    }
     if most == 32 {
         pairs_come_as_often_as_the_formula_says();
         noise_is_normal();

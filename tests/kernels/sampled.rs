@@ -29,6 +29,11 @@ pub fn check(variant: Spread, rng: &mut fastrand::Rng) {
             }
         }
     }
+    if variant.team == 2 {
+        // More tokens than blocks, so that a block goes from one to the next.
+        let blocks = 4 * (variant.resident_blocks() * device::kernels().device().multiprocessors) as usize;
+        case(variant, rng, &SampledDesc { tokens: blocks + 70, experts: least, rule: rule(3, 1.0) }, Logits::Skewed);
+    }
     if most == 32 {
         pairs_come_as_often_as_the_formula_says();
         certain_and_even_policies();

@@ -53,20 +53,20 @@ fn products(count: usize) -> (Vec<f32>, Vec<f32>) {
     (Logits::Normal.draw(&mut random, count), Logits::Normal.draw(&mut random, count))
 }
 
-fn noisy(experts: usize, blocks: u32, seed: u64, sums: bool) -> (Counters, Vec<Vec<u32>>) {
+fn noisy(experts: usize, tokens: usize, blocks: u32, seed: u64, sums: bool) -> (Counters, Vec<Vec<u32>>) {
     let spread = spread(experts);
     let kernel = Kernel::Noisy(Noisy { spread, grouped: false });
-    let (clean, raw) = products(TOKENS * experts);
+    let (clean, raw) = products(tokens * experts);
     let inputs = [Input::new(&clean), Input::new(&raw)];
     let k = 4;
-    let per_token = [Output::new::<u32>(TOKENS * k), Output::new::<u32>(TOKENS * k)];
-    let rest = [Output::new::<u32>(TOKENS * experts), Output::new::<u32>(TOKENS * 2)];
+    let per_token = [Output::new::<u32>(tokens * k), Output::new::<u32>(tokens * k)];
+    let rest = [Output::new::<u32>(tokens * experts), Output::new::<u32>(tokens * 2)];
     let vectors = [experts, experts, experts, 2].map(Output::new::<u32>);
     let workspace = Scratch::new(32 + 12 * u64::from(blocks) * experts as u64);
     workspace.write(0, &[0u32; 8]);
     let mut args = vec![Arg::In(&inputs[0]), Arg::In(&inputs[1]), Arg::U32(experts as u32)];
     args.extend(per_token.iter().chain(&rest).map(Arg::Out));
-    args.extend([TOKENS as u32, experts as u32, k as u32, blocks].map(Arg::U32));
+    args.extend([tokens as u32, experts as u32, k as u32, blocks].map(Arg::U32));
     args.push(Arg::F32(0.01));
     args.extend([5, 6, 7, 8].map(Arg::U32));
     if sums {
@@ -86,7 +86,7 @@ fn noisy_gating_reads_its_logits_once_and_has_no_conflicts() {
     for experts in WIDTHS {
         let kernel = Kernel::Noisy(Noisy { spread: spread(experts), grouped: false });
         for sums in [false, true] {
-            let (counters, _) = noisy(experts, 2, 0, sums);
+            let (counters, _) = noisy(experts, TOKENS, 2, 0, sums);
             assert_traffic(kernel, &counters, reads_noisy, 2 * TOKENS * experts);
         }
     }
@@ -95,12 +95,12 @@ fn noisy_gating_reads_its_logits_once_and_has_no_conflicts() {
 #[test]
 fn noisy_gating_gives_the_same_bits_in_any_order_of_warps() {
     for experts in [8, 60, 512, 513, 2000] {
-        let (_, want) = noisy(experts, 3, SEEDS[0], true);
+        let (_, want) = noisy(experts, TOKENS, 3, SEEDS[0], true);
         for seed in &SEEDS[1..] {
-            assert!(noisy(experts, 3, *seed, true).1 == want, "{experts} experts, seed {seed}");
+            assert!(noisy(experts, TOKENS, 3, *seed, true).1 == want, "{experts} experts, seed {seed}");
         }
         // What belongs to a token depends on no grid either.
-        assert!(noisy(experts, 5, 1, true).1[..4] == want[..4], "{experts} experts, another grid");
+        assert!(noisy(experts, TOKENS, 5, 1, true).1[..4] == want[..4], "{experts} experts, another grid");
     }
 }
 
@@ -158,14 +158,14 @@ fn the_second_level_gives_the_same_bits_in_any_order_of_warps_and_for_any_grid()
     }
 }
 
-fn sampled(experts: usize, blocks: u32, seed: u64) -> (Counters, Vec<Vec<u32>>) {
-    let (logits, _) = products(TOKENS * experts);
+fn sampled(experts: usize, tokens: usize, blocks: u32, seed: u64) -> (Counters, Vec<Vec<u32>>) {
+    let (logits, _) = products(tokens * experts);
     let logits = Input::new(&logits);
     let k = 4;
-    let outputs = [TOKENS * k, TOKENS * k, TOKENS * k, TOKENS, TOKENS * experts].map(Output::new::<u32>);
+    let outputs = [tokens * k, tokens * k, tokens * k, tokens, tokens * experts].map(Output::new::<u32>);
     let mut args = vec![Arg::In(&logits)];
     args.extend(outputs.iter().map(Arg::Out));
-    args.extend([TOKENS as u32, experts as u32, k as u32].map(Arg::U32));
+    args.extend([tokens as u32, experts as u32, k as u32].map(Arg::U32));
     args.push(Arg::F32(0.75));
     args.extend([5, 6, 7, 8].map(Arg::U32));
     let counters = launch(Kernel::Sampled(spread(experts)), [blocks, 1, 1], seed, &args);
@@ -175,7 +175,7 @@ fn sampled(experts: usize, blocks: u32, seed: u64) -> (Counters, Vec<Vec<u32>>) 
 #[test]
 fn sampling_reads_its_logits_once_and_uses_no_shared_memory() {
     for experts in WIDTHS {
-        let (counters, _) = sampled(experts, 2, 0);
+        let (counters, _) = sampled(experts, TOKENS, 2, 0);
         let reads = |text: &str| text.contains("ld.global.nc.f32 %s");
         assert_traffic(Kernel::Sampled(spread(experts)), &counters, reads, TOKENS * experts);
     }
@@ -184,9 +184,9 @@ fn sampling_reads_its_logits_once_and_uses_no_shared_memory() {
 #[test]
 fn sampling_gives_the_same_bits_in_any_order_of_warps_and_for_any_grid() {
     for experts in [8, 60, 513, 4096] {
-        let (_, want) = sampled(experts, 3, SEEDS[0]);
+        let (_, want) = sampled(experts, TOKENS, 3, SEEDS[0]);
         for seed in &SEEDS[1..] {
-            assert!(sampled(experts, 1 + *seed as u32 % 7, *seed).1 == want, "{experts} experts, seed {seed}");
+            assert!(sampled(experts, TOKENS, 1 + *seed as u32 % 7, *seed).1 == want, "{experts} experts, seed {seed}");
         }
     }
 }
@@ -203,4 +203,32 @@ fn jitter_reads_and_writes_whole_sectors() {
         let counters = launch(Kernel::Jitter(dtype), [5, 1, 1], 0, &args);
         assert_traffic(Kernel::Jitter(dtype), &counters, |text| text.contains("ld.global"), bytes / 4);
     }
+}
+
+/// What the kernels' headers state, with k = 4: instructions of a warp for a token, by the difference of two launches.
+#[test]
+fn instructions_of_a_token() {
+    let (mut got, mut most) = (Vec::new(), Vec::new());
+    let warps = |experts| u64::from(spread(experts).team);
+    let each = |experts: usize, run: &dyn Fn(usize) -> Counters| {
+        let all = |tokens| run(tokens).warp_instructions.iter().sum::<u64>();
+        (all(80) - all(40)) / 40 / warps(experts)
+    };
+    for (experts, most_noisy, most_summed, most_sampled) in [
+        (8, 430, 500, 710),
+        (64, 570, 680, 860),
+        (128, 830, 1040, 1160),
+        (256, 1480, 1890, 1900),
+        (512, 2660, 3470, 3250),
+        (4096, 2590, 3400, 3290),
+    ] {
+        let noisy_alone = each(experts, &|tokens| noisy(experts, tokens, 1, 0, false).0);
+        let noisy_summed = each(experts, &|tokens| noisy(experts, tokens, 1, 0, true).0);
+        let drawn = each(experts, &|tokens| sampled(experts, tokens, 1, 0).0);
+        println!("E = {experts}: noisy {noisy_alone}, with sums {noisy_summed}, sampled {drawn}");
+        got.push((noisy_alone, noisy_summed, drawn));
+        most.push((most_noisy, most_summed, most_sampled));
+    }
+    let stays = got.iter().zip(&most).all(|(got, most)| got.0 <= most.0 && got.1 <= most.1 && got.2 <= most.2);
+    assert!(stays, "{got:?} are more than {most:?}");
 }
