@@ -395,6 +395,8 @@ impl<'a> Machine<'_, 'a> {
 
     /// Tells observers of an access by an engine beside the threads.
     pub(super) fn report_memory(&mut self, event: &MemoryEvent, pc: u32) {
+        let &MemoryEvent { kind, engine, space, addresses, mask, bytes, order, scope, .. } = event;
+        self.count_access(&Touch { kind, engine, space: Some(space), addresses, mask, bytes, order, scope }, pc);
         let site = self.site(pc);
         for observer in &mut self.worker.observers {
             observer.memory(&site, event);

@@ -10,7 +10,7 @@ use crate::device::SECTOR_BYTES;
 const STYLE: &str = include_str!("page.css");
 
 /// Kernels with a section that is open at first.
-const OPEN: usize = 24;
+const OPEN: usize = 4;
 /// Launches in the table; all that are listed are in the plot.
 const TABLE: usize = 200;
 /// Lines in the table of hot ones, by each of its measures.
@@ -447,9 +447,9 @@ impl KernelProfile {
         ];
         writeln!(
             out,
-            "<div class=\"scroll\"><table>\n<tr><th class=\"n\">line</th><th>PTX</th><th class=\"n\">warp<br>instructions</th>\
+            "<div class=\"scroll\"><table>\n<tr><th class=\"n\">line</th><th class=\"n\">warp<br>instructions</th>\
              <th class=\"n\">sectors<br>/ ideal</th><th class=\"n\">wasted<br>sectors</th><th class=\"n\">wavefronts<br>\
-             / ideal</th><th class=\"n\">conflict<br>wavefronts</th></tr>"
+             / ideal</th><th class=\"n\">conflict<br>wavefronts</th><th>PTX</th></tr>"
         )?;
         for line in lines {
             let cell = |(weight, class): (Weight, &str)| {
@@ -467,12 +467,12 @@ impl KernelProfile {
             let [instructions, wasted, conflicts] = columns.map(cell);
             writeln!(
                 out,
-                "<tr><td class=\"n\">{}</td><td class=\"ptx\" title=\"{1}\">{1}</td>{instructions}<td class=\"n\">{2}</td>\
-                 {wasted}<td class=\"n\">{3}</td>{conflicts}</tr>",
+                "<tr><td class=\"n\">{}</td>{instructions}<td class=\"n\">{}</td>{wasted}<td class=\"n\">{}</td>{conflicts}\
+                 <td class=\"ptx\">{}</td></tr>",
                 line.line,
-                Safe(&line.text),
                 of(line.global.sectors, line.global.ideal_sectors),
-                of(line.shared.wavefronts, line.shared.ideal_wavefronts)
+                of(line.shared.wavefronts, line.shared.ideal_wavefronts),
+                Safe(&line.text)
             )?;
         }
         out.push_str("</table></div>\n");

@@ -1,7 +1,25 @@
 //! What launches do to the units of a GPU, and how long these would need at least: a model, never a measurement.
 //!
-//! Counters are exact for the PTX that ran ([`crate::exec::Counters`]); the traffic behind the L1 caches comes from a model
-//! of the caches ([`traffic`]).
+//! - Counters of instructions, requests, sectors, wavefronts and matrix products are exact for the PTX that ran
+//!   ([`crate::exec::Counters`]), by launch, kernel and PTX line. Loops that only wait for others count once.
+//! - Traffic of L1, L2 and device memory comes from a model of the caches ([`traffic`]).
+//! - Occupancy follows from registers and shared memory as CUDA's occupancy calculator has it. Registers are those that
+//!   `ptxas` reported, where they were recorded ([`crate::Control::record_registers`], `SOFTCUDA_REGISTERS`), else an estimate.
+//! - A bound for each unit of the device ([`bounds`]): work over published rate. Their greatest is the modelled time, a lower
+//!   bound of what a GPU would take.
+//!
+//! The device is one of [`crate::device`], each of whose numbers names its source; `SOFTCUDA_DEVICE=a100|h100|h200|l4`.
+//!
+//! A profile of a whole process: `SOFTCUDA_PROFILE=FILE PROGRAM` (or `softcuda run --profile FILE -- PROGRAM`) writes
+//! `FILE.txt`, `FILE.json` and `FILE.html` when the process ends. Of a section of a program:
+//!
+//! ```no_run
+//! let soft = softcuda::install()?;
+//! let ((), profile) = soft.control().profiled(|| { /* launches */ });
+//! print!("{}", profile.to_text());
+//! let dram: u64 = profile.launches.iter().map(|l| l.work.traffic.dram_bytes()).sum();
+//! # Ok::<(), softcuda::InstallError>(())
+//! ```
 
 mod bounds;
 mod cache;

@@ -20,7 +20,7 @@ pub const NOTICE: &str = "A model, not a measurement. The kernels ran on a CPU; 
 pub const SCHEMA: u32 = 1;
 
 /// Launches that are listed one by one; of later ones only the sums by kernel are kept.
-pub const MOST_LAUNCHES: usize = 4096;
+pub const MOST_LAUNCHES: usize = 1024;
 
 /// The profile of a section of a program.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -333,8 +333,7 @@ impl Sums {
 impl Profile {
     /// As JSON, in the form of [`SCHEMA`].
     pub fn to_json(&self) -> String {
-        serde_json::to_string_pretty(self)
-            .expect("a profile has neither maps with odd keys nor numbers that JSON lacks")
+        serde_json::to_string(self).expect("a profile has neither maps with odd keys nor numbers that JSON lacks")
     }
 
     /// Writes `STEM.txt`, `STEM.json` and `STEM.html`, and returns their paths.

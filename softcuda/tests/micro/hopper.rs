@@ -1,6 +1,6 @@
 //! Runs small programs for sm_90a, with clusters.
 
-use softcuda::exec::{Config, Fault, Launch, launch};
+use softcuda::exec::{Config, Counters, Fault, Launch, launch};
 use softcuda::lower::{Environment, LowerError, Program, lower_module};
 
 use crate::device::{Buffer, memory};
@@ -73,6 +73,11 @@ impl Hopper {
     }
 
     pub fn run(&self, body: &str, params: &[u64]) -> Result<(), Fault> {
+        self.counters(body, params).map(drop)
+    }
+
+    /// As [`Hopper::run`], with the counters that the configuration asks for.
+    pub fn counters(&self, body: &str, params: &[u64]) -> Result<Counters, Fault> {
         let text = self.text(params.len(), body);
         // For `ptxas -arch=sm_90a` over all that the tests run.
         if let Ok(folder) = std::env::var("HOPPER_PTX") {
@@ -97,7 +102,6 @@ impl Hopper {
             memory: memory(),
             config: &self.config,
         })
-        .map(|_| ())
     }
 
     pub fn threads(&self) -> usize {

@@ -4,9 +4,13 @@ use softcuda::exec::{Config, Counters};
 use softcuda::profile::{Hierarchy, Traffic, TrafficWatch};
 
 use crate::device::{Buffer, Run};
+use crate::hopper::Hopper;
 
 /// 4 multiprocessors with two blocks and 16 KiB of L1 each, 1 MiB of L2.
 const SMALL: Hierarchy = Hierarchy { sm_count: 4, blocks_per_sm: 2, l1_bytes: 16 << 10, l2_bytes: 1 << 20 };
+
+/// Registers of a program that computes nothing from its thread.
+const PLAIN: &str = ".reg .pred %p; .reg .b32 %r<4>; .reg .b64 %rd<4>;";
 
 /// `%a` and `%b` are the thread's 16 bytes of the first and the second buffer, `%stride` the bytes of the whole grid's.
 const PROLOGUE: &str = ".reg .pred %p; .reg .b32 %r<16>, %i, %t; .reg .b64 %a, %b, %base, %z, %stride;
@@ -162,4 +166,25 @@ fn neither_host_threads_nor_seeds_change_the_traffic() {
     for (threads, seed) in [(1, 0), (4, 0), (7, 0), (2, 99), (3, 5)] {
         assert_eq!(run(threads, seed), first, "{threads} threads, seed {seed}");
     }
+}
+
+#[test]
+fn bulk_copies_pass_l1_by() {
+    let body =
+        ".shared .align 8 .b64 b; .shared .align 128 .b8 s[4096]; ld.param.u64 %rd1, [p1]; ld.param.u64 %rd2, [p2];
+        mov.u32 %r1, s; mbarrier.init.shared::cta.b64 [b], 1; mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], 4096;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%rd1], 4096, [b];
+        WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p, [b], 0; @!%p bra WAIT;
+        cp.async.bulk.global.shared::cta.bulk_group [%rd2], [%r1], 2048; cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group 0; ret;";
+    let (from, to) = (Buffer::new(&[1u8; 4096]), Buffer::new(&[0u8; 4096]));
+    let watch = TrafficWatch::new(SMALL);
+    let mut run = Hopper::row(1, 1, 1);
+    run.config = Config { count: true, watches: vec![watch.clone()], ..run.config };
+    let counters = run.counters(&format!("{PLAIN}{body}"), &[to.address, from.address, to.address]).unwrap();
+    let t = watch.finish();
+    assert_eq!((t.l1_sectors, t.l2_read_sectors, t.l2_write_sectors), (0, 128, 64));
+    assert_eq!((t.dram_read_bytes, t.dram_write_bytes), (4096, 2048));
+    assert_eq!((counters.async_bytes, counters.global.sectors, counters.global.ideal_sectors), (4096, 192, 192));
+    assert_eq!(to.read::<u8>()[..2049], [[1u8; 2048].as_slice(), &[0]].concat());
 }
