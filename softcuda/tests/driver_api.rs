@@ -354,13 +354,29 @@ fn proc_addresses_are_complete() {
         assert_eq!(code, CUresult::CUDA_SUCCESS, "{name} as {base}");
         assert!(!found.is_null());
     }
-    for name in ["cuMemcpyHtoD", "cuMemcpyDtoHAsync", "cuMemsetD32"] {
+    // Those that macros define.
+    let defined = [
+        "cuMemcpyHtoD",
+        "cuMemcpyDtoHAsync",
+        "cuMemsetD32",
+        "cuLaunchKernel",
+        "cuLaunchCooperativeKernel",
+        "cuMemcpy2D",
+        "cuMemcpy3DPeer",
+        "cuMemsetD2D16Async",
+        "cuStreamWaitValue32",
+        "cuStreamWriteValue64",
+        "cuGraphAddKernelNode",
+        "cuGraphExecHostNodeSetParams",
+    ];
+    for name in defined {
         assert_eq!(address(name, 12_080).0, CUresult::CUDA_SUCCESS, "{name}");
     }
     use sys::CUdriverProcAddressQueryResult::*;
     let version = |name, version| address(name, version).2;
     assert_ne!(version("cuCtxCreate", 12_000), version("cuCtxCreate", 12_080));
-    let (code, status, found) = address("cuMemPrefetchAsync", 11_000);
+    assert_ne!(version("cuGraphGetEdges", 12_000), version("cuGraphGetEdges", 12_080));
+    let (code, status, found) = address("cuGraphAddKernelNode", 11_000);
     assert_eq!((code, found), (CUresult::CUDA_ERROR_NOT_FOUND, null_mut()));
     assert_eq!(status, CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT);
     let (code, status, _) = address("cuTexRefCreate", 12_080);

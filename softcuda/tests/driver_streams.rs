@@ -156,3 +156,24 @@ fn misuse_is_refused() {
     let stream = context.new_stream().unwrap();
     says(&status(unsafe { sys::cuLaunchHostFunc(stream.cu_stream(), None, null_mut()) }).1, &["`fn` is null"]);
 }
+
+#[test]
+fn callbacks_come_in_their_turn() {
+    unsafe extern "C" fn note(stream: CUstream, status: CUresult, data: *mut c_void) {
+        // SAFETY: `data` outlives the stream's work.
+        unsafe { data.cast::<(CUstream, CUresult)>().write((stream, status)) };
+    }
+    let (_, context, _turn) = device();
+    let stream = context.new_stream().unwrap();
+    let mut seen: (CUstream, CUresult) = (null_mut(), CUresult::CUDA_ERROR_UNKNOWN);
+    let release = hold(&stream);
+    let data = (&raw mut seen).cast();
+    unsafe { sys::cuStreamAddCallback(stream.cu_stream(), Some(note), data, 0) }.result().unwrap();
+    assert_eq!(unsafe { data.cast::<(CUstream, CUresult)>().read_volatile() }.0, null_mut());
+    release.send(()).unwrap();
+    stream.synchronize().unwrap();
+    assert_eq!(
+        unsafe { data.cast::<(CUstream, CUresult)>().read_volatile() },
+        (stream.cu_stream(), CUresult::CUDA_SUCCESS)
+    );
+}

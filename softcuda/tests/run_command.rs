@@ -95,6 +95,40 @@ fn plain_cudarc_client() {
     println!("{:?} on {}", stream.clone_dtoh(&numbers).unwrap(), context.name().unwrap());
 }
 
+/// Not a test: a program that reads device memory which nobody has written.
+#[test]
+#[ignore = "run by findings_show_in_the_exit_code"]
+fn careless_cudarc_client() {
+    use cudarc::driver::{LaunchConfig, PushKernelArg};
+    const COPY: &str = ".version 7.0\n.target sm_80\n.address_size 64
+        .visible .entry copy(.param .u64 from, .param .u64 to) {
+            .reg .b32 %r1; .reg .b64 %d<3>;
+            ld.param.u64 %d1, [from]; ld.param.u64 %d2, [to];
+            ld.global.u32 %r1, [%d1]; st.global.u32 [%d2], %r1; ret; }";
+    let context = cudarc::driver::CudaContext::new(0).unwrap();
+    let stream = context.default_stream();
+    let module = context.load_module(cudarc::nvrtc::Ptx::from_src(COPY)).unwrap();
+    let kernel = module.load_function("copy").unwrap();
+    let from = unsafe { stream.alloc::<u32>(1) }.unwrap();
+    let mut to = stream.alloc_zeros::<u32>(1).unwrap();
+    let config = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
+    unsafe { stream.launch_builder(&kernel).arg(&from).arg(&mut to).launch(config) }.unwrap();
+    stream.synchronize().unwrap();
+}
+
+#[test]
+fn findings_show_in_the_exit_code() {
+    let folder = scratch("findings");
+    let program = env::current_exe().unwrap();
+    let arguments = ["--ignored", "--exact", "careless_cudarc_client"];
+    ends(&run(&folder, &[], &program, &arguments), 0);
+    let (_, error) = ends(&run(&folder, &["--checks", "init"], &program, &arguments), 97);
+    assert!(error.contains("kernel `copy`") && error.contains("ld.global.u32"), "{error}");
+    // A correct program has none, whatever is checked.
+    let arguments = ["--ignored", "--exact", "plain_cudarc_client"];
+    ends(&run(&folder, &["--checks", "memory,init"], &program, &arguments), 0);
+}
+
 #[test]
 fn a_cudarc_program() {
     let folder = scratch("cudarc");

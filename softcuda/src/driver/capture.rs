@@ -277,3 +277,54 @@ pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut u32) -> CU
         unsafe { out(mode, "mode", THREAD_MODE.replace(new)) }
     })
 }
+
+/// Status and identifier of the capture that a stream takes part in. The graph so far is not given out.
+unsafe fn info(handle: Handle, status: *mut u32, id: *mut u64, others: &[usize]) -> Outcome {
+    let stream = stream(handle)?;
+    if stream.kind == Kind::Legacy {
+        forbid_implicit(stream.context()?.handle)?;
+    }
+    let part = lock(&stream.capture);
+    // CU_STREAM_CAPTURE_STATUS_NONE, ACTIVE, INVALIDATED
+    let value = part.as_ref().map_or(0, |it| if it.capture.invalid.load(Ordering::Acquire) { 2 } else { 1 });
+    if value == 1 && others.iter().any(|pointer| *pointer != 0) {
+        return Err(super::unsupported("the graph of a capture in progress"));
+    }
+    unsafe {
+        out(status, "captureStatus_out", value)?;
+        match &*part {
+            Some(captured) if !id.is_null() => out(id, "id_out", Arc::as_ptr(&captured.capture) as u64),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetCaptureInfo(handle: Handle, status: *mut u32, id: *mut u64) -> CUresult {
+    api("cuStreamGetCaptureInfo", || unsafe { info(handle, status, id, &[]) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetCaptureInfo_v2(
+    handle: Handle,
+    status: *mut u32,
+    id: *mut u64,
+    graph: usize,
+    dependencies: usize,
+    count: usize,
+) -> CUresult {
+    api("cuStreamGetCaptureInfo_v2", || unsafe { info(handle, status, id, &[graph, dependencies, count]) })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamGetCaptureInfo_v3(
+    handle: Handle,
+    status: *mut u32,
+    id: *mut u64,
+    graph: usize,
+    dependencies: usize,
+    edges: usize,
+    count: usize,
+) -> CUresult {
+    api("cuStreamGetCaptureInfo_v3", || unsafe { info(handle, status, id, &[graph, dependencies, edges, count]) })
+}

@@ -342,6 +342,27 @@ pub unsafe extern "C" fn cuCtxGetDevice(dev: *mut i32) -> CUresult {
     api("cuCtxGetDevice", || unsafe { out(dev, "device", current_any()?.device as i32) })
 }
 
+/// The context of a handle, the current one for none.
+fn given_or_current(context: Handle) -> Outcome<Arc<Context>> {
+    if context == 0 { current() } else { CONTEXTS.get(context) }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetDevice_v2(dev: *mut i32, context: Handle) -> CUresult {
+    api("cuCtxGetDevice_v2", || {
+        driver()?;
+        unsafe { out(dev, "device", given_or_current(context)?.device as i32) }
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetId(context: Handle, id: *mut u64) -> CUresult {
+    api("cuCtxGetId", || {
+        driver()?;
+        unsafe { out(id, "ctxId", given_or_current(context)?.handle as u64) }
+    })
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetApiVersion(context: Handle, version: *mut u32) -> CUresult {
     api("cuCtxGetApiVersion", || {
@@ -370,10 +391,24 @@ pub unsafe extern "C" fn cuCtxSetFlags(flags: u32) -> CUresult {
 pub unsafe extern "C" fn cuCtxSynchronize() -> CUresult {
     api("cuCtxSynchronize", || {
         let context = current()?;
-        super::capture::forbid_in(context.handle, "cuCtxSynchronize")?;
-        context.drain();
-        context.check()
+        synchronize(&context)
     })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxSynchronize_v2(context: Handle) -> CUresult {
+    api("cuCtxSynchronize_v2", || {
+        driver()?;
+        let context = given_or_current(context)?;
+        context.check()?;
+        synchronize(&context)
+    })
+}
+
+fn synchronize(context: &Context) -> Outcome {
+    super::capture::forbid_in(context.handle, "cuCtxSynchronize")?;
+    context.drain();
+    context.check()
 }
 
 #[unsafe(no_mangle)]

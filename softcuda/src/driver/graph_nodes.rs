@@ -510,3 +510,92 @@ pub unsafe extern "C" fn cuGraphNodeGetEnabled(executable: Handle, node: Handle,
         unsafe { out(enabled, "isEnabled", (!disabled).into()) }
     })
 }
+
+/// `CUgraphEdgeData`: zero for the plain dependency, the only kind there is here.
+type EdgeData = u64;
+
+/// # Safety
+/// Null or `count` elements.
+unsafe fn plain_edges(data: *const EdgeData, count: usize) -> Outcome {
+    let kinds = |place: usize| unsafe { data.add(place).read_unaligned() };
+    if !data.is_null() && (0..count).map(kinds).any(|kind| kind != 0) {
+        return Err(super::unsupported("an edge of a graph that is not a plain dependency"));
+    }
+    Ok(())
+}
+
+/// Writes as many plain edges as `count` says there are by now.
+unsafe fn give_plain_edges(to: *mut EdgeData, count: *const usize) {
+    if !to.is_null() && !count.is_null() {
+        // SAFETY: the caller's array has as many places as the count, which is now that of what was listed.
+        unsafe { (0..count.read_unaligned()).for_each(|place| to.add(place).write_unaligned(0)) };
+    }
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphAddDependencies_v2(
+    graph: Handle,
+    from: *const Handle,
+    to: *const Handle,
+    data: *const EdgeData,
+    count: usize,
+) -> CUresult {
+    api("cuGraphAddDependencies_v2", || unsafe {
+        plain_edges(data, count)?;
+        change_edges(graph, from, to, count, true)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphRemoveDependencies_v2(
+    graph: Handle,
+    from: *const Handle,
+    to: *const Handle,
+    data: *const EdgeData,
+    count: usize,
+) -> CUresult {
+    api("cuGraphRemoveDependencies_v2", || unsafe {
+        plain_edges(data, count)?;
+        change_edges(graph, from, to, count, false)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGraphGetEdges_v2(
+    graph: Handle,
+    from: *mut Handle,
+    to: *mut Handle,
+    data: *mut EdgeData,
+    count: *mut usize,
+) -> CUresult {
+    let listed = unsafe { cuGraphGetEdges(graph, from, to, count) };
+    if listed == CUresult::SUCCESS && !from.is_null() {
+        unsafe { give_plain_edges(data, count) };
+    }
+    listed
+}
+
+macro_rules! with_edges {
+    ($($name:ident $plain:ident;)*) => {
+        $(
+            #[unsafe(no_mangle)]
+            pub unsafe extern "C" fn $name(
+                node: Handle,
+                to: *mut Handle,
+                data: *mut EdgeData,
+                count: *mut usize,
+            ) -> CUresult {
+                let listed = unsafe { $plain(node, to, count) };
+                if listed == CUresult::SUCCESS && !to.is_null() {
+                    unsafe { give_plain_edges(data, count) };
+                }
+                listed
+            }
+        )*
+    };
+}
+
+with_edges! {
+    cuGraphNodeGetDependencies_v2 cuGraphNodeGetDependencies;
+    cuGraphNodeGetDependentNodes_v2 cuGraphNodeGetDependentNodes;
+}

@@ -41,13 +41,15 @@ pub struct Location {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAdvise_v2(addr: u64, bytes: usize, advice: u32, _location: Location) -> CUresult {
-    api("cuMemAdvise_v2", || {
-        current()?;
-        if !(1..=6).contains(&advice) {
-            return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{advice} is not a CUmem_advise")));
-        }
-        check_managed(addr, bytes)
-    })
+    api("cuMemAdvise_v2", || advise(addr, bytes, advice))
+}
+
+fn advise(addr: u64, bytes: usize, advice: u32) -> Outcome {
+    current()?;
+    if !(1..=6).contains(&advice) {
+        return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{advice} is not a CUmem_advise")));
+    }
+    check_managed(addr, bytes)
 }
 
 #[unsafe(no_mangle)]
@@ -72,5 +74,18 @@ pub unsafe extern "C" fn cuStreamAttachMemAsync(handle: Handle, addr: u64, _byte
     api("cuStreamAttachMemAsync", || {
         stream(handle)?;
         check_managed(addr, 1)
+    })
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAdvise(addr: u64, bytes: usize, advice: u32, _device: i32) -> CUresult {
+    api("cuMemAdvise", || advise(addr, bytes, advice))
+}
+
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemPrefetchAsync(addr: u64, bytes: usize, _device: i32, handle: Handle) -> CUresult {
+    api("cuMemPrefetchAsync", || {
+        stream(handle)?;
+        check_managed(addr, bytes)
     })
 }

@@ -191,3 +191,34 @@ unsafe fn attribute(to: *mut c_void, attribute: u32, addr: u64) -> Outcome {
 pub unsafe extern "C" fn cuPointerGetAttribute(to: *mut c_void, which: u32, addr: u64) -> CUresult {
     api("cuPointerGetAttribute", || unsafe { attribute(to, which, addr) })
 }
+
+/// As [`cuPointerGetAttribute`] for each; what an address does not have reads as null and is no error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuPointerGetAttributes(
+    count: u32,
+    attributes: *const u32,
+    data: *const *mut c_void,
+    addr: u64,
+) -> CUresult {
+    api("cuPointerGetAttributes", || {
+        current()?;
+        if count > 0 && (attributes.is_null() || data.is_null()) {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("attributes are counted but not given"));
+        }
+        for place in 0..count as usize {
+            // SAFETY: `count` elements each, by the API's contract.
+            let (which, to) = unsafe { (*attributes.add(place), *data.add(place)) };
+            // CONTEXT, DEVICE_POINTER, HOST_POINTER, BUFFER_ID, RANGE_START_ADDR, RANGE_SIZE are of 8 bytes
+            let wide = matches!(which, 1 | 3 | 4 | 7 | 11 | 12);
+            unsafe {
+                match attribute(to, which, addr) {
+                    Err(failure) if failure.code == CUresult::ERROR_NOT_SUPPORTED => return Err(failure),
+                    Err(_) if wide => out(to.cast::<u64>(), "data", 0)?,
+                    Err(_) => out(to.cast::<u32>(), "data", 0)?,
+                    Ok(()) => {}
+                }
+            }
+        }
+        Ok(())
+    })
+}

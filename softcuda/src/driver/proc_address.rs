@@ -125,6 +125,9 @@ entries! {
         "cuCtxGetFlags" 2000 cuCtxGetFlags,
         "cuCtxSetFlags" 2000 cuCtxSetFlags,
         "cuCtxSynchronize" 2000 cuCtxSynchronize,
+        "cuCtxSynchronize" 13000 cuCtxSynchronize_v2,
+        "cuCtxGetDevice" 13000 cuCtxGetDevice_v2,
+        "cuCtxGetId" 12000 cuCtxGetId,
         "cuCtxGetStreamPriorityRange" 2000 cuCtxGetStreamPriorityRange,
         "cuCtxGetLimit" 2000 cuCtxGetLimit,
         "cuCtxSetLimit" 2000 cuCtxSetLimit,
@@ -144,11 +147,15 @@ entries! {
         "cuStreamGetDevice" 2000 cuStreamGetDevice,
         "cuStreamGetId" 2000 cuStreamGetId,
         "cuLaunchHostFunc" 2000 cuLaunchHostFunc,
+        "cuStreamAddCallback" 5000 cuStreamAddCallback,
         "cuStreamIsCapturing" 2000 cuStreamIsCapturing,
     }
     capture {
         "cuStreamBeginCapture" 10010 cuStreamBeginCapture_v2,
         "cuStreamEndCapture" 2000 cuStreamEndCapture,
+        "cuStreamGetCaptureInfo" 10010 cuStreamGetCaptureInfo,
+        "cuStreamGetCaptureInfo" 11030 cuStreamGetCaptureInfo_v2,
+        "cuStreamGetCaptureInfo" 12030 cuStreamGetCaptureInfo_v3,
         "cuThreadExchangeStreamCaptureMode" 2000 cuThreadExchangeStreamCaptureMode,
     }
     event {
@@ -174,6 +181,7 @@ entries! {
         "cuMemGetInfo" 3020 cuMemGetInfo_v2,
         "cuMemGetAddressRange" 3020 cuMemGetAddressRange_v2,
         "cuPointerGetAttribute" 2000 cuPointerGetAttribute,
+        "cuPointerGetAttributes" 7000 cuPointerGetAttributes,
     }
     pool {
         "cuMemAllocAsync" 2000 cuMemAllocAsync,
@@ -190,6 +198,8 @@ entries! {
     }
     managed {
         "cuMemAllocManaged" 2000 cuMemAllocManaged,
+        "cuMemAdvise" 8000 cuMemAdvise,
+        "cuMemPrefetchAsync" 8000 cuMemPrefetchAsync,
         "cuMemAdvise" 12020 cuMemAdvise_v2,
         "cuMemPrefetchAsync" 12020 cuMemPrefetchAsync_v2,
         "cuStreamAttachMemAsync" 2000 cuStreamAttachMemAsync,
@@ -281,6 +291,11 @@ entries! {
         "cuGraphDestroyNode" 10000 cuGraphDestroyNode,
         "cuGraphAddDependencies" 10000 cuGraphAddDependencies,
         "cuGraphRemoveDependencies" 10000 cuGraphRemoveDependencies,
+        "cuGraphAddDependencies" 12030 cuGraphAddDependencies_v2,
+        "cuGraphRemoveDependencies" 12030 cuGraphRemoveDependencies_v2,
+        "cuGraphGetEdges" 12030 cuGraphGetEdges_v2,
+        "cuGraphNodeGetDependencies" 12030 cuGraphNodeGetDependencies_v2,
+        "cuGraphNodeGetDependentNodes" 12030 cuGraphNodeGetDependentNodes_v2,
         "cuGraphGetNodes" 10000 cuGraphGetNodes,
         "cuGraphGetRootNodes" 10000 cuGraphGetRootNodes,
         "cuGraphGetEdges" 10000 cuGraphGetEdges,
@@ -326,8 +341,16 @@ unsafe fn look_up(symbol: *const c_char, to: *mut *const c_void, version: i32, f
     })
 }
 
-fn outcome(status: u32) -> Outcome {
-    if status == FOUND { Ok(()) } else { Err(CUresult::ERROR_NOT_FOUND.with("softcuda has no such entry point")) }
+/// # Safety
+/// The name that [`look_up`] has taken.
+unsafe fn outcome(status: u32, symbol: *const c_char) -> Outcome {
+    if status == FOUND {
+        return Ok(());
+    }
+    // SAFETY: by the contract above.
+    let symbol = unsafe { CStr::from_ptr(symbol) }.to_string_lossy();
+    let what = if status == TOO_OLD { "in that version" } else { "at all" };
+    Err(CUresult::ERROR_NOT_FOUND.with(format!("softcuda has no {symbol} {what}")))
 }
 
 #[unsafe(no_mangle)]
@@ -337,7 +360,7 @@ pub unsafe extern "C" fn cuGetProcAddress(
     version: i32,
     flags: u64,
 ) -> CUresult {
-    api("cuGetProcAddress", || unsafe { look_up(symbol, to, version, flags) }.and_then(outcome))
+    api("cuGetProcAddress", || unsafe { outcome(look_up(symbol, to, version, flags)?, symbol) })
 }
 
 #[unsafe(no_mangle)]
@@ -353,6 +376,6 @@ pub unsafe extern "C" fn cuGetProcAddress_v2(
         if !status.is_null() {
             unsafe { out(status, "symbolStatus", found)? };
         }
-        outcome(found)
+        unsafe { outcome(found, symbol) }
     })
 }

@@ -242,6 +242,28 @@ pub unsafe extern "C" fn cuLaunchHostFunc(
     })
 }
 
+/// The older form of [`cuLaunchHostFunc`], which is told how the stream's work has gone.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamAddCallback(
+    handle: Handle,
+    function: Option<unsafe extern "C" fn(Handle, CUresult, *mut std::ffi::c_void)>,
+    data: usize,
+    flags: u32,
+) -> CUresult {
+    api("cuStreamAddCallback", || {
+        let function = function.ok_or_else(|| CUresult::ERROR_INVALID_VALUE.with("`callback` is null"))?;
+        if flags != 0 {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("`flags` must be 0"));
+        }
+        let stream = stream(handle)?;
+        if let Some(captured) = &*lock(&stream.capture) {
+            captured.capture.invalidate();
+            return Err(CUresult::ERROR_STREAM_CAPTURE_UNSUPPORTED.with("a callback cannot be captured"));
+        }
+        stream.submit(Op::Callback { function, stream: handle, data })
+    })
+}
+
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamIsCapturing(handle: Handle, status: *mut u32) -> CUresult {
     api("cuStreamIsCapturing", || {

@@ -128,6 +128,12 @@ pub(super) enum Op {
         function: unsafe extern "C" fn(*mut c_void),
         data: usize,
     },
+    /// As `Host`, with the stream's handle and how its work has gone.
+    Callback {
+        function: unsafe extern "C" fn(super::handles::Handle, CUresult, *mut c_void),
+        stream: super::handles::Handle,
+        data: usize,
+    },
     /// Bytes that were the host's pageable memory when they were submitted.
     Upload {
         dst: u64,
@@ -158,7 +164,7 @@ impl Op {
             Op::Launch(_) => 0,
             Op::Copy { .. } => 1,
             Op::Set { .. } => 2,
-            Op::Host { .. } => 3,
+            Op::Host { .. } | Op::Callback { .. } => 3,
             Op::Upload { .. } | Op::Pitched(_) => 1,
             Op::Empty => 5,
             Op::WaitEvent(_) => 6,
@@ -177,7 +183,7 @@ impl Op {
             Op::WriteValue(_) | Op::Record(_) | Op::Empty => false,
             Op::WaitValue(value) => value.check().is_ok() && !value.holds(),
             Op::WaitEvent(event) => event.mark().at.is_some_and(|point| point.reached().is_none()),
-            Op::Host { .. } => true,
+            Op::Host { .. } | Op::Callback { .. } => true,
             Op::Graph(graph) => graph.may_wait(),
         }
     }
@@ -210,7 +216,7 @@ impl Op {
         let memory = &driver()?.memory;
         match *self {
             Op::Launch(_) | Op::Host { .. } | Op::Graph(_) => {}
-            Op::Record(_) | Op::WaitEvent(_) | Op::Empty => {}
+            Op::Record(_) | Op::WaitEvent(_) | Op::Empty | Op::Callback { .. } => {}
             Op::WaitValue(ref value) | Op::WriteValue(ref value) => value.check()?,
             Op::Pitched(ref copy) if copy.is_empty() => {}
             Op::Pitched(ref copy) => [&copy.src, &copy.dst].iter().try_for_each(|side| copy.check_side(side))?,
@@ -274,6 +280,12 @@ impl Op {
             Op::Host { function, data } => {
                 // SAFETY: the caller of cuLaunchHostFunc vouches for the function and its argument.
                 super::context::without_api(|| unsafe { function(data as *mut c_void) });
+                Ok(())
+            }
+            Op::Callback { function, stream, data } => {
+                // In a context that is in error no work runs, and this neither.
+                // SAFETY: the caller of cuStreamAddCallback vouches for the function and its argument.
+                super::context::without_api(|| unsafe { function(stream, CUresult::SUCCESS, data as *mut c_void) });
                 Ok(())
             }
             Op::Upload { dst, ref data } => {
