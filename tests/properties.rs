@@ -2,6 +2,8 @@
 //!
 //! The seed is fixed, so that a run is the same everywhere; `MOE_SEED` changes it, and a failure is shrunk and printed.
 
+#[path = "properties/admission.rs"]
+mod admission;
 #[path = "properties/noise.rs"]
 mod noise;
 mod support;

@@ -37,24 +37,22 @@ pub fn statistics<const N: usize>(runs: &[RouterStats; N], names: [&str; N]) -> 
     for name in names {
         let _ = write!(text, "{name:>12}");
     }
-    let rows: [(&str, fn(&RouterStats) -> f64); 10] = [
-        ("max load", |stats| stats.max_load.into()),
-        ("max over mean", |stats| stats.max_over_mean.into()),
-        ("load CV^2", |stats| stats.load_cv2.into()),
-        ("importance CV^2", |stats| stats.importance_cv2.into()),
-        ("balance loss", |stats| stats.balance_loss.into()),
-        ("sequence loss", |stats| stats.sequence_loss.into()),
-        ("z-loss", |stats| stats.z_loss.into()),
-        ("entropy", |stats| stats.entropy.into()),
-        ("dropped", |stats| stats.dropped.into()),
-        ("dropped fraction", |stats| stats.dropped_fraction.into()),
-    ];
-    for (name, value) in rows {
+    let mut row = |name: &str, value: &dyn Fn(&RouterStats) -> f64| {
         let _ = write!(text, "\n  {name:<22}");
         for run in runs {
             let _ = write!(text, "{:>12.4}", value(run));
         }
-    }
+    };
+    row("max load", &|stats| stats.max_load.into());
+    row("max over mean", &|stats| stats.max_over_mean.into());
+    row("load CV^2", &|stats| stats.load_cv2.into());
+    row("importance CV^2", &|stats| stats.importance_cv2.into());
+    row("balance loss", &|stats| stats.balance_loss.into());
+    row("sequence loss", &|stats| stats.sequence_loss.into());
+    row("z-loss", &|stats| stats.z_loss.into());
+    row("entropy", &|stats| stats.entropy.into());
+    row("dropped", &|stats| stats.dropped.into());
+    row("dropped fraction", &|stats| stats.dropped_fraction.into());
     text
 }
 

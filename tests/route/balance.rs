@@ -5,18 +5,20 @@ use moe_kernels::kernels::embedded;
 use moe_kernels::registry::{Gate, Kernel, MeasuredGate, Score};
 use softcuda::exec::{Counters, LineCounters};
 
-use crate::device::{Arg, Input, Output, Scratch, launch};
+use crate::device::{Arg, Input, Output, Scratch, launch, optional};
 use crate::random::{Logits, Random};
 
 const NO_LIMIT: u32 = u32::MAX;
 const SIGMOID: u32 = 8;
 
+#[derive(Clone, Copy)]
 struct Case {
     score: Score,
     experts: usize,
     top_k: usize,
     tokens: usize,
     sequence: usize,
+    bias: bool,
 }
 
 impl Case {
@@ -27,7 +29,7 @@ impl Case {
 
     /// All outputs in words, and the counters.
     fn run(&self, blocks: u32, seed: u64) -> (Vec<u32>, Counters) {
-        let Case { score, experts, top_k, tokens, sequence } = *self;
+        let Case { score, experts, top_k, tokens, sequence, bias } = *self;
         let logits = Input::new(&Logits::Normal.draw(&mut Random::new(experts as u64), tokens * experts));
         // A sequence in runs of ten tokens, or five sequences a part.
         let cut = sequence > 20;
@@ -42,7 +44,8 @@ impl Case {
             [tokens * top_k, tokens * top_k, tokens, tokens * experts, experts, experts, experts, experts, 12];
         let outputs = lengths.map(Output::new::<u32>);
         let [ids, weights, lse, shares, counts, loss_counts, probability, importance, stats] = &outputs;
-        let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(ids), Arg::Out(weights)];
+        let bias = bias.then(|| Input::new(&vec![0.5f32; experts]));
+        let mut args = vec![Arg::In(&logits), optional(&bias), Arg::Out(ids), Arg::Out(weights)];
         let flags = if score == Score::Sigmoid { SIGMOID } else { 0 };
         args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, flags].map(Arg::U32));
         args.extend([Arg::F32(1.0), Arg::Out(lse), Arg::Out(shares)]);
@@ -75,7 +78,7 @@ fn same_bits_for_any_grid_and_order_of_warps() {
         [(Score::Softmax, 8, 2), (Score::Sigmoid, 60, 4), (Score::TopkSoftmax, 512, 10), (Score::Softmax, 3000, 3)]
     {
         for sequence in [120, 60, 6] {
-            let case = Case { score, experts, top_k, tokens: 120, sequence };
+            let case = Case { score, experts, top_k, tokens: 120, sequence, bias: false };
             let (want, _) = case.run(1, 0);
             for (blocks, seed) in [(1, 1), (1, 2), (3, 3), (4, 4), (4, 5)] {
                 let (got, _) = case.run(blocks, seed);
@@ -89,7 +92,7 @@ fn same_bits_for_any_grid_and_order_of_warps() {
 fn logits_are_read_once_and_banks_are_apart() {
     for score in Score::ALL {
         for (experts, top_k) in [(8, 2), (64, 8), (128, 8), (256, 8), (512, 10)] {
-            let case = Case { score, experts, top_k, tokens: 96, sequence: 96 };
+            let case = Case { score, experts, top_k, tokens: 96, sequence: 96, bias: false };
             let (_, counters) = case.run(3, 7);
             let what = format!("{} E={experts}", case.kernel().name());
             let rows = |of: fn(&LineCounters) -> u64| -> u64 {
@@ -111,6 +114,19 @@ fn logits_are_read_once_and_banks_are_apart() {
                 }
             }
             assert_eq!(by_data, 4 * case.tokens as u64, "{what}: two counters, a sum read and written a token");
+
+            // A correction bias fetches the chosen logits again, from L1: k sectors a token at most.
+            if score == Score::TopkSoftmax {
+                continue;
+            }
+            let case = Case { bias: true, ..case };
+            let (_, counters) = case.run(3, 7);
+            let of = |wanted: fn(&str) -> bool| -> u64 {
+                lines(case.kernel(), &counters).filter(|(line, _)| wanted(line)).map(|(_, l)| l.global.sectors).sum()
+            };
+            assert_eq!(of(is_logits), ideal, "{what}: sectors of logits, with a bias");
+            let again = of(|line| line.contains("ld.global.nc.f32 %logit"));
+            assert!((1..=(case.tokens * top_k) as u64).contains(&again), "{what}: {again} sectors of chosen logits");
         }
     }
 }
