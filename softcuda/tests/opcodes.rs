@@ -4,19 +4,8 @@
 use softcuda::lower::{Environment, lower_module};
 
 /// What is refused, by the beginning of the opcode, and why.
-const REFUSED: &[(&str, &str)] = &[
-    ("barrier.cluster.", "Hopper: clusters"),
-    ("cp.async.bulk.", "Hopper: bulk copies"),
-    ("fence.mbarrier_init.", "Hopper: mbarrier"),
-    ("fence.proxy.", "Hopper: proxies"),
-    ("griddepcontrol.", "Hopper: dependent launches"),
-    ("mapa.", "Hopper: clusters"),
-    ("mbarrier.", "Hopper: mbarrier"),
-    ("prefetch.tensormap", "Hopper: tensor maps"),
-    ("setmaxnreg.", "Hopper: warpgroups"),
-    ("tensormap.", "Hopper: tensor maps"),
-    ("wgmma.", "Hopper: warpgroup products"),
-];
+const REFUSED: &[(&str, &str)] =
+    &[("cp.async.bulk.tensor.", "tensor copies"), ("prefetch.tensormap", "tensor maps"), ("tensormap.", "tensor maps")];
 
 fn opcodes() -> Vec<String> {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/opcodes.txt");

@@ -6,6 +6,7 @@ use super::calls::{Frame, Functions, Signature};
 use super::ir::{Body, CONSTANT, Extra, Op, Reg, TRUE};
 use super::isa::{Code, Width};
 use super::layout::Layout;
+use super::requirements::Target;
 use super::{Environment, LowerErrorKind};
 use crate::exec::InstructionClass;
 use crate::ptx::ast::{Module, Space, Type, Variable};
@@ -72,6 +73,8 @@ pub enum Item {
 
 pub struct Builder<'a> {
     pub module: &'a Module,
+    /// The module's target.
+    pub target: Target,
     pub env: &'a Environment,
     pub functions: &'a Functions,
     pub layout: Layout,
@@ -107,6 +110,7 @@ impl<'a> Builder<'a> {
     pub fn new(module: &'a Module, env: &'a Environment, functions: &'a Functions, layout: Layout) -> Self {
         Self {
             module,
+            target: Target::parse(&module.target).unwrap_or(Target { number: 0, specific: false }),
             env,
             functions,
             layout,

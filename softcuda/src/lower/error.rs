@@ -19,6 +19,10 @@ pub enum LowerErrorKind {
     UnknownInstruction(String),
     #[error("`{instruction}` does not take the modifier `.{modifier}`")]
     UnknownModifier { instruction: String, modifier: String },
+    #[error("`{instruction}` requires target {needs} or higher; the module is for sm_{number}")]
+    Target { instruction: String, needs: String, number: u32 },
+    #[error("`{instruction}` requires PTX {}.{} or later; the module is PTX {}.{}", needs.0, needs.1, found.0, found.1)]
+    Version { instruction: String, needs: (u32, u32), found: (u32, u32) },
     #[error("not implemented: {0}")]
     Unsupported(String),
     #[error("undeclared {what} `{name}`")]

@@ -21,6 +21,7 @@ mod modifiers;
 mod operands;
 mod polls;
 mod registers;
+mod requirements;
 pub(crate) mod special;
 mod statements;
 
@@ -120,17 +121,22 @@ pub fn lower_module(ast: &ast::Module, env: &Environment) -> Result<Program, Low
 /// A module runs on its own target or a newer one; `sm_90a` and the like only on their own.
 fn check_target(ast: &ast::Module, env: &Environment) -> Result<(), LowerError> {
     let error = |text: String| Err(LowerError::new(ast, 0, LowerErrorKind::Invalid(text)));
-    let number = ast.target.strip_prefix("sm_").map(|t| t.trim_end_matches(['a', 'f']));
-    let Some(number) = number.and_then(|n| n.parse::<u32>().ok()) else {
+    let Some(target) = requirements::Target::parse(&ast.target) else {
         return error(format!("unknown target `{}`", ast.target));
     };
     let (major, minor) = env.compute_capability;
     let device = major * 10 + minor;
-    let specific = ast.target.ends_with('a');
-    if number > device || specific && number != device {
+    if target.number > device || target.specific && target.number != device {
         return error(format!(
             "target `{}` does not run on a device of compute capability {major}.{minor}",
             ast.target
+        ));
+    }
+    let (since, found) = (target.version(), ast.version);
+    if found < since {
+        return error(format!(
+            "target `{}` requires PTX {}.{} or later; the module is PTX {}.{}",
+            ast.target, since.0, since.1, found.0, found.1
         ));
     }
     if ast.address_size != 64 {

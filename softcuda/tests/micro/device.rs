@@ -1,18 +1,31 @@
 //! Runs small PTX programs.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::OsString;
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{LazyLock, Mutex};
 
 use softcuda::exec::{Config, Counters, Fault, Launch, launch};
 use softcuda::lower::{Environment, LowerError, Program, initial_bytes, lower_module};
 use softcuda::memory::Memory;
 use softcuda::ptx::ast::Space;
 
+use crate::real;
+
 pub fn memory() -> &'static Memory {
     static MEMORY: LazyLock<Memory> = LazyLock::new(|| Memory::new(8 << 30).unwrap());
     &MEMORY
+}
+
+/// Bytes of every live buffer by its address.
+static BUFFERS: Mutex<BTreeMap<u64, usize>> = Mutex::new(BTreeMap::new());
+
+/// The buffers that parameters name, by the parameter's index, and what they hold.
+fn contents(params: &[u64]) -> Vec<(usize, Vec<u8>)> {
+    let buffers = BUFFERS.lock().unwrap();
+    let named = params.iter().enumerate().filter_map(|(i, p)| buffers.get(p).map(|&bytes| (i, *p, bytes)));
+    // SAFETY: live buffers of this many bytes.
+    named.map(|(i, p, bytes)| (i, unsafe { std::slice::from_raw_parts(p as *const u8, bytes) }.to_vec())).collect()
 }
 
 /// A device buffer, freed at the end.
@@ -27,6 +40,7 @@ impl Buffer {
         let address = memory().alloc(bytes as u64).unwrap();
         // SAFETY: the allocation has this many bytes.
         unsafe { std::ptr::copy_nonoverlapping(values.as_ptr().cast::<u8>(), address as *mut u8, bytes) };
+        BUFFERS.lock().unwrap().insert(address, bytes);
         Self { address, bytes }
     }
 
@@ -38,6 +52,7 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        BUFFERS.lock().unwrap().remove(&self.address);
         memory().free(self.address).unwrap();
     }
 }
@@ -87,13 +102,15 @@ pub struct Run {
     pub shared: u32,
     pub outside: String,
     pub cooperative: bool,
+    /// What the program reads is the software device's own choice: other devices are not asked.
+    pub own: bool,
     pub config: Config,
 }
 
 impl Default for Run {
     fn default() -> Self {
         let config = Config { threads: 1, timeout: Some(std::time::Duration::from_secs(20)), ..Config::default() };
-        Self { grid: 1, block: 32, shared: 0, outside: String::new(), cooperative: false, config }
+        Self { grid: 1, block: 32, shared: 0, outside: String::new(), cooperative: false, own: false, config }
     }
 }
 
@@ -103,7 +120,8 @@ impl Run {
         assemble(&text);
         let program = lower(&text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         let bytes: Vec<u8> = params.iter().flat_map(|p| p.to_le_bytes()).collect();
-        launch(&Launch {
+        let before = if real::present() { contents(params) } else { Vec::new() };
+        let counters = launch(&Launch {
             kernel: &program.kernels[0],
             grid: [self.grid, 1, 1],
             block: [self.block, 1, 1],
@@ -113,7 +131,12 @@ impl Run {
             cooperative: self.cooperative,
             memory: memory(),
             config: &self.config,
-        })
+        })?;
+        if real::present() {
+            let after: Vec<_> = contents(params).into_iter().map(|(_, bytes)| bytes).collect();
+            real::compare(&text, self, params, &before, &after);
+        }
+        Ok(counters)
     }
 
     /// Runs a body that stores one u32 per thread at `[%out]`; `%t` is the thread's index in the grid, `%lane` its lane.

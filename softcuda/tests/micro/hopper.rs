@@ -67,7 +67,7 @@ impl Hopper {
         let params: Vec<_> = params.chain(self.extra.iter().map(|(p, _)| p.clone())).collect();
         let directives = &self.directives;
         format!(
-            ".version 8.6\n.target sm_90a\n.address_size 64\n.visible .entry k({}) {directives}\n{{\n{body}\n}}\n",
+            ".version 8.8\n.target sm_90a\n.address_size 64\n.visible .entry k({}) {directives}\n{{\n{body}\n}}\n",
             params.join(", ")
         )
     }

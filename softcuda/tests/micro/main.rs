@@ -27,6 +27,7 @@ mod matrix;
 mod matrix_hopper;
 mod mbarriers;
 mod memory;
+mod real;
 mod tensors;
 mod traffic;
 mod warp;

@@ -181,5 +181,5 @@ fn refusals_name_the_instruction() {
     }
     let fp8 = "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%f0,%f1,%f2,%f3}, {%r0,%r1,%r2,%r3}, {%r4,%r5}, {%f0,%f1,%f2,%f3};";
     let text = Hopper::default().text(0, &format!(".reg .b32 %r<16>; .reg .f32 %f<8>; {fp8} ret;"));
-    assert!(lower(&text.replace("sm_90a", "sm_80")).unwrap_err().to_string().contains("needs sm_89"));
+    assert!(lower(&text.replace("sm_90a", "sm_80")).unwrap_err().to_string().contains("sm_89"));
 }

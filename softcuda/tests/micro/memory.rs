@@ -75,7 +75,8 @@ fn shared_memory_starts_as_nan_and_differs_by_seed() {
     let body = ".shared .align 4 .b8 s[128]; mov.u32 %r2, s; mad.lo.u32 %r2, %lane, 4, %r2; ld.shared.u32 %r3, [%r2]; st.global.u32 [%out], %r3;";
     let patterns: Vec<u32> = (0..8)
         .map(|seed| {
-            let run = Run { config: Config { seed, threads: 1, ..Config::default() }, ..Run::default() };
+            let config = Config { seed, threads: 1, ..Config::default() };
+            let run = Run { config, own: true, ..Run::default() };
             let words = run.per_thread(body);
             assert!(words.iter().all(|w| *w == words[0]));
             words[0]

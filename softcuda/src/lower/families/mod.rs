@@ -22,7 +22,7 @@ use super::LowerErrorKind;
 use super::builder::{Builder, Result};
 use super::isa::BY_NAME;
 use super::operands::count;
-use super::special;
+use super::{requirements, special};
 use crate::exec::InstructionClass as Class;
 use crate::ptx::ast::{Instruction, Operand};
 
@@ -69,6 +69,7 @@ fn unknown(i: &Instruction) -> LowerErrorKind {
 impl Builder<'_> {
     /// One instruction under the current guard.
     pub fn instruction(&mut self, i: &Instruction) -> Result<()> {
+        requirements::check(i, self.target, self.module.version)?;
         self.set_name(spelling(i));
         // PTX ISA 10: special registers are read with `mov` and `cvt`.
         if !matches!(i.opcode.as_str(), "mov" | "cvt")
