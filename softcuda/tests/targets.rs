@@ -148,8 +148,11 @@ fn lowered(target: &str, version: (u32, u32), instruction: &str) -> Result<(), L
     lower_module(&parsed, &environment).map(|_| ()).map_err(|e| e.kind)
 }
 
+/// Instruction, target, version.
+type Refused = (&'static str, &'static str, (u32, u32));
+
 /// What each sample is refused as: for the target before, and in the version before.
-fn refusals() -> (Vec<(&'static str, &'static str)>, Vec<(&'static str, &'static str, (u32, u32))>) {
+fn refusals() -> (Vec<Refused>, Vec<Refused>) {
     let mut versions = Vec::new();
     for &(instruction, target, since) in SAMPLES {
         let at = VERSIONS.iter().position(|&v| v == since).unwrap();
@@ -158,7 +161,7 @@ fn refusals() -> (Vec<(&'static str, &'static str)>, Vec<(&'static str, &'static
             versions.push((instruction, target, VERSIONS[at - 1]));
         }
     }
-    (SAMPLES.iter().map(|&(instruction, target, _)| (instruction, before(target))).collect(), versions)
+    (SAMPLES.iter().map(|&(instruction, target, _)| (instruction, before(target), NEWEST)).collect(), versions)
 }
 
 /// What is older than sm_80 in the target but not in the hint: these samples only have a version.
@@ -187,8 +190,8 @@ fn modules_have_what_their_target_and_version_have() {
         assert!(accepted.is_ok(), "{instruction} for {target} in {since:?}: {accepted:?}");
     }
     let (targets, versions) = refusals();
-    for (instruction, target) in targets.into_iter().filter(|(i, _)| has_target(i)) {
-        let refused = lowered(target, NEWEST, instruction);
+    for (instruction, target, version) in targets.into_iter().filter(|(i, ..)| has_target(i)) {
+        let refused = lowered(target, version, instruction);
         assert!(matches!(refused, Err(LowerErrorKind::Target { .. })), "{instruction} for {target}: {refused:?}");
     }
     for (instruction, target, version) in versions {
@@ -234,8 +237,8 @@ fn ptxas_says_the_same() {
         accepted.entry((target, since)).or_default().insert(instruction);
     }
     let (targets, versions) = refusals();
-    for (instruction, target) in targets.into_iter().filter(|(i, _)| has_target(i)) {
-        refused.entry((target, NEWEST)).or_default().insert(instruction);
+    for (instruction, target, version) in targets.into_iter().filter(|(i, ..)| has_target(i)) {
+        refused.entry((target, version)).or_default().insert(instruction);
     }
     for (instruction, target, version) in versions {
         refused.entry((target, version)).or_default().insert(instruction);

@@ -239,7 +239,7 @@ fn the_stack_has_an_end() {
     assert!(fault.message.contains("`factorial`") && fault.text.contains("call.uni"), "{fault}");
     // As deep as asked for, where the stack is given.
     let config = Config { stack_bytes: 1 << 20, ..Run::default().config };
-    let got = Run { config, ..run(RECURSIVE) }.per_thread(
+    let got = Run { config, own: true, ..run(RECURSIVE) }.per_thread(
         "{ .param .b32 arg; .param .b32 back; st.param.b32 [arg], 20000; call.uni (back), factorial, (arg); ld.param.b32 %r3, [back]; }
          st.global.u32 [%out], 1;",
     );
