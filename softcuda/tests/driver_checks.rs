@@ -172,3 +172,51 @@ fn launches_beside_one_another_keep_their_own_order() {
     });
     assert_eq!(control.findings(), Vec::<String>::new());
 }
+
+/// Two launches that touch the same words, in two streams; what is done between them.
+fn two_streams(
+    between: impl Fn(&CudaContext, &std::sync::Arc<cudarc::driver::CudaStream>, &std::sync::Arc<cudarc::driver::CudaStream>),
+) -> Vec<String> {
+    let (_one, control, context) = device("race");
+    // SAFETY: this test orders its launches by itself, or means not to.
+    unsafe { context.disable_event_tracking() };
+    let (first, second) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let copy = function(&context, "copy");
+    let from = first.clone_htod(&[7u32; 64]).unwrap();
+    let mut middle = first.alloc_zeros::<u32>(64).unwrap();
+    let mut to = first.alloc_zeros::<u32>(64).unwrap();
+    context.synchronize().unwrap();
+    let mut launch = first.launch_builder(&copy);
+    launch.arg(&mut middle).arg(&from);
+    // SAFETY: 64 threads copy 64 elements.
+    unsafe { launch.launch(ONE_BLOCK) }.unwrap();
+    between(&context, &first, &second);
+    let mut launch = second.launch_builder(&copy);
+    launch.arg(&mut to).arg(&middle);
+    // SAFETY: as above.
+    unsafe { launch.launch(ONE_BLOCK) }.unwrap();
+    context.synchronize().unwrap();
+    control.findings()
+}
+
+#[test]
+fn launches_that_nothing_orders_race() {
+    let findings = two_streams(|_, _, _| {});
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    let expected = "is not ordered after the write by another launch, which no stream and no event orders before this one; \
+                    kernel `copy`, line 17: `ld.global.u32 %v, [%from];`";
+    assert!(findings[0].starts_with("race: read of 4 bytes of global memory") && findings[0].contains(expected));
+    assert!(findings[0].contains("against kernel `copy`, line 18: `st.global.u32 [%to], %v;`"), "{}", findings[0]);
+}
+
+#[test]
+fn events_and_the_host_order_launches() {
+    let by_event = two_streams(|_, first, second| second.wait(&first.record_event(None).unwrap()).unwrap());
+    assert_eq!(by_event, Vec::<String>::new());
+    let by_event_on_host = two_streams(|_, first, _| first.record_event(None).unwrap().synchronize().unwrap());
+    assert_eq!(by_event_on_host, Vec::<String>::new());
+    let by_host = two_streams(|_, first, _| first.synchronize().unwrap());
+    assert_eq!(by_host, Vec::<String>::new());
+    let by_wrong_event = two_streams(|_, first, second| first.wait(&second.record_event(None).unwrap()).unwrap());
+    assert_eq!(by_wrong_event.len(), 1, "{by_wrong_event:?}");
+}

@@ -128,9 +128,9 @@ impl Context {
     /// Waits for all work of this context.
     pub fn drain(&self) {
         for stream in self.other_streams() {
-            stream.queue.drain();
+            stream.settle();
         }
-        self.legacy_stream.queue.drain();
+        self.legacy_stream.settle();
     }
 
     pub fn description(&self) -> Outcome<&'static Description> {

@@ -64,6 +64,7 @@ pub(super) fn config(device: &Description) -> Config {
         compute_capability: device.compute_capability,
         count: COUNTING.load(Ordering::Relaxed),
         watches: super::checks::watches(),
+        order: super::order::current(),
         timeout: (timeout > 0).then(|| Duration::from_millis(timeout)),
         ..Config::default()
     }

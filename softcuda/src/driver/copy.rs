@@ -23,7 +23,7 @@ pub(super) fn now(function: &str, op: Op) -> Outcome {
     let context = current()?;
     forbid_unsafe(function)?;
     context.legacy_stream.submit(op)?;
-    context.legacy_stream.queue.drain();
+    context.legacy_stream.settle();
     context.check()
 }
 

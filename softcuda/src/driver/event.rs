@@ -3,10 +3,11 @@
 use super::capture::{self, Capture};
 use super::context::current;
 use super::handles::{Handle, Table};
+use super::order::Clock;
 use super::queue::{Point, Task};
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
-use super::{api, driver, lock, out};
+use super::{api, driver, lock, order, out};
 use std::sync::{Arc, Mutex};
 
 const DISABLE_TIMING: u32 = 2;
@@ -25,6 +26,8 @@ pub(super) struct Mark {
     pub at: Option<Arc<Point>>,
     /// Nodes of a capture rather than a point in time.
     pub captured: Option<(Arc<Capture>, Vec<usize>)>,
+    /// What it comes after.
+    pub clock: Clock,
 }
 
 pub(super) static EVENTS: Table<Event> = Table::new("event", CUresult::ERROR_INVALID_HANDLE);
@@ -34,7 +37,7 @@ impl Event {
     pub fn mark_now(&self) {
         let point = Point::default();
         point.reach();
-        *lock(&self.state) = Mark { recorded: true, at: Some(Arc::new(point)), captured: None };
+        *lock(&self.state) = Mark { recorded: true, at: Some(Arc::new(point)), ..Mark::default() };
     }
 
     pub fn mark(&self) -> Mark {
@@ -87,12 +90,12 @@ fn record(handle: Handle, stream_handle: Handle, flags: u32) -> Outcome {
     }
     if let Some(captured) = &*lock(&stream.capture) {
         let captured = Some((captured.capture.clone(), captured.tail.clone()));
-        *lock(&event.state) = Mark { recorded: true, at: None, captured };
+        *lock(&event.state) = Mark { recorded: true, captured, ..Mark::default() };
         return Ok(());
     }
     let at = Arc::new(Point::default());
     stream.submit_task(Task::Record(at.clone()))?;
-    *lock(&event.state) = Mark { recorded: true, at: Some(at), captured: None };
+    *lock(&event.state) = Mark { recorded: true, at: Some(at), captured: None, clock: stream.order.now() };
     Ok(())
 }
 
@@ -124,7 +127,10 @@ pub unsafe extern "C" fn cuEventQuery(handle: Handle) -> CUresult {
         capture::forbid_unsafe("cuEventQuery")?;
         match mark.at {
             Some(point) if point.reached().is_none() => Err(CUresult::ERROR_NOT_READY.into()),
-            _ => Ok(()),
+            _ => {
+                order::met_by_host(&mark.clock);
+                Ok(())
+            }
         }
     })
 }
@@ -133,9 +139,11 @@ pub unsafe extern "C" fn cuEventQuery(handle: Handle) -> CUresult {
 pub unsafe extern "C" fn cuEventSynchronize(handle: Handle) -> CUresult {
     api("cuEventSynchronize", || {
         let found = event(handle)?;
-        if let Some(point) = on_timeline(&found)?.at {
+        let mark = on_timeline(&found)?;
+        if let Some(point) = mark.at {
             point.wait();
         }
+        order::met_by_host(&mark.clock);
         // What came before may have put the context in error.
         event(handle).map(drop)
     })

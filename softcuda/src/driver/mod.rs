@@ -43,6 +43,7 @@ mod memops;
 mod memory;
 mod module;
 mod occupancy;
+mod order;
 mod patch;
 mod peer;
 mod pitched;

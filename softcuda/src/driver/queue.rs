@@ -13,7 +13,8 @@ use super::context::Context;
 use super::status::Outcome;
 use super::stream::{Kind, Stream};
 use super::work::Op;
-use super::{control, lock};
+use super::{control, lock, order};
+use crate::exec::LaunchOrder;
 
 /// A stream's thread ends when it has had nothing to do for this long.
 const IDLE: Duration = Duration::from_millis(50);
@@ -93,9 +94,13 @@ impl Task {
     }
 }
 
+/// Where a task's launches stand among all.
+type Order = Option<Arc<LaunchOrder>>;
+
 #[derive(Default)]
 struct State {
-    tasks: VecDeque<Task>,
+    /// With the order of what they launch.
+    tasks: VecDeque<(Task, Order)>,
     /// A host thread runs a task in the call that submitted it.
     inline: bool,
     /// The stream's thread is at a task.
@@ -152,11 +157,11 @@ impl Queue {
         if !state.queued() {
             return None;
         }
-        if let Some(Task::Record(point)) = state.tasks.back() {
+        if let Some((Task::Record(point), _)) = state.tasks.back() {
             return Some(point.clone());
         }
         let point = Arc::new(Point::default());
-        state.tasks.push_back(Task::Record(point.clone()));
+        state.tasks.push_back((Task::Record(point.clone()), None));
         self.changed.notify_all();
         Some(point)
     }
@@ -188,14 +193,16 @@ pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -
                 lock(&stream.queue.state).inline = true;
                 drop(order);
                 let _turn = Turn(&stream.queue);
-                return task.run(context);
+                let order = place(stream, context, &task);
+                return order::with(order, || task.run(context));
             }
             Way::Queue => {
                 let waits_for_host = matches!(&task, Task::Op(op) if op.returns_when_done());
+                let place = place(stream, context, &task);
                 let gates: Vec<_> = rivals(stream, context).iter().filter_map(|other| other.queue.tail()).collect();
                 let mut state = lock(&stream.queue.state);
-                state.tasks.extend(gates.into_iter().map(Task::Wait));
-                state.tasks.push_back(task.staged());
+                state.tasks.extend(gates.into_iter().map(|gate| (Task::Wait(gate), None)));
+                state.tasks.push_back((task.staged(), place));
                 stream.queue.changed.notify_all();
                 if !state.thread {
                     state.thread = true;
@@ -207,7 +214,7 @@ pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -
                 drop(state);
                 drop(order);
                 if waits_for_host {
-                    stream.queue.drain();
+                    stream.settle();
                 }
                 return Ok(());
             }
@@ -237,12 +244,23 @@ fn way(stream: &Arc<Stream>, context: &Context, task: &Task) -> Way {
     if queued { Way::Queue } else { Way::Inline }
 }
 
+/// Where a task's launches stand among all, as it is submitted.
+fn place(stream: &Stream, context: &Context, task: &Task) -> Order {
+    let Task::Op(op) = task else { return None };
+    if matches!(**op, Op::WaitValue(_)) {
+        order::give_up();
+    }
+    let rivals = rivals(stream, context);
+    let before = rivals.iter().map(|rival| &rival.order);
+    Some(stream.order.submit(before, op.meets_host()))
+}
+
 /// The stream's thread.
 fn work(stream: &Stream, context: &Context) {
     let queue = &stream.queue;
     let mut state = lock(&queue.state);
     loop {
-        let Some(task) = state.tasks.pop_front() else {
+        let Some((task, order)) = state.tasks.pop_front() else {
             let (again, timeout) = queue.changed.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner);
             state = again;
             if timeout.timed_out() && state.tasks.is_empty() {
@@ -256,7 +274,8 @@ fn work(stream: &Stream, context: &Context) {
         // In a context that is in error nothing runs any more; points are still reached, for others wait for them.
         let runs = matches!(task, Task::Record(_) | Task::Wait(_)) || context.check().is_ok();
         if runs {
-            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| task.run(context)));
+            let outcome =
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| order::with(order, || task.run(context))));
             let outcome = outcome.unwrap_or_else(|_| {
                 Err(super::status::CUresult::ERROR_UNKNOWN.with("internal error of softcuda in a stream's work"))
             });

@@ -7,6 +7,7 @@ use super::capture::{self, Captured};
 use super::context::{Context, current};
 use super::event::EVENTS;
 use super::handles::{Handle, Table, fresh};
+use super::order::StreamOrder;
 use super::queue::{self, Queue, Task};
 use super::status::{CUresult, Outcome};
 use super::work::Op;
@@ -36,6 +37,7 @@ pub(super) struct Stream {
     context: Weak<Context>,
     context_handle: Handle,
     pub queue: Queue,
+    pub order: StreamOrder,
     /// The capture that this stream takes part in.
     pub capture: Mutex<Option<Captured>>,
 }
@@ -44,7 +46,8 @@ pub(super) static STREAMS: Table<Stream> = Table::new("stream", CUresult::ERROR_
 
 impl Stream {
     fn new(handle: Handle, kind: Kind, priority: i32, context: Weak<Context>, context_handle: Handle) -> Stream {
-        Stream { handle, kind, priority, context, context_handle, queue: Queue::default(), capture: Mutex::new(None) }
+        let (queue, order) = (Queue::default(), StreamOrder::default());
+        Stream { handle, kind, priority, context, context_handle, queue, order, capture: Mutex::new(None) }
     }
 
     /// The null stream of a context that is being made.
@@ -82,11 +85,17 @@ impl Stream {
     pub fn drain(&self) -> Outcome {
         if self.kind == Kind::Legacy {
             for stream in self.context()?.blocking_streams() {
-                stream.queue.drain();
+                stream.settle();
             }
         }
-        self.queue.drain();
+        self.settle();
         Ok(())
+    }
+
+    /// The host waits for the work of this stream alone.
+    pub fn settle(&self) {
+        self.queue.drain();
+        self.order.met_by_host();
     }
 }
 
@@ -176,7 +185,11 @@ pub unsafe extern "C" fn cuStreamQuery(handle: Handle) -> CUresult {
     api("cuStreamQuery", || {
         let stream = stream(handle)?;
         check_wait(&stream, "query")?;
-        if stream.queue.is_idle() { Ok(()) } else { Err(CUresult::ERROR_NOT_READY.into()) }
+        if !stream.queue.is_idle() {
+            return Err(CUresult::ERROR_NOT_READY.into());
+        }
+        stream.order.met_by_host();
+        Ok(())
     })
 }
 
@@ -189,7 +202,9 @@ pub unsafe extern "C" fn cuStreamWaitEvent(handle: Handle, event: Handle, flags:
             return Err(super::unsupported(format!("cuStreamWaitEvent with flags {flags:#x}")));
         }
         capture::wait(&stream, &event)?;
-        match event.mark().at {
+        let mark = event.mark();
+        stream.order.learn(&mark.clock);
+        match mark.at {
             // A point that is reached already needs no waiting for.
             Some(point) if point.reached().is_none() => stream.submit_task(Task::Wait(point)),
             _ => Ok(()),

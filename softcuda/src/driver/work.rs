@@ -176,6 +176,21 @@ impl Op {
         }
     }
 
+    /// Whether the host takes part in the stream's order here, for all that [`super::order`] can tell.
+    pub fn meets_host(&self) -> bool {
+        match self {
+            Op::Launch(_) | Op::Set { .. } | Op::Upload { .. } | Op::Empty => false,
+            Op::Copy { .. } | Op::Pitched(_) => self.returns_when_done(),
+            // Graphs may hold any of the others.
+            Op::WriteValue(_)
+            | Op::WaitValue(_)
+            | Op::Record(_)
+            | Op::WaitEvent(_)
+            | Op::Host { .. }
+            | Op::Graph(_) => true,
+        }
+    }
+
     /// Whether the operation may have to wait for something that the host does after submitting it.
     pub fn may_wait(&self) -> bool {
         match self {

@@ -63,6 +63,23 @@ pub trait GlobalMemory: Sync {
     fn describe(&self, addr: u64) -> String;
 }
 
+/// What comes before a launch, as far as streams and events order it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct LaunchOrder {
+    pub stream: u64,
+    /// Counted in the stream.
+    pub position: u64,
+    /// For each stream, up to which position its launches come before this one; of its own, this one included.
+    pub known: std::collections::HashMap<u64, u64>,
+}
+
+impl LaunchOrder {
+    /// Whether another launch comes before this one, or is the same.
+    pub fn after(&self, other: &LaunchOrder) -> bool {
+        self.known.get(&other.stream).is_some_and(|&position| position >= other.position)
+    }
+}
+
 /// How to execute, apart from what the program says.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -81,6 +98,8 @@ pub struct Config {
     pub count: bool,
     /// Who sees what the launch does; slower.
     pub watches: Vec<std::sync::Arc<dyn observe::Watch>>,
+    /// What comes before; `None` where launches are ordered as they were called.
+    pub order: Option<std::sync::Arc<LaunchOrder>>,
     /// Stack of a thread in kernels whose calls may nest without bound, in bytes.
     pub stack_bytes: u32,
     /// Where `vprintf` writes.
@@ -100,6 +119,7 @@ impl Default for Config {
             isa: None,
             count: false,
             watches: Vec::new(),
+            order: None,
             stack_bytes: 8 << 10,
             output: Output::default(),
             timeout: None,

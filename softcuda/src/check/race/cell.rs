@@ -26,6 +26,11 @@ const SCOPE: (u32, u32) = (39, 2);
 const KIND: (u32, u32) = (41, 2);
 const LAUNCH: (u32, u32) = (43, 21);
 
+/// A launch's number in a stamp.
+pub fn launch_number(grid: u64) -> u32 {
+    (grid & ((1 << LAUNCH.1) - 1)) as u32
+}
+
 /// What a stamp says besides place and time.
 #[derive(Debug, Clone, Copy)]
 pub struct What {
@@ -83,6 +88,11 @@ impl Stamp {
         (self.what ^ other.what) >> LAUNCH.0 == 0
     }
 
+    /// The launch's number, as far as it is remembered.
+    pub fn launch(self) -> u32 {
+        self.get(LAUNCH)
+    }
+
     /// The lane that touched the first byte, and the binary logarithm of the bytes of each lane, or [`MANY`].
     pub fn lanes(self) -> (u32, u32) {
         (self.get(LANE), self.get(SHIFT))
@@ -123,6 +133,8 @@ pub struct Accessor<'a> {
     pub engine: bool,
     /// Whether a conflict does no harm to the lane, for what it writes.
     pub benign: &'a dyn Fn(&Conflict, u32) -> bool,
+    /// Whether nothing orders another launch, by number, before this one.
+    pub beside: &'a dyn Fn(u32) -> bool,
     /// Of shared memory: what blocks before have left in its shadow is nothing.
     pub shared: bool,
 }
@@ -146,7 +158,7 @@ impl Accessor<'_> {
     #[inline(always)]
     fn against(&self, other: Stamp, me: Stamp, size: u32) -> Option<Conflict> {
         if !self.live(other) {
-            return None;
+            return if other.time == 0 || self.shared { None } else { self.against_launch(other, me) };
         }
         if other.home == me.home {
             let same_lanes = || other.lanes() == me.lanes() && me.lanes().1 != MANY;
@@ -160,6 +172,14 @@ impl Accessor<'_> {
             }
         }
         self.against_slowly(other, me, size)
+    }
+
+    /// As `against`, for an access of another launch.
+    #[inline(never)]
+    fn against_launch(&self, other: Stamp, me: Stamp) -> Option<Conflict> {
+        let together = other.strong() && me.strong() && other.scope().min(me.scope()) >= Scope::Gpu;
+        let conflict = !together && (self.beside)(other.launch());
+        conflict.then(|| Conflict { other, other_lane: other.lane(0), lane: me.lane(0) })
     }
 
     #[inline(never)]

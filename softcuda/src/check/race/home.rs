@@ -238,11 +238,16 @@ pub struct Home {
 }
 
 impl Home {
+    /// Indices of a block: its warps, the products of its warpgroups, its transfers.
+    pub fn stride_of(warps_per_block: u32) -> u32 {
+        warps_per_block + warps_per_block.div_ceil(4) + 1
+    }
+
     /// Adds a block that starts; returns its rank.
     pub fn begin(&mut self, linear: u64, threads: u32, shared_bytes: u32, mut block: Block) {
         self.warps_per_block = threads.div_ceil(32);
         self.now = self.now.max(1);
-        self.stride = self.warps_per_block + self.warps_per_block.div_ceil(4) + 1;
+        self.stride = Self::stride_of(self.warps_per_block);
         for i in 0..self.stride {
             let lanes = threads.saturating_sub(32 * i).clamp(1, 32);
             self.warps.push(Warp { present: u32::MAX >> (32 - lanes), ..Warp::default() });

@@ -13,7 +13,8 @@
 //! - `cp.async` writes twice: when it is issued, against what others did before, and for its thread when that waits for it.
 //! - `barrier.cluster`, unless the arrival is relaxed.
 //! - `wgmma` reads at any time from its issue to the end of a wait for it by a warp of its warpgroup.
-//! - the end of a launch: launches are taken to be ordered as they were called.
+//! - the order of launches: by their streams, by events that a stream or the host waits for, and by the legacy stream. Where
+//!   the order is not told ([`Config::order`](crate::exec::Config::order)), launches are ordered as they were called.
 //!
 //! Several lanes of one store that write the same value to one place, and a write that leaves the bytes as they are, are
 //! benign and not reported.
@@ -29,13 +30,16 @@
 //! - Two `fence.sc` with no access to a common place between them do not order anything here, as `fence.acq_rel` does not.
 //! - Of the readers since the last write, three are remembered for shared memory and two for global memory.
 //! - With more than about 60 blocks that synchronise through one place, knowledge is coarsened: see [`clock`].
-//! - Races between launches of streams that nothing orders, and accesses by the host.
+//! - Accesses by the host and copies by the driver. Launches that run beside one another and synchronise through memory: what
+//!   orders them is not seen, so that such a program is reported though it may be correct. Of launches that nothing orders, a read is forgotten when a later launch
+//!   reads the same bytes, and all is forgotten some thousand launches later.
 //! - Strong accesses of different sizes that overlap, which the manual does not call morally strong, count as such.
 
 mod cell;
 mod clock;
 mod global;
 mod home;
+mod launches;
 mod observer;
 mod report;
 mod variable;
@@ -57,11 +61,17 @@ pub struct Race {
     findings: Arc<Findings>,
     global: global::Global,
     variables: variable::Variables,
+    launches: launches::Launches,
 }
 
 impl Race {
     pub fn new(findings: Arc<Findings>) -> Race {
-        Race { findings, global: global::Global::default(), variables: variable::Variables::default() }
+        Race {
+            findings,
+            global: global::Global::default(),
+            variables: variable::Variables::default(),
+            launches: launches::Launches::default(),
+        }
     }
 
     /// Nobody has touched an allocation that is new.
@@ -71,6 +81,10 @@ impl Race {
 }
 
 impl Watch for Race {
+    fn begin(&self, launch: &Launch, grid: u64) {
+        self.launches.begin(cell::launch_number(grid), launch);
+    }
+
     fn end(&self, _launch: &Launch, grid: u64) {
         self.variables.forget(grid);
     }

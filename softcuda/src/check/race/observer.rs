@@ -25,6 +25,8 @@ pub struct RaceObserver<'a> {
     of_block: HashMap<u64, usize>,
     /// The block last asked for: its home and its rank there.
     last: (u64, usize, usize),
+    /// The launch last found to come before this one.
+    ordered: std::cell::Cell<Option<u32>>,
     /// Parts of finished blocks, and places of finished homes.
     spare: Vec<Block>,
     free: Vec<usize>,
@@ -48,6 +50,7 @@ impl<'a> RaceObserver<'a> {
             homes: Vec::new(),
             of_block: HashMap::new(),
             last: (u64::MAX, 0, 0),
+            ordered: std::cell::Cell::new(None),
             spare: Vec::new(),
             free: Vec::new(),
         }
@@ -113,6 +116,16 @@ impl<'a> RaceObserver<'a> {
         let by = Accessor {
             stamp,
             benign: &benign,
+            beside: &|number| {
+                if self.ordered.get() == Some(number) {
+                    return false;
+                }
+                let beside = self.race.launches.beside(number, self.launch.config.order.as_deref()).is_some();
+                if !beside {
+                    self.ordered.set(Some(number));
+                }
+                beside
+            },
             write: event.kind != AccessKind::Read,
             known: &w.known,
             away: &w.away,
@@ -145,7 +158,10 @@ impl<'a> RaceObserver<'a> {
         if same_store(event, me, c) {
             report::same_store(findings, site, event, c);
         } else {
-            report::conflict(findings, self.launch, site, event, &self.homes[h], (c, me));
+            let order = self.launch.config.order.as_deref();
+            let earlier =
+                if c.other.same_launch(me) { None } else { self.race.launches.beside(c.other.launch(), order) };
+            report::conflict(findings, (self.launch, earlier.as_deref()), site, event, &self.homes[h], (c, me));
         }
     }
 

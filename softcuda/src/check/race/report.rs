@@ -2,6 +2,7 @@
 
 use super::cell::{Conflict, Stamp};
 use super::home::Home;
+use super::launches::Earlier;
 use crate::check::{Checker, Finding, Findings, Place};
 use crate::exec::Launch;
 use crate::exec::observe::{AccessKind, Engine, MemoryEvent, Site};
@@ -17,33 +18,33 @@ pub fn same_store(findings: &Findings, site: &Site, event: &MemoryEvent, c: &Con
 
 pub fn conflict(
     findings: &Findings,
-    launch: &Launch,
+    (launch, earlier): (&Launch, Option<&Earlier>),
     site: &Site,
     event: &MemoryEvent,
     home: &Home,
     (c, me): (&Conflict, Stamp),
 ) {
     let here = Place::new(site, c.lane as usize);
-    let stride = home.stride.max(1);
+    let warps_per_block = earlier.map_or(home.warps_per_block, |e| e.warps_per_block);
+    let stride = if earlier.is_some() { Home::stride_of(warps_per_block) } else { home.stride.max(1) };
     let rank = (c.other.warp() / stride) as usize;
     let index = c.other.warp() % stride;
-    let own = c.other.home == home.id;
+    let own = earlier.is_none() && c.other.home == home.id;
     let block = if own { home.blocks.get(rank).map_or(0, |b| b.linear) } else { u64::from(c.other.home) + rank as u64 };
-    let [gx, gy, _] = launch.grid.map(u64::from);
+    let (lines, grid) = earlier.map_or((&site.kernel.lines, launch.grid), |e| (&e.lines, e.grid));
+    let [gx, gy, _] = grid.map(u64::from);
     let other = Place {
-        kernel: here.kernel.clone(),
+        kernel: earlier.map_or_else(|| here.kernel.clone(), |e| e.kernel.clone()),
         line: c.other.line(),
-        text: site.kernel.lines.get((c.other.line() as usize).wrapping_sub(1)).map_or("", |l| l.trim()).to_owned(),
+        text: lines.get((c.other.line() as usize).wrapping_sub(1)).map_or("", |l| l.trim()).to_owned(),
         block: [(block % gx) as u32, (block / gx % gy) as u32, (block / gx / gy) as u32],
         // Products are told by the first warp of their warpgroup.
-        warp: if index < home.warps_per_block {
-            index
-        } else {
-            (index - home.warps_per_block) * 4 % home.warps_per_block
-        },
+        warp: if index < warps_per_block { index } else { (index - warps_per_block) * 4 % warps_per_block },
         lane: c.other_lane,
     };
-    let who = if !own {
+    let who = if earlier.is_some() {
+        "another launch, which no stream and no event orders before this one"
+    } else if !own {
         "another block"
     } else if block != site.block {
         "another block of the cluster"
