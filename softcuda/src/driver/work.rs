@@ -187,6 +187,7 @@ impl Op {
             | Op::Record(_)
             | Op::WaitEvent(_)
             | Op::Host { .. }
+            | Op::Callback { .. }
             | Op::Graph(_) => true,
         }
     }
