@@ -63,18 +63,20 @@ fn counts_drops_and_states() {
 
 #[test]
 fn transactions_complete_phases_in_any_order() {
-    // The phase needs one arrival and 3 x 100 transactions, which other threads complete before or after it.
+    // The phase needs one arrival and 3 x 100 transactions, which other threads complete before or after it, each after it has
+    // written a word.
     let body = format!(
         "{} setp.eq.u32 %p, %thread, 0; setp.eq.u32 %p1, %thread, 32; setp.eq.u32 %p2, %thread, 64; setp.eq.u32 %p3, %thread, 96;
-         mov.u32 %r2, 0; setp.gt.u32 %q, %thread, 31; @%q mov.u32 %r2, 1;
          @%p mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [b], 200; @%p mbarrier.arrive.expect_tx.shared::cta.b64 %rd1, [b], 100;
+         @%p1 st.shared.u32 [s], 1; @%p2 st.shared.u32 [s+4], 20; @%p3 st.shared.u32 [s+8], 300; fence.acq_rel.cta;
          @%p1 mbarrier.complete_tx.shared::cta.b64 [b], 150; @%p2 mbarrier.complete_tx.relaxed.cluster.shared::cluster.b64 [%r20], 50;
          @%p3 mbarrier.complete_tx.shared.b64 [b], 100;
-         WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p, [b], 0; @!%p bra WAIT; st.global.u32 [%out], %r2;",
+         WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p, [b], 0; @!%p bra WAIT;
+         ld.shared.u32 %r2, [s]; ld.shared.u32 %r3, [s+4]; ld.shared.u32 %r4, [s+8]; add.u32 %r2, %r2, %r3; add.u32 %r2, %r2, %r4;
+         st.global.u32 [%out], %r2;",
         init("1")
     );
-    let want: Vec<u32> = (0..128).map(|t| u32::from(t > 31)).collect();
-    Hopper::row(1, 128, 1).under_seeds(&body, &[], &want);
+    Hopper::row(1, 128, 1).under_seeds(&body, &[], &[321; 128]);
 }
 
 #[test]
