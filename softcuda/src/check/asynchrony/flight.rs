@@ -19,6 +19,8 @@ pub struct Operation {
     pub read: bool,
 }
 
+// Copies are most of what is in flight.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub enum Kind {
     /// `cp.async` of the lanes of a mask, each with the group that it belongs to.

@@ -267,9 +267,10 @@ impl Observer for AsyncObserver<'_> {
                     !(mine && u.group.saturating_add(keep) < committed[lane])
                 });
             }
-            SyncEvent::ProxyFence { kind: ProxyFence::Async(space), .. }
-                if matches!(space, None | Some(Space::Shared | Space::SharedCluster)) =>
-            {
+            SyncEvent::ProxyFence {
+                kind: ProxyFence::Async(None | Some(Space::Shared | Space::SharedCluster)),
+                ..
+            } => {
                 flight.now += 1;
                 let now = flight.now;
                 // Generic writes of the fence's own moment come before it.

@@ -52,9 +52,9 @@ impl Global {
 
     /// Forgets who touched a range of addresses.
     pub fn forget(&self, address: u64, bytes: u64) {
-        for number in address / PAGE..(address + bytes).div_ceil(PAGE) {
-            let shard = &self.shards[number as usize % SHARDS];
-            shard.write().unwrap_or_else(PoisonError::into_inner).remove(&number);
+        let gone = address / PAGE..(address + bytes).div_ceil(PAGE);
+        for shard in &self.shards {
+            shard.write().unwrap_or_else(PoisonError::into_inner).retain(|number, _| !gone.contains(number));
         }
     }
 }

@@ -11,6 +11,9 @@
 //!   acquire or is followed by a fence. Scopes must include each other's threads: a release of scope `.cta` says nothing to
 //!   other blocks, and atomic accesses of scope `.cta` by two blocks race.
 //! - `cp.async` writes twice: when it is issued, against what others did before, and for its thread when that waits for it.
+//! - mbarrier objects: who waits for a phase knows what those who arrived in it, or before, with release semantics knew, and what
+//!   bulk copies that completed transactions of it have written. Initialising an object is a write, using it an atomic access.
+//! - `cp.async.bulk.wait_group`: the thread's warp knows what bulk copies have read and written so far.
 //! - `barrier.cluster`, unless the arrival is relaxed.
 //! - `wgmma` reads at any time from its issue to the end of a wait for it by a warp of its warpgroup.
 //! - the order of launches: by their streams, by events that a stream or the host waits for, and by the legacy stream. Where
