@@ -18,10 +18,13 @@ pub struct Earlier {
     pub warps_per_block: u32,
 }
 
+/// Launches by number, and their numbers from the oldest on.
+type Kept = (HashMap<u32, Arc<Earlier>>, VecDeque<u32>);
+
 /// Launches by the number that stamps hold.
 #[derive(Debug, Default)]
 pub struct Launches {
-    inner: RwLock<(HashMap<u32, Arc<Earlier>>, VecDeque<u32>)>,
+    inner: RwLock<Kept>,
 }
 
 impl Launches {
