@@ -140,11 +140,16 @@ fn fresh_folder(pattern: &Path) -> io::Result<PathBuf> {
 /// The program that signals go on to, 0 before there is one.
 static CHILD: AtomicI32 = AtomicI32::new(0);
 
+/// A signal that came before the program was known, 0 for none.
+static EARLY: AtomicI32 = AtomicI32::new(0);
+
 extern "C" fn forward(signal: libc::c_int) {
-    let child = CHILD.load(Ordering::Relaxed);
+    let child = CHILD.load(Ordering::SeqCst);
     if child > 0 {
         // SAFETY: sends a signal, which is allowed inside a handler.
         unsafe { libc::kill(child, signal) };
+    } else {
+        EARLY.store(signal, Ordering::SeqCst);
     }
 }
 
@@ -162,9 +167,14 @@ fn forward_signals() {
 }
 
 fn wait(mut child: Child) -> io::Result<ExitStatus> {
-    CHILD.store(child.id() as i32, Ordering::Relaxed);
+    CHILD.store(child.id() as i32, Ordering::SeqCst);
+    // The program may have run for a while by now.
+    let early = EARLY.swap(0, Ordering::SeqCst);
+    if early != 0 {
+        forward(early);
+    }
     let status = child.wait();
-    CHILD.store(0, Ordering::Relaxed);
+    CHILD.store(0, Ordering::SeqCst);
     status
 }
 
