@@ -151,8 +151,8 @@ pub fn select(desc: &HierarchicalDesc, device: &DeviceInfo) -> Result<Hierarchic
     let spread = noisy::spread(desc.experts);
     let most = noisy::most_blocks(&spread, device);
     let groups = desc.groups as u32;
-    let a_token_each = (desc.slots() as u32).div_ceil(groups * spread.tokens());
-    let parts = a_token_each.clamp(1, (most / groups).max(1));
+    let enough_each = (desc.slots() as u32).div_ceil(noisy::TOKENS_OF_SUMS * groups * spread.tokens());
+    let parts = enough_each.clamp(1, (most / groups).max(1));
     let blocks = (groups * parts).min(most);
     let kernel = Kernel::Noisy(Noisy { spread, grouped: true });
     Ok(HierarchicalSelection {
@@ -364,9 +364,12 @@ mod tests {
 
     #[test]
     fn groups_are_cut_as_far_as_blocks_are_resident() {
-        // 2000 slots over 16 groups, 8 a block: 15.6 parts; 216 blocks allow 13 each.
+        // 2000 slots over 16 groups, 32 a block: 3.9 parts.
         let got = select(&desc(), &A100).unwrap();
-        assert_eq!((got.parts, got.secondary.grid, got.secondary.cooperative), (13, [208, 1, 1], true));
+        assert_eq!((got.parts, got.secondary.grid, got.secondary.cooperative), (4, [64, 1, 1], true));
+        // Ten times as many would be 40; 216 blocks allow 13 each.
+        let got = select(&HierarchicalDesc { tokens: 10_000, ..desc() }, &A100).unwrap();
+        assert_eq!((got.parts, got.secondary.grid), (13, [208, 1, 1]));
         // More groups than resident blocks: a block takes several.
         let many = HierarchicalDesc { groups: 1024, experts: 4, ..desc() };
         let got = select(&many, &A100).unwrap();

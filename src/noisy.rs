@@ -132,6 +132,9 @@ pub(crate) fn partial_bytes(items: usize, experts: usize) -> usize {
     HEADER + items * 3 * experts * size_of::<f32>()
 }
 
+/// Tokens that a warp (or a block that holds one token) takes at least where it sums up: its sums cost as much traffic as three.
+pub(crate) const TOKENS_OF_SUMS: u32 = 4;
+
 /// Blocks that may meet at a barrier.
 pub(crate) fn most_blocks(spread: &Spread, device: &DeviceInfo) -> u32 {
     if device.cooperative_launch { spread.resident_blocks() * device.multiprocessors } else { 1 }
@@ -146,7 +149,8 @@ pub fn select(desc: &NoisyDesc, device: &DeviceInfo, sums: bool) -> Result<Selec
     desc.validate()?;
     let spread = spread(desc.experts);
     let most = if sums { most_blocks(&spread, device) } else { 4 * spread.resident_blocks() * device.multiprocessors };
-    let blocks = (desc.tokens as u32).div_ceil(spread.tokens()).clamp(1, most);
+    let each = if sums { TOKENS_OF_SUMS } else { 1 };
+    let blocks = (desc.tokens as u32).div_ceil(each * spread.tokens()).clamp(1, most);
     let kernel = Kernel::Noisy(Noisy { spread, grouped: false });
     Ok(Selection { kernel, grid: [blocks, 1, 1], cooperative: sums && blocks > 1 })
 }
@@ -332,7 +336,7 @@ mod tests {
     #[test]
     fn a_warp_a_token_up_to_512_experts_then_a_block() {
         for (experts, tokens, blocks) in
-            [(8, 100, 13), (512, 100, 13), (513, 100, 100), (4096, 1000, 216), (8, 1 << 20, 216)]
+            [(8, 100, 4), (512, 100, 4), (513, 100, 25), (4096, 1000, 216), (8, 1 << 20, 216)]
         {
             let desc = NoisyDesc { experts, tokens, ..desc() };
             let got = select(&desc, &A100, true).unwrap();
@@ -340,7 +344,7 @@ mod tests {
             assert_eq!(select(&desc, &DeviceInfo { cooperative_launch: false, ..A100 }, true).unwrap().grid, [1, 1, 1]);
             assert!(!select(&desc, &A100, false).unwrap().cooperative);
         }
-        assert_eq!(workspace_bytes(&desc(), &A100).unwrap(), 32 + 13 * 3 * 64 * 4);
+        assert_eq!(workspace_bytes(&desc(), &A100).unwrap(), 32 + 4 * 3 * 64 * 4);
     }
 
     #[test]
