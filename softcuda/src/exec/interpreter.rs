@@ -334,6 +334,10 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 }
                 return Ok(Next::Reload);
             }
+            Code::WgmmaTouch => {
+                let Extra::WgmmaTouch(regs) = extra() else { unreachable!() };
+                super::wgmma::touch(m, regs, pc);
+            }
             Code::SetMaxRegisters => {
                 if m.whole_warp(pc, mask)? && super::wgmma::adjust(m, op.x & 0xffff, op.x >> 31 == 1)? {
                     m.step();

@@ -300,6 +300,14 @@ pub enum SyncEvent {
         keep: u32,
         complete: u64,
     },
+    /// The instruction that follows reads or writes a register of A or an accumulator of this product, which is in flight.
+    WgmmaTouch {
+        number: u64,
+    },
+    /// The product that the warp issues next uses a register that was touched on the line given, with no `wgmma.fence` since.
+    WgmmaUnfenced {
+        touched: u32,
+    },
 }
 
 /// An mbarrier object: the block whose shared memory it is in, by position in launch order, and its offset there.

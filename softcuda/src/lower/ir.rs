@@ -382,6 +382,8 @@ pub enum Extra {
     Mma(Mma),
     Wgmma(Box<Wgmma>),
     WgmmaSync(WgmmaSync),
+    /// The next operation touches registers that products use: see [`super::in_flight`].
+    WgmmaTouch(Vec<Reg>),
     /// Index register and targets as operation indices.
     Brx(Reg, Vec<u32>),
     /// `isspacep`: destination, source, space.
@@ -479,6 +481,7 @@ impl Extra {
                 f(&mut x.b, Use::Read);
                 f(&mut x.scale_d.0, Use::Read);
             }
+            Self::WgmmaTouch(regs) => regs.iter_mut().for_each(|r| f(r, Use::Read)),
             Self::WgmmaSync(x) => x.in_flight.iter_mut().for_each(|r| f(r, Use::Read)),
             Self::Brx(r, _) => f(r, Use::Read),
             Self::TestSpace(d, a, _) => {
@@ -577,6 +580,7 @@ impl Code {
                 | Mma
                 | Wgmma
                 | WgmmaSync
+                | WgmmaTouch
                 | BrxIdx
                 | Sleep
                 | Fence

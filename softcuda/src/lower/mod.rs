@@ -163,7 +163,7 @@ fn lower_kernel(
     for part in bodies {
         let (mut nodes, labels) = flow::split(part.items).map_err(at(part.line))?;
         let order = flow::order(&nodes);
-        in_flight::note(&nodes, &order, &mut body);
+        in_flight::note(&mut nodes, &order, &mut body);
         let pc = body.ops.len() as u32;
         let placed = registers::assign(&mut nodes, &order, &widths, &temporaries, &mut body);
         flow::emit(&nodes, &order, &labels, &mut body);

@@ -34,4 +34,5 @@ mod warp;
 mod warpgroup;
 mod wgmma;
 mod wgmma_async;
+mod wgmma_registers;
 mod wide;

@@ -1,5 +1,8 @@
 //! Runs `wgmma` programs: one or more warpgroups, an image of shared memory, accumulators in and out.
 
+use std::sync::Arc;
+
+use softcuda::exec::observe::Watch;
 use softcuda::exec::{Config, Fault, Isa, Launch, launch};
 use softcuda::lower::{Environment, LowerError, Program, lower_module};
 
@@ -63,6 +66,10 @@ ret;
 
     /// As [`Program64::run`], with other text of the same parameters.
     pub fn run_text(&self, text: &str) -> Result<Vec<u32>, Fault> {
+        self.watched(text, Vec::new())
+    }
+
+    pub fn watched(&self, text: &str, watches: Vec<Arc<dyn Watch>>) -> Result<Vec<u32>, Fault> {
         let program = lower(text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         let mut image = self.image.clone();
         image.resize(image.len().next_multiple_of(4).max(16), 0);
@@ -85,6 +92,7 @@ ret;
             threads: 1,
             seed: self.seed,
             isa: self.isa,
+            watches,
             compute_capability: (9, 0),
             timeout: Some(std::time::Duration::from_secs(20)),
             ..Config::default()

@@ -34,7 +34,7 @@ use super::lanes::{Buffer, FULL, File, LANES};
 use super::numeric::{F16, float};
 use super::observe::{AccessKind, Engine, SyncEvent, Touch};
 use super::state::{GroupState, Machine, Outcome, Raw, Shared, Warp, mix};
-use crate::lower::ir::{Extra, MmaType, Wgmma, WgmmaA, WgmmaSync, WgmmaSyncKind};
+use crate::lower::ir::{Extra, MmaType, Reg, Wgmma, WgmmaA, WgmmaSync, WgmmaSyncKind};
 use crate::ptx::ast::{Space, Type};
 
 /// Warps of a warpgroup.
@@ -123,6 +123,8 @@ pub struct Queue {
     sums: Vec<Sums>,
     /// The product that the warp waits for its warpgroup to issue.
     awaited: u64,
+    /// Registers marked as touched since the last fence, and on which line; kept where somebody watches.
+    touched: Vec<(u32, u32)>,
     /// Makes products land early; 0 for never.
     random: u64,
 }
@@ -132,6 +134,7 @@ impl Queue {
         self.next = 0;
         self.committed = 0;
         self.pending.clear();
+        self.touched.clear();
         self.sums.iter_mut().for_each(|s| s.users = 0);
         self.random = if seed == 0 { 0 } else { mix(seed ^ warp) | 1 };
     }
@@ -223,6 +226,11 @@ pub fn issue(m: &mut Machine, file: File, x: &Wgmma, pc: u32, extra: u32) -> Out
             return Err(illegal(message));
         }
     }
+    if m.worker.watched
+        && let Some(touched) = unfenced(&m.warp.wgmma, x)
+    {
+        m.observe_sync(SyncEvent::WgmmaUnfenced { touched }, pc);
+    }
     m.observe_sync(SyncEvent::WgmmaIssue { number, first }, pc);
     if first && m.worker.watched {
         report_reads(m, group, number, pc);
@@ -232,6 +240,36 @@ pub fn issue(m: &mut Machine, file: File, x: &Wgmma, pc: u32, extra: u32) -> Out
     queue.pending.push_back(Pending { number, group: queue.committed, sums });
     queue.next += 1;
     Ok(())
+}
+
+/// Line on which a register of the product was touched with no fence since.
+fn unfenced(queue: &Queue, x: &Wgmma) -> Option<u32> {
+    let used = |slot: u32| uses(x, slot) || x.d.iter().any(|r| r.slot == slot);
+    queue.touched.iter().find(|(slot, _)| used(*slot)).map(|(_, line)| *line)
+}
+
+/// A is read from the register.
+fn uses(x: &Wgmma, slot: u32) -> bool {
+    matches!(&x.a, WgmmaA::Registers(regs) if regs.iter().any(|r| r.slot == slot))
+}
+
+/// The next operation touches registers that products use.
+pub fn touch(m: &mut Machine, regs: &[Reg], pc: u32) {
+    if !m.worker.watched {
+        return;
+    }
+    let line = m.line(pc);
+    let queue = &mut m.warp.wgmma;
+    queue.touched.extend(regs.iter().map(|r| (r.slot, line)));
+    let group = &m.shared.warpgroups[m.warp.index as usize / WARPS as usize];
+    let holds = |p: &&Pending| {
+        let product = &group.products[(p.number - group.first) as usize];
+        let Extra::Wgmma(x) = &m.worker.body.extras[product.extra as usize] else { return false };
+        regs.iter().any(|r| uses(x, r.slot) || queue.sums[p.sums].slots.contains(&r.slot))
+    };
+    if let Some(number) = queue.pending.iter().find(holds).map(|p| p.number) {
+        m.observe_sync(SyncEvent::WgmmaTouch { number }, pc);
+    }
 }
 
 /// Tells whoever watches what a product reads, 32 chunks at a time.
@@ -324,7 +362,10 @@ pub fn sync(m: &mut Machine, file: File, x: &WgmmaSync, pc: u32) -> Outcome<bool
         land(m, file);
     }
     let event = match x.kind {
-        WgmmaSyncKind::Fence => SyncEvent::WgmmaFence,
+        WgmmaSyncKind::Fence => {
+            m.warp.wgmma.touched.clear();
+            SyncEvent::WgmmaFence
+        }
         WgmmaSyncKind::Commit => SyncEvent::WgmmaCommit,
         WgmmaSyncKind::Wait(keep) => {
             let queue = &m.warp.wgmma;

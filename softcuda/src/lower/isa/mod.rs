@@ -126,7 +126,7 @@ macro_rules! define_codes {
             LoadMatrix, StoreMatrix, MoveMatrix, Mma,
             Cluster, Mbarrier, Bulk, ProxyFence, Tensormap,
             /// `setmaxnreg` to the low bits of `x`, up where its top bit is set.
-            Wgmma, WgmmaSync, SetMaxRegisters,
+            Wgmma, WgmmaSync, WgmmaTouch, SetMaxRegisters,
         }
 
         /// All rows, in the order of [`Code`].
