@@ -6,6 +6,9 @@
 //! - `cp.async.bulk` until the engine has written, and read, them;
 //! - `wgmma` until a warp of the warpgroup has waited for it.
 //!
+//! The registers of A and the accumulators of a `wgmma` are its own from its issue to the wait of the warp that they belong to, and
+//! between a warp's touching one and a `wgmma` that uses it there must be a `wgmma.fence` (see `lower::in_flight`).
+//!
 //! Any access to a word that is being written, and any write to one that is being read, is a finding. Generic writes, those of
 //! `cp.async` included, to what `wgmma` or a bulk copy reads need a `fence.proxy.async` in between, by the thread that wrote or
 //! by a warp of those that issue the operation (PTX ISA 8.4.3, "Async proxy").
@@ -14,8 +17,7 @@
 //! - whether threads other than the one that waited are ordered after the wait: that is the race checker's.
 //! - A bulk copy that has landed although the access does not wait for it: the race checker sees it; another seed lands later.
 //! - Asynchronous writes and generic accesses in global memory, and proxy fences for it, and those of tensor maps.
-//! - Registers of a `wgmma` in flight: the device takes them away, so that results are wrong. Of missing `wgmma.fence`, only the
-//!   one before a warp's first `wgmma`.
+//! - `wgmma` of another shape on accumulators in flight, which would need a `wgmma.fence`.
 //! - Of two operations that read the same word, only the one issued last holds it.
 
 mod flight;

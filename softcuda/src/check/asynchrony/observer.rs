@@ -218,6 +218,16 @@ impl Observer for AsyncObserver<'_> {
                     self.report("fence", message, Place::new(site, 0), None);
                 }
             }
+            SyncEvent::WgmmaUnfenced { touched } => {
+                let other = Place::new(&Site { line: touched, ..*site }, 0);
+                let message = "`wgmma` on a register that was touched without a `wgmma.fence` since".to_owned();
+                self.report("fence", message, Place::new(site, 0), Some(other));
+            }
+            SyncEvent::WgmmaTouch { .. } => {
+                let message =
+                    "a register that a `wgmma` in flight reads or writes is touched before the wait".to_owned();
+                self.report("register", message, Place::new(site, 0), None);
+            }
             SyncEvent::WgmmaWait { complete, .. } => {
                 let done = |o: &Operation| {
                     matches!(o.kind, Kind::Product { number } if number < complete)
