@@ -1,5 +1,4 @@
-//! Runs the cases of `tests/data/ptx`: kernels as an outside compiler emitted them, with inputs and expected outputs. All of
-//! `sm_80`; of `sm_90a` those that need none of Hopper's engines, the others being refused by name.
+//! Runs the cases of `tests/data/ptx`: kernels as an outside compiler emitted them, with inputs and expected outputs.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -103,8 +102,8 @@ fn three(v: &Value) -> [u32; 3] {
     std::array::from_fn(|i| v[i].as_u64().unwrap() as u32)
 }
 
-/// Runs a case with some checkers; `false` if the device refuses its instructions.
-fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection: Selection) -> bool {
+/// Runs a case with some checkers, which must find nothing.
+fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection: Selection) {
     let name = dir.file_name().unwrap().to_string_lossy();
     let case: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
     let data = std::fs::read(dir.join("data.safetensors")).unwrap();
@@ -116,13 +115,7 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection:
     let symbols =
         module.variables.iter().map(|v| (v.name.clone(), device.upload(&vec![0; v.bytes().unwrap() as usize])));
     let env = Environment { symbols: symbols.collect(), compute_capability: capability };
-    let program = match lower_module(&module, &env) {
-        Ok(program) => program,
-        Err(e) => {
-            println!("{name}: {e}");
-            return false;
-        }
-    };
+    let program = lower_module(&module, &env).unwrap_or_else(|e| panic!("{name}: {e}"));
     let kernel = program.kernel(case["entry"].as_str().unwrap()).expect("the entry is there");
 
     let mut buffers = HashMap::new();
@@ -186,38 +179,34 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection:
             assert!(close, "{name}, seed {seed}: {tensor}[{i}] is {g}, expected {w}");
         }
     }
-    true
+}
+
+/// Every case with the device it is for.
+fn all_cases() -> impl Iterator<Item = (PathBuf, (u32, u32))> {
+    let only = std::env::var("SOFTCUDA_CASE").unwrap_or_default();
+    let targets = [("sm_80", (8, 0), 15), ("sm_90a", (9, 0), 18)];
+    let of = |(target, capability, count)| {
+        let found = cases(target);
+        assert_eq!(found.len(), count, "all cases of {target} are there");
+        found.into_iter().map(move |dir| (dir, capability))
+    };
+    targets.into_iter().flat_map(of).filter(move |(dir, _)| dir.to_string_lossy().contains(&only))
 }
 
 #[test]
 fn every_case_under_several_seeds() {
-    let cases = cases("sm_80");
-    assert_eq!(cases.len(), 15, "all cases are there");
-    for dir in &cases {
+    for (dir, capability) in all_cases() {
         for seed in 0..8 {
-            let none = Selection::NONE;
-            assert!(run(dir, (8, 0), seed, 1 + seed as usize % 3, none), "{} is refused", dir.display());
+            run(&dir, capability, seed, 1 + seed as usize % 3, Selection::NONE);
         }
     }
 }
 
 #[test]
-fn checkers_are_silent() {
-    let only = std::env::var("SOFTCUDA_CASE").unwrap_or_default();
-    for dir in cases("sm_80").iter().filter(|d| d.to_string_lossy().contains(&only)) {
+fn every_case_under_twenty_seeds_with_all_checkers() {
+    for (dir, capability) in all_cases() {
         for seed in 0..20 {
-            run(dir, (8, 0), seed, 1 + seed as usize % 3, Selection::ALL);
-        }
-    }
-}
-
-#[test]
-fn every_hopper_case_under_many_seeds() {
-    let cases = cases("sm_90a");
-    assert_eq!(cases.len(), 18, "all cases are there");
-    for dir in &cases {
-        for seed in 0..20 {
-            assert!(run(dir, (9, 0), seed, 1 + seed as usize % 3, Selection::NONE), "{} is refused", dir.display());
+            run(&dir, capability, seed, 1 + seed as usize % 3, Selection::ALL);
         }
     }
 }
