@@ -48,6 +48,13 @@ fn main() -> ExitCode {
     let globs: Vec<WildMatch> = globs.split(',').map(WildMatch::new).collect();
     let kernels: Vec<Kernel> =
         registry::all().into_iter().filter(|kernel| globs.iter().any(|glob| glob.matches(&kernel.name()))).collect();
+    if kernels.is_empty() {
+        eprintln!(
+            "MOE_CASES: no kernel is named like any of {:?}",
+            globs.iter().map(WildMatch::to_string).collect::<Vec<_>>()
+        );
+        return ExitCode::FAILURE;
+    }
     if let Ok(limit) = std::env::var("MOE_MUTANTS") {
         return mutants::report(&kernels, &limit);
     }

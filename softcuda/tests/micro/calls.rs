@@ -267,12 +267,17 @@ const CALL_PRINT: &str = "mov.u64 %rd1, format; cvta.global.u64 %rd1, %rd1;
 #[test]
 fn printing_in_the_order_of_blocks() {
     let body = format!(
-        ".local .align 8 .b8 args[8]; mov.u64 %rd2, args; cvta.local.u64 %rd2, %rd2; mov.u32 %r2, %ctaid.x;
-         st.v2.u32 [%rd2], {{%r2, %lane}}; setp.ge.u32 %q, %lane, 30; {CALL_PRINT} st.global.u32 [%out], %r3;"
+        ".local .align 8 .b8 args[8]; .reg .b32 %turn, %mine; .reg .pred %not; mov.u64 %rd2, args; cvta.local.u64 %rd2, %rd2;
+         mov.u32 %r2, %ctaid.x; st.v2.u32 [%rd2], {{%r2, %lane}}; setp.ge.u32 %q, %lane, 30; sub.u32 %mine, 19, %r2;
+         WAIT: ld.acquire.gpu.global.u32 %turn, [turns]; setp.ne.u32 %not, %turn, %mine; @%not bra WAIT;
+         {CALL_PRINT} bar.warp.sync -1; setp.ne.u32 %not, %lane, 0; @!%not red.release.gpu.global.add.u32 [turns], 1;
+         st.global.u32 [%out], %r3;"
     );
+    // The last block prints first.
+    let outside = string("format", "block %d lane %d\n") + ".global .align 4 .u32 turns;";
     let want: String = (0..20).flat_map(|b| [30, 31].map(|l| format!("block {b} lane {l}\n"))).collect();
     for threads in [1, 4] {
-        assert_eq!(printed(20, threads, &string("format", "block %d lane %d\n"), &body), want);
+        assert_eq!(printed(20, threads, &outside, &body), want);
     }
 }
 

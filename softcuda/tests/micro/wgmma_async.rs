@@ -93,8 +93,9 @@ fn registers_of_a_are_read_at_the_wait() {
     let zeroed: String = (0..4).map(|i| format!("mov.b32 %a{i}, 0;")).collect();
     all(&values(&format!("{FENCE} {MMA_FROM_REGISTERS} {COMMIT} {zeroed} {WAIT}"), 0), 5.0);
     // Registers that the program is done with keep their place until the product is.
-    let fresh: String =
-        (0..8).map(|i| format!("add.u32 %r{i}, %t, {i}; st.shared.b32 [%s+{}], %r{i};", 1024 * i + 4096)).collect();
+    // All eight values live at once, so that the registers of A would be taken were they free.
+    let made: String = (0..8).map(|i| format!("add.u32 %r{i}, %t, {i};")).collect();
+    let fresh = (0..8).fold(made, |text, i| text + &format!("st.shared.b32 [%s+{}], %r{i};", 1024 * i + 4096));
     let reuse = format!("{FENCE} {MMA_FROM_REGISTERS} {COMMIT} {fresh} {WAIT}");
     let mut p = program(&reuse);
     p.image.resize(16384, 0);
