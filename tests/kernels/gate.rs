@@ -33,6 +33,14 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
             }
         }
     }
+    // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
+    if !variant.dispatch && variant.values <= 32 {
+        let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
+        let gating = Gating::new(variant.score);
+        let desc = GatingDesc { tokens: warps as usize + 5, experts: least.max(2), top_k: 2, gating };
+        case(variant, rng, &desc, Logits::Normal, variant.score != Score::TopkSoftmax);
+        case(variant, rng, &desc, Logits::Ties, false);
+    }
 }
 
 /// Groups that divide the experts and leave enough of them, half of the time.
