@@ -2,7 +2,7 @@
 //!
 //! All are silent on correct programs. What each can see and what it cannot stands in its module's documentation.
 //!
-//! A checker is a [`Watch`](crate::exec::observe::Watch) that reports to the [`Findings`] that it was made with. [`Checks`] holds
+//! A checker is a [`Watch`] that reports to the [`Findings`] that it was made with. [`Checks`] holds
 //! the ones that are switched on, and what the host does to memory.
 
 mod asynchrony;
