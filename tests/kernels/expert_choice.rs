@@ -153,14 +153,17 @@ pub fn check_combine(variant: CombineRagged, rng: &mut fastrand::Rng) {
 fn combine<T: Storage>(rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let dtype = <T as Element>::DTYPE;
-    for (tokens, slots, hidden) in [(1, 1, 8), (9, 40, 72), (50, 30, 256), (3, 100, 2056), (4, 0, 8)] {
-        let name = format!("{dtype}, {tokens} tokens, {slots} slots, hidden {hidden}");
+    let shapes = [(1, 1, 8), (9, 40, 72), (50, 30, 256), (3, 100, 2056), (4, 0, 8)];
+    for ((tokens, slots, hidden), options) in shapes.into_iter().flat_map(|shape| (0..8).map(move |o| (shape, o))) {
+        let [weighted, with_residual, with_addend] = [1, 2, 4].map(|bit| options & bit != 0);
+        let name = format!(
+            "{dtype}, {tokens} tokens, {slots} slots, hidden {hidden}, weights {weighted}, residual {with_residual}, addend {with_addend}"
+        );
         let slot_token: Vec<i32> = (0..slots).map(|_| rng.usize(..tokens) as i32).collect();
         let of: TokenSlots = reference::token_slots(&slot_token, tokens).unwrap();
         let y_slots = normals::<T>(rng, slots * hidden, 1.0);
         let (residual, addend) = (normals::<T>(rng, tokens * hidden, 1.0), normals::<T>(rng, tokens * hidden, 1.0));
         let weights: Vec<f32> = (0..slots).map(|_| rng.f32()).collect();
-        let [weighted, with_residual, with_addend] = [rng.bool(), rng.bool(), rng.bool()];
         let want = reference::combine_ragged(
             &y_slots,
             &of,

@@ -176,7 +176,7 @@ pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
         let started = Instant::now();
         let healthy = run(&name, None, usize::MAX, Duration::from_secs(600));
         assert_eq!(healthy, Verdict::Survived, "{name} fails unbroken");
-        let patience = started.elapsed() * 5 + Duration::from_secs(2);
+        let patience = started.elapsed() * 3 + Duration::from_secs(2);
         let ptx = embedded().iter().find(|e| e.name == name).expect("every kernel is embedded").ptx;
         jobs.extend(mutants(&name, ptx, limit).into_iter().map(|mutant| (mutant, patience)));
     }
