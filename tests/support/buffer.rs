@@ -1,5 +1,5 @@
-//! Device buffers beside guards of junk: a kernel that writes past an edge is noticed on any device. Inputs end where their
-//! allocation ends, so that the software device refuses reads past the last element.
+//! Device buffers beside guards of junk: a kernel that writes past an edge is noticed on any device. Inputs, and on the software
+//! device outputs too, end where their allocation ends, so that it refuses any access past the last element.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ const GUARD_BYTES: usize = 1024;
 /// Reads as a NaN in bf16, f16 and f32 and as an index far out of range.
 const JUNK: u8 = 0xff;
 
-/// `len` elements of `T` with a guard before, and for outputs one behind.
+/// `len` elements of `T` with a guard before, and for outputs on a GPU one behind.
 pub struct Guarded<T> {
     bytes: CudaSlice<T>,
     before: Vec<T>,
@@ -44,7 +44,8 @@ impl<T: DeviceRepr + bytemuck::Pod + PartialEq> Guarded<T> {
 
     /// An output of `len` elements, filled with junk.
     pub fn output(stream: &Arc<CudaStream>, name: &'static str, len: usize) -> Guarded<T> {
-        Self::new(stream, name, &vec![Self::junk(); len], Self::guard_elements())
+        let behind = if super::device::control().is_some() { 0 } else { Self::guard_elements() };
+        Self::new(stream, name, &vec![Self::junk(); len], behind)
     }
 
     pub fn view(&self) -> CudaView<'_, T> {
