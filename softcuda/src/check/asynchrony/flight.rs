@@ -3,9 +3,38 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::check::Place;
+use crate::exec::observe::Site;
+use crate::lower::Kernel;
 
 /// Bytes of a word.
 pub const WORD: u64 = 4;
+
+/// A lane at a line of the launch's kernel: a [`Place`] that costs nothing until it is told.
+#[derive(Debug, Clone, Copy)]
+pub struct Spot {
+    line: u32,
+    block: [u32; 3],
+    warp: u32,
+    lane: u32,
+}
+
+impl Spot {
+    pub fn new(site: &Site, lane: usize) -> Spot {
+        Spot { line: site.line, block: site.block_id, warp: site.warp, lane: lane as u32 }
+    }
+
+    pub fn place(self, kernel: &Kernel) -> Place {
+        let text = kernel.lines.get((self.line as usize).wrapping_sub(1)).map_or("", |line| line.trim());
+        Place {
+            kernel: kernel.name.clone(),
+            line: self.line,
+            text: text.to_owned(),
+            block: self.block,
+            warp: self.warp,
+            lane: self.lane,
+        }
+    }
+}
 
 /// An operation in flight.
 #[derive(Debug)]
@@ -14,7 +43,7 @@ pub struct Operation {
     /// The block that issued it, and its warp there.
     pub block: u64,
     pub warp: u32,
-    pub place: Place,
+    pub place: Spot,
     /// Its source has been read.
     pub read: bool,
 }
@@ -90,7 +119,7 @@ pub struct Unwaited {
     pub lane: u32,
     pub group: u32,
     pub reads_shared: bool,
-    pub place: Place,
+    pub place: Spot,
 }
 
 /// Copies that an arrival at an mbarrier waits for.
@@ -140,9 +169,15 @@ impl Flight {
         self.issued
     }
 
-    /// The operation of this number that is not `own` and still in flight.
-    pub fn alive(&self, number: u64, own: u64) -> Option<&Operation> {
-        if number == 0 || number == own {
+    /// The least number of an operation in flight. Most words hold older ones: no need to look those up.
+    pub fn oldest(&self) -> u64 {
+        self.operations.first_key_value().map_or(u64::MAX, |(&number, _)| number)
+    }
+
+    /// The operation of this number that is not `own` and still in flight; `oldest` is from [`Flight::oldest`].
+    #[inline(always)]
+    pub fn alive(&self, number: u64, own: u64, oldest: u64) -> Option<&Operation> {
+        if number < oldest || number == own {
             return None;
         }
         self.operations.get(&number)

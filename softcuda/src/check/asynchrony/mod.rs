@@ -46,6 +46,6 @@ impl Watch for Async {
         let uses = |what: &str| launch.kernel.lines.iter().any(|line| line.contains(what));
         let proxied = uses("wgmma") || uses("cp.async.bulk") || uses("cp.reduce.async.bulk");
         let any = proxied || uses("cp.async");
-        any.then(|| Box::new(observer::AsyncObserver::new(&self.findings, proxied)) as Box<dyn Observer>)
+        any.then(|| Box::new(observer::AsyncObserver::new(&self.findings, launch.kernel, proxied)) as Box<dyn Observer>)
     }
 }

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 
-use super::flight::{Arrival, Flight, Kind, Operation, Unwaited, WORD};
-use crate::check::{Checker, Finding, Findings, Place};
+use super::flight::{Arrival, Flight, Kind, Operation, Spot, Unwaited, WORD};
+use crate::check::{Checker, Finding, Findings};
 use crate::exec::observe::{
     AccessKind, BlockEvent, BlockSite, Engine, MemoryEvent, Observer, ProxyFence, Site, SyncEvent,
 };
+use crate::lower::Kernel;
 use crate::ptx::ast::Space;
 
 pub struct AsyncObserver<'a> {
     findings: &'a Findings,
+    kernel: &'a Kernel,
     /// The kernel uses the asynchronous proxy.
     proxied: bool,
     flights: HashMap<u64, Flight>,
@@ -22,12 +24,13 @@ fn lanes_of(mask: u32) -> impl Iterator<Item = usize> {
 }
 
 impl<'a> AsyncObserver<'a> {
-    pub fn new(findings: &'a Findings, proxied: bool) -> Self {
-        AsyncObserver { findings, proxied, flights: HashMap::new(), cluster_of: HashMap::new() }
+    pub fn new(findings: &'a Findings, kernel: &'a Kernel, proxied: bool) -> Self {
+        AsyncObserver { findings, kernel, proxied, flights: HashMap::new(), cluster_of: HashMap::new() }
     }
 
-    fn report(&self, class: &'static str, message: String, place: Place, other: Option<Place>) {
-        let finding = Finding { checker: Checker::Async, message, place: Some(place), other, times: 1 };
+    fn report(&self, class: &'static str, message: String, place: Spot, other: Option<Spot>) {
+        let (place, other) = (Some(place.place(self.kernel)), other.map(|spot| spot.place(self.kernel)));
+        let finding = Finding { checker: Checker::Async, message, place, other, times: 1 };
         self.findings.report(class, finding);
     }
 
@@ -46,7 +49,7 @@ impl<'a> AsyncObserver<'a> {
         if e.engine == Engine::CopyAsync {
             let group = flight.warps.entry((site.block, site.warp)).or_default().committed;
             let kind = Kind::Copy { mask: e.mask, to: *e.addresses, bytes: e.bytes, group };
-            let place = Place::new(site, e.mask.trailing_zeros() as usize);
+            let place = Spot::new(site, e.mask.trailing_zeros() as usize);
             flight.issue(Operation { kind, block: site.block, warp: site.warp, place, read: true });
         }
         let own = if e.engine == Engine::Thread { 0 } else { flight.current };
@@ -57,8 +60,8 @@ impl<'a> AsyncObserver<'a> {
         if e.engine == Engine::Thread && writes && proxied {
             flight.now += 1;
         }
-        let now = flight.now;
-        let mut found: Option<(&'static str, String, usize, Option<Place>)> = None;
+        let (now, oldest) = (flight.now, flight.oldest());
+        let mut found: Option<(&'static str, String, usize, Option<Spot>)> = None;
         for lane in lanes_of(e.mask) {
             let at = e.addresses[lane];
             for word in at / WORD..(at + u64::from(e.bytes)).div_ceil(WORD) {
@@ -67,7 +70,7 @@ impl<'a> AsyncObserver<'a> {
                     continue;
                 }
                 if found.is_none() {
-                    if let Some(o) = flight.alive(words.written_by[i], own)
+                    if let Some(o) = flight.alive(words.written_by[i], own, oldest)
                         && o.writes(word)
                         && !(reduces && matches!(o.kind, Kind::Bulk { atomic: true }))
                     {
@@ -75,14 +78,14 @@ impl<'a> AsyncObserver<'a> {
                             if reads && !writes { ("early", "read") } else { ("overwritten", "written") };
                         let message =
                             format!("shared memory at {at:#x} is {verb} while a {} to it is in flight", o.name());
-                        found = Some((class, message, lane, Some(o.place.clone())));
+                        found = Some((class, message, lane, Some(o.place)));
                     } else if writes
-                        && let Some(o) = flight.alive(words.read_by[i], own)
+                        && let Some(o) = flight.alive(words.read_by[i], own, oldest)
                         && !o.read
                     {
                         let message =
                             format!("shared memory at {at:#x} is written while a {} may still read it", o.name());
-                        found = Some(("reused", message, lane, Some(o.place.clone())));
+                        found = Some(("reused", message, lane, Some(o.place)));
                     } else if asynchronous && reads && words.generic[i].1 != 0 {
                         let (writer, time) = words.generic[i];
                         let fenced = |warp: u32| flight.warps.get(&(site.block, warp)).is_some_and(|w| w.fenced > time);
@@ -126,7 +129,7 @@ impl<'a> AsyncObserver<'a> {
         }
         if let Some((class, message, lane, other)) = found {
             let lane = if e.engine == Engine::Thread || e.engine == Engine::CopyAsync { lane } else { 0 };
-            self.report(class, message, Place::new(site, lane), other);
+            self.report(class, message, Spot::new(site, lane), other);
         }
     }
 
@@ -210,23 +213,23 @@ impl Observer for AsyncObserver<'_> {
                 let fenced = flight.warps.entry(me).or_default().wgmma_fenced;
                 flight.current = 0;
                 if first {
-                    let (kind, place) = (Kind::Product { number }, Place::new(site, 0));
+                    let (kind, place) = (Kind::Product { number }, Spot::new(site, 0));
                     flight.issue(Operation { kind, block, warp, place, read: false });
                 }
                 if !fenced {
                     let message = "a warp's first `wgmma` without a `wgmma.fence` before it".to_owned();
-                    self.report("fence", message, Place::new(site, 0), None);
+                    self.report("fence", message, Spot::new(site, 0), None);
                 }
             }
             SyncEvent::WgmmaUnfenced { touched } => {
-                let other = Place::new(&Site { line: touched, ..*site }, 0);
+                let other = Spot::new(&Site { line: touched, ..*site }, 0);
                 let message = "`wgmma` on a register that was touched without a `wgmma.fence` since".to_owned();
-                self.report("fence", message, Place::new(site, 0), Some(other));
+                self.report("fence", message, Spot::new(site, 0), Some(other));
             }
             SyncEvent::WgmmaTouch { .. } => {
                 let message =
                     "a register that a `wgmma` in flight reads or writes is touched before the wait".to_owned();
-                self.report("register", message, Place::new(site, 0), None);
+                self.report("register", message, Spot::new(site, 0), None);
             }
             SyncEvent::WgmmaWait { complete, .. } => {
                 let done = |o: &Operation| {
@@ -236,10 +239,9 @@ impl Observer for AsyncObserver<'_> {
                 flight.operations.retain(|_, o| !done(o));
             }
             SyncEvent::BulkIssue { id, lane, bulk_group, .. } => {
-                let place = Place::new(site, lane as usize);
+                let place = Spot::new(site, lane as usize);
                 if bulk_group {
                     let group = flight.warps.entry(me).or_default().bulk_committed[lane as usize & 31];
-                    let place = place.clone();
                     flight.unwaited.push(Unwaited { block, warp, lane, group, reads_shared: false, place });
                 }
                 let kind = Kind::Bulk {
