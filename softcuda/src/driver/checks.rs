@@ -21,6 +21,11 @@ fn checks() -> Option<Arc<Checks>> {
     CHECKS.read().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
+/// Whether any checker is on.
+pub(super) fn on() -> bool {
+    CHECKS.read().unwrap_or_else(PoisonError::into_inner).is_some()
+}
+
 /// Takes `SOFTCUDA_CHECKS`.
 pub(super) fn read_environment() -> Outcome {
     let names = std::env::var("SOFTCUDA_CHECKS").unwrap_or_default();
