@@ -13,6 +13,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use minijinja::{Environment, UndefinedBehavior, Value, syntax::SyntaxConfig};
 
+#[path = "src/rules"]
+#[allow(dead_code)]
+mod rules {
+    pub mod kinds;
+}
 #[path = "kernels/registry.rs"]
 #[allow(dead_code)]
 mod registry;
@@ -23,6 +28,7 @@ fn main() {
     let kernels_dir = Path::new("kernels");
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=src/rules/kinds.rs");
     for variable in ["PTXAS", "CUDA_HOME", "MOE_PTXAS_ARCHS"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }

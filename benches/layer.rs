@@ -12,7 +12,8 @@ use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use cudarc::driver::CudaSlice;
 use half::bf16;
 use moe_kernels::layer::Linear;
-use moe_kernels::{Dtype, LayerArgs, LayerDesc, LayerPlan, LayerWeights, Workspace};
+use moe_kernels::rules::Dtype;
+use moe_kernels::{LayerArgs, LayerDesc, LayerPlan, LayerWeights, Workspace};
 use support::{counters, device, inputs};
 
 /// A layer with its weights on the device.

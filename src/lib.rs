@@ -65,45 +65,24 @@
 #![deny(unsafe_code)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
-pub mod admission;
-pub mod balance;
-pub mod base;
-pub mod combine;
-pub mod device;
-pub mod dispatch;
-mod dtype;
-mod embedded;
-mod error;
-pub mod expert_choice;
-pub mod expert_map;
-pub mod gating;
-pub mod gemm;
-pub mod hash;
-pub mod hierarchical;
-pub mod jitter;
-pub mod kernels;
-#[allow(unsafe_code)]
-mod launch;
+pub mod capacity;
+pub mod experts;
 pub mod layer;
-pub mod noisy;
 pub mod reference;
 #[path = "../kernels/registry.rs"]
 pub mod registry;
-pub mod router;
-pub mod sampled;
-mod shape;
-pub mod sinkhorn;
-pub mod tiles;
-mod workspace;
+pub mod routers;
+pub mod rules;
+pub mod runtime;
 
-pub use device::DeviceInfo;
-pub use dtype::Element;
-pub use error::Error;
-pub use kernels::Kernels;
-pub use launch::{In, Out};
 pub use layer::{LayerArgs, LayerDesc, LayerPlan, LayerWeights};
-pub use registry::Dtype;
-pub use workspace::Workspace;
+pub use rules::kinds::Dtype;
+pub use runtime::device::{self, DeviceInfo};
+pub use runtime::element::Element;
+pub use runtime::error::Error;
+pub use runtime::kernels::{self, Kernels};
+pub use runtime::launch::{In, Out};
+pub use runtime::workspace::Workspace;
 
 /// Most experts that a layer may have.
 pub const MAX_EXPERTS: usize = 4096;

@@ -9,12 +9,14 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream};
 use moe_kernels::Workspace;
-use moe_kernels::balance::{
-    self, BalanceRule, BiasDesc, LossScore, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
-};
-use moe_kernels::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs};
-use moe_kernels::gating::{Gating, GatingDesc, Score};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs};
 use moe_kernels::reference;
+use moe_kernels::routers::balance::{
+    self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
+};
+use moe_kernels::routers::gating::GatingDesc;
+use moe_kernels::rules::{BalanceRule, LossScore};
+use moe_kernels::rules::{Gating, Score};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use support::compare::to_f64;

@@ -5,9 +5,10 @@ mod support;
 
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use half::bf16;
-use moe_kernels::Dtype;
-use moe_kernels::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Glu, Layout, Schedule, Tiles};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Activation, Glu, Layout};
 use support::layer_case::{Device, Random, open};
 
 const K: usize = 2048;

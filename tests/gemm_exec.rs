@@ -3,7 +3,8 @@
 
 use half::{bf16, f16};
 use moe_kernels::kernels::embedded;
-use moe_kernels::registry::{self, Dtype, Glu, GroupedGemm, Kernel, Layout};
+use moe_kernels::registry::{self, GroupedGemm, Kernel};
+use moe_kernels::rules::{Dtype, Glu, Layout};
 use softcuda::exec::{Config, Counters, GlobalMemory, Launch};
 use softcuda::lower::{Environment, lower_module};
 

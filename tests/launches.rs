@@ -2,7 +2,8 @@
 
 use half::bf16;
 use moe_kernels::layer::{Linear, Mlp, SharedDesc, SharedWeights};
-use moe_kernels::{Dtype, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+use moe_kernels::rules::Dtype;
+use moe_kernels::{Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
 
 #[test]
 fn launches_are_those_of_the_plan() {

@@ -4,11 +4,12 @@
 mod support;
 
 use half::{bf16, f16};
-use moe_kernels::dispatch::Capacity;
-use moe_kernels::gating::{Gating, GroupScore, Groups, Score};
-use moe_kernels::gemm::{Activation, Glu, Layout};
+use moe_kernels::LayerDesc;
 use moe_kernels::layer::{Mlp, SharedDesc, Weighting};
-use moe_kernels::{Dtype, LayerDesc};
+use moe_kernels::rules::Capacity;
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Activation, Glu, Layout};
+use moe_kernels::rules::{Gating, GroupScore, Groups, Score};
 use support::layer_case::{Case, Device, check, open};
 
 fn mixtral(dtype: Dtype) -> LayerDesc {

@@ -9,11 +9,13 @@ mod noise;
 mod support;
 
 use half::bf16;
-use moe_kernels::dispatch::{self, Capacity, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
-use moe_kernels::gating::{Gating, Score};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
 use moe_kernels::layer::Mlp;
 use moe_kernels::reference::{self, dispatch::DispatchRule};
-use moe_kernels::{Dtype, LayerDesc, Workspace};
+use moe_kernels::rules::Capacity;
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Gating, Score};
+use moe_kernels::{LayerDesc, Workspace};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use support::compare::{assert_rounded_once, to_f64};

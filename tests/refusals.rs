@@ -9,13 +9,16 @@ use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream};
 use half::{bf16, f16};
-use moe_kernels::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
-use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc, Score};
-use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Glu, Layout, Schedule, Tiles};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
 use moe_kernels::layer::{Linear, Mlp, SharedDesc, SharedWeights};
-use moe_kernels::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::{Dtype, Error, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Activation, Glu, Layout};
+use moe_kernels::rules::{Gating, Score};
+use moe_kernels::{Error, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
 
 struct Device {
     stream: Arc<CudaStream>,

@@ -4,13 +4,17 @@ mod support;
 
 use cudarc::driver::CudaSlice;
 use half::f16;
-use moe_kernels::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::dispatch::{self, Capacity, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
-use moe_kernels::gating::{self, Gating, GatingArgs, GatingDesc, GroupScore, Groups, Score};
-use moe_kernels::gemm::{self, Activation, GemmArgs, GemmDesc, Glu, Schedule, Tiles};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
 use moe_kernels::layer::{Linear, Mlp, Weighting};
-use moe_kernels::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::{Dtype, LayerArgs, LayerDesc, LayerWeights, Workspace};
+use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
+use moe_kernels::rules::Capacity;
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Activation, Glu};
+use moe_kernels::rules::{Gating, GroupScore, Groups, Score};
+use moe_kernels::{LayerArgs, LayerDesc, LayerWeights, Workspace};
 use support::layer_case::{Device, Random, open};
 
 type T = f16;

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use moe_kernels::balance::RouterStats;
+use moe_kernels::routers::balance::RouterStats;
 
 use crate::Load;
 

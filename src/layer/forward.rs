@@ -6,10 +6,15 @@ use cudarc::driver::CudaStream;
 
 use super::plan::Step;
 use super::{LayerArgs, LayerDesc, LayerPlan, LayerWeights, Linear, OPERATION, SharedWeights, Stage, Weighting};
-use crate::gemm::GemmDesc;
-use crate::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
-use crate::workspace::Region;
-use crate::{Element, Error, Kernels, Workspace, combine, dispatch, gating, gemm, router};
+use crate::capacity::dispatch;
+use crate::experts::combine;
+use crate::experts::gemm;
+use crate::experts::gemm::GemmDesc;
+use crate::routers::gating;
+use crate::routers::router;
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::workspace::Region;
+use crate::{Element, Error, Kernels, Workspace};
 
 impl LayerPlan {
     /// Enqueues the layer on `stream`.

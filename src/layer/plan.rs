@@ -1,14 +1,16 @@
 //! Choices for a layer and a number of tokens.
 
 use super::{LayerDesc, Mlp, OPERATION, Stage, Weighting};
-use crate::combine::{self, CombineDesc};
-use crate::dispatch::{self, DispatchDesc};
-use crate::gemm::{self, GemmDesc, Glu, Schedule};
-use crate::registry::{Dtype, Kernel};
-use crate::router::{self, RouterDesc};
-use crate::tiles::select_tile;
-use crate::workspace::{Arena, Region};
-use crate::{DeviceInfo, Error, Selection, shape};
+use crate::capacity::dispatch::{self, DispatchDesc};
+use crate::experts::combine::{self, CombineDesc};
+use crate::experts::gemm::{self, GemmDesc, Glu, Schedule};
+use crate::experts::tiles::select_tile;
+use crate::registry::Kernel;
+use crate::routers::router::{self, RouterDesc};
+use crate::rules::Dtype;
+use crate::runtime::shape;
+use crate::runtime::workspace::{Arena, Region};
+use crate::{DeviceInfo, Error, Selection};
 
 /// A launch as planned.
 #[derive(Clone, Copy, Debug)]
@@ -236,10 +238,10 @@ impl MlpShape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::A100;
-    use crate::dispatch::Capacity;
-    use crate::gemm::Activation;
+    use crate::experts::gemm::Activation;
     use crate::layer::SharedDesc;
+    use crate::rules::Capacity;
+    use crate::runtime::device::A100;
 
     fn mixtral() -> LayerDesc {
         LayerDesc::new(Dtype::Bf16, 4096, 14336, 8, 2)

@@ -2,7 +2,7 @@
 
 use std::f64::consts::{FRAC_1_SQRT_2, FRAC_2_PI, FRAC_2_SQRT_PI};
 
-pub use crate::gemm::Activation;
+use crate::rules::Activation;
 
 /// `act(value)`. Of [`Activation::ClampedSwiglu`] it is the gate's factor alone, `g sigmoid(alpha g)`.
 pub fn activate(activation: Activation, value: f64) -> f64 {

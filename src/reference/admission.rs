@@ -3,57 +3,9 @@
 //! It stands between gating and dispatch, and turns the ids of gating into ids of which dispatch need drop none.
 
 use super::gating::descending;
-use super::random::{NoiseSource, uniform};
 use super::{ReferenceError, require, require_shape};
-
-/// Whose turn it is when an expert's places are given away.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Order {
-    /// Token by token, all choices of one before the next token (Switch Transformers: Fedus et al. 2021).
-    ByToken,
-    /// All first choices before all second choices (GShard: Lepikhin et al. 2020, algorithm 1).
-    ByChoice,
-}
-
-/// Whether a token is sent to its second expert, whose weight is `g2`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum SecondExpert {
-    /// Always.
-    Always,
-    /// If `g2 > threshold`.
-    Above(f32),
-    /// With probability `min(1, g2 / threshold)`: if `g2 > threshold u`, `u` uniform in [0,1). GShard's policy has threshold
-    /// 1/2 ("proportional to its weight", `2 g2 > u`).
-    Random {
-        /// Weight from which on the second expert is certain.
-        threshold: f32,
-        /// Where u comes from: the gate word of stream 2 and expert 0.
-        noise: NoiseSource,
-    },
-}
-
-/// Who is admitted.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AdmissionRule {
-    /// Experts, `E`.
-    pub experts: usize,
-    /// Choices of a token, `K`, best first.
-    pub candidates: usize,
-    /// Experts that a token gets at most, `n <= K`. If fewer, a choice whose expert is full is passed on to the next one
-    /// (Switch Transformers, appendix B, "no token left behind"); if equal, it is dropped.
-    pub top_k: usize,
-    /// Tokens that an expert takes of each group.
-    pub capacity: usize,
-    /// Tokens of a group; the last may be shorter.
-    pub tokens_per_group: usize,
-    /// Whose turn it is.
-    pub order: Order,
-    /// Take the tokens of a group by falling priority, equal ones by token (batch-prioritised routing: Riquelme et al. 2021,
-    /// "Scaling Vision with Sparse Mixture of Experts", section 4.1).
-    pub prioritised: bool,
-    /// The second expert's chance; needs `top_k` of 2 unless it is [`SecondExpert::Always`].
-    pub second: SecondExpert,
-}
+use crate::rules::noise::uniform;
+use crate::rules::{AdmissionRule, Order, SecondExpert};
 
 /// What every token got.
 #[derive(Clone, Debug, PartialEq)]
@@ -134,6 +86,7 @@ fn wanted(t: usize, weights: &[f32], rule: &AdmissionRule) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::NoiseSource;
 
     fn rule() -> AdmissionRule {
         AdmissionRule {

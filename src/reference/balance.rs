@@ -4,6 +4,7 @@ use super::activation::sigmoid;
 use super::gating::softmax;
 use super::sampled::{entropy, log_sum_exp};
 use super::{Real, ReferenceError, require, require_shape};
+use crate::rules::{BalanceRule, LossScore};
 
 /// `CV(v)^2 = variance(v) / mean(v)^2`, the squared coefficient of variation (Shazeer et al. 2017, section 4), with 1e-10 added to
 /// the divisor as in the authors' published code.
@@ -12,28 +13,6 @@ pub fn cv_squared(values: &[f64]) -> f64 {
     let mean = values.iter().sum::<f64>() / count;
     let variance = values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / count;
     variance / (mean * mean + 1e-10)
-}
-
-/// The distribution over experts that a balancing loss takes from a token's logits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LossScore {
-    /// `softmax(l)` (Switch, GShard, Mixtral, OLMoE).
-    Softmax,
-    /// `sigmoid(l_e) / sum_j sigmoid(l_j)` (DeepSeek-V3, eq. 19).
-    Sigmoid,
-}
-
-/// What is measured.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct BalanceRule {
-    /// Where probabilities come from.
-    pub score: LossScore,
-    /// Tokens of a sequence; the last may be shorter.
-    pub tokens_per_sequence: usize,
-    /// The loss counts each token's first choice only (GShard, algorithm 1).
-    pub first_choice_only: bool,
-    /// Slots that an expert takes of each sequence; others are dropped.
-    pub capacity: Option<usize>,
 }
 
 /// Sums over tokens; those of many layers or batches may be added up before the loss is taken.

@@ -9,17 +9,8 @@
 
 use super::activation::sigmoid;
 use super::{ReferenceError, require};
-
-/// An auction's accuracy and limit.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AuctionRule {
-    /// Experts, `E`.
-    pub experts: usize,
-    /// The sum of scores is less than `tokens * epsilon` below the optimum.
-    pub epsilon: f32,
-    /// Rounds of bidding after which the tokens that are left go to the experts that have places left, in order.
-    pub max_rounds: u32,
-}
+use crate::rules::AuctionRule;
+use crate::rules::units;
 
 /// A balanced assignment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,15 +27,6 @@ pub struct Assigned {
 const LIMIT: f32 = (1 << 29) as f32;
 /// Most that a bid raises a price, in units.
 const MOST: i64 = 1 << 31;
-
-/// Units per 1.0: the power of two that makes a unit at most `epsilon / 2`, so that a score's scaling is exact and only
-/// its rounding, by half a unit, is not. Scores are thus exact to `epsilon / 4`, and the auction over units ends within one unit a
-/// token of the optimum: together within `epsilon` a token.
-pub fn units(epsilon: f32) -> f32 {
-    // The exponent of 2/epsilon, rounded up; both ends stay normal numbers.
-    let exponent = (2.0 / f64::from(epsilon)).log2().ceil().clamp(-100.0, 100.0);
-    exponent.exp2() as f32
-}
 
 /// The score in units, to nearest even; NaN is the least that a score can be.
 pub fn quantise(score: f32, units: f32) -> i64 {

@@ -1,7 +1,7 @@
 //! Dispatch: slots sorted by expert.
 
 use super::{ReferenceError, require};
-pub use crate::dispatch::Capacity;
+use crate::rules::Capacity;
 
 /// How slots are laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,17 +5,7 @@
 use super::activation::sigmoid;
 use super::gating::{descending, softmax};
 use super::{Real, ReferenceError, require, require_shape};
-
-/// What an expert thinks of a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Affinity {
-    /// Softmax of the token's logits over the experts (the paper's S).
-    Softmax,
-    /// Sigmoid of each logit.
-    Sigmoid,
-    /// The logit itself.
-    Logit,
-}
+use crate::rules::Affinity;
 
 /// `S^T [E,T]`: the affinity of every expert and token, from `logits [T,E]`.
 ///

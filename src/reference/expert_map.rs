@@ -5,11 +5,7 @@
 //! Technical Report", section 2.1, zero-computation experts: the token itself is the output).
 
 use super::{ReferenceError, require, require_shape};
-
-/// Entry of a map: no expert here; the slot is skipped. Also an expert whose output is zero.
-pub const NONE: i32 = -1;
-/// Entry of a map: an expert whose output is its input.
-pub const IDENTITY: i32 = -2;
+use crate::rules::{IDENTITY, NONE};
 
 /// Ids as a device sees them.
 #[derive(Clone, Debug, PartialEq)]

@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::activation::sigmoid;
 use super::{Real, ReferenceError, require, require_shape};
-pub use crate::gating::{Gating, GroupScore, Groups, Score};
+use crate::rules::{Gating, GroupScore, Groups, Score};
 
 /// The chosen experts of every token.
 #[derive(Clone, Debug, PartialEq)]

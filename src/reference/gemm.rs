@@ -2,12 +2,13 @@
 
 use rayon::prelude::*;
 
-pub use super::activation::Activation;
+use super::activation::Activation;
 use super::activation::{activate, activate_glu};
 use super::dispatch::Dispatched;
-use super::random::NoiseSource;
 use super::{Real, ReferenceError, require, require_shape};
-pub use crate::registry::{Glu, Layout};
+use crate::rules::noise::NoiseSource;
+use crate::rules::{Glu, Layout};
+use crate::rules::{drop_below, keep_scale};
 
 /// One matrix for each expert.
 #[derive(Clone, Copy, Debug)]
@@ -130,16 +131,6 @@ pub fn dropout(out: &mut [f64], probability: f32, noise: NoiseSource) -> Result<
         *value = if noise.dropout_word(i as u64) < below { 0.0 } else { *value * f64::from(scale) };
     });
     Ok(())
-}
-
-/// Random words below this drop: `2^32 p`, rounded to nearest, at most `2^32 - 1`.
-pub fn drop_below(probability: f32) -> u32 {
-    (f64::from(probability) * 2f64.powi(32)).round() as u32
-}
-
-/// What keeps the mean: `1 / (1 - p)` in f32.
-pub fn keep_scale(probability: f32) -> f32 {
-    (1.0 / (1.0 - f64::from(probability))) as f32
 }
 
 fn check<W: Real>(matrix: &ExpertMatrix<W>, experts: usize, activation: Activation) -> Result<(), ReferenceError> {

@@ -3,8 +3,8 @@
 //! Fedus et al. 2021, "Switch Transformers", section 2.2 and table 11 (input jitter): the router sees `x U(1 - epsilon, 1 + epsilon)`, the
 //! experts see x.
 
-use super::random::{NoiseSource, uniform};
 use super::{Real, ReferenceError, require};
+use crate::rules::noise::{NoiseSource, uniform};
 
 /// `x_i (1 - epsilon + 2 epsilon u_i)`, the factor in f32 with one fused rounding, the product rounded to `O`.
 ///

@@ -118,7 +118,7 @@ fn chain<W>(
 mod tests {
     use super::super::gemm::{Glu, Layout};
     use super::*;
-    use crate::registry::Score;
+    use crate::rules::Score;
 
     fn plain(weight: &[f64]) -> ExpertMatrix<'_, f64> {
         ExpertMatrix { weight, bias: None, n: 1, k: 1, glu: Glu::None, layout: Layout::Nk }

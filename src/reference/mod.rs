@@ -21,7 +21,7 @@ pub mod hash;
 pub mod jitter;
 pub mod layer;
 pub mod noisy;
-pub mod random;
+
 pub mod router;
 pub mod sampled;
 pub mod sinkhorn;

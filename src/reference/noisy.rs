@@ -6,19 +6,9 @@
 use super::activation::erf;
 use super::balance::cv_squared;
 use super::gating::{descending, softmax};
-use super::random::{NoiseSource, softplus, standard_normal};
 use super::{ReferenceError, require, require_shape};
-
-/// How noise is added and how many experts are kept.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct NoisyRule {
-    /// Experts of a token, `k`.
-    pub top_k: usize,
-    /// Added to every noise deviation (1e-2 in the authors' published code; 0 in the paper).
-    pub noise_epsilon: f32,
-    /// The random words.
-    pub noise: NoiseSource,
-}
+use crate::rules::NoisyRule;
+use crate::rules::noise::{softplus, standard_normal};
 
 /// What noisy gating yields.
 #[derive(Clone, Debug, PartialEq)]
@@ -227,6 +217,7 @@ fn normal_cdf(z: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::NoiseSource;
 
     const NOISE: NoiseSource = NoiseSource { seed: 3, offset: 0 };
 

@@ -5,19 +5,9 @@
 
 use super::gating::softmax;
 use super::noisy::top;
-use super::random::{NoiseSource, gumbel};
 use super::{ReferenceError, require};
-
-/// How experts are drawn.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SamplingRule {
-    /// Experts of a token, `k`; all different.
-    pub top_k: usize,
-    /// Factor of the logits: 0 draws evenly, a large one the best.
-    pub inverse_temperature: f32,
-    /// The random words.
-    pub noise: NoiseSource,
-}
+use crate::rules::SamplingRule;
+use crate::rules::noise::gumbel;
 
 /// What sampling yields.
 #[derive(Clone, Debug, PartialEq)]
@@ -92,6 +82,7 @@ pub fn entropy(probabilities: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::NoiseSource;
 
     #[test]
     fn pairs_come_as_often_as_the_formula_says() {

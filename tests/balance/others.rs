@@ -1,10 +1,13 @@
 //! The operations around measured gating that are no gating: one stream of them, captured, and under several orders of warps.
 
 use half::bf16;
-use moe_kernels::Dtype;
-use moe_kernels::admission::{self, AdmissionArgs, AdmissionDesc, AdmissionRule, Order, SecondExpert};
-use moe_kernels::expert_map::{self, ExpertMapArgs, ExpertMapDesc, IDENTITY, NONE};
-use moe_kernels::gemm::{self, Activation, Dropout, GemmArgs, GemmDesc, Glu, Layout, NoiseSource, Schedule};
+use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
+use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule};
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource};
+use moe_kernels::rules::{AdmissionRule, Order, SecondExpert};
+use moe_kernels::rules::{IDENTITY, NONE};
 
 use super::*;
 

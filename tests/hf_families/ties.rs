@@ -1,7 +1,7 @@
 //! Near ties: a choice that f32 can settle either way is right either way, any other choice is wrong.
 
 use moe_kernels::layer::LayerDesc;
-use moe_kernels::{Dtype, gating::Gating, gating::Score};
+use moe_kernels::rules::{Dtype, Gating, Score};
 
 use crate::hf::device::Outputs;
 use crate::hf::golden::from_reference;

@@ -1,12 +1,11 @@
 //! Checks of `admit_*`: GShard, GLaM, V-MoE and Switch orders, overflow, the random second expert.
 
 use moe_kernels::Workspace;
-use moe_kernels::admission::{
-    self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert, capacity,
-};
+use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc, capacity};
 use moe_kernels::reference;
 use moe_kernels::reference::admission::Admitted;
 use moe_kernels::registry::{Admit, Dispatch, Kernel};
+use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
 
 use crate::support::buffer::Guarded;
 use crate::support::device;

@@ -1,8 +1,10 @@
 //! Checks of `auction`: BASE layers.
 
-use moe_kernels::base::{self, AuctionRule, BaseArgs, BaseDesc};
+use moe_kernels::Workspace;
 use moe_kernels::reference::base::{auction, optimum, weights};
-use moe_kernels::{Dtype, Workspace};
+use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};
+use moe_kernels::rules::AuctionRule;
+use moe_kernels::rules::Dtype;
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{assert_rounded_once, to_f64};

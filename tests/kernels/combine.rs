@@ -1,9 +1,10 @@
 //! Checks of `combine_*`.
 
 use half::{bf16, f16};
-use moe_kernels::combine::{self, CombineArgs, CombineDesc, Identity};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc, Identity};
 use moe_kernels::reference;
-use moe_kernels::registry::{Combine, Dtype, Kernel};
+use moe_kernels::registry::{Combine, Kernel};
+use moe_kernels::rules::Dtype;
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Storage, assert_rounded_once, to_f64};

@@ -2,10 +2,11 @@
 
 use cudarc::driver::{CudaStream, CudaViewMut};
 use moe_kernels::Workspace;
-use moe_kernels::dispatch::{self, Capacity, DispatchArgs, DispatchDesc, DispatchOutputs, TileEntry, TileList};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, TileEntry, TileList};
 use moe_kernels::reference;
 use moe_kernels::reference::dispatch::{DispatchRule, Dispatched};
 use moe_kernels::registry::{Dispatch, Kernel};
+use moe_kernels::rules::Capacity;
 use std::sync::Arc;
 
 use crate::support::buffer::Guarded;

@@ -1,12 +1,14 @@
 //! Checks of `affinity`, `expert_choice`, `token_slots` and `combine_ragged_*`.
 
 use half::{bf16, f16};
-use moe_kernels::expert_choice::{
-    self, Affinity, ChoiceArgs, CombineRaggedArgs, CombineRaggedDesc, ExpertChoiceDesc, TokenSlotsArgs, TokenSlotsDesc,
-};
 use moe_kernels::reference::expert_choice as reference;
 use moe_kernels::reference::expert_choice::TokenSlots;
-use moe_kernels::registry::{CombineRagged, Dtype};
+use moe_kernels::registry::CombineRagged;
+use moe_kernels::routers::expert_choice::{
+    self, ChoiceArgs, CombineRaggedArgs, CombineRaggedDesc, ExpertChoiceDesc, TokenSlotsArgs, TokenSlotsDesc,
+};
+use moe_kernels::rules::Affinity;
+use moe_kernels::rules::Dtype;
 use moe_kernels::{Element, Workspace};
 
 use crate::support::buffer::Guarded;

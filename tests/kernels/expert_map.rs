@@ -1,8 +1,9 @@
 //! Checks of `map_experts`: expert parallelism, replicas, null experts.
 
-use moe_kernels::expert_map::{self, ExpertMapArgs, ExpertMapDesc, IDENTITY, NONE};
+use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
 use moe_kernels::reference;
 use moe_kernels::registry::Kernel;
+use moe_kernels::rules::{IDENTITY, NONE};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::to_f64;

@@ -1,12 +1,14 @@
 //! Checks of `gemm_*`.
 
 use half::{bf16, f16};
-use moe_kernels::gemm::{self, Activation, Dropout, GemmArgs, GemmDesc, NoiseSource, Schedule, Tiles};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
+use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::reference;
 use moe_kernels::reference::dispatch::{Dispatched, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::registry::{Dtype, Glu, GroupedGemm, Kernel};
-use moe_kernels::tiles::max_tiles;
+use moe_kernels::registry::{GroupedGemm, Kernel};
+use moe_kernels::rules::{Activation, Dropout, NoiseSource};
+use moe_kernels::rules::{Dtype, Glu};
 
 use crate::dispatch::rule;
 use crate::support::buffer::Guarded;

@@ -1,7 +1,7 @@
 //! Checks of `hash`.
 
-use moe_kernels::hash::{self, HashArgs, HashBy, HashDesc};
 use moe_kernels::reference::hash::{Hash, route};
+use moe_kernels::routers::hash::{self, HashArgs, HashBy, HashDesc};
 
 use crate::support::buffer::Guarded;
 use crate::support::device;

@@ -1,10 +1,12 @@
 //! Checks of `noisy_grouped_*`: the hierarchical mixture of experts, all three launches of it.
 
 use moe_kernels::Workspace;
-use moe_kernels::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
-use moe_kernels::noisy::{NoiseSource, NoisyLogits, NoisyRule};
 use moe_kernels::reference::noisy::{hierarchical as reference, noise_deviation};
-use moe_kernels::registry::{Dtype, Kernel, Noisy, Spread};
+use moe_kernels::registry::{Kernel, Noisy, Spread};
+use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+use moe_kernels::routers::noisy::NoisyLogits;
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums};
 use crate::support::buffer::Guarded;

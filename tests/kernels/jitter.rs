@@ -1,9 +1,10 @@
 //! Checks of `jitter_*`.
 
 use half::{bf16, f16};
-use moe_kernels::jitter::{self, JitterDesc, NoiseSource};
 use moe_kernels::reference;
-use moe_kernels::registry::Dtype;
+use moe_kernels::routers::jitter::{self, JitterDesc};
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::NoiseSource;
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::Storage;

@@ -2,10 +2,12 @@
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::Workspace;
-use moe_kernels::noisy::{self, NoiseSource, NoisyArgs, NoisyDesc, NoisyLogits, NoisyRule, NoisySums};
 use moe_kernels::reference::balance::cv_squared;
 use moe_kernels::reference::noisy::noisy_top_k;
-use moe_kernels::registry::{Dtype, Kernel, Noisy, Spread};
+use moe_kernels::registry::{Kernel, Noisy, Spread};
+use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{assert_rounded_once, to_f64};

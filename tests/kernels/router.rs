@@ -2,8 +2,9 @@
 
 use half::{bf16, f16};
 use moe_kernels::reference;
-use moe_kernels::registry::{Dtype, Kernel, Router, RouterShape};
-use moe_kernels::router::{self, RouterArgs, RouterDesc};
+use moe_kernels::registry::{Kernel, Router, RouterShape};
+use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
+use moe_kernels::rules::Dtype;
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Storage, assert_rounded_once, to_f64};

@@ -1,8 +1,10 @@
 //! Checks of `sampled_*`: experts drawn from the router's distribution.
 
 use moe_kernels::reference::sampled::gumbel_top_k;
-use moe_kernels::registry::{Dtype, Kernel, Spread};
-use moe_kernels::sampled::{self, NoiseSource, SampledArgs, SampledDesc, SamplingRule};
+use moe_kernels::registry::{Kernel, Spread};
+use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{NoiseSource, SamplingRule};
 
 use crate::noisy::{Logits, assert_same_bits};
 use crate::support::buffer::Guarded;

@@ -1,9 +1,10 @@
 //! Checks of `sinkhorn_*`: S-BASE.
 
+use moe_kernels::Workspace;
 use moe_kernels::reference;
 use moe_kernels::registry::{Dispatch, Kernel, Sinkhorn};
-use moe_kernels::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
-use moe_kernels::{Dtype, Workspace};
+use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
+use moe_kernels::rules::Dtype;
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{assert_rounded_once, to_f64};

@@ -1,7 +1,9 @@
 //! Admission and expert maps over random shapes, ids of any kind and tied or odd weights: the reference's result bit for bit.
 
-use moe_kernels::admission::{self, AdmissionArgs, AdmissionDesc, AdmissionRule, NoiseSource, Order, SecondExpert};
-use moe_kernels::expert_map::{self, ExpertMapArgs, ExpertMapDesc, IDENTITY};
+use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
+use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
+use moe_kernels::rules::IDENTITY;
+use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
 
 use super::*;
 

@@ -1,8 +1,10 @@
 //! The routers that add noise, over random shapes and values: what is chosen is the reference's choice bit for bit.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::noisy::{self, NoiseSource, NoisyArgs, NoisyDesc, NoisyLogits, NoisyRule, NoisySums};
-use moe_kernels::sampled::{self, SampledArgs, SampledDesc, SamplingRule};
+use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
+use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
+use moe_kernels::rules::SamplingRule;
+use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use super::*;
 

@@ -1,11 +1,12 @@
 //! What measured gating, expert maps and dropout refuse.
 
-use moe_kernels::balance::{
-    self, BiasDesc, LossScore, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
+use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
+use moe_kernels::experts::combine::Identity;
+use moe_kernels::routers::balance::{
+    self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
 };
-use moe_kernels::combine::Identity;
-use moe_kernels::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
-use moe_kernels::gemm::{Dropout, NoiseSource};
+use moe_kernels::rules::LossScore;
+use moe_kernels::rules::{Dropout, NoiseSource};
 
 use super::*;
 

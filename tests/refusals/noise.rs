@@ -1,9 +1,11 @@
 //! What the routers that add noise refuse.
 
-use moe_kernels::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
-use moe_kernels::jitter::{self, JitterDesc};
-use moe_kernels::noisy::{self, NoiseSource, NoisyArgs, NoisyDesc, NoisyLogits, NoisyRule, NoisySums};
-use moe_kernels::sampled::{self, SampledArgs, SampledDesc, SamplingRule};
+use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+use moe_kernels::routers::jitter::{self, JitterDesc};
+use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
+use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
+use moe_kernels::rules::SamplingRule;
+use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use super::*;
 

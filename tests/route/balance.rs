@@ -2,7 +2,8 @@
 //! for any grid and any order of warps.
 
 use moe_kernels::kernels::embedded;
-use moe_kernels::registry::{Gate, Kernel, MeasuredGate, Score};
+use moe_kernels::registry::{Gate, Kernel, MeasuredGate};
+use moe_kernels::rules::Score;
 use softcuda::exec::{Counters, LineCounters};
 
 use crate::device::{Arg, Input, Output, Scratch, launch, optional};

@@ -1,5 +1,6 @@
-use moe_kernels::reference::dispatch::{Capacity, DispatchRule, Dispatched, dispatch};
+use moe_kernels::reference::dispatch::{DispatchRule, Dispatched, dispatch};
 use moe_kernels::registry::{Dispatch, Kernel};
+use moe_kernels::rules::Capacity;
 
 use crate::device::{Arg, Input, Output, Scratch, launch};
 use crate::random::Random;

@@ -1,6 +1,9 @@
-use moe_kernels::reference::dispatch::{Capacity, DispatchRule};
-use moe_kernels::reference::gating::{Gated, Gating, GroupScore, Groups, gate};
-use moe_kernels::registry::{Gate, Kernel, Score};
+use moe_kernels::reference::dispatch::DispatchRule;
+use moe_kernels::reference::gating::{Gated, gate};
+use moe_kernels::registry::{Gate, Kernel};
+use moe_kernels::rules::Capacity;
+use moe_kernels::rules::Score;
+use moe_kernels::rules::{Gating, GroupScore, Groups};
 
 use crate::device::{Arg, Input, Output, launch, optional};
 use crate::dispatch::Results;

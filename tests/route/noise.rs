@@ -2,7 +2,8 @@
 //! what they write.
 
 use moe_kernels::kernels::embedded;
-use moe_kernels::registry::{Dtype, Kernel, Noisy, Spread};
+use moe_kernels::registry::{Kernel, Noisy, Spread};
+use moe_kernels::rules::Dtype;
 use softcuda::exec::Counters;
 
 use crate::device::{Arg, Input, Output, Scratch, launch};

@@ -1,6 +1,7 @@
 //! Reproducible inputs, biased to edges.
 
-use moe_kernels::{Dtype, Element};
+use moe_kernels::Element;
+use moe_kernels::rules::Dtype;
 
 /// SplitMix64 (Steele et al. 2014).
 pub struct Random(u64);

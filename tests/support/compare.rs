@@ -4,7 +4,7 @@ use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::Element;
 use moe_kernels::reference::Real;
-use moe_kernels::registry::Dtype;
+use moe_kernels::rules::Dtype;
 
 /// A storage type that tests can make from f64, rounding to nearest even.
 pub trait Storage: Real + Element + DeviceRepr + bytemuck::Pod + PartialEq {

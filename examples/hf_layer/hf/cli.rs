@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use moe_kernels::Dtype;
+use moe_kernels::rules::Dtype;
 
 use super::error::HfError;
 

@@ -1,7 +1,7 @@
 //! What a model family has to say about its MoE blocks: where they are, what they compute, and which tensors hold them.
 
-use moe_kernels::dispatch::Capacity;
 use moe_kernels::layer::LayerDesc;
+use moe_kernels::rules::Capacity;
 
 use super::checkpoint::Checkpoint;
 use super::config::Config;

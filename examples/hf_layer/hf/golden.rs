@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use moe_kernels::gemm::Glu;
 use moe_kernels::layer::{LayerDesc, Weighting};
 use moe_kernels::reference::gating::{Gated, gate};
 use moe_kernels::reference::layer::{Layer, forward, forward_gated};
+use moe_kernels::rules::Glu;
 use moe_kernels::{Element, reference};
 
 use super::checkpoint::TensorFile;

@@ -1,9 +1,9 @@
 //! From tensors of a checkpoint to the packed weights of a layer.
 
 use moe_kernels::Element;
-use moe_kernels::gemm::{Glu, Layout};
 use moe_kernels::layer::LayerDesc;
 use moe_kernels::reference::gemm::ExpertMatrix;
+use moe_kernels::rules::{Glu, Layout};
 
 use super::checkpoint::{Checkpoint, Tensor};
 use super::error::HfError;

@@ -25,9 +25,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use half::{bf16, f16};
+use moe_kernels::Element;
 use moe_kernels::layer::LayerDesc;
 use moe_kernels::reference::Real;
-use moe_kernels::{Dtype, Element};
+use moe_kernels::rules::Dtype;
 
 use checkpoint::Checkpoint;
 use cli::Options;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use moe_kernels::Dtype;
+use moe_kernels::rules::Dtype;
 
 use super::device::Outputs;
 use super::golden::Expected;

@@ -1,8 +1,8 @@
 //! Llama 4 (Meta 2025): the sigmoid of the chosen logits multiplies the expert's input; transposed experts, a shared one.
 //! `meta-llama/Llama-4-Scout-17B-16E`.
 
-use moe_kernels::gemm::Layout;
 use moe_kernels::layer::Weighting;
+use moe_kernels::rules::Layout;
 
 use super::*;
 

@@ -1,9 +1,9 @@
 //! The families, one file each, and what several of them share.
 
-use moe_kernels::Dtype;
-use moe_kernels::gating::{Gating, GroupScore, Groups, Score};
-use moe_kernels::gemm::Activation;
 use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc};
+use moe_kernels::rules::Activation;
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Gating, GroupScore, Groups, Score};
 
 use super::config::Config;
 use super::error::HfError;

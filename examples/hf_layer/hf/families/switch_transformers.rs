@@ -1,6 +1,6 @@
 //! Switch Transformers (Fedus et al. 2021): top-1 with the probability as weight, a capacity for each expert. `google/switch-base-8`.
 
-use moe_kernels::dispatch::Capacity;
+use moe_kernels::rules::Capacity;
 
 use super::*;
 

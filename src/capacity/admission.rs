@@ -1,0 +1,283 @@
+//! Admission: which of its chosen experts a token gets, where experts have a capacity.
+//!
+//! It stands between [`crate::routers::gating`] and [`crate::capacity::dispatch`]: choices that are not granted become -1, which dispatch skips.
+//! Within a group of tokens, each expert grants its first `capacity` requests, in an order that the rule names:
+//!
+//! - token by token (Fedus et al., *Switch Transformers*, 2021), or all first choices before all second ones (Lepikhin et
+//!   al., *GShard*, 2020, algorithm 1; Du et al., *GLaM*, 2021);
+//! - tokens as they come, or the most confident first (batch-prioritised: Riquelme et al., *V-MoE*, 2021, section 4.1).
+//!
+//! A choice that finds its expert full is dropped, or, with more candidates than `top_k`, passed on to the token's next one
+//! (*Switch Transformers*, appendix B). A second expert may be asked for at random, by its weight (*GShard*).
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::{Admit, Dispatch, Kernel};
+use crate::rules::NoiseSource;
+use crate::rules::{AdmissionRule, Order, SecondExpert, capacity};
+use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::shape;
+use crate::runtime::workspace::BARRIER_HEADER;
+use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+
+const OPERATION: &str = "admission";
+
+/// Shapes and rule of an admission.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdmissionDesc {
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// The rule. Experts are 1 to 4096, candidates `K` 1 to 32.
+    pub rule: AdmissionRule,
+}
+
+/// Buffers of an admission.
+pub struct AdmissionArgs<'a> {
+    /// `[T, K]`: choices, best first, as gating wrote them. One outside `0..E` asks for nothing.
+    pub ids: In<'a, i32>,
+    /// `[T, K]`.
+    pub weights: In<'a, f32>,
+    /// `[T]`: who comes first, if the rule is prioritised; absent, `weights[t, 0]`.
+    pub priority: Option<In<'a, f32>>,
+    /// `[T, n]` with `n = top_k`, written: experts got, -1 where none. With `n = K` place `j` is choice `j`.
+    pub admitted: Out<'a, i32>,
+    /// `[T, n]`, written: their weights, 0 where none.
+    pub admitted_weights: Out<'a, f32>,
+    /// At least [`workspace_bytes`].
+    pub workspace: &'a mut Workspace,
+}
+
+impl AdmissionDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        let rule = &self.rule;
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, rule.experts)?;
+        let candidates = rule.candidates;
+        if candidates > crate::MAX_TOP_K {
+            let supported = format!("at most {}", crate::MAX_TOP_K);
+            return Err(Error::unsupported(OPERATION, "candidates", supported, candidates));
+        }
+        shape::positive(OPERATION, "candidates", candidates)?;
+        if rule.top_k == 0 || rule.top_k > candidates {
+            return Err(Error::invalid(OPERATION, "top_k", format!("1 to candidates = {candidates}"), rule.top_k));
+        }
+        shape::positive(OPERATION, "capacity", rule.capacity)?;
+        shape::positive(OPERATION, "tokens_per_group", rule.tokens_per_group)?;
+        let threshold = match rule.second {
+            SecondExpert::Always => return self.sizes(),
+            SecondExpert::Above(threshold) | SecondExpert::Random { threshold, .. } => threshold,
+        };
+        if rule.top_k != 2 {
+            return Err(Error::invalid(OPERATION, "top_k", "2 with a policy for the second expert", rule.top_k));
+        }
+        if threshold.is_nan() {
+            return Err(Error::invalid(OPERATION, "second.threshold", "a number", threshold));
+        }
+        self.sizes()
+    }
+
+    fn sizes(&self) -> Result<(), Error> {
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.rule.candidates]).map(drop)
+    }
+}
+
+/// Workspace of [`forward`] in bytes.
+///
+/// # Errors
+/// Those of [`AdmissionDesc::validate`].
+pub fn workspace_bytes(desc: &AdmissionDesc) -> Result<usize, Error> {
+    desc.validate()?;
+    // What each token wants and has; sorted, two orders of the tokens; passed on by token, who has refused it, before and in a round.
+    let passes_by_token = desc.rule.order == Order::ByToken && desc.rule.top_k < desc.rule.candidates;
+    let words = 1 + if desc.rule.prioritised { 2 } else { 0 } + if passes_by_token { 2 } else { 0 };
+    Ok(BARRIER_HEADER + words * desc.tokens * size_of::<u32>())
+}
+
+/// Chooses kernel and grid: a block a group.
+///
+/// # Errors
+/// Those of [`AdmissionDesc::validate`].
+pub fn select(desc: &AdmissionDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let max_experts = if desc.rule.experts <= 1024 { Dispatch::MAX_EXPERTS[0] } else { Dispatch::MAX_EXPERTS[1] };
+    let blocks = desc.tokens.div_ceil(desc.rule.tokens_per_group).max(1) as u32;
+    Ok(Selection { kernel: Kernel::Admit(Admit { max_experts }), grid: [blocks, 1, 1], cooperative: false })
+}
+
+const BY_CHOICE: u32 = 1;
+const PRIORITISED: u32 = 2;
+const POLICY: u32 = 4;
+const RANDOM: u32 = 8;
+
+/// Grants choices.
+///
+/// With no tokens nothing is launched.
+///
+/// # Errors
+/// Those of [`AdmissionDesc::validate`]; [`Error::Unexpected`] for a priority without `prioritised`; those of a buffer:
+/// [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of
+/// the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &AdmissionDesc,
+    args: AdmissionArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let rule = &desc.rule;
+    if args.priority.is_some() && !rule.prioritised {
+        let reason = "the rule takes tokens as they come";
+        return Err(Error::Unexpected { operation: OPERATION, argument: "priority", reason });
+    }
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    if desc.tokens == 0 {
+        return Ok(());
+    }
+    let (choices, places) = (desc.tokens * rule.candidates, desc.tokens * rule.top_k);
+    let ids = scope.read("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.read("weights", args.weights, choices, SCALAR)?;
+    let priority = scope.read_some("priority", args.priority, desc.tokens, SCALAR)?;
+    let admitted = scope.write("admitted", args.admitted, places, SCALAR)?;
+    let admitted_weights = scope.write("admitted_weights", args.admitted_weights, places, SCALAR)?;
+    let workspace = args.workspace.open(&scope, workspace_bytes(desc)?)?;
+    let at = Addresses {
+        ids: ids.address(),
+        weights: weights.address(),
+        priority: optional(&priority),
+        admitted: admitted.address(),
+        admitted_weights: admitted_weights.address(),
+        // The header stays zero for kernels with a barrier that share the workspace.
+        state: workspace.address().offset(BARRIER_HEADER),
+    };
+    scope.launch(&selection, params(desc, &at))
+}
+
+struct Addresses<'a> {
+    ids: Address<'a>,
+    weights: Address<'a>,
+    priority: Option<Address<'a>>,
+    admitted: Address<'a>,
+    admitted_weights: Address<'a>,
+    state: Address<'a>,
+}
+
+fn params(desc: &AdmissionDesc, at: &Addresses<'_>) -> [Param; 18] {
+    let rule = &desc.rule;
+    let mut flags = 0;
+    if rule.order == Order::ByChoice {
+        flags |= BY_CHOICE;
+    }
+    if rule.prioritised {
+        flags |= PRIORITISED;
+    }
+    let (threshold, noise) = match rule.second {
+        SecondExpert::Always => (0.0, NoiseSource::default()),
+        SecondExpert::Above(threshold) => {
+            flags |= POLICY;
+            (threshold, NoiseSource::default())
+        }
+        SecondExpert::Random { threshold, noise } => {
+            flags |= POLICY | RANDOM;
+            (threshold, noise)
+        }
+    };
+    [
+        at.ids.into(),
+        at.weights.into(),
+        at.priority.into(),
+        at.admitted.into(),
+        at.admitted_weights.into(),
+        (desc.tokens as u32).into(),
+        (rule.experts as u32).into(),
+        (rule.candidates as u32).into(),
+        (rule.top_k as u32).into(),
+        (rule.capacity as u32).into(),
+        (rule.tokens_per_group as u32).into(),
+        flags.into(),
+        threshold.into(),
+        (noise.seed as u32).into(),
+        ((noise.seed >> 32) as u32).into(),
+        (noise.offset as u32).into(),
+        ((noise.offset >> 32) as u32).into(),
+        at.state.into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn desc() -> AdmissionDesc {
+        let rule = AdmissionRule {
+            experts: 8,
+            candidates: 2,
+            top_k: 2,
+            capacity: 4,
+            tokens_per_group: 16,
+            order: Order::ByChoice,
+            prioritised: false,
+            second: SecondExpert::Above(0.5),
+        };
+        AdmissionDesc { tokens: 100, rule }
+    }
+
+    fn fault(change: impl FnOnce(&mut AdmissionDesc)) -> &'static str {
+        let mut desc = desc();
+        change(&mut desc);
+        desc.validate().unwrap_err().argument().unwrap()
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(fault(|d| d.rule.experts = 5000), "experts");
+        assert_eq!(fault(|d| d.rule.candidates = 33), "candidates");
+        assert_eq!(fault(|d| d.rule.top_k = 3), "top_k");
+        assert_eq!(fault(|d| d.rule.top_k = 1), "top_k");
+        assert_eq!(fault(|d| d.rule.capacity = 0), "capacity");
+        assert_eq!(fault(|d| d.rule.tokens_per_group = 0), "tokens_per_group");
+        assert_eq!(fault(|d| d.rule.second = SecondExpert::Above(f32::NAN)), "second.threshold");
+        assert_eq!(fault(|d| d.tokens = 1 << 30), "ids");
+    }
+
+    #[test]
+    fn words_of_a_token() {
+        let bytes = |order: Order, candidates: usize, prioritised: bool| {
+            let rule = AdmissionRule { order, candidates, prioritised, ..desc().rule };
+            workspace_bytes(&AdmissionDesc { rule, ..desc() }).unwrap() - BARRIER_HEADER
+        };
+        assert_eq!(bytes(Order::ByChoice, 3, false), 400);
+        assert_eq!(bytes(Order::ByToken, 2, true), 1200);
+        assert_eq!(bytes(Order::ByToken, 3, true), 2000);
+    }
+
+    #[test]
+    fn capacity_rounds_up_and_is_never_zero() {
+        assert_eq!(capacity(1024, 64, 2, 1.25), 40);
+        assert_eq!(capacity(100, 64, 1, 1.0), 2);
+        assert_eq!(capacity(1, 64, 1, 0.0), 1);
+        assert_eq!(capacity(1, 64, 1, f64::NAN), 1);
+    }
+
+    #[test]
+    fn params_are_those_of_the_entries() {
+        let null = Address::NULL;
+        let at =
+            Addresses { ids: null, weights: null, priority: None, admitted: null, admitted_weights: null, state: null };
+        for max_experts in Dispatch::MAX_EXPERTS {
+            crate::runtime::embedded::assert_takes(Kernel::Admit(Admit { max_experts }), &params(&desc(), &at));
+        }
+    }
+
+    #[test]
+    fn a_block_a_group() {
+        let selection = select(&desc(), &crate::runtime::device::A100).unwrap();
+        assert_eq!(selection.grid, [7, 1, 1]);
+    }
+}

@@ -1,0 +1,163 @@
+//! Expert maps: from the router's expert numbers to what a device holds.
+//!
+//! It stands between gating (or [`crate::capacity::admission`]) and [`crate::capacity::dispatch`], and turns ids by a table `[E, R]`:
+//!
+//! - **expert parallelism**: the local number of a global expert, or [`NONE`] where another device has it; dispatch skips -1, and a
+//!   token's outputs add up over devices;
+//! - **physical replicas** (DeepSeek-V3, section 3.4): an expert with several copies takes turns among them, by a hash of the slot's
+//!   number, even in the long run and the same each time;
+//! - **null experts** (LongCat-Flash, section 2.1): an id that means no computation. [`NONE`] is an expert whose output is zero;
+//!   [`IDENTITY`] one whose output is its input.
+//!
+//! How a null expert flows: its slot becomes -1, so that it has no row in dispatch, no tile in the grouped GEMM, and adds nothing
+//! of `y_slots` in combine. Identity experts leave the sum of their weights for each token, and
+//! [`crate::experts::combine::forward_with_identity`] adds that times x. Dispatch and GEMMs are told the number of local experts.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::{BLOCK_WARPS, Kernel};
+use crate::rules::{IDENTITY, NONE};
+use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::shape;
+use crate::{DeviceInfo, Error, Kernels, Selection};
+
+const OPERATION: &str = "expert_map";
+
+/// Shapes of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertMapDesc {
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// Experts that the router knows, null ones included, 1 to 4096.
+    pub experts: usize,
+    /// Experts per token `k`, 1 to 32.
+    pub top_k: usize,
+    /// Columns of the map `R`, at least 1: most replicas of an expert.
+    pub max_replicas: usize,
+    /// Chooses the hash that deals slots to replicas.
+    pub seed: u32,
+}
+
+/// Buffers of a mapping.
+pub struct ExpertMapArgs<'a> {
+    /// `[T, k]`. One outside `0..E` stays unmapped: -1.
+    pub ids: In<'a, i32>,
+    /// `[T, k]`, for `identity_weight`; absent, every weight is 1.
+    pub weights: Option<In<'a, f32>>,
+    /// `[E, R]`: local numbers, [`NONE`] or [`IDENTITY`].
+    pub map: In<'a, i32>,
+    /// `[E]`: how many of an expert's row count, 1 to R; absent, the first alone.
+    pub replicas: Option<In<'a, i32>>,
+    /// `[T, k]`, written: local numbers, -1 for slots that no expert here takes.
+    pub local_ids: Out<'a, i32>,
+    /// `[T]`, written: the sum of the weights of a token's identity experts.
+    pub identity_weight: Option<Out<'a, f32>>,
+}
+
+impl ExpertMapDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
+        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
+        shape::positive(OPERATION, "max_replicas", self.max_replicas)?;
+        shape::product_i32(OPERATION, "map", &[self.experts, self.max_replicas])?;
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k]).map(drop)
+    }
+}
+
+/// Chooses kernel and grid.
+///
+/// # Errors
+/// Those of [`ExpertMapDesc::validate`].
+pub fn select(desc: &ExpertMapDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let of_block = BLOCK_WARPS as usize * (32 / desc.top_k);
+    let blocks = (desc.tokens.div_ceil(of_block) as u32).min(8 * device.multiprocessors).max(1);
+    Ok(Selection { kernel: Kernel::MapExperts, grid: [blocks, 1, 1], cooperative: false })
+}
+
+/// Maps ids.
+///
+/// With no tokens nothing is launched.
+///
+/// # Errors
+/// Those of [`ExpertMapDesc::validate`]; [`Error::Unexpected`] for weights without `identity_weight`; those of a buffer:
+/// [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &ExpertMapDesc,
+    args: ExpertMapArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    if args.weights.is_some() && args.identity_weight.is_none() {
+        let reason = "only identity_weight is made of them";
+        return Err(Error::Unexpected { operation: OPERATION, argument: "weights", reason });
+    }
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    if desc.tokens == 0 {
+        return Ok(());
+    }
+    let slots = desc.tokens * desc.top_k;
+    let ids = scope.read("ids", args.ids, slots, SCALAR)?;
+    let weights = scope.read_some("weights", args.weights, slots, SCALAR)?;
+    let map = scope.read("map", args.map, desc.experts * desc.max_replicas, SCALAR)?;
+    let replicas = scope.read_some("replicas", args.replicas, desc.experts, SCALAR)?;
+    let local_ids = scope.write("local_ids", args.local_ids, slots, SCALAR)?;
+    let identity_weight = scope.write_some("identity_weight", args.identity_weight, desc.tokens, SCALAR)?;
+    let at = [
+        ids.address().into(),
+        optional(&weights).into(),
+        map.address().into(),
+        optional(&replicas).into(),
+        local_ids.address().into(),
+        optional(&identity_weight).into(),
+    ];
+    scope.launch(&selection, params(desc, at))
+}
+
+fn params(desc: &ExpertMapDesc, [ids, weights, map, replicas, local_ids, identity_weight]: [Param; 6]) -> [Param; 11] {
+    [
+        ids,
+        weights,
+        map,
+        replicas,
+        local_ids,
+        identity_weight,
+        (desc.tokens as u32).into(),
+        (desc.experts as u32).into(),
+        (desc.top_k as u32).into(),
+        (desc.max_replicas as u32).into(),
+        desc.seed.into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DESC: ExpertMapDesc = ExpertMapDesc { tokens: 100, experts: 8, top_k: 10, max_replicas: 2, seed: 1 };
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |desc: ExpertMapDesc| desc.validate().unwrap_err().argument().unwrap();
+        assert_eq!(DESC.validate(), Ok(()));
+        assert_eq!(fault(ExpertMapDesc { experts: 4097, ..DESC }), "experts");
+        assert_eq!(fault(ExpertMapDesc { top_k: 33, ..DESC }), "top_k");
+        assert_eq!(fault(ExpertMapDesc { max_replicas: 0, ..DESC }), "max_replicas");
+        assert_eq!(fault(ExpertMapDesc { max_replicas: 1 << 30, ..DESC }), "map");
+        assert_eq!(fault(ExpertMapDesc { tokens: 1 << 30, ..DESC }), "ids");
+        assert_eq!(select(&DESC, &crate::runtime::device::A100).unwrap().grid, [5, 1, 1]);
+    }
+
+    #[test]
+    fn params_are_those_of_the_entry() {
+        crate::runtime::embedded::assert_takes(Kernel::MapExperts, &params(&DESC, [Param::Address(0); 6]));
+    }
+}

@@ -1,0 +1,5 @@
+//! From choices to rows: who is admitted, which experts are here, and the order of slots.
+
+pub mod admission;
+pub mod dispatch;
+pub mod expert_map;

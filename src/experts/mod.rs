@@ -1,0 +1,5 @@
+//! The experts' products, and the sum of their outputs.
+
+pub mod combine;
+pub mod gemm;
+pub mod tiles;

@@ -1,0 +1,141 @@
+//! How many tiles a grouped GEMM may need, and which tile fits a load.
+
+use crate::registry::{GroupedGemm, Tile};
+use crate::rules::{Dtype, Glu, Layout};
+use crate::{DeviceInfo, Error};
+
+/// Largest number of tiles of `tile_m` rows that `slots` slots can need, however they spread over `experts` experts.
+///
+/// Each of at most `n = min(experts, slots)` experts that have rows needs `ceil(rows / tile_m)` tiles, and wastes less than
+/// one: the total is at most `floor((slots + n (tile_m - 1)) / tile_m)`. The bound is attained, and needs no count from
+/// the device: it is what grids are launched with.
+///
+/// `tile_m` is at least 1.
+pub const fn max_tiles(slots: usize, experts: usize, tile_m: usize) -> usize {
+    let active = if experts < slots { experts } else { slots };
+    // Written so that it cannot overflow: slots / tile_m whole tiles, the rest spread at its worst.
+    slots / tile_m + (slots % tile_m + active * (tile_m - 1)) / tile_m
+}
+
+/// Rows of computation that streaming one tile's share of the weight costs as much as.
+///
+/// A tile of `bm x bn` reads `bn` weight columns whatever `bm` is. On an A100, at 5 TB/s from L2 and 312 TFLOP/s, the
+/// columns of one step take the time of about 60 rows of products; half of it hides behind the products of other blocks.
+const WEIGHT_ROWS: u64 = 32;
+
+/// Chooses the tile of a GEMM that `slots` rows enter, spread over `experts` experts.
+///
+/// An active expert gets `r = slots / min(experts, slots)` rows on average. With loads that vary, it needs about
+/// `r / bm + 1/2` tiles, each costing its `bm` rows and [a fixed share](self) for the weight, so the choice minimises
+/// `(r / bm + 1/2) (bm + 32)`: few rows per expert take low tiles, from 128 rows on the tallest. Both GEMMs of a layer use
+/// the same tile list, so the choice depends on neither's width.
+///
+/// Tiles whose shared memory the device cannot give are left out.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the device has too little shared memory for any tile.
+pub fn select_tile(dtype: Dtype, slots: usize, experts: usize, device: &DeviceInfo) -> Result<Tile, Error> {
+    let active = experts.min(slots).max(1) as u64;
+    let slots = slots as u64;
+    // (slots/active/bm + 1/2) (bm + w), times 2 active bm, is (2 slots + active bm) (bm + w) / bm.
+    let cost = |tile: &Tile| {
+        let bm = u128::from(tile.bm);
+        (2 * u128::from(slots) + u128::from(active) * bm) * (bm + u128::from(WEIGHT_ROWS)) * 1024 / bm
+    };
+    fitting(dtype, device).min_by_key(|tile| (cost(tile), tile.bm)).ok_or_else(|| {
+        let least = GroupedGemm::tiles(dtype).iter().map(|&tile| shared_bytes(dtype, tile)).min().unwrap_or(0);
+        Error::unsupported(
+            "select_tile",
+            "device",
+            format!("at least {least} bytes of shared memory per block"),
+            format!("a device with {} bytes", device.shared_bytes_per_block),
+        )
+    })
+}
+
+/// The tile of `tile_m` rows.
+///
+/// # Errors
+/// [`Error::Unsupported`] where no variant has that height, or its shared memory exceeds the device's.
+pub fn tile_of_height(dtype: Dtype, tile_m: usize, device: &DeviceInfo) -> Result<Tile, Error> {
+    fitting(dtype, device).find(|tile| tile.bm as usize == tile_m).ok_or_else(|| {
+        let heights: Vec<_> = fitting(dtype, device).map(|tile| tile.bm.to_string()).collect();
+        Error::unsupported(
+            "gemm",
+            "tile_m",
+            format!("{dtype} has tiles of {} rows on this device", heights.join(", ")),
+            tile_m,
+        )
+    })
+}
+
+fn fitting(dtype: Dtype, device: &DeviceInfo) -> impl Iterator<Item = Tile> {
+    let limit = device.shared_bytes_per_block;
+    GroupedGemm::tiles(dtype).iter().copied().filter(move |&tile| shared_bytes(dtype, tile) <= limit)
+}
+
+fn shared_bytes(dtype: Dtype, tile: Tile) -> u32 {
+    GroupedGemm { dtype, tile, glu: Glu::None, layout: Layout::Nk }.shared_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::device::A100;
+
+    /// The most tiles over all ways to spread `slots` over `experts`.
+    fn brute_force(slots: usize, experts: usize, tile_m: usize) -> usize {
+        if experts == 1 {
+            return slots.div_ceil(tile_m);
+        }
+        (0..=slots).map(|first| first.div_ceil(tile_m) + brute_force(slots - first, experts - 1, tile_m)).max().unwrap()
+    }
+
+    #[test]
+    fn bound_is_attained() {
+        for slots in 0..=14 {
+            for experts in 1..=4 {
+                for tile_m in 1..=5 {
+                    let most = brute_force(slots, experts, tile_m);
+                    assert_eq!(
+                        max_tiles(slots, experts, tile_m),
+                        most,
+                        "{slots} slots, {experts} experts, {tile_m} rows"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_per_expert_decide() {
+        let height = |slots, experts| select_tile(Dtype::Bf16, slots, experts, &A100).unwrap().bm;
+        assert_eq!(height(1, 8), 16);
+        assert_eq!(height(8 * 8, 8), 16);
+        assert_eq!(height(8 * 64, 8), 64);
+        assert_eq!(height(8 * 512, 8), 128);
+        assert_eq!(height(32768 * 8, 128), 128);
+        assert_eq!(select_tile(Dtype::F32, 1 << 20, 8, &A100).unwrap().bm, 64);
+    }
+
+    #[test]
+    fn height_never_falls_as_rows_grow() {
+        for dtype in Dtype::ALL {
+            let mut last = 0;
+            for slots in (1..20_000).step_by(7) {
+                let height = select_tile(dtype, slots, 16, &A100).unwrap().bm;
+                assert!(height >= last, "{dtype}: {slots} slots");
+                last = height;
+            }
+        }
+    }
+
+    #[test]
+    fn little_shared_memory_takes_lower_tiles_or_is_refused() {
+        let small = DeviceInfo { shared_bytes_per_block: 80 << 10, ..A100 };
+        assert!(select_tile(Dtype::Bf16, 1 << 20, 8, &small).unwrap().bm < 128);
+        let tiny = DeviceInfo { shared_bytes_per_block: 16 << 10, ..A100 };
+        assert!(matches!(select_tile(Dtype::Bf16, 1, 8, &tiny), Err(Error::Unsupported { argument: "device", .. })));
+        assert!(matches!(tile_of_height(Dtype::Bf16, 17, &A100), Err(Error::Unsupported { argument: "tile_m", .. })));
+    }
+}

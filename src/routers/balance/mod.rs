@@ -1,0 +1,386 @@
+//! Balancing losses and router statistics, measured by the gating itself: the logits are read once.
+//!
+//! [`forward`] is [`gating::forward`] that also says what the batch tells of the router:
+//!
+//! - for each expert, how many slots chose it, the sum of their weights ([`Totals::importance`]), and the sum of its
+//!   probabilities over all tokens;
+//! - from these the load-balancing loss of GShard, Switch and Mixtral, the squared coefficients of variation of Shazeer et al.,
+//!   and the load's skew; from the logits ST-MoE's z-loss and the entropy; by sequences, DeepSeek-V3's sequence-wise loss and what
+//!   a capacity drops. They end as one [`RouterStats`], a small struct on the device.
+//!
+//! [`crate::reference::balance`] has every formula with its source. A loss comes without its factor (alpha, c_z). Tokens with a
+//! NaN logit make the sums that they enter NaN; ids and counts stay right.
+//!
+//! # Many layers, many devices
+//!
+//! The load-balancing loss is not a sum over layers in Mixtral's form: counts and probabilities add up first. Say so with
+//! [`MeasureDesc::earlier_tokens`]: the totals that are there already are added to, and the last layer's
+//! [`RouterStats::balance_loss`] is the loss of all. The same serves micro-batches. Totals of several devices are plain arrays:
+//! add them up by whatever means, and let [`losses_of_totals`] take the loss. [`update_bias`] is the balancing without a loss.
+//!
+//! # Reading statistics
+//!
+//! Nothing here waits. Give each layer its place in one buffer of [`RouterStats`] (`stats.slice_mut(layer..layer + 1)`), and once a
+//! step copy the whole buffer to pinned host memory on the stream (`memcpy_dtoh`), record an event, and look at it when
+//! [`cudarc::driver::CudaEvent::is_complete`] says so: the device is never waited for, and the numbers are at most a step late.
+//!
+//! # Gradients
+//!
+//! [`MeasuredArgs::log_sum_exp`] and [`MeasuredArgs::probabilities`] keep what they need: the gradient of the load-balancing loss by
+//! a logit is `p (f - sum f p)` times constants, that of the z-loss `2 lse p / T`, with `p = exp(l - lse)`.
+
+mod parts;
+mod totals;
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::{Kernel, MeasuredGate};
+use crate::routers::gating::{self, GatingDesc, Routing};
+use crate::rules::Score;
+use crate::rules::{BalanceRule, LossScore};
+use crate::runtime::launch::{Address, Held, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::shape;
+use crate::runtime::workspace::BARRIER_HEADER;
+use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use parts::Parts;
+pub use totals::{BiasDesc, TotalsDesc, TotalsIn, losses_of_totals, update_bias};
+
+const OPERATION: &str = "balance";
+
+/// What a batch says of the router, as it lies in device memory: one struct a layer.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct RouterStats {
+    /// Tokens of the call.
+    pub tokens: u32,
+    /// Slots that chose an expert.
+    pub slots: u32,
+    /// Slots beyond [`BalanceRule::capacity`], counted in each sequence.
+    pub dropped: u32,
+    /// Slots of the fullest expert.
+    pub max_load: u32,
+    /// `E sum_e f_e P_e` of the totals (Switch Transformers, eq. 4 to 6; Mixtral over all layers): 1 for balanced first choices.
+    pub balance_loss: f32,
+    /// Mean over sequences of `sum_e f_e P_e` (DeepSeek-V3, eq. 17 to 20): 1 when balanced.
+    pub sequence_loss: f32,
+    /// Mean of the squared log-sum-exp (ST-MoE, eq. 5).
+    pub z_loss: f32,
+    /// Mean entropy of the loss's probabilities, in nats.
+    pub entropy: f32,
+    /// Squared coefficient of variation of the sums of weights (Shazeer et al. 2017, eq. 6 and 7).
+    pub importance_cv2: f32,
+    /// The same of the counts.
+    pub load_cv2: f32,
+    /// Slots of the fullest expert over the mean: 1 when balanced.
+    pub max_over_mean: f32,
+    /// `dropped` over all slots.
+    pub dropped_fraction: f32,
+}
+
+/// Shapes and rules of a measured gating.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MeasureDesc {
+    /// Tokens, experts, choices and their rule.
+    pub gating: GatingDesc,
+    /// What is measured. [`LossScore::Sigmoid`] needs [`Score::Sigmoid`].
+    pub rule: BalanceRule,
+    /// Tokens that [`Totals::loss_counts`] and [`Totals::probability`] are already of, and that the call adds to: those of earlier
+    /// layers or batches. 0: the call sets them.
+    pub earlier_tokens: usize,
+}
+
+/// Sums over tokens, by expert.
+pub struct Totals<'a> {
+    /// `[E]`, written: slots that chose the expert.
+    pub counts: Out<'a, i32>,
+    /// `[E]`, written or added to: slots that count for the loss, all or first choices.
+    pub loss_counts: Out<'a, i32>,
+    /// `[E]`, written or added to: sums of probabilities.
+    pub probability: Out<'a, f32>,
+    /// `[E]`, written: sums of weights.
+    pub importance: Out<'a, f32>,
+}
+
+/// Buffers of a measured gating.
+pub struct MeasuredArgs<'a> {
+    /// `[T, E]`.
+    pub logits: In<'a, f32>,
+    /// `[E]`; see [`gating::GatingArgs`].
+    pub correction_bias: Option<In<'a, f32>>,
+    /// `[T, k]`, written.
+    pub ids: Out<'a, i32>,
+    /// `[T, k]`, written.
+    pub weights: Out<'a, f32>,
+    /// `[T]`, written: `ln sum exp` of the token's logits.
+    pub log_sum_exp: Option<Out<'a, f32>>,
+    /// `[T, E]`, written: the probabilities that enter the losses.
+    pub probabilities: Option<Out<'a, f32>>,
+    /// Sums by expert.
+    pub totals: Totals<'a>,
+    /// `[1]`, written.
+    pub stats: Out<'a, RouterStats>,
+    /// At least [`workspace_bytes`].
+    pub workspace: &'a mut Workspace,
+}
+
+impl MeasureDesc {
+    /// Gating that is measured over the whole batch: all choices count, nothing is dropped.
+    pub fn new(gating: GatingDesc) -> MeasureDesc {
+        let score = if gating.gating.score == Score::Sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
+        let tokens_per_sequence = gating.tokens.max(1);
+        let rule = BalanceRule { score, tokens_per_sequence, first_choice_only: false, capacity: None };
+        MeasureDesc { gating, rule, earlier_tokens: 0 }
+    }
+
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        self.gating.validate()?;
+        shape::positive(OPERATION, "rule.tokens_per_sequence", self.rule.tokens_per_sequence)?;
+        if let Some(capacity) = self.rule.capacity {
+            shape::positive(OPERATION, "rule.capacity", capacity)?;
+        }
+        if self.rule.score == LossScore::Sigmoid && self.gating.gating.score != Score::Sigmoid {
+            let supported = "LossScore::Softmax, or Score::Sigmoid for the gating too";
+            return Err(Error::unsupported(OPERATION, "rule.score", supported, "LossScore::Sigmoid"));
+        }
+        let tokens = self.earlier_tokens.saturating_add(self.gating.tokens);
+        shape::size(OPERATION, "earlier_tokens", tokens).map(drop)
+    }
+
+    fn kernel(&self) -> MeasuredGate {
+        let gate = gating::kernel(self.gating.gating.score, self.gating.experts, false);
+        MeasuredGate { score: gate.score, values: gate.values }
+    }
+}
+
+/// Workspace of [`forward`] in bytes.
+///
+/// # Errors
+/// Those of [`MeasureDesc::validate`].
+pub fn workspace_bytes(desc: &MeasureDesc, device: &DeviceInfo) -> Result<usize, Error> {
+    desc.validate()?;
+    let parts = Parts::new(desc, device);
+    let partials = shape::product(OPERATION, "workspace", &[4, parts.parts, desc.gating.experts, 4])?;
+    Ok(BARRIER_HEADER + 16 * parts.parts + 8 * parts.cut_sequences() + partials)
+}
+
+/// Chooses kernel and grid: a block for each part of the tokens, as far as all blocks are resident.
+///
+/// # Errors
+/// Those of [`MeasureDesc::validate`]; [`Error::Unsupported`] where the device has too little shared memory.
+pub fn select(desc: &MeasureDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let gate = desc.kernel();
+    if gate.shared_bytes() > device.shared_bytes_per_block {
+        let supported = format!("a device with {} bytes of shared memory per block", gate.shared_bytes());
+        let got = format!("{} on one with {}", desc.gating.experts, device.shared_bytes_per_block);
+        return Err(Error::unsupported(OPERATION, "experts", supported, got));
+    }
+    let parts = Parts::new(desc, device).parts as u32;
+    let blocks = parts.min(parts::resident_blocks(desc, device)).max(1);
+    Ok(Selection { kernel: Kernel::MeasuredGate(gate), grid: [blocks, 1, 1], cooperative: blocks > 1 })
+}
+
+/// Chooses experts and weights, and measures the batch, in one launch.
+///
+/// With no tokens nothing is launched: counts, importance and statistics become zero, and so do the loss's totals unless they add
+/// to earlier ones. For losses of totals that do, call [`losses_of_totals`].
+///
+/// # Errors
+/// Those of [`select`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a buffer:
+/// [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of
+/// the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &MeasureDesc,
+    args: MeasuredArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
+    let stats = scope.write("stats", args.stats, 1, SCALAR)?;
+    let totals = HeldTotals::open(&scope, experts, args.totals)?;
+    if tokens == 0 {
+        scope.zero(stats.address(), size_of::<RouterStats>())?;
+        return totals.zero(&scope, experts, desc.earlier_tokens > 0);
+    }
+    let choices = tokens * top_k;
+    let logits = scope.read("logits", args.logits, tokens * experts, SCALAR)?;
+    gating::check_correction_bias(OPERATION, &desc.gating.gating, args.correction_bias.is_some())?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, experts, VECTOR)?;
+    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.write("weights", args.weights, choices, SCALAR)?;
+    let log_sum_exp = scope.write_some("log_sum_exp", args.log_sum_exp, tokens, SCALAR)?;
+    let probabilities = scope.write_some("probabilities", args.probabilities, tokens * experts, SCALAR)?;
+    let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
+    let routing = Routing {
+        logits: logits.address(),
+        correction_bias: optional(&bias),
+        ids: ids.address(),
+        weights: weights.address(),
+    };
+    let at = Addresses {
+        log_sum_exp: optional(&log_sum_exp),
+        probabilities: optional(&probabilities),
+        totals: totals.addresses(),
+        stats: stats.address(),
+        workspace: workspace.address(),
+    };
+    scope.launch(&selection, params(desc, &Parts::new(desc, kernels.device()), routing, at))
+}
+
+struct HeldTotals<'a> {
+    counts: Held<'a>,
+    loss_counts: Held<'a>,
+    probability: Held<'a>,
+    importance: Held<'a>,
+}
+
+impl<'b> HeldTotals<'b> {
+    fn open<'c: 'b>(scope: &Scope<'b>, experts: usize, totals: Totals<'c>) -> Result<HeldTotals<'b>, Error> {
+        Ok(HeldTotals {
+            counts: scope.write("totals.counts", totals.counts, experts, SCALAR)?,
+            loss_counts: scope.write("totals.loss_counts", totals.loss_counts, experts, SCALAR)?,
+            probability: scope.write("totals.probability", totals.probability, experts, SCALAR)?,
+            importance: scope.write("totals.importance", totals.importance, experts, SCALAR)?,
+        })
+    }
+
+    fn zero(&self, scope: &Scope<'_>, experts: usize, adds: bool) -> Result<(), Error> {
+        let bytes = experts * size_of::<f32>();
+        scope.zero(self.counts.address(), bytes)?;
+        scope.zero(self.importance.address(), bytes)?;
+        if adds {
+            return Ok(());
+        }
+        scope.zero(self.loss_counts.address(), bytes)?;
+        scope.zero(self.probability.address(), bytes)
+    }
+
+    fn addresses(&self) -> [Address<'_>; 4] {
+        [&self.counts, &self.loss_counts, &self.probability, &self.importance].map(Held::address)
+    }
+}
+
+struct Addresses<'a> {
+    log_sum_exp: Option<Address<'a>>,
+    probabilities: Option<Address<'a>>,
+    totals: [Address<'a>; 4],
+    stats: Address<'a>,
+    workspace: Address<'a>,
+}
+
+const FIRST_CHOICE_ONLY: u32 = 4;
+const SIGMOID: u32 = 8;
+const ADDS: u32 = 16;
+
+fn params(desc: &MeasureDesc, parts: &Parts, routing: Routing<'_>, at: Addresses<'_>) -> [Param; 27] {
+    let mut of = 0;
+    if desc.rule.first_choice_only {
+        of |= FIRST_CHOICE_ONLY;
+    }
+    if desc.rule.score == LossScore::Sigmoid {
+        of |= SIGMOID;
+    }
+    if desc.earlier_tokens > 0 {
+        of |= ADDS;
+    }
+    let [logits, bias, ids, weights, t, e, k, groups, kept, flags, scale] = gating::params(&desc.gating, routing);
+    let flags = match flags {
+        Param::U32(flags) => Param::U32(flags | of),
+        other => other,
+    };
+    let [counts, loss_counts, probability, importance] = at.totals;
+    // Without a limit nothing is above it.
+    let capacity = desc.rule.capacity.map_or(u32::MAX, |capacity| capacity as u32);
+    [
+        logits,
+        bias,
+        ids,
+        weights,
+        t,
+        e,
+        k,
+        groups,
+        kept,
+        flags,
+        scale,
+        at.log_sum_exp.into(),
+        at.probabilities.into(),
+        (parts.sequence as u32).into(),
+        (parts.tokens as u32).into(),
+        (parts.per_sequence as u32).into(),
+        (parts.pieces_each as u32).into(),
+        (parts.parts as u32).into(),
+        (parts.pieces as u32).into(),
+        capacity.into(),
+        ((desc.earlier_tokens + desc.gating.tokens) as u32).into(),
+        counts.into(),
+        loss_counts.into(),
+        probability.into(),
+        importance.into(),
+        at.stats.into(),
+        at.workspace.into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Gate;
+    use crate::routers::gating::Gating;
+    use crate::runtime::device::A100;
+
+    fn desc() -> MeasureDesc {
+        MeasureDesc::new(GatingDesc { tokens: 100, experts: 64, top_k: 8, gating: Gating::new(Score::Softmax) })
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |change: &dyn Fn(&mut MeasureDesc)| {
+            let mut desc = desc();
+            change(&mut desc);
+            desc.validate().unwrap_err().argument().unwrap()
+        };
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(fault(&|d| d.gating.top_k = 65), "top_k");
+        assert_eq!(fault(&|d| d.rule.tokens_per_sequence = 0), "rule.tokens_per_sequence");
+        assert_eq!(fault(&|d| d.rule.capacity = Some(0)), "rule.capacity");
+        assert_eq!(fault(&|d| d.rule.score = LossScore::Sigmoid), "rule.score");
+        assert_eq!(fault(&|d| d.earlier_tokens = i32::MAX as usize), "earlier_tokens");
+        let small = DeviceInfo { shared_bytes_per_block: 64 << 10, ..A100 };
+        let wide = MeasureDesc { gating: GatingDesc { experts: 4096, ..desc().gating }, ..desc() };
+        assert_eq!(select(&wide, &small).unwrap_err().argument(), Some("experts"));
+    }
+
+    #[test]
+    fn every_variant_fits_the_smallest_multiprocessor_that_runs_it() {
+        // 99 KiB for one block of compute capability 8.6, 8.9 and 12.0.
+        for values in Gate::VALUES {
+            assert!(MeasuredGate { score: Score::Softmax, values }.shared_bytes() <= 99 << 10);
+        }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entries() {
+        let null = Address::NULL;
+        let routing = Routing { logits: null, correction_bias: None, ids: null, weights: null };
+        let at = Addresses { log_sum_exp: None, probabilities: None, totals: [null; 4], stats: null, workspace: null };
+        let params = params(&desc(), &Parts::new(&desc(), &A100), routing, at);
+        for kernel in crate::registry::all().into_iter().filter(|kernel| matches!(kernel, Kernel::MeasuredGate(_))) {
+            crate::runtime::embedded::assert_takes(kernel, &params);
+        }
+    }
+
+    #[test]
+    fn stats_are_twelve_words() {
+        assert_eq!(size_of::<RouterStats>(), 48);
+        assert_eq!(std::mem::offset_of!(RouterStats, dropped_fraction), 44);
+    }
+}

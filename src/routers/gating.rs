@@ -1,0 +1,260 @@
+//! Gating: which experts each token goes to, and with what weight.
+//!
+//! For each token, with logits `l[E]`:
+//!
+//! 1. a score `p` for each expert: softmax over all, or the sigmoid of each logit;
+//! 2. the experts of the best groups are eligible (all of them without groups);
+//! 3. the `k` eligible experts of largest choice value `p + correction_bias` are chosen, larger first; among equals the
+//!    lower id, NaN after everything else. With no bias the logits themselves are compared: the same order, exactly;
+//! 4. the weight of a choice is its `p`, divided by the sum of the chosen (plus 1e-20) if `renormalise`, times `scale`.
+//!    With [`Score::TopkSoftmax`] the choice value is the logit, and `p` the softmax over the chosen logits only: a correction
+//!    bias, which adds to scores before the choice, is refused there.
+//!
+//! Ids are always in range and distinct; a NaN logit can reach weights, never ids.
+//!
+//! Sources: softmax top-k of Shazeer et al., *Outrageously Large Neural Networks* (2017) and Mixtral; sigmoid scores with
+//! correction bias, groups and scale of DeepSeek-V3 (2024), sections 2.1.2; softmax over the chosen of gpt-oss.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::{Gate, Kernel};
+use crate::rules::{Gating, GroupScore, Groups, Score};
+use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::shape;
+use crate::{DeviceInfo, Error, Kernels, Selection};
+
+const OPERATION: &str = "gating";
+
+/// Shapes and rule of a gating.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GatingDesc {
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// Experts `E`, 1 to 4096.
+    pub experts: usize,
+    /// Experts per token `k`, 1 to 32 and at most the number of eligible experts.
+    pub top_k: usize,
+    /// The rule.
+    pub gating: Gating,
+}
+
+/// Buffers of a gating.
+pub struct GatingArgs<'a> {
+    /// `[T, E]`.
+    pub logits: In<'a, f32>,
+    /// `[E]`, added to the scores for the choice only, not for the weights (DeepSeek-V3's auxiliary-loss-free balancing).
+    pub correction_bias: Option<In<'a, f32>>,
+    /// `[T, k]`, written: chosen experts by falling choice value.
+    pub ids: Out<'a, i32>,
+    /// `[T, k]`, written.
+    pub weights: Out<'a, f32>,
+}
+
+impl GatingDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
+        shape::top_k(OPERATION, self.top_k, self.experts)?;
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k])?;
+        shape::product(OPERATION, "logits", &[self.tokens, self.experts])?;
+        if !self.gating.scale.is_finite() {
+            return Err(Error::invalid(OPERATION, "scale", "a finite number", self.gating.scale));
+        }
+        self.gating.groups.map_or(Ok(()), |groups| self.validate_groups(groups))
+    }
+
+    fn validate_groups(&self, groups: Groups) -> Result<(), Error> {
+        let Groups { count, kept, score } = groups;
+        shape::positive(OPERATION, "groups.count", count)?;
+        if count > Gate::MAX_GROUPS as usize {
+            return Err(Error::unsupported(OPERATION, "groups.count", format!("at most {}", Gate::MAX_GROUPS), count));
+        }
+        if !self.experts.is_multiple_of(count) {
+            let expected = format!("a divisor of the number of experts, {}", self.experts);
+            return Err(Error::invalid(OPERATION, "groups.count", expected, count));
+        }
+        if kept == 0 || kept > count {
+            return Err(Error::invalid(OPERATION, "groups.kept", format!("1 to groups.count = {count}"), kept));
+        }
+        let size = self.experts / count;
+        if score == GroupScore::TopTwo && size < 2 && count > 1 {
+            let expected = "GroupScore::Max, as groups of one expert have no two largest values";
+            return Err(Error::invalid(OPERATION, "groups.score", expected, "GroupScore::TopTwo"));
+        }
+        if kept * size < self.top_k {
+            let expected = format!("at most {kept} groups kept * {size} experts = {}", kept * size);
+            return Err(Error::invalid(OPERATION, "top_k", expected, self.top_k));
+        }
+        Ok(())
+    }
+}
+
+/// The kernel for `experts` experts.
+pub(crate) fn kernel(score: Score, experts: usize, dispatch: bool) -> Gate {
+    let fits = |values: &u32| 32 * *values as usize >= experts;
+    let values = Gate::VALUES.into_iter().find(fits).unwrap_or(Gate::VALUES[Gate::VALUES.len() - 1]);
+    Gate { score, values, dispatch }
+}
+
+/// Chooses kernel and grid: the fewest registers that hold a token's logits, a warp for each token up to eight blocks a
+/// multiprocessor.
+///
+/// # Errors
+/// Those of [`GatingDesc::validate`].
+pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let gate = kernel(desc.gating.score, desc.experts, false);
+    let blocks = (desc.tokens as u32).div_ceil(gate.warps()).min(8 * device.multiprocessors).max(1);
+    Ok(Selection { kernel: Kernel::Gate(gate), grid: [blocks, 1, 1], cooperative: false })
+}
+
+/// Chooses experts and weights.
+///
+/// With no tokens nothing is launched.
+///
+/// # Errors
+/// Those of [`GatingDesc::validate`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a
+/// buffer: [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &GatingDesc,
+    args: GatingArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    if desc.tokens == 0 {
+        return Ok(());
+    }
+    let choices = desc.tokens * desc.top_k;
+    let logits = scope.read("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
+    check_correction_bias(OPERATION, &desc.gating, args.correction_bias.is_some())?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, VECTOR)?;
+    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.write("weights", args.weights, choices, SCALAR)?;
+    let routing = Routing {
+        logits: logits.address(),
+        correction_bias: optional(&bias),
+        ids: ids.address(),
+        weights: weights.address(),
+    };
+    scope.launch(&selection, params(desc, routing))
+}
+
+/// The kernels of [`Score::TopkSoftmax`] have no score before the choice that a bias could correct.
+pub(crate) fn check_correction_bias(operation: &'static str, gating: &Gating, given: bool) -> Result<(), Error> {
+    if given && gating.score == Score::TopkSoftmax {
+        let reason = "the score is TopkSoftmax, which has no scores before the choice";
+        return Err(Error::Unexpected { operation, argument: "correction_bias", reason });
+    }
+    Ok(())
+}
+
+/// What gating reads and writes.
+pub(crate) struct Routing<'a> {
+    pub(crate) logits: Address<'a>,
+    pub(crate) correction_bias: Option<Address<'a>>,
+    pub(crate) ids: Address<'a>,
+    pub(crate) weights: Address<'a>,
+}
+
+const RENORMALISE: u32 = 1;
+const GROUP_SCORE_IS_MAX: u32 = 2;
+
+pub(crate) fn params(desc: &GatingDesc, at: Routing<'_>) -> [Param; 11] {
+    let gating = &desc.gating;
+    let mut flags = if gating.renormalise { RENORMALISE } else { 0 };
+    let (groups, kept) = match gating.groups {
+        Some(groups) => {
+            if groups.score == GroupScore::Max {
+                flags |= GROUP_SCORE_IS_MAX;
+            }
+            (groups.count as u32, groups.kept as u32)
+        }
+        None => (1, 1),
+    };
+    [
+        at.logits.into(),
+        at.correction_bias.into(),
+        at.ids.into(),
+        at.weights.into(),
+        (desc.tokens as u32).into(),
+        (desc.experts as u32).into(),
+        (desc.top_k as u32).into(),
+        groups.into(),
+        kept.into(),
+        flags.into(),
+        gating.scale.into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::device::A100;
+
+    fn desc() -> GatingDesc {
+        GatingDesc { tokens: 16, experts: 256, top_k: 8, gating: Gating::new(Score::Sigmoid) }
+    }
+
+    fn grouped(count: usize, kept: usize, score: GroupScore) -> GatingDesc {
+        GatingDesc { gating: Gating { groups: Some(Groups { count, kept, score }), ..desc().gating }, ..desc() }
+    }
+
+    fn fault(desc: GatingDesc) -> &'static str {
+        desc.validate().unwrap_err().argument().unwrap()
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(grouped(8, 4, GroupScore::TopTwo).validate(), Ok(()));
+        assert_eq!(fault(GatingDesc { experts: 0, ..desc() }), "experts");
+        assert_eq!(fault(GatingDesc { experts: 5000, ..desc() }), "experts");
+        assert_eq!(fault(GatingDesc { experts: 4, ..desc() }), "top_k");
+        assert_eq!(fault(GatingDesc { top_k: 33, ..desc() }), "top_k");
+        assert_eq!(fault(GatingDesc { top_k: 0, ..desc() }), "top_k");
+        assert_eq!(fault(GatingDesc { tokens: 1 << 29, ..desc() }), "ids");
+        assert_eq!(fault(GatingDesc { tokens: usize::MAX, ..desc() }), "tokens");
+        assert_eq!(fault(GatingDesc { gating: Gating { scale: f32::NAN, ..desc().gating }, ..desc() }), "scale");
+        assert_eq!(fault(grouped(7, 4, GroupScore::Max)), "groups.count");
+        assert_eq!(fault(grouped(0, 0, GroupScore::Max)), "groups.count");
+        assert_eq!(fault(grouped(8, 9, GroupScore::Max)), "groups.kept");
+        assert_eq!(fault(grouped(8, 0, GroupScore::Max)), "groups.kept");
+        assert_eq!(fault(GatingDesc { experts: 16, top_k: 1, ..grouped(16, 16, GroupScore::TopTwo) }), "groups.score");
+        assert_eq!(fault(grouped(256, 4, GroupScore::Max)), "groups.count");
+    }
+
+    #[test]
+    fn too_few_eligible_experts() {
+        let desc = GatingDesc { experts: 32, ..grouped(32, 4, GroupScore::Max) };
+        let error = desc.validate().unwrap_err().to_string();
+        assert_eq!(error, "gating: `top_k` is 8, expected at most 4 groups kept * 1 experts = 4");
+    }
+
+    #[test]
+    fn registers_hold_the_logits() {
+        for (experts, values) in [(1, 1), (32, 1), (33, 2), (60, 2), (512, 16), (4095, 128), (4096, 128)] {
+            let desc = GatingDesc { experts, top_k: 1, ..desc() };
+            let Kernel::Gate(gate) = select(&desc, &A100).unwrap().kernel else { unreachable!() };
+            assert_eq!(gate.values, values, "{experts} experts");
+        }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entry() {
+        let at = Routing { logits: Address::NULL, correction_bias: None, ids: Address::NULL, weights: Address::NULL };
+        let params = params(&desc(), at);
+        for kernel in crate::registry::all() {
+            if matches!(kernel, Kernel::Gate(Gate { dispatch: false, .. })) {
+                crate::runtime::embedded::assert_takes(kernel, &params);
+            }
+        }
+    }
+}

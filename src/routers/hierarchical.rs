@@ -1,0 +1,397 @@
+//! The hierarchical mixture of experts (Shazeer et al., *Outrageously Large Neural Networks*, 2017, appendix B): noisy top-k gating over
+//! groups, then noisy top-k gating over the experts of each chosen group.
+//!
+//! A token's weight for expert `e` of group `g` is `G_primary[g] * G_g[e]` (eq. 12); importance sums those (eq. 13), and
+//! `load[g,e] = Load_primary[g] * Load_g[e] / |X_g|` with the tokens `X_g` of the group (eq. 14). Three launches: the groups
+//! ([`crate::routers::noisy`]), their tokens side by side ([`crate::capacity::dispatch`]), the experts of each group. Only the rows of chosen groups are read.
+//! See [`crate::reference::noisy::hierarchical`]; ids and noise ([`noise`]) are those of
+//! the reference bit for bit.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::capacity::dispatch::{self, DispatchDesc};
+use crate::registry::{Kernel, Noisy};
+use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits, NoisyRule};
+use crate::rules::noise;
+use crate::runtime::launch::{Address, Held, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::shape;
+use crate::runtime::workspace::{Arena, Region};
+use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+
+const OPERATION: &str = "hierarchical";
+
+/// Shapes and rules of a hierarchical gating.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HierarchicalDesc {
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// Groups `G`.
+    pub groups: usize,
+    /// Experts `E` of a group; `G * E` is 1 to 4096.
+    pub experts: usize,
+    /// How groups are chosen; `K` is its `top_k`.
+    pub primary: NoisyRule,
+    /// How experts are chosen within a group; `k` is its `top_k`, and `K * k` at most 32. Random words differ between levels and groups
+    /// also where the two rules have the same source.
+    pub secondary: NoisyRule,
+}
+
+/// Which groups tokens go to, and the sums of it.
+pub struct PrimaryOutputs<'a> {
+    /// `[T, K]`, written: groups by falling noisy logit.
+    pub ids: Out<'a, i32>,
+    /// `[T, K]`, written: `G_primary`.
+    pub weights: Out<'a, f32>,
+    /// `[G]`, written: tokens of each group.
+    pub counts: Out<'a, i32>,
+    /// `[G]`, written: sums of weights.
+    pub importance: Out<'a, f32>,
+    /// `[G]`, written: the smooth estimate of `counts`.
+    pub load: Out<'a, f32>,
+    /// `[2]`, written: `CV(importance)^2` and `CV(load)^2` over groups.
+    pub losses: Out<'a, f32>,
+    /// `[T, G]`, written: noisy logits.
+    pub noisy: Option<Out<'a, f32>>,
+    /// `[T, 2]`, written; see [`noisy::NoisyArgs::thresholds`].
+    pub thresholds: Option<Out<'a, f32>>,
+}
+
+/// Buffers of a hierarchical gating.
+pub struct HierarchicalArgs<'a> {
+    /// `[T, G]` twice, or `[T, 2G]`.
+    pub primary_logits: NoisyLogits<'a>,
+    /// `[T, G, E]` twice, or `[T, G, 2E]`. Rows of groups that a token did not choose are not read.
+    pub logits: NoisyLogits<'a>,
+    /// What the first level writes.
+    pub primary: PrimaryOutputs<'a>,
+    /// `[T, K, k]`, written: `g E + e`; those of a token's first group come first.
+    pub ids: Out<'a, i32>,
+    /// `[T, K, k]`, written.
+    pub weights: Out<'a, f32>,
+    /// `[T, K, E]`, written: noisy logits of the experts of each chosen group.
+    pub noisy: Option<Out<'a, f32>>,
+    /// `[T, K, 2]`, written; see [`noisy::NoisyArgs::thresholds`].
+    pub thresholds: Option<Out<'a, f32>>,
+    /// `[G, E]`, written: slots of each expert.
+    pub counts: Out<'a, i32>,
+    /// `[G, E]`, written: `Importance_H(X)`.
+    pub importance: Out<'a, f32>,
+    /// `[G, E]`, written: `Load_H(X)`.
+    pub load: Out<'a, f32>,
+    /// `[2]`, written: `CV(Importance_H)^2` and `CV(Load_H)^2`.
+    pub losses: Out<'a, f32>,
+    /// At least [`workspace_bytes`].
+    pub workspace: &'a mut Workspace,
+}
+
+impl HierarchicalDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::positive(OPERATION, "groups", self.groups)?;
+        shape::positive(OPERATION, "experts", self.experts)?;
+        let all = shape::product(OPERATION, "experts", &[self.groups, self.experts])?;
+        if all > crate::MAX_EXPERTS {
+            let supported = format!("at most {} in all groups", crate::MAX_EXPERTS);
+            return Err(Error::unsupported(OPERATION, "experts", supported, all));
+        }
+        noisy::check_rule(OPERATION, &self.primary, self.groups)?;
+        noisy::check_rule(OPERATION, &self.secondary, self.experts)?;
+        let choices = self.primary.top_k * self.secondary.top_k;
+        if choices > crate::MAX_TOP_K {
+            let supported = format!("at most {} of both levels multiplied", crate::MAX_TOP_K);
+            return Err(Error::unsupported(OPERATION, "top_k", supported, choices));
+        }
+        shape::product(OPERATION, "logits", &[self.tokens, 2, all])?;
+        shape::product_i32(OPERATION, "ids", &[self.tokens, choices])?;
+        Ok(())
+    }
+
+    /// Slots of groups: `T K`.
+    fn slots(&self) -> usize {
+        self.tokens * self.primary.top_k
+    }
+
+    fn primary_desc(&self) -> NoisyDesc {
+        NoisyDesc { tokens: self.tokens, experts: self.groups, rule: self.primary }
+    }
+
+    fn secondary_desc(&self) -> NoisyDesc {
+        NoisyDesc { tokens: self.tokens, experts: self.experts, rule: self.secondary }
+    }
+
+    fn dispatch_desc(&self) -> DispatchDesc {
+        DispatchDesc { tokens: self.tokens, experts: self.groups, top_k: self.primary.top_k, capacity: None, tile_m: 1 }
+    }
+}
+
+/// The three launches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HierarchicalSelection {
+    /// Groups of tokens.
+    pub primary: Selection,
+    /// Tokens of groups.
+    pub dispatch: Selection,
+    /// Experts of groups.
+    pub secondary: Selection,
+    /// Parts that each group's tokens are cut into.
+    parts: u32,
+}
+
+/// Chooses kernels and grids.
+///
+/// # Errors
+/// Those of [`HierarchicalDesc::validate`].
+pub fn select(desc: &HierarchicalDesc, device: &DeviceInfo) -> Result<HierarchicalSelection, Error> {
+    desc.validate()?;
+    let spread = noisy::spread(desc.experts);
+    let most = noisy::most_blocks(&spread, device);
+    let groups = desc.groups as u32;
+    let enough_each = (desc.slots() as u32).div_ceil(noisy::TOKENS_OF_SUMS * groups * spread.tokens());
+    let parts = enough_each.clamp(1, (most / groups).max(1));
+    let blocks = (groups * parts).min(most);
+    let kernel = Kernel::Noisy(Noisy { spread, grouped: true });
+    Ok(HierarchicalSelection {
+        primary: noisy::select(&desc.primary_desc(), device, true)?,
+        dispatch: dispatch::select(&desc.dispatch_desc(), device)?,
+        secondary: Selection { kernel, grid: [blocks, 1, 1], cooperative: blocks > 1 },
+        parts,
+    })
+}
+
+/// Where things lie in the workspace. All three launches begin theirs at 0, with the barrier.
+struct Regions {
+    shared: Region,
+    counts: Region,
+    offsets: Region,
+    slot_token: Region,
+    token_slot: Region,
+    bytes: usize,
+}
+
+impl Regions {
+    fn new(desc: &HierarchicalDesc, device: &DeviceInfo) -> Result<Regions, Error> {
+        let parts = select(desc, device)?.parts as usize;
+        let shared = noisy::workspace_bytes(&desc.primary_desc(), device)?
+            .max(dispatch::workspace_bytes(&desc.dispatch_desc(), device)?)
+            .max(noisy::partial_bytes(desc.groups * parts, desc.experts));
+        let mut arena = Arena::new(OPERATION);
+        Ok(Regions {
+            shared: arena.region("workspace", shared, 1)?,
+            counts: arena.region("workspace", desc.groups, size_of::<i32>())?,
+            offsets: arena.region("workspace", desc.groups + 1, size_of::<i32>())?,
+            slot_token: arena.region("workspace", desc.slots(), size_of::<i32>())?,
+            token_slot: arena.region("workspace", desc.slots(), size_of::<i32>())?,
+            bytes: arena.bytes(),
+        })
+    }
+}
+
+/// The noise of `token` and `expert` of `group` at the second level, bit for bit; at the first it is [`noisy::noise`].
+pub fn noise(source: noisy::NoiseSource, token: u32, group: u32, expert: u32) -> f32 {
+    noise::standard_normal(source.gate_word(16 + group, token, expert))
+}
+
+/// Workspace of [`forward`] in bytes.
+///
+/// # Errors
+/// Those of [`HierarchicalDesc::validate`].
+pub fn workspace_bytes(desc: &HierarchicalDesc, device: &DeviceInfo) -> Result<usize, Error> {
+    Ok(Regions::new(desc, device)?.bytes)
+}
+
+/// Chooses groups and experts, and sums up who gets how much.
+///
+/// With no tokens nothing is launched, and sums and losses become zero.
+///
+/// # Errors
+/// Those of [`HierarchicalDesc::validate`]; those of a buffer (named `primary.ids`, ... for the first level's):
+/// [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of
+/// the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &HierarchicalDesc,
+    args: HierarchicalArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let regions = Regions::new(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    let HierarchicalDesc { tokens, groups, experts, .. } = *desc;
+    let (all, slots) = (groups * experts, desc.slots());
+    let primary_sums = [
+        scope.write("primary.counts", args.primary.counts, groups, SCALAR)?,
+        scope.write("primary.importance", args.primary.importance, groups, SCALAR)?,
+        scope.write("primary.load", args.primary.load, groups, SCALAR)?,
+        scope.write("primary.losses", args.primary.losses, 2, SCALAR)?,
+    ];
+    let sums = [
+        scope.write("counts", args.counts, all, SCALAR)?,
+        scope.write("importance", args.importance, all, SCALAR)?,
+        scope.write("load", args.load, all, SCALAR)?,
+        scope.write("losses", args.losses, 2, SCALAR)?,
+    ];
+    if tokens == 0 {
+        for (sums, experts) in [(&primary_sums, groups), (&sums, all)] {
+            for (held, elements) in sums.iter().zip([experts, experts, experts, 2]) {
+                scope.zero(held.address(), elements * size_of::<f32>())?;
+            }
+        }
+        return Ok(());
+    }
+    let primary_names = ["primary_logits.clean", "primary_logits.raw", "primary_logits"];
+    let primary_logits = HeldLogits::open(&scope, args.primary_logits, primary_names, tokens, groups)?;
+    let logits = HeldLogits::open(&scope, args.logits, ["clean", "raw", "logits"], tokens * groups, experts)?;
+    let primary_ids = scope.write("primary.ids", args.primary.ids, slots, SCALAR)?;
+    let primary_weights = scope.write("primary.weights", args.primary.weights, slots, SCALAR)?;
+    let primary_noisy = scope.write_some("primary.noisy", args.primary.noisy, tokens * groups, SCALAR)?;
+    let primary_thresholds = scope.write_some("primary.thresholds", args.primary.thresholds, tokens * 2, SCALAR)?;
+    let choices = slots * desc.secondary.top_k;
+    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.write("weights", args.weights, choices, SCALAR)?;
+    let noisy = scope.write_some("noisy", args.noisy, slots * experts, SCALAR)?;
+    let thresholds = scope.write_some("thresholds", args.thresholds, slots * 2, SCALAR)?;
+    let workspace = args.workspace.open(&scope, regions.bytes)?;
+    let place = |region: Region| workspace.address().offset(region.offset);
+    let with_workspace = |sums: &'_ [Held<'_>; 4]| {
+        let [counts, importance, load, losses] = sums.each_ref().map(|held| Param::from(held.address()));
+        [counts, importance, load, losses, place(regions.shared).into()]
+    };
+
+    let at = noisy::Addresses {
+        logits: primary_logits.addresses(),
+        ids: primary_ids.address(),
+        weights: primary_weights.address(),
+        noisy: optional(&primary_noisy),
+        thresholds: optional(&primary_thresholds),
+        sums: with_workspace(&primary_sums),
+    };
+    scope.launch(&selection.primary, noisy::params(&desc.primary_desc(), selection.primary.grid[0], at))?;
+
+    let lists = dispatch::Outputs {
+        counts: place(regions.counts),
+        offsets: place(regions.offsets),
+        slot_token: place(regions.slot_token),
+        token_slot: place(regions.token_slot),
+        slot_weight: None,
+        tiles: None,
+        num_tiles: None,
+    };
+    let order = desc.dispatch_desc();
+    let shared = place(regions.shared);
+    scope.launch(&selection.dispatch, dispatch::params(&order, primary_ids.address(), None, lists, shared))?;
+
+    let at = noisy::Addresses {
+        logits: logits.addresses(),
+        ids: ids.address(),
+        weights: weights.address(),
+        noisy: optional(&noisy),
+        thresholds: optional(&thresholds),
+        sums: with_workspace(&sums),
+    };
+    let [_, _, primary_load, _] = &primary_sums;
+    let chosen = Chosen {
+        ids: primary_ids.address(),
+        weights: primary_weights.address(),
+        load: primary_load.address(),
+        slot_token: place(regions.slot_token),
+        offsets: place(regions.offsets),
+    };
+    scope.launch(&selection.secondary, params(desc, selection.parts, at, chosen))
+}
+
+/// What the second level knows of the first.
+struct Chosen<'a> {
+    ids: Address<'a>,
+    weights: Address<'a>,
+    load: Address<'a>,
+    slot_token: Address<'a>,
+    offsets: Address<'a>,
+}
+
+fn params(desc: &HierarchicalDesc, parts: u32, at: noisy::Addresses<'_>, chosen: Chosen<'_>) -> [Param; 28] {
+    let common = noisy::params(&desc.secondary_desc(), parts, at);
+    let own: [Param; 7] = [
+        (desc.groups as u32).into(),
+        (desc.primary.top_k as u32).into(),
+        chosen.ids.into(),
+        chosen.weights.into(),
+        chosen.load.into(),
+        chosen.slot_token.into(),
+        chosen.offsets.into(),
+    ];
+    std::array::from_fn(|i| match i {
+        0..20 => common[i],
+        27 => common[20],
+        _ => own[i - 20],
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Spread;
+    use crate::routers::noisy::NoiseSource;
+    use crate::runtime::device::A100;
+
+    fn desc() -> HierarchicalDesc {
+        let rule = |top_k| NoisyRule { top_k, noise_epsilon: 1e-2, noise: NoiseSource::default() };
+        HierarchicalDesc { tokens: 1000, groups: 16, experts: 256, primary: rule(2), secondary: rule(4) }
+    }
+
+    fn fault(change: impl FnOnce(&mut HierarchicalDesc)) -> &'static str {
+        let mut desc = desc();
+        change(&mut desc);
+        desc.validate().unwrap_err().argument().unwrap()
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(fault(|d| d.experts = 257), "experts");
+        assert_eq!(fault(|d| d.experts = 0), "experts");
+        assert_eq!(fault(|d| d.experts = usize::MAX), "experts");
+        assert_eq!(fault(|d| d.groups = 0), "groups");
+        assert_eq!(fault(|d| d.primary.top_k = 17), "top_k");
+        assert_eq!(fault(|d| d.secondary.top_k = 17), "top_k");
+        assert_eq!(fault(|d| d.secondary.noise_epsilon = -1.0), "noise_epsilon");
+        assert_eq!(fault(|d| d.tokens = 1 << 28), "ids");
+    }
+
+    #[test]
+    fn groups_are_cut_as_far_as_blocks_are_resident() {
+        // 2000 slots over 16 groups, 32 a block: 3.9 parts.
+        let got = select(&desc(), &A100).unwrap();
+        assert_eq!((got.parts, got.secondary.grid, got.secondary.cooperative), (4, [64, 1, 1], true));
+        // Ten times as many would be 40; 216 blocks allow 13 each.
+        let got = select(&HierarchicalDesc { tokens: 10_000, ..desc() }, &A100).unwrap();
+        assert_eq!((got.parts, got.secondary.grid), (13, [208, 1, 1]));
+        // More groups than resident blocks: a block takes several.
+        let many = HierarchicalDesc { groups: 1024, experts: 4, ..desc() };
+        let got = select(&many, &A100).unwrap();
+        assert_eq!((got.parts, got.secondary.grid), (1, [216, 1, 1]));
+    }
+
+    #[test]
+    fn params_are_those_of_the_entries() {
+        let null = Address::NULL;
+        for spread in Spread::ALL {
+            let at = noisy::Addresses {
+                logits: (null, null, 64),
+                ids: null,
+                weights: null,
+                noisy: None,
+                thresholds: None,
+                sums: [Param::Address(0); 5],
+            };
+            let chosen = Chosen { ids: null, weights: null, load: null, slot_token: null, offsets: null };
+            let kernel = Kernel::Noisy(Noisy { spread, grouped: true });
+            crate::runtime::embedded::assert_takes(kernel, &params(&desc(), 1, at, chosen));
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! Jitter: multiplicative uniform noise on the router's input or on its logits (Fedus et al., *Switch Transformers*, 2021, section 2.2).
+//!
+//! `y[i] = x[i] * u`, `u` uniform between `1 - epsilon` and `1 + epsilon`, rounded once to the type of `x`. The router takes `y`, the experts
+//! take `x`. The noise follows from seed, offset and `i` alone ([`NoiseSource`]); jitter shares no random word with the routers that use the
+//! same source. See [`crate::reference::jitter`], whose results these are bit for bit (products below 2^-118 may differ in a tie of bf16).
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::Kernel;
+use crate::rules::Dtype;
+use crate::rules::NoiseSource;
+use crate::runtime::launch::{In, Out, Param, Scope, VECTOR};
+use crate::runtime::shape;
+use crate::{DeviceInfo, Element, Error, Kernels, Selection};
+
+const OPERATION: &str = "jitter";
+
+/// Bytes that a thread moves.
+const THREAD_BYTES: u32 = 16;
+
+/// Size and strength of a jitter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct JitterDesc {
+    /// Type of the elements.
+    pub dtype: Dtype,
+    /// Elements, `T * H` or `T * E`; 0 is allowed.
+    pub elements: usize,
+    /// Half the width of the interval, 0 to 1.
+    pub epsilon: f32,
+    /// The random words.
+    pub noise: NoiseSource,
+}
+
+impl JitterDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::product(OPERATION, "elements", &[self.elements])?;
+        if !(0.0..=1.0).contains(&self.epsilon) {
+            return Err(Error::invalid(OPERATION, "epsilon", "0 to 1", self.epsilon));
+        }
+        self.blocks().map(drop)
+    }
+
+    fn blocks(&self) -> Result<u32, Error> {
+        let of_block = u64::from(THREAD_BYTES / self.dtype.bytes() * Kernel::Jitter(self.dtype).threads());
+        shape::grid_x(OPERATION, "elements", (self.elements as u64).div_ceil(of_block))
+    }
+}
+
+/// Chooses kernel and grid: a thread for 16 bytes.
+///
+/// # Errors
+/// Those of [`JitterDesc::validate`].
+pub fn select(desc: &JitterDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let blocks = desc.blocks()?.max(1);
+    Ok(Selection { kernel: Kernel::Jitter(desc.dtype), grid: [blocks, 1, 1], cooperative: false })
+}
+
+/// Writes `x` with noise to `y`, both 16-byte aligned.
+///
+/// With no elements nothing is launched.
+///
+/// # Errors
+/// Those of [`JitterDesc::validate`]; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// [`Error::DifferentContext`]; and those of the driver.
+pub fn forward<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &JitterDesc,
+    x: In<'_, T>,
+    y: Out<'_, T>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    scope.check_dtype::<T>("x", desc.dtype)?;
+    if desc.elements == 0 {
+        return Ok(());
+    }
+    let x = scope.read("x", x, desc.elements, VECTOR)?;
+    let y = scope.write("y", y, desc.elements, VECTOR)?;
+    scope.launch(&selection, params(desc, [x.address().into(), y.address().into()]))
+}
+
+/// Adds the noise to `x` itself: to logits, say, before gating.
+///
+/// # Errors
+/// Those of [`forward`].
+pub fn forward_in_place<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &JitterDesc,
+    x: Out<'_, T>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    scope.check_dtype::<T>("x", desc.dtype)?;
+    if desc.elements == 0 {
+        return Ok(());
+    }
+    let x = scope.write("x", x, desc.elements, VECTOR)?;
+    scope.launch(&selection, params(desc, [x.address().into(); 2]))
+}
+
+fn params(desc: &JitterDesc, [x, y]: [Param; 2]) -> [Param; 10] {
+    let JitterDesc { elements, epsilon, noise, .. } = *desc;
+    [
+        x,
+        y,
+        (elements as u32).into(),
+        ((elements as u64 >> 32) as u32).into(),
+        // As the reference computes them.
+        (2.0 * epsilon).into(),
+        (1.0 - epsilon).into(),
+        (noise.seed as u32).into(),
+        ((noise.seed >> 32) as u32).into(),
+        (noise.offset as u32).into(),
+        ((noise.offset >> 32) as u32).into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_name_their_field() {
+        let desc = JitterDesc { dtype: Dtype::Bf16, elements: 100, epsilon: 0.01, noise: NoiseSource::default() };
+        assert_eq!(desc.validate(), Ok(()));
+        let fault = |desc: JitterDesc| desc.validate().unwrap_err().argument().unwrap();
+        assert_eq!(fault(JitterDesc { epsilon: 1.5, ..desc }), "epsilon");
+        assert_eq!(fault(JitterDesc { epsilon: f32::NAN, ..desc }), "epsilon");
+        assert_eq!(fault(JitterDesc { elements: 1 << 43, ..desc }), "elements");
+        assert_eq!(fault(JitterDesc { elements: usize::MAX, ..desc }), "elements");
+        for dtype in Dtype::ALL {
+            let desc = JitterDesc { dtype, ..desc };
+            crate::runtime::embedded::assert_takes(Kernel::Jitter(dtype), &params(&desc, [Param::Address(0); 2]));
+            let block = 256 * 16 / dtype.bytes() as usize;
+            for (elements, blocks) in [(0, 1), (1, 1), (block, 1), (block + 1, 2)] {
+                let got = select(&JitterDesc { elements, ..desc }, &crate::runtime::device::A100).unwrap();
+                assert_eq!(got.grid, [blocks, 1, 1], "{elements} elements");
+            }
+        }
+    }
+}

@@ -1,0 +1,13 @@
+//! Which experts each token goes to, and with what weight.
+
+pub mod balance;
+pub mod base;
+pub mod expert_choice;
+pub mod gating;
+pub mod hash;
+pub mod hierarchical;
+pub mod jitter;
+pub mod noisy;
+pub mod router;
+pub mod sampled;
+pub mod sinkhorn;

@@ -1,0 +1,367 @@
+//! Noisy top-k gating (Shazeer et al., *Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer*, 2017, section
+//! 2.1 and appendix A).
+//!
+//! Two products of a token, `clean = x Wg` and `raw = x Wnoise`, give `H = clean + n * (softplus(raw) + noise_epsilon)` with standard
+//! normal `n`; the `k` experts of largest `H` are kept, and their weights are the softmax of the kept `H`. The same launch can sum up over
+//! all tokens each expert's weights (*importance*), tokens (*counts*) and chance of being kept (*load*), and take both balancing losses,
+//! `CV(importance)^2` and `CV(load)^2`, before their factors. See [`crate::reference::noisy`].
+//!
+//! The noise of a token and expert follows from seed, offset, token and expert alone ([`NoiseSource`]), in f32 arithmetic that the host
+//! repeats: `H` and the ids are those of the reference bit for bit, also on another device. Weights and sums are f32 arithmetic. What
+//! gradients need is written where a buffer is given: `H` ([`NoisyArgs::noisy`]; the noise itself is [`noise`] of the same arguments) and
+//! the numbers that `load` compares with ([`NoisyArgs::thresholds`]).
+//!
+//! For evaluation, without noise, use [`crate::routers::gating`] with [`crate::routers::gating::Score::TopkSoftmax`] on `clean`.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::{Kernel, Noisy, Spread};
+use crate::rules::NoiseSource;
+use crate::rules::NoisyRule;
+use crate::runtime::launch::{Address, Held, In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::shape;
+use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+
+const OPERATION: &str = "noisy";
+
+/// Shapes and rule of a noisy gating.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NoisyDesc {
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// Experts `E`, 1 to 4096.
+    pub experts: usize,
+    /// The rule. `top_k` is 1 to 32 and at most `E`.
+    pub rule: NoisyRule,
+}
+
+/// The router's two products.
+pub enum NoisyLogits<'a> {
+    /// Two matrices.
+    Apart {
+        /// `[T, E]`, `x Wg`.
+        clean: In<'a, f32>,
+        /// `[T, E]`, `x Wnoise`.
+        raw: In<'a, f32>,
+    },
+    /// `[T, 2E]`, a token's `x Wg` and then its `x Wnoise`: one router product with the weights one below the other.
+    Together(In<'a, f32>),
+}
+
+/// Sums over tokens, and the losses that follow from them.
+pub struct NoisySums<'a> {
+    /// `[E]`, written: tokens of each expert.
+    pub counts: Out<'a, i32>,
+    /// `[E]`, written: `Importance(X)`, sums of weights (eq. 6).
+    pub importance: Out<'a, f32>,
+    /// `[E]`, written: `Load(X)`, the smooth estimate of `counts` (eq. 10).
+    pub load: Out<'a, f32>,
+    /// `[2]`, written: `CV(importance)^2` and `CV(load)^2` (eq. 7 and 11).
+    pub losses: Out<'a, f32>,
+    /// At least [`workspace_bytes`].
+    pub workspace: &'a mut Workspace,
+}
+
+/// Buffers of a noisy gating.
+pub struct NoisyArgs<'a> {
+    /// The router's products.
+    pub logits: NoisyLogits<'a>,
+    /// `[T, k]`, written: experts by falling `H`.
+    pub ids: Out<'a, i32>,
+    /// `[T, k]`, written: softmax of the kept `H`.
+    pub weights: Out<'a, f32>,
+    /// `[T, E]`, written: `H`.
+    pub noisy: Option<Out<'a, f32>>,
+    /// `[T, 2]`, written: the k-th and the k+1-th largest `H`, -Inf where there is none; a kept expert's load compares with the second,
+    /// another's with the first.
+    pub thresholds: Option<Out<'a, f32>>,
+    /// Sums and losses. Without them nothing is summed, and more blocks run at once.
+    pub sums: Option<NoisySums<'a>>,
+}
+
+impl NoisyDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
+        check_rule(OPERATION, &self.rule, self.experts)?;
+        shape::product(OPERATION, "logits", &[self.tokens, 2, self.experts])?;
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.rule.top_k])?;
+        Ok(())
+    }
+}
+
+pub(crate) fn check_rule(operation: &'static str, rule: &NoisyRule, experts: usize) -> Result<(), Error> {
+    shape::top_k(operation, rule.top_k, experts)?;
+    let epsilon = rule.noise_epsilon;
+    if !epsilon.is_finite() || epsilon < 0.0 {
+        return Err(Error::invalid(operation, "noise_epsilon", "a finite number of at least 0", epsilon));
+    }
+    Ok(())
+}
+
+/// The least spread that holds `experts`.
+pub(crate) fn spread(experts: usize) -> Spread {
+    let fits = |spread: &Spread| spread.max_experts() as usize >= experts;
+    Spread::ALL.into_iter().find(fits).unwrap_or(Spread::ALL[Spread::ALL.len() - 1])
+}
+
+/// The noise `n` of `token` and `expert`: what `H` was made with, bit for bit.
+pub fn noise(source: NoiseSource, token: u32, expert: u32) -> f32 {
+    crate::rules::noise::standard_normal(source.gate_word(0, token, expert))
+}
+
+/// Workspace of [`forward`] with sums, in bytes.
+///
+/// # Errors
+/// Those of [`NoisyDesc::validate`].
+pub fn workspace_bytes(desc: &NoisyDesc, device: &DeviceInfo) -> Result<usize, Error> {
+    let parts = select(desc, device, true)?.grid[0] as usize;
+    Ok(partial_bytes(parts, desc.experts))
+}
+
+/// Bytes of the barrier, rounded up to a sector.
+const HEADER: usize = 32;
+
+/// A barrier, and importance, counts and load of each part of the work.
+pub(crate) fn partial_bytes(items: usize, experts: usize) -> usize {
+    HEADER + items * 3 * experts * size_of::<f32>()
+}
+
+/// Tokens that a warp (or a block that holds one token) takes at least where it sums up: its sums cost as much traffic as three.
+pub(crate) const TOKENS_OF_SUMS: u32 = 4;
+
+/// Blocks that may meet at a barrier.
+pub(crate) fn most_blocks(spread: &Spread, device: &DeviceInfo) -> u32 {
+    if device.cooperative_launch { spread.resident_blocks() * device.multiprocessors } else { 1 }
+}
+
+/// Chooses kernel and grid: the fewest registers that hold a token's experts; with `sums` as many blocks as are resident at once, as they
+/// meet at a barrier.
+///
+/// # Errors
+/// Those of [`NoisyDesc::validate`].
+pub fn select(desc: &NoisyDesc, device: &DeviceInfo, sums: bool) -> Result<Selection, Error> {
+    desc.validate()?;
+    let spread = spread(desc.experts);
+    let most = if sums { most_blocks(&spread, device) } else { 4 * spread.resident_blocks() * device.multiprocessors };
+    let each = if sums { TOKENS_OF_SUMS } else { 1 };
+    let blocks = (desc.tokens as u32).div_ceil(each * spread.tokens()).clamp(1, most);
+    let kernel = Kernel::Noisy(Noisy { spread, grouped: false });
+    Ok(Selection { kernel, grid: [blocks, 1, 1], cooperative: sums && blocks > 1 })
+}
+
+/// Chooses experts by noisy logits, and sums up who gets how much.
+///
+/// With no tokens nothing is launched, and sums and losses become zero.
+///
+/// # Errors
+/// Those of [`NoisyDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &NoisyDesc,
+    args: NoisyArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device(), args.sums.is_some())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    let NoisyDesc { tokens, experts, .. } = *desc;
+    let sums = args.sums.map(|sums| HeldSums::open(&scope, desc, sums)).transpose()?;
+    if tokens == 0 {
+        return sums.map_or(Ok(()), |sums| sums.zero(&scope, experts));
+    }
+    let logits = HeldLogits::open(&scope, args.logits, ["clean", "raw", "logits"], tokens, experts)?;
+    let choices = tokens * desc.rule.top_k;
+    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.write("weights", args.weights, choices, SCALAR)?;
+    let noisy = scope.write_some("noisy", args.noisy, tokens * experts, SCALAR)?;
+    let thresholds = scope.write_some("thresholds", args.thresholds, tokens * 2, SCALAR)?;
+    let at = Addresses {
+        logits: logits.addresses(),
+        ids: ids.address(),
+        weights: weights.address(),
+        noisy: optional(&noisy),
+        thresholds: optional(&thresholds),
+        sums: sums.as_ref().map_or([Param::Address(0); 5], HeldSums::params),
+    };
+    scope.launch(&selection, params(desc, selection.grid[0], at))
+}
+
+/// The router's products, opened for reading.
+pub(crate) enum HeldLogits<'a> {
+    Apart(Held<'a>, Held<'a>, usize),
+    Together(Held<'a>, usize),
+}
+
+impl<'a> HeldLogits<'a> {
+    pub(crate) fn open(
+        scope: &Scope<'a>,
+        logits: NoisyLogits<'a>,
+        [clean_name, raw_name, both_name]: [&'static str; 3],
+        rows: usize,
+        experts: usize,
+    ) -> Result<HeldLogits<'a>, Error> {
+        Ok(match logits {
+            NoisyLogits::Apart { clean, raw } => HeldLogits::Apart(
+                scope.read(clean_name, clean, rows * experts, SCALAR)?,
+                scope.read(raw_name, raw, rows * experts, SCALAR)?,
+                experts,
+            ),
+            NoisyLogits::Together(both) => {
+                HeldLogits::Together(scope.read(both_name, both, rows * 2 * experts, SCALAR)?, experts)
+            }
+        })
+    }
+
+    /// Of `clean` and `raw`, and from a row to the next in elements.
+    pub(crate) fn addresses(&self) -> (Address<'_>, Address<'_>, u32) {
+        match self {
+            HeldLogits::Apart(clean, raw, experts) => (clean.address(), raw.address(), *experts as u32),
+            HeldLogits::Together(both, experts) => {
+                let clean = both.address();
+                (clean, clean.offset(experts * size_of::<f32>()), 2 * *experts as u32)
+            }
+        }
+    }
+}
+
+struct HeldSums<'a> {
+    counts: Held<'a>,
+    importance: Held<'a>,
+    load: Held<'a>,
+    losses: Held<'a>,
+    workspace: Held<'a>,
+}
+
+impl<'a> HeldSums<'a> {
+    fn open<'c: 'a>(scope: &Scope<'a>, desc: &NoisyDesc, sums: NoisySums<'c>) -> Result<HeldSums<'a>, Error> {
+        let bytes = workspace_bytes(desc, scope.kernels.device())?;
+        Ok(HeldSums {
+            counts: scope.write("counts", sums.counts, desc.experts, SCALAR)?,
+            importance: scope.write("importance", sums.importance, desc.experts, SCALAR)?,
+            load: scope.write("load", sums.load, desc.experts, SCALAR)?,
+            losses: scope.write("losses", sums.losses, 2, SCALAR)?,
+            workspace: sums.workspace.open(scope, bytes)?,
+        })
+    }
+
+    fn zero(&self, scope: &Scope<'_>, experts: usize) -> Result<(), Error> {
+        for vector in [&self.counts, &self.importance, &self.load] {
+            scope.zero(vector.address(), experts * size_of::<f32>())?;
+        }
+        scope.zero(self.losses.address(), 2 * size_of::<f32>())
+    }
+
+    fn params(&self) -> [Param; 5] {
+        [&self.counts, &self.importance, &self.load, &self.losses, &self.workspace].map(|held| held.address().into())
+    }
+}
+
+/// What noisy gating reads and writes.
+pub(crate) struct Addresses<'a> {
+    pub(crate) logits: (Address<'a>, Address<'a>, u32),
+    pub(crate) ids: Address<'a>,
+    pub(crate) weights: Address<'a>,
+    pub(crate) noisy: Option<Address<'a>>,
+    pub(crate) thresholds: Option<Address<'a>>,
+    /// Counts, importance, load, losses, workspace; all null without sums.
+    pub(crate) sums: [Param; 5],
+}
+
+/// The parameters that both levels of a hierarchy have; the last is the workspace.
+pub(crate) fn params(desc: &NoisyDesc, parts: u32, at: Addresses<'_>) -> [Param; 21] {
+    let NoisyRule { top_k, noise_epsilon, noise } = desc.rule;
+    let (clean, raw, row_stride) = at.logits;
+    let [counts, importance, load, losses, workspace] = at.sums;
+    [
+        clean.into(),
+        raw.into(),
+        row_stride.into(),
+        at.ids.into(),
+        at.weights.into(),
+        at.noisy.into(),
+        at.thresholds.into(),
+        (desc.tokens as u32).into(),
+        (desc.experts as u32).into(),
+        (top_k as u32).into(),
+        parts.into(),
+        noise_epsilon.into(),
+        (noise.seed as u32).into(),
+        ((noise.seed >> 32) as u32).into(),
+        (noise.offset as u32).into(),
+        ((noise.offset >> 32) as u32).into(),
+        counts,
+        importance,
+        load,
+        losses,
+        workspace,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::device::A100;
+
+    fn desc() -> NoisyDesc {
+        let rule = NoisyRule { top_k: 4, noise_epsilon: 1e-2, noise: NoiseSource::default() };
+        NoisyDesc { tokens: 100, experts: 64, rule }
+    }
+
+    fn fault(change: impl FnOnce(&mut NoisyDesc)) -> &'static str {
+        let mut desc = desc();
+        change(&mut desc);
+        desc.validate().unwrap_err().argument().unwrap()
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(fault(|d| d.experts = 4097), "experts");
+        assert_eq!(fault(|d| d.experts = 0), "experts");
+        assert_eq!(fault(|d| d.rule.top_k = 33), "top_k");
+        assert_eq!(fault(|d| d.rule.top_k = 65), "top_k");
+        assert_eq!(fault(|d| d.rule.top_k = 0), "top_k");
+        assert_eq!(fault(|d| d.rule.noise_epsilon = -1e-9), "noise_epsilon");
+        assert_eq!(fault(|d| d.rule.noise_epsilon = f32::NAN), "noise_epsilon");
+        assert_eq!(fault(|d| d.tokens = 1 << 29), "ids");
+        assert_eq!(fault(|d| d.tokens = 1 << 40), "tokens");
+    }
+
+    #[test]
+    fn a_warp_a_token_up_to_512_experts_then_a_block() {
+        for (experts, tokens, blocks) in
+            [(8, 100, 4), (512, 100, 4), (513, 100, 25), (4096, 1000, 216), (8, 1 << 20, 216)]
+        {
+            let desc = NoisyDesc { experts, tokens, ..desc() };
+            let got = select(&desc, &A100, true).unwrap();
+            assert_eq!((got.grid, got.cooperative), ([blocks, 1, 1], true), "{experts} experts, {tokens} tokens");
+            assert_eq!(select(&desc, &DeviceInfo { cooperative_launch: false, ..A100 }, true).unwrap().grid, [1, 1, 1]);
+            assert!(!select(&desc, &A100, false).unwrap().cooperative);
+        }
+        assert_eq!(workspace_bytes(&desc(), &A100).unwrap(), 32 + 4 * 3 * 64 * 4);
+    }
+
+    #[test]
+    fn params_are_those_of_the_entries() {
+        let null = Address::NULL;
+        let at = || Addresses {
+            logits: (null, null, 64),
+            ids: null,
+            weights: null,
+            noisy: None,
+            thresholds: None,
+            sums: [Param::Address(0); 5],
+        };
+        for spread in Spread::ALL {
+            let kernel = Kernel::Noisy(Noisy { spread, grouped: false });
+            crate::runtime::embedded::assert_takes(kernel, &params(&desc(), 1, at()));
+        }
+    }
+}

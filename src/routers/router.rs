@@ -1,0 +1,193 @@
+//! Router: the scores of every expert for every token, before gating.
+//!
+//! `logits[t,e] = sum_h x[t,h] * weight[e,h] + bias[e]`, in f32 arithmetic whatever the type of `x` (selective precision of
+//! Fedus et al., *Switch Transformers*, 2021, section 2.4), summed in a fixed order.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::{Kernel, Router, RouterShape};
+use crate::rules::Dtype;
+use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::shape;
+use crate::{DeviceInfo, Element, Error, Kernels, Selection};
+
+const OPERATION: &str = "router";
+
+/// Shapes and types of a router.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RouterDesc {
+    /// Type of `x`.
+    pub x: Dtype,
+    /// Type of the weight: that of `x`, or f32.
+    pub weight: Dtype,
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// Experts `E`, 1 to 4096.
+    pub experts: usize,
+    /// Hidden size `H`, a multiple of 8.
+    pub hidden: usize,
+}
+
+/// Buffers of a router.
+pub struct RouterArgs<'a, X, W> {
+    /// `[T, H]`.
+    pub x: In<'a, X>,
+    /// `[E, H]`.
+    pub weight: In<'a, W>,
+    /// `[E]`, added to the logits.
+    pub bias: Option<In<'a, f32>>,
+    /// `[T, E]`, written.
+    pub logits: Out<'a, f32>,
+}
+
+impl RouterDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
+        shape::multiple_of_8(OPERATION, "hidden", self.hidden)?;
+        if self.weight != self.x && self.weight != Dtype::F32 {
+            let supported = format!("the type of x ({}) or f32", self.x);
+            return Err(Error::unsupported(OPERATION, "weight", supported, self.weight));
+        }
+        shape::product(OPERATION, "x", &[self.tokens, self.hidden])?;
+        shape::product(OPERATION, "weight", &[self.experts, self.hidden])?;
+        shape::product(OPERATION, "logits", &[self.tokens, self.experts])?;
+        Ok(())
+    }
+}
+
+/// Chooses kernel and grid.
+///
+/// A block of the tiled kernel computes 64 x 64 logits and takes about 16 times as long as a block of the other, where
+/// each warp computes one expert's logits for 4 tokens; the fewer waves of blocks, weighed so, the better.
+///
+/// # Errors
+/// Those of [`RouterDesc::validate`].
+pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let grid = |shape: RouterShape| {
+        let (tokens, experts) = shape.block();
+        [(desc.tokens as u32).div_ceil(tokens), (desc.experts as u32).div_ceil(experts), 1]
+    };
+    let waves = |shape: RouterShape| {
+        let [x, y, _] = grid(shape);
+        (u64::from(x) * u64::from(y)).div_ceil(device.multiprocessors.into())
+    };
+    let shape =
+        if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) { RouterShape::Warp } else { RouterShape::Tile };
+    let kernel = Kernel::Router(Router { x: desc.x, weight: desc.weight, shape });
+    Ok(Selection { kernel, grid: grid(shape), cooperative: false })
+}
+
+/// Computes the logits.
+///
+/// With no tokens nothing is launched.
+///
+/// # Errors
+/// Those of [`RouterDesc::validate`]; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
+/// [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
+pub fn forward<X: Element, W: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &RouterDesc,
+    args: RouterArgs<'_, X, W>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    scope.check_dtype::<X>("x", desc.x)?;
+    scope.check_dtype::<W>("weight", desc.weight)?;
+    if desc.tokens == 0 {
+        return Ok(());
+    }
+    let x = scope.read("x", args.x, desc.tokens * desc.hidden, VECTOR)?;
+    let weight = scope.read("weight", args.weight, desc.experts * desc.hidden, VECTOR)?;
+    let bias = scope.read_some("bias", args.bias, desc.experts, VECTOR)?;
+    let logits = scope.write("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
+    let addresses =
+        Addresses { x: x.address(), weight: weight.address(), bias: optional(&bias), logits: logits.address() };
+    enqueue(&scope, desc, &selection, addresses)
+}
+
+pub(crate) struct Addresses<'a> {
+    pub(crate) x: Address<'a>,
+    pub(crate) weight: Address<'a>,
+    pub(crate) bias: Option<Address<'a>>,
+    pub(crate) logits: Address<'a>,
+}
+
+pub(crate) fn enqueue(
+    scope: &Scope<'_>,
+    desc: &RouterDesc,
+    selection: &Selection,
+    at: Addresses<'_>,
+) -> Result<(), Error> {
+    scope.launch(selection, params(desc, at))
+}
+
+fn params(desc: &RouterDesc, at: Addresses<'_>) -> [Param; 7] {
+    [
+        at.x.into(),
+        at.weight.into(),
+        at.bias.into(),
+        at.logits.into(),
+        (desc.tokens as u32).into(),
+        (desc.experts as u32).into(),
+        (desc.hidden as u32).into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use crate::runtime::device::A100;
+
+    fn desc() -> RouterDesc {
+        RouterDesc { x: Dtype::Bf16, weight: Dtype::Bf16, tokens: 64, experts: 128, hidden: 2048 }
+    }
+
+    #[test]
+    fn params_are_those_of_the_entry() {
+        let at = Addresses { x: Address::NULL, weight: Address::NULL, bias: None, logits: Address::NULL };
+        let params = params(&desc(), at);
+        for kernel in crate::registry::all().into_iter().filter(|kernel| matches!(kernel, Kernel::Router(_))) {
+            crate::runtime::embedded::assert_takes(kernel, &params);
+        }
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |desc: RouterDesc| desc.validate().unwrap_err().argument().unwrap();
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(fault(RouterDesc { weight: Dtype::F16, ..desc() }), "weight");
+        assert_eq!(fault(RouterDesc { x: Dtype::F32, ..desc() }), "weight");
+        assert_eq!(fault(RouterDesc { hidden: 2047, ..desc() }), "hidden");
+        assert_eq!(fault(RouterDesc { experts: 0, ..desc() }), "experts");
+        assert_eq!(fault(RouterDesc { tokens: 1 << 31, ..desc() }), "tokens");
+        assert_eq!(fault(RouterDesc { tokens: i32::MAX as usize, hidden: 1 << 30, ..desc() }), "x");
+    }
+
+    #[test]
+    fn grids_cover_the_logits() {
+        for (tokens, experts) in [(0, 1), (1, 1), (5, 9), (64, 64), (65, 65), (100_000, 4096)] {
+            let desc = RouterDesc { tokens, experts, ..desc() };
+            let selection = select(&desc, &A100).unwrap();
+            let Kernel::Router(router) = selection.kernel else { unreachable!() };
+            let (block_tokens, block_experts) = router.shape.block();
+            assert_eq!(selection.grid[0], (tokens as u32).div_ceil(block_tokens));
+            assert_eq!(selection.grid[1], (experts as u32).div_ceil(block_experts));
+        }
+        let shape = |tokens| match select(&RouterDesc { tokens, ..desc() }, &A100).unwrap().kernel {
+            Kernel::Router(router) => router.shape,
+            _ => unreachable!(),
+        };
+        assert_eq!(shape(1), RouterShape::Warp);
+        assert_eq!(shape(8192), RouterShape::Tile);
+    }
+}

@@ -1,0 +1,180 @@
+//! Sampled routing: experts drawn from the router's distribution, with what policy gradients need.
+//!
+//! The policy is `softmax(inverse_temperature * logits)`. `k` experts are drawn from it without replacement by adding Gumbel noise to the
+//! logits and taking the largest (Kool et al., *Stochastic Beams and Where to Find Them*, 2019); with `k = 1` that is the router of
+//! Rosenbaum et al., *Routing Networks*, 2018. Beside the ids come the policy's probability of each, the logarithm of the chance of each draw
+//! given the token's earlier ones (REINFORCE takes the gradient of their sum), and the policy's entropy. See
+//! [`crate::reference::sampled`].
+//!
+//! The noise follows from seed, offset, token and expert alone ([`NoiseSource`]), in f32 arithmetic that the host repeats ([`noise`]):
+//! perturbed logits and ids are those of the reference bit for bit, also on another device.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::Kernel;
+use crate::routers::noisy;
+use crate::rules::NoiseSource;
+use crate::rules::SamplingRule;
+use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::shape;
+use crate::{DeviceInfo, Error, Kernels, Selection};
+
+const OPERATION: &str = "sampled";
+
+/// Shapes and rule of a sampled routing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SampledDesc {
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// Experts `E`, 1 to 4096.
+    pub experts: usize,
+    /// The rule. `top_k` is 1 to 32 and at most `E`.
+    pub rule: SamplingRule,
+}
+
+/// Buffers of a sampled routing.
+pub struct SampledArgs<'a> {
+    /// `[T, E]`.
+    pub logits: In<'a, f32>,
+    /// `[T, k]`, written: experts in the order in which they are drawn.
+    pub ids: Out<'a, i32>,
+    /// `[T, k]`, written: the policy's probability of each.
+    pub weights: Out<'a, f32>,
+    /// `[T, k]`, written: logarithm of the chance of each draw, given the token's earlier ones.
+    pub log_probabilities: Option<Out<'a, f32>>,
+    /// `[T]`, written: entropy of the policy, in nats.
+    pub entropy: Option<Out<'a, f32>>,
+    /// `[T, E]`, written: the numbers that experts are chosen by.
+    pub perturbed: Option<Out<'a, f32>>,
+}
+
+impl SampledDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
+        shape::top_k(OPERATION, self.rule.top_k, self.experts)?;
+        shape::product(OPERATION, "logits", &[self.tokens, self.experts])?;
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.rule.top_k])?;
+        let factor = self.rule.inverse_temperature;
+        if !factor.is_finite() || factor < 0.0 {
+            return Err(Error::invalid(OPERATION, "inverse_temperature", "a finite number of at least 0", factor));
+        }
+        Ok(())
+    }
+}
+
+/// The Gumbel noise of `token` and `expert`, bit for bit.
+pub fn noise(source: NoiseSource, token: u32, expert: u32) -> f32 {
+    crate::rules::noise::gumbel(source.gate_word(0, token, expert))
+}
+
+/// Chooses kernel and grid: the fewest registers that hold a token's experts, a warp or block for each token.
+///
+/// # Errors
+/// Those of [`SampledDesc::validate`].
+pub fn select(desc: &SampledDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let spread = noisy::spread(desc.experts);
+    let most = 4 * spread.resident_blocks() * device.multiprocessors;
+    let blocks = (desc.tokens as u32).div_ceil(spread.tokens()).clamp(1, most);
+    Ok(Selection { kernel: Kernel::Sampled(spread), grid: [blocks, 1, 1], cooperative: false })
+}
+
+/// Draws experts.
+///
+/// With no tokens nothing is launched.
+///
+/// # Errors
+/// Those of [`SampledDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// [`Error::DifferentContext`]; and those of the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &SampledDesc,
+    args: SampledArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    let SampledDesc { tokens, experts, rule } = *desc;
+    if tokens == 0 {
+        return Ok(());
+    }
+    let choices = tokens * rule.top_k;
+    let logits = scope.read("logits", args.logits, tokens * experts, SCALAR)?;
+    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.write("weights", args.weights, choices, SCALAR)?;
+    let log_probabilities = scope.write_some("log_probabilities", args.log_probabilities, choices, SCALAR)?;
+    let entropy = scope.write_some("entropy", args.entropy, tokens, SCALAR)?;
+    let perturbed = scope.write_some("perturbed", args.perturbed, tokens * experts, SCALAR)?;
+    let at = [
+        logits.address().into(),
+        ids.address().into(),
+        weights.address().into(),
+        optional(&log_probabilities).into(),
+        optional(&entropy).into(),
+        optional(&perturbed).into(),
+    ];
+    scope.launch(&selection, params(desc, at))
+}
+
+fn params(desc: &SampledDesc, at: [Param; 6]) -> [Param; 14] {
+    let SamplingRule { top_k, inverse_temperature, noise } = desc.rule;
+    let [logits, ids, weights, log_probabilities, entropy, perturbed] = at;
+    [
+        logits,
+        ids,
+        weights,
+        log_probabilities,
+        entropy,
+        perturbed,
+        (desc.tokens as u32).into(),
+        (desc.experts as u32).into(),
+        (top_k as u32).into(),
+        inverse_temperature.into(),
+        (noise.seed as u32).into(),
+        ((noise.seed >> 32) as u32).into(),
+        (noise.offset as u32).into(),
+        ((noise.offset >> 32) as u32).into(),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::Spread;
+
+    fn desc() -> SampledDesc {
+        let rule = SamplingRule { top_k: 4, inverse_temperature: 1.0, noise: NoiseSource::default() };
+        SampledDesc { tokens: 100, experts: 64, rule }
+    }
+
+    fn fault(change: impl FnOnce(&mut SampledDesc)) -> &'static str {
+        let mut desc = desc();
+        change(&mut desc);
+        desc.validate().unwrap_err().argument().unwrap()
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        assert_eq!(desc().validate(), Ok(()));
+        assert_eq!(fault(|d| d.experts = 4097), "experts");
+        assert_eq!(fault(|d| d.rule.top_k = 33), "top_k");
+        assert_eq!(fault(|d| d.rule.top_k = 0), "top_k");
+        assert_eq!(fault(|d| d.rule.inverse_temperature = -1.0), "inverse_temperature");
+        assert_eq!(fault(|d| d.rule.inverse_temperature = f32::INFINITY), "inverse_temperature");
+        assert_eq!(fault(|d| d.tokens = 1 << 29), "ids");
+    }
+
+    #[test]
+    fn params_are_those_of_the_entries() {
+        for spread in Spread::ALL {
+            crate::runtime::embedded::assert_takes(Kernel::Sampled(spread), &params(&desc(), [Param::Address(0); 6]));
+        }
+    }
+}

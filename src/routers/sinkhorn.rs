@@ -1,0 +1,185 @@
+//! S-BASE: balanced routing by an entropy-regularised optimal transport (Clark et al., *Unified Scaling Laws for Routed Language
+//! Models*, 2022, appendix B.2.1).
+//!
+//! Sinkhorn's iteration finds a potential `v[e]` for each expert so that the columns of `softmax(logits + v)` have equal sums, to
+//! a tolerance or for a number of iterations. A token goes to the `k` experts of largest `logits + v`; its weights are the
+//! router's own probabilities, `softmax(logits)`, as the plan only chooses. See [`crate::reference::sinkhorn`].
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::registry::{Dispatch, Kernel, Sinkhorn};
+use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::shape;
+use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+
+const OPERATION: &str = "sinkhorn";
+
+/// Most iterations that may be asked for.
+pub const MAX_ITERATIONS: u32 = 1 << 18;
+
+/// Shapes and rule of a balanced routing.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SinkhornDesc {
+    /// Tokens `T`; 0 is allowed.
+    pub tokens: usize,
+    /// Experts `E`, 1 to 4096.
+    pub experts: usize,
+    /// Experts per token `k`, 1 to 32 and at most `E`.
+    pub top_k: usize,
+    /// Most iterations.
+    pub iterations: u32,
+    /// End once every column sum is within this of `T / E`, relatively; below 0 for exactly `iterations`.
+    pub tolerance: f32,
+}
+
+/// Buffers of a balanced routing.
+pub struct SinkhornArgs<'a> {
+    /// `[T, E]`.
+    pub logits: In<'a, f32>,
+    /// `[T, k]`, written: experts by falling `logits + potentials`.
+    pub ids: Out<'a, i32>,
+    /// `[T, k]`, written: `softmax(logits)` of the chosen.
+    pub weights: Option<Out<'a, f32>>,
+    /// `[E]`, written: `v`.
+    pub potentials: Out<'a, f32>,
+    /// `[2]`, written: iterations done; bits of the f32 largest `|column sum / (T/E) - 1|` before the last update.
+    pub status: Out<'a, u32>,
+    /// At least [`workspace_bytes`].
+    pub workspace: &'a mut Workspace,
+}
+
+impl SinkhornDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
+        shape::top_k(OPERATION, self.top_k, self.experts)?;
+        shape::product(OPERATION, "logits", &[self.tokens, self.experts])?;
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k])?;
+        if self.iterations > MAX_ITERATIONS {
+            let supported = format!("at most {MAX_ITERATIONS}");
+            return Err(Error::unsupported(OPERATION, "iterations", supported, self.iterations));
+        }
+        if self.tolerance.is_nan() {
+            return Err(Error::invalid(OPERATION, "tolerance", "a number", self.tolerance));
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of the kernel's barrier and counters.
+const HEADER: usize = 32;
+
+/// Workspace of [`forward`] in bytes.
+///
+/// # Errors
+/// Those of [`SinkhornDesc::validate`].
+pub fn workspace_bytes(desc: &SinkhornDesc, device: &DeviceInfo) -> Result<usize, Error> {
+    let blocks = select(desc, device)?.grid[0] as usize;
+    Ok(HEADER + blocks * desc.experts * size_of::<f32>())
+}
+
+/// Chooses kernel and grid: a warp for four tokens, as far as all blocks are resident.
+///
+/// # Errors
+/// Those of [`SinkhornDesc::validate`].
+pub fn select(desc: &SinkhornDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let max_experts = if desc.experts <= 1024 { Dispatch::MAX_EXPERTS[0] } else { Dispatch::MAX_EXPERTS[1] };
+    let sinkhorn = Sinkhorn { max_experts };
+    let wanted = (desc.tokens as u32).div_ceil(4 * sinkhorn.warps());
+    let blocks = if device.cooperative_launch { wanted.clamp(1, device.multiprocessors) } else { 1 };
+    Ok(Selection { kernel: Kernel::Sinkhorn(sinkhorn), grid: [blocks, 1, 1], cooperative: blocks > 1 })
+}
+
+/// Balances and chooses.
+///
+/// With no tokens nothing is launched, and potentials and status become zero.
+///
+/// # Errors
+/// Those of [`SinkhornDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &SinkhornDesc,
+    args: SinkhornArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    let potentials = scope.write("potentials", args.potentials, desc.experts, SCALAR)?;
+    let status = scope.write("status", args.status, 2, SCALAR)?;
+    if desc.tokens == 0 {
+        scope.zero(potentials.address(), desc.experts * size_of::<f32>())?;
+        return scope.zero(status.address(), 2 * size_of::<u32>());
+    }
+    let choices = desc.tokens * desc.top_k;
+    let logits = scope.read("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
+    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.write_some("weights", args.weights, choices, SCALAR)?;
+    let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
+    let at = [
+        logits.address().into(),
+        ids.address().into(),
+        optional(&weights).into(),
+        potentials.address().into(),
+        status.address().into(),
+    ];
+    scope.launch(&selection, params(desc, at, workspace.address().into()))
+}
+
+fn params(
+    desc: &SinkhornDesc,
+    [logits, ids, weights, potentials, status]: [Param; 5],
+    workspace: Param,
+) -> [Param; 11] {
+    [
+        logits,
+        ids,
+        weights,
+        potentials,
+        status,
+        (desc.tokens as u32).into(),
+        (desc.experts as u32).into(),
+        (desc.top_k as u32).into(),
+        desc.iterations.into(),
+        desc.tolerance.into(),
+        workspace,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(desc: SinkhornDesc) -> &'static str {
+        desc.validate().unwrap_err().argument().unwrap()
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let desc = SinkhornDesc { tokens: 64, experts: 8, top_k: 1, iterations: 10, tolerance: 1e-3 };
+        assert_eq!(desc.validate(), Ok(()));
+        assert_eq!(fault(SinkhornDesc { experts: 4097, ..desc }), "experts");
+        assert_eq!(fault(SinkhornDesc { top_k: 9, ..desc }), "top_k");
+        assert_eq!(fault(SinkhornDesc { iterations: u32::MAX, ..desc }), "iterations");
+        assert_eq!(fault(SinkhornDesc { tolerance: f32::NAN, ..desc }), "tolerance");
+        let device = crate::runtime::device::A100;
+        assert_eq!(workspace_bytes(&desc, &device).unwrap(), 32 + 2 * 8 * 4);
+    }
+
+    #[test]
+    fn params_are_those_of_the_entries() {
+        let desc = SinkhornDesc { tokens: 64, experts: 8, top_k: 1, iterations: 10, tolerance: 1e-3 };
+        let null = Param::Address(0);
+        for max_experts in Dispatch::MAX_EXPERTS {
+            let kernel = Kernel::Sinkhorn(Sinkhorn { max_experts });
+            crate::runtime::embedded::assert_takes(kernel, &params(&desc, [null; 5], null));
+        }
+    }
+}

@@ -1,0 +1,23 @@
+//! What a measured gating measures.
+
+/// The distribution over experts that a balancing loss takes from a token's logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LossScore {
+    /// `softmax(l)` (Switch, GShard, Mixtral, OLMoE).
+    Softmax,
+    /// `sigmoid(l_e) / sum_j sigmoid(l_j)` (DeepSeek-V3, eq. 19).
+    Sigmoid,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct BalanceRule {
+    /// Where probabilities come from.
+    pub score: LossScore,
+    /// Tokens of a sequence; the last may be shorter.
+    pub tokens_per_sequence: usize,
+    /// The loss counts each token's first choice only (GShard, algorithm 1).
+    pub first_choice_only: bool,
+    /// Slots that an expert takes of each sequence; others are dropped.
+    pub capacity: Option<usize>,
+}

@@ -1,0 +1,71 @@
+//! How many slots an expert takes, and whose.
+
+use super::noise::NoiseSource;
+
+/// A limit on the slots of an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// Slots that an expert takes of each sequence, at least 1.
+    pub per_expert: usize,
+    /// Tokens of a sequence, at least 1; the last sequence may be shorter. The number of tokens for one sequence.
+    pub tokens_per_sequence: usize,
+    /// Keep `per_expert * sequences` rows for every expert, filled or not: `offsets[e] = e * per_expert * sequences`.
+    pub padded: bool,
+}
+
+/// Whose turn it is when an expert's places are given away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Token by token, all choices of one before the next token (Switch Transformers: Fedus et al. 2021).
+    ByToken,
+    /// All first choices before all second choices (GShard: Lepikhin et al. 2020, algorithm 1).
+    ByChoice,
+}
+
+/// Whether a token is sent to its second expert, whose weight is `g2`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum SecondExpert {
+    /// Always.
+    Always,
+    /// If `g2 > threshold`.
+    Above(f32),
+    /// With probability `min(1, g2 / threshold)`: if `g2 > threshold u`, `u` uniform in [0,1). GShard's policy has threshold
+    /// 1/2 ("proportional to its weight", `2 g2 > u`).
+    Random {
+        /// Weight from which on the second expert is certain.
+        threshold: f32,
+        /// Where u comes from: the gate word of stream 2 and expert 0.
+        noise: NoiseSource,
+    },
+}
+
+/// Who is admitted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdmissionRule {
+    /// Experts, `E`.
+    pub experts: usize,
+    /// Choices of a token, `K`, best first.
+    pub candidates: usize,
+    /// Experts that a token gets at most, `n <= K`. If fewer, a choice whose expert is full is passed on to the next one
+    /// (Switch Transformers, appendix B, "no token left behind"); if equal, it is dropped.
+    pub top_k: usize,
+    /// Tokens that an expert takes of each group.
+    pub capacity: usize,
+    /// Tokens of a group; the last may be shorter.
+    pub tokens_per_group: usize,
+    /// Whose turn it is.
+    pub order: Order,
+    /// Take the tokens of a group by falling priority, equal ones by token (batch-prioritised routing: Riquelme et al. 2021,
+    /// "Scaling Vision with Sparse Mixture of Experts", section 4.1).
+    pub prioritised: bool,
+    /// The second expert's chance; needs `top_k` of 2 unless it is [`SecondExpert::Always`].
+    pub second: SecondExpert,
+}
+
+/// Tokens that an expert takes of a group of `tokens`: `max(1, ceil(top_k * tokens * factor / experts))` (GShard's `2N/E`
+/// with factor 1; Switch and GLaM call the factor "capacity factor").
+pub fn capacity(tokens: usize, experts: usize, top_k: usize, factor: f64) -> usize {
+    let wanted = (top_k as f64 * tokens as f64 * factor / experts as f64).ceil();
+    // A float that is not a number or negative becomes 0.
+    (wanted as usize).max(1)
+}

@@ -1,0 +1,114 @@
+//! Kinds that kernels, library and reference name alike: storage types, scores, forms of a gated unit, orders of a matrix.
+//!
+//! `build.rs` compiles this file too, so it depends on nothing.
+
+/// Storage type of activations and expert weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Dtype {
+    /// bfloat16: 8 bits of exponent, 7 of mantissa.
+    Bf16,
+    /// IEEE half precision.
+    F16,
+    /// IEEE single precision.
+    F32,
+}
+
+impl Dtype {
+    /// Every type.
+    pub const ALL: [Dtype; 3] = [Dtype::Bf16, Dtype::F16, Dtype::F32];
+
+    /// Size of one element in bytes.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Dtype::Bf16 | Dtype::F16 => 2,
+            Dtype::F32 => 4,
+        }
+    }
+
+    /// The word in kernel names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Dtype::Bf16 => "bf16",
+            Dtype::F16 => "f16",
+            Dtype::F32 => "f32",
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// How logits become scores and which come first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Score {
+    /// Softmax over all experts, then top-k of the probabilities (Switch, Mixtral, Qwen3, OLMoE, ERNIE 4.5).
+    Softmax,
+    /// Top-k of the logits, then softmax over the chosen (gpt-oss, GraniteMoE).
+    TopkSoftmax,
+    /// Sigmoid of each logit (DeepSeek-V3, GLM-4, MiniMax, Llama 4).
+    Sigmoid,
+}
+
+impl Score {
+    /// Every rule.
+    pub const ALL: [Score; 3] = [Score::Softmax, Score::TopkSoftmax, Score::Sigmoid];
+
+    /// The word in kernel names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Score::Softmax => "softmax",
+            Score::TopkSoftmax => "topksoftmax",
+            Score::Sigmoid => "sigmoid",
+        }
+    }
+}
+
+/// What the first expert matrix yields per intermediate column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Glu {
+    /// One value: `act(a W)`, or a plain product.
+    None,
+    /// Gate in the first half of the output rows, up in the second: `w_gate_up [E,2I,H]`.
+    Split,
+    /// Gate and up alternate (gpt-oss): row `2i` is gate `i`, row `2i+1` is up `i`.
+    Interleaved,
+}
+
+impl Glu {
+    /// Every form.
+    pub const ALL: [Glu; 3] = [Glu::None, Glu::Split, Glu::Interleaved];
+
+    /// The word in kernel names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Glu::None => "plain",
+            Glu::Split => "glu",
+            Glu::Interleaved => "iglu",
+        }
+    }
+}
+
+/// How an expert's weight matrix lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Layout {
+    /// `[E, N, K]`, K contiguous, as `nn.Linear` holds it.
+    Nk,
+    /// `[E, K, N]`, N contiguous (gpt-oss, Llama 4).
+    Kn,
+}
+
+impl Layout {
+    /// Both orders.
+    pub const ALL: [Layout; 2] = [Layout::Nk, Layout::Kn];
+
+    /// The word in kernel names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Layout::Nk => "nk",
+            Layout::Kn => "kn",
+        }
+    }
+}

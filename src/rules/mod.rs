@@ -1,0 +1,23 @@
+//! What library and reference share: kinds, rules, noise. Plain data and arithmetic, nothing of a device.
+
+mod activation;
+mod balance;
+mod capacity;
+mod dropout;
+mod expert_map;
+mod gating;
+pub(crate) mod kinds;
+pub mod noise;
+mod routing;
+
+pub use activation::Activation;
+pub use balance::{BalanceRule, LossScore};
+pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
+
+pub use dropout::{Dropout, drop_below, keep_scale};
+pub use expert_map::{IDENTITY, NONE};
+pub use gating::{Gating, GroupScore, Groups};
+pub use kinds::{Dtype, Glu, Layout, Score};
+pub use noise::NoiseSource;
+pub(crate) use routing::units;
+pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule};

@@ -1,0 +1,56 @@
+//! Rules of the routers beside gating: noisy, sampled, BASE, expert choice.
+
+use super::noise::NoiseSource;
+
+/// How noise is added and how many experts are kept.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NoisyRule {
+    /// Experts of a token, `k`.
+    pub top_k: usize,
+    /// Added to every noise deviation (1e-2 in the authors' published code; 0 in the paper).
+    pub noise_epsilon: f32,
+    /// The random words.
+    pub noise: NoiseSource,
+}
+
+/// How experts are drawn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SamplingRule {
+    /// Experts of a token, `k`; all different.
+    pub top_k: usize,
+    /// Factor of the logits: 0 draws evenly, a large one the best.
+    pub inverse_temperature: f32,
+    /// The random words.
+    pub noise: NoiseSource,
+}
+
+/// An auction's accuracy and limit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AuctionRule {
+    /// Experts, `E`.
+    pub experts: usize,
+    /// The sum of scores is less than `tokens * epsilon` below the optimum.
+    pub epsilon: f32,
+    /// Rounds of bidding after which the tokens that are left go to the experts that have places left, in order.
+    pub max_rounds: u32,
+}
+
+/// Units per 1.0: the power of two that makes a unit at most `epsilon / 2`, so that a score's scaling is exact and only
+/// its rounding, by half a unit, is not. Scores are thus exact to `epsilon / 4`, and the auction over units ends within one unit a
+/// token of the optimum: together within `epsilon` a token.
+pub fn units(epsilon: f32) -> f32 {
+    // The exponent of 2/epsilon, rounded up; both ends stay normal numbers.
+    let exponent = (2.0 / f64::from(epsilon)).log2().ceil().clamp(-100.0, 100.0);
+    exponent.exp2() as f32
+}
+
+/// What an expert thinks of a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Affinity {
+    /// Softmax of the token's logits over the experts (the paper's S).
+    Softmax,
+    /// Sigmoid of each logit.
+    Sigmoid,
+    /// The logit itself.
+    Logit,
+}

@@ -1,0 +1,107 @@
+//! Device memory that operations use between their launches.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream};
+
+use crate::Error;
+use crate::runtime::launch::{Held, Scope};
+
+/// Boundary that every region of a workspace begins on, in bytes.
+pub(crate) const REGION_ALIGNMENT: usize = 256;
+
+/// Bytes of a grid barrier's header; the counters of all blocks follow it directly.
+pub(crate) const BARRIER_HEADER: usize = 16;
+
+/// Scratch memory on the device.
+///
+/// Sized by a pure function ([`crate::capacity::dispatch::workspace_bytes`], [`crate::layer::LayerPlan::workspace_bytes`]) and
+/// allocated once; a larger one than needed is fine, so one sized for the largest batch serves all. It holds the grid
+/// barrier of dispatch, zero between launches, so two operations in flight at once on different streams need two
+/// workspaces; cudarc's tracking orders them if they share one.
+#[derive(Debug)]
+pub struct Workspace {
+    memory: CudaSlice<u8>,
+}
+
+impl Workspace {
+    /// Allocates `bytes` bytes of zeros in stream order.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], out of memory included.
+    pub fn new(stream: &Arc<CudaStream>, bytes: usize) -> Result<Workspace, Error> {
+        let memory = stream.alloc_zeros(bytes.max(BARRIER_HEADER)).map_err(Error::driver("workspace"))?;
+        Ok(Workspace { memory })
+    }
+
+    /// Size in bytes.
+    pub fn bytes(&self) -> usize {
+        self.memory.len()
+    }
+
+    pub(crate) fn open<'b>(&'b mut self, scope: &Scope<'b>, needed: usize) -> Result<Held<'b>, Error> {
+        let got = self.memory.len();
+        if got < needed {
+            return Err(Error::WorkspaceTooSmall { operation: scope.operation, needed, got });
+        }
+        scope.write("workspace", &mut self.memory, needed, REGION_ALIGNMENT as u64)
+    }
+}
+
+/// A part of a workspace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Region {
+    pub(crate) offset: usize,
+    pub(crate) bytes: usize,
+}
+
+/// Lays regions one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Arena {
+    operation: &'static str,
+    end: usize,
+}
+
+impl Arena {
+    pub(crate) fn new(operation: &'static str) -> Arena {
+        Arena { operation, end: 0 }
+    }
+
+    /// The next region, of `elements` elements of `size` bytes.
+    pub(crate) fn region(&mut self, name: &'static str, elements: usize, size: usize) -> Result<Region, Error> {
+        let bytes = crate::runtime::shape::product(self.operation, name, &[elements, size])?;
+        let offset = self.end.next_multiple_of(REGION_ALIGNMENT);
+        self.end = offset.checked_add(bytes).filter(|&end| end <= isize::MAX as usize).ok_or(Error::Overflow {
+            operation: self.operation,
+            argument: "workspace",
+            value: format!("{offset} + {bytes} bytes"),
+            limit: isize::MAX as u64,
+        })?;
+        Ok(Region { offset, bytes })
+    }
+
+    /// Bytes of all regions.
+    pub(crate) fn bytes(&self) -> usize {
+        self.end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn regions_are_aligned_and_apart() {
+        let mut arena = Arena::new("test");
+        let regions: Vec<_> =
+            [(1, 1), (0, 4), (257, 1), (64, 4), (3, 16)].map(|(n, size)| arena.region("r", n, size).unwrap()).into();
+        for region in &regions {
+            assert_eq!(region.offset % REGION_ALIGNMENT, 0);
+            assert!(region.offset + region.bytes <= arena.bytes());
+        }
+        for pair in regions.windows(2) {
+            assert!(pair[0].offset + pair[0].bytes <= pair[1].offset);
+        }
+        assert!(arena.region("big", usize::MAX / 8, 4).is_err());
+    }
+}
