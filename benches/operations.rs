@@ -11,17 +11,17 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::bf16;
+use moe_kernels::Workspace;
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, TileList};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
 use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
+use moe_kernels::experts::tiles;
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::rules::Activation;
 use moe_kernels::rules::Dtype;
 use moe_kernels::rules::Gating;
 use moe_kernels::rules::{Glu, Layout, Score};
-use moe_kernels::Workspace;
-use moe_kernels::experts::tiles;
 use support::{counters, device, inputs};
 
 /// Runs every operation of a layer once, each under its own name, on the data that the one before it made.

@@ -112,7 +112,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
     let step = BiasDesc { experts, rate: 1e-3 };
     bench("bias update", &mut || balance::update_bias(kernels, &stream, &step, counts, &mut correction).unwrap());
     // Half of the experts are here; the others are another device's.
-    let map: Vec<i32> = (0..experts as i32).map(|e| if e % 2 == 0 { e / 2 } else { expert_map::NONE }).collect();
+    let map: Vec<i32> = (0..experts as i32).map(|e| if e % 2 == 0 { e / 2 } else { rules::NONE }).collect();
     let map = stream.clone_htod(&map).unwrap();
     let desc = ExpertMapDesc { tokens, experts, top_k, max_replicas: 1, seed: 0 };
     let mut local_ids = stream.alloc_zeros(tokens * top_k).unwrap();
@@ -145,7 +145,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
             experts,
             candidates,
             top_k: candidates,
-            capacity: admission::capacity(group, experts, candidates, 1.25),
+            capacity: rules::capacity(group, experts, candidates, 1.25),
             tokens_per_group: group,
             order: Order::ByChoice,
             prioritised,
@@ -166,7 +166,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
         });
     }
 
-    let capacity = admission::capacity(tokens, experts, top_k, 1.0).min(tokens);
+    let capacity = rules::capacity(tokens, experts, top_k, 1.0).min(tokens);
     let desc = ExpertChoiceDesc { tokens, experts, capacity };
     let mut affinities = stream.alloc_zeros(tokens * experts).unwrap();
     bench("affinity", &mut || {

@@ -159,11 +159,11 @@ fn reference(x: &[f32], ids: &[i32], weights: &[f32], map: &[i32], experts: &Exp
     let gate_up: Vec<f32> = here.iter().flat_map(|&expert| experts.of(expert).0.to_vec()).collect();
     let down: Vec<f32> = here.iter().flat_map(|&expert| experts.of(expert).1.to_vec()).collect();
     let matrix = |weight, n, k, glu| ExpertMatrix { weight, bias: None, n, k, glu, layout: Layout::Nk };
-    let silu = activation::Activation::Silu;
+    let silu = moe_kernels::rules::Activation::Silu;
     let first = matrix(gate_up.as_slice(), INNER, HIDDEN, Glu::Split);
     let inner = grouped_gemm(x, &first, &plan, true, None, silu).unwrap();
     let second = matrix(down.as_slice(), HIDDEN, INNER, Glu::None);
-    let y_slots = grouped_gemm(&inner, &second, &plan, false, None, activation::Activation::Identity).unwrap();
+    let y_slots = grouped_gemm(&inner, &second, &plan, false, None, moe_kernels::rules::Activation::Identity).unwrap();
     let mut y =
         reference::combine::combine::<f64, f64>(&y_slots, &plan.token_slot, Some(&weights), None, None, TOP_K, HIDDEN)
             .unwrap();

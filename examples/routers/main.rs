@@ -162,7 +162,7 @@ impl<'a> Batch<'a> {
         let gating = Gating::new(Score::Sigmoid).renormalised();
         let gating = GatingDesc { tokens: TOKENS, experts: EXPERTS, top_k, gating };
         let mut desc = MeasureDesc::new(gating);
-        desc.rule.capacity = Some(admission::capacity(TOKENS, EXPERTS, top_k, 1.25));
+        desc.rule.capacity = Some(rules::capacity(TOKENS, EXPERTS, top_k, 1.25));
         let stream = self.stream;
         let mut bias = stream.alloc_zeros::<f32>(EXPERTS)?;
         let mut ids = stream.alloc_zeros(TOKENS * top_k)?;
@@ -309,7 +309,7 @@ impl<'a> Batch<'a> {
         second: SecondExpert,
     ) -> Outcome<Load> {
         let (ids, weights) = self.choose(candidates)?;
-        let capacity = admission::capacity(TOKENS, EXPERTS, top_k, 1.25);
+        let capacity = rules::capacity(TOKENS, EXPERTS, top_k, 1.25);
         let rule = AdmissionRule {
             experts: EXPERTS,
             candidates,
@@ -337,7 +337,7 @@ impl<'a> Batch<'a> {
     }
 
     fn expert_choice(&self) -> Outcome<Load> {
-        let capacity = admission::capacity(TOKENS, EXPERTS, 1, 1.0);
+        let capacity = rules::capacity(TOKENS, EXPERTS, 1, 1.0);
         let desc = ExpertChoiceDesc { tokens: TOKENS, experts: EXPERTS, capacity };
         let mut affinities = self.stream.alloc_zeros(TOKENS * EXPERTS)?;
         expert_choice::affinity(self.kernels, self.stream, &desc, Affinity::Softmax, &self.logits, &mut affinities)?;

@@ -16,7 +16,7 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Admit, Dispatch, Kernel};
 use crate::rules::NoiseSource;
-use crate::rules::{AdmissionRule, Order, SecondExpert, capacity};
+use crate::rules::{AdmissionRule, Order, SecondExpert};
 use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
@@ -255,14 +255,6 @@ mod tests {
         assert_eq!(bytes(Order::ByChoice, 3, false), 400);
         assert_eq!(bytes(Order::ByToken, 2, true), 1200);
         assert_eq!(bytes(Order::ByToken, 3, true), 2000);
-    }
-
-    #[test]
-    fn capacity_rounds_up_and_is_never_zero() {
-        assert_eq!(capacity(1024, 64, 2, 1.25), 40);
-        assert_eq!(capacity(100, 64, 1, 1.0), 2);
-        assert_eq!(capacity(1, 64, 1, 0.0), 1);
-        assert_eq!(capacity(1, 64, 1, f64::NAN), 1);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use cudarc::driver::CudaStream;
 use crate::experts::tiles::max_tiles;
 use crate::registry::{Dispatch, Kernel};
 use crate::routers::gating::{self, GatingDesc, Routing};
-use crate::rules::{Capacity, Gating};
+use crate::rules::{Capacity, Gating, Score};
 use crate::runtime::launch::{Address, Held, In, Out, Param, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
@@ -181,7 +181,7 @@ fn dispatch_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
 
 /// Blocks of gating with dispatch. The instructions of a token are those that the gate kernel's header states.
 fn gate_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    let gate = gating::kernel(gating::Score::Softmax, desc.experts, true);
+    let gate = gating::kernel(Score::Softmax, desc.experts, true);
     let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
     blocks(desc, gate.warps(), work, device)
 }

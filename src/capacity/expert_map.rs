@@ -2,12 +2,12 @@
 //!
 //! It stands between gating (or [`crate::capacity::admission`]) and [`crate::capacity::dispatch`], and turns ids by a table `[E, R]`:
 //!
-//! - **expert parallelism**: the local number of a global expert, or [`NONE`] where another device has it; dispatch skips -1, and a
+//! - **expert parallelism**: the local number of a global expert, or [`NONE`](crate::rules::NONE) where another device has it; dispatch skips -1, and a
 //!   token's outputs add up over devices;
 //! - **physical replicas** (DeepSeek-V3, section 3.4): an expert with several copies takes turns among them, by a hash of the slot's
 //!   number, even in the long run and the same each time;
-//! - **null experts** (LongCat-Flash, section 2.1): an id that means no computation. [`NONE`] is an expert whose output is zero;
-//!   [`IDENTITY`] one whose output is its input.
+//! - **null experts** (LongCat-Flash, section 2.1): an id that means no computation. [`NONE`](crate::rules::NONE) is an expert whose output is zero;
+//!   [`IDENTITY`](crate::rules::IDENTITY) one whose output is its input.
 //!
 //! How a null expert flows: its slot becomes -1, so that it has no row in dispatch, no tile in the grouped GEMM, and adds nothing
 //! of `y_slots` in combine. Identity experts leave the sum of their weights for each token, and
@@ -18,7 +18,6 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{BLOCK_WARPS, Kernel};
-use crate::rules::{IDENTITY, NONE};
 use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
 use crate::runtime::shape;
 use crate::{DeviceInfo, Error, Kernels, Selection};
@@ -46,7 +45,7 @@ pub struct ExpertMapArgs<'a> {
     pub ids: In<'a, i32>,
     /// `[T, k]`, for `identity_weight`; absent, every weight is 1.
     pub weights: Option<In<'a, f32>>,
-    /// `[E, R]`: local numbers, [`NONE`] or [`IDENTITY`].
+    /// `[E, R]`: local numbers, [`NONE`](crate::rules::NONE) or [`IDENTITY`](crate::rules::IDENTITY).
     pub map: In<'a, i32>,
     /// `[E]`: how many of an expert's row count, 1 to R; absent, the first alone.
     pub replicas: Option<In<'a, i32>>,

@@ -3,11 +3,12 @@
 use super::{LayerDesc, Mlp, OPERATION, Stage, Weighting};
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::combine::{self, CombineDesc};
-use crate::experts::gemm::{self, GemmDesc, Glu, Schedule};
+use crate::experts::gemm::{self, GemmDesc, Schedule};
 use crate::experts::tiles::select_tile;
 use crate::registry::Kernel;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::Dtype;
+use crate::rules::{Activation, Glu};
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Error, Selection};
@@ -224,7 +225,7 @@ impl MlpShape {
             n: self.hidden,
             k: self.intermediate,
             glu: Glu::None,
-            activation: gemm::Activation::Identity,
+            activation: Activation::Identity,
             layout: mlp.down_layout,
             ..gate_up
         };
@@ -238,8 +239,8 @@ impl MlpShape {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::experts::gemm::Activation;
     use crate::layer::SharedDesc;
+    use crate::rules::Activation;
     use crate::rules::Capacity;
     use crate::runtime::device::A100;
 

@@ -2,11 +2,11 @@
 
 use rayon::prelude::*;
 
-use super::activation::Activation;
 use super::activation::{activate, activate_glu};
 use super::dispatch::Dispatched;
 use super::{Real, ReferenceError, require, require_shape};
-use crate::rules::noise::NoiseSource;
+use crate::rules::Activation;
+use crate::rules::NoiseSource;
 use crate::rules::{Glu, Layout};
 use crate::rules::{drop_below, keep_scale};
 

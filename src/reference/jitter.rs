@@ -4,7 +4,8 @@
 //! experts see x.
 
 use super::{Real, ReferenceError, require};
-use crate::rules::noise::{NoiseSource, uniform};
+use crate::rules::NoiseSource;
+use crate::rules::noise::uniform;
 
 /// `x_i (1 - epsilon + 2 epsilon u_i)`, the factor in f32 with one fused rounding, the product rounded to `O`.
 ///

@@ -1,12 +1,14 @@
 //! The whole layer: router, gating, dispatch, two expert matrices, combine.
 
-use super::activation::Activation;
 use super::combine::combine;
-use super::dispatch::{Capacity, DispatchRule, Dispatched, dispatch};
-use super::gating::{Gated, Gating, gate};
+use super::dispatch::{DispatchRule, Dispatched, dispatch};
+use super::gating::{Gated, gate};
 use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
 use super::router::router;
 use super::{Real, ReferenceError, require};
+use crate::rules::Activation;
+use crate::rules::Capacity;
+use crate::rules::Gating;
 
 /// A Mixture-of-Experts layer and its parameters, of type `W` (router and its biases: `R`).
 #[derive(Clone, Copy, Debug)]
@@ -116,9 +118,9 @@ fn chain<W>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::gemm::{Glu, Layout};
     use super::*;
     use crate::rules::Score;
+    use crate::rules::{Glu, Layout};
 
     fn plain(weight: &[f64]) -> ExpertMatrix<'_, f64> {
         ExpertMatrix { weight, bias: None, n: 1, k: 1, glu: Glu::None, layout: Layout::Nk }

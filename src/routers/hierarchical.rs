@@ -13,8 +13,9 @@ use cudarc::driver::CudaStream;
 
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::registry::{Kernel, Noisy};
-use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits, NoisyRule};
+use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits};
 use crate::rules::noise;
+use crate::rules::{NoiseSource, NoisyRule};
 use crate::runtime::launch::{Address, Held, Out, Param, SCALAR, Scope, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
@@ -193,7 +194,7 @@ impl Regions {
 }
 
 /// The noise of `token` and `expert` of `group` at the second level, bit for bit; at the first it is [`noisy::noise`].
-pub fn noise(source: noisy::NoiseSource, token: u32, group: u32, expert: u32) -> f32 {
+pub fn noise(source: NoiseSource, token: u32, group: u32, expert: u32) -> f32 {
     noise::standard_normal(source.gate_word(16 + group, token, expert))
 }
 
@@ -336,7 +337,7 @@ fn params(desc: &HierarchicalDesc, parts: u32, at: noisy::Addresses<'_>, chosen:
 mod tests {
     use super::*;
     use crate::registry::Spread;
-    use crate::routers::noisy::NoiseSource;
+    use crate::rules::NoiseSource;
     use crate::runtime::device::A100;
 
     fn desc() -> HierarchicalDesc {

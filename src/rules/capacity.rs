@@ -69,3 +69,16 @@ pub fn capacity(tokens: usize, experts: usize, top_k: usize, factor: f64) -> usi
     // A float that is not a number or negative becomes 0.
     (wanted as usize).max(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capacity_rounds_up_and_is_never_zero() {
+        assert_eq!(capacity(1024, 64, 2, 1.25), 40);
+        assert_eq!(capacity(100, 64, 1, 1.0), 2);
+        assert_eq!(capacity(1, 64, 1, 0.0), 1);
+        assert_eq!(capacity(1, 64, 1, f64::NAN), 1);
+    }
+}

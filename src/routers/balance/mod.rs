@@ -334,7 +334,7 @@ fn params(desc: &MeasureDesc, parts: &Parts, routing: Routing<'_>, at: Addresses
 mod tests {
     use super::*;
     use crate::registry::Gate;
-    use crate::routers::gating::Gating;
+    use crate::rules::Gating;
     use crate::runtime::device::A100;
 
     fn desc() -> MeasureDesc {

@@ -62,7 +62,8 @@ pub(super) fn resident_blocks(desc: &MeasureDesc, device: &DeviceInfo) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::routers::gating::{Gating, GatingDesc, Score};
+    use crate::routers::gating::GatingDesc;
+    use crate::rules::{Gating, Score};
     use crate::runtime::device::A100;
 
     fn parts(tokens: usize, sequence: usize) -> Parts {
