@@ -1,5 +1,5 @@
 //! Renders every kernel variant of `kernels/registry.rs` to PTX, assembles it where `ptxas` is found, and writes the table
-//! that `src/embedded.rs` includes.
+//! that `src/runtime/embedded.rs` includes, and the structs of `src/runtime/params.rs`.
 //!
 //! Variables: `PTXAS` (path of ptxas; `none` to do without), `CUDA_HOME`, `PATH`; `MOE_PTXAS_ARCHS` (comma-separated, e.g.
 //! `sm_80,sm_90`; default `sm_80`) names the architectures whose machine code is embedded.
@@ -24,6 +24,9 @@ mod registry;
 
 use registry::{Constant, Kernel};
 
+#[path = "kernels/params.rs"]
+mod params;
+
 fn main() {
     let kernels_dir = Path::new("kernels");
     println!("cargo::rerun-if-changed=kernels");
@@ -45,6 +48,9 @@ fn main() {
             std::fs::write(&path, text).expect("the build's own folder can be written");
         }
     }
+
+    std::fs::write(out.parent().unwrap().join("params.rs"), params::structs(&out, &kernels))
+        .expect("the build's own folder can be written");
 
     let images = match find_ptxas() {
         Some(ptxas) => assemble_all(&ptxas, &out, &kernels),
@@ -192,17 +198,28 @@ fn number_before(text: &str, suffix: &str) -> Option<u32> {
     before[start..].parse().ok()
 }
 
+/// A file beside `path` that holds its bytes deflated, for the embedded table.
+fn deflated(path: &Path) -> PathBuf {
+    let packed = path.with_extension(format!("{}.z", path.extension().unwrap().to_str().unwrap()));
+    let bytes = std::fs::read(path).expect("the build's own folder can be read");
+    let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
+    std::io::Write::write_all(&mut encoder, &bytes).expect("a vector takes everything");
+    std::fs::write(&packed, encoder.finish().expect("a vector takes everything")).expect("the build's own folder can be written");
+    packed
+}
+
 /// `&[Embedded { .. }]` in the order of `registry::all()`.
 fn embedded_table(out: &Path, kernels: &[Kernel], images: &BTreeMap<(usize, String), Image>) -> String {
     let mut table = String::from("&[\n");
     for (index, kernel) in kernels.iter().enumerate() {
         let ptx = out.join(format!("{}.ptx", kernel.name()));
-        write!(table, "    Embedded {{ name: {:?}, ptx: include_str!({ptx:?}), images: &[", kernel.name()).unwrap();
+        let ptx = deflated(&ptx);
+        write!(table, "    Embedded {{ name: {:?}, ptx: include_bytes!({ptx:?}), images: &[", kernel.name()).unwrap();
         for image in images.iter().filter(|((of, _), _)| *of == index).map(|(_, image)| image) {
             write!(
                 table,
                 "Image {{ arch: {:?}, cubin: include_bytes!({:?}), registers: {}, shared_bytes: {} }}, ",
-                image.arch, image.path, image.registers, image.shared_bytes
+                image.arch, deflated(&image.path), image.registers, image.shared_bytes
             )
             .unwrap();
         }

@@ -10,13 +10,28 @@ use crate::rules::kinds::{Dtype, Glu, Layout, Score};
 pub enum Arch {
     /// Ampere and later.
     Sm80,
+    /// Hopper alone: architecture-specific code runs on no other compute capability than 9.0.
+    Sm90a,
+    /// Blackwell of data centres alone: 10.0.
+    Sm100a,
 }
 
 impl Arch {
+    /// Whether a device of this compute capability runs it.
+    pub const fn runs_on(self, (major, minor): (u32, u32)) -> bool {
+        match self {
+            Arch::Sm80 => major >= 8,
+            Arch::Sm90a => major == 9 && minor == 0,
+            Arch::Sm100a => major == 10 && minor == 0,
+        }
+    }
+
     /// The `.target` of the PTX.
     pub const fn target(self) -> &'static str {
         match self {
             Arch::Sm80 => "sm_80",
+            Arch::Sm90a => "sm_90a",
+            Arch::Sm100a => "sm_100a",
         }
     }
 }
@@ -435,6 +450,34 @@ impl Kernel {
             Kernel::MapExperts => "map_experts".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
+        }
+    }
+
+    /// Its parameter list, which variants share: the build makes a struct of this name and `Params`.
+    pub const fn entry(&self) -> &'static str {
+        match self {
+            Kernel::Router(_) => "Router",
+            Kernel::Gate(Gate { dispatch: false, .. }) => "Gating",
+            Kernel::Gate(Gate { dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Dispatch(_) => "Dispatch",
+            Kernel::GroupedGemm(_) => "Gemm",
+            Kernel::Combine(_) => "Combine",
+            Kernel::Admit(_) => "Admission",
+            Kernel::Affinity => "Affinity",
+            Kernel::ExpertChoice => "ExpertChoice",
+            Kernel::TokenSlots => "TokenSlots",
+            Kernel::CombineRagged(_) => "CombineRagged",
+            Kernel::Auction => "Base",
+            Kernel::Sinkhorn(_) => "Sinkhorn",
+            Kernel::Hash => "Hash",
+            Kernel::Noisy(Noisy { grouped: false, .. }) => "Noisy",
+            Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
+            Kernel::MeasuredGate(_) => "MeasuredGating",
+            Kernel::BalanceLoss => "BalanceLoss",
+            Kernel::UpdateBias => "UpdateBias",
+            Kernel::MapExperts => "ExpertMap",
+            Kernel::Sampled(_) => "Sampled",
+            Kernel::Jitter(_) => "Jitter",
         }
     }
 

@@ -69,6 +69,8 @@ pub mod capacity;
 pub mod experts;
 pub mod layer;
 pub mod reference;
+/// Which variants exist: for this project's own tests, and no part of the API.
+#[doc(hidden)]
 #[path = "../kernels/registry.rs"]
 pub mod registry;
 pub mod routers;
@@ -81,7 +83,8 @@ pub use runtime::device::{self, DeviceInfo};
 pub use runtime::element::Element;
 pub use runtime::error::Error;
 pub use runtime::kernels::{self, Kernels};
-pub use runtime::launch::{In, Out};
+pub use runtime::buffer::{In, Out};
+pub use runtime::selection::{Kernel, Selection};
 pub use runtime::workspace::Workspace;
 
 /// Most experts that a layer may have.
@@ -89,17 +92,6 @@ pub const MAX_EXPERTS: usize = 4096;
 
 /// Most experts that a token may go to.
 pub const MAX_TOP_K: usize = 32;
-
-/// A kernel and how it is launched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Selection {
-    /// The variant; its block size and shared memory are in the registry.
-    pub kernel: registry::Kernel,
-    /// Blocks in x, y and z.
-    pub grid: [u32; 3],
-    /// Whether all blocks must be resident at once, because they meet at a barrier.
-    pub cooperative: bool,
-}
 
 /// The README's example is compiled with the documentation's.
 #[cfg(doctest)]

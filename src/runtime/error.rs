@@ -114,12 +114,20 @@ pub enum Error {
         reason: &'static str,
     },
     /// A buffer, stream or kernel set of another CUDA context than the launch's.
-    #[error("{operation}: `{argument}` belongs to another CUDA context")]
+    #[error("{operation}: `{argument}` belongs to another CUDA context, or another `CudaContext` value of the same device")]
     DifferentContext {
         /// Operation that was asked for.
         operation: &'static str,
         /// Argument at fault.
         argument: &'static str,
+    },
+    /// A step of graph capture that was left out: see the crate's documentation.
+    #[error("{operation}: the stream is being captured into a graph, without {missing}")]
+    Capture {
+        /// Operation that was asked for.
+        operation: &'static str,
+        /// What should have been done.
+        missing: &'static str,
     },
     /// The machine has no CUDA driver library.
     #[error("no CUDA driver on this machine: neither libcuda.so nor nvcuda.dll could be loaded")]
@@ -186,7 +194,7 @@ impl Error {
             | Error::Unexpected { argument, .. }
             | Error::DifferentContext { argument, .. } => Some(argument),
             Error::WorkspaceTooSmall { .. } => Some("workspace"),
-            Error::NoCuda | Error::NoDevice { .. } | Error::ModuleLoad { .. } | Error::Driver { .. } => None,
+            Error::Capture { .. } | Error::NoCuda | Error::NoDevice { .. } | Error::ModuleLoad { .. } | Error::Driver { .. } => None,
         }
     }
 }

@@ -4,9 +4,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::CudaContext;
 
-use crate::registry::{self, Kernel};
-pub use crate::runtime::embedded::{Embedded, Image, embedded};
-use crate::runtime::launch::Loaded;
+use crate::registry;
+pub use super::embedded::{Embedded, Image, embedded};
+use super::launch::{Loaded, Scope};
+use super::selection::Kernel;
 use crate::{DeviceInfo, Error};
 
 /// The kernels of one CUDA context, each loaded when it is first launched.
@@ -63,7 +64,7 @@ impl Kernels {
     /// # Errors
     /// [`Error::ModuleLoad`], [`Error::Driver`].
     pub fn preload(&self, kernels: impl IntoIterator<Item = Kernel>) -> Result<(), Error> {
-        kernels.into_iter().try_for_each(|kernel| self.function(kernel).map(|_| ()))
+        kernels.into_iter().try_for_each(|kernel| self.load_kernel(kernel).map(|_| ()))
     }
 
     /// Loads every kernel of the registry.
@@ -74,28 +75,35 @@ impl Kernels {
         self.preload(sorted().iter().map(|&(kernel, _)| kernel))
     }
 
-    /// The loaded form of `kernel`.
-    pub(crate) fn function(&self, kernel: Kernel) -> Result<&Loaded, Error> {
-        let table = sorted();
-        let Ok(place) = table.binary_search_by_key(&kernel, |&(key, _)| key) else {
-            return Err(Error::unsupported("kernels", "kernel", "the variants of `registry::all`", kernel.name()));
-        };
-        let index = table[place].1;
-        match self.loaded[index].get() {
+    /// The loaded form of `kernel`, for a launch of `scope`.
+    pub(crate) fn function(&self, scope: &Scope<'_>, kernel: Kernel) -> Result<&Loaded, Error> {
+        match self.loaded[index(kernel)].get() {
             Some(loaded) => Ok(loaded),
-            None => self.load(kernel, index),
+            None if scope.is_capturing()? => {
+                let missing = "Kernels::preload, or one run of the operation, before the capture began";
+                Err(Error::Capture { operation: scope.operation, missing })
+            }
+            None => self.load_kernel(kernel),
         }
     }
 
     #[cold]
-    fn load(&self, kernel: Kernel, index: usize) -> Result<&Loaded, Error> {
+    fn load_kernel(&self, kernel: Kernel) -> Result<&Loaded, Error> {
+        let index = index(kernel);
         let _one_at_a_time = self.loading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(loaded) = self.loaded[index].get() {
             return Ok(loaded);
         }
-        let loaded = Loaded::new(&self.context, &embedded()[index], &self.device, kernel.shared_bytes())?;
+        let loaded = Loaded::new(&self.context, &embedded()[index], &self.device, &kernel)?;
         Ok(self.loaded[index].get_or_init(|| loaded))
     }
+}
+
+/// The kernel's place in the embedded table.
+fn index(kernel: Kernel) -> usize {
+    let table = sorted();
+    let place = table.binary_search_by_key(&kernel, |&(key, _)| key).expect("a kernel is only made from the registry");
+    table[place].1
 }
 
 impl std::fmt::Debug for Kernels {
@@ -114,7 +122,7 @@ fn sorted() -> &'static [(Kernel, usize)] {
     static SORTED: OnceLock<Vec<(Kernel, usize)>> = OnceLock::new();
     SORTED.get_or_init(|| {
         let mut table: Vec<_> =
-            registry::all().into_iter().enumerate().map(|(index, kernel)| (kernel, index)).collect();
+            registry::all().into_iter().enumerate().map(|(index, kernel)| (kernel.into(), index)).collect();
         table.sort_unstable();
         table
     })
@@ -126,7 +134,7 @@ mod tests {
 
     #[test]
     fn embedded_table_is_in_registry_order() {
-        let names: Vec<_> = registry::all().iter().map(Kernel::name).collect();
+        let names: Vec<_> = registry::all().iter().map(registry::Kernel::name).collect();
         assert_eq!(names, embedded().iter().map(|entry| entry.name).collect::<Vec<_>>());
     }
 

@@ -1,31 +1,24 @@
-//! The driver boundary: everything `unsafe` in the crate.
+//! The driver boundary: everything `unsafe` in the crate, but for the constructors of raw buffers.
 //!
 //! Soundness rests on three points. An [`Address`] is only made here, from a buffer whose context, alignment and length
-//! were checked against the extent that the operation's descriptor implies ([`read`], [`write`]). The scalars of a launch
-//! come from that same descriptor. And a kernel's parameter list is that of its PTX entry, which a test compares with
-//! what each operation packs. Row numbers that a kernel reads from device memory (`tiles`, `slot_token`, `token_slot`)
-//! cannot be checked from the host: they must be what dispatch wrote.
+//! were checked against the extent that the operation's descriptor implies ([`Scope::read`], [`Scope::write`]). The scalars of a
+//! launch come from that same descriptor. And a kernel's parameters are a struct generated from its PTX entry
+//! ([`super::params`]). Row numbers that a kernel reads from device memory come from lists that only dispatch or a check fills
+//! ([`crate::experts::Dispatched`]), or by an `unsafe` constructor.
 
 use std::ffi::{CString, c_void};
 use std::marker::PhantomData;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::driver::{
-    CudaContext, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, DriverError, SyncOnDrop, ValidAsZeroBits, result,
-};
+use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, DriverError, SyncOnDrop, ValidAsZeroBits, result};
 
-use crate::runtime::embedded::Embedded;
+use super::buffer::{In, Out, Sink, Source};
+use super::embedded::Embedded;
+use super::params::Params;
 use crate::{DeviceInfo, Element, Error, Kernels, Selection};
 
-/// A buffer that an operation reads: `&CudaSlice<T>`, `&CudaView<T>`, or anything else with cudarc's [`DevicePtr`].
-pub type In<'a, T> = &'a (dyn DevicePtr<T> + 'a);
-
-/// A buffer that an operation writes: `&mut CudaSlice<T>`, `&mut CudaViewMut<T>`, or anything else with cudarc's
-/// [`DevicePtrMut`].
-pub type Out<'a, T> = &'a mut (dyn DevicePtrMut<T> + 'a);
-
-/// Alignment of matrices and bias vectors in bytes: kernels move 16 bytes at a time.
+/// Alignment of matrices in bytes: kernels move 16 bytes at a time.
 pub(crate) const VECTOR: u64 = 16;
 /// Alignment of lists of `i32` and `f32` that are read one by one.
 pub(crate) const SCALAR: u64 = 4;
@@ -38,9 +31,10 @@ pub(crate) struct Address<'a> {
 }
 
 impl<'a> Address<'a> {
-    /// No address: for tests of what is packed.
-    #[cfg(test)]
-    pub(crate) const NULL: Address<'static> = Address { value: 0, _held: PhantomData };
+    /// What the kernel gets.
+    pub(crate) fn value(self) -> sys::CUdeviceptr {
+        self.value
+    }
 
     /// The address `bytes` further on, within the same buffer.
     pub(crate) fn offset(self, bytes: usize) -> Address<'a> {
@@ -52,7 +46,8 @@ impl<'a> Address<'a> {
 /// streams waits for this one once the value is dropped.
 pub(crate) struct Held<'a> {
     value: sys::CUdeviceptr,
-    _access: SyncOnDrop<'a>,
+    /// None for memory that somebody else manages.
+    _access: Option<SyncOnDrop<'a>>,
 }
 
 impl Held<'_> {
@@ -81,11 +76,24 @@ impl<'a> Scope<'a> {
         kernels: &'a Kernels,
         stream: &'a Arc<CudaStream>,
     ) -> Result<Scope<'a>, Error> {
-        if kernels.context() != stream.context() {
+        // Two values of one device have the same handle, but each orders only its own streams.
+        if !Arc::ptr_eq(kernels.context(), stream.context()) {
             return Err(Error::DifferentContext { operation, argument: "stream" });
         }
         stream.context().bind_to_thread().map_err(Error::driver(operation))?;
-        Ok(Scope { operation, kernels, stream })
+        let scope = Scope { operation, kernels, stream };
+        if stream.context().is_managing_stream_synchronization() && scope.is_capturing()? {
+            let missing = "unsafe { context.disable_event_tracking() } before the buffers of the graph were allocated";
+            return Err(Error::Capture { operation, missing });
+        }
+        Ok(scope)
+    }
+
+    /// Whether the stream is being captured into a graph.
+    pub(crate) fn is_capturing(&self) -> Result<bool, Error> {
+        // SAFETY: the stream is alive.
+        let status = unsafe { result::stream::is_capturing(self.stream.cu_stream()) };
+        Ok(status.map_err(Error::driver(self.operation))? != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
     }
 
     /// Opens `buffer` for reading its first `needed` elements.
@@ -100,17 +108,23 @@ impl<'a> Scope<'a> {
         'a: 'b,
     {
         self.check_length(argument, buffer.len(), needed)?;
-        self.check_context(argument, buffer.stream())?;
-        let (value, access) = buffer.device_ptr(self.stream);
+        let (value, access) = match buffer.0 {
+            Source::Tracked(buffer) => {
+                self.check_context(argument, buffer.stream())?;
+                let (value, access) = buffer.device_ptr(self.stream);
+                (value, Some(access))
+            }
+            Source::Raw { address, .. } => (address, None),
+        };
         self.check_alignment(argument, value, alignment)?;
         Ok(Held { value, _access: access })
     }
 
     /// Opens `buffer` for writing its first `needed` elements.
-    pub(crate) fn write<'b, 'c: 'b, T>(
+    pub(crate) fn write<'b, T>(
         &self,
         argument: &'static str,
-        buffer: &'b mut (dyn DevicePtrMut<T> + 'c),
+        buffer: Out<'b, T>,
         needed: usize,
         alignment: u64,
     ) -> Result<Held<'b>, Error>
@@ -118,8 +132,14 @@ impl<'a> Scope<'a> {
         'a: 'b,
     {
         self.check_length(argument, buffer.len(), needed)?;
-        self.check_context(argument, buffer.stream())?;
-        let (value, access) = buffer.device_ptr_mut(self.stream);
+        let (value, access) = match buffer.0 {
+            Sink::Tracked(buffer) => {
+                self.check_context(argument, buffer.stream())?;
+                let (value, access) = buffer.device_ptr_mut(self.stream);
+                (value, Some(access))
+            }
+            Sink::Raw { address, .. } => (address, None),
+        };
         self.check_alignment(argument, value, alignment)?;
         Ok(Held { value, _access: access })
     }
@@ -139,10 +159,10 @@ impl<'a> Scope<'a> {
     }
 
     /// [`Scope::write`] of a buffer that may be absent.
-    pub(crate) fn write_some<'b, 'c: 'b, T>(
+    pub(crate) fn write_some<'b, T>(
         &self,
         argument: &'static str,
-        buffer: Option<&'b mut (dyn DevicePtrMut<T> + 'c)>,
+        buffer: Option<Out<'b, T>>,
         needed: usize,
         alignment: u64,
     ) -> Result<Option<Held<'b>>, Error>
@@ -160,7 +180,7 @@ impl<'a> Scope<'a> {
     }
 
     fn check_context(&self, argument: &'static str, stream: &CudaStream) -> Result<(), Error> {
-        if stream.context() != self.stream.context() {
+        if !Arc::ptr_eq(stream.context(), self.stream.context()) {
             return Err(Error::DifferentContext { operation: self.operation, argument });
         }
         Ok(())
@@ -186,29 +206,35 @@ impl<'a> Scope<'a> {
     }
 
     /// Puts one kernel on the stream.
-    pub(crate) fn launch<const N: usize>(&self, selection: &Selection, params: [Param; N]) -> Result<(), Error> {
-        let loaded = self.kernels.function(selection.kernel)?;
-        let mut values = params.map(Param::bits);
-        let mut pointers: [*mut c_void; N] = std::array::from_fn(|i| (&raw mut values[i]).cast());
-        let [x, y, z] = selection.grid;
-        let block = (selection.kernel.threads(), 1, 1);
-        let shared_bytes = selection.kernel.shared_bytes();
-        let stream = self.stream.cu_stream();
+    ///
+    /// A cooperative grid is cut to what the driver says is resident at once, here and now (a partition of a GPU, a share of it
+    /// under MPS): the kernels that meet at a barrier walk their work by the number of blocks that there are.
+    pub(crate) fn launch<P: Params>(&self, selection: &Selection, mut params: P) -> Result<(), Error> {
+        let kernel = selection.kernel;
+        assert_eq!(kernel.variant().entry(), P::ENTRY, "{kernel} is launched with another entry's parameters");
+        let loaded = self.kernels.function(self, kernel)?;
+        let mut pointers = params.pointers();
+        let mut grid = selection.grid;
+        if selection.cooperative {
+            grid[0] = grid[0].min(loaded.resident_blocks);
+        }
+        let launch = Launch {
+            function: loaded.function,
+            grid,
+            threads: kernel.threads(),
+            shared_bytes: kernel.shared_bytes(),
+            stream: self.stream.cu_stream(),
+        };
         // SAFETY: the function belongs to the stream's context (`begin`) and stays loaded as long as `self.kernels`; the
-        // driver copies the parameters out of `values` before it returns; the module's documentation says why the
-        // kernel touches only what was checked.
+        // driver copies the parameters out of `params` before it returns, which are those of the entry; the module's
+        // documentation says why the kernel touches only what was checked.
         unsafe {
-            if selection.cooperative {
-                result::launch_cooperative_kernel(
-                    loaded.function,
-                    (x, y, z),
-                    block,
-                    shared_bytes,
-                    stream,
-                    &mut pointers,
-                )
+            if selection.cluster != [1; 3] || selection.programmatic {
+                launch.with_attributes(selection, pointers.as_mut())
+            } else if selection.cooperative && grid != [1; 3] {
+                launch.cooperative(pointers.as_mut())
             } else {
-                result::launch_kernel(loaded.function, (x, y, z), block, shared_bytes, stream, &mut pointers)
+                launch.plain(pointers.as_mut())
             }
         }
         .map_err(Error::driver(self.operation))
@@ -227,49 +253,71 @@ unsafe impl DeviceRepr for crate::routers::balance::RouterStats {}
 // SAFETY: as above.
 unsafe impl ValidAsZeroBits for crate::routers::balance::RouterStats {}
 
-/// One kernel parameter.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Param {
-    /// A device address, `.u64`; 0 stands for an absent buffer.
-    Address(u64),
-    /// `.u32`.
-    U32(u32),
-    /// `.f32`.
-    F32(f32),
+/// A launch, ready but for its parameters.
+struct Launch {
+    function: sys::CUfunction,
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u32,
+    stream: sys::CUstream,
 }
 
-impl Param {
-    /// The value in the low bytes, where the driver reads as many as the parameter has (every CUDA host is little-endian).
-    fn bits(self) -> u64 {
-        match self {
-            Param::Address(value) => value,
-            Param::U32(value) => value.into(),
-            Param::F32(value) => value.to_bits().into(),
-        }
+impl Launch {
+    /// # Safety
+    /// `pointers` point to the values of the function's parameters, in order.
+    unsafe fn plain(&self, pointers: &mut [*mut c_void]) -> Result<(), DriverError> {
+        let block = (self.threads, 1, 1);
+        // SAFETY: as the caller says.
+        unsafe { result::launch_kernel(self.function, self.grid.into(), block, self.shared_bytes, self.stream, pointers) }
     }
-}
 
-impl From<Address<'_>> for Param {
-    fn from(address: Address<'_>) -> Param {
-        Param::Address(address.value)
+    /// # Safety
+    /// As for [`Launch::plain`].
+    unsafe fn cooperative(&self, pointers: &mut [*mut c_void]) -> Result<(), DriverError> {
+        let (grid, block) = (self.grid.into(), (self.threads, 1, 1));
+        // SAFETY: as the caller says.
+        unsafe { result::launch_cooperative_kernel(self.function, grid, block, self.shared_bytes, self.stream, pointers) }
     }
-}
 
-impl From<Option<Address<'_>>> for Param {
-    fn from(address: Option<Address<'_>>) -> Param {
-        Param::Address(address.map_or(0, |address| address.value))
-    }
-}
-
-impl From<u32> for Param {
-    fn from(value: u32) -> Param {
-        Param::U32(value)
-    }
-}
-
-impl From<f32> for Param {
-    fn from(value: f32) -> Param {
-        Param::F32(value)
+    /// # Safety
+    /// As for [`Launch::plain`].
+    unsafe fn with_attributes(&self, selection: &Selection, pointers: &mut [*mut c_void]) -> Result<(), DriverError> {
+        use sys::CUlaunchAttributeID::*;
+        let [x, y, z] = selection.cluster;
+        let programmatic = i32::from(selection.programmatic);
+        let cooperative = i32::from(selection.cooperative);
+        let mut attributes: Vec<sys::CUlaunchAttribute> = [
+            (x * y * z > 1).then_some((
+                CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+                sys::CUlaunchAttributeValue { clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x, y, z } },
+            )),
+            selection.programmatic.then_some((
+                CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: programmatic },
+            )),
+            selection.cooperative.then_some((
+                CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+                sys::CUlaunchAttributeValue { cooperative },
+            )),
+        ]
+        .into_iter()
+        .flatten()
+        .map(|(id, value)| sys::CUlaunchAttribute { id, pad: Default::default(), value })
+        .collect();
+        let config = sys::CUlaunchConfig {
+            gridDimX: self.grid[0],
+            gridDimY: self.grid[1],
+            gridDimZ: self.grid[2],
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared_bytes,
+            hStream: self.stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
+        // SAFETY: as the caller says; the attributes outlive the call.
+        unsafe { sys::cuLaunchKernelEx(&config, self.function, pointers.as_mut_ptr(), std::ptr::null_mut()).result() }
     }
 }
 
@@ -281,6 +329,8 @@ pub(crate) struct Loaded {
     context: Arc<CudaContext>,
     module: sys::CUmodule,
     function: sys::CUfunction,
+    /// Blocks that the driver keeps on the device at once, at least 1.
+    resident_blocks: u32,
 }
 
 // SAFETY: both handles are names for objects of the driver, which is thread-safe.
@@ -294,13 +344,14 @@ impl Loaded {
         context: &Arc<CudaContext>,
         entry: &Embedded,
         device: &DeviceInfo,
-        shared_bytes: u32,
+        kernel: &crate::Kernel,
     ) -> Result<Loaded, Error> {
+        let (threads, shared_bytes) = (kernel.threads(), kernel.shared_bytes());
         let failed = |source| Error::ModuleLoad { kernel: entry.name.into(), source };
         context.bind_to_thread().map_err(failed)?;
         let module = load_module(entry, device).map_err(failed)?;
         // From here on `drop` unloads the module on any error.
-        let mut loaded = Loaded { context: context.clone(), module, function: std::ptr::null_mut() };
+        let mut loaded = Loaded { context: context.clone(), module, function: std::ptr::null_mut(), resident_blocks: 1 };
         let name = CString::new(entry.name).expect("kernel names hold no zero byte");
         // SAFETY: the module was loaded just now into the current context.
         loaded.function = unsafe { result::module::get_function(module, name) }.map_err(failed)?;
@@ -315,6 +366,19 @@ impl Loaded {
             }
             .map_err(failed)?;
         }
+        let mut per_multiprocessor = 0;
+        // SAFETY: the function is alive, and the number is written.
+        unsafe {
+            sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &mut per_multiprocessor,
+                loaded.function,
+                threads as i32,
+                shared_bytes as usize,
+            )
+        }
+        .result()
+        .map_err(failed)?;
+        loaded.resident_blocks = (per_multiprocessor as u32).saturating_mul(device.multiprocessors).max(1);
         Ok(loaded)
     }
 }
@@ -329,32 +393,32 @@ impl Drop for Loaded {
     }
 }
 
-/// Machine code of the device's major version and at most its minor version runs on it; a driver that cannot take it
-/// (an emulated device, say) gets the PTX.
+/// The machine code made for the device where there is one; a driver that cannot take it (an emulated device, say) gets the PTX.
 fn load_module(entry: &Embedded, device: &DeviceInfo) -> Result<sys::CUmodule, DriverError> {
-    let (major, minor) = device.compute_capability;
-    let image = entry
-        .images
-        .iter()
-        .filter_map(|image| Some((image.compute_capability()?, image)))
-        .filter(|((of_major, of_minor), _)| *of_major == major && *of_minor <= minor)
-        .max_by_key(|(capability, _)| *capability);
-    if let Some((_, image)) = image {
+    if let Some(image) = entry.image_for(device.compute_capability) {
         // SAFETY: a whole ELF image; its length is in its headers.
-        match unsafe { result::module::load_data(image.cubin.as_ptr().cast()) } {
+        match unsafe { result::module::load_data(image.cubin().as_ptr().cast()) } {
             Err(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU | CUresult::CUDA_ERROR_INVALID_IMAGE)) => {}
             other => return other,
         }
     }
-    let text = CString::new(entry.ptx).map_err(|_| DriverError(CUresult::CUDA_ERROR_INVALID_PTX))?;
+    let text = CString::new(entry.ptx()).map_err(|_| DriverError(CUresult::CUDA_ERROR_INVALID_PTX))?;
     // SAFETY: PTX text that ends in a zero byte.
     unsafe { result::module::load_data(text.as_ptr().cast()) }
 }
 
+/// Whether there is a library to ask. cudarc's calls panic where there is none, and its own look does not exist where
+/// another crate has chosen to link.
+fn library_is_present() -> bool {
+    const NAMES: [&str; 3] =
+        if cfg!(windows) { ["nvcuda.dll", "cuda.dll", "nvcuda64.dll"] } else { ["libcuda.so", "libcuda.so.1", "libnvcuda.so"] };
+    // SAFETY: opens the driver library, as any call of cudarc would.
+    NAMES.into_iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok())
+}
+
 /// Number of devices; an error where cudarc's own calls would panic for want of a driver library.
 pub(crate) fn device_count() -> Result<usize, Error> {
-    // SAFETY: opens the driver library, as any call of cudarc would.
-    if !unsafe { sys::is_culib_present() } {
+    if !library_is_present() {
         return Err(Error::NoCuda);
     }
     match result::init() {

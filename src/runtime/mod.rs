@@ -1,5 +1,7 @@
 //! The device underneath: opening it, loading kernels, checking buffers, launching.
 
+#[allow(unsafe_code)]
+pub(crate) mod buffer;
 pub mod device;
 pub(crate) mod element;
 pub(crate) mod embedded;
@@ -7,5 +9,7 @@ pub(crate) mod error;
 pub mod kernels;
 #[allow(unsafe_code)]
 pub(crate) mod launch;
+pub(crate) mod params;
+pub(crate) mod selection;
 pub(crate) mod shape;
 pub(crate) mod workspace;
