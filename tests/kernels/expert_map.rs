@@ -1,4 +1,4 @@
-//! Checks of `map_experts`: expert parallelism, replicas, null experts.
+//! Checks of `expert_map`: expert parallelism, replicas, null experts.
 
 use moe_kernels::expert_map::{self, ExpertMapArgs, ExpertMapDesc, IDENTITY, NONE};
 use moe_kernels::reference;
