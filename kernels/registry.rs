@@ -426,19 +426,19 @@ impl Kernel {
         match self {
             Kernel::Router(k) => format!("router_{}_{}_{}", k.x, k.weight, k.shape.name()),
             Kernel::Gate(k) => {
-                format!("gate_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
+                format!("gating_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
             Kernel::Dispatch(k) => format!("dispatch_e{}", k.max_experts),
             Kernel::GroupedGemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.glu.name(), k.layout.name())
             }
             Kernel::Combine(k) => format!("combine_{}", k.dtype),
-            Kernel::Admit(k) => format!("admit_e{}", k.max_experts),
+            Kernel::Admit(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
             Kernel::ExpertChoice => "expert_choice".into(),
             Kernel::TokenSlots => "token_slots".into(),
             Kernel::CombineRagged(k) => format!("combine_ragged_{}", k.dtype),
-            Kernel::Auction => "auction".into(),
+            Kernel::Auction => "base".into(),
             Kernel::Sinkhorn(k) => format!("sinkhorn_e{}", k.max_experts),
             Kernel::Hash => "hash".into(),
             Kernel::Noisy(k) => {
@@ -447,7 +447,7 @@ impl Kernel {
             Kernel::MeasuredGate(k) => format!("{}_measured", Kernel::Gate(k.gate()).name()),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
-            Kernel::MapExperts => "map_experts".into(),
+            Kernel::MapExperts => "expert_map".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
         }
@@ -519,27 +519,27 @@ impl Kernel {
     /// File below `kernels/` that this variant is rendered from.
     pub const fn template(&self) -> &'static str {
         match self {
-            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "router_tile.ptx.jinja",
-            Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "router_warp.ptx.jinja",
-            Kernel::Gate(_) => "gate.ptx.jinja",
-            Kernel::Dispatch(_) => "dispatch.ptx.jinja",
-            Kernel::GroupedGemm(_) => "grouped_gemm.ptx.jinja",
-            Kernel::Combine(_) => "combine.ptx.jinja",
-            Kernel::Admit(_) => "admit.ptx.jinja",
-            Kernel::Affinity => "affinity.ptx.jinja",
-            Kernel::ExpertChoice => "expert_choice.ptx.jinja",
-            Kernel::TokenSlots => "token_slots.ptx.jinja",
-            Kernel::CombineRagged(_) => "combine_ragged.ptx.jinja",
-            Kernel::Auction => "auction.ptx.jinja",
-            Kernel::Sinkhorn(_) => "sinkhorn.ptx.jinja",
-            Kernel::Hash => "hash.ptx.jinja",
-            Kernel::Noisy(_) => "noisy.ptx.jinja",
-            Kernel::MeasuredGate(_) => "gate.ptx.jinja",
-            Kernel::BalanceLoss => "balance_loss.ptx.jinja",
-            Kernel::UpdateBias => "update_bias.ptx.jinja",
-            Kernel::MapExperts => "map_experts.ptx.jinja",
-            Kernel::Sampled(_) => "sampled.ptx.jinja",
-            Kernel::Jitter(_) => "jitter.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "routers/router_tile.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
+            Kernel::Gate(_) => "routers/gating.ptx.jinja",
+            Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
+            Kernel::GroupedGemm(_) => "experts/gemm.ptx.jinja",
+            Kernel::Combine(_) => "experts/combine.ptx.jinja",
+            Kernel::Admit(_) => "capacity/admission.ptx.jinja",
+            Kernel::Affinity => "routers/affinity.ptx.jinja",
+            Kernel::ExpertChoice => "routers/expert_choice.ptx.jinja",
+            Kernel::TokenSlots => "capacity/token_slots.ptx.jinja",
+            Kernel::CombineRagged(_) => "experts/combine_ragged.ptx.jinja",
+            Kernel::Auction => "routers/base.ptx.jinja",
+            Kernel::Sinkhorn(_) => "routers/sinkhorn.ptx.jinja",
+            Kernel::Hash => "routers/hash.ptx.jinja",
+            Kernel::Noisy(_) => "routers/noisy.ptx.jinja",
+            Kernel::MeasuredGate(_) => "routers/gating.ptx.jinja",
+            Kernel::BalanceLoss => "routers/balance_loss.ptx.jinja",
+            Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
+            Kernel::MapExperts => "capacity/expert_map.ptx.jinja",
+            Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
+            Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
         }
     }
 

@@ -122,7 +122,7 @@ pub fn ln(x: f32) -> f32 {
 
 /// `exp x` for x of at most 0, relative error 1e-7; 0 below -104, NaN for NaN.
 ///
-/// `2^n e^r` with n = round(x / ln 2): the arithmetic of `kernels/common/exp.ptx.jinja`.
+/// `2^n e^r` with n = round(x / ln 2): the arithmetic of `kernels/common/math/exp.ptx.jinja`.
 pub fn exp_nonpositive(x: f32) -> f32 {
     const FIT: [f32; 7] = [0.001_455_618_5, 0.008_363_293, 0.041_657_06, 0.166_665_76, 0.500_000_3, 1.0, 1.0];
     // 1.5 * 2^23: adding it leaves the rounded exponent in the low bits.

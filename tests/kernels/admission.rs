@@ -1,4 +1,4 @@
-//! Checks of `admit_*`: GShard, GLaM, V-MoE and Switch orders, overflow, the random second expert.
+//! Checks of `admission_*`: GShard, GLaM, V-MoE and Switch orders, overflow, the random second expert.
 
 use moe_kernels::Workspace;
 use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc, capacity};

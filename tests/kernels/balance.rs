@@ -1,4 +1,4 @@
-//! Checks of `gate_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
+//! Checks of `gating_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
 
 use moe_kernels::Workspace;
 use moe_kernels::reference::balance::{Balance, cv_squared, probabilities, update_bias};
@@ -12,7 +12,7 @@ use moe_kernels::rules::Gating;
 use moe_kernels::rules::{BalanceRule, LossScore};
 use moe_kernels::rules::{Dtype, Score};
 
-use crate::gate::{Logits, groups, logits};
+use crate::gating::{Logits, groups, logits};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{assert_rounded_once, to_f64};
 use crate::support::device;
@@ -153,7 +153,7 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind
     assert_eq!(selection.kernel, Kernel::MeasuredGate(variant));
     let values = logits(rng, kind, tokens * experts);
     let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
-    // Coarse: see the checks of `gate_*`.
+    // Coarse: see the checks of `gating_*`.
     let bias: Option<Vec<f32>> = with_bias.then(|| (0..experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();

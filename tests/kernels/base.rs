@@ -1,4 +1,4 @@
-//! Checks of `auction`: BASE layers.
+//! Checks of `base`: BASE layers.
 
 use moe_kernels::Workspace;
 use moe_kernels::reference::base::{auction, optimum, weights};

@@ -1,4 +1,4 @@
-//! Checks of `dispatch_*`, and of what the fused `gate_*_dispatch` writes.
+//! Checks of `dispatch_*`, and of what the fused `gating_*_dispatch` writes.
 
 use cudarc::driver::{CudaStream, CudaViewMut};
 use moe_kernels::Workspace;

@@ -1,4 +1,4 @@
-//! Checks of `map_experts`: expert parallelism, replicas, null experts.
+//! Checks of `expert_map`: expert parallelism, replicas, null experts.
 
 use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
 use moe_kernels::reference;

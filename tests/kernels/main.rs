@@ -15,7 +15,7 @@ mod combine;
 mod dispatch;
 mod expert_choice;
 mod expert_map;
-mod gate;
+mod gating;
 mod gemm;
 mod hash;
 mod hierarchical;
@@ -70,7 +70,7 @@ fn check(kernel: Kernel) {
     let rng = &mut support::inputs::generator(&kernel.name());
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
-        Kernel::Gate(variant) => gate::check(variant, rng),
+        Kernel::Gate(variant) => gating::check(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::GroupedGemm(variant) => gemm::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),

@@ -1,0 +1,143 @@
+//! Checks of `gating_*`, alone and fused with dispatch.
+
+use moe_kernels::capacity::dispatch::{self, DispatchDesc, GateDispatchArgs};
+use moe_kernels::reference;
+use moe_kernels::registry::{Gate, Kernel};
+use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::rules::Capacity;
+use moe_kernels::rules::{Dtype, Score};
+use moe_kernels::rules::{Gating, GroupScore, Groups};
+
+use crate::dispatch::{Outputs, rule_of};
+use crate::support::buffer::Guarded;
+use crate::support::compare::{assert_rounded_once, to_f64};
+use crate::support::device;
+use crate::support::inputs::normal;
+use crate::timing::time;
+
+pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
+    let most = variant.max_experts() as usize;
+    let least = Gate::VALUES.iter().map(|&v| 32 * v as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
+    let middle = (least + most) / 2;
+    for experts in [least, middle, most - 1, most] {
+        for (tokens, top_k) in [(1, 1), (37, 2), (9, 8), (70, 5), (3, 32)] {
+            let tokens = if variant.dispatch && tokens == 70 { 300 } else { tokens };
+            let top_k = top_k.min(experts);
+            for logits in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
+                let gating = Gating {
+                    score: variant.score,
+                    renormalise: rng.bool(),
+                    scale: if rng.bool() { 1.0 } else { 2.5 },
+                    groups: groups(rng, experts, top_k),
+                };
+                let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
+                let desc = GatingDesc { tokens, experts, top_k, gating };
+                case(variant, rng, &desc, logits, with_bias);
+            }
+        }
+    }
+    // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
+    if !variant.dispatch && variant.values <= 32 {
+        let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
+        let gating = Gating::new(variant.score);
+        let desc = GatingDesc { tokens: warps as usize + 5, experts: least.max(2), top_k: 2, gating };
+        case(variant, rng, &desc, Logits::Normal, variant.score != Score::TopkSoftmax);
+        case(variant, rng, &desc, Logits::Ties, false);
+    }
+}
+
+/// Groups that divide the experts and leave enough of them, half of the time.
+pub fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<Groups> {
+    let counts: Vec<usize> = (2..=16).filter(|count| experts.is_multiple_of(*count) && experts / count >= 2).collect();
+    if counts.is_empty() || rng.bool() {
+        return None;
+    }
+    let count = counts[rng.usize(..counts.len())];
+    let fewest = top_k.div_ceil(experts / count);
+    let kept = fewest + rng.usize(..=count - fewest);
+    Some(Groups { count, kept, score: if rng.bool() { GroupScore::TopTwo } else { GroupScore::Max } })
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Logits {
+    Normal,
+    /// Few distinct values: lower ids win.
+    Ties,
+    /// Rows with NaN and infinities of both signs.
+    NotFinite,
+}
+
+pub fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
+    (0..len)
+        .map(|_| match kind {
+            Logits::Normal => 2.0 * normal(rng) as f32,
+            Logits::Ties => [-1.0, -0.0, 0.0, 0.5][rng.usize(..4)],
+            Logits::NotFinite => match rng.u32(..8) {
+                0 => f32::NAN,
+                1 => f32::NEG_INFINITY,
+                2 if rng.u32(..len as u32) < 4 => f32::INFINITY,
+                _ => normal(rng) as f32,
+            },
+        })
+        .collect()
+}
+
+fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
+    let kernels = device::kernels();
+    let stream = device::stream();
+    let name = format!("{desc:?} {kind:?} bias={with_bias}");
+    let logits = logits(rng, kind, desc.tokens * desc.experts);
+    // Coarse enough that sums with a score are either equal or far apart in f32: a choice cannot hang on the last bit of an
+    // exponential.
+    let bias: Option<Vec<f32>> = with_bias.then(|| (0..desc.experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
+    let want = reference::gating::gate(&logits, bias.as_deref(), desc.experts, desc.top_k, &desc.gating).unwrap();
+
+    let device_logits = Guarded::input(&stream, "logits", &logits);
+    let bias = bias.map(|values| Guarded::input(&stream, "correction_bias", &values));
+    let choices = desc.tokens * desc.top_k;
+    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
+    let capacities = [
+        None,
+        Some(Capacity { per_expert: 2, tokens_per_sequence: 13, padded: false }),
+        Some(Capacity { per_expert: 2, tokens_per_sequence: desc.tokens, padded: true }),
+    ];
+    let capacity = capacities[rng.usize(..3)];
+    let order = DispatchDesc { tokens: desc.tokens, experts: desc.experts, top_k: desc.top_k, capacity, tile_m: 16 };
+    let selection = if variant.dispatch {
+        dispatch::select_fused(&desc.gating, &order, kernels.device())
+    } else {
+        gating::select(desc, kernels.device())
+    };
+    assert_eq!(selection.unwrap().kernel, Kernel::Gate(variant));
+    let mut outputs = Outputs::new(&stream, &order);
+    let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
+        let logits = device_logits.view();
+        let bias = bias.as_ref().map(Guarded::view);
+        let correction_bias = bias.as_ref().map(|view| view as _);
+        let (mut ids, mut weights) = (ids.view_mut(), weights.view_mut());
+        if !variant.dispatch {
+            let args = GatingArgs { logits: &logits, correction_bias, ids: &mut ids, weights: &mut weights };
+            return gating::forward(kernels, &stream, desc, args).unwrap();
+        }
+        let (mut views, workspace) = outputs.views();
+        let outputs = views.outputs();
+        let (ids, weights) = (&mut ids, &mut weights);
+        let args = GateDispatchArgs { logits: &logits, correction_bias, ids, weights, outputs, workspace };
+        dispatch::gate_and_dispatch(kernels, &stream, &desc.gating, &order, args).unwrap()
+    };
+    launch(&mut ids, &mut weights, &mut outputs);
+    let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
+    assert_eq!(got_ids, want.ids, "{name}: ids");
+    assert_rounded_once(&name, &to_f64(&got_weights), &want.weights, Dtype::F32);
+    device_logits.assert_unchanged(&stream);
+    if variant.dispatch {
+        let want = reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap();
+        outputs.assert_equal(&stream, &name, &want, &got_weights);
+    }
+    time(&stream, &name, || launch(&mut ids, &mut weights, &mut outputs));
+    launch(&mut ids, &mut weights, &mut outputs);
+    assert_eq!(ids.read(&stream), got_ids, "{name}: another run chose otherwise");
+    let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+    assert_eq!(bits(weights.read(&stream)), bits(got_weights), "{name}: another run gave other bits");
+}
