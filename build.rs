@@ -204,7 +204,8 @@ fn deflated(path: &Path) -> PathBuf {
     let bytes = std::fs::read(path).expect("the build's own folder can be read");
     let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
     std::io::Write::write_all(&mut encoder, &bytes).expect("a vector takes everything");
-    std::fs::write(&packed, encoder.finish().expect("a vector takes everything")).expect("the build's own folder can be written");
+    std::fs::write(&packed, encoder.finish().expect("a vector takes everything"))
+        .expect("the build's own folder can be written");
     packed
 }
 
@@ -219,7 +220,10 @@ fn embedded_table(out: &Path, kernels: &[Kernel], images: &BTreeMap<(usize, Stri
             write!(
                 table,
                 "Image {{ arch: {:?}, cubin: include_bytes!({:?}), registers: {}, shared_bytes: {} }}, ",
-                image.arch, deflated(&image.path), image.registers, image.shared_bytes
+                image.arch,
+                deflated(&image.path),
+                image.registers,
+                image.shared_bytes
             )
             .unwrap();
         }

@@ -99,7 +99,7 @@ fn run(options: &Options) -> Result<ExitCode, String> {
 
     let variants: Vec<Kernel> = registry::all()
         .into_iter()
-        .filter(|kernel| matches!(kernel, Kernel::GroupedGemm(_)) && matches_glob(&options.only, &kernel.name()))
+        .filter(|kernel| matches!(kernel, Kernel::Gemm(_)) && matches_glob(&options.only, &kernel.name()))
         .collect();
     if variants.is_empty() {
         return Err(format!("--only: no grouped GEMM variant matches `{}`", options.only));

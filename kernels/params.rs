@@ -19,7 +19,11 @@ pub fn structs(rendered: &Path, kernels: &[Kernel]) -> String {
         let text = std::fs::read_to_string(&path).expect("the build's own folder can be read");
         let list = parameters(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
         let (first, known) = entries.entry(kernel.entry()).or_insert_with(|| (name.clone(), list.clone()));
-        assert!(*known == list, "{name} and {first} are both entries `{}`, with {list:?} and {known:?}", kernel.entry());
+        assert!(
+            *known == list,
+            "{name} and {first} are both entries `{}`, with {list:?} and {known:?}",
+            kernel.entry()
+        );
     }
     entries.iter().map(|(entry, (_, list))| structure(entry, list)).collect()
 }

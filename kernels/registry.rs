@@ -201,7 +201,7 @@ const fn warps_for_experts(max_experts: u32) -> u32 {
 
 /// One GEMM for all experts: rows of A by slot, B by the tile's expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct GroupedGemm {
+pub struct Gemm {
     /// Type of all matrices.
     pub dtype: Dtype,
     /// A block's share.
@@ -212,7 +212,7 @@ pub struct GroupedGemm {
     pub layout: Layout,
 }
 
-impl GroupedGemm {
+impl Gemm {
     /// Tiles by falling `bm`; the selection walks them.
     pub const fn tiles(dtype: Dtype) -> &'static [Tile] {
         const HALF: [Tile; 3] =
@@ -270,12 +270,12 @@ impl Combine {
 
 /// Experts that tokens get where experts have a capacity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Admit {
+pub struct Admission {
     /// Experts up to this many.
     pub max_experts: u32,
 }
 
-impl Admit {
+impl Admission {
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts)
@@ -381,15 +381,15 @@ pub enum Kernel {
     /// Scores of experts.
     Router(Router),
     /// Choice of experts, with dispatch or without.
-    Gate(Gate),
+    Gating(Gate),
     /// Slots sorted by expert.
     Dispatch(Dispatch),
     /// The experts' products.
-    GroupedGemm(GroupedGemm),
+    Gemm(Gemm),
     /// Sums over a token's experts.
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
-    Admit(Admit),
+    Admission(Admission),
     /// What each expert thinks of each token.
     Affinity,
     /// Each expert's best tokens.
@@ -399,7 +399,7 @@ pub enum Kernel {
     /// Sums over as many slots as a token has.
     CombineRagged(CombineRagged),
     /// Balanced assignment (BASE).
-    Auction,
+    Base,
     /// Balanced routing by optimal transport (S-BASE).
     Sinkhorn(Sinkhorn),
     /// Experts by token id.
@@ -407,13 +407,13 @@ pub enum Kernel {
     /// Noisy top-k gating with importance, load and their losses.
     Noisy(Noisy),
     /// Choice of experts, with losses and statistics.
-    MeasuredGate(MeasuredGate),
+    MeasuredGating(MeasuredGate),
     /// Balancing losses of totals.
     BalanceLoss,
     /// The correction bias after a step.
     UpdateBias,
     /// Router's expert numbers to those of a device.
-    MapExperts,
+    ExpertMap,
     /// Experts drawn from the router's distribution.
     Sampled(Spread),
     /// Multiplicative noise on a matrix.
@@ -425,29 +425,29 @@ impl Kernel {
     pub fn name(&self) -> String {
         match self {
             Kernel::Router(k) => format!("router_{}_{}_{}", k.x, k.weight, k.shape.name()),
-            Kernel::Gate(k) => {
+            Kernel::Gating(k) => {
                 format!("gating_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
             Kernel::Dispatch(k) => format!("dispatch_e{}", k.max_experts),
-            Kernel::GroupedGemm(k) => {
+            Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.glu.name(), k.layout.name())
             }
             Kernel::Combine(k) => format!("combine_{}", k.dtype),
-            Kernel::Admit(k) => format!("admission_e{}", k.max_experts),
+            Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
             Kernel::ExpertChoice => "expert_choice".into(),
             Kernel::TokenSlots => "token_slots".into(),
             Kernel::CombineRagged(k) => format!("combine_ragged_{}", k.dtype),
-            Kernel::Auction => "base".into(),
+            Kernel::Base => "base".into(),
             Kernel::Sinkhorn(k) => format!("sinkhorn_e{}", k.max_experts),
             Kernel::Hash => "hash".into(),
             Kernel::Noisy(k) => {
                 format!("noisy_{}e{}", if k.grouped { "grouped_" } else { "" }, k.spread.max_experts())
             }
-            Kernel::MeasuredGate(k) => format!("{}_measured", Kernel::Gate(k.gate()).name()),
+            Kernel::MeasuredGating(k) => format!("{}_measured", Kernel::Gating(k.gate()).name()),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
-            Kernel::MapExperts => "expert_map".into(),
+            Kernel::ExpertMap => "expert_map".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
         }
@@ -457,25 +457,25 @@ impl Kernel {
     pub const fn entry(&self) -> &'static str {
         match self {
             Kernel::Router(_) => "Router",
-            Kernel::Gate(Gate { dispatch: false, .. }) => "Gating",
-            Kernel::Gate(Gate { dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
+            Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
             Kernel::Dispatch(_) => "Dispatch",
-            Kernel::GroupedGemm(_) => "Gemm",
+            Kernel::Gemm(_) => "Gemm",
             Kernel::Combine(_) => "Combine",
-            Kernel::Admit(_) => "Admission",
+            Kernel::Admission(_) => "Admission",
             Kernel::Affinity => "Affinity",
             Kernel::ExpertChoice => "ExpertChoice",
             Kernel::TokenSlots => "TokenSlots",
             Kernel::CombineRagged(_) => "CombineRagged",
-            Kernel::Auction => "Base",
+            Kernel::Base => "Base",
             Kernel::Sinkhorn(_) => "Sinkhorn",
             Kernel::Hash => "Hash",
             Kernel::Noisy(Noisy { grouped: false, .. }) => "Noisy",
             Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
-            Kernel::MeasuredGate(_) => "MeasuredGating",
+            Kernel::MeasuredGating(_) => "MeasuredGating",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
-            Kernel::MapExperts => "ExpertMap",
+            Kernel::ExpertMap => "ExpertMap",
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
         }
@@ -490,18 +490,18 @@ impl Kernel {
     pub const fn threads(&self) -> u32 {
         match self {
             Kernel::Router(k) => k.shape.threads(),
-            Kernel::Gate(k) => k.warps() * 32,
+            Kernel::Gating(k) => k.warps() * 32,
             Kernel::Dispatch(k) => k.warps() * 32,
-            Kernel::GroupedGemm(k) => k.tile.threads(),
+            Kernel::Gemm(k) => k.tile.threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
-            Kernel::Admit(k) => k.warps() * 32,
+            Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
-            Kernel::Affinity | Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction | Kernel::Hash => {
+            Kernel::Affinity | Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::Hash => {
                 BLOCK_WARPS * 32
             }
             Kernel::Noisy(k) => k.spread.warps() * 32,
-            Kernel::MeasuredGate(k) => k.gate().warps() * 32,
-            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::MapExperts => BLOCK_WARPS * 32,
+            Kernel::MeasuredGating(k) => k.gate().warps() * 32,
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ExpertMap => BLOCK_WARPS * 32,
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) => BLOCK_WARPS * 32,
         }
@@ -510,8 +510,8 @@ impl Kernel {
     /// Dynamic shared memory in bytes.
     pub const fn shared_bytes(&self) -> u32 {
         match self {
-            Kernel::GroupedGemm(k) => k.shared_bytes(),
-            Kernel::MeasuredGate(k) => k.shared_bytes(),
+            Kernel::Gemm(k) => k.shared_bytes(),
+            Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
     }
@@ -521,23 +521,23 @@ impl Kernel {
         match self {
             Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "routers/router_tile.ptx.jinja",
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
-            Kernel::Gate(_) => "routers/gating.ptx.jinja",
+            Kernel::Gating(_) => "routers/gating.ptx.jinja",
             Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
-            Kernel::GroupedGemm(_) => "experts/gemm.ptx.jinja",
+            Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
-            Kernel::Admit(_) => "capacity/admission.ptx.jinja",
+            Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
             Kernel::ExpertChoice => "routers/expert_choice.ptx.jinja",
             Kernel::TokenSlots => "capacity/token_slots.ptx.jinja",
             Kernel::CombineRagged(_) => "experts/combine_ragged.ptx.jinja",
-            Kernel::Auction => "routers/base.ptx.jinja",
+            Kernel::Base => "routers/base.ptx.jinja",
             Kernel::Sinkhorn(_) => "routers/sinkhorn.ptx.jinja",
             Kernel::Hash => "routers/hash.ptx.jinja",
             Kernel::Noisy(_) => "routers/noisy.ptx.jinja",
-            Kernel::MeasuredGate(_) => "routers/gating.ptx.jinja",
+            Kernel::MeasuredGating(_) => "routers/gating.ptx.jinja",
             Kernel::BalanceLoss => "routers/balance_loss.ptx.jinja",
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
-            Kernel::MapExperts => "capacity/expert_map.ptx.jinja",
+            Kernel::ExpertMap => "capacity/expert_map.ptx.jinja",
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
         }
@@ -553,7 +553,7 @@ impl Kernel {
                 ("block_tokens", Int(k.shape.block().0)),
                 ("block_experts", Int(k.shape.block().1)),
             ],
-            Kernel::Gate(k) => vec![
+            Kernel::Gating(k) => vec![
                 ("score", Text(k.score.name())),
                 ("values", Int(k.values)),
                 ("dispatch", Int(k.dispatch as u32)),
@@ -561,7 +561,7 @@ impl Kernel {
                 ("max_experts", Int(k.max_experts())),
                 ("warps", Int(k.warps())),
             ],
-            Kernel::MeasuredGate(k) => vec![
+            Kernel::MeasuredGating(k) => vec![
                 ("score", Text(k.score.name())),
                 ("values", Int(k.values)),
                 ("dispatch", Int(0)),
@@ -571,7 +571,7 @@ impl Kernel {
                 ("blocks_resident", Int(k.blocks_resident())),
             ],
             Kernel::Dispatch(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
-            Kernel::GroupedGemm(k) => vec![
+            Kernel::Gemm(k) => vec![
                 ("dtype", Text(k.dtype.name())),
                 ("bm", Int(k.tile.bm)),
                 ("bn", Int(k.tile.bn)),
@@ -584,11 +584,11 @@ impl Kernel {
             ],
             Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
             Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
-            Kernel::Admit(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
+            Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash => vec![],
-            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::MapExperts => vec![("warps", Int(BLOCK_WARPS))],
-            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Auction => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ExpertMap => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
                 constants.push(("grouped", Int(k.grouped as u32)));
@@ -622,7 +622,7 @@ pub fn all() -> Vec<Kernel> {
     for score in Score::ALL {
         for values in Gate::VALUES {
             for dispatch in [false, true] {
-                kernels.push(Kernel::Gate(Gate { score, values, dispatch }));
+                kernels.push(Kernel::Gating(Gate { score, values, dispatch }));
             }
         }
     }
@@ -630,10 +630,10 @@ pub fn all() -> Vec<Kernel> {
         kernels.push(Kernel::Dispatch(Dispatch { max_experts }));
     }
     for dtype in Dtype::ALL {
-        for &tile in GroupedGemm::tiles(dtype) {
+        for &tile in Gemm::tiles(dtype) {
             for glu in Glu::ALL {
                 for layout in Layout::ALL {
-                    kernels.push(Kernel::GroupedGemm(GroupedGemm { dtype, tile, glu, layout }));
+                    kernels.push(Kernel::Gemm(Gemm { dtype, tile, glu, layout }));
                 }
             }
         }
@@ -643,20 +643,20 @@ pub fn all() -> Vec<Kernel> {
         kernels.push(Kernel::CombineRagged(CombineRagged { dtype }));
     }
     for max_experts in Dispatch::MAX_EXPERTS {
-        kernels.push(Kernel::Admit(Admit { max_experts }));
+        kernels.push(Kernel::Admission(Admission { max_experts }));
         kernels.push(Kernel::Sinkhorn(Sinkhorn { max_experts }));
     }
-    kernels.extend([Kernel::Affinity, Kernel::ExpertChoice, Kernel::TokenSlots, Kernel::Auction, Kernel::Hash]);
+    kernels.extend([Kernel::Affinity, Kernel::ExpertChoice, Kernel::TokenSlots, Kernel::Base, Kernel::Hash]);
     for spread in Spread::ALL {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
         kernels.push(Kernel::Sampled(spread));
     }
     for score in Score::ALL {
         for values in Gate::VALUES {
-            kernels.push(Kernel::MeasuredGate(MeasuredGate { score, values }));
+            kernels.push(Kernel::MeasuredGating(MeasuredGate { score, values }));
         }
     }
-    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::MapExperts]);
+    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::ExpertMap]);
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels
 }

@@ -79,11 +79,11 @@ pub mod runtime;
 
 pub use layer::{LayerArgs, LayerDesc, LayerPlan, LayerWeights};
 pub use rules::kinds::Dtype;
+pub use runtime::buffer::{In, Out};
 pub use runtime::device::{self, DeviceInfo};
 pub use runtime::element::Element;
 pub use runtime::error::Error;
 pub use runtime::kernels::{self, Kernels};
-pub use runtime::buffer::{In, Out};
 pub use runtime::selection::{Kernel, Selection};
 pub use runtime::workspace::Workspace;
 

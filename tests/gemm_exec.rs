@@ -3,7 +3,7 @@
 
 use half::{bf16, f16};
 use moe_kernels::kernels::embedded;
-use moe_kernels::registry::{self, GroupedGemm, Kernel};
+use moe_kernels::registry::{self, Gemm, Kernel};
 use moe_kernels::rules::{Dtype, Glu, Layout};
 use softcuda::exec::{Config, Counters, GlobalMemory, Launch};
 use softcuda::lower::{Environment, lower_module};
@@ -163,9 +163,9 @@ fn folded(glu: Glu, code: u32, v: &[f64], n: usize, c: usize) -> f64 {
     (u + 1.0) * g / (1.0 + (-alpha * g).exp())
 }
 
-fn check(gemm: GroupedGemm, case: &Case, seed: u64) -> Result<Counters, String> {
-    let GroupedGemm { dtype, tile, glu, layout } = gemm;
-    let name = Kernel::GroupedGemm(gemm).name();
+fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
+    let Gemm { dtype, tile, glu, layout } = gemm;
+    let name = Kernel::Gemm(gemm).name();
     let mut random = Random(seed);
     let (n, k, experts) = (case.n, case.k, case.rows.len());
     let nb = if glu == Glu::None { n } else { 2 * n };
@@ -330,7 +330,7 @@ fn conflicts(ptx: &str, counters: &Counters) -> Result<(), String> {
 /// no row, one, less than a tile, several tiles.
 fn run(dtype: Dtype, height: u32) {
     let variants = registry::all().into_iter().filter_map(|kernel| match kernel {
-        Kernel::GroupedGemm(gemm) if gemm.dtype == dtype && gemm.tile.bm == height => Some(gemm),
+        Kernel::Gemm(gemm) if gemm.dtype == dtype && gemm.tile.bm == height => Some(gemm),
         _ => None,
     });
     let mut failures = Vec::new();
@@ -348,7 +348,7 @@ fn run(dtype: Dtype, height: u32) {
             let case = Case { n, k, rows, grouped, scaled: (i + index) % 2 == 0, biased: i % 4 < 2, activation };
             let seed = 1000 * index as u64 + i as u64;
             if let Err(message) = check(gemm, &case, seed) {
-                failures.push(format!("{} seed {seed} {case:?}: {message}", Kernel::GroupedGemm(gemm).name()));
+                failures.push(format!("{} seed {seed} {case:?}: {message}", Kernel::Gemm(gemm).name()));
             }
         }
     }

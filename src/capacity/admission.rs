@@ -14,13 +14,14 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Admit, Dispatch, Kernel};
+use crate::registry::{Admission, Dispatch, Kernel};
 use crate::rules::NoiseSource;
 use crate::rules::{AdmissionRule, Order, SecondExpert};
-use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{SCALAR, Scope, optional};
+use crate::runtime::params::AdmissionParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "admission";
 
@@ -107,7 +108,7 @@ pub fn select(desc: &AdmissionDesc, _device: &DeviceInfo) -> Result<Selection, E
     desc.validate()?;
     let max_experts = if desc.rule.experts <= 1024 { Dispatch::MAX_EXPERTS[0] } else { Dispatch::MAX_EXPERTS[1] };
     let blocks = desc.tokens.div_ceil(desc.rule.tokens_per_group).max(1) as u32;
-    Ok(Selection { kernel: Kernel::Admit(Admit { max_experts }), grid: [blocks, 1, 1], cooperative: false })
+    Ok(Selection::new(Kernel::Admission(Admission { max_experts }), [blocks, 1, 1]))
 }
 
 const BY_CHOICE: u32 = 1;
@@ -146,29 +147,6 @@ pub fn forward(
     let admitted = scope.write("admitted", args.admitted, places, SCALAR)?;
     let admitted_weights = scope.write("admitted_weights", args.admitted_weights, places, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc)?)?;
-    let at = Addresses {
-        ids: ids.address(),
-        weights: weights.address(),
-        priority: optional(&priority),
-        admitted: admitted.address(),
-        admitted_weights: admitted_weights.address(),
-        // The header stays zero for kernels with a barrier that share the workspace.
-        state: workspace.address().offset(BARRIER_HEADER),
-    };
-    scope.launch(&selection, params(desc, &at))
-}
-
-struct Addresses<'a> {
-    ids: Address<'a>,
-    weights: Address<'a>,
-    priority: Option<Address<'a>>,
-    admitted: Address<'a>,
-    admitted_weights: Address<'a>,
-    state: Address<'a>,
-}
-
-fn params(desc: &AdmissionDesc, at: &Addresses<'_>) -> [Param; 18] {
-    let rule = &desc.rule;
     let mut flags = 0;
     if rule.order == Order::ByChoice {
         flags |= BY_CHOICE;
@@ -187,26 +165,31 @@ fn params(desc: &AdmissionDesc, at: &Addresses<'_>) -> [Param; 18] {
             (threshold, noise)
         }
     };
-    [
-        at.ids.into(),
-        at.weights.into(),
-        at.priority.into(),
-        at.admitted.into(),
-        at.admitted_weights.into(),
-        (desc.tokens as u32).into(),
-        (rule.experts as u32).into(),
-        (rule.candidates as u32).into(),
-        (rule.top_k as u32).into(),
-        (rule.capacity as u32).into(),
-        (rule.tokens_per_group as u32).into(),
-        flags.into(),
-        threshold.into(),
-        (noise.seed as u32).into(),
-        ((noise.seed >> 32) as u32).into(),
-        (noise.offset as u32).into(),
-        ((noise.offset >> 32) as u32).into(),
-        at.state.into(),
-    ]
+    let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
+    scope.launch(
+        &selection,
+        AdmissionParams {
+            ids: ids.address().into(),
+            weights: weights.address().into(),
+            priority: optional(&priority).into(),
+            admitted_ids: admitted.address().into(),
+            admitted_weights: admitted_weights.address().into(),
+            tokens: desc.tokens as u32,
+            experts: rule.experts as u32,
+            candidates: rule.candidates as u32,
+            top_k: rule.top_k as u32,
+            capacity: rule.capacity as u32,
+            tokens_per_group: rule.tokens_per_group as u32,
+            flags,
+            threshold,
+            seed_lo,
+            seed_hi,
+            offset_lo,
+            offset_hi,
+            // The header stays zero for kernels with a barrier that share the workspace.
+            token_state: workspace.address().offset(BARRIER_HEADER).into(),
+        },
+    )
 }
 
 #[cfg(test)]
@@ -255,16 +238,6 @@ mod tests {
         assert_eq!(bytes(Order::ByChoice, 3, false), 400);
         assert_eq!(bytes(Order::ByToken, 2, true), 1200);
         assert_eq!(bytes(Order::ByToken, 3, true), 2000);
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let null = Address::NULL;
-        let at =
-            Addresses { ids: null, weights: null, priority: None, admitted: null, admitted_weights: null, state: null };
-        for max_experts in Dispatch::MAX_EXPERTS {
-            crate::runtime::embedded::assert_takes(Kernel::Admit(Admit { max_experts }), &params(&desc(), &at));
-        }
     }
 
     #[test]

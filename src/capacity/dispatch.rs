@@ -17,10 +17,11 @@ use crate::experts::tiles::max_tiles;
 use crate::registry::{Dispatch, Kernel};
 use crate::routers::gating::{self, GatingDesc, Routing};
 use crate::rules::{Capacity, Gating, Score};
-use crate::runtime::launch::{Address, Held, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::params::{DispatchParams, GatingDispatchParams};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "dispatch";
 
@@ -97,6 +98,13 @@ impl DispatchDesc {
     /// Rows kept for each expert in the padded layout, else 0.
     fn padded_rows(&self) -> usize {
         self.capacity.filter(|capacity| capacity.padded).map_or(0, |capacity| capacity.per_expert * self.sequences())
+    }
+
+    /// Capacity, tokens of a sequence and rows kept for each expert, as kernels take them: 0 where there is no limit.
+    pub(crate) fn capacity_words(&self) -> [u32; 3] {
+        let (capacity, sequence) =
+            self.capacity.map_or((0, 0), |capacity| (capacity.per_expert, capacity.tokens_per_sequence));
+        [capacity, sequence, self.padded_rows()].map(|value| value as u32)
     }
 
     fn sequences(&self) -> usize {
@@ -214,7 +222,7 @@ fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &DeviceInfo) -> u3
 pub fn select(desc: &DispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let blocks = dispatch_blocks(desc, device);
-    Ok(Selection { kernel: Kernel::Dispatch(kernel(desc)), grid: [blocks, 1, 1], cooperative: blocks > 1 })
+    Ok(Selection::cooperative(Kernel::Dispatch(kernel(desc)), blocks))
 }
 
 /// Chooses kernel and grid of [`gate_and_dispatch`].
@@ -226,7 +234,7 @@ pub fn select_fused(gating: &Gating, desc: &DispatchDesc, device: &DeviceInfo) -
     gating_desc(gating, desc).validate()?;
     let gate = gating::kernel(gating.score, desc.experts, true);
     let blocks = gate_blocks(desc, device);
-    Ok(Selection { kernel: Kernel::Gate(gate), grid: [blocks, 1, 1], cooperative: blocks > 1 })
+    Ok(Selection::cooperative(Kernel::Gating(gate), blocks))
 }
 
 /// Sorts the slots of given ids.
@@ -257,38 +265,41 @@ pub fn forward(
     let ids = scope.read("ids", args.ids, choices, SCALAR)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
-    let params = params(desc, ids.address(), optional(&weights), outputs.addresses(), workspace.address());
-    scope.launch(&selection, params)
+    enqueue(&scope, desc, &selection, ids.address(), optional(&weights), outputs.addresses(), workspace.address())
 }
 
-pub(crate) fn params(
+pub(crate) fn enqueue(
+    scope: &Scope<'_>,
     desc: &DispatchDesc,
+    selection: &Selection,
     ids: Address<'_>,
     weights: Option<Address<'_>>,
-    outputs: Outputs<'_>,
+    to: Outputs<'_>,
     workspace: Address<'_>,
-) -> [Param; 17] {
-    let [capacity, sequence, padded, tile_m] = scalars(desc);
-    let [counts, offsets, slot_token, token_slot, slot_weight, tiles, num_tiles] = outputs.params();
-    [
-        ids.into(),
-        weights.into(),
-        (desc.tokens as u32).into(),
-        (desc.experts as u32).into(),
-        (desc.top_k as u32).into(),
-        capacity,
-        sequence,
-        padded,
-        tile_m,
-        counts,
-        offsets,
-        slot_token,
-        token_slot,
-        slot_weight,
-        tiles,
-        num_tiles,
-        workspace.into(),
-    ]
+) -> Result<(), Error> {
+    let [capacity, tokens_per_sequence, padded_rows] = desc.capacity_words();
+    scope.launch(
+        selection,
+        DispatchParams {
+            ids: ids.into(),
+            weights: weights.into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            top_k: desc.top_k as u32,
+            capacity,
+            tokens_per_sequence,
+            padded_rows,
+            tile_m: desc.tile_m as u32,
+            counts: to.counts.into(),
+            offsets: to.offsets.into(),
+            slot_token: to.slot_token.into(),
+            token_slot: to.token_slot.into(),
+            slot_weight: to.slot_weight.into(),
+            tiles: to.tiles.into(),
+            num_tiles: to.num_tiles.into(),
+            workspace: workspace.into(),
+        },
+    )
 }
 
 /// Chooses experts and sorts the slots, in one launch: [`gating::forward`] followed by [`forward`].
@@ -335,20 +346,6 @@ pub(crate) struct Outputs<'a> {
     pub(crate) num_tiles: Option<Address<'a>>,
 }
 
-impl Outputs<'_> {
-    fn params(&self) -> [Param; 7] {
-        [
-            self.counts.into(),
-            self.offsets.into(),
-            self.slot_token.into(),
-            self.token_slot.into(),
-            self.slot_weight.into(),
-            self.tiles.into(),
-            self.num_tiles.into(),
-        ]
-    }
-}
-
 pub(crate) fn enqueue_fused(
     scope: &Scope<'_>,
     gating: &Gating,
@@ -358,56 +355,40 @@ pub(crate) fn enqueue_fused(
     outputs: Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
-    scope.launch(selection, fused_params(gating, desc, routing, outputs, workspace))
-}
-
-fn fused_params(
-    gating: &Gating,
-    desc: &DispatchDesc,
-    routing: Routing<'_>,
-    outputs: Outputs<'_>,
-    workspace: Address<'_>,
-) -> [Param; 23] {
-    let [logits, bias, ids, weights, t, e, k, groups, kept, flags, scale] =
-        gating::params(&gating_desc(gating, desc), routing);
-    let [capacity, sequence, padded, tile_m] = scalars(desc);
-    let [counts, offsets, slot_token, token_slot, slot_weight, tiles, num_tiles] = outputs.params();
-    [
-        logits,
-        bias,
-        ids,
-        weights,
-        t,
-        e,
-        k,
-        groups,
-        kept,
-        flags,
-        scale,
-        capacity,
-        sequence,
-        padded,
-        tile_m,
-        counts,
-        offsets,
-        slot_token,
-        token_slot,
-        slot_weight,
-        tiles,
-        num_tiles,
-        workspace.into(),
-    ]
+    let [flags, groups, groups_kept] = gating::rule_words(gating);
+    let [capacity, tokens_per_sequence, padded_rows] = desc.capacity_words();
+    scope.launch(
+        selection,
+        GatingDispatchParams {
+            logits: routing.logits.into(),
+            correction_bias: routing.correction_bias.into(),
+            ids: routing.ids.into(),
+            weights: routing.weights.into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            top_k: desc.top_k as u32,
+            groups,
+            groups_kept,
+            flags,
+            scale: gating.scale,
+            capacity,
+            tokens_per_sequence,
+            padded_rows,
+            tile_m: desc.tile_m as u32,
+            counts: outputs.counts.into(),
+            offsets: outputs.offsets.into(),
+            slot_token: outputs.slot_token.into(),
+            token_slot: outputs.token_slot.into(),
+            slot_weight: outputs.slot_weight.into(),
+            tiles: outputs.tiles.into(),
+            num_tiles: outputs.num_tiles.into(),
+            workspace: workspace.into(),
+        },
+    )
 }
 
 fn gating_desc(gating: &Gating, desc: &DispatchDesc) -> GatingDesc {
     GatingDesc { tokens: desc.tokens, experts: desc.experts, top_k: desc.top_k, gating: *gating }
-}
-
-/// `capacity, tokens_per_sequence, padded, tile_m`.
-fn scalars(desc: &DispatchDesc) -> [Param; 4] {
-    let (capacity, sequence) =
-        desc.capacity.map_or((0, 0), |capacity| (capacity.per_expert, capacity.tokens_per_sequence));
-    [capacity, sequence, desc.padded_rows(), desc.tile_m].map(|value| (value as u32).into())
 }
 
 struct HeldOutputs<'a> {
@@ -530,30 +511,6 @@ mod tests {
                     let needed = BARRIER_HEADER + selection.grid[0] as usize * experts * 4;
                     assert!(workspace_bytes(&desc, &A100).unwrap() >= needed);
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let null = Address::NULL;
-        let outputs = || Outputs {
-            counts: null,
-            offsets: null,
-            slot_token: null,
-            token_slot: null,
-            slot_weight: None,
-            tiles: None,
-            num_tiles: None,
-        };
-        let routing = Routing { logits: null, correction_bias: None, ids: null, weights: null };
-        let alone = params(&desc(), null, None, outputs(), null);
-        let fused = fused_params(&Gating::new(Score::Softmax), &desc(), routing, outputs(), null);
-        for kernel in crate::registry::all() {
-            match kernel {
-                Kernel::Dispatch(_) => crate::runtime::embedded::assert_takes(kernel, &alone),
-                Kernel::Gate(gate) if gate.dispatch => crate::runtime::embedded::assert_takes(kernel, &fused),
-                _ => {}
             }
         }
     }

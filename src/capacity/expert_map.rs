@@ -18,9 +18,10 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{BLOCK_WARPS, Kernel};
-use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{SCALAR, Scope, optional};
+use crate::runtime::params::ExpertMapParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, Kernels, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
 
 const OPERATION: &str = "expert_map";
 
@@ -78,7 +79,7 @@ pub fn select(desc: &ExpertMapDesc, device: &DeviceInfo) -> Result<Selection, Er
     desc.validate()?;
     let of_block = BLOCK_WARPS as usize * (32 / desc.top_k);
     let blocks = (desc.tokens.div_ceil(of_block) as u32).min(8 * device.multiprocessors).max(1);
-    Ok(Selection { kernel: Kernel::MapExperts, grid: [blocks, 1, 1], cooperative: false })
+    Ok(Selection::new(Kernel::ExpertMap, [blocks, 1, 1]))
 }
 
 /// Maps ids.
@@ -110,31 +111,22 @@ pub fn forward(
     let replicas = scope.read_some("replicas", args.replicas, desc.experts, SCALAR)?;
     let local_ids = scope.write("local_ids", args.local_ids, slots, SCALAR)?;
     let identity_weight = scope.write_some("identity_weight", args.identity_weight, desc.tokens, SCALAR)?;
-    let at = [
-        ids.address().into(),
-        optional(&weights).into(),
-        map.address().into(),
-        optional(&replicas).into(),
-        local_ids.address().into(),
-        optional(&identity_weight).into(),
-    ];
-    scope.launch(&selection, params(desc, at))
-}
-
-fn params(desc: &ExpertMapDesc, [ids, weights, map, replicas, local_ids, identity_weight]: [Param; 6]) -> [Param; 11] {
-    [
-        ids,
-        weights,
-        map,
-        replicas,
-        local_ids,
-        identity_weight,
-        (desc.tokens as u32).into(),
-        (desc.experts as u32).into(),
-        (desc.top_k as u32).into(),
-        (desc.max_replicas as u32).into(),
-        desc.seed.into(),
-    ]
+    scope.launch(
+        &selection,
+        ExpertMapParams {
+            ids: ids.address().into(),
+            weights: optional(&weights).into(),
+            map: map.address().into(),
+            replicas: optional(&replicas).into(),
+            local_ids: local_ids.address().into(),
+            identity_weight: optional(&identity_weight).into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            top_k: desc.top_k as u32,
+            max_replicas: desc.max_replicas as u32,
+            seed: desc.seed,
+        },
+    )
 }
 
 #[cfg(test)]
@@ -153,10 +145,5 @@ mod tests {
         assert_eq!(fault(ExpertMapDesc { max_replicas: 1 << 30, ..DESC }), "map");
         assert_eq!(fault(ExpertMapDesc { tokens: 1 << 30, ..DESC }), "ids");
         assert_eq!(select(&DESC, &crate::runtime::device::A100).unwrap().grid, [5, 1, 1]);
-    }
-
-    #[test]
-    fn params_are_those_of_the_entry() {
-        crate::runtime::embedded::assert_takes(Kernel::MapExperts, &params(&DESC, [Param::Address(0); 6]));
     }
 }

@@ -12,9 +12,10 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Combine, Kernel};
 use crate::rules::Dtype;
-use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::params::CombineParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Element, Error, Kernels, Selection};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 
 const OPERATION: &str = "combine";
 
@@ -83,7 +84,7 @@ pub fn select(desc: &CombineDesc, _device: &DeviceInfo) -> Result<Selection, Err
     let combine = Combine { dtype: desc.dtype };
     let grid = combine.grid(desc.tokens as u32, desc.hidden as u32);
     shape::grid_y(OPERATION, "hidden", grid[1])?;
-    Ok(Selection { kernel: Kernel::Combine(combine), grid, cooperative: false })
+    Ok(Selection::new(Kernel::Combine(combine), grid))
 }
 
 /// Computes `y`.
@@ -168,24 +169,23 @@ pub(crate) fn enqueue(
     selection: &Selection,
     at: Addresses<'_>,
 ) -> Result<(), Error> {
-    scope.launch(selection, params(desc, at))
-}
-
-fn params(desc: &CombineDesc, at: Addresses<'_>) -> [Param; 11] {
     let (identity, identity_weight) = at.identity.unzip();
-    [
-        at.y_slots.into(),
-        at.token_slot.into(),
-        at.weights.into(),
-        at.residual.into(),
-        at.addend.into(),
-        at.y.into(),
-        identity.into(),
-        identity_weight.into(),
-        (desc.tokens as u32).into(),
-        (desc.top_k as u32).into(),
-        (desc.hidden as u32).into(),
-    ]
+    scope.launch(
+        selection,
+        CombineParams {
+            y_slots: at.y_slots.into(),
+            token_slot: at.token_slot.into(),
+            weights: at.weights.into(),
+            residual: at.residual.into(),
+            addend: at.addend.into(),
+            y: at.y.into(),
+            identity: identity.into(),
+            identity_weight: identity_weight.into(),
+            tokens: desc.tokens as u32,
+            top_k: desc.top_k as u32,
+            hidden: desc.hidden as u32,
+        },
+    )
 }
 
 #[cfg(test)]
@@ -196,23 +196,6 @@ mod tests {
 
     fn desc() -> CombineDesc {
         CombineDesc { dtype: Dtype::Bf16, tokens: 64, top_k: 2, hidden: 2048, slots: 128 }
-    }
-
-    #[test]
-    fn params_are_those_of_the_entry() {
-        let at = Addresses {
-            y_slots: Address::NULL,
-            token_slot: Address::NULL,
-            weights: None,
-            residual: None,
-            addend: None,
-            identity: None,
-            y: Address::NULL,
-        };
-        let params = params(&desc(), at);
-        for dtype in Dtype::ALL {
-            crate::runtime::embedded::assert_takes(Kernel::Combine(Combine { dtype }), &params);
-        }
     }
 
     #[test]

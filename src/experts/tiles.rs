@@ -1,6 +1,6 @@
 //! How many tiles a grouped GEMM may need, and which tile fits a load.
 
-use crate::registry::{GroupedGemm, Tile};
+use crate::registry::{Gemm, Tile};
 use crate::rules::{Dtype, Glu, Layout};
 use crate::{DeviceInfo, Error};
 
@@ -43,7 +43,7 @@ pub fn select_tile(dtype: Dtype, slots: usize, experts: usize, device: &DeviceIn
         (2 * u128::from(slots) + u128::from(active) * bm) * (bm + u128::from(WEIGHT_ROWS)) * 1024 / bm
     };
     fitting(dtype, device).min_by_key(|tile| (cost(tile), tile.bm)).ok_or_else(|| {
-        let least = GroupedGemm::tiles(dtype).iter().map(|&tile| shared_bytes(dtype, tile)).min().unwrap_or(0);
+        let least = Gemm::tiles(dtype).iter().map(|&tile| shared_bytes(dtype, tile)).min().unwrap_or(0);
         Error::unsupported(
             "select_tile",
             "device",
@@ -71,11 +71,11 @@ pub fn tile_of_height(dtype: Dtype, tile_m: usize, device: &DeviceInfo) -> Resul
 
 fn fitting(dtype: Dtype, device: &DeviceInfo) -> impl Iterator<Item = Tile> {
     let limit = device.shared_bytes_per_block;
-    GroupedGemm::tiles(dtype).iter().copied().filter(move |&tile| shared_bytes(dtype, tile) <= limit)
+    Gemm::tiles(dtype).iter().copied().filter(move |&tile| shared_bytes(dtype, tile) <= limit)
 }
 
 fn shared_bytes(dtype: Dtype, tile: Tile) -> u32 {
-    GroupedGemm { dtype, tile, glu: Glu::None, layout: Layout::Nk }.shared_bytes()
+    Gemm { dtype, tile, glu: Glu::None, layout: Layout::Nk }.shared_bytes()
 }
 
 #[cfg(test)]

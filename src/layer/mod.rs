@@ -17,8 +17,7 @@ use crate::rules::Capacity;
 use crate::rules::Dtype;
 use crate::rules::{Activation, Glu, Layout};
 use crate::rules::{Gating, Score};
-use crate::runtime::launch::{In, Out};
-use crate::{DeviceInfo, Error};
+use crate::{DeviceInfo, Error, In, Out};
 
 mod forward;
 mod plan;

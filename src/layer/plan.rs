@@ -5,13 +5,12 @@ use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::gemm::{self, GemmDesc, Schedule};
 use crate::experts::tiles::select_tile;
-use crate::registry::Kernel;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::Dtype;
 use crate::rules::{Activation, Glu};
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
-use crate::{DeviceInfo, Error, Selection};
+use crate::{DeviceInfo, Error, Kernel, Selection};
 
 /// A launch as planned.
 #[derive(Clone, Copy, Debug)]
@@ -304,7 +303,7 @@ mod tests {
         let plan = mixtral().plan(4096, &A100).unwrap();
         assert_eq!(plan.tile_m(), 128);
         for step in [plan.gate_up, plan.down] {
-            let Kernel::GroupedGemm(gemm) = step.selection.kernel else { unreachable!() };
+            let Kernel::Gemm(gemm) = step.selection.kernel else { unreachable!() };
             assert_eq!(gemm.tile.bm as usize, plan.tile_m());
         }
         assert_eq!(mixtral().plan(1, &A100).unwrap().tile_m(), 16);

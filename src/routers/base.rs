@@ -12,9 +12,10 @@ use cudarc::driver::CudaStream;
 use crate::registry::Kernel;
 use crate::rules::AuctionRule;
 use crate::rules::units;
-use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{SCALAR, Scope, optional};
+use crate::runtime::params::BaseParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "base";
 
@@ -90,7 +91,7 @@ pub fn select(desc: &BaseDesc, device: &DeviceInfo) -> Result<Selection, Error> 
     desc.validate()?;
     let wanted = desc.tokens.div_ceil(128).max(desc.rule.experts.div_ceil(8)) as u32;
     let blocks = if device.cooperative_launch { wanted.clamp(1, device.multiprocessors) } else { 1 };
-    Ok(Selection { kernel: Kernel::Auction, grid: [blocks, 1, 1], cooperative: blocks > 1 })
+    Ok(Selection::cooperative(Kernel::Base, blocks))
 }
 
 /// Assigns tokens to experts.
@@ -111,22 +112,20 @@ pub fn forward(kernels: &Kernels, stream: &Arc<CudaStream>, desc: &BaseDesc, arg
     let ids = scope.write("ids", args.ids, desc.tokens, SCALAR)?;
     let weights = scope.write_some("weights", args.weights, desc.tokens, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc)?)?;
-    let at = [scores.address().into(), ids.address().into(), optional(&weights).into(), status.address().into()];
-    scope.launch(&selection, params(desc, at, workspace.address().into()))
-}
-
-fn params(desc: &BaseDesc, [scores, ids, weights, status]: [Param; 4], workspace: Param) -> [Param; 9] {
-    [
-        scores,
-        ids,
-        weights,
-        status,
-        (desc.tokens as u32).into(),
-        (desc.rule.experts as u32).into(),
-        desc.rule.max_rounds.into(),
-        units(desc.rule.epsilon).into(),
-        workspace,
-    ]
+    scope.launch(
+        &selection,
+        BaseParams {
+            scores: scores.address().into(),
+            ids: ids.address().into(),
+            weights: optional(&weights).into(),
+            status: status.address().into(),
+            tokens: desc.tokens as u32,
+            experts: desc.rule.experts as u32,
+            max_rounds: desc.rule.max_rounds,
+            units: units(desc.rule.epsilon),
+            workspace: workspace.address().into(),
+        },
+    )
 }
 
 #[cfg(test)]
@@ -151,12 +150,6 @@ mod tests {
         assert_eq!(fault(|d| d.rule.epsilon = 0.0), "epsilon");
         assert_eq!(fault(|d| d.rule.epsilon = f32::NAN), "epsilon");
         assert_eq!(fault(|d| d.rule.max_rounds = u32::MAX), "max_rounds");
-    }
-
-    #[test]
-    fn params_are_those_of_the_entry() {
-        let null = Param::Address(0);
-        crate::runtime::embedded::assert_takes(Kernel::Auction, &params(&desc(), [null; 4], null));
     }
 
     #[test]

@@ -13,10 +13,11 @@ use cudarc::driver::CudaStream;
 use crate::registry::{AFFINITY_TOKENS, Combine, CombineRagged, Kernel};
 use crate::rules::Affinity;
 use crate::rules::Dtype;
-use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{SCALAR, Scope, VECTOR, optional};
+use crate::runtime::params::{AffinityParams, CombineRaggedParams, ExpertChoiceParams, TokenSlotsParams};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Element, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
 
 const AFFINITY: &str = "affinity";
 const CHOICE: &str = "expert choice";
@@ -86,12 +87,17 @@ pub fn affinity(
         Affinity::Logit => 2,
     };
     let blocks = (desc.tokens as u32).div_ceil(AFFINITY_TOKENS);
-    let selection = Selection { kernel: Kernel::Affinity, grid: [blocks, 1, 1], cooperative: false };
-    scope.launch(&selection, affinity_params(desc, mode, [logits.address().into(), affinities.address().into()]))
-}
-
-fn affinity_params(desc: &ExpertChoiceDesc, mode: u32, [logits, affinities]: [Param; 2]) -> [Param; 5] {
-    [logits, affinities, (desc.tokens as u32).into(), (desc.experts as u32).into(), mode.into()]
+    let selection = Selection::new(Kernel::Affinity, [blocks, 1, 1]);
+    scope.launch(
+        &selection,
+        AffinityParams {
+            logits: logits.address().into(),
+            affinity: affinities.address().into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            mode,
+        },
+    )
 }
 
 /// Buffers of a choice.
@@ -121,15 +127,17 @@ pub fn choose(
     let slot_token = scope.write("slot_token", args.slot_token, desc.slots(), SCALAR)?;
     let slot_weight = scope.write_some("slot_weight", args.slot_weight, desc.slots(), SCALAR)?;
     let grid = [desc.experts as u32, 1, 1];
-    let selection = Selection { kernel: Kernel::ExpertChoice, grid, cooperative: false };
+    let selection = Selection::new(Kernel::ExpertChoice, grid);
     scope.launch(
         &selection,
-        choice_params(desc, [affinities.address().into(), slot_token.address().into(), optional(&slot_weight).into()]),
+        ExpertChoiceParams {
+            affinity: affinities.address().into(),
+            slot_token: slot_token.address().into(),
+            slot_weight: optional(&slot_weight).into(),
+            tokens: desc.tokens as u32,
+            capacity: desc.capacity as u32,
+        },
     )
-}
-
-fn choice_params(desc: &ExpertChoiceDesc, [affinities, slot_token, slot_weight]: [Param; 3]) -> [Param; 5] {
-    [affinities, slot_token, slot_weight, (desc.tokens as u32).into(), (desc.capacity as u32).into()]
 }
 
 /// Shapes of [`token_slots`].
@@ -183,7 +191,7 @@ pub fn select_token_slots(desc: &TokenSlotsDesc, device: &DeviceInfo) -> Result<
     let kernel = Kernel::TokenSlots;
     let wanted = (desc.slots.div_ceil(4 * kernel.threads() as usize)).max(desc.tokens.div_ceil(32)) as u32;
     let blocks = if device.cooperative_launch { wanted.clamp(1, device.multiprocessors) } else { 1 };
-    Ok(Selection { kernel, grid: [blocks, 1, 1], cooperative: blocks > 1 })
+    Ok(Selection::cooperative(kernel, blocks))
 }
 
 /// Lists the slots of every token.
@@ -210,15 +218,15 @@ pub fn token_slots(
     let workspace = args.workspace.open(&scope, token_slots_workspace_bytes(desc, kernels.device())?)?;
     scope.launch(
         &selection,
-        slots_params(
-            desc,
-            [slot_token.address().into(), offsets.address().into(), slots.address().into(), workspace.address().into()],
-        ),
+        TokenSlotsParams {
+            slot_token: slot_token.address().into(),
+            token_offsets: offsets.address().into(),
+            token_slots: slots.address().into(),
+            tokens: desc.tokens as u32,
+            num_slots: desc.slots as u32,
+            workspace: workspace.address().into(),
+        },
     )
-}
-
-fn slots_params(desc: &TokenSlotsDesc, [slot_token, offsets, slots, workspace]: [Param; 4]) -> [Param; 6] {
-    [slot_token, offsets, slots, (desc.tokens as u32).into(), (desc.slots as u32).into(), workspace]
 }
 
 /// Shapes and type of a ragged combine.
@@ -296,31 +304,20 @@ pub fn combine<T: Element>(
     let y = scope.write("y", args.y, elements, VECTOR)?;
     let grid = Combine { dtype: desc.dtype }.grid(desc.tokens as u32, desc.hidden as u32);
     let kernel = Kernel::CombineRagged(CombineRagged { dtype: desc.dtype });
-    let at = [
-        y_slots.address().into(),
-        offsets.address().into(),
-        token_slots.address().into(),
-        optional(&slot_weight).into(),
-        optional(&residual).into(),
-        optional(&addend).into(),
-        y.address().into(),
-    ];
-    scope.launch(&Selection { kernel, grid, cooperative: false }, combine_params(desc, at))
-}
-
-fn combine_params(desc: &CombineRaggedDesc, at: [Param; 7]) -> [Param; 9] {
-    let [y_slots, offsets, token_slots, slot_weight, residual, addend, y] = at;
-    [
-        y_slots,
-        offsets,
-        token_slots,
-        slot_weight,
-        residual,
-        addend,
-        y,
-        (desc.tokens as u32).into(),
-        (desc.hidden as u32).into(),
-    ]
+    scope.launch(
+        &Selection::new(kernel, grid),
+        CombineRaggedParams {
+            y_slots: y_slots.address().into(),
+            token_offsets: offsets.address().into(),
+            token_slots: token_slots.address().into(),
+            slot_weight: optional(&slot_weight).into(),
+            residual: optional(&residual).into(),
+            addend: optional(&addend).into(),
+            y: y.address().into(),
+            tokens: desc.tokens as u32,
+            hidden: desc.hidden as u32,
+        },
+    )
 }
 
 #[cfg(test)]
@@ -339,21 +336,6 @@ mod tests {
         assert_eq!(fault(ExpertChoiceDesc { tokens: 1 << 30, capacity: 1 << 29, ..desc }), "slot_token");
         let ragged = CombineRaggedDesc { dtype: Dtype::F32, tokens: 1, slots: 1, hidden: 12 };
         assert_eq!(ragged.validate().unwrap_err().argument(), Some("hidden"));
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let null = Param::Address(0);
-        let desc = ExpertChoiceDesc { tokens: 100, experts: 8, capacity: 25 };
-        crate::runtime::embedded::assert_takes(Kernel::Affinity, &affinity_params(&desc, 0, [null; 2]));
-        crate::runtime::embedded::assert_takes(Kernel::ExpertChoice, &choice_params(&desc, [null; 3]));
-        let slots = slots_params(&TokenSlotsDesc { tokens: 1, slots: 1 }, [null; 4]);
-        crate::runtime::embedded::assert_takes(Kernel::TokenSlots, &slots);
-        for dtype in Dtype::ALL {
-            let desc = CombineRaggedDesc { dtype, tokens: 1, slots: 1, hidden: 8 };
-            let kernel = Kernel::CombineRagged(CombineRagged { dtype });
-            crate::runtime::embedded::assert_takes(kernel, &combine_params(&desc, [null; 7]));
-        }
     }
 
     #[test]

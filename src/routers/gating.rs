@@ -21,9 +21,10 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Gate, Kernel};
 use crate::rules::{Gating, GroupScore, Groups, Score};
-use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::params::GatingParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, Kernels, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
 
 const OPERATION: &str = "gating";
 
@@ -111,7 +112,7 @@ pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error
     desc.validate()?;
     let gate = kernel(desc.gating.score, desc.experts, false);
     let blocks = (desc.tokens as u32).div_ceil(gate.warps()).min(8 * device.multiprocessors).max(1);
-    Ok(Selection { kernel: Kernel::Gate(gate), grid: [blocks, 1, 1], cooperative: false })
+    Ok(Selection::new(Kernel::Gating(gate), [blocks, 1, 1]))
 }
 
 /// Chooses experts and weights.
@@ -144,7 +145,23 @@ pub fn forward(
         ids: ids.address(),
         weights: weights.address(),
     };
-    scope.launch(&selection, params(desc, routing))
+    let [flags, groups, groups_kept] = rule_words(&desc.gating);
+    scope.launch(
+        &selection,
+        GatingParams {
+            logits: routing.logits.into(),
+            correction_bias: routing.correction_bias.into(),
+            ids: routing.ids.into(),
+            weights: routing.weights.into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            top_k: desc.top_k as u32,
+            groups,
+            groups_kept,
+            flags,
+            scale: desc.gating.scale,
+        },
+    )
 }
 
 /// The kernels of [`Score::TopkSoftmax`] have no score before the choice that a bias could correct.
@@ -167,31 +184,16 @@ pub(crate) struct Routing<'a> {
 const RENORMALISE: u32 = 1;
 const GROUP_SCORE_IS_MAX: u32 = 2;
 
-pub(crate) fn params(desc: &GatingDesc, at: Routing<'_>) -> [Param; 11] {
-    let gating = &desc.gating;
-    let mut flags = if gating.renormalise { RENORMALISE } else { 0 };
-    let (groups, kept) = match gating.groups {
-        Some(groups) => {
-            if groups.score == GroupScore::Max {
-                flags |= GROUP_SCORE_IS_MAX;
-            }
-            (groups.count as u32, groups.kept as u32)
+/// Flags of the rule, groups, and groups kept, as every gating kernel takes them.
+pub(crate) fn rule_words(gating: &Gating) -> [u32; 3] {
+    let flags = if gating.renormalise { RENORMALISE } else { 0 };
+    match gating.groups {
+        Some(groups) if groups.score == GroupScore::Max => {
+            [flags | GROUP_SCORE_IS_MAX, groups.count as u32, groups.kept as u32]
         }
-        None => (1, 1),
-    };
-    [
-        at.logits.into(),
-        at.correction_bias.into(),
-        at.ids.into(),
-        at.weights.into(),
-        (desc.tokens as u32).into(),
-        (desc.experts as u32).into(),
-        (desc.top_k as u32).into(),
-        groups.into(),
-        kept.into(),
-        flags.into(),
-        gating.scale.into(),
-    ]
+        Some(groups) => [flags, groups.count as u32, groups.kept as u32],
+        None => [flags, 1, 1],
+    }
 }
 
 #[cfg(test)]
@@ -242,19 +244,8 @@ mod tests {
     fn registers_hold_the_logits() {
         for (experts, values) in [(1, 1), (32, 1), (33, 2), (60, 2), (512, 16), (4095, 128), (4096, 128)] {
             let desc = GatingDesc { experts, top_k: 1, ..desc() };
-            let Kernel::Gate(gate) = select(&desc, &A100).unwrap().kernel else { unreachable!() };
+            let Kernel::Gating(gate) = select(&desc, &A100).unwrap().kernel else { unreachable!() };
             assert_eq!(gate.values, values, "{experts} experts");
-        }
-    }
-
-    #[test]
-    fn params_are_those_of_the_entry() {
-        let at = Routing { logits: Address::NULL, correction_bias: None, ids: Address::NULL, weights: Address::NULL };
-        let params = params(&desc(), at);
-        for kernel in crate::registry::all() {
-            if matches!(kernel, Kernel::Gate(Gate { dispatch: false, .. })) {
-                crate::runtime::embedded::assert_takes(kernel, &params);
-            }
         }
     }
 }

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
-use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{SCALAR, Scope, optional};
+use crate::runtime::params::HashParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, Kernels, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
 
 const OPERATION: &str = "hash";
 
@@ -79,7 +80,7 @@ impl HashDesc {
 pub fn select(desc: &HashDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let blocks = (desc.tokens as u32).div_ceil(Kernel::Hash.threads()).max(1);
-    Ok(Selection { kernel: Kernel::Hash, grid: [blocks, 1, 1], cooperative: false })
+    Ok(Selection::new(Kernel::Hash, [blocks, 1, 1]))
 }
 
 /// Routes tokens by their ids.
@@ -110,22 +111,20 @@ pub fn forward(kernels: &Kernels, stream: &Arc<CudaStream>, desc: &HashDesc, arg
     let token_ids = scope.read("token_ids", args.token_ids, desc.tokens, SCALAR)?;
     let table = scope.read_some("table", args.table, vocabulary * desc.top_k, SCALAR)?;
     let ids = scope.write("ids", args.ids, desc.tokens * desc.top_k, SCALAR)?;
-    let at = [token_ids.address().into(), optional(&table).into(), ids.address().into()];
-    scope.launch(&selection, params(desc, vocabulary, seed, at))
-}
-
-fn params(desc: &HashDesc, vocabulary: usize, seed: u64, [token_ids, table, ids]: [Param; 3]) -> [Param; 9] {
-    [
-        token_ids,
-        table,
-        ids,
-        (desc.tokens as u32).into(),
-        (vocabulary as u32).into(),
-        (desc.experts as u32).into(),
-        (desc.top_k as u32).into(),
-        (seed as u32).into(),
-        ((seed >> 32) as u32).into(),
-    ]
+    scope.launch(
+        &selection,
+        HashParams {
+            token_ids: token_ids.address().into(),
+            table: optional(&table).into(),
+            ids: ids.address().into(),
+            tokens: desc.tokens as u32,
+            vocabulary: vocabulary as u32,
+            experts: desc.experts as u32,
+            top_k: desc.top_k as u32,
+            seed_lo: seed as u32,
+            seed_hi: (seed >> 32) as u32,
+        },
+    )
 }
 
 /// A table `[V, 1]` that balances the load of a corpus: words by falling frequency, each to the expert with the least load so far
@@ -161,12 +160,6 @@ mod tests {
         assert_eq!(fault(HashDesc { top_k: 9, ..desc }), "top_k");
         assert_eq!(fault(HashDesc { tokens: 1 << 30, ..desc }), "ids");
         assert_eq!(fault(HashDesc { hash: HashBy::Table { vocabulary: usize::MAX }, ..desc }), "vocabulary");
-    }
-
-    #[test]
-    fn params_are_those_of_the_entry() {
-        let desc = HashDesc { tokens: 10, experts: 8, top_k: 2, hash: HashBy::Mix { seed: 1 } };
-        crate::runtime::embedded::assert_takes(Kernel::Hash, &params(&desc, 0, 1, [Param::Address(0); 3]));
     }
 
     #[test]

@@ -16,10 +16,11 @@ use crate::registry::{Kernel, Noisy};
 use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits};
 use crate::rules::noise;
 use crate::rules::{NoiseSource, NoisyRule};
-use crate::runtime::launch::{Address, Held, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::params::NoisyGroupedParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
-use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "hierarchical";
 
@@ -160,7 +161,7 @@ pub fn select(desc: &HierarchicalDesc, device: &DeviceInfo) -> Result<Hierarchic
     Ok(HierarchicalSelection {
         primary: noisy::select(&desc.primary_desc(), device, true)?,
         dispatch: dispatch::select(&desc.dispatch_desc(), device)?,
-        secondary: Selection { kernel, grid: [blocks, 1, 1], cooperative: blocks > 1 },
+        secondary: Selection::cooperative(kernel, blocks),
         parts,
     })
 }
@@ -259,20 +260,15 @@ pub fn forward(
     let thresholds = scope.write_some("thresholds", args.thresholds, slots * 2, SCALAR)?;
     let workspace = args.workspace.open(&scope, regions.bytes)?;
     let place = |region: Region| workspace.address().offset(region.offset);
-    let with_workspace = |sums: &'_ [Held<'_>; 4]| {
-        let [counts, importance, load, losses] = sums.each_ref().map(|held| Param::from(held.address()));
-        [counts, importance, load, losses, place(regions.shared).into()]
-    };
-
     let at = noisy::Addresses {
         logits: primary_logits.addresses(),
         ids: primary_ids.address(),
         weights: primary_weights.address(),
         noisy: optional(&primary_noisy),
         thresholds: optional(&primary_thresholds),
-        sums: with_workspace(&primary_sums),
+        sums: Some(sum_addresses(&primary_sums, place(regions.shared))),
     };
-    scope.launch(&selection.primary, noisy::params(&desc.primary_desc(), selection.primary.grid[0], at))?;
+    noisy::enqueue(&scope, &desc.primary_desc(), &selection.primary, at)?;
 
     let lists = dispatch::Outputs {
         counts: place(regions.counts),
@@ -285,7 +281,7 @@ pub fn forward(
     };
     let order = desc.dispatch_desc();
     let shared = place(regions.shared);
-    scope.launch(&selection.dispatch, dispatch::params(&order, primary_ids.address(), None, lists, shared))?;
+    dispatch::enqueue(&scope, &order, &selection.dispatch, primary_ids.address(), None, lists, shared)?;
 
     let at = noisy::Addresses {
         logits: logits.addresses(),
@@ -293,7 +289,7 @@ pub fn forward(
         weights: weights.address(),
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
-        sums: with_workspace(&sums),
+        sums: None,
     };
     let [_, _, primary_load, _] = &primary_sums;
     let chosen = Chosen {
@@ -303,7 +299,15 @@ pub fn forward(
         slot_token: place(regions.slot_token),
         offsets: place(regions.offsets),
     };
-    scope.launch(&selection.secondary, params(desc, selection.parts, at, chosen))
+    scope.launch(
+        &selection.secondary,
+        params(desc, selection.parts, at, sum_addresses(&sums, place(regions.shared)), chosen),
+    )
+}
+
+fn sum_addresses<'a>(sums: &'a [Held<'_>; 4], workspace: Address<'a>) -> noisy::SumAddresses<'a> {
+    let [counts, importance, load, losses] = sums.each_ref().map(Held::address);
+    noisy::SumAddresses { counts, importance, load, losses, workspace }
 }
 
 /// What the second level knows of the first.
@@ -315,22 +319,46 @@ struct Chosen<'a> {
     offsets: Address<'a>,
 }
 
-fn params(desc: &HierarchicalDesc, parts: u32, at: noisy::Addresses<'_>, chosen: Chosen<'_>) -> [Param; 28] {
-    let common = noisy::params(&desc.secondary_desc(), parts, at);
-    let own: [Param; 7] = [
-        (desc.groups as u32).into(),
-        (desc.primary.top_k as u32).into(),
-        chosen.ids.into(),
-        chosen.weights.into(),
-        chosen.load.into(),
-        chosen.slot_token.into(),
-        chosen.offsets.into(),
-    ];
-    std::array::from_fn(|i| match i {
-        0..20 => common[i],
-        27 => common[20],
-        _ => own[i - 20],
-    })
+fn params<'a>(
+    desc: &HierarchicalDesc,
+    parts: u32,
+    at: noisy::Addresses<'a>,
+    sums: noisy::SumAddresses<'a>,
+    chosen: Chosen<'a>,
+) -> NoisyGroupedParams<'a> {
+    let NoisyRule { top_k, noise_epsilon, noise } = desc.secondary;
+    let (clean, raw, row_stride) = at.logits;
+    let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
+    NoisyGroupedParams {
+        clean_logits: clean.into(),
+        noise_logits: raw.into(),
+        row_stride,
+        ids: at.ids.into(),
+        weights: at.weights.into(),
+        noisy: at.noisy.into(),
+        thresholds: at.thresholds.into(),
+        tokens: desc.tokens as u32,
+        experts: desc.experts as u32,
+        top_k: top_k as u32,
+        parts,
+        epsilon: noise_epsilon,
+        seed_lo,
+        seed_hi,
+        offset_lo,
+        offset_hi,
+        counts: sums.counts.into(),
+        importance: sums.importance.into(),
+        load: sums.load.into(),
+        losses: sums.losses.into(),
+        groups: desc.groups as u32,
+        primary_k: desc.primary.top_k as u32,
+        primary_ids: chosen.ids.into(),
+        primary_weights: chosen.weights.into(),
+        primary_load: chosen.load.into(),
+        slot_token: chosen.slot_token.into(),
+        offsets: chosen.offsets.into(),
+        workspace: sums.workspace.into(),
+    }
 }
 
 #[cfg(test)]
@@ -376,23 +404,5 @@ mod tests {
         let many = HierarchicalDesc { groups: 1024, experts: 4, ..desc() };
         let got = select(&many, &A100).unwrap();
         assert_eq!((got.parts, got.secondary.grid), (1, [216, 1, 1]));
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let null = Address::NULL;
-        for spread in Spread::ALL {
-            let at = noisy::Addresses {
-                logits: (null, null, 64),
-                ids: null,
-                weights: null,
-                noisy: None,
-                thresholds: None,
-                sums: [Param::Address(0); 5],
-            };
-            let chosen = Chosen { ids: null, weights: null, load: null, slot_token: null, offsets: null };
-            let kernel = Kernel::Noisy(Noisy { spread, grouped: true });
-            crate::runtime::embedded::assert_takes(kernel, &params(&desc(), 1, at, chosen));
-        }
     }
 }

@@ -11,9 +11,10 @@ use cudarc::driver::CudaStream;
 use crate::registry::Kernel;
 use crate::rules::Dtype;
 use crate::rules::NoiseSource;
-use crate::runtime::launch::{In, Out, Param, Scope, VECTOR};
+use crate::runtime::launch::{Address, Scope, VECTOR};
+use crate::runtime::params::JitterParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Element, Error, Kernels, Selection};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 
 const OPERATION: &str = "jitter";
 
@@ -59,7 +60,7 @@ impl JitterDesc {
 pub fn select(desc: &JitterDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let blocks = desc.blocks()?.max(1);
-    Ok(Selection { kernel: Kernel::Jitter(desc.dtype), grid: [blocks, 1, 1], cooperative: false })
+    Ok(Selection::new(Kernel::Jitter(desc.dtype), [blocks, 1, 1]))
 }
 
 /// Writes `x` with noise to `y`, both 16-byte aligned.
@@ -84,7 +85,7 @@ pub fn forward<T: Element>(
     }
     let x = scope.read("x", x, desc.elements, VECTOR)?;
     let y = scope.write("y", y, desc.elements, VECTOR)?;
-    scope.launch(&selection, params(desc, [x.address().into(), y.address().into()]))
+    scope.launch(&selection, params(desc, x.address(), y.address()))
 }
 
 /// Adds the noise to `x` itself: to logits, say, before gating.
@@ -104,24 +105,25 @@ pub fn forward_in_place<T: Element>(
         return Ok(());
     }
     let x = scope.write("x", x, desc.elements, VECTOR)?;
-    scope.launch(&selection, params(desc, [x.address().into(); 2]))
+    scope.launch(&selection, params(desc, x.address(), x.address()))
 }
 
-fn params(desc: &JitterDesc, [x, y]: [Param; 2]) -> [Param; 10] {
+fn params<'a>(desc: &JitterDesc, x: Address<'a>, y: Address<'a>) -> JitterParams<'a> {
     let JitterDesc { elements, epsilon, noise, .. } = *desc;
-    [
-        x,
-        y,
-        (elements as u32).into(),
-        ((elements as u64 >> 32) as u32).into(),
+    let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
+    JitterParams {
+        x: x.into(),
+        y: y.into(),
+        elements_lo: elements as u32,
+        elements_hi: (elements as u64 >> 32) as u32,
         // As the reference computes them.
-        (2.0 * epsilon).into(),
-        (1.0 - epsilon).into(),
-        (noise.seed as u32).into(),
-        ((noise.seed >> 32) as u32).into(),
-        (noise.offset as u32).into(),
-        ((noise.offset >> 32) as u32).into(),
-    ]
+        width: 2.0 * epsilon,
+        lowest: 1.0 - epsilon,
+        seed_lo,
+        seed_hi,
+        offset_lo,
+        offset_hi,
+    }
 }
 
 #[cfg(test)]

@@ -20,9 +20,10 @@ use cudarc::driver::CudaStream;
 use crate::registry::{Kernel, Noisy, Spread};
 use crate::rules::NoiseSource;
 use crate::rules::NoisyRule;
-use crate::runtime::launch::{Address, Held, In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::params::NoisyParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "noisy";
 
@@ -153,7 +154,7 @@ pub fn select(desc: &NoisyDesc, device: &DeviceInfo, sums: bool) -> Result<Selec
     let each = if sums { TOKENS_OF_SUMS } else { 1 };
     let blocks = (desc.tokens as u32).div_ceil(each * spread.tokens()).clamp(1, most);
     let kernel = Kernel::Noisy(Noisy { spread, grouped: false });
-    Ok(Selection { kernel, grid: [blocks, 1, 1], cooperative: sums && blocks > 1 })
+    Ok(if sums { Selection::cooperative(kernel, blocks) } else { Selection::new(kernel, [blocks, 1, 1]) })
 }
 
 /// Chooses experts by noisy logits, and sums up who gets how much.
@@ -188,9 +189,9 @@ pub fn forward(
         weights: weights.address(),
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
-        sums: sums.as_ref().map_or([Param::Address(0); 5], HeldSums::params),
+        sums: sums.as_ref().map(HeldSums::addresses),
     };
-    scope.launch(&selection, params(desc, selection.grid[0], at))
+    enqueue(&scope, desc, &selection, at)
 }
 
 /// The router's products, opened for reading.
@@ -258,8 +259,14 @@ impl<'a> HeldSums<'a> {
         scope.zero(self.losses.address(), 2 * size_of::<f32>())
     }
 
-    fn params(&self) -> [Param; 5] {
-        [&self.counts, &self.importance, &self.load, &self.losses, &self.workspace].map(|held| held.address().into())
+    fn addresses(&self) -> SumAddresses<'_> {
+        SumAddresses {
+            counts: self.counts.address(),
+            importance: self.importance.address(),
+            load: self.load.address(),
+            losses: self.losses.address(),
+            workspace: self.workspace.address(),
+        }
     }
 }
 
@@ -270,38 +277,56 @@ pub(crate) struct Addresses<'a> {
     pub(crate) weights: Address<'a>,
     pub(crate) noisy: Option<Address<'a>>,
     pub(crate) thresholds: Option<Address<'a>>,
-    /// Counts, importance, load, losses, workspace; all null without sums.
-    pub(crate) sums: [Param; 5],
+    pub(crate) sums: Option<SumAddresses<'a>>,
 }
 
-/// The parameters that both levels of a hierarchy have; the last is the workspace.
-pub(crate) fn params(desc: &NoisyDesc, parts: u32, at: Addresses<'_>) -> [Param; 21] {
+/// Where sums and losses go.
+#[derive(Clone, Copy)]
+pub(crate) struct SumAddresses<'a> {
+    pub(crate) counts: Address<'a>,
+    pub(crate) importance: Address<'a>,
+    pub(crate) load: Address<'a>,
+    pub(crate) losses: Address<'a>,
+    pub(crate) workspace: Address<'a>,
+}
+
+fn params<'a>(desc: &NoisyDesc, parts: u32, at: Addresses<'a>) -> NoisyParams<'a> {
     let NoisyRule { top_k, noise_epsilon, noise } = desc.rule;
     let (clean, raw, row_stride) = at.logits;
-    let [counts, importance, load, losses, workspace] = at.sums;
-    [
-        clean.into(),
-        raw.into(),
-        row_stride.into(),
-        at.ids.into(),
-        at.weights.into(),
-        at.noisy.into(),
-        at.thresholds.into(),
-        (desc.tokens as u32).into(),
-        (desc.experts as u32).into(),
-        (top_k as u32).into(),
-        parts.into(),
-        noise_epsilon.into(),
-        (noise.seed as u32).into(),
-        ((noise.seed >> 32) as u32).into(),
-        (noise.offset as u32).into(),
-        ((noise.offset >> 32) as u32).into(),
-        counts,
-        importance,
-        load,
-        losses,
-        workspace,
-    ]
+    let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
+    NoisyParams {
+        clean_logits: clean.into(),
+        noise_logits: raw.into(),
+        row_stride,
+        ids: at.ids.into(),
+        weights: at.weights.into(),
+        noisy: at.noisy.into(),
+        thresholds: at.thresholds.into(),
+        tokens: desc.tokens as u32,
+        experts: desc.experts as u32,
+        top_k: top_k as u32,
+        parts,
+        epsilon: noise_epsilon,
+        seed_lo,
+        seed_hi,
+        offset_lo,
+        offset_hi,
+        counts: at.sums.map(|sums| sums.counts).into(),
+        importance: at.sums.map(|sums| sums.importance).into(),
+        load: at.sums.map(|sums| sums.load).into(),
+        losses: at.sums.map(|sums| sums.losses).into(),
+        workspace: at.sums.map(|sums| sums.workspace).into(),
+    }
+}
+
+/// Enqueues the first level, or the only one.
+pub(crate) fn enqueue(
+    scope: &Scope<'_>,
+    desc: &NoisyDesc,
+    selection: &Selection,
+    at: Addresses<'_>,
+) -> Result<(), Error> {
+    scope.launch(selection, params(desc, selection.grid[0], at))
 }
 
 #[cfg(test)]
@@ -346,22 +371,5 @@ mod tests {
             assert!(!select(&desc, &A100, false).unwrap().cooperative);
         }
         assert_eq!(workspace_bytes(&desc(), &A100).unwrap(), 32 + 4 * 3 * 64 * 4);
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let null = Address::NULL;
-        let at = || Addresses {
-            logits: (null, null, 64),
-            ids: null,
-            weights: null,
-            noisy: None,
-            thresholds: None,
-            sums: [Param::Address(0); 5],
-        };
-        for spread in Spread::ALL {
-            let kernel = Kernel::Noisy(Noisy { spread, grouped: false });
-            crate::runtime::embedded::assert_takes(kernel, &params(&desc(), 1, at()));
-        }
     }
 }

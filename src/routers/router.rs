@@ -9,9 +9,10 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, Router, RouterShape};
 use crate::rules::Dtype;
-use crate::runtime::launch::{Address, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::params::RouterParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Element, Error, Kernels, Selection};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 
 const OPERATION: &str = "router";
 
@@ -82,7 +83,7 @@ pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error
     let shape =
         if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) { RouterShape::Warp } else { RouterShape::Tile };
     let kernel = Kernel::Router(Router { x: desc.x, weight: desc.weight, shape });
-    Ok(Selection { kernel, grid: grid(shape), cooperative: false })
+    Ok(Selection::new(kernel, grid(shape)))
 }
 
 /// Computes the logits.
@@ -127,19 +128,18 @@ pub(crate) fn enqueue(
     selection: &Selection,
     at: Addresses<'_>,
 ) -> Result<(), Error> {
-    scope.launch(selection, params(desc, at))
-}
-
-fn params(desc: &RouterDesc, at: Addresses<'_>) -> [Param; 7] {
-    [
-        at.x.into(),
-        at.weight.into(),
-        at.bias.into(),
-        at.logits.into(),
-        (desc.tokens as u32).into(),
-        (desc.experts as u32).into(),
-        (desc.hidden as u32).into(),
-    ]
+    scope.launch(
+        selection,
+        RouterParams {
+            x: at.x.into(),
+            weight: at.weight.into(),
+            bias: at.bias.into(),
+            logits: at.logits.into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            hidden: desc.hidden as u32,
+        },
+    )
 }
 
 #[cfg(test)]
@@ -150,15 +150,6 @@ mod tests {
 
     fn desc() -> RouterDesc {
         RouterDesc { x: Dtype::Bf16, weight: Dtype::Bf16, tokens: 64, experts: 128, hidden: 2048 }
-    }
-
-    #[test]
-    fn params_are_those_of_the_entry() {
-        let at = Addresses { x: Address::NULL, weight: Address::NULL, bias: None, logits: Address::NULL };
-        let params = params(&desc(), at);
-        for kernel in crate::registry::all().into_iter().filter(|kernel| matches!(kernel, Kernel::Router(_))) {
-            crate::runtime::embedded::assert_takes(kernel, &params);
-        }
     }
 
     #[test]

@@ -17,9 +17,10 @@ use crate::registry::Kernel;
 use crate::routers::noisy;
 use crate::rules::NoiseSource;
 use crate::rules::SamplingRule;
-use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{SCALAR, Scope, optional};
+use crate::runtime::params::SampledParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, Kernels, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
 
 const OPERATION: &str = "sampled";
 
@@ -83,7 +84,7 @@ pub fn select(desc: &SampledDesc, device: &DeviceInfo) -> Result<Selection, Erro
     let spread = noisy::spread(desc.experts);
     let most = 4 * spread.resident_blocks() * device.multiprocessors;
     let blocks = (desc.tokens as u32).div_ceil(spread.tokens()).clamp(1, most);
-    Ok(Selection { kernel: Kernel::Sampled(spread), grid: [blocks, 1, 1], cooperative: false })
+    Ok(Selection::new(Kernel::Sampled(spread), [blocks, 1, 1]))
 }
 
 /// Draws experts.
@@ -112,36 +113,26 @@ pub fn forward(
     let log_probabilities = scope.write_some("log_probabilities", args.log_probabilities, choices, SCALAR)?;
     let entropy = scope.write_some("entropy", args.entropy, tokens, SCALAR)?;
     let perturbed = scope.write_some("perturbed", args.perturbed, tokens * experts, SCALAR)?;
-    let at = [
-        logits.address().into(),
-        ids.address().into(),
-        weights.address().into(),
-        optional(&log_probabilities).into(),
-        optional(&entropy).into(),
-        optional(&perturbed).into(),
-    ];
-    scope.launch(&selection, params(desc, at))
-}
-
-fn params(desc: &SampledDesc, at: [Param; 6]) -> [Param; 14] {
-    let SamplingRule { top_k, inverse_temperature, noise } = desc.rule;
-    let [logits, ids, weights, log_probabilities, entropy, perturbed] = at;
-    [
-        logits,
-        ids,
-        weights,
-        log_probabilities,
-        entropy,
-        perturbed,
-        (desc.tokens as u32).into(),
-        (desc.experts as u32).into(),
-        (top_k as u32).into(),
-        inverse_temperature.into(),
-        (noise.seed as u32).into(),
-        ((noise.seed >> 32) as u32).into(),
-        (noise.offset as u32).into(),
-        ((noise.offset >> 32) as u32).into(),
-    ]
+    let [seed_lo, seed_hi, offset_lo, offset_hi] = rule.noise.words_of_source();
+    scope.launch(
+        &selection,
+        SampledParams {
+            logits: logits.address().into(),
+            ids: ids.address().into(),
+            weights: weights.address().into(),
+            log_probabilities: optional(&log_probabilities).into(),
+            entropy: optional(&entropy).into(),
+            perturbed: optional(&perturbed).into(),
+            tokens: tokens as u32,
+            experts: experts as u32,
+            top_k: rule.top_k as u32,
+            beta: rule.inverse_temperature,
+            seed_lo,
+            seed_hi,
+            offset_lo,
+            offset_hi,
+        },
+    )
 }
 
 #[cfg(test)]
@@ -169,12 +160,5 @@ mod tests {
         assert_eq!(fault(|d| d.rule.inverse_temperature = -1.0), "inverse_temperature");
         assert_eq!(fault(|d| d.rule.inverse_temperature = f32::INFINITY), "inverse_temperature");
         assert_eq!(fault(|d| d.tokens = 1 << 29), "ids");
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        for spread in Spread::ALL {
-            crate::runtime::embedded::assert_takes(Kernel::Sampled(spread), &params(&desc(), [Param::Address(0); 6]));
-        }
     }
 }

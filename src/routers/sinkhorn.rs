@@ -10,9 +10,10 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Dispatch, Kernel, Sinkhorn};
-use crate::runtime::launch::{In, Out, Param, SCALAR, Scope, optional};
+use crate::runtime::launch::{SCALAR, Scope, optional};
+use crate::runtime::params::SinkhornParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "sinkhorn";
 
@@ -94,7 +95,7 @@ pub fn select(desc: &SinkhornDesc, device: &DeviceInfo) -> Result<Selection, Err
     let sinkhorn = Sinkhorn { max_experts };
     let wanted = (desc.tokens as u32).div_ceil(4 * sinkhorn.warps());
     let blocks = if device.cooperative_launch { wanted.clamp(1, device.multiprocessors) } else { 1 };
-    Ok(Selection { kernel: Kernel::Sinkhorn(sinkhorn), grid: [blocks, 1, 1], cooperative: blocks > 1 })
+    Ok(Selection::cooperative(Kernel::Sinkhorn(sinkhorn), blocks))
 }
 
 /// Balances and chooses.
@@ -123,34 +124,22 @@ pub fn forward(
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write_some("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
-    let at = [
-        logits.address().into(),
-        ids.address().into(),
-        optional(&weights).into(),
-        potentials.address().into(),
-        status.address().into(),
-    ];
-    scope.launch(&selection, params(desc, at, workspace.address().into()))
-}
-
-fn params(
-    desc: &SinkhornDesc,
-    [logits, ids, weights, potentials, status]: [Param; 5],
-    workspace: Param,
-) -> [Param; 11] {
-    [
-        logits,
-        ids,
-        weights,
-        potentials,
-        status,
-        (desc.tokens as u32).into(),
-        (desc.experts as u32).into(),
-        (desc.top_k as u32).into(),
-        desc.iterations.into(),
-        desc.tolerance.into(),
-        workspace,
-    ]
+    scope.launch(
+        &selection,
+        SinkhornParams {
+            logits: logits.address().into(),
+            ids: ids.address().into(),
+            weights: optional(&weights).into(),
+            potentials: potentials.address().into(),
+            status: status.address().into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            top_k: desc.top_k as u32,
+            iterations: desc.iterations,
+            tolerance: desc.tolerance,
+            workspace: workspace.address().into(),
+        },
+    )
 }
 
 #[cfg(test)]
@@ -171,15 +160,5 @@ mod tests {
         assert_eq!(fault(SinkhornDesc { tolerance: f32::NAN, ..desc }), "tolerance");
         let device = crate::runtime::device::A100;
         assert_eq!(workspace_bytes(&desc, &device).unwrap(), 32 + 2 * 8 * 4);
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let desc = SinkhornDesc { tokens: 64, experts: 8, top_k: 1, iterations: 10, tolerance: 1e-3 };
-        let null = Param::Address(0);
-        for max_experts in Dispatch::MAX_EXPERTS {
-            let kernel = Kernel::Sinkhorn(Sinkhorn { max_experts });
-            crate::runtime::embedded::assert_takes(kernel, &params(&desc, [null; 5], null));
-        }
     }
 }

@@ -29,6 +29,11 @@ pub struct NoiseSource {
 }
 
 impl NoiseSource {
+    /// Low and high halves of seed and offset, as kernels take them.
+    pub(crate) const fn words_of_source(self) -> [u32; 4] {
+        [self.seed as u32, (self.seed >> 32) as u32, self.offset as u32, (self.offset >> 32) as u32]
+    }
+
     fn words(self, low: u32, high: u32) -> [u32; 4] {
         let halves = |wide: u64| [wide as u32, (wide >> 32) as u32];
         let [offset_low, offset_high] = halves(self.offset);

@@ -35,7 +35,11 @@ impl Embedded {
     /// The machine code that a device of this compute capability runs: of architecture-specific code (`sm_90a`) what was made for exactly
     /// this device; else of its major version and the highest minor version that is not above its own. The first is preferred.
     pub fn image_for(&self, capability: (u32, u32)) -> Option<&'static Image> {
-        self.images.iter().filter_map(|image| Some((image.rank(capability)?, image))).max_by_key(|(rank, _)| *rank).map(|(_, image)| image)
+        self.images
+            .iter()
+            .filter_map(|image| Some((image.rank(capability)?, image)))
+            .max_by_key(|(rank, _)| *rank)
+            .map(|(_, image)| image)
     }
 }
 

@@ -114,7 +114,9 @@ pub enum Error {
         reason: &'static str,
     },
     /// A buffer, stream or kernel set of another CUDA context than the launch's.
-    #[error("{operation}: `{argument}` belongs to another CUDA context, or another `CudaContext` value of the same device")]
+    #[error(
+        "{operation}: `{argument}` belongs to another CUDA context, or another `CudaContext` value of the same device"
+    )]
     DifferentContext {
         /// Operation that was asked for.
         operation: &'static str,
@@ -194,7 +196,11 @@ impl Error {
             | Error::Unexpected { argument, .. }
             | Error::DifferentContext { argument, .. } => Some(argument),
             Error::WorkspaceTooSmall { .. } => Some("workspace"),
-            Error::Capture { .. } | Error::NoCuda | Error::NoDevice { .. } | Error::ModuleLoad { .. } | Error::Driver { .. } => None,
+            Error::Capture { .. }
+            | Error::NoCuda
+            | Error::NoDevice { .. }
+            | Error::ModuleLoad { .. }
+            | Error::Driver { .. } => None,
         }
     }
 }

@@ -4,10 +4,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::CudaContext;
 
-use crate::registry;
 pub use super::embedded::{Embedded, Image, embedded};
 use super::launch::{Loaded, Scope};
 use super::selection::Kernel;
+use crate::registry;
 use crate::{DeviceInfo, Error};
 
 /// The kernels of one CUDA context, each loaded when it is first launched.

@@ -121,10 +121,10 @@ impl<'a> Scope<'a> {
     }
 
     /// Opens `buffer` for writing its first `needed` elements.
-    pub(crate) fn write<'b, T>(
+    pub(crate) fn write<'b, 'c: 'b, T>(
         &self,
         argument: &'static str,
-        buffer: Out<'b, T>,
+        buffer: Out<'c, T>,
         needed: usize,
         alignment: u64,
     ) -> Result<Held<'b>, Error>
@@ -159,10 +159,10 @@ impl<'a> Scope<'a> {
     }
 
     /// [`Scope::write`] of a buffer that may be absent.
-    pub(crate) fn write_some<'b, T>(
+    pub(crate) fn write_some<'b, 'c: 'b, T>(
         &self,
         argument: &'static str,
-        buffer: Option<Out<'b, T>>,
+        buffer: Option<Out<'c, T>>,
         needed: usize,
         alignment: u64,
     ) -> Result<Option<Held<'b>>, Error>
@@ -268,7 +268,9 @@ impl Launch {
     unsafe fn plain(&self, pointers: &mut [*mut c_void]) -> Result<(), DriverError> {
         let block = (self.threads, 1, 1);
         // SAFETY: as the caller says.
-        unsafe { result::launch_kernel(self.function, self.grid.into(), block, self.shared_bytes, self.stream, pointers) }
+        unsafe {
+            result::launch_kernel(self.function, self.grid.into(), block, self.shared_bytes, self.stream, pointers)
+        }
     }
 
     /// # Safety
@@ -276,7 +278,9 @@ impl Launch {
     unsafe fn cooperative(&self, pointers: &mut [*mut c_void]) -> Result<(), DriverError> {
         let (grid, block) = (self.grid.into(), (self.threads, 1, 1));
         // SAFETY: as the caller says.
-        unsafe { result::launch_cooperative_kernel(self.function, grid, block, self.shared_bytes, self.stream, pointers) }
+        unsafe {
+            result::launch_cooperative_kernel(self.function, grid, block, self.shared_bytes, self.stream, pointers)
+        }
     }
 
     /// # Safety
@@ -295,10 +299,9 @@ impl Launch {
                 CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
                 sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: programmatic },
             )),
-            selection.cooperative.then_some((
-                CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
-                sys::CUlaunchAttributeValue { cooperative },
-            )),
+            selection
+                .cooperative
+                .then_some((CU_LAUNCH_ATTRIBUTE_COOPERATIVE, sys::CUlaunchAttributeValue { cooperative })),
         ]
         .into_iter()
         .flatten()
@@ -351,7 +354,8 @@ impl Loaded {
         context.bind_to_thread().map_err(failed)?;
         let module = load_module(entry, device).map_err(failed)?;
         // From here on `drop` unloads the module on any error.
-        let mut loaded = Loaded { context: context.clone(), module, function: std::ptr::null_mut(), resident_blocks: 1 };
+        let mut loaded =
+            Loaded { context: context.clone(), module, function: std::ptr::null_mut(), resident_blocks: 1 };
         let name = CString::new(entry.name).expect("kernel names hold no zero byte");
         // SAFETY: the module was loaded just now into the current context.
         loaded.function = unsafe { result::module::get_function(module, name) }.map_err(failed)?;
@@ -410,8 +414,11 @@ fn load_module(entry: &Embedded, device: &DeviceInfo) -> Result<sys::CUmodule, D
 /// Whether there is a library to ask. cudarc's calls panic where there is none, and its own look does not exist where
 /// another crate has chosen to link.
 fn library_is_present() -> bool {
-    const NAMES: [&str; 3] =
-        if cfg!(windows) { ["nvcuda.dll", "cuda.dll", "nvcuda64.dll"] } else { ["libcuda.so", "libcuda.so.1", "libnvcuda.so"] };
+    const NAMES: [&str; 3] = if cfg!(windows) {
+        ["nvcuda.dll", "cuda.dll", "nvcuda64.dll"]
+    } else {
+        ["libcuda.so", "libcuda.so.1", "libnvcuda.so"]
+    };
     // SAFETY: opens the driver library, as any call of cudarc would.
     NAMES.into_iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok())
 }

@@ -44,7 +44,7 @@ impl Workspace {
         if got < needed {
             return Err(Error::WorkspaceTooSmall { operation: scope.operation, needed, got });
         }
-        scope.write("workspace", &mut self.memory, needed, REGION_ALIGNMENT as u64)
+        scope.write("workspace", (&mut self.memory).into(), needed, REGION_ALIGNMENT as u64)
     }
 }
 

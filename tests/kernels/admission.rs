@@ -4,14 +4,14 @@ use moe_kernels::Workspace;
 use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc, capacity};
 use moe_kernels::reference;
 use moe_kernels::reference::admission::Admitted;
-use moe_kernels::registry::{Admit, Dispatch, Kernel};
+use moe_kernels::registry::{Admission, Dispatch, Kernel};
 use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
 
 use crate::support::buffer::Guarded;
 use crate::support::device;
 use crate::timing::time;
 
-pub fn check(variant: Admit, rng: &mut fastrand::Rng) {
+pub fn check(variant: Admission, rng: &mut fastrand::Rng) {
     let most = variant.max_experts as usize;
     let small = most == Dispatch::MAX_EXPERTS[0] as usize;
     let expert_counts = if small { vec![1, 7, 64, most] } else { vec![1025, most] };
@@ -104,10 +104,10 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-fn case(variant: Admit, rng: &mut fastrand::Rng, desc: &AdmissionDesc) {
+fn case(variant: Admission, rng: &mut fastrand::Rng, desc: &AdmissionDesc) {
     let rule = &desc.rule;
     let selection = admission::select(desc, device::kernels().device()).unwrap();
-    assert_eq!(selection.kernel, Kernel::Admit(variant));
+    assert_eq!(selection.kernel, Kernel::Admission(variant));
     let ids = choices(rng, desc);
     // Few distinct values, so that priorities tie; some are not numbers.
     let mut values = |len: usize| -> Vec<f32> {

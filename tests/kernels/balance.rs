@@ -150,7 +150,7 @@ fn near(name: &str, got: f32, want: f64, tolerance: f64, scale: f64) {
 fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind: Logits) {
     let GatingDesc { tokens, experts, top_k, gating } = desc.gating;
     let selection = balance::select(desc, device::kernels().device()).unwrap();
-    assert_eq!(selection.kernel, Kernel::MeasuredGate(variant));
+    assert_eq!(selection.kernel, Kernel::MeasuredGating(variant));
     let values = logits(rng, kind, tokens * experts);
     let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
     // Coarse: see the checks of `gating_*`.

@@ -29,7 +29,7 @@ fn case(rng: &mut fastrand::Rng, desc: &ExpertMapDesc, options: u32) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let ExpertMapDesc { tokens, experts, top_k, max_replicas, seed } = *desc;
     let name = format!("{desc:?} options={options:02b}");
-    assert_eq!(expert_map::select(desc, kernels.device()).unwrap().kernel, Kernel::MapExperts);
+    assert_eq!(expert_map::select(desc, kernels.device()).unwrap().kernel, Kernel::ExpertMap);
     let ids: Vec<i32> = (0..tokens * top_k)
         .map(|_| match rng.u32(..12) {
             0 => [-1, i32::MIN, i32::MAX, experts as i32][rng.usize(..4)],

@@ -109,7 +109,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     } else {
         gating::select(desc, kernels.device())
     };
-    assert_eq!(selection.unwrap().kernel, Kernel::Gate(variant));
+    assert_eq!(selection.unwrap().kernel, Kernel::Gating(variant));
     let mut outputs = Outputs::new(&stream, &order);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
         let logits = device_logits.view();

@@ -6,7 +6,7 @@ use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::reference;
 use moe_kernels::reference::dispatch::{Dispatched, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::registry::{GroupedGemm, Kernel};
+use moe_kernels::registry::{Gemm, Kernel};
 use moe_kernels::rules::{Activation, Dropout, NoiseSource};
 use moe_kernels::rules::{Dtype, Glu};
 
@@ -17,7 +17,7 @@ use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
 
-pub fn check(variant: GroupedGemm, rng: &mut fastrand::Rng) {
+pub fn check(variant: Gemm, rng: &mut fastrand::Rng) {
     match variant.dtype {
         Dtype::Bf16 => check_as::<bf16>(variant, rng),
         Dtype::F16 => check_as::<f16>(variant, rng),
@@ -41,7 +41,7 @@ fn loads(bm: usize) -> Vec<usize> {
     vec![bm, 0, 1, bm + 1, 0, bm - 1]
 }
 
-fn check_as<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng) {
+fn check_as<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng) {
     let bm = variant.tile.bm as usize;
     for (index, activation) in activations(variant.glu).into_iter().enumerate() {
         // K: less than a stage, ragged, several stages; N: less than a tile, ragged, two tiles.
@@ -66,7 +66,7 @@ struct Case {
 }
 
 impl Case {
-    fn desc(&self, variant: GroupedGemm, rows: usize, a_rows: usize, experts: usize, schedule: Schedule) -> GemmDesc {
+    fn desc(&self, variant: Gemm, rows: usize, a_rows: usize, experts: usize, schedule: Schedule) -> GemmDesc {
         GemmDesc {
             dtype: variant.dtype,
             rows,
@@ -83,7 +83,7 @@ impl Case {
 }
 
 /// `loads[e]` rows for expert `e`, spread over the tokens at random.
-fn grouped<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
+fn grouped<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
     let experts = loads.len();
     let tile_m = variant.tile.bm as usize;
     let mut ids: Vec<i32> =
@@ -101,24 +101,18 @@ fn grouped<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, loads: &[u
 }
 
 /// One expert for all rows, in a number, not a multiple of the tile's, for which the selection takes the variant.
-fn dense<T: Storage>(variant: GroupedGemm, rng: &mut fastrand::Rng, case: &Case) {
+fn dense<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, case: &Case) {
     let device = device::kernels().device();
     let bm = variant.tile.bm as usize;
     let desc = |rows| case.desc(variant, rows, rows, 1, Schedule::Dense);
     let rows = [1, bm - 1, bm + 5, 2 * bm + 5, 4 * bm + 5]
         .into_iter()
-        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel == Kernel::GroupedGemm(variant));
+        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel == Kernel::Gemm(variant));
     let rows = rows.expect("some number of rows takes each variant");
     run::<T>(variant, rng, &desc(rows), case, None);
 }
 
-fn run<T: Storage>(
-    variant: GroupedGemm,
-    rng: &mut fastrand::Rng,
-    desc: &GemmDesc,
-    case: &Case,
-    plan: Option<&Dispatched>,
-) {
+fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case: &Case, plan: Option<&Dispatched>) {
     let kernels = device::kernels();
     let stream = device::stream();
     let GemmDesc { rows, a_rows, experts, n, k, activation, .. } = *desc;
@@ -151,7 +145,7 @@ fn run<T: Storage>(
     let a_live = if gather { &a[..] } else { &a[..live * k] };
     let want = reference::gemm::grouped_gemm(a_live, &matrix, plan, gather, scale_live, activation).unwrap();
 
-    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel, Kernel::GroupedGemm(variant));
+    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel, Kernel::Gemm(variant));
     let a = Guarded::input(&stream, "a", &a);
     let b = Guarded::input(&stream, "b", &b);
     let bias = bias.map(|values| Guarded::input(&stream, "bias", &values));

@@ -25,7 +25,7 @@ struct Case {
 impl Case {
     fn kernel(&self) -> Kernel {
         let values = *Gate::VALUES.iter().find(|&&values| 32 * values as usize >= self.experts).unwrap();
-        Kernel::MeasuredGate(MeasuredGate { score: self.score, values })
+        Kernel::MeasuredGating(MeasuredGate { score: self.score, values })
     }
 
     /// All outputs in words, and the counters.
@@ -138,7 +138,7 @@ fn plain_gating_reads_logits_once() {
     for score in Score::ALL {
         for (experts, top_k, values) in [(8, 2, 1), (64, 8, 2), (128, 8, 4), (256, 8, 8), (512, 10, 16)] {
             let tokens = 64;
-            let kernel = Kernel::Gate(Gate { score, values, dispatch: false });
+            let kernel = Kernel::Gating(Gate { score, values, dispatch: false });
             let logits = Input::new(&Logits::Normal.draw(&mut Random::new(5), tokens * experts));
             let (ids, weights) = (Output::new::<i32>(tokens * top_k), Output::new::<f32>(tokens * top_k));
             let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(&ids), Arg::Out(&weights)];

@@ -53,7 +53,7 @@ impl Case {
 
     fn run_with(self, values: u32) {
         let Case { rule, top_k, experts, tokens, blocks, bias, logits, dispatch } = self;
-        let kernel = Kernel::Gate(Gate { score: rule.score, values, dispatch: dispatch.is_some() });
+        let kernel = Kernel::Gating(Gate { score: rule.score, values, dispatch: dispatch.is_some() });
         let what = format!(
             "{} E={experts} T={tokens} P={blocks} k={top_k} bias={bias} {logits:?} {rule:?} {dispatch:?}",
             kernel.name()
@@ -248,7 +248,7 @@ fn same_bits_for_any_grid() {
         args.extend(numbers);
         args.push(Arg::F32(1.0));
         let kernel = Gate { score: Score::Softmax, values: 4, dispatch: false };
-        launch(Kernel::Gate(kernel), [blocks, 1, 1], blocks.into(), &args);
+        launch(Kernel::Gating(kernel), [blocks, 1, 1], blocks.into(), &args);
         weights.read::<u32>()
     };
     assert_eq!(weights(1), weights(5));

@@ -40,10 +40,11 @@ use crate::registry::{Kernel, MeasuredGate};
 use crate::routers::gating::{self, GatingDesc, Routing};
 use crate::rules::Score;
 use crate::rules::{BalanceRule, LossScore};
-use crate::runtime::launch::{Address, Held, In, Out, Param, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::params::MeasuredGatingParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 use parts::Parts;
 pub use totals::{BiasDesc, TotalsDesc, TotalsIn, losses_of_totals, update_bias};
 
@@ -183,7 +184,7 @@ pub fn select(desc: &MeasureDesc, device: &DeviceInfo) -> Result<Selection, Erro
     }
     let parts = Parts::new(desc, device).parts as u32;
     let blocks = parts.min(parts::resident_blocks(desc, device)).max(1);
-    Ok(Selection { kernel: Kernel::MeasuredGate(gate), grid: [blocks, 1, 1], cooperative: blocks > 1 })
+    Ok(Selection::cooperative(Kernel::MeasuredGating(gate), blocks))
 }
 
 /// Chooses experts and weights, and measures the batch, in one launch.
@@ -232,7 +233,7 @@ pub fn forward(
         stats: stats.address(),
         workspace: workspace.address(),
     };
-    scope.launch(&selection, params(desc, &Parts::new(desc, kernels.device()), routing, at))
+    enqueue(&scope, desc, &selection, routing, at)
 }
 
 struct HeldTotals<'a> {
@@ -280,54 +281,59 @@ const FIRST_CHOICE_ONLY: u32 = 4;
 const SIGMOID: u32 = 8;
 const ADDS: u32 = 16;
 
-fn params(desc: &MeasureDesc, parts: &Parts, routing: Routing<'_>, at: Addresses<'_>) -> [Param; 27] {
-    let mut of = 0;
+fn enqueue(
+    scope: &Scope<'_>,
+    desc: &MeasureDesc,
+    selection: &Selection,
+    routing: Routing<'_>,
+    at: Addresses<'_>,
+) -> Result<(), Error> {
+    let gating = &desc.gating;
+    let parts = Parts::new(desc, scope.kernels.device());
+    let [mut flags, groups, groups_kept] = gating::rule_words(&gating.gating);
     if desc.rule.first_choice_only {
-        of |= FIRST_CHOICE_ONLY;
+        flags |= FIRST_CHOICE_ONLY;
     }
     if desc.rule.score == LossScore::Sigmoid {
-        of |= SIGMOID;
+        flags |= SIGMOID;
     }
     if desc.earlier_tokens > 0 {
-        of |= ADDS;
+        flags |= ADDS;
     }
-    let [logits, bias, ids, weights, t, e, k, groups, kept, flags, scale] = gating::params(&desc.gating, routing);
-    let flags = match flags {
-        Param::U32(flags) => Param::U32(flags | of),
-        other => other,
-    };
     let [counts, loss_counts, probability, importance] = at.totals;
-    // Without a limit nothing is above it.
-    let capacity = desc.rule.capacity.map_or(u32::MAX, |capacity| capacity as u32);
-    [
-        logits,
-        bias,
-        ids,
-        weights,
-        t,
-        e,
-        k,
-        groups,
-        kept,
-        flags,
-        scale,
-        at.log_sum_exp.into(),
-        at.probabilities.into(),
-        (parts.sequence as u32).into(),
-        (parts.tokens as u32).into(),
-        (parts.per_sequence as u32).into(),
-        (parts.pieces_each as u32).into(),
-        (parts.parts as u32).into(),
-        (parts.pieces as u32).into(),
-        capacity.into(),
-        ((desc.earlier_tokens + desc.gating.tokens) as u32).into(),
-        counts.into(),
-        loss_counts.into(),
-        probability.into(),
-        importance.into(),
-        at.stats.into(),
-        at.workspace.into(),
-    ]
+    scope.launch(
+        selection,
+        MeasuredGatingParams {
+            logits: routing.logits.into(),
+            correction_bias: routing.correction_bias.into(),
+            ids: routing.ids.into(),
+            weights: routing.weights.into(),
+            tokens: gating.tokens as u32,
+            experts: gating.experts as u32,
+            top_k: gating.top_k as u32,
+            groups,
+            groups_kept,
+            flags,
+            scale: gating.gating.scale,
+            log_sum_exp: at.log_sum_exp.into(),
+            probabilities: at.probabilities.into(),
+            tokens_per_sequence: parts.sequence as u32,
+            part_tokens: parts.tokens as u32,
+            sequence_parts: parts.per_sequence as u32,
+            part_pieces: parts.pieces_each as u32,
+            parts: parts.parts as u32,
+            pieces: parts.pieces as u32,
+            // Without a limit nothing is above it.
+            capacity: desc.rule.capacity.map_or(u32::MAX, |capacity| capacity as u32),
+            loss_tokens: (desc.earlier_tokens + gating.tokens) as u32,
+            counts: counts.into(),
+            loss_counts: loss_counts.into(),
+            probability: probability.into(),
+            importance: importance.into(),
+            stats: at.stats.into(),
+            workspace: at.workspace.into(),
+        },
+    )
 }
 
 #[cfg(test)]
@@ -364,17 +370,6 @@ mod tests {
         // 99 KiB for one block of compute capability 8.6, 8.9 and 12.0.
         for values in Gate::VALUES {
             assert!(MeasuredGate { score: Score::Softmax, values }.shared_bytes() <= 99 << 10);
-        }
-    }
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let null = Address::NULL;
-        let routing = Routing { logits: null, correction_bias: None, ids: null, weights: null };
-        let at = Addresses { log_sum_exp: None, probabilities: None, totals: [null; 4], stats: null, workspace: null };
-        let params = params(&desc(), &Parts::new(&desc(), &A100), routing, at);
-        for kernel in crate::registry::all().into_iter().filter(|kernel| matches!(kernel, Kernel::MeasuredGate(_))) {
-            crate::runtime::embedded::assert_takes(kernel, &params);
         }
     }
 

@@ -6,9 +6,10 @@ use cudarc::driver::CudaStream;
 
 use super::{OPERATION, RouterStats};
 use crate::registry::Kernel;
-use crate::runtime::launch::{In, Out, Param, SCALAR, Scope};
+use crate::runtime::launch::{SCALAR, Scope};
+use crate::runtime::params::{BalanceLossParams, UpdateBiasParams};
 use crate::runtime::shape;
-use crate::{Error, Kernels, Selection};
+use crate::{Error, In, Kernels, Out, Selection};
 
 /// Shapes of totals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,14 +64,19 @@ pub fn losses_of_totals(
     let probability = scope.read("totals.probability", totals.probability, desc.experts, SCALAR)?;
     let importance = scope.read("totals.importance", totals.importance, desc.experts, SCALAR)?;
     let stats = scope.write("stats", stats, 1, SCALAR)?;
-    let at = [&counts, &loss_counts, &probability, &importance, &stats].map(|held| held.address().into());
-    let selection = Selection { kernel: Kernel::BalanceLoss, grid: BLOCK, cooperative: false };
-    scope.launch(&selection, loss_params(desc, at))
-}
-
-fn loss_params(desc: &TotalsDesc, [counts, loss_counts, probability, importance, stats]: [Param; 5]) -> [Param; 7] {
-    let (experts, tokens) = (desc.experts as u32, desc.tokens as u32);
-    [counts, loss_counts, probability, importance, stats, experts.into(), tokens.into()]
+    let selection = Selection::new(Kernel::BalanceLoss, BLOCK);
+    scope.launch(
+        &selection,
+        BalanceLossParams {
+            counts: counts.address().into(),
+            loss_counts: loss_counts.address().into(),
+            probability: probability.address().into(),
+            importance: importance.address().into(),
+            stats: stats.address().into(),
+            experts: desc.experts as u32,
+            loss_tokens: desc.tokens as u32,
+        },
+    )
 }
 
 /// `bias[e] += rate * sign(mean(counts) - counts[e])`: balancing without an auxiliary loss (Wang et al. 2024, algorithm 1;
@@ -93,24 +99,14 @@ pub fn update_bias(
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     let counts = scope.read("counts", counts, desc.experts, SCALAR)?;
     let bias = scope.write("bias", bias, desc.experts, SCALAR)?;
-    let selection = Selection { kernel: Kernel::UpdateBias, grid: BLOCK, cooperative: false };
-    scope.launch(&selection, bias_params(desc, bias.address().into(), counts.address().into()))
-}
-
-fn bias_params(desc: &BiasDesc, bias: Param, counts: Param) -> [Param; 4] {
-    [bias, counts, (desc.experts as u32).into(), desc.rate.into()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn params_are_those_of_the_entries() {
-        let null = Param::Address(0);
-        let loss = loss_params(&TotalsDesc { experts: 8, tokens: 9 }, [null; 5]);
-        crate::runtime::embedded::assert_takes(Kernel::BalanceLoss, &loss);
-        let bias = bias_params(&BiasDesc { experts: 8, rate: 0.001 }, null, null);
-        crate::runtime::embedded::assert_takes(Kernel::UpdateBias, &bias);
-    }
+    let selection = Selection::new(Kernel::UpdateBias, BLOCK);
+    scope.launch(
+        &selection,
+        UpdateBiasParams {
+            correction_bias: bias.address().into(),
+            counts: counts.address().into(),
+            experts: desc.experts as u32,
+            rate: desc.rate,
+        },
+    )
 }
