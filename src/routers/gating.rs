@@ -21,6 +21,7 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Gate, Kernel};
 use crate::rules::{Gating, GroupScore, Groups, Score};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::GatingParams;
 use crate::runtime::shape;
@@ -30,6 +31,7 @@ const OPERATION: &str = "gating";
 
 /// Shapes and rule of a gating.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct GatingDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -41,7 +43,15 @@ pub struct GatingDesc {
     pub gating: Gating,
 }
 
+impl GatingDesc {
+    /// `top_k` of `experts` experts for each of `tokens` tokens.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize, gating: Gating) -> GatingDesc {
+        GatingDesc { tokens, experts, top_k, gating }
+    }
+}
+
 /// Buffers of a gating.
+#[non_exhaustive]
 pub struct GatingArgs<'a> {
     /// `[T, E]`.
     pub logits: In<'a, f32>,
@@ -52,6 +62,19 @@ pub struct GatingArgs<'a> {
     /// `[T, k]`, written.
     pub weights: Out<'a, f32>,
 }
+
+impl<'a> GatingArgs<'a> {
+    /// `logits` to `ids` and `weights`, without a correction bias.
+    pub fn new(
+        logits: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+    ) -> GatingArgs<'a> {
+        GatingArgs { logits: logits.into(), correction_bias: None, ids: ids.into(), weights: weights.into() }
+    }
+}
+
+buffers!(GatingArgs<'a> { correction_bias: In<f32> });
 
 impl GatingDesc {
     /// Checks all that can be checked without buffers.

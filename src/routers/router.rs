@@ -9,6 +9,7 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, Router, RouterShape};
 use crate::rules::Dtype;
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::RouterParams;
 use crate::runtime::shape;
@@ -18,6 +19,7 @@ const OPERATION: &str = "router";
 
 /// Shapes and types of a router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RouterDesc {
     /// Type of `x`.
     pub x: Dtype,
@@ -31,7 +33,17 @@ pub struct RouterDesc {
     pub hidden: usize,
 }
 
+impl RouterDesc {
+    /// Logits of `experts` experts for `tokens` rows of `hidden` elements of type `x`, with a weight of the same type.
+    pub const fn new(x: Dtype, tokens: usize, experts: usize, hidden: usize) -> RouterDesc {
+        RouterDesc { x, weight: x, tokens, experts, hidden }
+    }
+}
+
+settings!(RouterDesc { weight: Dtype });
+
 /// Buffers of a router.
+#[non_exhaustive]
 pub struct RouterArgs<'a, X, W> {
     /// `[T, H]`.
     pub x: In<'a, X>,
@@ -42,6 +54,19 @@ pub struct RouterArgs<'a, X, W> {
     /// `[T, E]`, written.
     pub logits: Out<'a, f32>,
 }
+
+impl<'a, X, W> RouterArgs<'a, X, W> {
+    /// `x` to `logits`, without a bias.
+    pub fn new(
+        x: impl Into<In<'a, X>>,
+        weight: impl Into<In<'a, W>>,
+        logits: impl Into<Out<'a, f32>>,
+    ) -> RouterArgs<'a, X, W> {
+        RouterArgs { x: x.into(), weight: weight.into(), bias: None, logits: logits.into() }
+    }
+}
+
+buffers!(RouterArgs<'a, X, W> { bias: In<f32> });
 
 impl RouterDesc {
     /// Checks all that can be checked without buffers.

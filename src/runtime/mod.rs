@@ -2,6 +2,7 @@
 
 #[allow(unsafe_code)]
 pub(crate) mod buffer;
+pub(crate) mod builder;
 pub mod device;
 pub(crate) mod element;
 pub(crate) mod embedded;

@@ -1,0 +1,36 @@
+//! How descriptors and arguments grow without breaking anybody: constructors take what is always needed, and each further field has a
+//! setter of its name.
+
+/// Setters of a descriptor's fields: `desc.name(value)` is the same descriptor with another value.
+macro_rules! settings {
+    ($of:ty { $($field:ident: $type:ty),* $(,)? }) => {
+        impl $of {
+            $(
+                #[doc = concat!("With [`", stringify!($field), "`](Self#structfield.", stringify!($field), ").")]
+                #[must_use]
+                pub const fn $field(mut self, value: $type) -> Self {
+                    self.$field = value;
+                    self
+                }
+            )*
+        }
+    };
+}
+
+/// Setters of optional buffers: `args.name(buffer)` takes what `In` or `Out` can be made of.
+macro_rules! buffers {
+    ($args:ident<$life:lifetime $(, $generic:ident)*> { $($field:ident: $direction:ident<$element:ty>),* $(,)? }) => {
+        impl<$life $(, $generic)*> $args<$life $(, $generic)*> {
+            $(
+                #[doc = concat!("With [`", stringify!($field), "`](Self#structfield.", stringify!($field), ").")]
+                #[must_use]
+                pub fn $field(mut self, buffer: impl Into<$direction<$life, $element>>) -> Self {
+                    self.$field = Some(buffer.into());
+                    self
+                }
+            )*
+        }
+    };
+}
+
+pub(crate) use {buffers, settings};
