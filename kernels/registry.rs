@@ -3,7 +3,7 @@
 //! `build.rs` renders a PTX module for each entry of [`all`]; `src/` selects entries, and takes launch geometry from the
 //! same values that the template was rendered with. The file is compiled into both, so it depends on nothing but the kinds.
 
-use crate::rules::kinds::{Dtype, Glu, Layout, Score};
+use crate::rules::kinds::{Dtype, Layout, Score};
 
 /// Oldest architecture a variant runs on. `sm_80` PTX is compiled forward by the driver for every later GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -199,6 +199,31 @@ const fn warps_for_experts(max_experts: u32) -> u32 {
     if max_experts <= 1024 { 8 } else { 2 }
 }
 
+/// How the outputs of a product's weight fold into columns of the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Fold {
+    /// One column an output.
+    Plain,
+    /// A column from gate and up, which have an address each.
+    Glu,
+    /// A column from gate and up, which alternate.
+    Iglu,
+}
+
+impl Fold {
+    /// Every form.
+    pub const ALL: [Fold; 3] = [Fold::Plain, Fold::Glu, Fold::Iglu];
+
+    /// The word in kernel names.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Fold::Plain => "plain",
+            Fold::Glu => "glu",
+            Fold::Iglu => "iglu",
+        }
+    }
+}
+
 /// One GEMM for all experts: rows of A by slot, B by the tile's expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gemm {
@@ -207,7 +232,7 @@ pub struct Gemm {
     /// A block's share.
     pub tile: Tile,
     /// How weight outputs fold into columns.
-    pub glu: Glu,
+    pub fold: Fold,
     /// Memory order of the weight.
     pub layout: Layout,
 }
@@ -232,9 +257,9 @@ impl Gemm {
 
     /// Output columns that one block writes: half of `bn` where gate and up fold into one.
     pub const fn out_columns(&self) -> u32 {
-        match self.glu {
-            Glu::None => self.tile.bn,
-            Glu::Split | Glu::Interleaved => self.tile.bn / 2,
+        match self.fold {
+            Fold::Plain => self.tile.bn,
+            Fold::Glu | Fold::Iglu => self.tile.bn / 2,
         }
     }
 }
@@ -430,7 +455,7 @@ impl Kernel {
             }
             Kernel::Dispatch(k) => format!("dispatch_e{}", k.max_experts),
             Kernel::Gemm(k) => {
-                format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.glu.name(), k.layout.name())
+                format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
             Kernel::Combine(k) => format!("combine_{}", k.dtype),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
@@ -579,7 +604,7 @@ impl Kernel {
                 ("warps_m", Int(k.tile.warps_m)),
                 ("warps_n", Int(k.tile.warps_n)),
                 ("stages", Int(k.tile.stages)),
-                ("glu", Text(k.glu.name())),
+                ("glu", Text(k.fold.name())),
                 ("layout", Text(k.layout.name())),
             ],
             Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
@@ -631,9 +656,9 @@ pub fn all() -> Vec<Kernel> {
     }
     for dtype in Dtype::ALL {
         for &tile in Gemm::tiles(dtype) {
-            for glu in Glu::ALL {
+            for fold in Fold::ALL {
                 for layout in Layout::ALL {
-                    kernels.push(Kernel::Gemm(Gemm { dtype, tile, glu, layout }));
+                    kernels.push(Kernel::Gemm(Gemm { dtype, tile, fold, layout }));
                 }
             }
         }

@@ -81,7 +81,7 @@ pub use layer::{LayerArgs, LayerDesc, LayerPlan, LayerWeights};
 pub use rules::kinds::Dtype;
 pub use runtime::buffer::{In, Out};
 pub use runtime::device::{self, DeviceInfo};
-pub use runtime::element::Element;
+pub use runtime::element::{Element, Tensor};
 pub use runtime::error::Error;
 pub use runtime::kernels::{self, Kernels};
 pub use runtime::selection::{Kernel, Selection};

@@ -1,23 +1,23 @@
 //! Matrix products of the experts: one launch for all of them, or one dense product.
 //!
-//! Row `r` of the output belongs to expert `e` (by the tile list; expert 0 when dense) and reads row `slot_token[r]` of `a`
-//! (row `r` without it):
+//! Row `r` of the output belongs to expert `e` (by the dispatch's tiles; expert 0 when dense) and reads row `slot_token[r]` of `a`
+//! (row `r` without a gather):
 //!
 //! `v[n] = row_scale[r] * sum_k a[.,k] * b[e,n,k] + bias[e,n]`
 //!
-//! and `out[r]` is an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
-//! keep a relative error of 1e-5. [`forward_with_dropout`] also drops outputs at random.
+//! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
+//! keep a relative error of 1e-5.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::capacity::dispatch::TileEntry;
-use crate::experts::tiles::{select_tile, tile_of_height};
-use crate::registry::{Gemm, Kernel};
-use crate::rules::Dtype;
-use crate::rules::{Activation, Dropout, Glu, Layout, NoiseSource};
-use crate::rules::{drop_below, keep_scale};
+use super::dispatched::{Dispatched, RowAddresses, SlotShape};
+use super::tiles::{select_tile, tile_of_height};
+use super::weight::{Weight, WeightAddresses, WeightNames};
+use crate::registry::{Fold, Gemm, Kernel};
+use crate::rules::{Activation, Dropout, Dtype, Glu, NoiseSource, WeightDesc, WeightFormat, drop_below, keep_scale};
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::GemmParams;
 use crate::runtime::shape;
@@ -29,97 +29,74 @@ const OPERATION: &str = "gemm";
 const MAX_K: usize = 1 << 23;
 
 /// Most weight outputs per expert, for the same reason where they are contiguous.
-const MAX_B_COLUMNS: usize = 1 << 26;
-
-impl Activation {
-    fn code(self) -> u32 {
-        match self {
-            Activation::Identity => 0,
-            Activation::Relu => 1,
-            Activation::Gelu => 2,
-            Activation::GeluTanh => 3,
-            Activation::Silu => 4,
-            Activation::ClampedSwiglu { .. } => 5,
-        }
-    }
-
-    fn alpha_limit(self) -> (f32, f32) {
-        match self {
-            Activation::ClampedSwiglu { alpha, limit } => (alpha, limit),
-            _ => (0.0, 0.0),
-        }
-    }
-
-    pub(crate) fn check(self, operation: &'static str, argument: &'static str, glu: Glu) -> Result<(), Error> {
-        match (self, glu) {
-            (Activation::Identity, Glu::Split | Glu::Interleaved) => {
-                Err(Error::unsupported(operation, argument, "a gated unit needs an activation", "Activation::Identity"))
-            }
-            (Activation::ClampedSwiglu { .. }, Glu::None) => Err(Error::unsupported(
-                operation,
-                argument,
-                "clamped SwiGLU needs a gated unit, Glu::Split or Glu::Interleaved",
-                "Activation::ClampedSwiglu",
-            )),
-            (Activation::ClampedSwiglu { alpha, limit }, _) if !alpha.is_finite() || limit.is_nan() || limit < 0.0 => {
-                Err(Error::invalid(
-                    operation,
-                    argument,
-                    "a finite alpha and a limit of at least 0",
-                    format!("{self:?}"),
-                ))
-            }
-            _ => Ok(()),
-        }
-    }
-}
+const MAX_B_OUTPUTS: usize = 1 << 26;
 
 /// Which rows go to which expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Schedule {
-    /// All rows to one matrix: a shared expert, a plain linear layer.
-    Dense,
-    /// By the tile list of a dispatch.
-    Grouped {
-        /// Rows of a tile, as the dispatch had it.
-        tile_m: usize,
-        /// Entries that the list may have ([`crate::capacity::dispatch::DispatchDesc::max_tiles`]).
-        max_tiles: usize,
-    },
+#[non_exhaustive]
+pub enum Rows {
+    /// So many rows, all to one matrix: a shared expert, a plain linear layer.
+    Dense(usize),
+    /// The rows of a dispatch of this shape.
+    Grouped(SlotShape),
+}
+
+impl Rows {
+    /// Rows of the output.
+    pub fn count(&self) -> usize {
+        match self {
+            Rows::Dense(rows) => *rows,
+            Rows::Grouped(shape) => shape.slots,
+        }
+    }
+
+    /// Experts that have a matrix.
+    pub fn experts(&self) -> usize {
+        match self {
+            Rows::Dense(_) => 1,
+            Rows::Grouped(shape) => shape.experts,
+        }
+    }
 }
 
 /// Shapes and type of a product.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct GemmDesc {
-    /// Type of `a`, `b`, `bias` and `out`.
+    /// Type of `a` and `out`.
     pub dtype: Dtype,
-    /// Rows of `out` and of `slot_token`.
-    pub rows: usize,
-    /// Rows of `a`: the number of tokens where `slot_token` gathers, else `rows`.
-    pub a_rows: usize,
-    /// Experts `E`; 1 when dense.
-    pub experts: usize,
+    /// Which rows go to which expert.
+    pub rows: Rows,
+    /// Whether a row reads its token's row of `a`, else its own.
+    pub gather: bool,
     /// Columns `N` of `out`, a multiple of 8.
     pub n: usize,
     /// Columns `K` of `a`, a multiple of 8.
     pub k: usize,
-    /// How the weight's outputs fold into columns of `out`.
-    pub glu: Glu,
+    /// Form of the weight.
+    pub weight: WeightDesc,
     /// What is applied to the product.
     pub activation: Activation,
-    /// How `b` lies in memory.
-    pub layout: Layout,
-    /// Which rows go to which expert.
-    pub schedule: Schedule,
 }
 
 impl GemmDesc {
-    /// Weight outputs per expert: `N`, or `2 N` with a gated unit.
-    pub fn b_columns(&self) -> usize {
-        match self.glu {
-            Glu::None => self.n,
-            Glu::Split | Glu::Interleaved => 2 * self.n,
+    /// `out [rows, N] = a [rows, K] b^T`, nothing else, with a weight `[E, N, K]` of the same type.
+    pub const fn new(dtype: Dtype, rows: Rows, n: usize, k: usize) -> GemmDesc {
+        let weight = WeightDesc::new(dtype);
+        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity }
+    }
+
+    /// Rows of `a`.
+    pub fn a_rows(&self) -> usize {
+        match self.rows {
+            Rows::Grouped(shape) if self.gather => shape.tokens,
+            rows => rows.count(),
         }
+    }
+
+    /// Outputs of one tensor of the weight.
+    pub(crate) fn b_outputs(&self) -> usize {
+        self.weight.outputs(self.n)
     }
 
     /// Checks all that can be checked without buffers.
@@ -127,62 +104,124 @@ impl GemmDesc {
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
-        shape::size(OPERATION, "rows", self.rows)?;
-        shape::size(OPERATION, "a_rows", self.a_rows)?;
-        shape::experts(OPERATION, self.experts)?;
-        shape::multiple_of_8(OPERATION, "n", self.n)?;
-        shape::multiple_of_8(OPERATION, "k", self.k)?;
-        shape::size(OPERATION, "n", self.b_columns())?;
-        for (argument, value, limit) in [("k", self.k, MAX_K), ("n", self.b_columns(), MAX_B_COLUMNS)] {
+        self.check(OPERATION)
+    }
+
+    fn check(&self, operation: &'static str) -> Result<(), Error> {
+        match &self.rows {
+            Rows::Dense(rows) => shape::size(operation, "rows", *rows).map(drop)?,
+            Rows::Grouped(shape) => shape.validate(operation)?,
+        }
+        if self.gather && matches!(self.rows, Rows::Dense(_)) {
+            return Err(Error::invalid(operation, "gather", "false for dense rows", true));
+        }
+        shape::multiple_of_8(operation, "n", self.n)?;
+        shape::multiple_of_8(operation, "k", self.k)?;
+        let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
+        for (argument, value, limit) in [("k", self.k, MAX_K), ("n", outputs, MAX_B_OUTPUTS)] {
             if value > limit {
                 let (value, limit) = (value.to_string(), limit as u64);
-                return Err(Error::Overflow { operation: OPERATION, argument, value, limit });
+                return Err(Error::Overflow { operation, argument, value, limit });
             }
         }
-        shape::product(OPERATION, "a", &[self.a_rows, self.k])?;
-        shape::product(OPERATION, "b", &[self.experts, self.b_columns(), self.k])?;
-        shape::product(OPERATION, "out", &[self.rows, self.n])?;
-        self.activation.check(OPERATION, "activation", self.glu)?;
-        match self.schedule {
-            Schedule::Dense if self.experts != 1 => {
-                Err(Error::invalid(OPERATION, "experts", "1 with Schedule::Dense", self.experts))
-            }
-            Schedule::Dense => Ok(()),
-            Schedule::Grouped { tile_m, max_tiles } => {
-                shape::positive(OPERATION, "tile_m", tile_m)?;
-                shape::size(OPERATION, "max_tiles", max_tiles)?;
-                Ok(())
-            }
+        shape::product(operation, "a", &[self.a_rows(), self.k])?;
+        shape::product(operation, "weight", &[self.rows.experts(), self.b_outputs(), self.k])?;
+        shape::product(operation, "out", &[self.rows.count(), self.n])?;
+        let WeightFormat::Plain(weight) = self.weight.format;
+        if weight != self.dtype {
+            let supported = format!("the type of a ({})", self.dtype);
+            return Err(Error::unsupported(operation, "weight.format", supported, weight));
         }
+        check_activation(operation, "activation", self.activation, self.weight.glu)
+    }
+}
+
+settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation });
+
+/// Whether an activation goes with the presence of a gate.
+pub(crate) fn check_activation(
+    operation: &'static str,
+    argument: &'static str,
+    activation: Activation,
+    glu: Glu,
+) -> Result<(), Error> {
+    match activation {
+        Activation::Identity if glu.is_gated() => {
+            Err(Error::unsupported(operation, argument, "a gated unit needs an activation", "Activation::Identity"))
+        }
+        Activation::ClampedSwiglu { .. } if !glu.is_gated() => Err(Error::unsupported(
+            operation,
+            argument,
+            "clamped SwiGLU needs a gated unit",
+            "Activation::ClampedSwiglu",
+        )),
+        Activation::ClampedSwiglu { alpha, limit } if !alpha.is_finite() || limit.is_nan() || limit < 0.0 => {
+            let expected = "a finite alpha and a limit of at least 0";
+            Err(Error::invalid(operation, argument, expected, format!("{activation:?}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The kernel's number of an activation.
+fn code(activation: Activation) -> u32 {
+    match activation {
+        Activation::Identity => 0,
+        Activation::Relu => 1,
+        Activation::Gelu => 2,
+        Activation::GeluTanh => 3,
+        Activation::Silu => 4,
+        Activation::ClampedSwiglu { .. } => 5,
     }
 }
 
 /// Buffers of a product.
+#[non_exhaustive]
 pub struct GemmArgs<'a, T> {
-    /// `[a_rows, K]`.
+    /// `[a_rows, K]` ([`GemmDesc::a_rows`]).
     pub a: In<'a, T>,
-    /// `[E, Nb, K]` ([`Layout::Nk`]) or `[E, K, Nb]` ([`Layout::Kn`]), with `Nb` = [`GemmDesc::b_columns`].
-    pub b: In<'a, T>,
-    /// `[E, Nb]`, in the order of the weight's outputs.
-    pub bias: Option<In<'a, T>>,
-    /// `[rows]`: the row of `a` that each output row reads. Entries of rows in the tile list must be in `0..a_rows`.
-    pub slot_token: Option<In<'a, i32>>,
+    /// `b` and its bias.
+    pub weight: Weight<'a>,
+    /// The dispatch whose rows these are; exactly with [`Rows::Grouped`], and of the same shape.
+    pub dispatched: Option<&'a Dispatched>,
     /// `[rows]`: factor of each row's product, before the bias (Llama 4 scales the expert's input).
     pub row_scale: Option<In<'a, f32>>,
-    /// The tile list as dispatch wrote it; exactly with [`Schedule::Grouped`].
-    pub tiles: Option<Tiles<'a>>,
+    /// `[rows]`: factor of each row of the result.
+    pub out_scale: Option<In<'a, f32>>,
+    /// Drops some of the result, before `out_scale`: [`crate::reference::gemm::dropout`].
+    pub dropout: Option<Dropout>,
     /// `[rows, N]`. Rows that no tile covers are left as they are.
     pub out: Out<'a, T>,
 }
 
-/// A tile list to read.
-#[derive(Clone, Copy)]
-pub struct Tiles<'a> {
-    /// `[max_tiles]`.
-    pub tiles: In<'a, TileEntry>,
-    /// `[1]`.
-    pub num_tiles: In<'a, i32>,
+impl<'a, T> GemmArgs<'a, T> {
+    /// A dense product.
+    pub fn new(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, T>>) -> GemmArgs<'a, T> {
+        GemmArgs {
+            a: a.into(),
+            weight,
+            dispatched: None,
+            row_scale: None,
+            out_scale: None,
+            dropout: None,
+            out: out.into(),
+        }
+    }
+
+    /// By the rows of a dispatch.
+    #[must_use]
+    pub fn dispatched(self, dispatched: &'a Dispatched) -> GemmArgs<'a, T> {
+        GemmArgs { dispatched: Some(dispatched), ..self }
+    }
+
+    /// With dropout inside the experts.
+    #[must_use]
+    pub fn dropout(self, dropout: Dropout) -> GemmArgs<'a, T> {
+        GemmArgs { dropout: Some(dropout), ..self }
+    }
 }
+
+buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32> });
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
 const BAND: usize = 8;
@@ -193,18 +232,32 @@ const BAND: usize = 8;
 /// Those of [`GemmDesc::validate`]; [`Error::Unsupported`] for a tile height without a kernel, or a device with too little
 /// shared memory; [`Error::Overflow`] for a grid past the device's limit.
 pub fn select(desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> {
-    desc.validate()?;
-    let (tile, tiles) = match desc.schedule {
-        Schedule::Dense => {
-            let tile = select_tile(desc.dtype, desc.rows, 1, device)?;
-            (tile, desc.rows.div_ceil(tile.bm as usize))
+    select_for(OPERATION, desc, device)
+}
+
+/// [`select`] on behalf of `operation`.
+pub(crate) fn select_for(
+    operation: &'static str,
+    desc: &GemmDesc,
+    device: &DeviceInfo,
+) -> Result<Selection, Error> {
+    desc.check(operation)?;
+    let (tile, tiles) = match &desc.rows {
+        Rows::Dense(rows) => {
+            let tile = select_tile(desc.dtype, *rows, 1, device)?;
+            (tile, rows.div_ceil(tile.bm as usize))
         }
-        Schedule::Grouped { tile_m, max_tiles } => (tile_of_height(desc.dtype, tile_m, device)?, max_tiles),
+        Rows::Grouped(shape) => (tile_of_height(desc.dtype, shape.tile_m, device)?, shape.max_tiles),
     };
-    let gemm = Gemm { dtype: desc.dtype, tile, glu: desc.glu, layout: desc.layout };
+    let fold = match desc.weight.glu {
+        Glu::None => Fold::Plain,
+        Glu::Split | Glu::UpFirst | Glu::Apart => Fold::Glu,
+        Glu::Interleaved => Fold::Iglu,
+    };
+    let gemm = Gemm { dtype: desc.dtype, tile, fold, layout: desc.weight.layout };
     let columns = desc.n.div_ceil(gemm.out_columns() as usize);
     let blocks = (tiles.next_multiple_of(BAND) as u64).saturating_mul(columns as u64);
-    let blocks = shape::grid_x(OPERATION, "n", blocks)?;
+    let blocks = shape::grid_x(operation, "n", blocks)?;
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
 }
 
@@ -213,102 +266,73 @@ pub fn select(desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> 
 /// With no rows or no tiles nothing is launched.
 ///
 /// # Errors
-/// Those of [`select`]; [`Error::Missing`] or [`Error::Unexpected`] for a tile list against the schedule; those of a buffer:
-/// [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the
-/// driver.
+/// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, and for a
+/// dropout's probability outside its range; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
+/// [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
     desc: &GemmDesc,
     args: GemmArgs<'_, T>,
 ) -> Result<(), Error> {
-    run(kernels, stream, desc, args, None)
-}
-
-/// Computes `out` and drops some of it, after the activation: [`crate::reference::gemm::dropout`].
-///
-/// # Errors
-/// Those of [`forward`]; [`Error::Invalid`] for a probability outside its range.
-pub fn forward_with_dropout<T: Element>(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &GemmDesc,
-    args: GemmArgs<'_, T>,
-    dropout: Dropout,
-) -> Result<(), Error> {
-    if !(0.0..1.0).contains(&dropout.probability) {
-        let expected = "from 0 to below 1";
-        return Err(Error::invalid(OPERATION, "dropout.probability", expected, dropout.probability));
-    }
-    run(kernels, stream, desc, args, Some(dropout))
-}
-
-fn run<T: Element>(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &GemmDesc,
-    args: GemmArgs<'_, T>,
-    dropout: Option<Dropout>,
-) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<T>("a", desc.dtype)?;
-    check_arguments(desc, &args)?;
-    if desc.rows == 0 || selection.grid[0] == 0 {
+    check_dispatched(desc, args.dispatched)?;
+    if let Some(dropout) = args.dropout {
+        check_dropout(OPERATION, &dropout)?;
+    }
+    if desc.rows.count() == 0 || selection.grid[0] == 0 {
         return Ok(());
     }
-    let a = scope.read("a", args.a, desc.a_rows * desc.k, VECTOR)?;
-    let b = scope.read("b", args.b, desc.experts * desc.b_columns() * desc.k, VECTOR)?;
-    let bias = scope.read_some("bias", args.bias, desc.experts * desc.b_columns(), VECTOR)?;
-    let slot_token = scope.read_some("slot_token", args.slot_token, desc.rows, SCALAR)?;
-    let row_scale = scope.read_some("row_scale", args.row_scale, desc.rows, SCALAR)?;
-    let max_tiles = match desc.schedule {
-        Schedule::Dense => 0,
-        Schedule::Grouped { max_tiles, .. } => max_tiles,
-    };
-    let tiles = scope.read_some("tiles", args.tiles.map(|list| list.tiles), max_tiles, VECTOR)?;
-    let num_tiles = scope.read_some("num_tiles", args.tiles.map(|list| list.num_tiles), 1, SCALAR)?;
-    let out = scope.write("out", args.out, desc.rows * desc.n, VECTOR)?;
-    let addresses = Addresses {
+    let rows = desc.rows.count();
+    let a = scope.read("a", args.a, desc.a_rows() * desc.k, VECTOR)?;
+    let names = WeightNames { matrix: "weight", bias: "weight.bias", up: "weight.up", up_bias: "weight.up_bias" };
+    let weight = args.weight.open(&scope, names, &desc.weight, [desc.rows.experts(), desc.n, desc.k])?;
+    let dispatched = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
+    let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
+    let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
+    let out = scope.write("out", args.out, rows * desc.n, VECTOR)?;
+    let at = Addresses {
         a: a.address(),
-        b: b.address(),
-        bias: optional(&bias),
+        weight: weight.addresses(),
         out: out.address(),
-        slot_token: optional(&slot_token),
+        rows: dispatched.as_ref().map(|dispatched| dispatched.addresses()),
         row_scale: optional(&row_scale),
-        tiles: optional(&tiles),
-        num_tiles: optional(&num_tiles),
+        out_scale: optional(&out_scale),
     };
-    scope.launch(&selection, params(desc, addresses, dropout))
+    enqueue(&scope, desc, &selection, at, args.dropout)
 }
 
-fn check_arguments<T>(desc: &GemmDesc, args: &GemmArgs<'_, T>) -> Result<(), Error> {
-    let (operation, argument) = (OPERATION, "tiles");
-    match (desc.schedule, args.tiles.is_some()) {
-        (Schedule::Grouped { .. }, false) => {
-            return Err(Error::Missing { operation, argument, reason: "the schedule is Grouped" });
+fn check_dispatched(desc: &GemmDesc, dispatched: Option<&Dispatched>) -> Result<(), Error> {
+    let (operation, argument) = (OPERATION, "dispatched");
+    match (&desc.rows, dispatched) {
+        (Rows::Grouped(_), None) => Err(Error::Missing { operation, argument, reason: "the rows are Grouped" }),
+        (Rows::Dense(_), Some(_)) => Err(Error::Unexpected { operation, argument, reason: "the rows are Dense" }),
+        (Rows::Grouped(shape), Some(dispatched)) if dispatched.shape() != shape => {
+            let got = format!("{:?}", dispatched.shape());
+            Err(Error::invalid(operation, argument, format!("a dispatch of {shape:?}"), got))
         }
-        (Schedule::Dense, true) => {
-            return Err(Error::Unexpected { operation, argument, reason: "the schedule is Dense" });
-        }
-        _ => {}
+        _ => Ok(()),
     }
-    if args.slot_token.is_none() && desc.a_rows < desc.rows {
-        let expected = format!("at least rows = {} without slot_token", desc.rows);
-        return Err(Error::invalid(OPERATION, "a_rows", expected, desc.a_rows));
+}
+
+pub(crate) fn check_dropout(operation: &'static str, dropout: &Dropout) -> Result<(), Error> {
+    if !(0.0..1.0).contains(&dropout.probability) {
+        return Err(Error::invalid(operation, "dropout.probability", "from 0 to below 1", dropout.probability));
     }
     Ok(())
 }
 
+/// What a product reads and writes.
 pub(crate) struct Addresses<'a> {
     pub(crate) a: Address<'a>,
-    pub(crate) b: Address<'a>,
-    pub(crate) bias: Option<Address<'a>>,
+    pub(crate) weight: WeightAddresses<'a>,
     pub(crate) out: Address<'a>,
-    pub(crate) slot_token: Option<Address<'a>>,
+    /// Exactly with [`Rows::Grouped`].
+    pub(crate) rows: Option<RowAddresses<'a>>,
     pub(crate) row_scale: Option<Address<'a>>,
-    pub(crate) tiles: Option<Address<'a>>,
-    pub(crate) num_tiles: Option<Address<'a>>,
+    pub(crate) out_scale: Option<Address<'a>>,
 }
 
 pub(crate) fn enqueue(
@@ -316,61 +340,61 @@ pub(crate) fn enqueue(
     desc: &GemmDesc,
     selection: &Selection,
     at: Addresses<'_>,
+    dropout: Option<Dropout>,
 ) -> Result<(), Error> {
-    scope.launch(selection, params(desc, at, None))
-}
-
-fn params<'a>(desc: &GemmDesc, at: Addresses<'a>, dropout: Option<Dropout>) -> GemmParams<'a> {
-    let (alpha, limit) = desc.activation.alpha_limit();
+    let (alpha, limit) = match desc.activation {
+        Activation::ClampedSwiglu { alpha, limit } => (alpha, limit),
+        _ => (0.0, 0.0),
+    };
     let Dropout { probability, noise } = dropout.unwrap_or(Dropout { probability: 0.0, noise: NoiseSource::default() });
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
-    GemmParams {
-        a: at.a.into(),
-        b: at.b.into(),
-        bias: at.bias.into(),
-        out: at.out.into(),
-        slot_token: at.slot_token.into(),
-        row_scale: at.row_scale.into(),
-        tiles: at.tiles.into(),
-        num_tiles: at.num_tiles.into(),
-        m: desc.rows as u32,
-        n: desc.n as u32,
-        k: desc.k as u32,
-        activation: desc.activation.code(),
-        alpha,
-        limit,
-        drop_below: drop_below(probability),
-        keep_scale: keep_scale(probability),
-        seed_lo,
-        seed_hi,
-        offset_lo,
-        offset_hi,
-    }
+    let WeightAddresses { b, b_up, bias, bias_up } = at.weight;
+    scope.launch(
+        selection,
+        GemmParams {
+            a: at.a.into(),
+            b: b.into(),
+            b_up: b_up.into(),
+            bias: bias.into(),
+            bias_up: bias_up.into(),
+            out: at.out.into(),
+            slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
+            row_scale: at.row_scale.into(),
+            out_scale: at.out_scale.into(),
+            tiles: at.rows.map(|rows| rows.tiles).into(),
+            num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
+            m: desc.rows.count() as u32,
+            n: desc.n as u32,
+            k: desc.k as u32,
+            b_outputs: desc.b_outputs() as u32,
+            activation: code(desc.activation),
+            alpha,
+            limit,
+            drop_below: drop_below(probability),
+            keep_scale: keep_scale(probability),
+            seed_lo,
+            seed_hi,
+            offset_lo,
+            offset_hi,
+        },
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
     use crate::runtime::device::A100;
 
+    fn swiglu() -> WeightDesc {
+        WeightDesc::new(Dtype::Bf16).glu(Glu::Split)
+    }
+
     fn dense() -> GemmDesc {
-        GemmDesc {
-            dtype: Dtype::Bf16,
-            rows: 100,
-            a_rows: 100,
-            experts: 1,
-            n: 72,
-            k: 64,
-            glu: Glu::Split,
-            activation: Activation::Silu,
-            layout: Layout::Nk,
-            schedule: Schedule::Dense,
-        }
+        GemmDesc::new(Dtype::Bf16, Rows::Dense(100), 72, 64).weight(swiglu()).activation(Activation::Silu)
     }
 
     fn grouped(tile_m: usize, max_tiles: usize) -> GemmDesc {
-        GemmDesc { experts: 8, schedule: Schedule::Grouped { tile_m, max_tiles }, ..dense() }
+        GemmDesc { rows: Rows::Grouped(SlotShape::new(100, 8, Some(1), 100, tile_m, max_tiles)), ..dense() }
     }
 
     #[test]
@@ -382,17 +406,19 @@ mod tests {
         assert_eq!(fault(GemmDesc { n: 1 << 30, ..dense() }), "n");
         assert_eq!(fault(GemmDesc { k: 0, ..dense() }), "k");
         assert_eq!(fault(GemmDesc { k: (1 << 23) + 8, ..dense() }), "k");
-        assert_eq!(fault(GemmDesc { experts: 2, ..dense() }), "experts");
-        assert_eq!(fault(GemmDesc { rows: 1 << 32, ..dense() }), "rows");
-        assert_eq!(fault(GemmDesc { activation: Activation::Identity, ..dense() }), "activation");
+        assert_eq!(fault(GemmDesc { rows: Rows::Dense(1 << 32), ..dense() }), "rows");
+        assert_eq!(fault(dense().gather(true)), "gather");
+        assert_eq!(fault(dense().activation(Activation::Identity)), "activation");
+        assert_eq!(fault(dense().weight(WeightDesc::new(Dtype::F16).glu(Glu::Split))), "weight.format");
         let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
-        assert_eq!(fault(GemmDesc { activation: clamped, glu: Glu::None, ..dense() }), "activation");
+        assert_eq!(fault(dense().activation(clamped).weight(WeightDesc::new(Dtype::Bf16))), "activation");
         let negative = Activation::ClampedSwiglu { alpha: 1.702, limit: -1.0 };
-        assert_eq!(fault(GemmDesc { activation: negative, ..dense() }), "activation");
+        assert_eq!(fault(dense().activation(negative)), "activation");
         assert_eq!(fault(grouped(63, 10)), "tile_m");
-        assert_eq!(fault(grouped(0, 10)), "tile_m");
+        assert_eq!(fault(grouped(0, 10)), "rows.tile_m");
         assert_eq!(fault(GemmDesc { n: 1 << 20, ..grouped(64, 1 << 28) }), "n");
-        assert_eq!(fault(GemmDesc { experts: 4096, n: 1 << 25, k: 1 << 23, ..grouped(64, 1) }), "b");
+        let huge = Rows::Grouped(SlotShape::new(1, 4096, Some(1), 1, 64, 1));
+        assert_eq!(fault(GemmDesc { rows: huge, n: 1 << 25, k: 1 << 23, ..dense() }), "weight");
     }
 
     #[test]
@@ -400,6 +426,6 @@ mod tests {
         let columns = 72_u32.div_ceil(64);
         assert_eq!(select(&grouped(64, 9), &A100).unwrap().grid, [16 * columns, 1, 1]);
         assert_eq!(select(&grouped(64, 0), &A100).unwrap().grid, [0, 1, 1]);
-        assert_eq!(select(&GemmDesc { rows: 1, ..dense() }, &A100).unwrap().grid, [8 * columns, 1, 1]);
+        assert_eq!(select(&GemmDesc { rows: Rows::Dense(1), ..dense() }, &A100).unwrap().grid, [8 * columns, 1, 1]);
     }
 }

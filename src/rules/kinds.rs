@@ -66,28 +66,29 @@ impl Score {
     }
 }
 
-/// What the first expert matrix yields per intermediate column.
+/// Where gate and up of a gated linear unit lie in the weights of an expert's first product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Glu {
-    /// One value: `act(a W)`, or a plain product.
+    /// No gate: `act(a W)`, or a plain product.
     None,
-    /// Gate in the first half of the output rows, up in the second: `w_gate_up [E,2I,H]`.
+    /// One tensor, gate's outputs before up's: `w_gate_up [E,2I,H]` (most models).
     Split,
-    /// Gate and up alternate (gpt-oss): row `2i` is gate `i`, row `2i+1` is up `i`.
+    /// One tensor, up's outputs before gate's.
+    UpFirst,
+    /// One tensor, gate and up alternate: output `2i` is gate `i`, output `2i+1` is up `i` (gpt-oss).
     Interleaved,
+    /// Two tensors, each `[E,I,H]`.
+    Apart,
 }
 
 impl Glu {
     /// Every form.
-    pub const ALL: [Glu; 3] = [Glu::None, Glu::Split, Glu::Interleaved];
+    pub const ALL: [Glu; 5] = [Glu::None, Glu::Split, Glu::UpFirst, Glu::Interleaved, Glu::Apart];
 
-    /// The word in kernel names.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Glu::None => "plain",
-            Glu::Split => "glu",
-            Glu::Interleaved => "iglu",
-        }
+    /// Whether there is a gate.
+    pub const fn is_gated(self) -> bool {
+        !matches!(self, Glu::None)
     }
 }
 

@@ -9,6 +9,7 @@ mod gating;
 pub(crate) mod kinds;
 pub mod noise;
 mod routing;
+mod weight;
 
 pub use activation::Activation;
 pub use balance::{BalanceRule, LossScore};
@@ -20,4 +21,5 @@ pub use gating::{Gating, GroupScore, Groups};
 pub use kinds::{Dtype, Glu, Layout, Score};
 pub use noise::NoiseSource;
 pub(crate) use routing::units;
+pub use weight::{WeightDesc, WeightFormat};
 pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule};

@@ -1,7 +1,8 @@
 //! Element types of activations and weights.
 
-use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
+use cudarc::driver::{CudaSlice, CudaView, DeviceRepr, ValidAsZeroBits};
 
+use super::buffer::In;
 use crate::rules::Dtype;
 
 mod sealed {
@@ -23,6 +24,10 @@ pub trait Element: sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Defaul
 
     /// Exact.
     fn to_f32(self) -> f32;
+
+    /// The buffer with its type as a value.
+    #[doc(hidden)]
+    fn tensor(buffer: In<'_, Self>) -> Tensor<'_>;
 }
 
 impl Element for half::bf16 {
@@ -34,6 +39,10 @@ impl Element for half::bf16 {
 
     fn to_f32(self) -> f32 {
         self.to_f32()
+    }
+
+    fn tensor(buffer: In<'_, Self>) -> Tensor<'_> {
+        Tensor::Bf16(buffer)
     }
 }
 
@@ -47,6 +56,10 @@ impl Element for half::f16 {
     fn to_f32(self) -> f32 {
         self.to_f32()
     }
+
+    fn tensor(buffer: In<'_, Self>) -> Tensor<'_> {
+        Tensor::F16(buffer)
+    }
 }
 
 impl Element for f32 {
@@ -58,5 +71,50 @@ impl Element for f32 {
 
     fn to_f32(self) -> f32 {
         self
+    }
+
+    fn tensor(buffer: In<'_, Self>) -> Tensor<'_> {
+        Tensor::F32(buffer)
+    }
+}
+
+/// A buffer of a weight, whose type is a value: made with `From` of what [`In`] is made of.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub enum Tensor<'a> {
+    /// bfloat16.
+    Bf16(In<'a, half::bf16>),
+    /// IEEE half precision.
+    F16(In<'a, half::f16>),
+    /// IEEE single precision.
+    F32(In<'a, f32>),
+}
+
+impl Tensor<'_> {
+    /// Type of the elements.
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            Tensor::Bf16(_) => Dtype::Bf16,
+            Tensor::F16(_) => Dtype::F16,
+            Tensor::F32(_) => Dtype::F32,
+        }
+    }
+}
+
+impl<'a, T: Element> From<In<'a, T>> for Tensor<'a> {
+    fn from(buffer: In<'a, T>) -> Self {
+        T::tensor(buffer)
+    }
+}
+
+impl<'a, T: Element> From<&'a CudaSlice<T>> for Tensor<'a> {
+    fn from(buffer: &'a CudaSlice<T>) -> Self {
+        T::tensor(buffer.into())
+    }
+}
+
+impl<'a, T: Element> From<&'a CudaView<'_, T>> for Tensor<'a> {
+    fn from(buffer: &'a CudaView<'_, T>) -> Self {
+        T::tensor(buffer.into())
     }
 }

@@ -16,7 +16,7 @@ use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, DriverError, SyncOnDro
 use super::buffer::{In, Out, Sink, Source};
 use super::embedded::Embedded;
 use super::params::Params;
-use crate::{DeviceInfo, Element, Error, Kernels, Selection};
+use crate::{DeviceInfo, Element, Error, Kernels, Selection, Tensor};
 
 /// Alignment of matrices in bytes: kernels move 16 bytes at a time.
 pub(crate) const VECTOR: u64 = 16;
@@ -142,6 +142,29 @@ impl<'a> Scope<'a> {
         };
         self.check_alignment(argument, value, alignment)?;
         Ok(Held { value, _access: access })
+    }
+
+    /// [`Scope::read`] of a weight's buffer, whose type must be `expected`.
+    pub(crate) fn read_tensor<'b>(
+        &self,
+        argument: &'static str,
+        tensor: Tensor<'b>,
+        expected: crate::rules::Dtype,
+        needed: usize,
+        alignment: u64,
+    ) -> Result<Held<'b>, Error>
+    where
+        'a: 'b,
+    {
+        let got = tensor.dtype();
+        if got != expected {
+            return Err(Error::WrongDtype { operation: self.operation, argument, expected, got });
+        }
+        match tensor {
+            Tensor::Bf16(buffer) => self.read(argument, buffer, needed, alignment),
+            Tensor::F16(buffer) => self.read(argument, buffer, needed, alignment),
+            Tensor::F32(buffer) => self.read(argument, buffer, needed, alignment),
+        }
     }
 
     /// [`Scope::read`] of a buffer that may be absent.
