@@ -15,10 +15,9 @@ use cudarc::driver::CudaStream;
 
 use crate::experts::tiles::max_tiles;
 use crate::registry::{Dispatch, Kernel};
-use crate::routers::gating::{self, GatingDesc, Routing};
-use crate::rules::{Capacity, Gating, Score};
+use crate::rules::Capacity;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
-use crate::runtime::params::{DispatchParams, GatingDispatchParams};
+use crate::runtime::params::DispatchParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
@@ -149,30 +148,18 @@ pub struct DispatchArgs<'a> {
     pub workspace: &'a mut Workspace,
 }
 
-/// Buffers of gating and dispatch in one launch.
-pub struct GateDispatchArgs<'a> {
-    /// `[T, E]`.
-    pub logits: In<'a, f32>,
-    /// `[E]`; see [`gating::GatingArgs`].
-    pub correction_bias: Option<In<'a, f32>>,
-    /// `[T, k]`, written.
-    pub ids: Out<'a, i32>,
-    /// `[T, k]`, written.
-    pub weights: Out<'a, f32>,
-    /// What dispatch writes.
-    pub outputs: DispatchOutputs<'a>,
-    /// At least [`workspace_bytes`].
-    pub workspace: &'a mut Workspace,
-}
-
-/// Workspace of [`forward`] and [`gate_and_dispatch`] in bytes.
+/// Workspace of [`forward`] in bytes.
 ///
 /// # Errors
 /// Those of [`DispatchDesc::validate`].
 pub fn workspace_bytes(desc: &DispatchDesc, device: &DeviceInfo) -> Result<usize, Error> {
     desc.validate()?;
-    let blocks = dispatch_blocks(desc, device).max(gate_blocks(desc, device));
-    Ok(BARRIER_HEADER + blocks as usize * desc.experts * size_of::<i32>())
+    Ok(barrier_bytes(desc, dispatch_blocks(desc, device)))
+}
+
+/// A barrier, and the counters of each block.
+pub(crate) fn barrier_bytes(desc: &DispatchDesc, blocks: u32) -> usize {
+    BARRIER_HEADER + blocks as usize * desc.experts * size_of::<i32>()
 }
 
 /// The dispatch kernel for the number of experts.
@@ -182,16 +169,9 @@ fn kernel(desc: &DispatchDesc) -> Dispatch {
     Dispatch { max_experts: Dispatch::MAX_EXPERTS.into_iter().find(fits).unwrap_or(largest) }
 }
 
-/// Blocks of dispatch alone: about 105 instructions for 32 slots.
+/// Blocks of dispatch: about 105 instructions for 32 slots.
 fn dispatch_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
     blocks(desc, kernel(desc).warps(), 105 * desc.top_k as u64 / 32, device)
-}
-
-/// Blocks of gating with dispatch. The instructions of a token are those that the gate kernel's header states.
-fn gate_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    let gate = gating::kernel(Score::Softmax, desc.experts, true);
-    let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
-    blocks(desc, gate.warps(), work, device)
 }
 
 /// Blocks of `warps` warps that share the tokens, `work` instructions each.
@@ -201,7 +181,7 @@ fn gate_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
 /// half of a block's warps). More blocks shorten the first pass, of `work T / (P warps)` instructions, and lengthen the
 /// second, where each block adds up the counters of all blocks, `4 P E` bytes at about 64 a clock: the sum is least at
 /// `P = sqrt(16 work T / (warps E))`.
-fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &DeviceInfo) -> u32 {
+pub(crate) fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &DeviceInfo) -> u32 {
     if !device.cooperative_launch {
         return 1;
     }
@@ -215,7 +195,7 @@ fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &DeviceInfo) -> u3
     (balanced.min(most.into()) as u32).max(1)
 }
 
-/// Chooses kernel and grid of [`forward`].
+/// Chooses kernel and grid.
 ///
 /// # Errors
 /// Those of [`DispatchDesc::validate`].
@@ -223,18 +203,6 @@ pub fn select(desc: &DispatchDesc, device: &DeviceInfo) -> Result<Selection, Err
     desc.validate()?;
     let blocks = dispatch_blocks(desc, device);
     Ok(Selection::cooperative(Kernel::Dispatch(kernel(desc)), blocks))
-}
-
-/// Chooses kernel and grid of [`gate_and_dispatch`].
-///
-/// # Errors
-/// Those of [`DispatchDesc::validate`] and [`GatingDesc::validate`].
-pub fn select_fused(gating: &Gating, desc: &DispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
-    desc.validate()?;
-    gating_desc(gating, desc).validate()?;
-    let gate = gating::kernel(gating.score, desc.experts, true);
-    let blocks = gate_blocks(desc, device);
-    Ok(Selection::cooperative(Kernel::Gating(gate), blocks))
 }
 
 /// Sorts the slots of given ids.
@@ -302,39 +270,6 @@ pub(crate) fn enqueue(
     )
 }
 
-/// Chooses experts and sorts the slots, in one launch: [`gating::forward`] followed by [`forward`].
-///
-/// # Errors
-/// Those of both.
-pub fn gate_and_dispatch(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    gating: &Gating,
-    desc: &DispatchDesc,
-    args: GateDispatchArgs<'_>,
-) -> Result<(), Error> {
-    let selection = select_fused(gating, desc, kernels.device())?;
-    let scope = Scope::begin(OPERATION, kernels, stream)?;
-    let outputs = HeldOutputs::open(&scope, desc, args.outputs)?;
-    if desc.tokens == 0 {
-        return outputs.zero(&scope, desc);
-    }
-    let choices = desc.tokens * desc.top_k;
-    let logits = scope.read("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
-    gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
-    let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, VECTOR)?;
-    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
-    let weights = scope.write("weights", args.weights, choices, SCALAR)?;
-    let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
-    let routing = Routing {
-        logits: logits.address(),
-        correction_bias: optional(&bias),
-        ids: ids.address(),
-        weights: weights.address(),
-    };
-    enqueue_fused(&scope, gating, desc, &selection, routing, outputs.addresses(), workspace.address())
-}
-
 /// What dispatch writes.
 pub(crate) struct Outputs<'a> {
     pub(crate) counts: Address<'a>,
@@ -346,52 +281,8 @@ pub(crate) struct Outputs<'a> {
     pub(crate) num_tiles: Option<Address<'a>>,
 }
 
-pub(crate) fn enqueue_fused(
-    scope: &Scope<'_>,
-    gating: &Gating,
-    desc: &DispatchDesc,
-    selection: &Selection,
-    routing: Routing<'_>,
-    outputs: Outputs<'_>,
-    workspace: Address<'_>,
-) -> Result<(), Error> {
-    let [flags, groups, groups_kept] = gating::rule_words(gating);
-    let [capacity, tokens_per_sequence, padded_rows] = desc.capacity_words();
-    scope.launch(
-        selection,
-        GatingDispatchParams {
-            logits: routing.logits.into(),
-            correction_bias: routing.correction_bias.into(),
-            ids: routing.ids.into(),
-            weights: routing.weights.into(),
-            tokens: desc.tokens as u32,
-            experts: desc.experts as u32,
-            top_k: desc.top_k as u32,
-            groups,
-            groups_kept,
-            flags,
-            scale: gating.scale,
-            capacity,
-            tokens_per_sequence,
-            padded_rows,
-            tile_m: desc.tile_m as u32,
-            counts: outputs.counts.into(),
-            offsets: outputs.offsets.into(),
-            slot_token: outputs.slot_token.into(),
-            token_slot: outputs.token_slot.into(),
-            slot_weight: outputs.slot_weight.into(),
-            tiles: outputs.tiles.into(),
-            num_tiles: outputs.num_tiles.into(),
-            workspace: workspace.into(),
-        },
-    )
-}
-
-fn gating_desc(gating: &Gating, desc: &DispatchDesc) -> GatingDesc {
-    GatingDesc { tokens: desc.tokens, experts: desc.experts, top_k: desc.top_k, gating: *gating }
-}
-
-struct HeldOutputs<'a> {
+/// Where dispatch writes, held for a launch.
+pub(crate) struct HeldOutputs<'a> {
     counts: Held<'a>,
     offsets: Held<'a>,
     slot_token: Held<'a>,
@@ -401,7 +292,7 @@ struct HeldOutputs<'a> {
 }
 
 impl<'a> HeldOutputs<'a> {
-    fn open<'c: 'a>(
+    pub(crate) fn open<'c: 'a>(
         scope: &Scope<'a>,
         desc: &DispatchDesc,
         outputs: DispatchOutputs<'c>,
@@ -423,7 +314,7 @@ impl<'a> HeldOutputs<'a> {
         })
     }
 
-    fn addresses(&self) -> Outputs<'_> {
+    pub(crate) fn addresses(&self) -> Outputs<'_> {
         Outputs {
             counts: self.counts.address(),
             offsets: self.offsets.address(),
@@ -436,7 +327,7 @@ impl<'a> HeldOutputs<'a> {
     }
 
     /// The result for no tokens.
-    fn zero(&self, scope: &Scope<'_>, desc: &DispatchDesc) -> Result<(), Error> {
+    pub(crate) fn zero(&self, scope: &Scope<'_>, desc: &DispatchDesc) -> Result<(), Error> {
         scope.zero(self.counts.address(), desc.experts * size_of::<i32>())?;
         scope.zero(self.offsets.address(), (desc.experts + 1) * size_of::<i32>())?;
         match &self.tiles {
@@ -449,7 +340,6 @@ impl<'a> HeldOutputs<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rules::Score;
     use crate::runtime::device::A100;
 
     fn desc() -> DispatchDesc {
@@ -500,18 +390,9 @@ mod tests {
         let plain = DeviceInfo { cooperative_launch: false, ..A100 };
         assert_eq!(blocks(&DispatchDesc { tokens: 1 << 20, ..desc() }, &plain), 1);
     }
-
     #[test]
-    fn workspace_covers_both_kernels() {
-        for experts in [1, 60, 1024, 1025, 4096] {
-            for tokens in [0, 1, 31, 32, 33, 1000, 100_000] {
-                let desc = DispatchDesc { tokens, experts, top_k: 1, ..desc() };
-                let fused = select_fused(&Gating::new(Score::Softmax), &desc, &A100).unwrap();
-                for selection in [select(&desc, &A100).unwrap(), fused] {
-                    let needed = BARRIER_HEADER + selection.grid[0] as usize * experts * 4;
-                    assert!(workspace_bytes(&desc, &A100).unwrap() >= needed);
-                }
-            }
-        }
+    fn workspace_holds_the_counters_of_all_blocks() {
+        let desc = DispatchDesc { tokens: 1 << 20, ..desc() };
+        assert_eq!(workspace_bytes(&desc, &A100).unwrap(), 16 + 108 * 64 * 4);
     }
 }

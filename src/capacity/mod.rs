@@ -3,3 +3,4 @@
 pub mod admission;
 pub mod dispatch;
 pub mod expert_map;
+pub mod token_slots;

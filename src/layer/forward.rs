@@ -11,6 +11,7 @@ use crate::experts::combine;
 use crate::experts::gemm;
 use crate::experts::gemm::GemmDesc;
 use crate::routers::gating;
+use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::router;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::workspace::Region;
@@ -261,8 +262,8 @@ impl<'a> Launch<'a> {
             num_tiles: Some(self.place.at(regions.num_tiles)),
         };
         let workspace = self.place.at(regions.barrier);
-        let gating = &self.plan.desc.gating;
-        dispatch::enqueue_fused(self.scope, gating, &step.desc, &step.selection, routing, outputs, workspace)
+        let desc = GatingDispatchDesc::new(self.plan.desc.gating, step.desc);
+        gating_dispatch::enqueue(self.scope, &desc, &step.selection, routing, outputs, workspace)
     }
 
     fn gemm(&self, step: &Step<GemmDesc>, weights: &HeldLinear<'_>, rows: Rows<'_>) -> Result<(), Error> {

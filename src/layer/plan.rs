@@ -1,10 +1,11 @@
 //! Choices for a layer and a number of tokens.
 
 use super::{LayerDesc, Mlp, OPERATION, Stage, Weighting};
-use crate::capacity::dispatch::{self, DispatchDesc};
+use crate::capacity::dispatch::DispatchDesc;
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::gemm::{self, GemmDesc, Schedule};
 use crate::experts::tiles::select_tile;
+use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::Dtype;
 use crate::rules::{Activation, Glu};
@@ -78,7 +79,8 @@ impl LayerPlan {
         let slots = tokens.saturating_mul(top_k);
         let tile_m = select_tile(dtype, slots, experts, device)?.bm as usize;
         let dispatch = DispatchDesc { tokens, experts, top_k, capacity: desc.capacity, tile_m };
-        let dispatch = Step { desc: dispatch, selection: dispatch::select_fused(&gating, &dispatch, device)? };
+        let gating_dispatch = GatingDispatchDesc::new(gating, dispatch);
+        let dispatch = Step { desc: dispatch, selection: gating_dispatch::select(&gating_dispatch, device)? };
 
         let slots = dispatch.desc.slots();
         let schedule = Schedule::Grouped { tile_m, max_tiles: dispatch.desc.max_tiles() };
@@ -112,7 +114,7 @@ impl LayerPlan {
             &[tokens, shared_intermediate],
         )?);
         let regions = Regions {
-            barrier: arena.region("workspace", dispatch::workspace_bytes(&dispatch.desc, device)?, 1)?,
+            barrier: arena.region("workspace", gating_dispatch::workspace_bytes(&gating_dispatch, device)?, 1)?,
             logits: arena.region("logits", tokens * experts, 4)?,
             ids: arena.region("ids", choices, 4)?,
             weights: arena.region("weights", choices, 4)?,

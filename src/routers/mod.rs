@@ -4,6 +4,7 @@ pub mod balance;
 pub mod base;
 pub mod expert_choice;
 pub mod gating;
+pub mod gating_dispatch;
 pub mod hash;
 pub mod hierarchical;
 pub mod jitter;

@@ -1,0 +1,228 @@
+//! Gating and dispatch in one launch: what [`crate::routers::gating`] followed by [`crate::capacity::dispatch`] writes, with a barrier of
+//! the grid where the second launch would begin.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use crate::capacity::dispatch::{self, DispatchDesc, DispatchOutputs, HeldOutputs};
+use crate::registry::Kernel;
+use crate::routers::gating::{self, GatingDesc, Routing};
+use crate::rules::{Gating, Score};
+use crate::runtime::builder::buffers;
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::params::GatingDispatchParams;
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+
+const OPERATION: &str = "gating_dispatch";
+
+/// Rule of a gating, and shapes of the dispatch that follows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct GatingDispatchDesc {
+    /// The rule by which experts are chosen.
+    pub gating: Gating,
+    /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts.
+    pub dispatch: DispatchDesc,
+}
+
+impl GatingDispatchDesc {
+    /// Choices by the rule `gating`, laid out as `dispatch` says.
+    pub const fn new(gating: Gating, dispatch: DispatchDesc) -> GatingDispatchDesc {
+        GatingDispatchDesc { gating, dispatch }
+    }
+
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// Those of [`DispatchDesc::validate`] and [`GatingDesc::validate`].
+    pub fn validate(&self) -> Result<(), Error> {
+        let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
+        self.dispatch.validate()?;
+        GatingDesc::new(tokens, experts, top_k, self.gating).validate()
+    }
+}
+
+/// Buffers of gating and dispatch in one launch.
+#[non_exhaustive]
+pub struct GatingDispatchArgs<'a> {
+    /// `[T, E]`.
+    pub logits: In<'a, f32>,
+    /// `[E]`; see [`gating::GatingArgs`].
+    pub correction_bias: Option<In<'a, f32>>,
+    /// `[T, k]`, written.
+    pub ids: Out<'a, i32>,
+    /// `[T, k]`, written.
+    pub weights: Out<'a, f32>,
+    /// What dispatch writes.
+    pub outputs: DispatchOutputs<'a>,
+    /// At least [`workspace_bytes`].
+    pub workspace: &'a mut Workspace,
+}
+
+impl<'a> GatingDispatchArgs<'a> {
+    /// `logits` to `ids`, `weights` and `outputs`, without a correction bias.
+    pub fn new(
+        logits: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+        outputs: DispatchOutputs<'a>,
+        workspace: &'a mut Workspace,
+    ) -> GatingDispatchArgs<'a> {
+        GatingDispatchArgs {
+            logits: logits.into(),
+            correction_bias: None,
+            ids: ids.into(),
+            weights: weights.into(),
+            outputs,
+            workspace,
+        }
+    }
+}
+
+buffers!(GatingDispatchArgs<'a> { correction_bias: In<f32> });
+
+/// Workspace of [`forward`] in bytes.
+///
+/// # Errors
+/// Those of [`GatingDispatchDesc::validate`].
+pub fn workspace_bytes(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<usize, Error> {
+    desc.validate()?;
+    Ok(dispatch::barrier_bytes(&desc.dispatch, blocks(&desc.dispatch, device)))
+}
+
+/// The instructions of a token are those that the gate kernel's header states.
+fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
+    let gate = gating::kernel(Score::Softmax, desc.experts, true);
+    let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
+    dispatch::blocks(desc, gate.warps(), work, device)
+}
+
+/// Chooses kernel and grid.
+///
+/// # Errors
+/// Those of [`GatingDispatchDesc::validate`].
+pub fn select(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let gate = gating::kernel(desc.gating.score, desc.dispatch.experts, true);
+    Ok(Selection::cooperative(Kernel::Gating(gate), blocks(&desc.dispatch, device)))
+}
+
+/// Chooses experts and sorts the slots.
+///
+/// With no tokens counts, offsets and the number of tiles are set to zero, and nothing is launched.
+///
+/// # Errors
+/// Those of [`GatingDispatchDesc::validate`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a
+/// buffer: [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those
+/// of the driver.
+pub fn forward(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &GatingDispatchDesc,
+    args: GatingDispatchArgs<'_>,
+) -> Result<(), Error> {
+    let selection = select(desc, kernels.device())?;
+    let GatingDispatchDesc { gating, dispatch } = desc;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    let outputs = HeldOutputs::open(&scope, dispatch, args.outputs)?;
+    if dispatch.tokens == 0 {
+        return outputs.zero(&scope, dispatch);
+    }
+    let choices = dispatch.tokens * dispatch.top_k;
+    let logits = scope.read("logits", args.logits, dispatch.tokens * dispatch.experts, SCALAR)?;
+    gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, dispatch.experts, VECTOR)?;
+    let ids = scope.write("ids", args.ids, choices, SCALAR)?;
+    let weights = scope.write("weights", args.weights, choices, SCALAR)?;
+    let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
+    let routing = Routing {
+        logits: logits.address(),
+        correction_bias: optional(&bias),
+        ids: ids.address(),
+        weights: weights.address(),
+    };
+    enqueue(&scope, desc, &selection, routing, outputs.addresses(), workspace.address())
+}
+
+pub(crate) fn enqueue(
+    scope: &Scope<'_>,
+    desc: &GatingDispatchDesc,
+    selection: &Selection,
+    routing: Routing<'_>,
+    outputs: dispatch::Outputs<'_>,
+    workspace: Address<'_>,
+) -> Result<(), Error> {
+    let GatingDispatchDesc { gating, dispatch } = desc;
+    let [flags, groups, groups_kept] = gating::rule_words(gating);
+    let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
+    scope.launch(
+        selection,
+        GatingDispatchParams {
+            logits: routing.logits.into(),
+            correction_bias: routing.correction_bias.into(),
+            ids: routing.ids.into(),
+            weights: routing.weights.into(),
+            tokens: dispatch.tokens as u32,
+            experts: dispatch.experts as u32,
+            top_k: dispatch.top_k as u32,
+            groups,
+            groups_kept,
+            flags,
+            scale: gating.scale,
+            capacity,
+            tokens_per_sequence,
+            padded_rows,
+            tile_m: dispatch.tile_m as u32,
+            counts: outputs.counts.into(),
+            offsets: outputs.offsets.into(),
+            slot_token: outputs.slot_token.into(),
+            token_slot: outputs.token_slot.into(),
+            slot_weight: outputs.slot_weight.into(),
+            tiles: outputs.tiles.into(),
+            num_tiles: outputs.num_tiles.into(),
+            workspace: workspace.into(),
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rules::GroupScore;
+    use crate::rules::Groups;
+    use crate::runtime::device::A100;
+
+    fn desc(tokens: usize, experts: usize, top_k: usize) -> GatingDispatchDesc {
+        let dispatch = DispatchDesc { tokens, experts, top_k, capacity: None, tile_m: 64 };
+        GatingDispatchDesc::new(Gating::new(Score::Softmax), dispatch)
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |change: &dyn Fn(&mut GatingDispatchDesc)| {
+            let mut desc = desc(1000, 64, 4);
+            change(&mut desc);
+            select(&desc, &A100).unwrap_err().argument().unwrap()
+        };
+        assert_eq!(desc(1000, 64, 4).validate(), Ok(()));
+        assert_eq!(fault(&|d| d.dispatch.tile_m = 0), "tile_m");
+        assert_eq!(fault(&|d| d.gating.scale = f32::NAN), "scale");
+        // Dispatch alone takes more choices than experts, gating does not.
+        assert_eq!(fault(&|d| (d.dispatch.experts, d.dispatch.top_k) = (4, 5)), "top_k");
+        let groups = Groups { count: 7, kept: 1, score: GroupScore::Max };
+        assert_eq!(fault(&|d| d.gating.groups = Some(groups)), "groups.count");
+    }
+
+    #[test]
+    fn workspace_holds_the_counters_of_all_blocks() {
+        for experts in [1, 60, 1024, 1025, 4096] {
+            for tokens in [0, 1, 31, 32, 33, 1000, 100_000] {
+                let desc = desc(tokens, experts, 1);
+                let blocks = select(&desc, &A100).unwrap().grid[0] as usize;
+                assert!((1..=108).contains(&blocks), "all are resident");
+                assert_eq!(workspace_bytes(&desc, &A100).unwrap(), 16 + blocks * experts * 4);
+            }
+        }
+    }
+}
