@@ -7,28 +7,28 @@
 //! With a [`Capacity`], each expert takes at most so many slots of a sequence, in token order, and drops the others (Fedus
 //! et al., *Switch Transformers*, 2021, section 2.2; Lepikhin et al., *GShard*, 2020, section 2.2).
 //!
-//! The list of tiles `{expert, first row, last row + 1, 0}` is what the grouped GEMM walks: no count returns to the host.
+//! The lists are one value, [`Dispatched`], which products and sums take: no count returns to the host.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use crate::experts::dispatched::{Dispatched, ListAddresses, SlotShape};
 use crate::experts::tiles::max_tiles;
 use crate::registry::{Dispatch, Kernel};
 use crate::rules::Capacity;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::builder::{buffers, settings};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::DispatchParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Selection, Workspace};
 
 const OPERATION: &str = "dispatch";
 
-/// One entry of the tile list: `[expert, first row, last row + 1, 0]`.
-pub type TileEntry = [i32; 4];
-
 /// Shapes of a dispatch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DispatchDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -44,6 +44,18 @@ pub struct DispatchDesc {
 }
 
 impl DispatchDesc {
+    /// Dropless: `top_k` of `experts` experts for each of `tokens` tokens, in tiles of `tile_m` rows.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize, tile_m: usize) -> DispatchDesc {
+        DispatchDesc { tokens, experts, top_k, capacity: None, tile_m }
+    }
+
+    /// Sizes of the lists.
+    ///
+    /// Meaningful for a valid descriptor.
+    pub fn shape(&self) -> SlotShape {
+        SlotShape::new(self.tokens, self.experts, Some(self.top_k), self.slots(), self.tile_m, self.max_tiles())
+    }
+
     /// Checks all that can be checked without buffers.
     ///
     /// # Errors
@@ -111,42 +123,33 @@ impl DispatchDesc {
     }
 }
 
-/// Buffers that a dispatch writes.
-pub struct DispatchOutputs<'a> {
-    /// `[E]`: slots that each expert keeps.
-    pub counts: Out<'a, i32>,
-    /// `[E + 1]`: first row of each expert, then the number of rows.
-    pub offsets: Out<'a, i32>,
-    /// `[slots]`: token of each row. In the padded layout -1 for an unfilled row; in the other, entries from `offsets[E]` on
-    /// are left as they are.
-    pub slot_token: Out<'a, i32>,
-    /// `[T, k]`: row of each slot; -1 for one that was skipped or dropped.
-    pub token_slot: Out<'a, i32>,
-    /// `[slots]`: weight of each row, for a GEMM that scales its rows. Needs weights.
-    pub slot_weight: Option<Out<'a, f32>>,
-    /// The tile list.
-    pub tiles: Option<TileList<'a>>,
-}
-
-/// The tile list of a grouped GEMM.
-pub struct TileList<'a> {
-    /// `[max_tiles]` ([`DispatchDesc::max_tiles`]).
-    pub tiles: Out<'a, TileEntry>,
-    /// `[1]`: entries written.
-    pub num_tiles: Out<'a, i32>,
-}
+settings!(DispatchDesc { capacity: Option<Capacity> });
 
 /// Buffers of a dispatch.
+#[non_exhaustive]
 pub struct DispatchArgs<'a> {
     /// `[T, k]`.
     pub ids: In<'a, i32>,
-    /// `[T, k]`, for `slot_weight`.
+    /// `[T, k]`: become [`Dispatched::slot_weight`].
     pub weights: Option<In<'a, f32>>,
-    /// What is written.
-    pub outputs: DispatchOutputs<'a>,
+    /// Filled; made for at least [`DispatchDesc::shape`].
+    pub dispatched: &'a mut Dispatched,
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> DispatchArgs<'a> {
+    /// The rows of `ids`, without weights.
+    pub fn new(
+        ids: impl Into<In<'a, i32>>,
+        dispatched: &'a mut Dispatched,
+        workspace: &'a mut Workspace,
+    ) -> DispatchArgs<'a> {
+        DispatchArgs { ids: ids.into(), weights: None, dispatched, workspace }
+    }
+}
+
+buffers!(DispatchArgs<'a> { weights: In<f32> });
 
 /// Workspace of [`forward`] in bytes.
 ///
@@ -210,9 +213,8 @@ pub fn select(desc: &DispatchDesc, device: &DeviceInfo) -> Result<Selection, Err
 /// With no tokens counts, offsets and the number of tiles are set to zero, and nothing is launched.
 ///
 /// # Errors
-/// Those of [`DispatchDesc::validate`]; [`Error::Missing`] for `slot_weight` without `weights`; those of a buffer:
-/// [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of
-/// the driver.
+/// Those of [`DispatchDesc::validate`]; those of a buffer, [`Error::BufferTooShort`] also for `dispatched`:
+/// [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
 pub fn forward(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
@@ -221,19 +223,20 @@ pub fn forward(
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    if args.outputs.slot_weight.is_some() && args.weights.is_none() {
-        let reason = "slot_weight is asked for";
-        return Err(Error::Missing { operation: OPERATION, argument: "weights", reason });
-    }
-    let outputs = HeldOutputs::open(&scope, desc, args.outputs)?;
+    let lists = args.dispatched.fill(&scope, &desc.shape())?;
     if desc.tokens == 0 {
-        return outputs.zero(&scope, desc);
+        lists.zero(&scope)?;
+        lists.filled();
+        return Ok(());
     }
     let choices = desc.tokens * desc.top_k;
     let ids = scope.read("ids", args.ids, choices, SCALAR)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
-    enqueue(&scope, desc, &selection, ids.address(), optional(&weights), outputs.addresses(), workspace.address())
+    let to = Outputs::of(lists.addresses(), weights.is_some());
+    enqueue(&scope, desc, &selection, ids.address(), optional(&weights), to, workspace.address())?;
+    lists.filled();
+    Ok(())
 }
 
 pub(crate) fn enqueue(
@@ -281,58 +284,17 @@ pub(crate) struct Outputs<'a> {
     pub(crate) num_tiles: Option<Address<'a>>,
 }
 
-/// Where dispatch writes, held for a launch.
-pub(crate) struct HeldOutputs<'a> {
-    counts: Held<'a>,
-    offsets: Held<'a>,
-    slot_token: Held<'a>,
-    token_slot: Held<'a>,
-    slot_weight: Option<Held<'a>>,
-    tiles: Option<(Held<'a>, Held<'a>)>,
-}
-
-impl<'a> HeldOutputs<'a> {
-    pub(crate) fn open<'c: 'a>(
-        scope: &Scope<'a>,
-        desc: &DispatchDesc,
-        outputs: DispatchOutputs<'c>,
-    ) -> Result<HeldOutputs<'a>, Error> {
-        let slots = desc.slots();
-        Ok(HeldOutputs {
-            counts: scope.write("counts", outputs.counts, desc.experts, SCALAR)?,
-            offsets: scope.write("offsets", outputs.offsets, desc.experts + 1, SCALAR)?,
-            slot_token: scope.write("slot_token", outputs.slot_token, slots, SCALAR)?,
-            token_slot: scope.write("token_slot", outputs.token_slot, desc.tokens * desc.top_k, SCALAR)?,
-            slot_weight: scope.write_some("slot_weight", outputs.slot_weight, slots, SCALAR)?,
-            tiles: match outputs.tiles {
-                Some(list) => Some((
-                    scope.write("tiles", list.tiles, desc.max_tiles(), VECTOR)?,
-                    scope.write("num_tiles", list.num_tiles, 1, SCALAR)?,
-                )),
-                None => None,
-            },
-        })
-    }
-
-    pub(crate) fn addresses(&self) -> Outputs<'_> {
+impl<'a> Outputs<'a> {
+    /// All lists; the weights of rows where there are any.
+    pub(crate) fn of(lists: ListAddresses<'a>, weighted: bool) -> Outputs<'a> {
         Outputs {
-            counts: self.counts.address(),
-            offsets: self.offsets.address(),
-            slot_token: self.slot_token.address(),
-            token_slot: self.token_slot.address(),
-            slot_weight: optional(&self.slot_weight),
-            tiles: self.tiles.as_ref().map(|(tiles, _)| tiles.address()),
-            num_tiles: self.tiles.as_ref().map(|(_, num_tiles)| num_tiles.address()),
-        }
-    }
-
-    /// The result for no tokens.
-    pub(crate) fn zero(&self, scope: &Scope<'_>, desc: &DispatchDesc) -> Result<(), Error> {
-        scope.zero(self.counts.address(), desc.experts * size_of::<i32>())?;
-        scope.zero(self.offsets.address(), (desc.experts + 1) * size_of::<i32>())?;
-        match &self.tiles {
-            Some((_, num_tiles)) => scope.zero(num_tiles.address(), size_of::<i32>()),
-            None => Ok(()),
+            counts: lists.counts,
+            offsets: lists.offsets,
+            slot_token: lists.slot_token,
+            token_slot: lists.token_slot,
+            slot_weight: weighted.then_some(lists.slot_weight),
+            tiles: Some(lists.tiles),
+            num_tiles: Some(lists.num_tiles),
         }
     }
 }
@@ -343,7 +305,7 @@ mod tests {
     use crate::runtime::device::A100;
 
     fn desc() -> DispatchDesc {
-        DispatchDesc { tokens: 1000, experts: 64, top_k: 4, capacity: None, tile_m: 64 }
+        DispatchDesc::new(1000, 64, 4, 64)
     }
 
     fn capped(per_expert: usize, tokens_per_sequence: usize, padded: bool) -> DispatchDesc {

@@ -1,19 +1,22 @@
 //! Combine: each token's sum of its experts' outputs.
 //!
-//! `y[t] = residual[t] + addend[t] + sum_j weights[t,j] * y_slots[token_slot[t,j]]`, added in that order in f32 and rounded
-//! once: the same input gives the same bits. A skipped or dropped slot (`token_slot = -1`) adds nothing.
+//! `y[t] = residual[t] + addend[t] + identity_weight[t] * identity[t] + sum of w * y_slots[s]` over the token's rows `s`, added in that
+//! order in f32 and rounded once: the same input gives the same bits. A skipped or dropped slot adds nothing.
 //!
-//! [`forward_with_identity`] also adds what experts that pass their input on contribute, `identity_weight[t] * identity[t]`, after the
-//! addend: see [`crate::capacity::expert_map`].
+//! The rows are those of a dispatch: `k` for each token (rows in the order of its choices), or any number (rows ascending). Their
+//! weights are 1 where the second product has put them into its output ([`crate::experts::gemm::GemmArgs::out_scale`]), which keeps large
+//! outputs of an expert inside the range of f16; else they are given here.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Combine, Kernel};
+use super::dispatched::{Dispatched, RowAddresses, SlotShape};
+use crate::registry::{Combine, CombineRagged, Kernel};
 use crate::rules::Dtype;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
-use crate::runtime::params::CombineParams;
+use crate::runtime::params::{CombineParams, CombineRaggedParams};
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 
@@ -21,57 +24,108 @@ const OPERATION: &str = "combine";
 
 /// Shapes and type of a combine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct CombineDesc {
-    /// Type of `y_slots`, `residual`, `addend` and `y`.
+    /// Type of `y_slots`, `residual`, `addend`, `identity` and `y`.
     pub dtype: Dtype,
-    /// Tokens `T`; 0 is allowed.
-    pub tokens: usize,
-    /// Experts per token `k`, 1 to 32.
-    pub top_k: usize,
+    /// The rows of the dispatch.
+    pub rows: SlotShape,
     /// Hidden size `H`, a multiple of 8.
     pub hidden: usize,
-    /// Rows of `y_slots` ([`crate::capacity::dispatch::DispatchDesc::slots`]).
-    pub slots: usize,
-}
-
-/// Buffers of a combine.
-pub struct CombineArgs<'a, T> {
-    /// `[slots, H]`, the experts' outputs by slot. Rows that no token refers to may hold anything.
-    pub y_slots: In<'a, T>,
-    /// `[T, k]`, the slot of each choice as dispatch wrote it, -1 where there is none. Entries must be less than `slots`.
-    pub token_slot: In<'a, i32>,
-    /// `[T, k]`; absent, every weight is 1.
-    pub weights: Option<In<'a, f32>>,
-    /// `[T, H]`, added first.
-    pub residual: Option<In<'a, T>>,
-    /// `[T, H]`, added second: the shared expert's output.
-    pub addend: Option<In<'a, T>>,
-    /// `[T, H]`, written.
-    pub y: Out<'a, T>,
-}
-
-/// The part of experts whose output is their input.
-pub struct Identity<'a, T> {
-    /// `[T, H]`: the experts' input.
-    pub x: In<'a, T>,
-    /// `[T]`: the sum of their weights ([`crate::capacity::expert_map::forward`]); where it is 0, `x` is not read.
-    pub weight: In<'a, f32>,
 }
 
 impl CombineDesc {
+    /// The sums of a dispatch's rows of `hidden` elements of type `dtype`.
+    pub const fn new(dtype: Dtype, rows: SlotShape, hidden: usize) -> CombineDesc {
+        CombineDesc { dtype, rows, hidden }
+    }
+
     /// Checks all that can be checked without buffers.
     ///
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
-        shape::size(OPERATION, "tokens", self.tokens)?;
-        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
-        shape::multiple_of_8(OPERATION, "hidden", self.hidden)?;
-        shape::size(OPERATION, "slots", self.slots)?;
-        shape::product(OPERATION, "y", &[self.tokens, self.hidden])?;
-        shape::product(OPERATION, "y_slots", &[self.slots, self.hidden])?;
-        shape::product_i32(OPERATION, "token_slot", &[self.tokens, self.top_k])?;
+        self.check(OPERATION)
+    }
+
+    fn check(&self, operation: &'static str) -> Result<(), Error> {
+        self.rows.validate(operation)?;
+        shape::multiple_of_8(operation, "hidden", self.hidden)?;
+        shape::product(operation, "y", &[self.rows.tokens, self.hidden])?;
+        shape::product(operation, "y_slots", &[self.rows.slots, self.hidden])?;
         Ok(())
+    }
+}
+
+/// Buffers of a combine.
+#[non_exhaustive]
+pub struct CombineArgs<'a, T> {
+    /// `[slots, H]`, the experts' outputs by row. Rows that no token refers to may hold anything.
+    pub y_slots: In<'a, T>,
+    /// The dispatch whose rows these are, of the descriptor's shape.
+    pub dispatched: &'a Dispatched,
+    /// `[T, k]`, or `[slots]` for ragged tokens; absent, every weight is 1.
+    pub weights: Option<In<'a, f32>>,
+    /// `[T, H]`, added first.
+    pub residual: Option<In<'a, T>>,
+    /// Adds to what `y` holds, first: the residual is `y` itself. Not with `residual`.
+    pub accumulate: bool,
+    /// `[T, H]`, added second: a shared expert's output.
+    pub addend: Option<In<'a, T>>,
+    /// The part of experts whose output is their input; not for ragged tokens.
+    pub identity: Option<Identity<'a, T>>,
+    /// `[T, H]`, written.
+    pub y: Out<'a, T>,
+}
+
+impl<'a, T> CombineArgs<'a, T> {
+    /// The sum of each token's rows, all with weight 1, to `y`.
+    pub fn new(
+        y_slots: impl Into<In<'a, T>>,
+        dispatched: &'a Dispatched,
+        y: impl Into<Out<'a, T>>,
+    ) -> CombineArgs<'a, T> {
+        CombineArgs {
+            y_slots: y_slots.into(),
+            dispatched,
+            weights: None,
+            residual: None,
+            accumulate: false,
+            addend: None,
+            identity: None,
+            y: y.into(),
+        }
+    }
+
+    /// Adds to what `y` holds.
+    #[must_use]
+    pub fn accumulate(self) -> CombineArgs<'a, T> {
+        CombineArgs { accumulate: true, ..self }
+    }
+
+    /// With experts whose output is their input.
+    #[must_use]
+    pub fn identity(self, identity: Identity<'a, T>) -> CombineArgs<'a, T> {
+        CombineArgs { identity: Some(identity), ..self }
+    }
+}
+
+buffers!(CombineArgs<'a, T> { weights: In<f32>, residual: In<T>, addend: In<T> });
+
+/// The part of experts whose output is their input.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Identity<'a, T> {
+    /// `[T, H]`: the experts' input.
+    pub x: In<'a, T>,
+    /// `[T]`: the sum of their weights ([`crate::capacity::expert_map`]); where it is 0, `x` is not read.
+    pub weight: In<'a, f32>,
+}
+
+impl<'a, T> Identity<'a, T> {
+    /// `weight[t] * x[t]`.
+    pub fn new(x: impl Into<In<'a, T>>, weight: impl Into<In<'a, f32>>) -> Identity<'a, T> {
+        Identity { x: x.into(), weight: weight.into() }
     }
 }
 
@@ -79,12 +133,25 @@ impl CombineDesc {
 ///
 /// # Errors
 /// Those of [`CombineDesc::validate`]; [`Error::Overflow`] where the grid would exceed the device's limit.
-pub fn select(desc: &CombineDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
-    desc.validate()?;
+pub fn select(desc: &CombineDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    select_for(OPERATION, desc, device)
+}
+
+/// [`select`] on behalf of `operation`.
+pub(crate) fn select_for(
+    operation: &'static str,
+    desc: &CombineDesc,
+    _device: &DeviceInfo,
+) -> Result<Selection, Error> {
+    desc.check(operation)?;
     let combine = Combine { dtype: desc.dtype };
-    let grid = combine.grid(desc.tokens as u32, desc.hidden as u32);
-    shape::grid_y(OPERATION, "hidden", grid[1])?;
-    Ok(Selection::new(Kernel::Combine(combine), grid))
+    let grid = combine.grid(desc.rows.tokens as u32, desc.hidden as u32);
+    shape::grid_y(operation, "hidden", grid[1])?;
+    let kernel = match desc.rows.top_k {
+        Some(_) => Kernel::Combine(combine),
+        None => Kernel::CombineRagged(CombineRagged { dtype: desc.dtype }),
+    };
+    Ok(Selection::new(kernel, grid))
 }
 
 /// Computes `y`.
@@ -92,7 +159,8 @@ pub fn select(desc: &CombineDesc, _device: &DeviceInfo) -> Result<Selection, Err
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`select`]; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// Those of [`select`]; [`Error::Invalid`] for a dispatch of another shape; [`Error::Unexpected`] for a residual that `y` is already, or an
+/// identity for ragged tokens; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
 /// [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
@@ -100,62 +168,51 @@ pub fn forward<T: Element>(
     desc: &CombineDesc,
     args: CombineArgs<'_, T>,
 ) -> Result<(), Error> {
-    run(kernels, stream, desc, args, None)
-}
-
-/// Computes `y` where some experts are identities.
-///
-/// # Errors
-/// Those of [`forward`].
-pub fn forward_with_identity<T: Element>(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &CombineDesc,
-    args: CombineArgs<'_, T>,
-    identity: Identity<'_, T>,
-) -> Result<(), Error> {
-    run(kernels, stream, desc, args, Some(identity))
-}
-
-fn run<T: Element>(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &CombineDesc,
-    args: CombineArgs<'_, T>,
-    identity: Option<Identity<'_, T>>,
-) -> Result<(), Error> {
+    let (operation, rows) = (OPERATION, &desc.rows);
     let selection = select(desc, kernels.device())?;
-    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    let scope = Scope::begin(operation, kernels, stream)?;
     scope.check_dtype::<T>("y_slots", desc.dtype)?;
-    if desc.tokens == 0 {
+    if args.dispatched.shape() != rows {
+        let got = format!("{:?}", args.dispatched.shape());
+        return Err(Error::invalid(operation, "dispatched", format!("a dispatch of {rows:?}"), got));
+    }
+    if args.accumulate && args.residual.is_some() {
+        return Err(Error::Unexpected { operation, argument: "residual", reason: "y accumulates" });
+    }
+    if args.identity.is_some() && rows.top_k.is_none() {
+        return Err(Error::Unexpected { operation, argument: "identity", reason: "the tokens are ragged" });
+    }
+    if rows.tokens == 0 {
         return Ok(());
     }
-    let (elements, choices) = (desc.tokens * desc.hidden, desc.tokens * desc.top_k);
-    let y_slots = scope.read("y_slots", args.y_slots, desc.slots * desc.hidden, VECTOR)?;
-    let token_slot = scope.read("token_slot", args.token_slot, choices, SCALAR)?;
-    let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
+    let elements = rows.tokens * desc.hidden;
+    let y_slots = scope.read("y_slots", args.y_slots, rows.slots * desc.hidden, VECTOR)?;
+    let dispatched = args.dispatched.read(&scope)?;
+    let weights = scope.read_some("weights", args.weights, rows.token_slots(), SCALAR)?;
     let residual = scope.read_some("residual", args.residual, elements, VECTOR)?;
     let addend = scope.read_some("addend", args.addend, elements, VECTOR)?;
-    let (x, weight) = identity.map(|identity| (identity.x, identity.weight)).unzip();
+    let (x, weight) = args.identity.map(|identity| (identity.x, identity.weight)).unzip();
     let identity = scope.read_some("identity.x", x, elements, VECTOR)?;
-    let identity_weight = scope.read_some("identity.weight", weight, desc.tokens, SCALAR)?;
+    let identity_weight = scope.read_some("identity.weight", weight, rows.tokens, SCALAR)?;
     let y = scope.write("y", args.y, elements, VECTOR)?;
-    let addresses = Addresses {
+    let at = Addresses {
         y_slots: y_slots.address(),
-        token_slot: token_slot.address(),
+        rows: dispatched.addresses(),
         weights: optional(&weights),
-        residual: optional(&residual),
+        residual: if args.accumulate { Some(y.address()) } else { optional(&residual) },
         addend: optional(&addend),
         identity: optional(&identity).zip(optional(&identity_weight)),
         y: y.address(),
     };
-    enqueue(&scope, desc, &selection, addresses)
+    enqueue(&scope, desc, &selection, at)
 }
 
+/// What a combine reads and writes.
 pub(crate) struct Addresses<'a> {
     pub(crate) y_slots: Address<'a>,
-    pub(crate) token_slot: Address<'a>,
+    pub(crate) rows: RowAddresses<'a>,
     pub(crate) weights: Option<Address<'a>>,
+    /// May be `y`: each thread reads what it then writes.
     pub(crate) residual: Option<Address<'a>>,
     pub(crate) addend: Option<Address<'a>>,
     /// Input and weights of identity experts.
@@ -169,21 +226,36 @@ pub(crate) fn enqueue(
     selection: &Selection,
     at: Addresses<'_>,
 ) -> Result<(), Error> {
+    let (tokens, hidden) = (desc.rows.tokens as u32, desc.hidden as u32);
+    let Some(top_k) = desc.rows.top_k else {
+        let params = CombineRaggedParams {
+            y_slots: at.y_slots.into(),
+            token_offsets: at.rows.token_offsets.into(),
+            token_slots: at.rows.token_slot.into(),
+            slot_weight: at.weights.into(),
+            residual: at.residual.into(),
+            addend: at.addend.into(),
+            y: at.y.into(),
+            tokens,
+            hidden,
+        };
+        return scope.launch(selection, params);
+    };
     let (identity, identity_weight) = at.identity.unzip();
     scope.launch(
         selection,
         CombineParams {
             y_slots: at.y_slots.into(),
-            token_slot: at.token_slot.into(),
+            token_slot: at.rows.token_slot.into(),
             weights: at.weights.into(),
             residual: at.residual.into(),
             addend: at.addend.into(),
             y: at.y.into(),
             identity: identity.into(),
             identity_weight: identity_weight.into(),
-            tokens: desc.tokens as u32,
-            top_k: desc.top_k as u32,
-            hidden: desc.hidden as u32,
+            tokens,
+            top_k: top_k as u32,
+            hidden,
         },
     )
 }
@@ -191,22 +263,32 @@ pub(crate) fn enqueue(
 #[cfg(test)]
 mod tests {
     use super::*;
-
     use crate::runtime::device::A100;
 
     fn desc() -> CombineDesc {
-        CombineDesc { dtype: Dtype::Bf16, tokens: 64, top_k: 2, hidden: 2048, slots: 128 }
+        CombineDesc::new(Dtype::Bf16, SlotShape::new(64, 8, Some(2), 128, 64, 10), 2048)
     }
 
     #[test]
     fn faults_name_their_field() {
-        let fault = |desc: CombineDesc| select(&desc, &A100).unwrap_err().argument().unwrap();
+        let fault = |change: &dyn Fn(&mut CombineDesc)| {
+            let mut desc = desc();
+            change(&mut desc);
+            select(&desc, &A100).unwrap_err().argument().unwrap()
+        };
         assert!(select(&desc(), &A100).is_ok());
-        assert_eq!(fault(CombineDesc { hidden: 4, ..desc() }), "hidden");
-        assert_eq!(fault(CombineDesc { hidden: 1 << 30, ..desc() }), "hidden");
-        assert_eq!(fault(CombineDesc { top_k: 0, ..desc() }), "top_k");
-        assert_eq!(fault(CombineDesc { top_k: 33, ..desc() }), "top_k");
-        assert_eq!(fault(CombineDesc { tokens: 1 << 30, ..desc() }), "token_slot");
-        assert_eq!(fault(CombineDesc { slots: 1 << 31, ..desc() }), "slots");
+        assert_eq!(fault(&|d| d.hidden = 4), "hidden");
+        assert_eq!(fault(&|d| d.hidden = 1 << 30), "hidden");
+        assert_eq!(fault(&|d| d.rows.top_k = Some(0)), "rows.top_k");
+        assert_eq!(fault(&|d| d.rows.tokens = 1 << 30), "rows.top_k");
+        assert_eq!(fault(&|d| d.rows.slots = 1 << 31), "rows.slots");
+    }
+
+    #[test]
+    fn ragged_tokens_have_a_kernel_of_their_own() {
+        let mut desc = desc();
+        desc.rows.top_k = None;
+        let ragged = Kernel::CombineRagged(CombineRagged { dtype: Dtype::Bf16 });
+        assert_eq!(select(&desc, &A100).unwrap().kernel, ragged.into());
     }
 }

@@ -124,6 +124,7 @@ impl Dispatched {
     ///
     /// # Errors
     /// [`Error::BufferTooShort`], and those of [`Dispatched::new`].
+    #[allow(unsafe_code)]
     pub unsafe fn from_lists(shape: &SlotShape, lists: Lists) -> Result<Dispatched, Error> {
         const OPERATION: &str = "dispatched";
         shape.validate(OPERATION)?;

@@ -1,7 +1,7 @@
 //! How many tiles a grouped GEMM may need, and which tile fits a load.
 
-use crate::registry::{Gemm, Tile};
-use crate::rules::{Dtype, Glu, Layout};
+use crate::registry::{Fold, Gemm, Tile};
+use crate::rules::{Dtype, Layout};
 use crate::{DeviceInfo, Error};
 
 /// Largest number of tiles of `tile_m` rows that `slots` slots can need, however they spread over `experts` experts.
@@ -53,6 +53,11 @@ pub fn select_tile(dtype: Dtype, slots: usize, experts: usize, device: &DeviceIn
     })
 }
 
+/// The fewest rows that a tile of this type has on the device: what the tile list of a batch is bounded with, whatever its size.
+pub(crate) fn lowest_tile(dtype: Dtype, device: &DeviceInfo) -> usize {
+    fitting(dtype, device).map(|tile| tile.bm as usize).min().unwrap_or(1)
+}
+
 /// The tile of `tile_m` rows.
 ///
 /// # Errors
@@ -75,7 +80,7 @@ fn fitting(dtype: Dtype, device: &DeviceInfo) -> impl Iterator<Item = Tile> {
 }
 
 fn shared_bytes(dtype: Dtype, tile: Tile) -> u32 {
-    Gemm { dtype, tile, glu: Glu::None, layout: Layout::Nk }.shared_bytes()
+    Gemm { dtype, tile, fold: Fold::Plain, layout: Layout::Nk }.shared_bytes()
 }
 
 #[cfg(test)]

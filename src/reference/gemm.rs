@@ -21,7 +21,7 @@ pub struct ExpertMatrix<'a, W> {
     pub n: usize,
     /// Columns of the input, `K`.
     pub k: usize,
-    /// Whether a gate is folded in, and where it lies.
+    /// Whether a gate is folded in, and where it lies. Of [`Glu::Apart`] each expert's gate stands before its up here.
     pub glu: Glu,
     /// Which of `Nb` and `K` is contiguous.
     pub layout: Layout,
@@ -49,7 +49,8 @@ impl<W: Real> ExpertMatrix<'_, W> {
         let at = |row| self.product(a, scale, expert, row);
         match self.glu {
             Glu::None => activate(activation, at(column)),
-            Glu::Split => activate_glu(activation, at(column), at(self.n + column)),
+            Glu::Split | Glu::Apart => activate_glu(activation, at(column), at(self.n + column)),
+            Glu::UpFirst => activate_glu(activation, at(self.n + column), at(column)),
             Glu::Interleaved => activate_glu(activation, at(2 * column), at(2 * column + 1)),
         }
     }

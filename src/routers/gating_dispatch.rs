@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::capacity::dispatch::{self, DispatchDesc, DispatchOutputs, HeldOutputs};
+use crate::capacity::dispatch::{self, DispatchDesc};
+use crate::experts::Dispatched;
 use crate::registry::Kernel;
 use crate::routers::gating::{self, GatingDesc, Routing};
 use crate::rules::{Gating, Score};
@@ -54,19 +55,19 @@ pub struct GatingDispatchArgs<'a> {
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
     pub weights: Out<'a, f32>,
-    /// What dispatch writes.
-    pub outputs: DispatchOutputs<'a>,
+    /// Filled, with `weights` as the weights of rows; made for at least [`DispatchDesc::shape`].
+    pub dispatched: &'a mut Dispatched,
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
 
 impl<'a> GatingDispatchArgs<'a> {
-    /// `logits` to `ids`, `weights` and `outputs`, without a correction bias.
+    /// `logits` to `ids`, `weights` and `dispatched`, without a correction bias.
     pub fn new(
         logits: impl Into<In<'a, f32>>,
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
-        outputs: DispatchOutputs<'a>,
+        dispatched: &'a mut Dispatched,
         workspace: &'a mut Workspace,
     ) -> GatingDispatchArgs<'a> {
         GatingDispatchArgs {
@@ -74,7 +75,7 @@ impl<'a> GatingDispatchArgs<'a> {
             correction_bias: None,
             ids: ids.into(),
             weights: weights.into(),
-            outputs,
+            dispatched,
             workspace,
         }
     }
@@ -125,9 +126,11 @@ pub fn forward(
     let selection = select(desc, kernels.device())?;
     let GatingDispatchDesc { gating, dispatch } = desc;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    let outputs = HeldOutputs::open(&scope, dispatch, args.outputs)?;
+    let lists = args.dispatched.fill(&scope, &dispatch.shape())?;
     if dispatch.tokens == 0 {
-        return outputs.zero(&scope, dispatch);
+        lists.zero(&scope)?;
+        lists.filled();
+        return Ok(());
     }
     let choices = dispatch.tokens * dispatch.top_k;
     let logits = scope.read("logits", args.logits, dispatch.tokens * dispatch.experts, SCALAR)?;
@@ -142,7 +145,10 @@ pub fn forward(
         ids: ids.address(),
         weights: weights.address(),
     };
-    enqueue(&scope, desc, &selection, routing, outputs.addresses(), workspace.address())
+    let to = dispatch::Outputs::of(lists.addresses(), true);
+    enqueue(&scope, desc, &selection, routing, to, workspace.address())?;
+    lists.filled();
+    Ok(())
 }
 
 pub(crate) fn enqueue(
@@ -194,7 +200,7 @@ mod tests {
     use crate::runtime::device::A100;
 
     fn desc(tokens: usize, experts: usize, top_k: usize) -> GatingDispatchDesc {
-        let dispatch = DispatchDesc { tokens, experts, top_k, capacity: None, tile_m: 64 };
+        let dispatch = DispatchDesc::new(tokens, experts, top_k, 64);
         GatingDispatchDesc::new(Gating::new(Score::Softmax), dispatch)
     }
 

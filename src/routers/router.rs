@@ -31,16 +31,19 @@ pub struct RouterDesc {
     pub experts: usize,
     /// Hidden size `H`, a multiple of 8.
     pub hidden: usize,
+    /// One kernel for any number of tokens, so that a token's logits have the same bits in every batch. For few tokens the other
+    /// reads its weight with more multiprocessors.
+    pub batch_invariant: bool,
 }
 
 impl RouterDesc {
     /// Logits of `experts` experts for `tokens` rows of `hidden` elements of type `x`, with a weight of the same type.
     pub const fn new(x: Dtype, tokens: usize, experts: usize, hidden: usize) -> RouterDesc {
-        RouterDesc { x, weight: x, tokens, experts, hidden }
+        RouterDesc { x, weight: x, tokens, experts, hidden, batch_invariant: false }
     }
 }
 
-settings!(RouterDesc { weight: Dtype });
+settings!(RouterDesc { weight: Dtype, batch_invariant: bool });
 
 /// Buffers of a router.
 #[non_exhaustive]
@@ -105,8 +108,9 @@ pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error
         let [x, y, _] = grid(shape);
         (u64::from(x) * u64::from(y)).div_ceil(device.multiprocessors.into())
     };
-    let shape =
-        if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) { RouterShape::Warp } else { RouterShape::Tile };
+    let shape = if desc.batch_invariant {
+        RouterShape::Tile
+    } else if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) { RouterShape::Warp } else { RouterShape::Tile };
     let kernel = Kernel::Router(Router { x: desc.x, weight: desc.weight, shape });
     Ok(Selection::new(kernel, grid(shape)))
 }

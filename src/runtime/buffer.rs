@@ -32,6 +32,11 @@ impl<'a, T> In<'a, T> {
         In(Source::Raw { address, len })
     }
 
+    /// `len` elements at `address`, a part of memory that is held for the same time.
+    pub(super) const fn of_part(address: CUdeviceptr, len: usize) -> In<'a, T> {
+        In(Source::Raw { address, len })
+    }
+
     /// Elements.
     pub fn len(&self) -> usize {
         match &self.0 {
@@ -100,6 +105,11 @@ impl<'a, T> Out<'a, T> {
     /// # Safety
     /// As for [`In::from_raw`], and nothing else may read or write the memory until the work that operations enqueue with it has ended.
     pub const unsafe fn from_raw(address: CUdeviceptr, len: usize) -> Out<'a, T> {
+        Out(Sink::Raw { address, len, _exclusive: PhantomData })
+    }
+
+    /// `len` elements at `address`, a part of memory that is held for the same time.
+    pub(super) const fn of_part(address: CUdeviceptr, len: usize) -> Out<'a, T> {
         Out(Sink::Raw { address, len, _exclusive: PhantomData })
     }
 

@@ -183,6 +183,26 @@ impl Error {
         move |source| Error::Driver { operation, source }
     }
 
+    /// The same error on behalf of another operation: that which was asked for, where it is made of several.
+    pub(crate) fn within(mut self, of: &'static str) -> Error {
+        match &mut self {
+            Error::Invalid { operation, .. }
+            | Error::Unsupported { operation, .. }
+            | Error::Overflow { operation, .. }
+            | Error::WrongDtype { operation, .. }
+            | Error::BufferTooShort { operation, .. }
+            | Error::WorkspaceTooSmall { operation, .. }
+            | Error::Misaligned { operation, .. }
+            | Error::Missing { operation, .. }
+            | Error::Unexpected { operation, .. }
+            | Error::DifferentContext { operation, .. }
+            | Error::Capture { operation, .. }
+            | Error::Driver { operation, .. } => *operation = of,
+            Error::NoCuda | Error::NoDevice { .. } | Error::ModuleLoad { .. } => {}
+        }
+        self
+    }
+
     /// The argument or field that the error is about, where there is one.
     pub fn argument(&self) -> Option<&'static str> {
         match self {

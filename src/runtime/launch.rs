@@ -36,6 +36,16 @@ impl<'a> Address<'a> {
         self.value
     }
 
+    /// `len` elements here as a buffer to read, for an operation that is part of another: within what was opened.
+    pub(crate) fn input<T>(self, len: usize) -> In<'a, T> {
+        In::of_part(self.value, len)
+    }
+
+    /// `len` elements here as a buffer to write, for an operation that is part of another: within what was opened.
+    pub(crate) fn out<T>(self, len: usize) -> Out<'a, T> {
+        Out::of_part(self.value, len)
+    }
+
     /// The address `bytes` further on, within the same buffer.
     pub(crate) fn offset(self, bytes: usize) -> Address<'a> {
         Address { value: self.value + bytes as u64, _held: PhantomData }
@@ -265,6 +275,9 @@ impl<'a> Scope<'a> {
 
     /// Sets the first `bytes` of a buffer to zero, in stream order.
     pub(crate) fn zero(&self, address: Address<'_>, bytes: usize) -> Result<(), Error> {
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller opened the buffer for at least `bytes` bytes.
         unsafe { result::memset_d8_async(address.value, 0, bytes, self.stream.cu_stream()) }
             .map_err(Error::driver(self.operation))

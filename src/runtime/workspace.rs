@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use crate::Error;
-use crate::runtime::launch::{Held, Scope};
+use crate::{Error, Out};
+use crate::runtime::launch::{Address, Held, Scope};
 
 /// Boundary that every region of a workspace begins on, in bytes.
 pub(crate) const REGION_ALIGNMENT: usize = 256;
@@ -21,7 +22,14 @@ pub(crate) const BARRIER_HEADER: usize = 16;
 /// workspaces; cudarc's tracking orders them if they share one.
 #[derive(Debug)]
 pub struct Workspace {
-    memory: CudaSlice<u8>,
+    memory: Memory,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Owned(CudaSlice<u8>),
+    /// A part of another workspace, for an operation that is part of another.
+    Part { address: CUdeviceptr, bytes: usize },
 }
 
 impl Workspace {
@@ -31,25 +39,44 @@ impl Workspace {
     /// [`Error::Driver`], out of memory included.
     pub fn new(stream: &Arc<CudaStream>, bytes: usize) -> Result<Workspace, Error> {
         let memory = stream.alloc_zeros(bytes.max(BARRIER_HEADER)).map_err(Error::driver("workspace"))?;
-        Ok(Workspace { memory })
+        Ok(Workspace { memory: Memory::Owned(memory) })
     }
 
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
-        self.memory.len()
+        match &self.memory {
+            Memory::Owned(memory) => memory.len(),
+            Memory::Part { bytes, .. } => *bytes,
+        }
     }
 
     pub(crate) fn open<'b>(&'b mut self, scope: &Scope<'b>, needed: usize) -> Result<Held<'b>, Error> {
-        let got = self.memory.len();
+        let got = self.bytes();
         if got < needed {
             return Err(Error::WorkspaceTooSmall { operation: scope.operation, needed, got });
         }
-        scope.write("workspace", (&mut self.memory).into(), needed, REGION_ALIGNMENT as u64)
+        let memory = match &mut self.memory {
+            Memory::Owned(memory) => memory.into(),
+            Memory::Part { address, bytes } => Out::of_part(*address, *bytes),
+        };
+        scope.write("workspace", memory, needed, REGION_ALIGNMENT as u64)
+    }
+}
+
+impl Held<'_> {
+    /// Where a region of an opened workspace begins.
+    pub(crate) fn at(&self, region: Region) -> Address<'_> {
+        self.address().offset(region.offset)
+    }
+
+    /// A region as the workspace of an operation.
+    pub(crate) fn part(&self, region: Region) -> Workspace {
+        Workspace { memory: Memory::Part { address: self.at(region).value(), bytes: region.bytes } }
     }
 }
 
 /// A part of a workspace.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Region {
     pub(crate) offset: usize,
     pub(crate) bytes: usize,
@@ -78,6 +105,14 @@ impl Arena {
             limit: isize::MAX as u64,
         })?;
         Ok(Region { offset, bytes })
+    }
+
+    /// Leaves the grid barrier that begins every workspace alone, where nothing has been laid yet.
+    pub(crate) fn barrier(&mut self) -> Result<(), Error> {
+        if self.end == 0 {
+            self.region("workspace", BARRIER_HEADER, 1)?;
+        }
+        Ok(())
     }
 
     /// Bytes of all regions.

@@ -1,0 +1,355 @@
+//! The second and third part: both products over a dispatch's rows, and the sum of each token's.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::desc::{LayerDesc, Mlp, Weighting};
+use super::weights::{ExpertWeights, HeldExperts};
+use super::{OPERATION, Stage, Step};
+use crate::experts::combine::{self, CombineDesc};
+use crate::experts::dispatched::{Dispatched, RowAddresses, SlotShape};
+use crate::experts::gemm::{self, GemmDesc, Rows};
+use crate::experts::weight::HeldWeight;
+use crate::rules::{Activation, Dropout};
+use crate::runtime::builder::buffers;
+use crate::runtime::launch::{Address, Scope, VECTOR, optional};
+use crate::runtime::shape;
+use crate::runtime::workspace::{Arena, Region};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
+
+/// The products of a layer's experts over the rows of a dispatch, and the sum for each token: kernels, grids, and places in the workspace.
+#[derive(Clone, Copy, Debug)]
+pub struct ExpertsPlan {
+    pub(super) desc: LayerDesc,
+    device: DeviceInfo,
+    rows: SlotShape,
+    gate_up: Step<GemmDesc>,
+    down: Step<GemmDesc>,
+    shared: Option<[Step<GemmDesc>; 2]>,
+    combine: Step<CombineDesc>,
+    /// `[slots, I]`, afterwards the shared expert's `[T, I_shared]`.
+    hidden: Region,
+    pub(super) y_slots: Region,
+    addend: Region,
+    workspace_bytes: usize,
+}
+
+impl ExpertsPlan {
+    /// Plans products of `desc`'s experts over the rows of a dispatch of shape `rows`.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn new(desc: &LayerDesc, rows: &SlotShape, device: &DeviceInfo) -> Result<ExpertsPlan, Error> {
+        ExpertsPlan::behind(Arena::new(OPERATION), desc, rows, device)
+    }
+
+    /// The same with its part of the workspace behind what `arena` holds.
+    pub(super) fn behind(
+        mut arena: Arena,
+        desc: &LayerDesc,
+        rows: &SlotShape,
+        device: &DeviceInfo,
+    ) -> Result<ExpertsPlan, Error> {
+        let &LayerDesc { dtype, hidden, intermediate, .. } = desc;
+        shape::multiple_of_8(OPERATION, "hidden", hidden)?;
+        shape::multiple_of_8(OPERATION, "intermediate", intermediate)?;
+        gemm::check_activation(OPERATION, "mlp.activation", desc.mlp.activation, desc.mlp.gate_up.glu)?;
+        if let Some(shared) = &desc.shared {
+            shape::multiple_of_8(OPERATION, "shared.intermediate", shared.intermediate)?;
+            let (activation, glu) = (shared.mlp.activation, shared.mlp.gate_up.glu);
+            gemm::check_activation(OPERATION, "shared.mlp.activation", activation, glu)?;
+        }
+        if rows.experts != desc.local_experts() {
+            return Err(Error::invalid(OPERATION, "rows.experts", desc.local_experts().to_string(), rows.experts));
+        }
+
+        let steps = |mlp: &Mlp, rows: Rows, gather: bool, intermediate: usize| {
+            let gate_up = GemmDesc::new(dtype, rows, intermediate, hidden)
+                .gather(gather)
+                .weight(mlp.gate_up)
+                .activation(mlp.activation);
+            let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down);
+            let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
+            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
+        };
+        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), true, intermediate)?;
+        let shared = desc
+            .shared
+            .map(|shared| steps(&shared.mlp, Rows::Dense(rows.tokens), false, shared.intermediate))
+            .transpose()?;
+        let combine = CombineDesc::new(dtype, *rows, hidden);
+        let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
+
+        let element = dtype.bytes() as usize;
+        let h = shape::product(OPERATION, "intermediate", &[rows.slots, intermediate])?;
+        let shared_intermediate = desc.shared.map_or(0, |shared| shared.intermediate);
+        let shared_h = shape::product(OPERATION, "shared.intermediate", &[rows.tokens, shared_intermediate])?;
+        let addend = if shared.is_some() { rows.tokens * hidden } else { 0 };
+        arena.barrier()?;
+        let hidden_region = arena.region("intermediate", h.max(shared_h), element)?;
+        let y_slots = arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?;
+        let addend = arena.region("addend", addend, element)?;
+        Ok(ExpertsPlan {
+            desc: *desc,
+            device: *device,
+            rows: *rows,
+            gate_up,
+            down,
+            shared,
+            combine,
+            hidden: hidden_region,
+            y_slots,
+            addend,
+            workspace_bytes: arena.bytes(),
+        })
+    }
+
+    /// The dispatch's shape that was planned for.
+    pub fn rows(&self) -> &SlotShape {
+        &self.rows
+    }
+
+    /// Size of the workspace in bytes.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace_bytes
+    }
+
+    /// The stages with their launches, in order. None with no tokens.
+    pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let (rows, shared) = (self.rows, self.shared);
+        let shared = shared.into_iter().flat_map(|[gate_up, down]| {
+            [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
+        });
+        [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)]
+            .into_iter()
+            .chain(shared)
+            .chain([(Stage::Combine, self.combine.selection)])
+            .filter(move |_| rows.tokens > 0)
+    }
+
+    pub(super) fn check_device(&self, scope: &Scope<'_>) -> Result<(), Error> {
+        check_device(scope, &self.device)
+    }
+
+    fn check(&self, scope: &Scope<'_>, dispatched: &Dispatched) -> Result<(), Error> {
+        self.check_device(scope)?;
+        if *dispatched.shape() != self.rows {
+            let got = format!("{:?}", dispatched.shape());
+            return Err(Error::invalid(OPERATION, "dispatched", format!("a dispatch of {:?}", self.rows), got));
+        }
+        Ok(())
+    }
+
+    /// Computes the experts' outputs by row, weighted where the descriptor weighs outputs, and a shared expert's.
+    ///
+    /// With no tokens nothing is launched.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Unexpected`] for weights against the descriptor; [`Error::Invalid`] for a plan made for another device
+    /// or a dispatch of another shape; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
+    /// [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
+    pub fn forward<T: Element>(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        weights: &ExpertWeights<'_>,
+        args: ExpertsArgs<'_, T>,
+        workspace: &mut Workspace,
+    ) -> Result<(), Error> {
+        let scope = Scope::begin(OPERATION, kernels, stream)?;
+        scope.check_dtype::<T>("x", self.desc.dtype)?;
+        self.check(&scope, args.dispatched)?;
+        if let Some(dropout) = &args.dropout {
+            gemm::check_dropout(OPERATION, dropout)?;
+        }
+        let SlotShape { tokens, slots, .. } = self.rows;
+        let hidden = self.desc.hidden;
+        let weights = weights.open(&scope, &self.desc)?;
+        if tokens == 0 {
+            return Ok(());
+        }
+        let x = scope.read("x", args.x, tokens * hidden, VECTOR)?;
+        let dispatched = args.dispatched.read(&scope)?;
+        let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, VECTOR)?;
+        let h = scope.write_some("hidden", args.hidden, slots * self.desc.intermediate, VECTOR)?;
+        let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
+        if shared.is_some() != self.shared.is_some() {
+            let (operation, argument) = (OPERATION, "shared");
+            return Err(match self.shared {
+                Some(_) => Error::Missing { operation, argument, reason: "the descriptor has a shared expert" },
+                None => Error::Unexpected { operation, argument, reason: "the descriptor has no shared expert" },
+            });
+        }
+        let workspace = workspace.open(&scope, self.workspace_bytes)?;
+        let at = Products {
+            x: x.address(),
+            rows: dispatched.addresses(),
+            hidden: optional(&h).unwrap_or_else(|| workspace.at(self.hidden)),
+            shared_hidden: workspace.at(self.hidden),
+            y_slots: y_slots.address(),
+            addend: optional(&shared),
+            dropout: args.dropout,
+        };
+        self.enqueue(&scope, &weights, &at, &mut |_| ())
+    }
+
+    /// Adds up each token's rows.
+    ///
+    /// # Errors
+    /// Those of [`combine::forward`].
+    pub fn combine<T: Element>(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        args: combine::CombineArgs<'_, T>,
+    ) -> Result<(), Error> {
+        combine::forward(kernels, stream, &self.combine.desc, args)
+    }
+
+    /// Both products, and the shared expert's.
+    pub(super) fn enqueue(
+        &self,
+        scope: &Scope<'_>,
+        weights: &HeldExperts<'_>,
+        at: &Products<'_>,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<(), Error> {
+        let weight = |weighting| (self.desc.weighting == weighting).then_some(at.rows.slot_weight);
+        let [gate_up, down] = &weights.mlp;
+        let first = Product {
+            a: at.x,
+            out: at.hidden,
+            rows: Some(at.rows),
+            row_scale: weight(Weighting::Input),
+            out_scale: weight(Weighting::Activation),
+            dropout: at.dropout,
+        };
+        first.enqueue(scope, &self.gate_up, gate_up)?;
+        observer(Stage::GateUp);
+        let second = Product {
+            a: at.hidden,
+            out: at.y_slots,
+            row_scale: None,
+            out_scale: weight(Weighting::Output),
+            dropout: None,
+            ..first
+        };
+        second.enqueue(scope, &self.down, down)?;
+        observer(Stage::Down);
+
+        let (Some(steps), Some([gate_up, down]), Some(addend)) = (&self.shared, &weights.shared, at.addend) else {
+            return Ok(());
+        };
+        let dense = |a, out| Product { a, out, rows: None, row_scale: None, out_scale: None, dropout: None };
+        dense(at.x, at.shared_hidden).enqueue(scope, &steps[0], gate_up)?;
+        observer(Stage::SharedGateUp);
+        dense(at.shared_hidden, addend).enqueue(scope, &steps[1], down)?;
+        observer(Stage::SharedDown);
+        Ok(())
+    }
+
+    /// The sum of each token's rows.
+    pub(super) fn enqueue_combine(&self, scope: &Scope<'_>, at: combine::Addresses<'_>) -> Result<(), Error> {
+        combine::enqueue(scope, &self.combine.desc, &self.combine.selection, at)
+    }
+
+    /// Where the intermediate of both kinds of experts, and the shared expert's output, lie in the workspace.
+    pub(super) fn regions(&self) -> (Region, Region) {
+        (self.hidden, self.addend)
+    }
+
+    pub(super) fn has_shared(&self) -> bool {
+        self.shared.is_some()
+    }
+}
+
+/// Inputs and outputs of the experts.
+#[non_exhaustive]
+pub struct ExpertsArgs<'a, T> {
+    /// `[T, H]`.
+    pub x: In<'a, T>,
+    /// The rows, of the plan's shape.
+    pub dispatched: &'a Dispatched,
+    /// `[slots, H]`, written: the experts' outputs, weighted where the descriptor weighs outputs.
+    pub y_slots: Out<'a, T>,
+    /// `[slots, I]`, written: what stands between the products.
+    pub hidden: Option<Out<'a, T>>,
+    /// `[T, H]`, written: the shared expert's output; exactly where there is one.
+    pub shared: Option<Out<'a, T>>,
+    /// Drops some of what stands between the products.
+    pub dropout: Option<Dropout>,
+}
+
+impl<'a, T> ExpertsArgs<'a, T> {
+    /// `x` to `y_slots` by the rows of `dispatched`.
+    pub fn new(
+        x: impl Into<In<'a, T>>,
+        dispatched: &'a Dispatched,
+        y_slots: impl Into<Out<'a, T>>,
+    ) -> ExpertsArgs<'a, T> {
+        ExpertsArgs {
+            x: x.into(),
+            dispatched,
+            y_slots: y_slots.into(),
+            hidden: None,
+            shared: None,
+            dropout: None,
+        }
+    }
+
+    /// With dropout inside the experts.
+    #[must_use]
+    pub fn dropout(self, dropout: Dropout) -> ExpertsArgs<'a, T> {
+        ExpertsArgs { dropout: Some(dropout), ..self }
+    }
+}
+
+buffers!(ExpertsArgs<'a, T> { hidden: Out<T>, shared: Out<T> });
+
+/// Addresses of all products.
+pub(super) struct Products<'a> {
+    pub(super) x: Address<'a>,
+    pub(super) rows: RowAddresses<'a>,
+    pub(super) hidden: Address<'a>,
+    pub(super) shared_hidden: Address<'a>,
+    pub(super) y_slots: Address<'a>,
+    /// The shared expert's output.
+    pub(super) addend: Option<Address<'a>>,
+    pub(super) dropout: Option<Dropout>,
+}
+
+/// Rows in and out of one product.
+#[derive(Clone, Copy)]
+struct Product<'a> {
+    a: Address<'a>,
+    out: Address<'a>,
+    rows: Option<RowAddresses<'a>>,
+    row_scale: Option<Address<'a>>,
+    out_scale: Option<Address<'a>>,
+    dropout: Option<Dropout>,
+}
+
+impl Product<'_> {
+    fn enqueue(self, scope: &Scope<'_>, step: &Step<GemmDesc>, weight: &HeldWeight<'_>) -> Result<(), Error> {
+        let at = gemm::Addresses {
+            a: self.a,
+            weight: weight.addresses(),
+            out: self.out,
+            rows: self.rows,
+            row_scale: self.row_scale,
+            out_scale: self.out_scale,
+        };
+        gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
+    }
+}
+
+/// A plan runs on the device that it was made for.
+pub(super) fn check_device(scope: &Scope<'_>, planned: &DeviceInfo) -> Result<(), Error> {
+    let here = scope.kernels.device();
+    if planned != here {
+        let expected = format!("a plan for {here:?}");
+        return Err(Error::invalid(OPERATION, "plan", expected, format!("one for {planned:?}")));
+    }
+    Ok(())
+}
