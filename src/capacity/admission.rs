@@ -88,6 +88,33 @@ impl AdmissionDesc {
     }
 }
 
+impl AdmissionDesc {
+    /// By `rule`, for `tokens` tokens.
+    pub const fn new(tokens: usize, rule: AdmissionRule) -> AdmissionDesc {
+        AdmissionDesc { tokens, rule }
+    }
+}
+
+impl<'a> AdmissionArgs<'a> {
+    /// `ids` and `weights` to `admitted` and `admitted_weights`.
+    pub fn new(
+        ids: impl Into<In<'a, i32>>,
+        weights: impl Into<In<'a, f32>>,
+        admitted: impl Into<Out<'a, i32>>,
+        admitted_weights: impl Into<Out<'a, f32>>,
+        workspace: &'a mut Workspace,
+    ) -> AdmissionArgs<'a> {
+        AdmissionArgs {
+            ids: ids.into(),
+            weights: weights.into(),
+            priority: None,
+            admitted: admitted.into(),
+            admitted_weights: admitted_weights.into(),
+            workspace,
+        }
+    }
+}
+
 /// Workspace of [`forward`] in bytes.
 ///
 /// # Errors

@@ -71,6 +71,33 @@ impl ExpertMapDesc {
     }
 }
 
+impl ExpertMapDesc {
+    /// One copy of each expert.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize) -> ExpertMapDesc {
+        ExpertMapDesc { tokens, experts, top_k, max_replicas: 1, seed: 0 }
+    }
+}
+
+crate::runtime::builder::settings!(ExpertMapDesc { max_replicas: usize, seed: u32 });
+
+impl<'a> ExpertMapArgs<'a> {
+    /// `ids` by `map` to `local_ids`.
+    pub fn new(
+        ids: impl Into<In<'a, i32>>,
+        map: impl Into<In<'a, i32>>,
+        local_ids: impl Into<Out<'a, i32>>,
+    ) -> ExpertMapArgs<'a> {
+        ExpertMapArgs {
+            ids: ids.into(),
+            weights: None,
+            map: map.into(),
+            replicas: None,
+            local_ids: local_ids.into(),
+            identity_weight: None,
+        }
+    }
+}
+
 /// Chooses kernel and grid.
 ///
 /// # Errors

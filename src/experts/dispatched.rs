@@ -220,7 +220,18 @@ impl Dispatched {
                 return Err(Error::BufferTooShort { operation: scope.operation, argument, needed, got });
             }
         }
-        let Dispatched { shape: filled, counts, offsets, slot_token, token_slot, token_offsets, slot_weight, tiles, num_tiles, .. } = self;
+        let Dispatched {
+            shape: filled,
+            counts,
+            offsets,
+            slot_token,
+            token_slot,
+            token_offsets,
+            slot_weight,
+            tiles,
+            num_tiles,
+            ..
+        } = self;
         Ok(Filling {
             counts: scope.write("counts", counts.into(), shape.experts, SCALAR)?,
             offsets: scope.write("offsets", offsets.into(), shape.experts + 1, SCALAR)?,

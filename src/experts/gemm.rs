@@ -236,11 +236,7 @@ pub fn select(desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> 
 }
 
 /// [`select`] on behalf of `operation`.
-pub(crate) fn select_for(
-    operation: &'static str,
-    desc: &GemmDesc,
-    device: &DeviceInfo,
-) -> Result<Selection, Error> {
+pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.check(operation)?;
     let (tile, tiles) = match &desc.rows {
         Rows::Dense(rows) => {

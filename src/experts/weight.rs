@@ -75,7 +75,11 @@ impl<'a> Weight<'a> {
         };
         if desc.glu == Glu::Apart && self.bias.is_some() != up_bias.is_some() {
             let reason = "gate and up have a bias both, or neither";
-            return Err(Error::Missing { operation, argument: if up_bias.is_some() { names.bias } else { names.up_bias }, reason });
+            return Err(Error::Missing {
+                operation,
+                argument: if up_bias.is_some() { names.bias } else { names.up_bias },
+                reason,
+            });
         }
         Ok(HeldWeight {
             matrix: matrix(names.matrix, self.matrix)?,

@@ -1,9 +1,7 @@
 //! What a layer is.
 
 use super::LayerPlan;
-use crate::rules::{
-    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, Layout, Score, WeightDesc,
-};
+use crate::rules::{Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, Layout, Score, WeightDesc};
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
 

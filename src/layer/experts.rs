@@ -288,14 +288,7 @@ impl<'a, T> ExpertsArgs<'a, T> {
         dispatched: &'a Dispatched,
         y_slots: impl Into<Out<'a, T>>,
     ) -> ExpertsArgs<'a, T> {
-        ExpertsArgs {
-            x: x.into(),
-            dispatched,
-            y_slots: y_slots.into(),
-            hidden: None,
-            shared: None,
-            dropout: None,
-        }
+        ExpertsArgs { x: x.into(), dispatched, y_slots: y_slots.into(), hidden: None, shared: None, dropout: None }
     }
 
     /// With dropout inside the experts.

@@ -75,9 +75,8 @@ impl RoutePlan {
     pub(super) fn new(desc: &LayerDesc, tokens: usize, device: &DeviceInfo) -> Result<(RoutePlan, Arena), Error> {
         let within = |error: Error| error.within(OPERATION);
         let &LayerDesc { dtype, router_dtype, hidden, experts, top_k, gating, .. } = desc;
-        let router = RouterDesc::new(dtype, tokens, experts, hidden)
-            .weight(router_dtype)
-            .batch_invariant(desc.batch_invariant);
+        let router =
+            RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype).batch_invariant(desc.batch_invariant);
         let router = Step { desc: router, selection: router::select(&router, device).map_err(within)? };
 
         // The height of a tile follows from the number of slots, which is checked by `validate` below.
@@ -301,12 +300,8 @@ impl RoutePlan {
         at: &RouteAddresses<'_>,
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
-        let addresses = router::Addresses {
-            x,
-            weight: weights.matrix.address(),
-            bias: optional(&weights.bias),
-            logits: at.logits,
-        };
+        let addresses =
+            router::Addresses { x, weight: weights.matrix.address(), bias: optional(&weights.bias), logits: at.logits };
         router::enqueue(scope, &self.router.desc, &self.router.selection, addresses)?;
         observer(Stage::Router);
         Ok(())
@@ -342,22 +337,22 @@ impl RoutePlan {
         let (kernels, stream) = (scope.kernels, scope.stream);
         match &self.choice {
             Choice::Measured(step) => {
-                let Some(measured) = extras.measured.take() else {
+                let Some(measured) = extras.measured.as_mut() else {
                     let reason = "the descriptor measures the batch";
                     return Err(Error::Missing { operation: OPERATION, argument: "measured", reason });
                 };
                 let mut scratch = workspace.part(self.regions.scratch);
-                let mut args = MeasuredArgs::new(
-                    logits,
-                    ids.out(given),
-                    chosen_weights.out(given),
-                    measured.totals,
-                    measured.stats,
-                    &mut scratch,
-                );
+                let totals = Totals {
+                    counts: measured.totals.counts.reborrow(),
+                    loss_counts: measured.totals.loss_counts.reborrow(),
+                    probability: measured.totals.probability.reborrow(),
+                    importance: measured.totals.importance.reborrow(),
+                };
+                let (ids, weights) = (ids.out(given), chosen_weights.out(given));
+                let mut args = MeasuredArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch);
                 args.correction_bias = bias;
-                args.log_sum_exp = measured.log_sum_exp;
-                args.probabilities = measured.probabilities;
+                args.log_sum_exp = measured.log_sum_exp.as_mut().map(Out::reborrow);
+                args.probabilities = measured.probabilities.as_mut().map(Out::reborrow);
                 balance::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
             }
             Choice::Gating(step) => {

@@ -149,7 +149,12 @@ const SHARED: [WeightNames; 2] = [
         up: "shared.gate_up.up",
         up_bias: "shared.gate_up.up_bias",
     },
-    WeightNames { matrix: "shared.down", bias: "shared.down.bias", up: "shared.down.up", up_bias: "shared.down.up_bias" },
+    WeightNames {
+        matrix: "shared.down",
+        bias: "shared.down.bias",
+        up: "shared.down.up",
+        up_bias: "shared.down.up_bias",
+    },
 ];
 
 fn open_mlp<'a, 'b>(

@@ -110,7 +110,11 @@ pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error
     };
     let shape = if desc.batch_invariant {
         RouterShape::Tile
-    } else if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) { RouterShape::Warp } else { RouterShape::Tile };
+    } else if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) {
+        RouterShape::Warp
+    } else {
+        RouterShape::Tile
+    };
     let kernel = Kernel::Router(Router { x: desc.x, weight: desc.weight, shape });
     Ok(Selection::new(kernel, grid(shape)))
 }

@@ -21,5 +21,5 @@ pub use gating::{Gating, GroupScore, Groups};
 pub use kinds::{Dtype, Glu, Layout, Score};
 pub use noise::NoiseSource;
 pub(crate) use routing::units;
-pub use weight::{WeightDesc, WeightFormat};
 pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule};
+pub use weight::{WeightDesc, WeightFormat};

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaStream};
 
-use crate::{Error, Out};
 use crate::runtime::launch::{Address, Held, Scope};
+use crate::{Error, Out};
 
 /// Boundary that every region of a workspace begins on, in bytes.
 pub(crate) const REGION_ALIGNMENT: usize = 256;
@@ -29,7 +29,10 @@ pub struct Workspace {
 enum Memory {
     Owned(CudaSlice<u8>),
     /// A part of another workspace, for an operation that is part of another.
-    Part { address: CUdeviceptr, bytes: usize },
+    Part {
+        address: CUdeviceptr,
+        bytes: usize,
+    },
 }
 
 impl Workspace {

@@ -159,6 +159,30 @@ impl MeasureDesc {
     }
 }
 
+impl<'a> MeasuredArgs<'a> {
+    /// `logits` to `ids`, `weights`, `totals` and `stats`.
+    pub fn new(
+        logits: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+        totals: Totals<'a>,
+        stats: impl Into<Out<'a, RouterStats>>,
+        workspace: &'a mut Workspace,
+    ) -> MeasuredArgs<'a> {
+        MeasuredArgs {
+            logits: logits.into(),
+            correction_bias: None,
+            ids: ids.into(),
+            weights: weights.into(),
+            log_sum_exp: None,
+            probabilities: None,
+            totals,
+            stats: stats.into(),
+            workspace,
+        }
+    }
+}
+
 /// Workspace of [`forward`] in bytes.
 ///
 /// # Errors
