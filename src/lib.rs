@@ -21,8 +21,9 @@
 //!
 //! ```
 //! use half::bf16;
-//! use moe_kernels::layer::Linear;
-//! use moe_kernels::{Dtype, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+//! use moe_kernels::experts::Weight;
+//! use moe_kernels::layer::{ExpertWeights, LayerArgs, LayerDesc, LayerWeights, RouteArgs, RouterWeights};
+//! use moe_kernels::{Dtype, Kernels, Workspace, device};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # softcuda::install_if_no_gpu()?;
@@ -39,20 +40,14 @@
 //! let router = stream.clone_htod(&random(experts * hidden))?;
 //! let gate_up = stream.clone_htod(&random(experts * 2 * intermediate * hidden))?;
 //! let down = stream.clone_htod(&random(experts * hidden * intermediate))?;
-//! let weights = LayerWeights {
-//!     router: &router,
-//!     router_bias: None,
-//!     correction_bias: None,
-//!     gate_up: Linear { weight: &gate_up, bias: None },
-//!     down: Linear { weight: &down, bias: None },
-//!     shared: None,
-//! };
+//! let experts_here = ExpertWeights::new(Weight::new(&gate_up), Weight::new(&down));
+//! let weights = LayerWeights::new(RouterWeights::new(&router), experts_here);
 //!
 //! let x = stream.clone_htod(&random(tokens * hidden))?;
 //! let mut y = stream.alloc_zeros::<bf16>(tokens * hidden)?;
 //! let mut ids = stream.alloc_zeros::<i32>(tokens * top_k)?;
 //! let mut workspace = Workspace::new(&stream, plan.workspace_bytes())?;
-//! let args = LayerArgs { ids: Some(&mut ids), ..LayerArgs::new(&x, &mut y) };
+//! let args = LayerArgs::new(&x, &mut y).route(RouteArgs::new().ids(&mut ids));
 //! plan.forward(&kernels, &stream, &weights, args, &mut workspace)?;
 //!
 //! assert!(stream.clone_dtoh(&ids)?.iter().all(|&id| (0..experts as i32).contains(&id)));
@@ -77,7 +72,6 @@ pub mod routers;
 pub mod rules;
 pub mod runtime;
 
-pub use layer::{LayerArgs, LayerDesc, LayerPlan, LayerWeights};
 pub use rules::kinds::Dtype;
 pub use runtime::buffer::{In, Out};
 pub use runtime::device::{self, DeviceInfo};

@@ -33,6 +33,8 @@ mod desc;
 mod experts;
 mod forward;
 mod route;
+#[cfg(test)]
+mod tests;
 mod weights;
 
 pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc, Weighting};

@@ -364,7 +364,6 @@ fn params<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Spread;
     use crate::rules::NoiseSource;
     use crate::runtime::device::A100;
 

@@ -78,3 +78,8 @@ pub(crate) const A100: DeviceInfo = DeviceInfo {
     shared_bytes_per_block: 163 << 10,
     cooperative_launch: true,
 };
+
+/// An H100, for tests of pure functions.
+#[cfg(test)]
+pub(crate) const H100: DeviceInfo =
+    DeviceInfo { compute_capability: (9, 0), multiprocessors: 132, shared_bytes_per_block: 227 << 10, ..A100 };
