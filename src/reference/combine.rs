@@ -1,7 +1,6 @@
 //! Combine: every token's sum of its experts' outputs.
 
-use rayon::prelude::*;
-
+use super::parallel::for_each_row;
 use super::{Real, ReferenceError, require, require_shape};
 
 /// `y[t] = residual[t] + addend[t] + sum_j weights[t,j] y_slots[token_slot[t,j]]`, `[T,H]`.
@@ -38,7 +37,7 @@ pub fn combine<Y: Real, A: Real>(
     }
 
     let mut y = vec![0.0; tokens * hidden];
-    y.par_chunks_mut(hidden).enumerate().for_each(|(t, y)| {
+    for_each_row(&mut y, hidden, |t, y| {
         for rows in [residual, addend].into_iter().flatten() {
             y.iter_mut().zip(&rows[t * hidden..]).for_each(|(y, &value)| *y += value.into());
         }

@@ -1,8 +1,7 @@
 //! Gating: from logits to the ids and weights of the chosen experts.
 
-use rayon::prelude::*;
-
 use super::activation::sigmoid;
+use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{Gating, GroupScore, Groups, Score};
 
@@ -52,8 +51,7 @@ pub fn gate<L: Real, B: Real>(
     }
     let bias: Option<Vec<f64>> = bias.map(|bias| bias.iter().map(|&b| b.into()).collect());
 
-    let rows: Vec<Vec<(usize, f64)>> =
-        logits.par_chunks(experts).map(|row| gate_token(row, bias.as_deref(), top_k, rule)).collect();
+    let rows: Vec<Vec<(usize, f64)>> = map_rows(logits, experts, |row| gate_token(row, bias.as_deref(), top_k, rule));
     Ok(Gated {
         ids: rows.iter().flatten().map(|&(id, _)| id as i32).collect(),
         weights: rows.iter().flatten().map(|&(_, weight)| weight).collect(),

@@ -1,9 +1,8 @@
 //! Grouped GEMM: each row times the matrix of its expert, with scale, bias and activation.
 
-use rayon::prelude::*;
-
 use super::activation::{activate, activate_glu};
 use super::dispatch::Dispatched;
+use super::parallel::{for_each_row, map_rows};
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::Activation;
 use crate::rules::NoiseSource;
@@ -91,7 +90,7 @@ pub fn grouped_gemm<A: Real, W: Real>(
         expert_of[first as usize..][..count as usize].fill(Some(expert));
     }
     let mut out = vec![f64::NAN; rows * matrix.n];
-    out.par_chunks_mut(matrix.n).enumerate().for_each(|(row, out)| {
+    for_each_row(&mut out, matrix.n, |row, out| {
         let Some(expert) = expert_of[row] else { return };
         let source = if gather { plan.slot_token[row] as usize } else { row };
         let a = &a[source * matrix.k..][..matrix.k];
@@ -114,9 +113,9 @@ pub fn dense_gemm<A: Real, W: Real>(
 ) -> Result<Vec<f64>, ReferenceError> {
     check(matrix, 1, activation)?;
     require("a", a.len().is_multiple_of(matrix.k), || format!("rows of {} elements", matrix.k), a.len())?;
-    Ok(a.par_chunks(matrix.k)
-        .flat_map_iter(|a| (0..matrix.n).map(move |column| matrix.element(a, 1.0, 0, column, activation)))
-        .collect())
+    let outputs =
+        |a: &[A]| -> Vec<f64> { (0..matrix.n).map(|column| matrix.element(a, 1.0, 0, column, activation)).collect() };
+    Ok(map_rows(a, matrix.k, outputs).concat())
 }
 
 /// Dropout of `out [rows,N]`: element i is 0 if its random word is below `2^32 p`, else divided by `1 - p`.

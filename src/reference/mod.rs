@@ -21,6 +21,7 @@ pub mod hash;
 pub mod jitter;
 pub mod layer;
 pub mod noisy;
+mod parallel;
 
 pub mod router;
 pub mod sampled;

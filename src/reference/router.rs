@@ -3,8 +3,7 @@
 //! Shazeer et al. 2017, "Outrageously Large Neural Networks", section 2.1 (the gating network without noise); in f32
 //! whatever the type of x after Fedus et al. 2021, "Switch Transformers", section 2.4 (selective precision).
 
-use rayon::prelude::*;
-
+use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
 
 /// `logits[t,e] = sum_h x[t,h] weight[e,h] + bias[e]`, `[T,E]`.
@@ -26,11 +25,10 @@ pub fn router<X: Real, W: Real, B: Real>(
     if let Some(bias) = bias {
         require_shape("bias", bias, &[experts])?;
     }
-    Ok(x.par_chunks(hidden)
-        .flat_map_iter(|row| {
-            weight.chunks(hidden).enumerate().map(move |(e, w)| dot(row, w) + bias.map_or(0.0, |b| b[e].into()))
-        })
-        .collect())
+    let logits = |row: &[X]| -> Vec<f64> {
+        weight.chunks(hidden).enumerate().map(|(e, w)| dot(row, w) + bias.map_or(0.0, |b| b[e].into())).collect()
+    };
+    Ok(map_rows(x, hidden, logits).concat())
 }
 
 pub(crate) fn dot<A: Real, B: Real>(a: &[A], b: &[B]) -> f64 {
