@@ -9,6 +9,7 @@ mod gating;
 pub(crate) mod kinds;
 pub mod noise;
 mod routing;
+pub(crate) mod settings;
 
 pub use activation::Activation;
 pub use balance::{BalanceRule, LossScore};
