@@ -5,6 +5,7 @@
 /// With a gated linear unit ([`Glu::Split`], [`Glu::Interleaved`]) the weight yields a gate `g` and an up value `u` for each
 /// output column, and the output is `act(g) * u` (Shazeer, *GLU Variants Improve Transformer*, 2020).
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum Activation {
     /// The product itself; not with a gated unit.
     Identity,

@@ -1,7 +1,10 @@
 //! What a measured gating measures.
 
+use super::settings::settings;
+
 /// The distribution over experts that a balancing loss takes from a token's logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LossScore {
     /// `softmax(l)` (Switch, GShard, Mixtral, OLMoE).
     Softmax,
@@ -11,6 +14,7 @@ pub enum LossScore {
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct BalanceRule {
     /// Where probabilities come from.
     pub score: LossScore,
@@ -21,3 +25,12 @@ pub struct BalanceRule {
     /// Slots that an expert takes of each sequence; others are dropped.
     pub capacity: Option<usize>,
 }
+
+impl BalanceRule {
+    /// Probabilities by `score`, all choices of sequences of `tokens_per_sequence`, of which none is dropped.
+    pub const fn new(score: LossScore, tokens_per_sequence: usize) -> BalanceRule {
+        BalanceRule { score, tokens_per_sequence, first_choice_only: false, capacity: None }
+    }
+}
+
+settings!(BalanceRule { first_choice_only: bool, capacity: Option<usize> });

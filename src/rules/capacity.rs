@@ -1,9 +1,11 @@
 //! How many slots an expert takes, and whose.
 
 use super::noise::NoiseSource;
+use super::settings::settings;
 
 /// A limit on the slots of an expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Capacity {
     /// Slots that an expert takes of each sequence, at least 1.
     pub per_expert: usize,
@@ -13,8 +15,18 @@ pub struct Capacity {
     pub padded: bool,
 }
 
+impl Capacity {
+    /// At most `per_expert` slots of each `tokens_per_sequence` tokens, rows side by side without gaps.
+    pub const fn new(per_expert: usize, tokens_per_sequence: usize) -> Capacity {
+        Capacity { per_expert, tokens_per_sequence, padded: false }
+    }
+}
+
+settings!(Capacity { padded: bool });
+
 /// Whose turn it is when an expert's places are given away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Order {
     /// Token by token, all choices of one before the next token (Switch Transformers: Fedus et al. 2021).
     ByToken,
@@ -24,6 +36,7 @@ pub enum Order {
 
 /// Whether a token is sent to its second expert, whose weight is `g2`.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum SecondExpert {
     /// Always.
     Always,
@@ -39,8 +52,16 @@ pub enum SecondExpert {
     },
 }
 
+impl SecondExpert {
+    /// GShard's policy: a second expert of weight 1/2 or more is certain.
+    pub const fn gshard(noise: NoiseSource) -> SecondExpert {
+        SecondExpert::Random { threshold: 0.5, noise }
+    }
+}
+
 /// Who is admitted.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct AdmissionRule {
     /// Experts, `E`.
     pub experts: usize,
@@ -61,6 +82,33 @@ pub struct AdmissionRule {
     /// The second expert's chance; needs `top_k` of 2 unless it is [`SecondExpert::Always`].
     pub second: SecondExpert,
 }
+
+impl AdmissionRule {
+    /// Token by token, as they come, a choice whose expert is full dropped (Switch Transformers).
+    pub const fn new(experts: usize, top_k: usize, capacity: usize, tokens_per_group: usize) -> AdmissionRule {
+        AdmissionRule {
+            experts,
+            candidates: top_k,
+            top_k,
+            capacity,
+            tokens_per_group,
+            order: Order::ByToken,
+            prioritised: false,
+            second: SecondExpert::Always,
+        }
+    }
+
+    /// Two experts a token, all first choices before all second ones, these at random by their weight (GShard, algorithm 1).
+    pub const fn gshard(experts: usize, capacity: usize, tokens_per_group: usize, noise: NoiseSource) -> AdmissionRule {
+        AdmissionRule {
+            order: Order::ByChoice,
+            second: SecondExpert::gshard(noise),
+            ..AdmissionRule::new(experts, 2, capacity, tokens_per_group)
+        }
+    }
+}
+
+settings!(AdmissionRule { candidates: usize, order: Order, prioritised: bool, second: SecondExpert });
 
 /// Tokens that an expert takes of a group of `tokens`: `max(1, ceil(top_k * tokens * factor / experts))` (GShard's `2N/E`
 /// with factor 1; Switch and GLaM call the factor "capacity factor").

@@ -1,9 +1,11 @@
 //! The rules by which gating chooses experts and weighs them.
 
 pub use super::kinds::Score;
+use super::settings::settings;
 
 /// The rule by which experts are chosen and weighted.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct Gating {
     /// Score of each expert.
     pub score: Score,
@@ -27,8 +29,11 @@ impl Gating {
     }
 }
 
+settings!(Gating { renormalise: bool, scale: f32, groups: Option<Groups> });
+
 /// Group-limited choice (DeepSeek-V3's node-limited routing, section 2.1.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Groups {
     /// Number of groups of `E / count` consecutive experts; divides `E`.
     pub count: usize,
@@ -38,8 +43,18 @@ pub struct Groups {
     pub score: GroupScore,
 }
 
+impl Groups {
+    /// The best `kept` of `count` groups, each ranked by its two largest choice values (DeepSeek-V3).
+    pub const fn new(count: usize, kept: usize) -> Groups {
+        Groups { count, kept, score: GroupScore::TopTwo }
+    }
+}
+
+settings!(Groups { score: GroupScore });
+
 /// What ranks a group of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GroupScore {
     /// Sum of its two largest choice values (DeepSeek-V3). Groups need two experts or more.
     TopTwo,

@@ -4,6 +4,7 @@
 
 /// Storage type of activations and expert weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Dtype {
     /// bfloat16: 8 bits of exponent, 7 of mantissa.
     Bf16,
@@ -43,6 +44,7 @@ impl std::fmt::Display for Dtype {
 
 /// How logits become scores and which come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Score {
     /// Softmax over all experts, then top-k of the probabilities (Switch, Mixtral, Qwen3, OLMoE, ERNIE 4.5).
     Softmax,
@@ -94,6 +96,7 @@ impl Glu {
 
 /// How an expert's weight matrix lies in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Layout {
     /// `[E, N, K]`, K contiguous, as `nn.Linear` holds it.
     Nk,

@@ -9,6 +9,7 @@ mod gating;
 pub(crate) mod kinds;
 pub mod noise;
 mod routing;
+pub(crate) mod settings;
 mod weight;
 
 pub use activation::Activation;

@@ -29,6 +29,11 @@ pub struct NoiseSource {
 }
 
 impl NoiseSource {
+    /// The words of `seed` at `offset`.
+    pub const fn new(seed: u64, offset: u64) -> NoiseSource {
+        NoiseSource { seed, offset }
+    }
+
     /// Low and high halves of seed and offset, as kernels take them.
     pub(crate) const fn words_of_source(self) -> [u32; 4] {
         [self.seed as u32, (self.seed >> 32) as u32, self.offset as u32, (self.offset >> 32) as u32]

@@ -1,9 +1,11 @@
 //! Rules of the routers beside gating: noisy, sampled, BASE, expert choice.
 
 use super::noise::NoiseSource;
+use super::settings::settings;
 
 /// How noise is added and how many experts are kept.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct NoisyRule {
     /// Experts of a token, `k`.
     pub top_k: usize,
@@ -13,8 +15,18 @@ pub struct NoisyRule {
     pub noise: NoiseSource,
 }
 
+impl NoisyRule {
+    /// `top_k` experts a token, with the noise epsilon of the authors' published code, 1e-2.
+    pub const fn new(top_k: usize, noise: NoiseSource) -> NoisyRule {
+        NoisyRule { top_k, noise_epsilon: 1e-2, noise }
+    }
+}
+
+settings!(NoisyRule { noise_epsilon: f32 });
+
 /// How experts are drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct SamplingRule {
     /// Experts of a token, `k`; all different.
     pub top_k: usize,
@@ -24,8 +36,18 @@ pub struct SamplingRule {
     pub noise: NoiseSource,
 }
 
+impl SamplingRule {
+    /// `top_k` experts a token from the router's own distribution, at temperature 1.
+    pub const fn new(top_k: usize, noise: NoiseSource) -> SamplingRule {
+        SamplingRule { top_k, inverse_temperature: 1.0, noise }
+    }
+}
+
+settings!(SamplingRule { inverse_temperature: f32 });
+
 /// An auction's accuracy and limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct AuctionRule {
     /// Experts, `E`.
     pub experts: usize,
@@ -33,6 +55,13 @@ pub struct AuctionRule {
     pub epsilon: f32,
     /// Rounds of bidding after which the tokens that are left go to the experts that have places left, in order.
     pub max_rounds: u32,
+}
+
+impl AuctionRule {
+    /// Tokens for `experts` experts, within `epsilon` a token of the optimum, in at most `max_rounds` rounds.
+    pub const fn new(experts: usize, epsilon: f32, max_rounds: u32) -> AuctionRule {
+        AuctionRule { experts, epsilon, max_rounds }
+    }
 }
 
 /// Units per 1.0: the power of two that makes a unit at most `epsilon / 2`, so that a score's scaling is exact and only
@@ -46,6 +75,7 @@ pub fn units(epsilon: f32) -> f32 {
 
 /// What an expert thinks of a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Affinity {
     /// Softmax of the token's logits over the experts (the paper's S).
     Softmax,

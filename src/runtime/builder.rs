@@ -1,22 +1,6 @@
 //! How descriptors and arguments grow without breaking anybody: constructors take what is always needed, and each further field has a
 //! setter of its name.
 
-/// Setters of a descriptor's fields: `desc.name(value)` is the same descriptor with another value.
-macro_rules! settings {
-    ($of:ty { $($field:ident: $type:ty),* $(,)? }) => {
-        impl $of {
-            $(
-                #[doc = concat!("With [`", stringify!($field), "`](Self#structfield.", stringify!($field), ").")]
-                #[must_use]
-                pub const fn $field(mut self, value: $type) -> Self {
-                    self.$field = value;
-                    self
-                }
-            )*
-        }
-    };
-}
-
 /// Setters of optional buffers: `args.name(buffer)` takes what `In` or `Out` can be made of.
 macro_rules! buffers {
     ($args:ident<$life:lifetime $(, $generic:ident)*> { $($field:ident: $direction:ident<$element:ty>),* $(,)? }) => {
@@ -33,4 +17,5 @@ macro_rules! buffers {
     };
 }
 
-pub(crate) use {buffers, settings};
+pub(crate) use crate::rules::settings::settings;
+pub(crate) use buffers;
