@@ -72,6 +72,8 @@ fn template_environment(dir: &Path) -> Environment<'static> {
             .line_statement_prefix("##")
             .trim_blocks(true)
             .lstrip_blocks(true)
+            // What follows an included template begins on a line of its own.
+            .keep_trailing_newline(true)
             .build()
             .expect("the delimiters are valid"),
     );

@@ -355,6 +355,6 @@ mod tests {
     #[test]
     fn workspace_holds_the_counters_of_all_blocks() {
         let desc = DispatchDesc { tokens: 1 << 20, ..desc() };
-        assert_eq!(workspace_bytes(&desc, &A100).unwrap(), 16 + 108 * 64 * 4);
+        assert_eq!(workspace_bytes(&desc, &A100).unwrap(), 32 + 108 * 64 * 4);
     }
 }

@@ -142,6 +142,6 @@ mod tests {
         let desc = TokenSlotsDesc::new(100, 5000);
         assert_eq!(select(&desc, &device).unwrap().grid, [5, 1, 1]);
         assert_eq!(select(&TokenSlotsDesc::new(1 << 20, 5000), &device).unwrap().grid, [108, 1, 1]);
-        assert_eq!(workspace_bytes(&desc, &device).unwrap(), 16 + 4 * (5 + 100 + 5000));
+        assert_eq!(workspace_bytes(&desc, &device).unwrap(), 32 + 4 * (5 + 100 + 5000));
     }
 }

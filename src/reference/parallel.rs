@@ -12,7 +12,7 @@ pub(super) fn for_each_row<T: Send>(matrix: &mut [T], length: usize, each: impl 
 }
 
 /// What `of` makes of each row of `length` elements of `matrix`, in order.
-pub(super) fn map_rows<T: Sync, R: Send>(matrix: &[T], length: usize, of: impl Fn(&[T]) -> R + Sync) -> Vec<R> {
+pub(super) fn map_rows<T: Sync, R: Send>(matrix: &[T], length: usize, of: impl Fn(&[T]) -> R + Send + Sync) -> Vec<R> {
     #[cfg(feature = "parallel-reference")]
     return matrix.par_chunks(length).map(of).collect();
     #[cfg(not(feature = "parallel-reference"))]

@@ -15,6 +15,7 @@ use crate::rules::units;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::BaseParams;
 use crate::runtime::shape;
+use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "base";
@@ -70,9 +71,6 @@ impl BaseDesc {
     }
 }
 
-/// Bytes of the kernel's barrier and counters.
-const HEADER: usize = 32;
-
 /// Workspace of [`forward`] in bytes.
 ///
 /// # Errors
@@ -80,7 +78,7 @@ const HEADER: usize = 32;
 pub fn workspace_bytes(desc: &BaseDesc) -> Result<usize, Error> {
     desc.validate()?;
     // A price, two counts for each expert; a bid for each token.
-    Ok(HEADER + 16 * desc.rule.experts + 8 * desc.tokens)
+    Ok(BARRIER_HEADER + 16 * desc.rule.experts + 8 * desc.tokens)
 }
 
 /// Chooses kernel and grid: a warp for sixteen tokens, a block for eight experts, as far as all blocks are resident.

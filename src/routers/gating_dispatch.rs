@@ -227,7 +227,7 @@ mod tests {
                 let desc = desc(tokens, experts, 1);
                 let blocks = select(&desc, &A100).unwrap().grid[0] as usize;
                 assert!((1..=108).contains(&blocks), "all are resident");
-                assert_eq!(workspace_bytes(&desc, &A100).unwrap(), 16 + blocks * experts * 4);
+                assert_eq!(workspace_bytes(&desc, &A100).unwrap(), 32 + blocks * experts * 4);
             }
         }
     }

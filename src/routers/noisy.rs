@@ -23,6 +23,7 @@ use crate::rules::NoisyRule;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyParams;
 use crate::runtime::shape;
+use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "noisy";
@@ -126,12 +127,9 @@ pub fn workspace_bytes(desc: &NoisyDesc, device: &DeviceInfo) -> Result<usize, E
     Ok(partial_bytes(parts, desc.experts))
 }
 
-/// Bytes of the barrier, rounded up to a sector.
-const HEADER: usize = 32;
-
 /// A barrier, and importance, counts and load of each part of the work.
 pub(crate) fn partial_bytes(items: usize, experts: usize) -> usize {
-    HEADER + items * 3 * experts * size_of::<f32>()
+    BARRIER_HEADER + items * 3 * experts * size_of::<f32>()
 }
 
 /// Tokens that a warp (or a block that holds one token) takes at least where it sums up: its sums cost as much traffic as three.

@@ -13,6 +13,7 @@ use crate::registry::{Dispatch, Kernel, Sinkhorn};
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SinkhornParams;
 use crate::runtime::shape;
+use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "sinkhorn";
@@ -73,16 +74,13 @@ impl SinkhornDesc {
     }
 }
 
-/// Bytes of the kernel's barrier and counters.
-const HEADER: usize = 32;
-
 /// Workspace of [`forward`] in bytes.
 ///
 /// # Errors
 /// Those of [`SinkhornDesc::validate`].
 pub fn workspace_bytes(desc: &SinkhornDesc, device: &DeviceInfo) -> Result<usize, Error> {
     let blocks = select(desc, device)?.grid[0] as usize;
-    Ok(HEADER + blocks * desc.experts * size_of::<f32>())
+    Ok(BARRIER_HEADER + blocks * desc.experts * size_of::<f32>())
 }
 
 /// Chooses kernel and grid: a warp for four tokens, as far as all blocks are resident.

@@ -11,14 +11,14 @@ use crate::{Error, Out};
 /// Boundary that every region of a workspace begins on, in bytes.
 pub(crate) const REGION_ALIGNMENT: usize = 256;
 
-/// Bytes of a grid barrier's header; the counters of all blocks follow it directly.
-pub(crate) const BARRIER_HEADER: usize = 16;
+/// Bytes of a grid barrier's header (`kernels/common/grid/barrier.ptx.jinja`), a sector; a kernel's data follow it directly.
+pub(crate) const BARRIER_HEADER: usize = 32;
 
 /// Scratch memory on the device.
 ///
 /// Sized by a pure function ([`crate::capacity::dispatch::workspace_bytes`], [`crate::layer::LayerPlan::workspace_bytes`]) and
 /// allocated once; a larger one than needed is fine, so one sized for the largest batch serves all. It holds the grid
-/// barrier of dispatch, zero between launches, so two operations in flight at once on different streams need two
+/// barriers, ready for the next launch after each, so two operations in flight at once on different streams need two
 /// workspaces; cudarc's tracking orders them if they share one.
 #[derive(Debug)]
 pub struct Workspace {

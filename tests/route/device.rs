@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, Mutex};
 use bytemuck::Pod;
 use moe_kernels::kernels::embedded;
 use moe_kernels::registry;
-use softcuda::exec::{self, Config, Counters, Launch};
+use softcuda::exec::{self, Config, Counters, Fault, Launch};
 use softcuda::lower::{self, Environment};
 use softcuda::memory::{Memory, POISON};
 
@@ -139,18 +139,57 @@ fn lowered(kernel: &registry::Kernel) -> Arc<lower::Kernel> {
     if let Some(found) = KERNELS.lock().unwrap().get(&name) {
         return found.clone();
     }
-    let text = embedded().iter().find(|entry| entry.name == name).expect("a registered kernel").ptx;
-    let module = softcuda::ptx::parse(text).unwrap_or_else(|error| panic!("{name}: {error}"));
-    let environment = Environment { symbols: HashMap::new(), compute_capability: (8, 0) };
-    let program = lower::lower_module(&module, &environment).unwrap_or_else(|error| panic!("{name}: {error}"));
-    let kernel = program.kernel(&name).expect("the entry is named as the variant").clone();
+    let kernel = lower(&name, text(&name));
     KERNELS.lock().unwrap().insert(name, kernel.clone());
     kernel
 }
 
+fn text(name: &str) -> &'static str {
+    embedded().iter().find(|entry| entry.name == name).expect("a registered kernel").ptx
+}
+
+fn lower(name: &str, text: &str) -> Arc<lower::Kernel> {
+    let module = softcuda::ptx::parse(text).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let environment = Environment { symbols: HashMap::new(), compute_capability: (8, 0) };
+    let program = lower::lower_module(&module, &environment).unwrap_or_else(|error| panic!("{name}: {error}"));
+    program.kernel(name).expect("the entry is named as the variant").clone()
+}
+
 /// Launches and waits; cooperative where there are several blocks. The seed orders warps.
 pub fn launch(kernel: registry::Kernel, grid: [u32; 3], seed: u64, args: &[Arg]) -> Counters {
-    let lowered = lowered(&kernel);
+    let config = Config { seed, count: true, ..Config::default() };
+    let counters =
+        run(&lowered(&kernel), kernel, grid, grid[0] > 1, &config, args).unwrap_or_else(|fault| panic!("{fault}"));
+    for arg in args {
+        if let Arg::In(input) = arg {
+            input.assert_unchanged();
+        }
+    }
+    counters
+}
+
+/// Launches the kernel with `from` in its text replaced by `to`, so that a block has to end before the next one begins.
+pub fn launch_one_by_one(
+    kernel: registry::Kernel,
+    [from, to]: [&str; 2],
+    grid: [u32; 3],
+    args: &[Arg],
+) -> Result<Counters, Fault> {
+    let name = kernel.name();
+    let text = text(&name);
+    assert!(text.contains(from), "{name} has no {from:?}");
+    let config = Config { threads: 1, max_resident_blocks: 1, ..Config::default() };
+    run(&lower(&name, &text.replace(from, to)), kernel, grid, false, &config, args)
+}
+
+fn run(
+    lowered: &lower::Kernel,
+    kernel: registry::Kernel,
+    grid: [u32; 3],
+    cooperative: bool,
+    config: &Config,
+    args: &[Arg],
+) -> Result<Counters, Fault> {
     assert_eq!(lowered.params.len(), args.len(), "{}: parameters", kernel.name());
     let mut params = vec![0; lowered.param_bytes as usize];
     for (layout, arg) in lowered.params.iter().zip(args) {
@@ -165,23 +204,15 @@ pub fn launch(kernel: registry::Kernel, grid: [u32; 3], seed: u64, args: &[Arg])
         assert_eq!(bytes.len(), layout.size as usize, "{}: size of a parameter", kernel.name());
         params[layout.offset as usize..][..bytes.len()].copy_from_slice(&bytes);
     }
-    let config = Config { seed, count: true, ..Config::default() };
-    let counters = exec::launch(&Launch {
-        kernel: &lowered,
+    exec::launch(&Launch {
+        kernel: lowered,
         grid,
         block: [kernel.threads(), 1, 1],
         cluster: [1, 1, 1],
         dynamic_shared_bytes: kernel.shared_bytes(),
         params: &params,
-        cooperative: grid[0] > 1,
+        cooperative,
         memory: &*MEMORY,
-        config: &config,
+        config,
     })
-    .unwrap_or_else(|fault| panic!("{fault}"));
-    for arg in args {
-        if let Arg::In(input) = arg {
-            input.assert_unchanged();
-        }
-    }
-    counters
 }

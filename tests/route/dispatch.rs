@@ -24,7 +24,7 @@ impl Results {
     pub fn new(ids: &[i32], rule: DispatchRule, blocks: u32) -> Results {
         let want = dispatch(ids, &rule).unwrap();
         let slots = want.slot_token.len();
-        let workspace = Scratch::new(16 + 4 * (blocks as u64) * rule.experts as u64);
+        let workspace = Scratch::new(32 + 4 * (blocks as u64) * rule.experts as u64);
         workspace.write(0, &[0u32]);
         Results {
             tokens: ids.len() / rule.top_k,
@@ -72,7 +72,7 @@ impl Results {
         assert!(bits(&self.slot_weight.read::<f32>()) == bits(&self.want.slot_weight(weights)), "{what}: slot_weight");
         assert_eq!(self.num_tiles.read::<i32>(), [self.want.tiles.len() as i32], "{what}: num_tiles");
         assert!(self.tiles.read::<[i32; 4]>() == self.want.tiles, "{what}: tiles");
-        assert_eq!(self.workspace.read::<u32>(0, 1), [0], "{what}: the barrier is not reset");
+        assert_eq!(self.workspace.read::<u32>(0, 1)[0] << 1, 0, "{what}: the barrier is not ready for another launch");
     }
 }
 
@@ -213,7 +213,7 @@ fn without_weights_or_tiles() {
     let counts = Output::new::<i32>(12);
     let offsets = Output::new::<i32>(13);
     let (slot_token, token_slot) = (Output::new::<i32>(want.slot_token.len()), Output::new::<i32>(80));
-    let workspace = Scratch::new(16 + 4 * 12);
+    let workspace = Scratch::new(32 + 4 * 12);
     workspace.write(0, &[0u32]);
     launch(
         Kernel::Dispatch(Dispatch { max_experts: 1024 }),

@@ -2,6 +2,7 @@
 //! itself: grids, cooperation and counters are this test's choice, not the launch layer's.
 
 mod balance;
+mod barrier;
 mod combine;
 mod device;
 mod dispatch;
