@@ -182,7 +182,12 @@ impl MeasuredGate {
 pub struct Dispatch {
     /// Most experts.
     pub max_experts: u32,
+    /// Bytes of an id: 4 or 8.
+    pub ids_bytes: u32,
 }
+
+/// Bytes of an id, as routers elsewhere leave them.
+pub const IDS_BYTES: [u32; 2] = [4, 8];
 
 impl Dispatch {
     /// Every limit on experts.
@@ -438,7 +443,12 @@ pub enum Kernel {
     /// The correction bias after a step.
     UpdateBias,
     /// Router's expert numbers to those of a device.
-    ExpertMap,
+    ExpertMap {
+        /// Bytes of an id: 4 or 8.
+        ids_bytes: u32,
+    },
+    /// What is wrong with lists from elsewhere.
+    CheckLists,
     /// Experts drawn from the router's distribution.
     Sampled(Spread),
     /// Multiplicative noise on a matrix.
@@ -453,7 +463,7 @@ impl Kernel {
             Kernel::Gating(k) => {
                 format!("gating_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
-            Kernel::Dispatch(k) => format!("dispatch_e{}", k.max_experts),
+            Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
@@ -472,7 +482,8 @@ impl Kernel {
             Kernel::MeasuredGating(k) => format!("{}_measured", Kernel::Gating(k.gate()).name()),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
-            Kernel::ExpertMap => "expert_map".into(),
+            Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
+            Kernel::CheckLists => "check_lists".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
         }
@@ -500,7 +511,8 @@ impl Kernel {
             Kernel::MeasuredGating(_) => "MeasuredGating",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
-            Kernel::ExpertMap => "ExpertMap",
+            Kernel::ExpertMap { .. } => "ExpertMap",
+            Kernel::CheckLists => "CheckLists",
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
         }
@@ -526,7 +538,9 @@ impl Kernel {
             }
             Kernel::Noisy(k) => k.spread.warps() * 32,
             Kernel::MeasuredGating(k) => k.gate().warps() * 32,
-            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ExpertMap => BLOCK_WARPS * 32,
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ExpertMap { .. } | Kernel::CheckLists => {
+                BLOCK_WARPS * 32
+            }
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) => BLOCK_WARPS * 32,
         }
@@ -563,7 +577,8 @@ impl Kernel {
             Kernel::MeasuredGating(_) => "routers/gating_measured.ptx.jinja",
             Kernel::BalanceLoss => "routers/balance_loss.ptx.jinja",
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
-            Kernel::ExpertMap => "capacity/expert_map.ptx.jinja",
+            Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
+            Kernel::CheckLists => "capacity/check_lists.ptx.jinja",
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
         }
@@ -581,6 +596,7 @@ impl Kernel {
             ],
             Kernel::Gating(k) => vec![
                 ("score", Text(k.score.name())),
+                ("ids_bytes", Int(4)),
                 ("values", Int(k.values)),
                 ("max_experts", Int(k.max_experts())),
                 ("warps", Int(k.warps())),
@@ -592,7 +608,9 @@ impl Kernel {
                 ("warps", Int(k.gate().warps())),
                 ("blocks_resident", Int(k.blocks_resident())),
             ],
-            Kernel::Dispatch(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
+            Kernel::Dispatch(k) => {
+                vec![("max_experts", Int(k.max_experts)), ("ids_bytes", Int(k.ids_bytes)), ("warps", Int(k.warps()))]
+            }
             Kernel::Gemm(k) => vec![
                 ("dtype", Text(k.dtype.name())),
                 ("bm", Int(k.tile.bm)),
@@ -608,8 +626,9 @@ impl Kernel {
             Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
-            Kernel::Affinity | Kernel::Hash => vec![],
-            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ExpertMap => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::Affinity | Kernel::Hash | Kernel::CheckLists => vec![],
+            Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
             Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
@@ -620,6 +639,11 @@ impl Kernel {
             Kernel::Jitter(dtype) => vec![("dtype", Text(dtype.name()))],
         }
     }
+}
+
+/// The end of the name of a kernel that takes wide ids.
+fn wide(ids_bytes: u32) -> &'static str {
+    if ids_bytes == 8 { "_i64" } else { "" }
 }
 
 /// A constant of a template.
@@ -649,7 +673,7 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
-        kernels.push(Kernel::Dispatch(Dispatch { max_experts }));
+        kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::Dispatch(Dispatch { max_experts, ids_bytes })));
     }
     for dtype in Dtype::ALL {
         for &tile in Gemm::tiles(dtype) {
@@ -678,7 +702,8 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::MeasuredGating(MeasuredGate { score, values }));
         }
     }
-    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::ExpertMap]);
+    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists]);
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels
 }

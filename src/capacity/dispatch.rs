@@ -13,10 +13,11 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use super::ids::Ids;
 use crate::experts::dispatched::{Dispatched, ListAddresses, SlotShape};
 use crate::experts::tiles::max_tiles;
 use crate::registry::{Dispatch, Kernel};
-use crate::rules::Capacity;
+use crate::rules::{Capacity, IdFormat};
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::DispatchParams;
@@ -36,6 +37,8 @@ pub struct DispatchDesc {
     pub experts: usize,
     /// Experts per token `k`, 1 to 32. More than `E` where ids were mapped to the experts of one device.
     pub top_k: usize,
+    /// How ids are stored.
+    pub ids: IdFormat,
     /// Limit per expert; none is dropless.
     pub capacity: Option<Capacity>,
     /// Rows of a tile in the tile list, at least 1; the GEMM must use tiles of that height
@@ -46,7 +49,7 @@ pub struct DispatchDesc {
 impl DispatchDesc {
     /// Dropless: `top_k` of `experts` experts for each of `tokens` tokens, in tiles of `tile_m` rows.
     pub const fn new(tokens: usize, experts: usize, top_k: usize, tile_m: usize) -> DispatchDesc {
-        DispatchDesc { tokens, experts, top_k, capacity: None, tile_m }
+        DispatchDesc { tokens, experts, top_k, ids: IdFormat::I32, capacity: None, tile_m }
     }
 
     /// Sizes of the lists.
@@ -123,13 +126,13 @@ impl DispatchDesc {
     }
 }
 
-settings!(DispatchDesc { capacity: Option<Capacity> });
+settings!(DispatchDesc { ids: IdFormat, capacity: Option<Capacity> });
 
 /// Buffers of a dispatch.
 #[non_exhaustive]
 pub struct DispatchArgs<'a> {
     /// `[T, k]`.
-    pub ids: In<'a, i32>,
+    pub ids: Ids<'a>,
     /// `[T, k]`: become [`Dispatched::slot_weight`].
     pub weights: Option<In<'a, f32>>,
     /// Filled; made for at least [`DispatchDesc::shape`].
@@ -141,7 +144,7 @@ pub struct DispatchArgs<'a> {
 impl<'a> DispatchArgs<'a> {
     /// The rows of `ids`, without weights.
     pub fn new(
-        ids: impl Into<In<'a, i32>>,
+        ids: impl Into<Ids<'a>>,
         dispatched: &'a mut Dispatched,
         workspace: &'a mut Workspace,
     ) -> DispatchArgs<'a> {
@@ -169,7 +172,8 @@ pub(crate) fn barrier_bytes(desc: &DispatchDesc, blocks: u32) -> usize {
 fn kernel(desc: &DispatchDesc) -> Dispatch {
     let fits = |max_experts: &u32| *max_experts as usize >= desc.experts;
     let largest = Dispatch::MAX_EXPERTS[Dispatch::MAX_EXPERTS.len() - 1];
-    Dispatch { max_experts: Dispatch::MAX_EXPERTS.into_iter().find(fits).unwrap_or(largest) }
+    let max_experts = Dispatch::MAX_EXPERTS.into_iter().find(fits).unwrap_or(largest);
+    Dispatch { max_experts, ids_bytes: desc.ids.bytes() }
 }
 
 /// Blocks of dispatch: about 105 instructions for 32 slots.
@@ -230,7 +234,7 @@ pub fn forward(
         return Ok(());
     }
     let choices = desc.tokens * desc.top_k;
-    let ids = scope.read("ids", args.ids, choices, SCALAR)?;
+    let ids = args.ids.open(&scope, "ids", desc.ids, choices)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let to = Outputs::of(lists.addresses(), weights.is_some());

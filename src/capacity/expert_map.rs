@@ -17,7 +17,10 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use super::ids::Ids;
 use crate::registry::{BLOCK_WARPS, Kernel};
+use crate::rules::IdFormat;
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::ExpertMapParams;
 use crate::runtime::shape;
@@ -27,6 +30,7 @@ const OPERATION: &str = "expert_map";
 
 /// Shapes of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExpertMapDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -34,6 +38,8 @@ pub struct ExpertMapDesc {
     pub experts: usize,
     /// Experts per token `k`, 1 to 32.
     pub top_k: usize,
+    /// How ids are stored.
+    pub ids: IdFormat,
     /// Columns of the map `R`, at least 1: most replicas of an expert.
     pub max_replicas: usize,
     /// Chooses the hash that deals slots to replicas.
@@ -41,9 +47,10 @@ pub struct ExpertMapDesc {
 }
 
 /// Buffers of a mapping.
+#[non_exhaustive]
 pub struct ExpertMapArgs<'a> {
     /// `[T, k]`. One outside `0..E` stays unmapped: -1.
-    pub ids: In<'a, i32>,
+    pub ids: Ids<'a>,
     /// `[T, k]`, for `identity_weight`; absent, every weight is 1.
     pub weights: Option<In<'a, f32>>,
     /// `[E, R]`: local numbers, [`NONE`](crate::rules::NONE) or [`IDENTITY`](crate::rules::IDENTITY).
@@ -74,16 +81,16 @@ impl ExpertMapDesc {
 impl ExpertMapDesc {
     /// One copy of each expert.
     pub const fn new(tokens: usize, experts: usize, top_k: usize) -> ExpertMapDesc {
-        ExpertMapDesc { tokens, experts, top_k, max_replicas: 1, seed: 0 }
+        ExpertMapDesc { tokens, experts, top_k, ids: IdFormat::I32, max_replicas: 1, seed: 0 }
     }
 }
 
-crate::runtime::builder::settings!(ExpertMapDesc { max_replicas: usize, seed: u32 });
+settings!(ExpertMapDesc { ids: IdFormat, max_replicas: usize, seed: u32 });
 
 impl<'a> ExpertMapArgs<'a> {
     /// `ids` by `map` to `local_ids`.
     pub fn new(
-        ids: impl Into<In<'a, i32>>,
+        ids: impl Into<Ids<'a>>,
         map: impl Into<In<'a, i32>>,
         local_ids: impl Into<Out<'a, i32>>,
     ) -> ExpertMapArgs<'a> {
@@ -98,6 +105,8 @@ impl<'a> ExpertMapArgs<'a> {
     }
 }
 
+buffers!(ExpertMapArgs<'a> { weights: In<f32>, replicas: In<i32>, identity_weight: Out<f32> });
+
 /// Chooses kernel and grid.
 ///
 /// # Errors
@@ -106,7 +115,7 @@ pub fn select(desc: &ExpertMapDesc, device: &DeviceInfo) -> Result<Selection, Er
     desc.validate()?;
     let of_block = BLOCK_WARPS as usize * (32 / desc.top_k);
     let blocks = (desc.tokens.div_ceil(of_block) as u32).min(8 * device.multiprocessors).max(1);
-    Ok(Selection::new(Kernel::ExpertMap, [blocks, 1, 1]))
+    Ok(Selection::new(Kernel::ExpertMap { ids_bytes: desc.ids.bytes() }, [blocks, 1, 1]))
 }
 
 /// Maps ids.
@@ -132,7 +141,7 @@ pub fn forward(
         return Ok(());
     }
     let slots = desc.tokens * desc.top_k;
-    let ids = scope.read("ids", args.ids, slots, SCALAR)?;
+    let ids = args.ids.open(&scope, "ids", desc.ids, slots)?;
     let weights = scope.read_some("weights", args.weights, slots, SCALAR)?;
     let map = scope.read("map", args.map, desc.experts * desc.max_replicas, SCALAR)?;
     let replicas = scope.read_some("replicas", args.replicas, desc.experts, SCALAR)?;
@@ -160,7 +169,7 @@ pub fn forward(
 mod tests {
     use super::*;
 
-    const DESC: ExpertMapDesc = ExpertMapDesc { tokens: 100, experts: 8, top_k: 10, max_replicas: 2, seed: 1 };
+    const DESC: ExpertMapDesc = ExpertMapDesc::new(100, 8, 10).max_replicas(2).seed(1);
 
     #[test]
     fn faults_name_their_field() {

@@ -3,4 +3,8 @@
 pub mod admission;
 pub mod dispatch;
 pub mod expert_map;
+mod ids;
+pub mod lists;
 pub mod token_slots;
+
+pub use ids::Ids;

@@ -1,7 +1,7 @@
 //! Which rows belong to which expert and token: what a dispatch leaves on the device, and products and sums go by.
 //!
 //! The lists are numbers that kernels use as rows of buffers, so they are one value with what they are of. Only a dispatch fills it,
-//! [`Dispatched::check`] takes lists from elsewhere after a look at every entry, and [`Dispatched::from_lists`] is `unsafe`.
+//! [`crate::capacity::lists::checked`] takes lists from elsewhere after a look at every entry, and [`Dispatched::from_lists`] is `unsafe`.
 
 use std::sync::Arc;
 
@@ -126,11 +126,15 @@ impl Dispatched {
     /// [`Error::BufferTooShort`], and those of [`Dispatched::new`].
     #[allow(unsafe_code)]
     pub unsafe fn from_lists(shape: &SlotShape, lists: Lists) -> Result<Dispatched, Error> {
-        const OPERATION: &str = "dispatched";
-        shape.validate(OPERATION)?;
+        Dispatched::unchecked("dispatched", shape, lists)
+    }
+
+    /// Lists of which only the lengths are looked at: for whoever looks at the rest.
+    pub(crate) fn unchecked(operation: &'static str, shape: &SlotShape, lists: Lists) -> Result<Dispatched, Error> {
+        shape.validate(operation)?;
         let check = |argument, got: usize, needed: usize| {
             if got < needed {
-                return Err(Error::BufferTooShort { operation: OPERATION, argument, needed, got });
+                return Err(Error::BufferTooShort { operation, argument, needed, got });
             }
             Ok(())
         };

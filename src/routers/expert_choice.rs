@@ -2,23 +2,27 @@
 //!
 //! 1. [`affinity`]: what each expert thinks of each token, `S^T [E, T]`.
 //! 2. [`choose`]: each expert takes exactly its `c` best tokens; ties go to the lower token, NaN comes last. Slots
-//!    `e * c` to `(e + 1) * c` are expert `e`'s, its tokens ascending: what a grouped GEMM gathers by, without a dispatch.
-//! 3. [`crate::capacity::token_slots`]: a token has no expert, or many: the slots of each, ascending.
-//! 4. [`crate::experts::combine_ragged`]: each token's weighted sum over its slots, in that order: the same input gives the same bits.
+//!    `e * c` to `(e + 1) * c` are expert `e`'s, its tokens ascending.
+//!
+//! [`dispatch`] is the choice with the rows of experts and tokens laid out: a token has no expert, or many ([`crate::capacity::token_slots`]).
+//! Products and [`crate::experts::combine`] take it as any other dispatch.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use crate::capacity::token_slots::{self, TokenSlotsArgs, TokenSlotsDesc};
+use crate::experts::{Dispatched, SlotShape};
 use crate::registry::{AFFINITY_TOKENS, Kernel};
 use crate::rules::Affinity;
 use crate::runtime::launch::{SCALAR, Scope, optional};
-use crate::runtime::params::{AffinityParams, ExpertChoiceParams};
+use crate::runtime::params::{AffinityParams, ExpertChoiceParams, Pointer};
 use crate::runtime::shape;
-use crate::{Error, In, Kernels, Out, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const AFFINITY: &str = "affinity";
 const CHOICE: &str = "expert_choice";
+const DISPATCH: &str = "expert_choice::dispatch";
 
 /// Shapes of an expert choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,7 +31,7 @@ pub struct ExpertChoiceDesc {
     pub tokens: usize,
     /// Experts `E`, 1 to 4096.
     pub experts: usize,
-    /// Tokens of each expert `c`, 1 to `T`: the paper's `T * capacity factor / E` ([`crate::capacity::admission::capacity`]).
+    /// Tokens of each expert `c`, 1 to `T`: the paper's `T * capacity factor / E` ([`crate::rules::capacity`]).
     pub capacity: usize,
 }
 
@@ -132,8 +136,76 @@ pub fn choose(
             slot_weight: optional(&slot_weight).into(),
             tokens: desc.tokens as u32,
             capacity: desc.capacity as u32,
+            counts: Pointer::NULL,
+            offsets: Pointer::NULL,
+            tiles: Pointer::NULL,
+            num_tiles: Pointer::NULL,
+            tile_m: 1,
         },
     )
+}
+
+/// Shapes of [`dispatch`]: the lists of a dispatch in which every expert has `c` rows, and a token any number.
+///
+/// `tile_m` as [`crate::experts::tiles::select_tile`] has it. Meaningful for a valid descriptor.
+pub fn rows(desc: &ExpertChoiceDesc, tile_m: usize) -> SlotShape {
+    let tiles = desc.experts * desc.capacity.div_ceil(tile_m.max(1));
+    SlotShape::new(desc.tokens, desc.experts, None, desc.slots(), tile_m, tiles)
+}
+
+/// Workspace of [`dispatch`] in bytes.
+///
+/// # Errors
+/// Those of [`ExpertChoiceDesc::validate`].
+pub fn workspace_bytes(desc: &ExpertChoiceDesc, device: &DeviceInfo) -> Result<usize, Error> {
+    desc.validate()?;
+    token_slots::workspace_bytes(&TokenSlotsDesc::new(desc.tokens, desc.slots()), device)
+}
+
+/// Chooses each expert's tokens and lays out their rows, with the affinities as weights: what products and sums go by. Two launches.
+///
+/// # Errors
+/// Those of [`ExpertChoiceDesc::validate`]; those of a buffer, [`Error::BufferTooShort`] also for `dispatched`: [`Error::Misaligned`],
+/// [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
+pub fn dispatch(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &ExpertChoiceDesc,
+    tile_m: usize,
+    affinities: In<'_, f32>,
+    dispatched: &mut Dispatched,
+    workspace: &mut Workspace,
+) -> Result<(), Error> {
+    desc.check(DISPATCH)?;
+    let scope = Scope::begin(DISPATCH, kernels, stream)?;
+    let lists = dispatched.fill(&scope, &rows(desc, tile_m))?;
+    let to = lists.addresses();
+    let affinities = scope.read("affinities", affinities, desc.tokens * desc.experts, SCALAR)?;
+    scope.launch(
+        &Selection::new(Kernel::ExpertChoice, [desc.experts as u32, 1, 1]),
+        ExpertChoiceParams {
+            affinity: affinities.address().into(),
+            slot_token: to.slot_token.into(),
+            slot_weight: to.slot_weight.into(),
+            tokens: desc.tokens as u32,
+            capacity: desc.capacity as u32,
+            counts: to.counts.into(),
+            offsets: to.offsets.into(),
+            tiles: to.tiles.into(),
+            num_tiles: to.num_tiles.into(),
+            tile_m: tile_m as u32,
+        },
+    )?;
+    let of_tokens = TokenSlotsDesc::new(desc.tokens, desc.slots());
+    let args = TokenSlotsArgs::new(
+        to.slot_token.input(desc.slots()),
+        to.token_offsets.out(desc.tokens + 1),
+        to.token_slot.out(desc.slots()),
+        workspace,
+    );
+    token_slots::forward(kernels, stream, &of_tokens, args).map_err(|error| error.within(DISPATCH))?;
+    lists.filled();
+    Ok(())
 }
 
 #[cfg(test)]

@@ -42,6 +42,28 @@ impl std::fmt::Display for Dtype {
     }
 }
 
+/// How the numbers of chosen experts are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum IdFormat {
+    /// `i32`: what this library writes. Negative is a choice of nothing.
+    I32,
+    /// `u32`. One that is no expert's number is a choice of nothing.
+    U32,
+    /// `i64` (torch's indices). Likewise.
+    I64,
+}
+
+impl IdFormat {
+    /// Size of an id in bytes.
+    pub const fn bytes(self) -> u32 {
+        match self {
+            IdFormat::I32 | IdFormat::U32 => 4,
+            IdFormat::I64 => 8,
+        }
+    }
+}
+
 /// How logits become scores and which come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]

@@ -19,7 +19,7 @@ pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
 pub use dropout::{Dropout, drop_below, keep_scale};
 pub use expert_map::{IDENTITY, NONE};
 pub use gating::{Gating, GroupScore, Groups};
-pub use kinds::{Dtype, Glu, Layout, Score};
+pub use kinds::{Dtype, Glu, IdFormat, Layout, Score};
 pub use noise::NoiseSource;
 pub(crate) use routing::units;
 pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule};
