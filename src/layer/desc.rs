@@ -1,7 +1,9 @@
 //! What a layer is.
 
 use super::LayerPlan;
-use crate::rules::{Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, Layout, Score, WeightDesc};
+use crate::rules::{
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, WeightDesc,
+};
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
 
@@ -25,6 +27,8 @@ pub struct LayerDesc {
     pub gating: Gating,
     /// The choice made without regard to the number of tokens in the batch: a token's result has the same bits whatever batch it is in.
     pub batch_invariant: bool,
+    /// How the ids of choices from elsewhere are stored ([`super::LayerArgs::choices`]).
+    pub choices: IdFormat,
     /// Losses and statistics that the gating takes of the batch.
     pub measure: Option<BalanceRule>,
     /// Who gets the experts that were chosen. Its `candidates` are what the gating chooses, its `top_k` is `top_k`.
@@ -54,6 +58,7 @@ impl LayerDesc {
             top_k,
             gating: Gating::new(Score::Softmax).renormalised(),
             batch_invariant: false,
+            choices: IdFormat::I32,
             measure: None,
             admission: None,
             map: None,
@@ -82,6 +87,7 @@ settings!(LayerDesc {
     router_dtype: Dtype,
     gating: Gating,
     batch_invariant: bool,
+    choices: IdFormat,
     measure: Option<BalanceRule>,
     admission: Option<AdmissionRule>,
     map: Option<MapDesc>,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::experts::{ExpertsPlan, Products};
-use super::route::{HeldRoute, RouteAddresses, RouteArgs, RoutePlan};
+use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RoutePlan};
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::{combine, gemm};
@@ -67,6 +67,11 @@ impl LayerPlan {
     /// The stages of a forward pass with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         self.route.stages().chain(self.experts.stages())
+    }
+
+    /// The stages with their launches where the choices come from elsewhere ([`LayerArgs::choices`]).
+    pub fn stages_of_choices(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        self.route.stages_of_choices().chain(self.experts.stages())
     }
 
     /// Kernel launches of a forward pass.
@@ -134,7 +139,7 @@ impl LayerPlan {
         let x = scope.read("x", args.x, elements, VECTOR)?;
         let given = self.tokens * self.route.candidates();
         let (ids, choice_weights) = args.choices.map(|choices| (choices.ids, choices.weights)).unzip();
-        let given_ids = scope.read_some("choices.ids", ids, given, SCALAR)?;
+        let given_ids = ids.map(|ids| self.route.open_ids(&scope, ids)).transpose()?;
         let given_weights = scope.read_some("choices.weights", choice_weights, given, SCALAR)?;
         let residual = scope.read_some("residual", args.residual, elements, VECTOR)?;
         let y = scope.write("y", args.y, elements, VECTOR)?;
@@ -151,7 +156,7 @@ impl LayerPlan {
                 self.route.enqueue_choice(&scope, router, &workspace, &mut extras, &at, observer)?;
             }
             (None, Some((ids, weights))) => {
-                let choices = [ids, weights];
+                let choices = ChoiceAddresses { format: desc.choices, ids, weights };
                 self.route.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, observer)?;
             }
             (None, None) => {}

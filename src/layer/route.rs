@@ -8,15 +8,18 @@ use super::desc::LayerDesc;
 use super::experts::check_device;
 use super::weights::{HeldRouter, RouterWeights};
 use super::{OPERATION, Stage, Step};
+use crate::capacity::Ids;
 use crate::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
 use crate::experts::dispatched::{Dispatched, ListAddresses, SlotShape};
 use crate::experts::tiles::{lowest_tile, max_tiles, select_tile};
+use crate::registry;
 use crate::routers::balance::{self, MeasureDesc, MeasuredArgs, RouterStats, Totals};
 use crate::routers::gating::{self, GatingArgs, GatingDesc, Routing};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::router::{self, RouterDesc};
+use crate::rules::IdFormat;
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::workspace::{Arena, Region};
@@ -109,6 +112,10 @@ impl RoutePlan {
                 let got = format!("one for {} and {}", rule.experts, rule.top_k);
                 return Err(Error::invalid(OPERATION, "admission", expected, got));
             }
+            if desc.choices == IdFormat::I64 {
+                let supported = "ids of 32 bits, where an admission looks at them";
+                return Err(Error::unsupported(OPERATION, "choices", supported, "IdFormat::I64"));
+            }
             let desc = AdmissionDesc::new(tokens, rule);
             Ok(Step { desc, selection: admission::select(&desc, device).map_err(within)? })
         });
@@ -198,6 +205,29 @@ impl RoutePlan {
             .filter(move |_| tokens > 0)
     }
 
+    /// The stages with their launches where the choices come from elsewhere.
+    pub fn stages_of_choices(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let (mut map, mut dispatch) = (self.map.map(|step| step.selection), self.dispatch.selection);
+        // What looks at ids first takes them as they are stored.
+        if self.admission.is_none() {
+            let ids_bytes = self.desc.choices.bytes();
+            match (&mut map, dispatch.kernel.variant()) {
+                (Some(map), _) => map.kernel = registry::Kernel::ExpertMap { ids_bytes }.into(),
+                (None, registry::Kernel::Dispatch(kernel)) => {
+                    dispatch.kernel = registry::Kernel::Dispatch(registry::Dispatch { ids_bytes, ..kernel }).into();
+                }
+                _ => {}
+            }
+        }
+        let tokens = self.tokens;
+        self.admission
+            .map(|step| (Stage::Admission, step.selection))
+            .into_iter()
+            .chain(map.map(|selection| (Stage::Map, selection)))
+            .chain([(Stage::Dispatch, dispatch)])
+            .filter(move |_| tokens > 0)
+    }
+
     /// Chooses experts for `x` and lays out their rows.
     ///
     /// With no tokens nothing is launched, and the dispatch has no rows.
@@ -261,15 +291,20 @@ impl RoutePlan {
             return self.without_tokens(&scope, args);
         }
         let given = self.tokens * self.candidates();
-        let ids = scope.read("choices.ids", choices.ids, given, SCALAR)?;
+        let ids = self.open_ids(&scope, choices.ids)?;
         let weights = scope.read("choices.weights", choices.weights, given, SCALAR)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
         let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
-        let choices = [ids.address(), weights.address()];
+        let choices = ChoiceAddresses { format: self.desc.choices, ids: ids.address(), weights: weights.address() };
         self.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, &mut |_| ())?;
         lists.filled();
         Ok(())
+    }
+
+    /// Opens the ids of choices from elsewhere.
+    pub(super) fn open_ids<'b, 'c: 'b>(&self, scope: &Scope<'b>, ids: Ids<'c>) -> Result<Held<'b>, Error> {
+        ids.open(scope, "choices.ids", self.desc.choices, self.tokens * self.candidates())
     }
 
     pub(super) fn candidates(&self) -> usize {
@@ -363,7 +398,8 @@ impl RoutePlan {
             Choice::WithDispatch(_) => {}
         }
         observer(Stage::Gate);
-        self.enqueue_rows(scope, workspace, extras, at, [ids, chosen_weights], observer)
+        let choices = ChoiceAddresses { format: IdFormat::I32, ids, weights: chosen_weights };
+        self.enqueue_rows(scope, workspace, extras, at, choices, observer)
     }
 
     /// From choices `[T, candidates]` to rows: admission, map, dispatch.
@@ -373,11 +409,12 @@ impl RoutePlan {
         workspace: &Held<'_>,
         extras: &mut Extras<'_>,
         at: &RouteAddresses<'_>,
-        [mut ids, mut weights]: [Address<'_>; 2],
+        choices: ChoiceAddresses<'_>,
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
         let within = |error: Error| error.within(OPERATION);
         let (kernels, stream) = (scope.kernels, scope.stream);
+        let ChoiceAddresses { mut format, mut ids, mut weights } = choices;
         let (choices, given) = (self.tokens * self.desc.top_k, self.tokens * self.candidates());
         if let Some(step) = &self.admission {
             let mut scratch = workspace.part(self.regions.scratch);
@@ -391,24 +428,26 @@ impl RoutePlan {
             args.priority = extras.priority.take();
             admission::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(Stage::Admission);
-            (ids, weights) = (at.ids, at.weights);
+            (format, ids, weights) = (IdFormat::I32, at.ids, at.weights);
         }
         if let Some(step) = &self.map {
             let Some(map) = extras.map.take() else {
                 let reason = "the descriptor maps experts";
                 return Err(Error::Missing { operation: OPERATION, argument: "map", reason });
             };
-            let mut args = ExpertMapArgs::new(ids.input(choices), map.map, at.local_ids.out(choices));
+            let (global, local) = (format_of(ids, format, choices), at.local_ids.out(choices));
+            let mut args = ExpertMapArgs::new(global, map.map, local);
             args.weights = Some(weights.input(choices));
             args.replicas = map.replicas;
             args.identity_weight = Some(at.identity_weight.out(self.tokens));
-            expert_map::forward(kernels, stream, &step.desc, args).map_err(within)?;
+            expert_map::forward(kernels, stream, &step.desc.ids(format), args).map_err(within)?;
             observer(Stage::Map);
-            ids = at.local_ids;
+            (format, ids) = (IdFormat::I32, at.local_ids);
         }
-        let (step, scratch) = (&self.dispatch, workspace.at(self.regions.scratch));
+        let (desc, scratch) = (self.dispatch.desc.ids(format), workspace.at(self.regions.scratch));
+        let selection = dispatch::select(&desc, kernels.device()).map_err(within)?;
         let lists = dispatch::Outputs::of(at.lists, true);
-        dispatch::enqueue(scope, &step.desc, &step.selection, ids, Some(weights), lists, scratch)?;
+        dispatch::enqueue(scope, &desc, &selection, ids, Some(weights), lists, scratch)?;
         observer(Stage::Dispatch);
         Ok(())
     }
@@ -509,16 +548,33 @@ buffers!(MapTable<'a> { replicas: In<i32> });
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Choices<'a> {
-    /// `[T, k]`: experts; one outside `0..E` is a choice of nothing.
-    pub ids: In<'a, i32>,
+    /// `[T, k]`: experts, stored as the descriptor says; one outside `0..E` is a choice of nothing.
+    pub ids: Ids<'a>,
     /// `[T, k]`.
     pub weights: In<'a, f32>,
 }
 
 impl<'a> Choices<'a> {
     /// `ids` with `weights`.
-    pub fn new(ids: impl Into<In<'a, i32>>, weights: impl Into<In<'a, f32>>) -> Choices<'a> {
+    pub fn new(ids: impl Into<Ids<'a>>, weights: impl Into<In<'a, f32>>) -> Choices<'a> {
         Choices { ids: ids.into(), weights: weights.into() }
+    }
+}
+
+/// Choices `[T, candidates]` and how their ids are stored.
+#[derive(Clone, Copy)]
+pub(super) struct ChoiceAddresses<'a> {
+    pub(super) format: IdFormat,
+    pub(super) ids: Address<'a>,
+    pub(super) weights: Address<'a>,
+}
+
+/// Ids at an address as the buffer that they are.
+fn format_of(ids: Address<'_>, format: IdFormat, len: usize) -> Ids<'_> {
+    match format {
+        IdFormat::I32 => Ids::I32(ids.input(len)),
+        IdFormat::U32 => Ids::U32(ids.input(len)),
+        IdFormat::I64 => Ids::I64(ids.input(len)),
     }
 }
 

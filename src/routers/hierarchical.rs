@@ -123,12 +123,8 @@ impl HierarchicalDesc {
         NoisyDesc { tokens: self.tokens, experts: self.groups, rule: self.primary }
     }
 
-    fn secondary_desc(&self) -> NoisyDesc {
-        NoisyDesc { tokens: self.tokens, experts: self.experts, rule: self.secondary }
-    }
-
     fn dispatch_desc(&self) -> DispatchDesc {
-        DispatchDesc { tokens: self.tokens, experts: self.groups, top_k: self.primary.top_k, capacity: None, tile_m: 1 }
+        DispatchDesc::new(self.tokens, self.groups, self.primary.top_k, 1)
     }
 }
 
