@@ -17,6 +17,7 @@ use cudarc::driver::CudaStream;
 use crate::registry::{Admission, Dispatch, Kernel};
 use crate::rules::NoiseSource;
 use crate::rules::{AdmissionRule, Order, SecondExpert};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::AdmissionParams;
 use crate::runtime::shape;
@@ -27,6 +28,7 @@ const OPERATION: &str = "admission";
 
 /// Shapes and rule of an admission.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct AdmissionDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -34,7 +36,15 @@ pub struct AdmissionDesc {
     pub rule: AdmissionRule,
 }
 
+impl AdmissionDesc {
+    /// The choices of `tokens` tokens, admitted by `rule`.
+    pub const fn new(tokens: usize, rule: AdmissionRule) -> AdmissionDesc {
+        AdmissionDesc { tokens, rule }
+    }
+}
+
 /// Buffers of an admission.
+#[non_exhaustive]
 pub struct AdmissionArgs<'a> {
     /// `[T, K]`: choices, best first, as gating wrote them. One outside `0..E` asks for nothing.
     pub ids: In<'a, i32>,
@@ -49,6 +59,28 @@ pub struct AdmissionArgs<'a> {
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> AdmissionArgs<'a> {
+    /// `ids` and `weights` to `admitted` and `admitted_weights`; where the rule is prioritised, by the first weight.
+    pub fn new(
+        ids: impl Into<In<'a, i32>>,
+        weights: impl Into<In<'a, f32>>,
+        admitted: impl Into<Out<'a, i32>>,
+        admitted_weights: impl Into<Out<'a, f32>>,
+        workspace: &'a mut Workspace,
+    ) -> AdmissionArgs<'a> {
+        AdmissionArgs {
+            ids: ids.into(),
+            weights: weights.into(),
+            priority: None,
+            admitted: admitted.into(),
+            admitted_weights: admitted_weights.into(),
+            workspace,
+        }
+    }
+}
+
+buffers!(AdmissionArgs<'a> { priority: In<f32> });
 
 impl AdmissionDesc {
     /// Checks all that can be checked without buffers.

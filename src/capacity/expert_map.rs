@@ -18,6 +18,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{BLOCK_WARPS, Kernel};
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::ExpertMapParams;
 use crate::runtime::shape;
@@ -27,6 +28,7 @@ const OPERATION: &str = "expert_map";
 
 /// Shapes of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExpertMapDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -40,7 +42,17 @@ pub struct ExpertMapDesc {
     pub seed: u32,
 }
 
+impl ExpertMapDesc {
+    /// The ids of `top_k` of `experts` experts for each of `tokens` tokens, each expert at one place at most.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize) -> ExpertMapDesc {
+        ExpertMapDesc { tokens, experts, top_k, max_replicas: 1, seed: 0 }
+    }
+}
+
+settings!(ExpertMapDesc { max_replicas: usize, seed: u32 });
+
 /// Buffers of a mapping.
+#[non_exhaustive]
 pub struct ExpertMapArgs<'a> {
     /// `[T, k]`. One outside `0..E` stays unmapped: -1.
     pub ids: In<'a, i32>,
@@ -55,6 +67,26 @@ pub struct ExpertMapArgs<'a> {
     /// `[T]`, written: the sum of the weights of a token's identity experts.
     pub identity_weight: Option<Out<'a, f32>>,
 }
+
+impl<'a> ExpertMapArgs<'a> {
+    /// `ids` to `local_ids` by `map`, of each row the first entry.
+    pub fn new(
+        ids: impl Into<In<'a, i32>>,
+        map: impl Into<In<'a, i32>>,
+        local_ids: impl Into<Out<'a, i32>>,
+    ) -> ExpertMapArgs<'a> {
+        ExpertMapArgs {
+            ids: ids.into(),
+            weights: None,
+            map: map.into(),
+            replicas: None,
+            local_ids: local_ids.into(),
+            identity_weight: None,
+        }
+    }
+}
+
+buffers!(ExpertMapArgs<'a> { weights: In<f32>, replicas: In<i32>, identity_weight: Out<f32> });
 
 impl ExpertMapDesc {
     /// Checks all that can be checked without buffers.

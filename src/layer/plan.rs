@@ -305,7 +305,7 @@ mod tests {
         let plan = mixtral().plan(4096, &A100).unwrap();
         assert_eq!(plan.tile_m(), 128);
         for step in [plan.gate_up, plan.down] {
-            let Kernel::Gemm(gemm) = step.selection.kernel else { unreachable!() };
+            let crate::registry::Kernel::Gemm(gemm) = step.selection.kernel.variant() else { unreachable!() };
             assert_eq!(gemm.tile.bm as usize, plan.tile_m());
         }
         assert_eq!(mixtral().plan(1, &A100).unwrap().tile_m(), 16);

@@ -12,6 +12,7 @@ use cudarc::driver::CudaStream;
 use crate::registry::Kernel;
 use crate::rules::AuctionRule;
 use crate::rules::units;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::BaseParams;
 use crate::runtime::shape;
@@ -24,6 +25,7 @@ pub const MAX_ROUNDS: u32 = 1 << 20;
 
 /// Shapes and rule of a balanced assignment.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct BaseDesc {
     /// Tokens `T`, a multiple of the experts; 0 is allowed.
     pub tokens: usize,
@@ -31,7 +33,15 @@ pub struct BaseDesc {
     pub rule: AuctionRule,
 }
 
+impl BaseDesc {
+    /// A balanced assignment of `tokens` tokens by `rule`.
+    pub const fn new(tokens: usize, rule: AuctionRule) -> BaseDesc {
+        BaseDesc { tokens, rule }
+    }
+}
+
 /// Buffers of a balanced assignment.
+#[non_exhaustive]
 pub struct BaseArgs<'a> {
     /// `[T, E]`: token by expert embedding.
     pub scores: In<'a, f32>,
@@ -45,6 +55,20 @@ pub struct BaseArgs<'a> {
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> BaseArgs<'a> {
+    /// `scores` to `ids` and `status`, without weights.
+    pub fn new(
+        scores: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        status: impl Into<Out<'a, u32>>,
+        workspace: &'a mut Workspace,
+    ) -> BaseArgs<'a> {
+        BaseArgs { scores: scores.into(), ids: ids.into(), weights: None, status: status.into(), workspace }
+    }
+}
+
+buffers!(BaseArgs<'a> { weights: Out<f32> });
 
 impl BaseDesc {
     /// Checks all that can be checked without buffers.

@@ -1,7 +1,7 @@
 //! Expert choice: the experts choose their tokens (Zhou et al., *Mixture-of-Experts with Expert Choice Routing*, 2022).
 //!
-//! 1. [`affinity`]: what each expert thinks of each token, `S^T [E, T]`.
-//! 2. [`choose`]: each expert takes exactly its `c` best tokens; ties go to the lower token, NaN comes last. Slots
+//! 1. [`crate::routers::affinity`]: what each expert thinks of each token, `S^T [E, T]`.
+//! 2. [`forward`]: each expert takes exactly its `c` best tokens; ties go to the lower token, NaN comes last. Slots
 //!    `e * c` to `(e + 1) * c` are expert `e`'s, its tokens ascending: what a grouped GEMM gathers by, without a dispatch.
 //! 3. [`crate::capacity::token_slots`]: a token has no expert, or many: the slots of each, ascending.
 //! 4. [`crate::experts::combine_ragged`]: each token's weighted sum over its slots, in that order: the same input gives the same bits.
@@ -10,18 +10,18 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{AFFINITY_TOKENS, Kernel};
-use crate::rules::Affinity;
+use crate::registry::Kernel;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
-use crate::runtime::params::{AffinityParams, ExpertChoiceParams};
+use crate::runtime::params::ExpertChoiceParams;
 use crate::runtime::shape;
-use crate::{Error, In, Kernels, Out, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
 
-const AFFINITY: &str = "affinity";
-const CHOICE: &str = "expert_choice";
+const OPERATION: &str = "expert_choice";
 
 /// Shapes of an expert choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExpertChoiceDesc {
     /// Tokens `T`, at least 1.
     pub tokens: usize,
@@ -32,23 +32,26 @@ pub struct ExpertChoiceDesc {
 }
 
 impl ExpertChoiceDesc {
+    /// `capacity` of `tokens` tokens for each of `experts` experts.
+    pub const fn new(tokens: usize, experts: usize, capacity: usize) -> ExpertChoiceDesc {
+        ExpertChoiceDesc { tokens, experts, capacity }
+    }
+}
+
+impl ExpertChoiceDesc {
     /// Checks all that can be checked without buffers.
     ///
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
-        self.check(CHOICE)
-    }
-
-    fn check(&self, operation: &'static str) -> Result<(), Error> {
-        shape::positive(operation, "tokens", self.tokens)?;
-        shape::experts(operation, self.experts)?;
+        shape::positive(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
         if self.capacity == 0 || self.capacity > self.tokens {
             let expected = format!("1 to the number of tokens, {}", self.tokens);
-            return Err(Error::invalid(operation, "capacity", expected, self.capacity));
+            return Err(Error::invalid(OPERATION, "capacity", expected, self.capacity));
         }
-        shape::product(operation, "affinity", &[self.experts, self.tokens])?;
-        shape::product_i32(operation, "slot_token", &[self.experts, self.capacity]).map(drop)
+        shape::product(OPERATION, "affinity", &[self.experts, self.tokens])?;
+        shape::product_i32(OPERATION, "slot_token", &[self.experts, self.capacity]).map(drop)
     }
 
     /// Rows of the slot-ordered buffers, `E * c`.
@@ -59,45 +62,9 @@ impl ExpertChoiceDesc {
     }
 }
 
-/// Computes `affinities [E, T]` from `logits [T, E]`, in f32.
-///
-/// # Errors
-/// Those of [`ExpertChoiceDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
-/// [`Error::DifferentContext`]; and those of the driver.
-pub fn affinity(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &ExpertChoiceDesc,
-    affinity: Affinity,
-    logits: In<'_, f32>,
-    affinities: Out<'_, f32>,
-) -> Result<(), Error> {
-    desc.check(AFFINITY)?;
-    let scope = Scope::begin(AFFINITY, kernels, stream)?;
-    let elements = desc.tokens * desc.experts;
-    let logits = scope.read("logits", logits, elements, SCALAR)?;
-    let affinities = scope.write("affinities", affinities, elements, SCALAR)?;
-    let mode: u32 = match affinity {
-        Affinity::Softmax => 0,
-        Affinity::Sigmoid => 1,
-        Affinity::Logit => 2,
-    };
-    let blocks = (desc.tokens as u32).div_ceil(AFFINITY_TOKENS);
-    let selection = Selection::new(Kernel::Affinity, [blocks, 1, 1]);
-    scope.launch(
-        &selection,
-        AffinityParams {
-            logits: logits.address().into(),
-            affinity: affinities.address().into(),
-            tokens: desc.tokens as u32,
-            experts: desc.experts as u32,
-            mode,
-        },
-    )
-}
-
-/// Buffers of a choice.
-pub struct ChoiceArgs<'a> {
+/// Buffers of an expert choice.
+#[non_exhaustive]
+pub struct ExpertChoiceArgs<'a> {
     /// `[E, T]`.
     pub affinities: In<'a, f32>,
     /// `[E, c]`, written: each expert's tokens, ascending.
@@ -106,24 +73,40 @@ pub struct ChoiceArgs<'a> {
     pub slot_weight: Option<Out<'a, f32>>,
 }
 
+impl<'a> ExpertChoiceArgs<'a> {
+    /// `affinities` to `slot_token`, without weights.
+    pub fn new(affinities: impl Into<In<'a, f32>>, slot_token: impl Into<Out<'a, i32>>) -> ExpertChoiceArgs<'a> {
+        ExpertChoiceArgs { affinities: affinities.into(), slot_token: slot_token.into(), slot_weight: None }
+    }
+}
+
+buffers!(ExpertChoiceArgs<'a> { slot_weight: Out<f32> });
+
+/// Chooses kernel and grid: a block an expert.
+///
+/// # Errors
+/// Those of [`ExpertChoiceDesc::validate`].
+pub fn select(desc: &ExpertChoiceDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    Ok(Selection::new(Kernel::ExpertChoice, [desc.experts as u32, 1, 1]))
+}
+
 /// Chooses each expert's tokens.
 ///
 /// # Errors
 /// Those of [`ExpertChoiceDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
 /// [`Error::DifferentContext`]; and those of the driver.
-pub fn choose(
+pub fn forward(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
     desc: &ExpertChoiceDesc,
-    args: ChoiceArgs<'_>,
+    args: ExpertChoiceArgs<'_>,
 ) -> Result<(), Error> {
-    desc.check(CHOICE)?;
-    let scope = Scope::begin(CHOICE, kernels, stream)?;
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
     let affinities = scope.read("affinities", args.affinities, desc.tokens * desc.experts, SCALAR)?;
     let slot_token = scope.write("slot_token", args.slot_token, desc.slots(), SCALAR)?;
     let slot_weight = scope.write_some("slot_weight", args.slot_weight, desc.slots(), SCALAR)?;
-    let grid = [desc.experts as u32, 1, 1];
-    let selection = Selection::new(Kernel::ExpertChoice, grid);
     scope.launch(
         &selection,
         ExpertChoiceParams {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::HashParams;
 use crate::runtime::shape;
@@ -19,6 +20,7 @@ const OPERATION: &str = "hash";
 
 /// Where a token's experts come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum HashBy {
     /// A table of this many rows ([`HashArgs::table`]).
     Table {
@@ -34,6 +36,7 @@ pub enum HashBy {
 
 /// Shapes and rule of a hash routing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HashDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -45,7 +48,15 @@ pub struct HashDesc {
     pub hash: HashBy,
 }
 
+impl HashDesc {
+    /// `top_k` of `experts` experts for each of `tokens` tokens, by `hash`.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize, hash: HashBy) -> HashDesc {
+        HashDesc { tokens, experts, top_k, hash }
+    }
+}
+
 /// Buffers of a hash routing.
+#[non_exhaustive]
 pub struct HashArgs<'a> {
     /// `[T]`: ids of words.
     pub token_ids: In<'a, i32>,
@@ -54,6 +65,15 @@ pub struct HashArgs<'a> {
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
 }
+
+impl<'a> HashArgs<'a> {
+    /// `token_ids` to `ids`, without a table.
+    pub fn new(token_ids: impl Into<In<'a, i32>>, ids: impl Into<Out<'a, i32>>) -> HashArgs<'a> {
+        HashArgs { token_ids: token_ids.into(), table: None, ids: ids.into() }
+    }
+}
+
+buffers!(HashArgs<'a> { table: In<i32> });
 
 impl HashDesc {
     /// Checks all that can be checked without buffers.

@@ -13,9 +13,10 @@ use cudarc::driver::CudaStream;
 
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::registry::{Kernel, Noisy};
-use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits};
+use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits, NoisySums};
 use crate::rules::noise;
 use crate::rules::{NoiseSource, NoisyRule};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyGroupedParams;
 use crate::runtime::shape;
@@ -26,6 +27,7 @@ const OPERATION: &str = "hierarchical";
 
 /// Shapes and rules of a hierarchical gating.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct HierarchicalDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -40,27 +42,49 @@ pub struct HierarchicalDesc {
     pub secondary: NoisyRule,
 }
 
+impl HierarchicalDesc {
+    /// Choices for `tokens` tokens among `groups` groups by `primary`, then among the `experts` experts of each by `secondary`.
+    pub const fn new(
+        tokens: usize,
+        groups: usize,
+        experts: usize,
+        primary: NoisyRule,
+        secondary: NoisyRule,
+    ) -> HierarchicalDesc {
+        HierarchicalDesc { tokens, groups, experts, primary, secondary }
+    }
+}
+
 /// Which groups tokens go to, and the sums of it.
+#[non_exhaustive]
 pub struct PrimaryOutputs<'a> {
     /// `[T, K]`, written: groups by falling noisy logit.
     pub ids: Out<'a, i32>,
     /// `[T, K]`, written: `G_primary`.
     pub weights: Out<'a, f32>,
-    /// `[G]`, written: tokens of each group.
-    pub counts: Out<'a, i32>,
-    /// `[G]`, written: sums of weights.
-    pub importance: Out<'a, f32>,
-    /// `[G]`, written: the smooth estimate of `counts`.
-    pub load: Out<'a, f32>,
-    /// `[2]`, written: `CV(importance)^2` and `CV(load)^2` over groups.
-    pub losses: Out<'a, f32>,
+    /// `[G]` each, and `[2]`, written: tokens, importance and load of each group, and the losses over groups.
+    pub sums: NoisySums<'a>,
     /// `[T, G]`, written: noisy logits.
     pub noisy: Option<Out<'a, f32>>,
     /// `[T, 2]`, written; see [`noisy::NoisyArgs::thresholds`].
     pub thresholds: Option<Out<'a, f32>>,
 }
 
+impl<'a> PrimaryOutputs<'a> {
+    /// Groups, their weights and sums, nothing else.
+    pub fn new(
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+        sums: NoisySums<'a>,
+    ) -> PrimaryOutputs<'a> {
+        PrimaryOutputs { ids: ids.into(), weights: weights.into(), sums, noisy: None, thresholds: None }
+    }
+}
+
+buffers!(PrimaryOutputs<'a> { noisy: Out<f32>, thresholds: Out<f32> });
+
 /// Buffers of a hierarchical gating.
+#[non_exhaustive]
 pub struct HierarchicalArgs<'a> {
     /// `[T, G]` twice, or `[T, 2G]`.
     pub primary_logits: NoisyLogits<'a>,
@@ -76,17 +100,39 @@ pub struct HierarchicalArgs<'a> {
     pub noisy: Option<Out<'a, f32>>,
     /// `[T, K, 2]`, written; see [`noisy::NoisyArgs::thresholds`].
     pub thresholds: Option<Out<'a, f32>>,
-    /// `[G, E]`, written: slots of each expert.
-    pub counts: Out<'a, i32>,
-    /// `[G, E]`, written: `Importance_H(X)`.
-    pub importance: Out<'a, f32>,
-    /// `[G, E]`, written: `Load_H(X)`.
-    pub load: Out<'a, f32>,
-    /// `[2]`, written: `CV(Importance_H)^2` and `CV(Load_H)^2`.
-    pub losses: Out<'a, f32>,
+    /// `[G, E]` each, and `[2]`, written: slots of each expert, `Importance_H(X)`, `Load_H(X)`, and the squares of their coefficients of
+    /// variation.
+    pub sums: NoisySums<'a>,
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> HierarchicalArgs<'a> {
+    /// Logits of both levels to what the first writes, `ids`, `weights` and `sums`.
+    pub fn new(
+        primary_logits: NoisyLogits<'a>,
+        logits: NoisyLogits<'a>,
+        primary: PrimaryOutputs<'a>,
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+        sums: NoisySums<'a>,
+        workspace: &'a mut Workspace,
+    ) -> HierarchicalArgs<'a> {
+        HierarchicalArgs {
+            primary_logits,
+            logits,
+            primary,
+            ids: ids.into(),
+            weights: weights.into(),
+            noisy: None,
+            thresholds: None,
+            sums,
+            workspace,
+        }
+    }
+}
+
+buffers!(HierarchicalArgs<'a> { noisy: Out<f32>, thresholds: Out<f32> });
 
 impl HierarchicalDesc {
     /// Checks all that can be checked without buffers.
@@ -123,10 +169,6 @@ impl HierarchicalDesc {
         NoisyDesc { tokens: self.tokens, experts: self.groups, rule: self.primary }
     }
 
-    fn secondary_desc(&self) -> NoisyDesc {
-        NoisyDesc { tokens: self.tokens, experts: self.experts, rule: self.secondary }
-    }
-
     fn dispatch_desc(&self) -> DispatchDesc {
         DispatchDesc { tokens: self.tokens, experts: self.groups, top_k: self.primary.top_k, capacity: None, tile_m: 1 }
     }
@@ -134,6 +176,7 @@ impl HierarchicalDesc {
 
 /// The three launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HierarchicalSelection {
     /// Groups of tokens.
     pub primary: Selection,
@@ -227,16 +270,16 @@ pub fn forward(
     let HierarchicalDesc { tokens, groups, experts, .. } = *desc;
     let (all, slots) = (groups * experts, desc.slots());
     let primary_sums = [
-        scope.write("primary.counts", args.primary.counts, groups, SCALAR)?,
-        scope.write("primary.importance", args.primary.importance, groups, SCALAR)?,
-        scope.write("primary.load", args.primary.load, groups, SCALAR)?,
-        scope.write("primary.losses", args.primary.losses, 2, SCALAR)?,
+        scope.write("primary.counts", args.primary.sums.counts, groups, SCALAR)?,
+        scope.write("primary.importance", args.primary.sums.importance, groups, SCALAR)?,
+        scope.write("primary.load", args.primary.sums.load, groups, SCALAR)?,
+        scope.write("primary.losses", args.primary.sums.losses, 2, SCALAR)?,
     ];
     let sums = [
-        scope.write("counts", args.counts, all, SCALAR)?,
-        scope.write("importance", args.importance, all, SCALAR)?,
-        scope.write("load", args.load, all, SCALAR)?,
-        scope.write("losses", args.losses, 2, SCALAR)?,
+        scope.write("counts", args.sums.counts, all, SCALAR)?,
+        scope.write("importance", args.sums.importance, all, SCALAR)?,
+        scope.write("load", args.sums.load, all, SCALAR)?,
+        scope.write("losses", args.sums.losses, 2, SCALAR)?,
     ];
     if tokens == 0 {
         for (sums, experts) in [(&primary_sums, groups), (&sums, all)] {
@@ -364,7 +407,6 @@ fn params<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Spread;
     use crate::rules::NoiseSource;
     use crate::runtime::device::A100;
 

@@ -11,7 +11,7 @@ use cudarc::driver::CudaStream;
 use crate::registry::Kernel;
 use crate::rules::Dtype;
 use crate::rules::NoiseSource;
-use crate::runtime::launch::{Address, Scope, VECTOR};
+use crate::runtime::launch::{Address, Scope, VECTOR, optional};
 use crate::runtime::params::JitterParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
@@ -23,6 +23,7 @@ const THREAD_BYTES: u32 = 16;
 
 /// Size and strength of a jitter.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct JitterDesc {
     /// Type of the elements.
     pub dtype: Dtype,
@@ -32,6 +33,34 @@ pub struct JitterDesc {
     pub epsilon: f32,
     /// The random words.
     pub noise: NoiseSource,
+}
+
+impl JitterDesc {
+    /// Noise between `1 - epsilon` and `1 + epsilon` on `elements` elements of type `dtype`.
+    pub const fn new(dtype: Dtype, elements: usize, epsilon: f32, noise: NoiseSource) -> JitterDesc {
+        JitterDesc { dtype, elements, epsilon, noise }
+    }
+}
+
+/// Buffers of a jitter, 16-byte aligned.
+#[non_exhaustive]
+pub struct JitterArgs<'a, T> {
+    /// `[elements]`; absent, `y` itself gets the noise.
+    pub x: Option<In<'a, T>>,
+    /// `[elements]`, written.
+    pub y: Out<'a, T>,
+}
+
+impl<'a, T> JitterArgs<'a, T> {
+    /// `x` with noise to `y`.
+    pub fn new(x: impl Into<In<'a, T>>, y: impl Into<Out<'a, T>>) -> JitterArgs<'a, T> {
+        JitterArgs { x: Some(x.into()), y: y.into() }
+    }
+
+    /// Noise on `y` itself: on logits, say, before gating.
+    pub fn in_place(y: impl Into<Out<'a, T>>) -> JitterArgs<'a, T> {
+        JitterArgs { x: None, y: y.into() }
+    }
 }
 
 impl JitterDesc {
@@ -63,7 +92,7 @@ pub fn select(desc: &JitterDesc, _device: &DeviceInfo) -> Result<Selection, Erro
     Ok(Selection::new(Kernel::Jitter(desc.dtype), [blocks, 1, 1]))
 }
 
-/// Writes `x` with noise to `y`, both 16-byte aligned.
+/// Writes `x` with noise to `y`, or `y` with noise to itself.
 ///
 /// With no elements nothing is launched.
 ///
@@ -74,38 +103,18 @@ pub fn forward<T: Element>(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
     desc: &JitterDesc,
-    x: In<'_, T>,
-    y: Out<'_, T>,
+    args: JitterArgs<'_, T>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<T>("x", desc.dtype)?;
+    scope.check_dtype::<T>("y", desc.dtype)?;
     if desc.elements == 0 {
         return Ok(());
     }
-    let x = scope.read("x", x, desc.elements, VECTOR)?;
-    let y = scope.write("y", y, desc.elements, VECTOR)?;
-    scope.launch(&selection, params(desc, x.address(), y.address()))
-}
-
-/// Adds the noise to `x` itself: to logits, say, before gating.
-///
-/// # Errors
-/// Those of [`forward`].
-pub fn forward_in_place<T: Element>(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &JitterDesc,
-    x: Out<'_, T>,
-) -> Result<(), Error> {
-    let selection = select(desc, kernels.device())?;
-    let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<T>("x", desc.dtype)?;
-    if desc.elements == 0 {
-        return Ok(());
-    }
-    let x = scope.write("x", x, desc.elements, VECTOR)?;
-    scope.launch(&selection, params(desc, x.address(), x.address()))
+    let x = scope.read_some("x", args.x, desc.elements, VECTOR)?;
+    let y = scope.write("y", args.y, desc.elements, VECTOR)?;
+    let from = optional(&x).unwrap_or_else(|| y.address());
+    scope.launch(&selection, params(desc, from, y.address()))
 }
 
 fn params<'a>(desc: &JitterDesc, x: Address<'a>, y: Address<'a>) -> JitterParams<'a> {
@@ -141,7 +150,6 @@ mod tests {
         assert_eq!(fault(JitterDesc { elements: usize::MAX, ..desc }), "elements");
         for dtype in Dtype::ALL {
             let desc = JitterDesc { dtype, ..desc };
-            crate::runtime::embedded::assert_takes(Kernel::Jitter(dtype), &params(&desc, [Param::Address(0); 2]));
             let block = 256 * 16 / dtype.bytes() as usize;
             for (elements, blocks) in [(0, 1), (1, 1), (block, 1), (block + 1, 2)] {
                 let got = select(&JitterDesc { elements, ..desc }, &crate::runtime::device::A100).unwrap();

@@ -1,5 +1,6 @@
 //! Which experts each token goes to, and with what weight.
 
+pub mod affinity;
 pub mod balance;
 pub mod base;
 pub mod expert_choice;

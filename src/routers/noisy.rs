@@ -20,6 +20,7 @@ use cudarc::driver::CudaStream;
 use crate::registry::{Kernel, Noisy, Spread};
 use crate::rules::NoiseSource;
 use crate::rules::NoisyRule;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyParams;
 use crate::runtime::shape;
@@ -29,6 +30,7 @@ const OPERATION: &str = "noisy";
 
 /// Shapes and rule of a noisy gating.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct NoisyDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -38,7 +40,15 @@ pub struct NoisyDesc {
     pub rule: NoisyRule,
 }
 
+impl NoisyDesc {
+    /// Choices by `rule` for `tokens` tokens among `experts` experts.
+    pub const fn new(tokens: usize, experts: usize, rule: NoisyRule) -> NoisyDesc {
+        NoisyDesc { tokens, experts, rule }
+    }
+}
+
 /// The router's two products.
+#[non_exhaustive]
 pub enum NoisyLogits<'a> {
     /// Two matrices.
     Apart {
@@ -51,7 +61,20 @@ pub enum NoisyLogits<'a> {
     Together(In<'a, f32>),
 }
 
+impl<'a> NoisyLogits<'a> {
+    /// Two matrices.
+    pub fn apart(clean: impl Into<In<'a, f32>>, raw: impl Into<In<'a, f32>>) -> NoisyLogits<'a> {
+        NoisyLogits::Apart { clean: clean.into(), raw: raw.into() }
+    }
+
+    /// One matrix, of which a row holds both.
+    pub fn together(logits: impl Into<In<'a, f32>>) -> NoisyLogits<'a> {
+        NoisyLogits::Together(logits.into())
+    }
+}
+
 /// Sums over tokens, and the losses that follow from them.
+#[non_exhaustive]
 pub struct NoisySums<'a> {
     /// `[E]`, written: tokens of each expert.
     pub counts: Out<'a, i32>,
@@ -61,11 +84,22 @@ pub struct NoisySums<'a> {
     pub load: Out<'a, f32>,
     /// `[2]`, written: `CV(importance)^2` and `CV(load)^2` (eq. 7 and 11).
     pub losses: Out<'a, f32>,
-    /// At least [`workspace_bytes`].
-    pub workspace: &'a mut Workspace,
+}
+
+impl<'a> NoisySums<'a> {
+    /// All four.
+    pub fn new(
+        counts: impl Into<Out<'a, i32>>,
+        importance: impl Into<Out<'a, f32>>,
+        load: impl Into<Out<'a, f32>>,
+        losses: impl Into<Out<'a, f32>>,
+    ) -> NoisySums<'a> {
+        NoisySums { counts: counts.into(), importance: importance.into(), load: load.into(), losses: losses.into() }
+    }
 }
 
 /// Buffers of a noisy gating.
+#[non_exhaustive]
 pub struct NoisyArgs<'a> {
     /// The router's products.
     pub logits: NoisyLogits<'a>,
@@ -78,9 +112,29 @@ pub struct NoisyArgs<'a> {
     /// `[T, 2]`, written: the k-th and the k+1-th largest `H`, -Inf where there is none; a kept expert's load compares with the second,
     /// another's with the first.
     pub thresholds: Option<Out<'a, f32>>,
-    /// Sums and losses. Without them nothing is summed, and more blocks run at once.
-    pub sums: Option<NoisySums<'a>>,
+    /// Sums and losses, with a workspace of at least [`workspace_bytes`]. Without them nothing is summed, and more blocks run at once.
+    pub sums: Option<(NoisySums<'a>, &'a mut Workspace)>,
 }
+
+impl<'a> NoisyArgs<'a> {
+    /// `logits` to `ids` and `weights`, nothing else.
+    pub fn new(
+        logits: NoisyLogits<'a>,
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+    ) -> NoisyArgs<'a> {
+        NoisyArgs { logits, ids: ids.into(), weights: weights.into(), noisy: None, thresholds: None, sums: None }
+    }
+
+    /// With [`sums`](Self#structfield.sums).
+    #[must_use]
+    pub fn sums(mut self, sums: NoisySums<'a>, workspace: &'a mut Workspace) -> Self {
+        self.sums = Some((sums, workspace));
+        self
+    }
+}
+
+buffers!(NoisyArgs<'a> { noisy: Out<f32>, thresholds: Out<f32> });
 
 impl NoisyDesc {
     /// Checks all that can be checked without buffers.
@@ -173,7 +227,7 @@ pub fn forward(
     let selection = select(desc, kernels.device(), args.sums.is_some())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     let NoisyDesc { tokens, experts, .. } = *desc;
-    let sums = args.sums.map(|sums| HeldSums::open(&scope, desc, sums)).transpose()?;
+    let sums = args.sums.map(|(sums, workspace)| HeldSums::open(&scope, desc, sums, workspace)).transpose()?;
     if tokens == 0 {
         return sums.map_or(Ok(()), |sums| sums.zero(&scope, experts));
     }
@@ -241,14 +295,19 @@ struct HeldSums<'a> {
 }
 
 impl<'a> HeldSums<'a> {
-    fn open<'c: 'a>(scope: &Scope<'a>, desc: &NoisyDesc, sums: NoisySums<'c>) -> Result<HeldSums<'a>, Error> {
+    fn open<'c: 'a>(
+        scope: &Scope<'a>,
+        desc: &NoisyDesc,
+        sums: NoisySums<'c>,
+        workspace: &'c mut Workspace,
+    ) -> Result<HeldSums<'a>, Error> {
         let bytes = workspace_bytes(desc, scope.kernels.device())?;
         Ok(HeldSums {
             counts: scope.write("counts", sums.counts, desc.experts, SCALAR)?,
             importance: scope.write("importance", sums.importance, desc.experts, SCALAR)?,
             load: scope.write("load", sums.load, desc.experts, SCALAR)?,
             losses: scope.write("losses", sums.losses, 2, SCALAR)?,
-            workspace: sums.workspace.open(scope, bytes)?,
+            workspace: workspace.open(scope, bytes)?,
         })
     }
 

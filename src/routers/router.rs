@@ -194,12 +194,12 @@ mod tests {
         for (tokens, experts) in [(0, 1), (1, 1), (5, 9), (64, 64), (65, 65), (100_000, 4096)] {
             let desc = RouterDesc { tokens, experts, ..desc() };
             let selection = select(&desc, &A100).unwrap();
-            let Kernel::Router(router) = selection.kernel else { unreachable!() };
+            let Kernel::Router(router) = selection.kernel.variant() else { unreachable!() };
             let (block_tokens, block_experts) = router.shape.block();
             assert_eq!(selection.grid[0], (tokens as u32).div_ceil(block_tokens));
             assert_eq!(selection.grid[1], (experts as u32).div_ceil(block_experts));
         }
-        let shape = |tokens| match select(&RouterDesc { tokens, ..desc() }, &A100).unwrap().kernel {
+        let shape = |tokens| match select(&RouterDesc { tokens, ..desc() }, &A100).unwrap().kernel.variant() {
             Kernel::Router(router) => router.shape,
             _ => unreachable!(),
         };

@@ -17,6 +17,7 @@ use crate::registry::Kernel;
 use crate::routers::noisy;
 use crate::rules::NoiseSource;
 use crate::rules::SamplingRule;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SampledParams;
 use crate::runtime::shape;
@@ -26,6 +27,7 @@ const OPERATION: &str = "sampled";
 
 /// Shapes and rule of a sampled routing.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct SampledDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -35,7 +37,15 @@ pub struct SampledDesc {
     pub rule: SamplingRule,
 }
 
+impl SampledDesc {
+    /// Experts drawn by `rule` for each of `tokens` tokens among `experts`.
+    pub const fn new(tokens: usize, experts: usize, rule: SamplingRule) -> SampledDesc {
+        SampledDesc { tokens, experts, rule }
+    }
+}
+
 /// Buffers of a sampled routing.
+#[non_exhaustive]
 pub struct SampledArgs<'a> {
     /// `[T, E]`.
     pub logits: In<'a, f32>,
@@ -50,6 +60,26 @@ pub struct SampledArgs<'a> {
     /// `[T, E]`, written: the numbers that experts are chosen by.
     pub perturbed: Option<Out<'a, f32>>,
 }
+
+impl<'a> SampledArgs<'a> {
+    /// `logits` to `ids` and `weights`, nothing else.
+    pub fn new(
+        logits: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+    ) -> SampledArgs<'a> {
+        SampledArgs {
+            logits: logits.into(),
+            ids: ids.into(),
+            weights: weights.into(),
+            log_probabilities: None,
+            entropy: None,
+            perturbed: None,
+        }
+    }
+}
+
+buffers!(SampledArgs<'a> { log_probabilities: Out<f32>, entropy: Out<f32>, perturbed: Out<f32> });
 
 impl SampledDesc {
     /// Checks all that can be checked without buffers.
@@ -138,7 +168,6 @@ pub fn forward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Spread;
 
     fn desc() -> SampledDesc {
         let rule = SamplingRule { top_k: 4, inverse_temperature: 1.0, noise: NoiseSource::default() };

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Dispatch, Kernel, Sinkhorn};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SinkhornParams;
 use crate::runtime::shape;
@@ -22,6 +23,7 @@ pub const MAX_ITERATIONS: u32 = 1 << 18;
 
 /// Shapes and rule of a balanced routing.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct SinkhornDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -35,7 +37,15 @@ pub struct SinkhornDesc {
     pub tolerance: f32,
 }
 
+impl SinkhornDesc {
+    /// `top_k` of `experts` experts for each of `tokens` tokens, after `iterations` at most or once within `tolerance`.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize, iterations: u32, tolerance: f32) -> SinkhornDesc {
+        SinkhornDesc { tokens, experts, top_k, iterations, tolerance }
+    }
+}
+
 /// Buffers of a balanced routing.
+#[non_exhaustive]
 pub struct SinkhornArgs<'a> {
     /// `[T, E]`.
     pub logits: In<'a, f32>,
@@ -50,6 +60,28 @@ pub struct SinkhornArgs<'a> {
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> SinkhornArgs<'a> {
+    /// `logits` to `ids`, `potentials` and `status`, without weights.
+    pub fn new(
+        logits: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        potentials: impl Into<Out<'a, f32>>,
+        status: impl Into<Out<'a, u32>>,
+        workspace: &'a mut Workspace,
+    ) -> SinkhornArgs<'a> {
+        SinkhornArgs {
+            logits: logits.into(),
+            ids: ids.into(),
+            weights: None,
+            potentials: potentials.into(),
+            status: status.into(),
+            workspace,
+        }
+    }
+}
+
+buffers!(SinkhornArgs<'a> { weights: Out<f32> });
 
 impl SinkhornDesc {
     /// Checks all that can be checked without buffers.
