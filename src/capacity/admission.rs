@@ -9,6 +9,31 @@
 //!
 //! A choice that finds its expert full is dropped, or, with more candidates than `top_k`, passed on to the token's next one
 //! (*Switch Transformers*, appendix B). A second expert may be asked for at random, by its weight (*GShard*).
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
+//! use moe_kernels::rules::AdmissionRule;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Three tokens want expert 0, which takes one; the second comes first, as it is the most confident.
+//! let (tokens, experts, capacity) = (3, 2, 1);
+//! let desc = AdmissionDesc::new(tokens, AdmissionRule::new(experts, 1, capacity, tokens).prioritised(true));
+//! let ids = stream.clone_htod(&[0, 0, 0])?;
+//! let weights = stream.clone_htod(&[0.5_f32, 0.75, 0.5])?;
+//! let mut admitted = stream.alloc_zeros(tokens)?;
+//! let mut admitted_weights = stream.alloc_zeros(tokens)?;
+//! let mut workspace = Workspace::new(&stream, admission::workspace_bytes(&desc)?)?;
+//! let args = AdmissionArgs::new(&ids, &weights, &mut admitted, &mut admitted_weights, &mut workspace);
+//! admission::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&admitted)?, [-1, 0, -1]);
+//! assert_eq!(stream.clone_dtoh(&admitted_weights)?, [0.0, 0.75, 0.0]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 

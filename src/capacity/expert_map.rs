@@ -12,6 +12,28 @@
 //! How a null expert flows: its slot becomes -1, so that it has no row in dispatch, no tile in the grouped GEMM, and adds nothing
 //! of `y_slots` in combine. Identity experts leave the sum of their weights for each token, and
 //! [`crate::experts::combine::forward_with_identity`] adds that times x. Dispatch and GEMMs are told the number of local experts.
+//!
+//! ```
+//! use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
+//! use moe_kernels::rules::{IDENTITY, NONE};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Of three experts the first is local number 0, the second is elsewhere, the third passes its input on.
+//! let map = stream.clone_htod(&[0, NONE, IDENTITY])?;
+//! let ids = stream.clone_htod(&[1, 0, 2, 0])?;
+//! let weights = stream.clone_htod(&[0.5_f32, 0.5, 0.75, 0.25])?;
+//! let mut local_ids = stream.alloc_zeros(4)?;
+//! let mut identity_weight = stream.alloc_zeros(2)?;
+//! let args = ExpertMapArgs::new(&ids, &map, &mut local_ids).weights(&weights).identity_weight(&mut identity_weight);
+//! expert_map::forward(&kernels, &stream, &ExpertMapDesc::new(2, 3, 2), args)?;
+//! assert_eq!(stream.clone_dtoh(&local_ids)?, [-1, 0, -1, 0]);
+//! assert_eq!(stream.clone_dtoh(&identity_weight)?, [0.0, 0.75]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 

@@ -4,6 +4,28 @@
 //! device, in integers, so that the result does not depend on the device: see [`crate::reference::base::auction`]. The sum is
 //! within `tokens * epsilon` of the optimum, if scores are finite and below `epsilon * 2^27` in magnitude, and the auction ended
 //! within its rounds, which [`BaseArgs::status`] says.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};
+//! use moe_kernels::rules::AuctionRule;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Both tokens prefer expert 0; the second has less to lose.
+//! let scores = stream.clone_htod(&[4.0_f32, 0.0, 3.0, 2.0])?;
+//! let desc = BaseDesc::new(2, AuctionRule::new(2, 1e-3, 10_000));
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut status = stream.alloc_zeros(2)?;
+//! let mut workspace = Workspace::new(&stream, base::workspace_bytes(&desc)?)?;
+//! base::forward(&kernels, &stream, &desc, BaseArgs::new(&scores, &mut ids, &mut status, &mut workspace))?;
+//! assert_eq!(stream.clone_dtoh(&ids)?, [0, 1]);
+//! assert_eq!(stream.clone_dtoh(&status)?[1], 1, "the auction ended");
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 

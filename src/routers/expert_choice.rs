@@ -5,6 +5,51 @@
 //!    `e * c` to `(e + 1) * c` are expert `e`'s, its tokens ascending: what a grouped GEMM gathers by, without a dispatch.
 //! 3. [`crate::capacity::token_slots`]: a token has no expert, or many: the slots of each, ascending.
 //! 4. [`crate::experts::combine_ragged`]: each token's weighted sum over its slots, in that order: the same input gives the same bits.
+//!
+//! ```
+//! use moe_kernels::capacity::token_slots::{self, TokenSlotsArgs, TokenSlotsDesc};
+//! use moe_kernels::experts::combine_ragged::{self, CombineRaggedArgs, CombineRaggedDesc};
+//! use moe_kernels::routers::affinity::{self, AffinityArgs, AffinityDesc};
+//! use moe_kernels::routers::expert_choice::{self, ExpertChoiceArgs, ExpertChoiceDesc};
+//! use moe_kernels::rules::Affinity;
+//! use moe_kernels::{Dtype, Workspace};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let (tokens, experts, hidden) = (3, 2, 8);
+//! let logits = stream.clone_htod(&[3.0, 0.0, 2.0, 5.0, 1.0, 4.0])?;
+//! let mut affinities = stream.alloc_zeros(experts * tokens)?;
+//! let desc = AffinityDesc::new(tokens, experts, Affinity::Logit);
+//! affinity::forward(&kernels, &stream, &desc, AffinityArgs::new(&logits, &mut affinities))?;
+//!
+//! let desc = ExpertChoiceDesc::new(tokens, experts, 2);
+//! let mut slot_token = stream.alloc_zeros(desc.slots())?;
+//! let mut slot_weight = stream.alloc_zeros(desc.slots())?;
+//! let args = ExpertChoiceArgs::new(&affinities, &mut slot_token).slot_weight(&mut slot_weight);
+//! expert_choice::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&slot_token)?, [0, 1, 1, 2]);
+//!
+//! // Token 1 has two experts, the others have one.
+//! let slots = TokenSlotsDesc::new(tokens, desc.slots());
+//! let mut workspace = Workspace::new(&stream, token_slots::workspace_bytes(&slots, kernels.device())?)?;
+//! let mut offsets = stream.alloc_zeros(tokens + 1)?;
+//! let mut token_slots = stream.alloc_zeros(desc.slots())?;
+//! let args = TokenSlotsArgs::new(&slot_token, &mut offsets, &mut token_slots, &mut workspace);
+//! token_slots::forward(&kernels, &stream, &slots, args)?;
+//! assert_eq!(stream.clone_dtoh(&offsets)?, [0, 1, 3, 4]);
+//!
+//! // Here the experts would come, from the rows of `slot_token` to `y_slots`.
+//! let y_slots = stream.clone_htod(&vec![1.0_f32; desc.slots() * hidden])?;
+//! let mut y = stream.alloc_zeros(tokens * hidden)?;
+//! let desc = CombineRaggedDesc::new(Dtype::F32, tokens, desc.slots(), hidden);
+//! let args = CombineRaggedArgs::new(&y_slots, &offsets, &token_slots, &mut y).slot_weight(&slot_weight);
+//! combine_ragged::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&y)?, [[3.0; 8], [7.0; 8], [4.0; 8]].concat());
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
@@ -27,7 +72,7 @@ pub struct ExpertChoiceDesc {
     pub tokens: usize,
     /// Experts `E`, 1 to 4096.
     pub experts: usize,
-    /// Tokens of each expert `c`, 1 to `T`: the paper's `T * capacity factor / E` ([`crate::capacity::admission::capacity`]).
+    /// Tokens of each expert `c`, 1 to `T`: the paper's `T * capacity factor / E` ([`crate::rules::capacity`]).
     pub capacity: usize,
 }
 

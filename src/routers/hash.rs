@@ -3,6 +3,23 @@
 //! A table gives the experts of each word of the vocabulary: random, balanced by frequency ([`balanced_table`]), or whatever the
 //! caller computes. Without a table, a mixing hash does. With `top_k > 1` a token has several hashes (the paper's MultiHash). Weights
 //! are all one: combine without weights, or with `1 / top_k`.
+//!
+//! ```
+//! use moe_kernels::routers::hash::{self, HashArgs, HashBy, HashDesc, balanced_table};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let table = stream.clone_htod(&balanced_table(&[1, 10, 5, 5, 1], 2))?;
+//! let words = stream.clone_htod(&[1, 3, 0])?;
+//! let mut ids = stream.alloc_zeros(3)?;
+//! let desc = HashDesc::new(3, 2, 1, HashBy::Table { vocabulary: 5 });
+//! hash::forward(&kernels, &stream, &desc, HashArgs::new(&words, &mut ids).table(&table))?;
+//! assert_eq!(stream.clone_dtoh(&ids)?, [0, 1, 0]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::collections::BinaryHeap;
 use std::sync::Arc;

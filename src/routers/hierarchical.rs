@@ -4,8 +4,51 @@
 //! A token's weight for expert `e` of group `g` is `G_primary[g] * G_g[e]` (eq. 12); importance sums those (eq. 13), and
 //! `load[g,e] = Load_primary[g] * Load_g[e] / |X_g|` with the tokens `X_g` of the group (eq. 14). Three launches: the groups
 //! ([`crate::routers::noisy`]), their tokens side by side ([`crate::capacity::dispatch`]), the experts of each group. Only the rows of chosen groups are read.
-//! See [`crate::reference::noisy::hierarchical`]; ids and noise ([`noise`]) are those of
+//! See [`crate::reference::noisy::hierarchical`]; ids and noise ([`noise()`]) are those of
 //! the reference bit for bit.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+//! use moe_kernels::routers::noisy::{NoisyLogits, NoisySums};
+//! use moe_kernels::rules::{NoiseSource, NoisyRule};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let (tokens, groups, experts) = (3, 2, 4);
+//! let rule = |top_k| NoisyRule::new(top_k, NoiseSource::new(1, 0));
+//! let desc = HierarchicalDesc::new(tokens, groups, experts, rule(1), rule(2));
+//! let primary_products = stream.clone_htod(&[0.5_f32; 3 * 2 * 2])?;
+//! let products = stream.clone_htod(&[0.5_f32; 3 * 2 * 2 * 4])?;
+//! let mut primary_ids = stream.alloc_zeros(tokens)?;
+//! let mut primary_weights = stream.alloc_zeros(tokens)?;
+//! let mut ids = stream.alloc_zeros(tokens * 2)?;
+//! let mut weights = stream.alloc_zeros(tokens * 2)?;
+//! let mut workspace = Workspace::new(&stream, hierarchical::workspace_bytes(&desc, kernels.device())?)?;
+//! let mut counts = [stream.alloc_zeros(groups)?, stream.alloc_zeros(groups * experts)?];
+//! let mut importance = [stream.alloc_zeros(groups)?, stream.alloc_zeros(groups * experts)?];
+//! let mut load = [stream.alloc_zeros(groups)?, stream.alloc_zeros(groups * experts)?];
+//! let mut losses = [stream.alloc_zeros(2)?, stream.alloc_zeros(2)?];
+//!
+//! let ([counts_g, counts_e], [importance_g, importance_e]) = (&mut counts, &mut importance);
+//! let ([load_g, load_e], [losses_g, losses_e]) = (&mut load, &mut losses);
+//! let args = HierarchicalArgs::new(
+//!     NoisyLogits::together(&primary_products),
+//!     NoisyLogits::together(&products),
+//!     PrimaryOutputs::new(&mut primary_ids, &mut primary_weights, NoisySums::new(counts_g, importance_g, load_g, losses_g)),
+//!     &mut ids,
+//!     &mut weights,
+//!     NoisySums::new(counts_e, importance_e, load_e, losses_e),
+//!     &mut workspace,
+//! );
+//! hierarchical::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&counts[0])?.iter().sum::<i32>(), 3);
+//! assert_eq!(stream.clone_dtoh(&counts[1])?.iter().sum::<i32>(), 6);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
@@ -14,7 +57,7 @@ use cudarc::driver::CudaStream;
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::registry::{Kernel, Noisy};
 use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits, NoisySums};
-use crate::rules::noise;
+use crate::rules::noise::standard_normal;
 use crate::rules::{NoiseSource, NoisyRule};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
@@ -239,7 +282,7 @@ impl Regions {
 
 /// The noise of `token` and `expert` of `group` at the second level, bit for bit; at the first it is [`noisy::noise`].
 pub fn noise(source: NoiseSource, token: u32, group: u32, expert: u32) -> f32 {
-    noise::standard_normal(source.gate_word(16 + group, token, expert))
+    standard_normal(source.gate_word(16 + group, token, expert))
 }
 
 /// Workspace of [`forward`] in bytes.

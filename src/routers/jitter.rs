@@ -3,6 +3,28 @@
 //! `y[i] = x[i] * u`, `u` uniform between `1 - epsilon` and `1 + epsilon`, rounded once to the type of `x`. The router takes `y`, the experts
 //! take `x`. The noise follows from seed, offset and `i` alone ([`NoiseSource`]); jitter shares no random word with the routers that use the
 //! same source. See [`crate::reference::jitter`], whose results these are bit for bit (products below 2^-118 may differ in a tie of bf16).
+//!
+//! ```
+//! use moe_kernels::Dtype;
+//! use moe_kernels::routers::jitter::{self, JitterArgs, JitterDesc};
+//! use moe_kernels::rules::NoiseSource;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let desc = JitterDesc::new(Dtype::F32, 8, 0.5, NoiseSource::new(1, 0));
+//! let mut x = stream.clone_htod(&[1.0_f32; 8])?;
+//! let mut y = stream.alloc_zeros(8)?;
+//! jitter::forward(&kernels, &stream, &desc, JitterArgs::new(&x, &mut y))?;
+//! let noisy = stream.clone_dtoh(&y)?;
+//! assert!(noisy.iter().all(|value| (0.5..=1.5).contains(value) && *value != 1.0));
+//!
+//! jitter::forward(&kernels, &stream, &desc, JitterArgs::in_place(&mut x))?;
+//! assert_eq!(stream.clone_dtoh(&x)?, noisy);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 

@@ -11,7 +11,35 @@
 //! gradients need is written where a buffer is given: `H` ([`NoisyArgs::noisy`]; the noise itself is [`noise`] of the same arguments) and
 //! the numbers that `load` compares with ([`NoisyArgs::thresholds`]).
 //!
-//! For evaluation, without noise, use [`crate::routers::gating`] with [`crate::routers::gating::Score::TopkSoftmax`] on `clean`.
+//! For evaluation, without noise, use [`crate::routers::gating`] with [`crate::rules::Score::TopkSoftmax`] on `clean`.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
+//! use moe_kernels::rules::{NoiseSource, NoisyRule};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let (tokens, experts, top_k) = (3, 4, 2);
+//! let desc = NoisyDesc::new(tokens, experts, NoisyRule::new(top_k, NoiseSource::new(1, 0)));
+//! let products = stream.clone_htod(&[0.5_f32; 3 * 2 * 4])?;
+//! let mut ids = stream.alloc_zeros(tokens * top_k)?;
+//! let mut weights = stream.alloc_zeros(tokens * top_k)?;
+//! let mut counts = stream.alloc_zeros(experts)?;
+//! let mut importance = stream.alloc_zeros(experts)?;
+//! let mut load = stream.alloc_zeros(experts)?;
+//! let mut losses = stream.alloc_zeros(2)?;
+//! let mut workspace = Workspace::new(&stream, noisy::workspace_bytes(&desc, kernels.device())?)?;
+//! let sums = NoisySums::new(&mut counts, &mut importance, &mut load, &mut losses);
+//! let args = NoisyArgs::new(NoisyLogits::together(&products), &mut ids, &mut weights).sums(sums, &mut workspace);
+//! noisy::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&counts)?.iter().sum::<i32>(), 6);
+//! assert!((stream.clone_dtoh(&importance)?.iter().sum::<f32>() - 3.0).abs() < 1e-5);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 

@@ -8,6 +8,28 @@
 //!
 //! The noise follows from seed, offset, token and expert alone ([`NoiseSource`]), in f32 arithmetic that the host repeats ([`noise`]):
 //! perturbed logits and ids are those of the reference bit for bit, also on another device.
+//!
+//! ```
+//! use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
+//! use moe_kernels::rules::{NoiseSource, SamplingRule};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Four experts alike: whichever is drawn first has probability 1/4, and the entropy is ln 4.
+//! let logits = stream.clone_htod(&[1.0_f32; 4])?;
+//! let desc = SampledDesc::new(1, 4, SamplingRule::new(2, NoiseSource::new(1, 0)));
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut weights = stream.alloc_zeros(2)?;
+//! let mut entropy = stream.alloc_zeros(1)?;
+//! let args = SampledArgs::new(&logits, &mut ids, &mut weights).entropy(&mut entropy);
+//! sampled::forward(&kernels, &stream, &desc, args)?;
+//! assert!(stream.clone_dtoh(&weights)?.iter().all(|weight| (weight - 0.25).abs() < 1e-6));
+//! assert!((stream.clone_dtoh(&entropy)?[0] - 4_f32.ln()).abs() < 1e-5);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 

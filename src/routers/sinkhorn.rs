@@ -4,6 +4,28 @@
 //! Sinkhorn's iteration finds a potential `v[e]` for each expert so that the columns of `softmax(logits + v)` have equal sums, to
 //! a tolerance or for a number of iterations. A token goes to the `k` experts of largest `logits + v`; its weights are the
 //! router's own probabilities, `softmax(logits)`, as the plan only chooses. See [`crate::reference::sinkhorn`].
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Both tokens prefer expert 0; balanced, the second goes to the other.
+//! let logits = stream.clone_htod(&[4.0_f32, 0.0, 3.0, 2.0])?;
+//! let desc = SinkhornDesc::new(2, 2, 1, 1000, 1e-3);
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut potentials = stream.alloc_zeros(2)?;
+//! let mut status = stream.alloc_zeros(2)?;
+//! let mut workspace = Workspace::new(&stream, sinkhorn::workspace_bytes(&desc, kernels.device())?)?;
+//! let args = SinkhornArgs::new(&logits, &mut ids, &mut potentials, &mut status, &mut workspace);
+//! sinkhorn::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&ids)?, [0, 1]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 

@@ -28,6 +28,49 @@
 //!
 //! [`MeasuredGatingArgs::log_sum_exp`] and [`MeasuredGatingArgs::probabilities`] keep what they need: the gradient of the load-balancing loss by
 //! a logit is `p (f - sum f p)` times constants, that of the z-loss `2 lse p / T`, with `p = exp(l - lse)`.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
+//! use moe_kernels::routers::gating::GatingDesc;
+//! use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
+//! use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
+//! use moe_kernels::rules::{Gating, Score};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Two tokens, both for expert 0 of two.
+//! let logits = stream.clone_htod(&[1.0_f32, 0.0, 1.0, 0.0])?;
+//! let desc = MeasuredGatingDesc::new(GatingDesc::new(2, 2, 1, Gating::new(Score::Sigmoid)));
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut weights = stream.alloc_zeros(2)?;
+//! let mut counts = stream.alloc_zeros(2)?;
+//! let mut loss_counts = stream.alloc_zeros(2)?;
+//! let mut probability = stream.alloc_zeros(2)?;
+//! let mut importance = stream.alloc_zeros(2)?;
+//! let mut stats = stream.alloc_zeros::<RouterStats>(1)?;
+//! let mut workspace = Workspace::new(&stream, measured_gating::workspace_bytes(&desc, kernels.device())?)?;
+//! let totals = Totals::new(&mut counts, &mut loss_counts, &mut probability, &mut importance);
+//! let args = MeasuredGatingArgs::new(&logits, &mut ids, &mut weights, totals, &mut stats, &mut workspace);
+//! measured_gating::forward(&kernels, &stream, &desc, args)?;
+//! let measured = stream.clone_dtoh(&stats)?[0];
+//! assert_eq!((measured.tokens, measured.max_load), (2, 2));
+//! assert!(measured.balance_loss > 1.0);
+//!
+//! let mut stats = stream.alloc_zeros::<RouterStats>(1)?;
+//! let args = BalanceLossArgs::new(&counts, &loss_counts, &probability, &importance, &mut stats);
+//! balance_loss::forward(&kernels, &stream, &BalanceLossDesc::new(2, 2), args)?;
+//! assert_eq!(stream.clone_dtoh(&stats)?[0].balance_loss, measured.balance_loss);
+//!
+//! let mut bias = stream.clone_htod(&[0.0_f32, 0.0])?;
+//! let desc = UpdateBiasDesc::new(2, 0.25);
+//! update_bias::forward(&kernels, &stream, &desc, UpdateBiasArgs::new(&counts, &mut bias))?;
+//! assert_eq!(stream.clone_dtoh(&bias)?, [-0.25, 0.25]);
+//! # Ok(())
+//! # }
+//! ```
 
 mod parts;
 #[allow(unsafe_code)]
