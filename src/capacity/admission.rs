@@ -40,8 +40,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Admission, Dispatch, Kernel};
-use crate::rules::NoiseSource;
-use crate::rules::{AdmissionRule, Order, SecondExpert};
+use crate::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::AdmissionParams;
@@ -276,6 +275,9 @@ mod tests {
     #[test]
     fn faults_name_their_field() {
         assert_eq!(desc().validate(), Ok(()));
+        let gshard = AdmissionRule::gshard(8, 4, 16, NoiseSource::new(1, 0));
+        assert_eq!(AdmissionDesc::new(100, gshard).validate(), Ok(()));
+        assert_eq!(AdmissionDesc::new(100, AdmissionRule::new(8, 1, 4, 16)).validate(), Ok(()));
         assert_eq!(fault(|d| d.rule.experts = 5000), "experts");
         assert_eq!(fault(|d| d.rule.candidates = 33), "candidates");
         assert_eq!(fault(|d| d.rule.top_k = 3), "top_k");

@@ -32,8 +32,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
-use crate::rules::AuctionRule;
-use crate::rules::units;
+use crate::rules::{AuctionRule, units};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::BaseParams;

@@ -31,8 +31,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
-use crate::rules::Dtype;
-use crate::rules::NoiseSource;
+use crate::rules::{Dtype, NoiseSource};
 use crate::runtime::launch::{Address, Scope, VECTOR, optional};
 use crate::runtime::params::JitterParams;
 use crate::runtime::shape;

@@ -37,8 +37,7 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
 use crate::routers::noisy;
-use crate::rules::NoiseSource;
-use crate::rules::SamplingRule;
+use crate::rules::{NoiseSource, SamplingRule};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SampledParams;
