@@ -9,14 +9,39 @@
 //!
 //! A choice that finds its expert full is dropped, or, with more candidates than `top_k`, passed on to the token's next one
 //! (*Switch Transformers*, appendix B). A second expert may be asked for at random, by its weight (*GShard*).
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
+//! use moe_kernels::rules::AdmissionRule;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Three tokens want expert 0, which takes one; the second comes first, as it is the most confident.
+//! let (tokens, experts, capacity) = (3, 2, 1);
+//! let desc = AdmissionDesc::new(tokens, AdmissionRule::new(experts, 1, capacity, tokens).prioritised(true));
+//! let ids = stream.clone_htod(&[0, 0, 0])?;
+//! let weights = stream.clone_htod(&[0.5_f32, 0.75, 0.5])?;
+//! let mut admitted = stream.alloc_zeros(tokens)?;
+//! let mut admitted_weights = stream.alloc_zeros(tokens)?;
+//! let mut workspace = Workspace::new(&stream, admission::workspace_bytes(&desc)?)?;
+//! let args = AdmissionArgs::new(&ids, &weights, &mut admitted, &mut admitted_weights, &mut workspace);
+//! admission::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&admitted)?, [-1, 0, -1]);
+//! assert_eq!(stream.clone_dtoh(&admitted_weights)?, [0.0, 0.75, 0.0]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Admission, Dispatch, Kernel};
-use crate::rules::NoiseSource;
-use crate::rules::{AdmissionRule, Order, SecondExpert};
+use crate::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::AdmissionParams;
 use crate::runtime::shape;
@@ -27,6 +52,7 @@ const OPERATION: &str = "admission";
 
 /// Shapes and rule of an admission.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct AdmissionDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -34,7 +60,15 @@ pub struct AdmissionDesc {
     pub rule: AdmissionRule,
 }
 
+impl AdmissionDesc {
+    /// The choices of `tokens` tokens, admitted by `rule`.
+    pub const fn new(tokens: usize, rule: AdmissionRule) -> AdmissionDesc {
+        AdmissionDesc { tokens, rule }
+    }
+}
+
 /// Buffers of an admission.
+#[non_exhaustive]
 pub struct AdmissionArgs<'a> {
     /// `[T, K]`: choices, best first, as gating wrote them. One outside `0..E` asks for nothing.
     pub ids: In<'a, i32>,
@@ -49,6 +83,28 @@ pub struct AdmissionArgs<'a> {
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> AdmissionArgs<'a> {
+    /// `ids` and `weights` to `admitted` and `admitted_weights`; where the rule is prioritised, by the first weight.
+    pub fn new(
+        ids: impl Into<In<'a, i32>>,
+        weights: impl Into<In<'a, f32>>,
+        admitted: impl Into<Out<'a, i32>>,
+        admitted_weights: impl Into<Out<'a, f32>>,
+        workspace: &'a mut Workspace,
+    ) -> AdmissionArgs<'a> {
+        AdmissionArgs {
+            ids: ids.into(),
+            weights: weights.into(),
+            priority: None,
+            admitted: admitted.into(),
+            admitted_weights: admitted_weights.into(),
+            workspace,
+        }
+    }
+}
+
+buffers!(AdmissionArgs<'a> { priority: In<f32> });
 
 impl AdmissionDesc {
     /// Checks all that can be checked without buffers.
@@ -85,33 +141,6 @@ impl AdmissionDesc {
 
     fn sizes(&self) -> Result<(), Error> {
         shape::product_i32(OPERATION, "ids", &[self.tokens, self.rule.candidates]).map(drop)
-    }
-}
-
-impl AdmissionDesc {
-    /// By `rule`, for `tokens` tokens.
-    pub const fn new(tokens: usize, rule: AdmissionRule) -> AdmissionDesc {
-        AdmissionDesc { tokens, rule }
-    }
-}
-
-impl<'a> AdmissionArgs<'a> {
-    /// `ids` and `weights` to `admitted` and `admitted_weights`.
-    pub fn new(
-        ids: impl Into<In<'a, i32>>,
-        weights: impl Into<In<'a, f32>>,
-        admitted: impl Into<Out<'a, i32>>,
-        admitted_weights: impl Into<Out<'a, f32>>,
-        workspace: &'a mut Workspace,
-    ) -> AdmissionArgs<'a> {
-        AdmissionArgs {
-            ids: ids.into(),
-            weights: weights.into(),
-            priority: None,
-            admitted: admitted.into(),
-            admitted_weights: admitted_weights.into(),
-            workspace,
-        }
     }
 }
 
@@ -246,6 +275,9 @@ mod tests {
     #[test]
     fn faults_name_their_field() {
         assert_eq!(desc().validate(), Ok(()));
+        let gshard = AdmissionRule::gshard(8, 4, 16, NoiseSource::new(1, 0));
+        assert_eq!(AdmissionDesc::new(100, gshard).validate(), Ok(()));
+        assert_eq!(AdmissionDesc::new(100, AdmissionRule::new(8, 1, 4, 16)).validate(), Ok(()));
         assert_eq!(fault(|d| d.rule.experts = 5000), "experts");
         assert_eq!(fault(|d| d.rule.candidates = 33), "candidates");
         assert_eq!(fault(|d| d.rule.top_k = 3), "top_k");

@@ -12,6 +12,28 @@
 //! How a null expert flows: its slot becomes -1, so that it has no row in dispatch, no tile in the grouped GEMM, and adds nothing
 //! of `y_slots` in combine. Identity experts leave the sum of their weights for each token, and
 //! [`crate::experts::combine::forward_with_identity`] adds that times x. Dispatch and GEMMs are told the number of local experts.
+//!
+//! ```
+//! use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
+//! use moe_kernels::rules::{IDENTITY, NONE};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Of three experts the first is local number 0, the second is elsewhere, the third passes its input on.
+//! let map = stream.clone_htod(&[0, NONE, IDENTITY])?;
+//! let ids = stream.clone_htod(&[1, 0, 2, 0])?;
+//! let weights = stream.clone_htod(&[0.5_f32, 0.5, 0.75, 0.25])?;
+//! let mut local_ids = stream.alloc_zeros(4)?;
+//! let mut identity_weight = stream.alloc_zeros(2)?;
+//! let args = ExpertMapArgs::new(&ids, &map, &mut local_ids).weights(&weights).identity_weight(&mut identity_weight);
+//! expert_map::forward(&kernels, &stream, &ExpertMapDesc::new(2, 3, 2), args)?;
+//! assert_eq!(stream.clone_dtoh(&local_ids)?, [-1, 0, -1, 0]);
+//! assert_eq!(stream.clone_dtoh(&identity_weight)?, [0.0, 0.75]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
@@ -46,6 +68,15 @@ pub struct ExpertMapDesc {
     pub seed: u32,
 }
 
+impl ExpertMapDesc {
+    /// The ids of `top_k` of `experts` experts for each of `tokens` tokens, each expert at one place at most.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize) -> ExpertMapDesc {
+        ExpertMapDesc { tokens, experts, top_k, ids: IdFormat::I32, max_replicas: 1, seed: 0 }
+    }
+}
+
+settings!(ExpertMapDesc { ids: IdFormat, max_replicas: usize, seed: u32 });
+
 /// Buffers of a mapping.
 #[non_exhaustive]
 pub struct ExpertMapArgs<'a> {
@@ -63,32 +94,8 @@ pub struct ExpertMapArgs<'a> {
     pub identity_weight: Option<Out<'a, f32>>,
 }
 
-impl ExpertMapDesc {
-    /// Checks all that can be checked without buffers.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
-    pub fn validate(&self) -> Result<(), Error> {
-        shape::size(OPERATION, "tokens", self.tokens)?;
-        shape::experts(OPERATION, self.experts)?;
-        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
-        shape::positive(OPERATION, "max_replicas", self.max_replicas)?;
-        shape::product_i32(OPERATION, "map", &[self.experts, self.max_replicas])?;
-        shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k]).map(drop)
-    }
-}
-
-impl ExpertMapDesc {
-    /// One copy of each expert.
-    pub const fn new(tokens: usize, experts: usize, top_k: usize) -> ExpertMapDesc {
-        ExpertMapDesc { tokens, experts, top_k, ids: IdFormat::I32, max_replicas: 1, seed: 0 }
-    }
-}
-
-settings!(ExpertMapDesc { ids: IdFormat, max_replicas: usize, seed: u32 });
-
 impl<'a> ExpertMapArgs<'a> {
-    /// `ids` by `map` to `local_ids`.
+    /// `ids` to `local_ids` by `map`, of each row the first entry.
     pub fn new(
         ids: impl Into<Ids<'a>>,
         map: impl Into<In<'a, i32>>,
@@ -106,6 +113,21 @@ impl<'a> ExpertMapArgs<'a> {
 }
 
 buffers!(ExpertMapArgs<'a> { weights: In<f32>, replicas: In<i32>, identity_weight: Out<f32> });
+
+impl ExpertMapDesc {
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        shape::size(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
+        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
+        shape::positive(OPERATION, "max_replicas", self.max_replicas)?;
+        shape::product_i32(OPERATION, "map", &[self.experts, self.max_replicas])?;
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k]).map(drop)
+    }
+}
 
 /// Chooses kernel and grid.
 ///

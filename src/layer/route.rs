@@ -15,9 +15,9 @@ use crate::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
 use crate::experts::dispatched::{Dispatched, ListAddresses, SlotShape};
 use crate::experts::tiles::{lowest_tile, max_tiles, select_tile};
 use crate::registry;
-use crate::routers::balance::{self, MeasureDesc, MeasuredArgs, RouterStats, Totals};
 use crate::routers::gating::{self, GatingArgs, GatingDesc, Routing};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
+use crate::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::IdFormat;
 use crate::runtime::builder::buffers;
@@ -48,7 +48,7 @@ enum Choice {
     /// In a launch of its own.
     Gating(Step<GatingDesc>),
     /// In a launch of its own that measures the batch.
-    Measured(Step<MeasureDesc>),
+    Measured(Step<MeasuredGatingDesc>),
 }
 
 /// Places in the workspace.
@@ -100,9 +100,9 @@ impl RoutePlan {
             }
             None => Choice::Gating(Step { desc: gating, selection: gating::select(&gating, device).map_err(within)? }),
             Some(rule) => {
-                let mut measured = MeasureDesc::new(gating);
+                let mut measured = MeasuredGatingDesc::new(gating);
                 measured.rule = rule;
-                let selection = balance::select(&measured, device).map_err(within)?;
+                let selection = measured_gating::select(&measured, device).map_err(within)?;
                 Choice::Measured(Step { desc: measured, selection })
             }
         };
@@ -133,7 +133,7 @@ impl RoutePlan {
             gating_dispatch::workspace_bytes(&GatingDispatchDesc::new(gating.gating, dispatch.desc), device)
                 .unwrap_or(0),
             match &choice {
-                Choice::Measured(step) => balance::workspace_bytes(&step.desc, device).map_err(within)?,
+                Choice::Measured(step) => measured_gating::workspace_bytes(&step.desc, device).map_err(within)?,
                 _ => 0,
             },
             match &admission {
@@ -384,11 +384,12 @@ impl RoutePlan {
                     importance: measured.totals.importance.reborrow(),
                 };
                 let (ids, weights) = (ids.out(given), chosen_weights.out(given));
-                let mut args = MeasuredArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch);
+                let mut args =
+                    MeasuredGatingArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch);
                 args.correction_bias = bias;
                 args.log_sum_exp = measured.log_sum_exp.as_mut().map(Out::reborrow);
                 args.probabilities = measured.probabilities.as_mut().map(Out::reborrow);
-                balance::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
+                measured_gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
             }
             Choice::Gating(step) => {
                 let mut args = GatingArgs::new(logits, ids.out(given), chosen_weights.out(given));
@@ -503,7 +504,7 @@ buffers!(RouteArgs<'a> {
     identity_weight: Out<f32>,
 });
 
-/// What a measured gating writes: see [`balance`].
+/// What a measured gating writes: see [`measured_gating`].
 #[non_exhaustive]
 pub struct Measured<'a> {
     /// Sums by expert.

@@ -4,14 +4,36 @@
 //! device, in integers, so that the result does not depend on the device: see [`crate::reference::base::auction`]. The sum is
 //! within `tokens * epsilon` of the optimum, if scores are finite and below `epsilon * 2^27` in magnitude, and the auction ended
 //! within its rounds, which [`BaseArgs::status`] says.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};
+//! use moe_kernels::rules::AuctionRule;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Both tokens prefer expert 0; the second has less to lose.
+//! let scores = stream.clone_htod(&[4.0_f32, 0.0, 3.0, 2.0])?;
+//! let desc = BaseDesc::new(2, AuctionRule::new(2, 1e-3, 10_000));
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut status = stream.alloc_zeros(2)?;
+//! let mut workspace = Workspace::new(&stream, base::workspace_bytes(&desc)?)?;
+//! base::forward(&kernels, &stream, &desc, BaseArgs::new(&scores, &mut ids, &mut status, &mut workspace))?;
+//! assert_eq!(stream.clone_dtoh(&ids)?, [0, 1]);
+//! assert_eq!(stream.clone_dtoh(&status)?[1], 1, "the auction ended");
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
-use crate::rules::AuctionRule;
-use crate::rules::units;
+use crate::rules::{AuctionRule, units};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::BaseParams;
 use crate::runtime::shape;
@@ -25,6 +47,7 @@ pub const MAX_ROUNDS: u32 = 1 << 20;
 
 /// Shapes and rule of a balanced assignment.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct BaseDesc {
     /// Tokens `T`, a multiple of the experts; 0 is allowed.
     pub tokens: usize,
@@ -32,7 +55,15 @@ pub struct BaseDesc {
     pub rule: AuctionRule,
 }
 
+impl BaseDesc {
+    /// A balanced assignment of `tokens` tokens by `rule`.
+    pub const fn new(tokens: usize, rule: AuctionRule) -> BaseDesc {
+        BaseDesc { tokens, rule }
+    }
+}
+
 /// Buffers of a balanced assignment.
+#[non_exhaustive]
 pub struct BaseArgs<'a> {
     /// `[T, E]`: token by expert embedding.
     pub scores: In<'a, f32>,
@@ -46,6 +77,20 @@ pub struct BaseArgs<'a> {
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> BaseArgs<'a> {
+    /// `scores` to `ids` and `status`, without weights.
+    pub fn new(
+        scores: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        status: impl Into<Out<'a, u32>>,
+        workspace: &'a mut Workspace,
+    ) -> BaseArgs<'a> {
+        BaseArgs { scores: scores.into(), ids: ids.into(), weights: None, status: status.into(), workspace }
+    }
+}
+
+buffers!(BaseArgs<'a> { weights: Out<f32> });
 
 impl BaseDesc {
     /// Checks all that can be checked without buffers.

@@ -1,11 +1,50 @@
 //! Expert choice: the experts choose their tokens (Zhou et al., *Mixture-of-Experts with Expert Choice Routing*, 2022).
 //!
-//! 1. [`affinity`]: what each expert thinks of each token, `S^T [E, T]`.
-//! 2. [`choose`]: each expert takes exactly its `c` best tokens; ties go to the lower token, NaN comes last. Slots
+//! 1. [`crate::routers::affinity`]: what each expert thinks of each token, `S^T [E, T]`.
+//! 2. [`forward`]: each expert takes exactly its `c` best tokens; ties go to the lower token, NaN comes last. Slots
 //!    `e * c` to `(e + 1) * c` are expert `e`'s, its tokens ascending.
 //!
-//! [`dispatch`] is the choice with the rows of experts and tokens laid out: a token has no expert, or many ([`crate::capacity::token_slots`]).
-//! Products and [`crate::experts::combine`] take it as any other dispatch.
+//! [`dispatch`] is the choice with the rows of experts and tokens laid out: a token has no expert, or many
+//! ([`crate::capacity::token_slots`]). Products and [`crate::experts::combine`] take it as any other dispatch.
+//!
+//! ```
+//! use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+//! use moe_kernels::experts::Dispatched;
+//! use moe_kernels::routers::affinity::{self, AffinityArgs, AffinityDesc};
+//! use moe_kernels::routers::expert_choice::{self, ExpertChoiceDesc};
+//! use moe_kernels::rules::Affinity;
+//! use moe_kernels::{Dtype, Workspace};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let (tokens, experts, hidden) = (3, 2, 8);
+//! let logits = stream.clone_htod(&[3.0, 0.0, 2.0, 5.0, 1.0, 4.0])?;
+//! let mut affinities = stream.alloc_zeros(experts * tokens)?;
+//! let desc = AffinityDesc::new(tokens, experts, Affinity::Logit);
+//! affinity::forward(&kernels, &stream, &desc, AffinityArgs::new(&logits, &mut affinities))?;
+//!
+//! let desc = ExpertChoiceDesc::new(tokens, experts, 2);
+//! let rows = expert_choice::rows(&desc, 16);
+//! let mut dispatched = Dispatched::new(&stream, &rows)?;
+//! let mut workspace = Workspace::new(&stream, expert_choice::workspace_bytes(&desc, kernels.device())?)?;
+//! let affinities = (&affinities).into();
+//! expert_choice::dispatch(&kernels, &stream, &desc, 16, affinities, &mut dispatched, &mut workspace)?;
+//! assert_eq!(stream.clone_dtoh(dispatched.slot_token())?, [0, 1, 1, 2]);
+//! // Token 1 has two experts, the others have one.
+//! assert_eq!(stream.clone_dtoh(dispatched.token_offsets())?, [0, 1, 3, 4]);
+//!
+//! // Here the experts would come, from the rows of `dispatched` to `y_slots`.
+//! let y_slots = stream.clone_htod(&vec![1.0_f32; desc.slots() * hidden])?;
+//! let mut y = stream.alloc_zeros(tokens * hidden)?;
+//! let desc = CombineDesc::new(Dtype::F32, rows, hidden);
+//! let args = CombineArgs::new(&y_slots, &dispatched, &mut y).weights(dispatched.slot_weight());
+//! combine::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&y)?, [[3.0; 8], [7.0; 8], [4.0; 8]].concat());
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
@@ -13,19 +52,19 @@ use cudarc::driver::CudaStream;
 
 use crate::capacity::token_slots::{self, TokenSlotsArgs, TokenSlotsDesc};
 use crate::experts::{Dispatched, SlotShape};
-use crate::registry::{AFFINITY_TOKENS, Kernel};
-use crate::rules::Affinity;
+use crate::registry::Kernel;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
-use crate::runtime::params::{AffinityParams, ExpertChoiceParams, Pointer};
+use crate::runtime::params::{ExpertChoiceParams, Pointer};
 use crate::runtime::shape;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
-const AFFINITY: &str = "affinity";
-const CHOICE: &str = "expert_choice";
+const OPERATION: &str = "expert_choice";
 const DISPATCH: &str = "expert_choice::dispatch";
 
 /// Shapes of an expert choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ExpertChoiceDesc {
     /// Tokens `T`, at least 1.
     pub tokens: usize,
@@ -36,23 +75,26 @@ pub struct ExpertChoiceDesc {
 }
 
 impl ExpertChoiceDesc {
+    /// `capacity` of `tokens` tokens for each of `experts` experts.
+    pub const fn new(tokens: usize, experts: usize, capacity: usize) -> ExpertChoiceDesc {
+        ExpertChoiceDesc { tokens, experts, capacity }
+    }
+}
+
+impl ExpertChoiceDesc {
     /// Checks all that can be checked without buffers.
     ///
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
-        self.check(CHOICE)
-    }
-
-    fn check(&self, operation: &'static str) -> Result<(), Error> {
-        shape::positive(operation, "tokens", self.tokens)?;
-        shape::experts(operation, self.experts)?;
+        shape::positive(OPERATION, "tokens", self.tokens)?;
+        shape::experts(OPERATION, self.experts)?;
         if self.capacity == 0 || self.capacity > self.tokens {
             let expected = format!("1 to the number of tokens, {}", self.tokens);
-            return Err(Error::invalid(operation, "capacity", expected, self.capacity));
+            return Err(Error::invalid(OPERATION, "capacity", expected, self.capacity));
         }
-        shape::product(operation, "affinity", &[self.experts, self.tokens])?;
-        shape::product_i32(operation, "slot_token", &[self.experts, self.capacity]).map(drop)
+        shape::product(OPERATION, "affinity", &[self.experts, self.tokens])?;
+        shape::product_i32(OPERATION, "slot_token", &[self.experts, self.capacity]).map(drop)
     }
 
     /// Rows of the slot-ordered buffers, `E * c`.
@@ -63,45 +105,9 @@ impl ExpertChoiceDesc {
     }
 }
 
-/// Computes `affinities [E, T]` from `logits [T, E]`, in f32.
-///
-/// # Errors
-/// Those of [`ExpertChoiceDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
-/// [`Error::DifferentContext`]; and those of the driver.
-pub fn affinity(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &ExpertChoiceDesc,
-    affinity: Affinity,
-    logits: In<'_, f32>,
-    affinities: Out<'_, f32>,
-) -> Result<(), Error> {
-    desc.check(AFFINITY)?;
-    let scope = Scope::begin(AFFINITY, kernels, stream)?;
-    let elements = desc.tokens * desc.experts;
-    let logits = scope.read("logits", logits, elements, SCALAR)?;
-    let affinities = scope.write("affinities", affinities, elements, SCALAR)?;
-    let mode: u32 = match affinity {
-        Affinity::Softmax => 0,
-        Affinity::Sigmoid => 1,
-        Affinity::Logit => 2,
-    };
-    let blocks = (desc.tokens as u32).div_ceil(AFFINITY_TOKENS);
-    let selection = Selection::new(Kernel::Affinity, [blocks, 1, 1]);
-    scope.launch(
-        &selection,
-        AffinityParams {
-            logits: logits.address().into(),
-            affinity: affinities.address().into(),
-            tokens: desc.tokens as u32,
-            experts: desc.experts as u32,
-            mode,
-        },
-    )
-}
-
-/// Buffers of a choice.
-pub struct ChoiceArgs<'a> {
+/// Buffers of an expert choice.
+#[non_exhaustive]
+pub struct ExpertChoiceArgs<'a> {
     /// `[E, T]`.
     pub affinities: In<'a, f32>,
     /// `[E, c]`, written: each expert's tokens, ascending.
@@ -110,24 +116,40 @@ pub struct ChoiceArgs<'a> {
     pub slot_weight: Option<Out<'a, f32>>,
 }
 
+impl<'a> ExpertChoiceArgs<'a> {
+    /// `affinities` to `slot_token`, without weights.
+    pub fn new(affinities: impl Into<In<'a, f32>>, slot_token: impl Into<Out<'a, i32>>) -> ExpertChoiceArgs<'a> {
+        ExpertChoiceArgs { affinities: affinities.into(), slot_token: slot_token.into(), slot_weight: None }
+    }
+}
+
+buffers!(ExpertChoiceArgs<'a> { slot_weight: Out<f32> });
+
+/// Chooses kernel and grid: a block an expert.
+///
+/// # Errors
+/// Those of [`ExpertChoiceDesc::validate`].
+pub fn select(desc: &ExpertChoiceDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    Ok(Selection::new(Kernel::ExpertChoice, [desc.experts as u32, 1, 1]))
+}
+
 /// Chooses each expert's tokens.
 ///
 /// # Errors
 /// Those of [`ExpertChoiceDesc::validate`]; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`],
 /// [`Error::DifferentContext`]; and those of the driver.
-pub fn choose(
+pub fn forward(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
     desc: &ExpertChoiceDesc,
-    args: ChoiceArgs<'_>,
+    args: ExpertChoiceArgs<'_>,
 ) -> Result<(), Error> {
-    desc.check(CHOICE)?;
-    let scope = Scope::begin(CHOICE, kernels, stream)?;
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
     let affinities = scope.read("affinities", args.affinities, desc.tokens * desc.experts, SCALAR)?;
     let slot_token = scope.write("slot_token", args.slot_token, desc.slots(), SCALAR)?;
     let slot_weight = scope.write_some("slot_weight", args.slot_weight, desc.slots(), SCALAR)?;
-    let grid = [desc.experts as u32, 1, 1];
-    let selection = Selection::new(Kernel::ExpertChoice, grid);
     scope.launch(
         &selection,
         ExpertChoiceParams {
@@ -176,7 +198,7 @@ pub fn dispatch(
     dispatched: &mut Dispatched,
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
-    desc.check(DISPATCH)?;
+    desc.validate().map_err(|error| error.within(DISPATCH))?;
     let scope = Scope::begin(DISPATCH, kernels, stream)?;
     let lists = dispatched.fill(&scope, &rows(desc, tile_m))?;
     let to = lists.addresses();

@@ -3,6 +3,23 @@
 //! A table gives the experts of each word of the vocabulary: random, balanced by frequency ([`balanced_table`]), or whatever the
 //! caller computes. Without a table, a mixing hash does. With `top_k > 1` a token has several hashes (the paper's MultiHash). Weights
 //! are all one: combine without weights, or with `1 / top_k`.
+//!
+//! ```
+//! use moe_kernels::routers::hash::{self, HashArgs, HashBy, HashDesc, balanced_table};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let table = stream.clone_htod(&balanced_table(&[1, 10, 5, 5, 1], 2))?;
+//! let words = stream.clone_htod(&[1, 3, 0])?;
+//! let mut ids = stream.alloc_zeros(3)?;
+//! let desc = HashDesc::new(3, 2, 1, HashBy::Table { vocabulary: 5 });
+//! hash::forward(&kernels, &stream, &desc, HashArgs::new(&words, &mut ids).table(&table))?;
+//! assert_eq!(stream.clone_dtoh(&ids)?, [0, 1, 0]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::collections::BinaryHeap;
 use std::sync::Arc;
@@ -10,6 +27,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::HashParams;
 use crate::runtime::shape;
@@ -19,6 +37,7 @@ const OPERATION: &str = "hash";
 
 /// Where a token's experts come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum HashBy {
     /// A table of this many rows ([`HashArgs::table`]).
     Table {
@@ -34,6 +53,7 @@ pub enum HashBy {
 
 /// Shapes and rule of a hash routing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HashDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -45,7 +65,15 @@ pub struct HashDesc {
     pub hash: HashBy,
 }
 
+impl HashDesc {
+    /// `top_k` of `experts` experts for each of `tokens` tokens, by `hash`.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize, hash: HashBy) -> HashDesc {
+        HashDesc { tokens, experts, top_k, hash }
+    }
+}
+
 /// Buffers of a hash routing.
+#[non_exhaustive]
 pub struct HashArgs<'a> {
     /// `[T]`: ids of words.
     pub token_ids: In<'a, i32>,
@@ -54,6 +82,15 @@ pub struct HashArgs<'a> {
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
 }
+
+impl<'a> HashArgs<'a> {
+    /// `token_ids` to `ids`, without a table.
+    pub fn new(token_ids: impl Into<In<'a, i32>>, ids: impl Into<Out<'a, i32>>) -> HashArgs<'a> {
+        HashArgs { token_ids: token_ids.into(), table: None, ids: ids.into() }
+    }
+}
+
+buffers!(HashArgs<'a> { table: In<i32> });
 
 impl HashDesc {
     /// Checks all that can be checked without buffers.

@@ -3,15 +3,36 @@
 //! `y[i] = x[i] * u`, `u` uniform between `1 - epsilon` and `1 + epsilon`, rounded once to the type of `x`. The router takes `y`, the experts
 //! take `x`. The noise follows from seed, offset and `i` alone ([`NoiseSource`]); jitter shares no random word with the routers that use the
 //! same source. See [`crate::reference::jitter`], whose results these are bit for bit (products below 2^-118 may differ in a tie of bf16).
+//!
+//! ```
+//! use moe_kernels::Dtype;
+//! use moe_kernels::routers::jitter::{self, JitterArgs, JitterDesc};
+//! use moe_kernels::rules::NoiseSource;
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let desc = JitterDesc::new(Dtype::F32, 8, 0.5, NoiseSource::new(1, 0));
+//! let mut x = stream.clone_htod(&[1.0_f32; 8])?;
+//! let mut y = stream.alloc_zeros(8)?;
+//! jitter::forward(&kernels, &stream, &desc, JitterArgs::new(&x, &mut y))?;
+//! let noisy = stream.clone_dtoh(&y)?;
+//! assert!(noisy.iter().all(|value| (0.5..=1.5).contains(value) && *value != 1.0));
+//!
+//! jitter::forward(&kernels, &stream, &desc, JitterArgs::in_place(&mut x))?;
+//! assert_eq!(stream.clone_dtoh(&x)?, noisy);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
-use crate::rules::Dtype;
-use crate::rules::NoiseSource;
-use crate::runtime::launch::{Address, Scope, VECTOR};
+use crate::rules::{Dtype, NoiseSource};
+use crate::runtime::launch::{Address, Scope, VECTOR, optional};
 use crate::runtime::params::JitterParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
@@ -23,6 +44,7 @@ const THREAD_BYTES: u32 = 16;
 
 /// Size and strength of a jitter.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct JitterDesc {
     /// Type of the elements.
     pub dtype: Dtype,
@@ -32,6 +54,34 @@ pub struct JitterDesc {
     pub epsilon: f32,
     /// The random words.
     pub noise: NoiseSource,
+}
+
+impl JitterDesc {
+    /// Noise between `1 - epsilon` and `1 + epsilon` on `elements` elements of type `dtype`.
+    pub const fn new(dtype: Dtype, elements: usize, epsilon: f32, noise: NoiseSource) -> JitterDesc {
+        JitterDesc { dtype, elements, epsilon, noise }
+    }
+}
+
+/// Buffers of a jitter, 16-byte aligned.
+#[non_exhaustive]
+pub struct JitterArgs<'a, T> {
+    /// `[elements]`; absent, `y` itself gets the noise.
+    pub x: Option<In<'a, T>>,
+    /// `[elements]`, written.
+    pub y: Out<'a, T>,
+}
+
+impl<'a, T> JitterArgs<'a, T> {
+    /// `x` with noise to `y`.
+    pub fn new(x: impl Into<In<'a, T>>, y: impl Into<Out<'a, T>>) -> JitterArgs<'a, T> {
+        JitterArgs { x: Some(x.into()), y: y.into() }
+    }
+
+    /// Noise on `y` itself: on logits, say, before gating.
+    pub fn in_place(y: impl Into<Out<'a, T>>) -> JitterArgs<'a, T> {
+        JitterArgs { x: None, y: y.into() }
+    }
 }
 
 impl JitterDesc {
@@ -63,7 +113,7 @@ pub fn select(desc: &JitterDesc, _device: &DeviceInfo) -> Result<Selection, Erro
     Ok(Selection::new(Kernel::Jitter(desc.dtype), [blocks, 1, 1]))
 }
 
-/// Writes `x` with noise to `y`, both 16-byte aligned.
+/// Writes `x` with noise to `y`, or `y` with noise to itself.
 ///
 /// With no elements nothing is launched.
 ///
@@ -74,38 +124,18 @@ pub fn forward<T: Element>(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
     desc: &JitterDesc,
-    x: In<'_, T>,
-    y: Out<'_, T>,
+    args: JitterArgs<'_, T>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<T>("x", desc.dtype)?;
+    scope.check_dtype::<T>("y", desc.dtype)?;
     if desc.elements == 0 {
         return Ok(());
     }
-    let x = scope.read("x", x, desc.elements, VECTOR)?;
-    let y = scope.write("y", y, desc.elements, VECTOR)?;
-    scope.launch(&selection, params(desc, x.address(), y.address()))
-}
-
-/// Adds the noise to `x` itself: to logits, say, before gating.
-///
-/// # Errors
-/// Those of [`forward`].
-pub fn forward_in_place<T: Element>(
-    kernels: &Kernels,
-    stream: &Arc<CudaStream>,
-    desc: &JitterDesc,
-    x: Out<'_, T>,
-) -> Result<(), Error> {
-    let selection = select(desc, kernels.device())?;
-    let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<T>("x", desc.dtype)?;
-    if desc.elements == 0 {
-        return Ok(());
-    }
-    let x = scope.write("x", x, desc.elements, VECTOR)?;
-    scope.launch(&selection, params(desc, x.address(), x.address()))
+    let x = scope.read_some("x", args.x, desc.elements, VECTOR)?;
+    let y = scope.write("y", args.y, desc.elements, VECTOR)?;
+    let from = optional(&x).unwrap_or_else(|| y.address());
+    scope.launch(&selection, params(desc, from, y.address()))
 }
 
 fn params<'a>(desc: &JitterDesc, x: Address<'a>, y: Address<'a>) -> JitterParams<'a> {

@@ -1,6 +1,7 @@
 //! Which experts each token goes to, and with what weight.
 
-pub mod balance;
+pub mod affinity;
+pub mod balance_loss;
 pub mod base;
 pub mod expert_choice;
 pub mod gating;
@@ -8,7 +9,9 @@ pub mod gating_dispatch;
 pub mod hash;
 pub mod hierarchical;
 pub mod jitter;
+pub mod measured_gating;
 pub mod noisy;
 pub mod router;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod update_bias;

@@ -8,6 +8,28 @@
 //!
 //! The noise follows from seed, offset, token and expert alone ([`NoiseSource`]), in f32 arithmetic that the host repeats ([`noise`]):
 //! perturbed logits and ids are those of the reference bit for bit, also on another device.
+//!
+//! ```
+//! use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
+//! use moe_kernels::rules::{NoiseSource, SamplingRule};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Four experts alike: whichever is drawn first has probability 1/4, and the entropy is ln 4.
+//! let logits = stream.clone_htod(&[1.0_f32; 4])?;
+//! let desc = SampledDesc::new(1, 4, SamplingRule::new(2, NoiseSource::new(1, 0)));
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut weights = stream.alloc_zeros(2)?;
+//! let mut entropy = stream.alloc_zeros(1)?;
+//! let args = SampledArgs::new(&logits, &mut ids, &mut weights).entropy(&mut entropy);
+//! sampled::forward(&kernels, &stream, &desc, args)?;
+//! assert!(stream.clone_dtoh(&weights)?.iter().all(|weight| (weight - 0.25).abs() < 1e-6));
+//! assert!((stream.clone_dtoh(&entropy)?[0] - 4_f32.ln()).abs() < 1e-5);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
@@ -15,8 +37,8 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
 use crate::routers::noisy;
-use crate::rules::NoiseSource;
-use crate::rules::SamplingRule;
+use crate::rules::{NoiseSource, SamplingRule};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SampledParams;
 use crate::runtime::shape;
@@ -26,6 +48,7 @@ const OPERATION: &str = "sampled";
 
 /// Shapes and rule of a sampled routing.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct SampledDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -35,7 +58,15 @@ pub struct SampledDesc {
     pub rule: SamplingRule,
 }
 
+impl SampledDesc {
+    /// Experts drawn by `rule` for each of `tokens` tokens among `experts`.
+    pub const fn new(tokens: usize, experts: usize, rule: SamplingRule) -> SampledDesc {
+        SampledDesc { tokens, experts, rule }
+    }
+}
+
 /// Buffers of a sampled routing.
+#[non_exhaustive]
 pub struct SampledArgs<'a> {
     /// `[T, E]`.
     pub logits: In<'a, f32>,
@@ -50,6 +81,26 @@ pub struct SampledArgs<'a> {
     /// `[T, E]`, written: the numbers that experts are chosen by.
     pub perturbed: Option<Out<'a, f32>>,
 }
+
+impl<'a> SampledArgs<'a> {
+    /// `logits` to `ids` and `weights`, nothing else.
+    pub fn new(
+        logits: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        weights: impl Into<Out<'a, f32>>,
+    ) -> SampledArgs<'a> {
+        SampledArgs {
+            logits: logits.into(),
+            ids: ids.into(),
+            weights: weights.into(),
+            log_probabilities: None,
+            entropy: None,
+            perturbed: None,
+        }
+    }
+}
+
+buffers!(SampledArgs<'a> { log_probabilities: Out<f32>, entropy: Out<f32>, perturbed: Out<f32> });
 
 impl SampledDesc {
     /// Checks all that can be checked without buffers.
@@ -138,7 +189,6 @@ pub fn forward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::registry::Spread;
 
     fn desc() -> SampledDesc {
         let rule = SamplingRule { top_k: 4, inverse_temperature: 1.0, noise: NoiseSource::default() };

@@ -4,12 +4,35 @@
 //! Sinkhorn's iteration finds a potential `v[e]` for each expert so that the columns of `softmax(logits + v)` have equal sums, to
 //! a tolerance or for a number of iterations. A token goes to the `k` experts of largest `logits + v`; its weights are the
 //! router's own probabilities, `softmax(logits)`, as the plan only chooses. See [`crate::reference::sinkhorn`].
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Both tokens prefer expert 0; balanced, the second goes to the other.
+//! let logits = stream.clone_htod(&[4.0_f32, 0.0, 3.0, 2.0])?;
+//! let desc = SinkhornDesc::new(2, 2, 1, 1000, 1e-3);
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut potentials = stream.alloc_zeros(2)?;
+//! let mut status = stream.alloc_zeros(2)?;
+//! let mut workspace = Workspace::new(&stream, sinkhorn::workspace_bytes(&desc, kernels.device())?)?;
+//! let args = SinkhornArgs::new(&logits, &mut ids, &mut potentials, &mut status, &mut workspace);
+//! sinkhorn::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&ids)?, [0, 1]);
+//! # Ok(())
+//! # }
+//! ```
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Dispatch, Kernel, Sinkhorn};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SinkhornParams;
 use crate::runtime::shape;
@@ -23,6 +46,7 @@ pub const MAX_ITERATIONS: u32 = 1 << 18;
 
 /// Shapes and rule of a balanced routing.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct SinkhornDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -36,7 +60,15 @@ pub struct SinkhornDesc {
     pub tolerance: f32,
 }
 
+impl SinkhornDesc {
+    /// `top_k` of `experts` experts for each of `tokens` tokens, after `iterations` at most or once within `tolerance`.
+    pub const fn new(tokens: usize, experts: usize, top_k: usize, iterations: u32, tolerance: f32) -> SinkhornDesc {
+        SinkhornDesc { tokens, experts, top_k, iterations, tolerance }
+    }
+}
+
 /// Buffers of a balanced routing.
+#[non_exhaustive]
 pub struct SinkhornArgs<'a> {
     /// `[T, E]`.
     pub logits: In<'a, f32>,
@@ -51,6 +83,28 @@ pub struct SinkhornArgs<'a> {
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
+
+impl<'a> SinkhornArgs<'a> {
+    /// `logits` to `ids`, `potentials` and `status`, without weights.
+    pub fn new(
+        logits: impl Into<In<'a, f32>>,
+        ids: impl Into<Out<'a, i32>>,
+        potentials: impl Into<Out<'a, f32>>,
+        status: impl Into<Out<'a, u32>>,
+        workspace: &'a mut Workspace,
+    ) -> SinkhornArgs<'a> {
+        SinkhornArgs {
+            logits: logits.into(),
+            ids: ids.into(),
+            weights: None,
+            potentials: potentials.into(),
+            status: status.into(),
+            workspace,
+        }
+    }
+}
+
+buffers!(SinkhornArgs<'a> { weights: Out<f32> });
 
 impl SinkhornDesc {
     /// Checks all that can be checked without buffers.

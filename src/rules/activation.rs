@@ -2,7 +2,7 @@
 
 /// What is applied to the product in registers.
 ///
-/// With a gated linear unit ([`Glu::Split`], [`Glu::Interleaved`]) the weight yields a gate `g` and an up value `u` for each
+/// With a gated linear unit ([`super::Glu::Split`], [`super::Glu::Interleaved`]) the weight yields a gate `g` and an up value `u` for each
 /// output column, and the output is `act(g) * u` (Shazeer, *GLU Variants Improve Transformer*, 2020).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]

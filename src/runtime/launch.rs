@@ -1,4 +1,5 @@
-//! The driver boundary: everything `unsafe` in the crate, but for the constructors of raw buffers.
+//! The driver boundary: everything `unsafe` in the crate, but for the constructors of raw buffers and the promise that
+//! [`crate::routers::measured_gating::RouterStats`] is plain data.
 //!
 //! Soundness rests on three points. An [`Address`] is only made here, from a buffer whose context, alignment and length
 //! were checked against the extent that the operation's descriptor implies ([`Scope::read`], [`Scope::write`]). The scalars of a
@@ -11,7 +12,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::driver::{CudaContext, CudaStream, DeviceRepr, DriverError, SyncOnDrop, ValidAsZeroBits, result};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, SyncOnDrop, result};
 
 use super::buffer::{In, Out, Sink, Source};
 use super::embedded::Embedded;
@@ -283,11 +284,6 @@ impl<'a> Scope<'a> {
             .map_err(Error::driver(self.operation))
     }
 }
-
-// SAFETY: twelve words of plain data, of which every pattern of bits, all zeros included, is a value.
-unsafe impl DeviceRepr for crate::routers::balance::RouterStats {}
-// SAFETY: as above.
-unsafe impl ValidAsZeroBits for crate::routers::balance::RouterStats {}
 
 /// A launch, ready but for its parameters.
 struct Launch {

@@ -1,6 +1,6 @@
 //! How a measured gating cuts its tokens: the kernel's sums are made piece by piece and part by part, in this order.
 
-use super::MeasureDesc;
+use super::MeasuredGatingDesc;
 use crate::DeviceInfo;
 
 /// Tokens that a warp gets at least, where there is but one sequence or few.
@@ -25,7 +25,7 @@ pub(super) struct Parts {
 
 impl Parts {
     /// About as many parts as blocks run at once.
-    pub(super) fn new(desc: &MeasureDesc, device: &DeviceInfo) -> Parts {
+    pub(super) fn new(desc: &MeasuredGatingDesc, device: &DeviceInfo) -> Parts {
         let tokens = desc.gating.tokens.max(1);
         let warps = desc.kernel().gate().warps() as usize;
         let sequence = desc.rule.tokens_per_sequence.min(tokens);
@@ -49,7 +49,7 @@ impl Parts {
 }
 
 /// Blocks that are resident together, as they meet at a barrier.
-pub(super) fn resident_blocks(desc: &MeasureDesc, device: &DeviceInfo) -> u32 {
+pub(super) fn resident_blocks(desc: &MeasuredGatingDesc, device: &DeviceInfo) -> u32 {
     if !device.cooperative_launch {
         return 1;
     }
@@ -68,7 +68,7 @@ mod tests {
 
     fn parts(tokens: usize, sequence: usize) -> Parts {
         let gating = GatingDesc { tokens, experts: 64, top_k: 1, gating: Gating::new(Score::Softmax) };
-        let mut desc = MeasureDesc::new(gating);
+        let mut desc = MeasuredGatingDesc::new(gating);
         desc.rule.tokens_per_sequence = sequence;
         Parts::new(&desc, &A100)
     }

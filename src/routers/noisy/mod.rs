@@ -11,25 +11,57 @@
 //! gradients need is written where a buffer is given: `H` ([`NoisyArgs::noisy`]; the noise itself is [`noise`] of the same arguments) and
 //! the numbers that `load` compares with ([`NoisyArgs::thresholds`]).
 //!
-//! For evaluation, without noise, use [`crate::routers::gating`] with [`crate::routers::gating::Score::TopkSoftmax`] on `clean`.
+//! For evaluation, without noise, use [`crate::routers::gating`] with [`crate::rules::Score::TopkSoftmax`] on `clean`.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
+//! use moe_kernels::rules::{NoiseSource, NoisyRule};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let (tokens, experts, top_k) = (3, 4, 2);
+//! let desc = NoisyDesc::new(tokens, experts, NoisyRule::new(top_k, NoiseSource::new(1, 0)));
+//! let products = stream.clone_htod(&[0.5_f32; 3 * 2 * 4])?;
+//! let mut ids = stream.alloc_zeros(tokens * top_k)?;
+//! let mut weights = stream.alloc_zeros(tokens * top_k)?;
+//! let mut counts = stream.alloc_zeros(experts)?;
+//! let mut importance = stream.alloc_zeros(experts)?;
+//! let mut load = stream.alloc_zeros(experts)?;
+//! let mut losses = stream.alloc_zeros(2)?;
+//! let mut workspace = Workspace::new(&stream, noisy::workspace_bytes(&desc, kernels.device())?)?;
+//! let sums = NoisySums::new(&mut counts, &mut importance, &mut load, &mut losses);
+//! let args = NoisyArgs::new(NoisyLogits::together(&products), &mut ids, &mut weights).sums(sums, &mut workspace);
+//! noisy::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&counts)?.iter().sum::<i32>(), 6);
+//! assert!((stream.clone_dtoh(&importance)?.iter().sum::<f32>() - 3.0).abs() < 1e-5);
+//! # Ok(())
+//! # }
+//! ```
+
+mod args;
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, Noisy, Spread};
-use crate::rules::NoiseSource;
-use crate::rules::NoisyRule;
+use crate::rules::{NoiseSource, NoisyRule};
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
+
+pub use args::{NoisyArgs, NoisyLogits, NoisySums};
 
 const OPERATION: &str = "noisy";
 
 /// Shapes and rule of a noisy gating.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct NoisyDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -39,48 +71,11 @@ pub struct NoisyDesc {
     pub rule: NoisyRule,
 }
 
-/// The router's two products.
-pub enum NoisyLogits<'a> {
-    /// Two matrices.
-    Apart {
-        /// `[T, E]`, `x Wg`.
-        clean: In<'a, f32>,
-        /// `[T, E]`, `x Wnoise`.
-        raw: In<'a, f32>,
-    },
-    /// `[T, 2E]`, a token's `x Wg` and then its `x Wnoise`: one router product with the weights one below the other.
-    Together(In<'a, f32>),
-}
-
-/// Sums over tokens, and the losses that follow from them.
-pub struct NoisySums<'a> {
-    /// `[E]`, written: tokens of each expert.
-    pub counts: Out<'a, i32>,
-    /// `[E]`, written: `Importance(X)`, sums of weights (eq. 6).
-    pub importance: Out<'a, f32>,
-    /// `[E]`, written: `Load(X)`, the smooth estimate of `counts` (eq. 10).
-    pub load: Out<'a, f32>,
-    /// `[2]`, written: `CV(importance)^2` and `CV(load)^2` (eq. 7 and 11).
-    pub losses: Out<'a, f32>,
-    /// At least [`workspace_bytes`].
-    pub workspace: &'a mut Workspace,
-}
-
-/// Buffers of a noisy gating.
-pub struct NoisyArgs<'a> {
-    /// The router's products.
-    pub logits: NoisyLogits<'a>,
-    /// `[T, k]`, written: experts by falling `H`.
-    pub ids: Out<'a, i32>,
-    /// `[T, k]`, written: softmax of the kept `H`.
-    pub weights: Out<'a, f32>,
-    /// `[T, E]`, written: `H`.
-    pub noisy: Option<Out<'a, f32>>,
-    /// `[T, 2]`, written: the k-th and the k+1-th largest `H`, -Inf where there is none; a kept expert's load compares with the second,
-    /// another's with the first.
-    pub thresholds: Option<Out<'a, f32>>,
-    /// Sums and losses. Without them nothing is summed, and more blocks run at once.
-    pub sums: Option<NoisySums<'a>>,
+impl NoisyDesc {
+    /// Choices by `rule` for `tokens` tokens among `experts` experts.
+    pub const fn new(tokens: usize, experts: usize, rule: NoisyRule) -> NoisyDesc {
+        NoisyDesc { tokens, experts, rule }
+    }
 }
 
 impl NoisyDesc {
@@ -171,7 +166,7 @@ pub fn forward(
     let selection = select(desc, kernels.device(), args.sums.is_some())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     let NoisyDesc { tokens, experts, .. } = *desc;
-    let sums = args.sums.map(|sums| HeldSums::open(&scope, desc, sums)).transpose()?;
+    let sums = args.sums.map(|(sums, workspace)| HeldSums::open(&scope, desc, sums, workspace)).transpose()?;
     if tokens == 0 {
         return sums.map_or(Ok(()), |sums| sums.zero(&scope, experts));
     }
@@ -239,14 +234,19 @@ struct HeldSums<'a> {
 }
 
 impl<'a> HeldSums<'a> {
-    fn open<'c: 'a>(scope: &Scope<'a>, desc: &NoisyDesc, sums: NoisySums<'c>) -> Result<HeldSums<'a>, Error> {
+    fn open<'c: 'a>(
+        scope: &Scope<'a>,
+        desc: &NoisyDesc,
+        sums: NoisySums<'c>,
+        workspace: &'c mut Workspace,
+    ) -> Result<HeldSums<'a>, Error> {
         let bytes = workspace_bytes(desc, scope.kernels.device())?;
         Ok(HeldSums {
             counts: scope.write("counts", sums.counts, desc.experts, SCALAR)?,
             importance: scope.write("importance", sums.importance, desc.experts, SCALAR)?,
             load: scope.write("load", sums.load, desc.experts, SCALAR)?,
             losses: scope.write("losses", sums.losses, 2, SCALAR)?,
-            workspace: sums.workspace.open(scope, bytes)?,
+            workspace: workspace.open(scope, bytes)?,
         })
     }
 

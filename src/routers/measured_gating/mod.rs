@@ -1,4 +1,4 @@
-//! Balancing losses and router statistics, measured by the gating itself: the logits are read once.
+//! Gating that measures the batch: balancing losses and router statistics from the logits that it reads anyway.
 //!
 //! [`forward`] is [`gating::forward`] that also says what the batch tells of the router:
 //!
@@ -14,9 +14,9 @@
 //! # Many layers, many devices
 //!
 //! The load-balancing loss is not a sum over layers in Mixtral's form: counts and probabilities add up first. Say so with
-//! [`MeasureDesc::earlier_tokens`]: the totals that are there already are added to, and the last layer's
+//! [`MeasuredGatingDesc::earlier_tokens`]: the totals that are there already are added to, and the last layer's
 //! [`RouterStats::balance_loss`] is the loss of all. The same serves micro-batches. Totals of several devices are plain arrays:
-//! add them up by whatever means, and let [`losses_of_totals`] take the loss. [`update_bias`] is the balancing without a loss.
+//! add them up by whatever means, and let [`crate::routers::balance_loss`] take the loss. [`crate::routers::update_bias`] is the balancing without a loss.
 //!
 //! # Reading statistics
 //!
@@ -26,11 +26,56 @@
 //!
 //! # Gradients
 //!
-//! [`MeasuredArgs::log_sum_exp`] and [`MeasuredArgs::probabilities`] keep what they need: the gradient of the load-balancing loss by
+//! [`MeasuredGatingArgs::log_sum_exp`] and [`MeasuredGatingArgs::probabilities`] keep what they need: the gradient of the load-balancing loss by
 //! a logit is `p (f - sum f p)` times constants, that of the z-loss `2 lse p / T`, with `p = exp(l - lse)`.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
+//! use moe_kernels::routers::gating::GatingDesc;
+//! use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
+//! use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
+//! use moe_kernels::rules::{Gating, Score};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Two tokens, both for expert 0 of two.
+//! let logits = stream.clone_htod(&[1.0_f32, 0.0, 1.0, 0.0])?;
+//! let desc = MeasuredGatingDesc::new(GatingDesc::new(2, 2, 1, Gating::new(Score::Sigmoid)));
+//! let mut ids = stream.alloc_zeros(2)?;
+//! let mut weights = stream.alloc_zeros(2)?;
+//! let mut counts = stream.alloc_zeros(2)?;
+//! let mut loss_counts = stream.alloc_zeros(2)?;
+//! let mut probability = stream.alloc_zeros(2)?;
+//! let mut importance = stream.alloc_zeros(2)?;
+//! let mut stats = stream.alloc_zeros::<RouterStats>(1)?;
+//! let mut workspace = Workspace::new(&stream, measured_gating::workspace_bytes(&desc, kernels.device())?)?;
+//! let totals = Totals::new(&mut counts, &mut loss_counts, &mut probability, &mut importance);
+//! let args = MeasuredGatingArgs::new(&logits, &mut ids, &mut weights, totals, &mut stats, &mut workspace);
+//! measured_gating::forward(&kernels, &stream, &desc, args)?;
+//! let measured = stream.clone_dtoh(&stats)?[0];
+//! assert_eq!((measured.tokens, measured.max_load), (2, 2));
+//! assert!(measured.balance_loss > 1.0);
+//!
+//! let mut stats = stream.alloc_zeros::<RouterStats>(1)?;
+//! let args = BalanceLossArgs::new(&counts, &loss_counts, &probability, &importance, &mut stats);
+//! balance_loss::forward(&kernels, &stream, &BalanceLossDesc::new(2, 2), args)?;
+//! assert_eq!(stream.clone_dtoh(&stats)?[0].balance_loss, measured.balance_loss);
+//!
+//! let mut bias = stream.clone_htod(&[0.0_f32, 0.0])?;
+//! let desc = UpdateBiasDesc::new(2, 0.25);
+//! update_bias::forward(&kernels, &stream, &desc, UpdateBiasArgs::new(&counts, &mut bias))?;
+//! assert_eq!(stream.clone_dtoh(&bias)?, [-0.25, 0.25]);
+//! # Ok(())
+//! # }
+//! ```
 
+mod args;
 mod parts;
-mod totals;
+#[allow(unsafe_code)]
+mod stats;
 
 use std::sync::Arc;
 
@@ -38,51 +83,23 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, MeasuredGate};
 use crate::routers::gating::{self, GatingDesc, Routing};
-use crate::rules::Score;
-use crate::rules::{BalanceRule, LossScore};
+use crate::rules::{BalanceRule, LossScore, Score};
+use crate::runtime::builder::settings;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::MeasuredGatingParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, Kernels, Selection};
+pub use args::{MeasuredGatingArgs, Totals};
 use parts::Parts;
-pub use totals::{BiasDesc, TotalsDesc, TotalsIn, losses_of_totals, update_bias};
+pub use stats::RouterStats;
 
-const OPERATION: &str = "balance";
-
-/// What a batch says of the router, as it lies in device memory: one struct a layer.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct RouterStats {
-    /// Tokens of the call.
-    pub tokens: u32,
-    /// Slots that chose an expert.
-    pub slots: u32,
-    /// Slots beyond [`BalanceRule::capacity`], counted in each sequence.
-    pub dropped: u32,
-    /// Slots of the fullest expert.
-    pub max_load: u32,
-    /// `E sum_e f_e P_e` of the totals (Switch Transformers, eq. 4 to 6; Mixtral over all layers): 1 for balanced first choices.
-    pub balance_loss: f32,
-    /// Mean over sequences of `sum_e f_e P_e` (DeepSeek-V3, eq. 17 to 20): 1 when balanced.
-    pub sequence_loss: f32,
-    /// Mean of the squared log-sum-exp (ST-MoE, eq. 5).
-    pub z_loss: f32,
-    /// Mean entropy of the loss's probabilities, in nats.
-    pub entropy: f32,
-    /// Squared coefficient of variation of the sums of weights (Shazeer et al. 2017, eq. 6 and 7).
-    pub importance_cv2: f32,
-    /// The same of the counts.
-    pub load_cv2: f32,
-    /// Slots of the fullest expert over the mean: 1 when balanced.
-    pub max_over_mean: f32,
-    /// `dropped` over all slots.
-    pub dropped_fraction: f32,
-}
+const OPERATION: &str = "measured_gating";
 
 /// Shapes and rules of a measured gating.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct MeasureDesc {
+#[non_exhaustive]
+pub struct MeasuredGatingDesc {
     /// Tokens, experts, choices and their rule.
     pub gating: GatingDesc,
     /// What is measured. [`LossScore::Sigmoid`] needs [`Score::Sigmoid`].
@@ -92,47 +109,18 @@ pub struct MeasureDesc {
     pub earlier_tokens: usize,
 }
 
-/// Sums over tokens, by expert.
-pub struct Totals<'a> {
-    /// `[E]`, written: slots that chose the expert.
-    pub counts: Out<'a, i32>,
-    /// `[E]`, written or added to: slots that count for the loss, all or first choices.
-    pub loss_counts: Out<'a, i32>,
-    /// `[E]`, written or added to: sums of probabilities.
-    pub probability: Out<'a, f32>,
-    /// `[E]`, written: sums of weights.
-    pub importance: Out<'a, f32>,
-}
+settings!(MeasuredGatingDesc { rule: BalanceRule, earlier_tokens: usize });
 
-/// Buffers of a measured gating.
-pub struct MeasuredArgs<'a> {
-    /// `[T, E]`.
-    pub logits: In<'a, f32>,
-    /// `[E]`; see [`gating::GatingArgs`].
-    pub correction_bias: Option<In<'a, f32>>,
-    /// `[T, k]`, written.
-    pub ids: Out<'a, i32>,
-    /// `[T, k]`, written.
-    pub weights: Out<'a, f32>,
-    /// `[T]`, written: `ln sum exp` of the token's logits.
-    pub log_sum_exp: Option<Out<'a, f32>>,
-    /// `[T, E]`, written: the probabilities that enter the losses.
-    pub probabilities: Option<Out<'a, f32>>,
-    /// Sums by expert.
-    pub totals: Totals<'a>,
-    /// `[1]`, written.
-    pub stats: Out<'a, RouterStats>,
-    /// At least [`workspace_bytes`].
-    pub workspace: &'a mut Workspace,
-}
-
-impl MeasureDesc {
+impl MeasuredGatingDesc {
     /// Gating that is measured over the whole batch: all choices count, nothing is dropped.
-    pub fn new(gating: GatingDesc) -> MeasureDesc {
-        let score = if gating.gating.score == Score::Sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
-        let tokens_per_sequence = gating.tokens.max(1);
-        let rule = BalanceRule { score, tokens_per_sequence, first_choice_only: false, capacity: None };
-        MeasureDesc { gating, rule, earlier_tokens: 0 }
+    pub const fn new(gating: GatingDesc) -> MeasuredGatingDesc {
+        let score = match gating.gating.score {
+            Score::Sigmoid => LossScore::Sigmoid,
+            Score::Softmax | Score::TopkSoftmax => LossScore::Softmax,
+        };
+        let tokens_per_sequence = if gating.tokens > 0 { gating.tokens } else { 1 };
+        let rule = BalanceRule::new(score, tokens_per_sequence);
+        MeasuredGatingDesc { gating, rule, earlier_tokens: 0 }
     }
 
     /// Checks all that can be checked without buffers.
@@ -159,35 +147,11 @@ impl MeasureDesc {
     }
 }
 
-impl<'a> MeasuredArgs<'a> {
-    /// `logits` to `ids`, `weights`, `totals` and `stats`.
-    pub fn new(
-        logits: impl Into<In<'a, f32>>,
-        ids: impl Into<Out<'a, i32>>,
-        weights: impl Into<Out<'a, f32>>,
-        totals: Totals<'a>,
-        stats: impl Into<Out<'a, RouterStats>>,
-        workspace: &'a mut Workspace,
-    ) -> MeasuredArgs<'a> {
-        MeasuredArgs {
-            logits: logits.into(),
-            correction_bias: None,
-            ids: ids.into(),
-            weights: weights.into(),
-            log_sum_exp: None,
-            probabilities: None,
-            totals,
-            stats: stats.into(),
-            workspace,
-        }
-    }
-}
-
 /// Workspace of [`forward`] in bytes.
 ///
 /// # Errors
-/// Those of [`MeasureDesc::validate`].
-pub fn workspace_bytes(desc: &MeasureDesc, device: &DeviceInfo) -> Result<usize, Error> {
+/// Those of [`MeasuredGatingDesc::validate`].
+pub fn workspace_bytes(desc: &MeasuredGatingDesc, device: &DeviceInfo) -> Result<usize, Error> {
     desc.validate()?;
     let parts = Parts::new(desc, device);
     let partials = shape::product(OPERATION, "workspace", &[4, parts.parts, desc.gating.experts, 4])?;
@@ -197,8 +161,8 @@ pub fn workspace_bytes(desc: &MeasureDesc, device: &DeviceInfo) -> Result<usize,
 /// Chooses kernel and grid: a block for each part of the tokens, as far as all blocks are resident.
 ///
 /// # Errors
-/// Those of [`MeasureDesc::validate`]; [`Error::Unsupported`] where the device has too little shared memory.
-pub fn select(desc: &MeasureDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+/// Those of [`MeasuredGatingDesc::validate`]; [`Error::Unsupported`] where the device has too little shared memory.
+pub fn select(desc: &MeasuredGatingDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let gate = desc.kernel();
     if gate.shared_bytes() > device.shared_bytes_per_block {
@@ -214,7 +178,7 @@ pub fn select(desc: &MeasureDesc, device: &DeviceInfo) -> Result<Selection, Erro
 /// Chooses experts and weights, and measures the batch, in one launch.
 ///
 /// With no tokens nothing is launched: counts, importance and statistics become zero, and so do the loss's totals unless they add
-/// to earlier ones. For losses of totals that do, call [`losses_of_totals`].
+/// to earlier ones. For losses of totals that do, call [`crate::routers::balance_loss`].
 ///
 /// # Errors
 /// Those of [`select`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a buffer:
@@ -223,8 +187,8 @@ pub fn select(desc: &MeasureDesc, device: &DeviceInfo) -> Result<Selection, Erro
 pub fn forward(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
-    desc: &MeasureDesc,
-    args: MeasuredArgs<'_>,
+    desc: &MeasuredGatingDesc,
+    args: MeasuredGatingArgs<'_>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
@@ -307,7 +271,7 @@ const ADDS: u32 = 16;
 
 fn enqueue(
     scope: &Scope<'_>,
-    desc: &MeasureDesc,
+    desc: &MeasuredGatingDesc,
     selection: &Selection,
     routing: Routing<'_>,
     at: Addresses<'_>,
@@ -367,13 +331,13 @@ mod tests {
     use crate::rules::Gating;
     use crate::runtime::device::A100;
 
-    fn desc() -> MeasureDesc {
-        MeasureDesc::new(GatingDesc { tokens: 100, experts: 64, top_k: 8, gating: Gating::new(Score::Softmax) })
+    fn desc() -> MeasuredGatingDesc {
+        MeasuredGatingDesc::new(GatingDesc { tokens: 100, experts: 64, top_k: 8, gating: Gating::new(Score::Softmax) })
     }
 
     #[test]
     fn faults_name_their_field() {
-        let fault = |change: &dyn Fn(&mut MeasureDesc)| {
+        let fault = |change: &dyn Fn(&mut MeasuredGatingDesc)| {
             let mut desc = desc();
             change(&mut desc);
             desc.validate().unwrap_err().argument().unwrap()
@@ -385,7 +349,7 @@ mod tests {
         assert_eq!(fault(&|d| d.rule.score = LossScore::Sigmoid), "rule.score");
         assert_eq!(fault(&|d| d.earlier_tokens = i32::MAX as usize), "earlier_tokens");
         let small = DeviceInfo { shared_bytes_per_block: 64 << 10, ..A100 };
-        let wide = MeasureDesc { gating: GatingDesc { experts: 4096, ..desc().gating }, ..desc() };
+        let wide = MeasuredGatingDesc { gating: GatingDesc { experts: 4096, ..desc().gating }, ..desc() };
         assert_eq!(select(&wide, &small).unwrap_err().argument(), Some("experts"));
     }
 
@@ -395,11 +359,5 @@ mod tests {
         for values in Gate::VALUES {
             assert!(MeasuredGate { score: Score::Softmax, values }.shared_bytes() <= 99 << 10);
         }
-    }
-
-    #[test]
-    fn stats_are_twelve_words() {
-        assert_eq!(size_of::<RouterStats>(), 48);
-        assert_eq!(std::mem::offset_of!(RouterStats, dropped_fraction), 44);
     }
 }

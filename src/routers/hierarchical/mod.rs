@@ -4,8 +4,53 @@
 //! A token's weight for expert `e` of group `g` is `G_primary[g] * G_g[e]` (eq. 12); importance sums those (eq. 13), and
 //! `load[g,e] = Load_primary[g] * Load_g[e] / |X_g|` with the tokens `X_g` of the group (eq. 14). Three launches: the groups
 //! ([`crate::routers::noisy`]), their tokens side by side ([`crate::capacity::dispatch`]), the experts of each group. Only the rows of chosen groups are read.
-//! See [`crate::reference::noisy::hierarchical`]; ids and noise ([`noise`]) are those of
+//! See [`crate::reference::noisy::hierarchical`]; ids and noise ([`noise()`]) are those of
 //! the reference bit for bit.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+//! use moe_kernels::routers::noisy::{NoisyLogits, NoisySums};
+//! use moe_kernels::rules::{NoiseSource, NoisyRule};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! let (tokens, groups, experts) = (3, 2, 4);
+//! let rule = |top_k| NoisyRule::new(top_k, NoiseSource::new(1, 0));
+//! let desc = HierarchicalDesc::new(tokens, groups, experts, rule(1), rule(2));
+//! let primary_products = stream.clone_htod(&[0.5_f32; 3 * 2 * 2])?;
+//! let products = stream.clone_htod(&[0.5_f32; 3 * 2 * 2 * 4])?;
+//! let mut primary_ids = stream.alloc_zeros(tokens)?;
+//! let mut primary_weights = stream.alloc_zeros(tokens)?;
+//! let mut ids = stream.alloc_zeros(tokens * 2)?;
+//! let mut weights = stream.alloc_zeros(tokens * 2)?;
+//! let mut workspace = Workspace::new(&stream, hierarchical::workspace_bytes(&desc, kernels.device())?)?;
+//! let mut counts = [stream.alloc_zeros(groups)?, stream.alloc_zeros(groups * experts)?];
+//! let mut importance = [stream.alloc_zeros(groups)?, stream.alloc_zeros(groups * experts)?];
+//! let mut load = [stream.alloc_zeros(groups)?, stream.alloc_zeros(groups * experts)?];
+//! let mut losses = [stream.alloc_zeros(2)?, stream.alloc_zeros(2)?];
+//!
+//! let ([counts_g, counts_e], [importance_g, importance_e]) = (&mut counts, &mut importance);
+//! let ([load_g, load_e], [losses_g, losses_e]) = (&mut load, &mut losses);
+//! let args = HierarchicalArgs::new(
+//!     NoisyLogits::together(&primary_products),
+//!     NoisyLogits::together(&products),
+//!     PrimaryOutputs::new(&mut primary_ids, &mut primary_weights, NoisySums::new(counts_g, importance_g, load_g, losses_g)),
+//!     &mut ids,
+//!     &mut weights,
+//!     NoisySums::new(counts_e, importance_e, load_e, losses_e),
+//!     &mut workspace,
+//! );
+//! hierarchical::forward(&kernels, &stream, &desc, args)?;
+//! assert_eq!(stream.clone_dtoh(&counts[0])?.iter().sum::<i32>(), 3);
+//! assert_eq!(stream.clone_dtoh(&counts[1])?.iter().sum::<i32>(), 6);
+//! # Ok(())
+//! # }
+//! ```
+
+mod args;
 
 use std::sync::Arc;
 
@@ -13,19 +58,22 @@ use cudarc::driver::CudaStream;
 
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::registry::{Kernel, Noisy};
-use crate::routers::noisy::{self, HeldLogits, NoisyDesc, NoisyLogits};
-use crate::rules::noise;
+use crate::routers::noisy::{self, HeldLogits, NoisyDesc};
+use crate::rules::noise::standard_normal;
 use crate::rules::{NoiseSource, NoisyRule};
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyGroupedParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
-use crate::{DeviceInfo, Error, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, Kernels, Selection};
+
+pub use args::{HierarchicalArgs, PrimaryOutputs};
 
 const OPERATION: &str = "hierarchical";
 
 /// Shapes and rules of a hierarchical gating.
 #[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
 pub struct HierarchicalDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
@@ -40,52 +88,17 @@ pub struct HierarchicalDesc {
     pub secondary: NoisyRule,
 }
 
-/// Which groups tokens go to, and the sums of it.
-pub struct PrimaryOutputs<'a> {
-    /// `[T, K]`, written: groups by falling noisy logit.
-    pub ids: Out<'a, i32>,
-    /// `[T, K]`, written: `G_primary`.
-    pub weights: Out<'a, f32>,
-    /// `[G]`, written: tokens of each group.
-    pub counts: Out<'a, i32>,
-    /// `[G]`, written: sums of weights.
-    pub importance: Out<'a, f32>,
-    /// `[G]`, written: the smooth estimate of `counts`.
-    pub load: Out<'a, f32>,
-    /// `[2]`, written: `CV(importance)^2` and `CV(load)^2` over groups.
-    pub losses: Out<'a, f32>,
-    /// `[T, G]`, written: noisy logits.
-    pub noisy: Option<Out<'a, f32>>,
-    /// `[T, 2]`, written; see [`noisy::NoisyArgs::thresholds`].
-    pub thresholds: Option<Out<'a, f32>>,
-}
-
-/// Buffers of a hierarchical gating.
-pub struct HierarchicalArgs<'a> {
-    /// `[T, G]` twice, or `[T, 2G]`.
-    pub primary_logits: NoisyLogits<'a>,
-    /// `[T, G, E]` twice, or `[T, G, 2E]`. Rows of groups that a token did not choose are not read.
-    pub logits: NoisyLogits<'a>,
-    /// What the first level writes.
-    pub primary: PrimaryOutputs<'a>,
-    /// `[T, K, k]`, written: `g E + e`; those of a token's first group come first.
-    pub ids: Out<'a, i32>,
-    /// `[T, K, k]`, written.
-    pub weights: Out<'a, f32>,
-    /// `[T, K, E]`, written: noisy logits of the experts of each chosen group.
-    pub noisy: Option<Out<'a, f32>>,
-    /// `[T, K, 2]`, written; see [`noisy::NoisyArgs::thresholds`].
-    pub thresholds: Option<Out<'a, f32>>,
-    /// `[G, E]`, written: slots of each expert.
-    pub counts: Out<'a, i32>,
-    /// `[G, E]`, written: `Importance_H(X)`.
-    pub importance: Out<'a, f32>,
-    /// `[G, E]`, written: `Load_H(X)`.
-    pub load: Out<'a, f32>,
-    /// `[2]`, written: `CV(Importance_H)^2` and `CV(Load_H)^2`.
-    pub losses: Out<'a, f32>,
-    /// At least [`workspace_bytes`].
-    pub workspace: &'a mut Workspace,
+impl HierarchicalDesc {
+    /// Choices for `tokens` tokens among `groups` groups by `primary`, then among the `experts` experts of each by `secondary`.
+    pub const fn new(
+        tokens: usize,
+        groups: usize,
+        experts: usize,
+        primary: NoisyRule,
+        secondary: NoisyRule,
+    ) -> HierarchicalDesc {
+        HierarchicalDesc { tokens, groups, experts, primary, secondary }
+    }
 }
 
 impl HierarchicalDesc {
@@ -130,6 +143,7 @@ impl HierarchicalDesc {
 
 /// The three launches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct HierarchicalSelection {
     /// Groups of tokens.
     pub primary: Selection,
@@ -192,7 +206,7 @@ impl Regions {
 
 /// The noise of `token` and `expert` of `group` at the second level, bit for bit; at the first it is [`noisy::noise`].
 pub fn noise(source: NoiseSource, token: u32, group: u32, expert: u32) -> f32 {
-    noise::standard_normal(source.gate_word(16 + group, token, expert))
+    standard_normal(source.gate_word(16 + group, token, expert))
 }
 
 /// Workspace of [`forward`] in bytes.
@@ -223,16 +237,16 @@ pub fn forward(
     let HierarchicalDesc { tokens, groups, experts, .. } = *desc;
     let (all, slots) = (groups * experts, desc.slots());
     let primary_sums = [
-        scope.write("primary.counts", args.primary.counts, groups, SCALAR)?,
-        scope.write("primary.importance", args.primary.importance, groups, SCALAR)?,
-        scope.write("primary.load", args.primary.load, groups, SCALAR)?,
-        scope.write("primary.losses", args.primary.losses, 2, SCALAR)?,
+        scope.write("primary.counts", args.primary.sums.counts, groups, SCALAR)?,
+        scope.write("primary.importance", args.primary.sums.importance, groups, SCALAR)?,
+        scope.write("primary.load", args.primary.sums.load, groups, SCALAR)?,
+        scope.write("primary.losses", args.primary.sums.losses, 2, SCALAR)?,
     ];
     let sums = [
-        scope.write("counts", args.counts, all, SCALAR)?,
-        scope.write("importance", args.importance, all, SCALAR)?,
-        scope.write("load", args.load, all, SCALAR)?,
-        scope.write("losses", args.losses, 2, SCALAR)?,
+        scope.write("counts", args.sums.counts, all, SCALAR)?,
+        scope.write("importance", args.sums.importance, all, SCALAR)?,
+        scope.write("load", args.sums.load, all, SCALAR)?,
+        scope.write("losses", args.sums.losses, 2, SCALAR)?,
     ];
     if tokens == 0 {
         for (sums, experts) in [(&primary_sums, groups), (&sums, all)] {
