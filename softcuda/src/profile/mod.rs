@@ -28,7 +28,9 @@ mod record;
 mod registers;
 mod replay;
 mod text;
+mod trace;
 pub mod traffic;
+mod watch;
 mod work;
 
 pub use bounds::{Bound, bounds};
@@ -37,5 +39,6 @@ pub use record::{
     OccupancyProfile, Profile, RegisterSource, Registers, SCHEMA,
 };
 pub use registers::parse_registers;
-pub use traffic::{Hierarchy, Traffic, TrafficWatch};
+pub use traffic::{Hierarchy, Traffic};
+pub use watch::TrafficWatch;
 pub use work::{TensorOps, Work};

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use super::cache::{Cache, SECTORS};
-use super::traffic::{Hierarchy, Path, Run, Traffic};
+use super::trace::{Path, Run};
+use super::traffic::{Hierarchy, Traffic};
 use crate::device::SECTOR_BYTES;
 
 /// Lines to a set of either cache. What hardware has is not published.
