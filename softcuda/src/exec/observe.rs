@@ -405,6 +405,7 @@ impl<'a> Machine<'_, 'a> {
     pub(super) fn report_memory(&mut self, event: &MemoryEvent, pc: u32) {
         let &MemoryEvent { kind, engine, space, addresses, mask, bytes, order, scope, .. } = event;
         self.count_access(&Touch { kind, engine, space: Some(space), addresses, mask, bytes, order, scope }, pc);
+        self.shared.worked |= kind != AccessKind::Read && space == Space::Shared && event.owner != self.shared.linear;
         let site = self.site(pc);
         for observer in &mut self.worker.observers {
             observer.memory(&site, event);

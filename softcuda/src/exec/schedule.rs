@@ -199,6 +199,7 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
                 tell(worker, &done.cluster, BlockEvent::End);
                 if let Some(t) = &mut worker.tally {
                     t.finished_blocks += done.cluster.blocks.len() as u64;
+                    t.working_blocks += done.cluster.blocks.iter().filter(|block| block.worked).count() as u64;
                     t.finished_warps += done.cluster.warps.iter().map(|w| w.len() as u64).sum::<u64>();
                 }
                 worker.spare.push_back(done.cluster);

@@ -19,6 +19,7 @@
 use std::collections::BTreeMap;
 
 use super::access::space_of;
+use super::cluster::OFFSET_BITS;
 use super::counters::{Counters, LineCounters, MemoryCounters, SharedCounters};
 use super::lanes::{LANES, active};
 use super::observe::{AccessKind, Engine, Touch};
@@ -33,11 +34,14 @@ pub struct Tally {
     lines: Vec<LineCounters>,
     matrix: BTreeMap<String, u64>,
     async_bytes: u64,
+    async_sectors: u64,
     /// The poll that the warp counted last is in.
     poll: Option<Poll>,
     repeating: bool,
     repeated_polls: u64,
     pub finished_blocks: u64,
+    /// Of those, the ones that [`Shared::worked`](super::state::Shared).
+    pub working_blocks: u64,
     pub finished_warps: u64,
 }
 
@@ -93,8 +97,10 @@ impl Tally {
             lines: self.lines,
             matrix: self.matrix,
             blocks: self.finished_blocks,
+            working_blocks: self.working_blocks,
             warps: self.finished_warps,
             async_bytes: self.async_bytes,
+            async_sectors: self.async_sectors,
             repeated_polls: self.repeated_polls,
             ..Counters::default()
         };
@@ -152,19 +158,27 @@ impl Machine<'_, '_> {
         let Some(t) = self.worker.tally.as_mut().filter(|t| !t.repeating) else { return };
         let Some(l) = t.lines.get_mut(line.wrapping_sub(1)) else { return };
         let &Touch { addresses, mask, bytes, .. } = touch;
+        let copied = matches!(touch.engine, Engine::CopyAsync | Engine::Bulk);
         let inside = |spaces: &[Space]| match touch.space {
             Some(s) => mask * u32::from(spaces.contains(&s)),
             None => active(mask).filter(|&i| spaces.contains(&space_of(addresses[i]))).fold(0, |m, i| m | 1 << i),
         };
         let (shared, global) = (inside(&[Space::Shared, Space::SharedCluster]), inside(&[Space::Global]));
+        if touch.kind != AccessKind::Read {
+            // The field above the offset names another block of the cluster.
+            let elsewhere = active(shared).any(|i| addresses[i] >> OFFSET_BITS & 0xff != 0);
+            self.shared.worked |= global != 0 || elsewhere;
+        }
         if shared != 0 {
             l.shared.add(&wavefronts(addresses, shared, bytes));
-            if touch.kind == AccessKind::Write && matches!(touch.engine, Engine::CopyAsync | Engine::Bulk) {
+            if touch.kind == AccessKind::Write && copied {
                 t.async_bytes += u64::from(shared.count_ones()) * u64::from(bytes);
             }
         }
         if global != 0 {
-            l.global.add(&sectors(addresses, global, bytes));
+            let moved = sectors(addresses, global, bytes);
+            l.global.add(&moved);
+            t.async_sectors += if copied { moved.sectors } else { 0 };
         }
     }
 }
