@@ -11,14 +11,13 @@
 //! Every multiprocessor has an L1 cache of what shared memory leaves of its SRAM; weak loads and `cp.async.ca` look it up,
 //! unless a cache operator keeps them out. Stores go through it, and update what it holds; atomic operations drop what it
 //! holds. Everything else goes to the one L2 cache, which is written back: to device memory go the sectors that it misses
-//! and dirty sectors that make room for others. A launch begins with empty caches, as under Nsight Compute's cache control,
-//! and dirty sectors that are left at its end count as written, so that a launch's numbers are its own.
+//! and dirty sectors that make room for others. What L2 holds when a launch begins is chosen: [`Caches`]. L1 caches are empty then.
 //!
 //! Loads of loops that only wait for others are recorded once for each time that a warp is run.
 //!
 //! Not modelled: replacement other than least recently used; the two partitions of the L2 and what crosses between them;
 //! prefetches and fetches of more than a sector; eviction priorities and cache policies; sectors that a write covers only in
-//! part (as if memory took any bytes); compression; caches of constants and instructions; local memory. Memory pages are
+//! part (as if memory took any bytes); compression; copies and fills by the driver, which on a GPU go through L2 too; caches of constants and instructions; local memory. Memory pages are
 //! numbered in the order in which the replay first touches them, 2 MiB each, so that results do not depend on where the host
 //! put the device's memory.
 
@@ -48,6 +47,47 @@ impl Hierarchy {
     }
 }
 
+/// What L2 holds when a launch begins.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Caches {
+    /// Nothing, as under Nsight Compute's cache control; dirty sectors that are left at the end count as written, so that a
+    /// launch's numbers are its own.
+    #[default]
+    Cold,
+    /// What the same launch, run once before, has left: the steady state of a benchmark that repeats it on the same data.
+    Warm,
+    /// What earlier launches on the device have left: a stream of launches. Dirty sectors are written when they make room, be it
+    /// in a later launch; those in L2 after the last one are not written.
+    Carried,
+}
+
+impl Caches {
+    pub const ALL: [Caches; 3] = [Caches::Cold, Caches::Warm, Caches::Carried];
+
+    /// As `SOFTCUDA_PROFILE_CACHES` spells it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Caches::Cold => "cold",
+            Caches::Warm => "warm",
+            Caches::Carried => "carried",
+        }
+    }
+
+    pub fn parse(name: &str) -> Option<Caches> {
+        Caches::ALL.into_iter().find(|caches| caches.name() == name)
+    }
+
+    /// In a sentence of a report.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Caches::Cold => "empty at the start of each launch, dirty data written back at its end",
+            Caches::Warm => "at the start of each launch L2 holds what the same launch, run once before, has left",
+            Caches::Carried => "L2 carried from one launch to the next; dirty data is written when it makes room",
+        }
+    }
+}
+
 /// What went through the modelled caches, in sectors of 32 bytes unless it says bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Traffic {
@@ -61,9 +101,9 @@ pub struct Traffic {
     /// Sectors of atomic operations, which read and write.
     pub l2_atomic_sectors: u64,
     pub dram_read_bytes: u64,
-    /// Written back, those sectors included that were dirty when the launch ended.
+    /// Written back; with cold caches those sectors included that were dirty when the launch ended.
     pub dram_write_bytes: u64,
-    /// Of those, what was still in L2 when the launch ended: 0 for none.
+    /// Dirty in L2 when the launch ended.
     pub dirty_at_end_bytes: u64,
     /// The trace outgrew its memory, so that blocks were replayed in pieces, as they ended: numbers may vary a little.
     pub in_pieces: bool,

@@ -16,6 +16,32 @@ const MOST_OF_BLOCK: usize = 4 << 20;
 /// Runs of a launch that are kept before what there is is replayed: 256 MiB.
 const MOST_OF_LAUNCH: usize = 32 << 20;
 
+/// L2 of a device from one launch to the next, for [`Start::Carried`].
+#[derive(Debug, Clone)]
+pub struct CarriedCaches(Arc<Mutex<Model>>);
+
+impl Default for CarriedCaches {
+    fn default() -> CarriedCaches {
+        CarriedCaches(Arc::new(Mutex::new(Model::empty())))
+    }
+}
+
+impl CarriedCaches {
+    /// As at the beginning.
+    pub fn clear(&self) {
+        lock(&self.0).forget();
+    }
+}
+
+/// What L2 holds when a launch begins: [`Caches`], with those that are carried.
+#[derive(Debug, Clone, Default)]
+pub enum Start {
+    #[default]
+    Cold,
+    Warm,
+    Carried(CarriedCaches),
+}
+
 /// Records one launch and replays it. Made for each launch; read after it with [`TrafficWatch::finish`].
 #[derive(Debug)]
 pub struct TrafficWatch {
@@ -25,10 +51,14 @@ pub struct TrafficWatch {
 #[derive(Debug)]
 struct State {
     hierarchy: Hierarchy,
+    start: Start,
     /// Blocks that have ended, or parts of such that have not, in order of arrival.
     blocks: Vec<(u64, Vec<Run>)>,
     runs: usize,
-    model: Model,
+    model: CarriedCaches,
+    in_pieces: bool,
+    /// Of the pieces that were replayed already.
+    traffic: Traffic,
 }
 
 /// Models that wait for their next launch: they are large, and empty at no cost.
@@ -39,27 +69,60 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl TrafficWatch {
+    /// With cold caches.
     pub fn new(hierarchy: Hierarchy) -> Arc<TrafficWatch> {
-        let mut spare = lock(&SPARE);
-        let fits = spare.iter().position(|model| model.fits(&hierarchy));
-        let model = fits.map(|at| spare.swap_remove(at)).unwrap_or_else(|| Model::new(&hierarchy));
-        let state = State { hierarchy, blocks: Vec::new(), runs: 0, model };
+        TrafficWatch::starting(hierarchy, Start::Cold)
+    }
+
+    pub fn starting(hierarchy: Hierarchy, start: Start) -> Arc<TrafficWatch> {
+        let model = match &start {
+            Start::Carried(model) => model.clone(),
+            Start::Cold | Start::Warm => {
+                let mut spare = lock(&SPARE);
+                let fits = spare.iter().position(|model| model.fits(&hierarchy));
+                let model = fits.map(|at| spare.swap_remove(at)).unwrap_or_else(|| Model::new(&hierarchy));
+                CarriedCaches(Arc::new(Mutex::new(model)))
+            }
+        };
+        let (blocks, runs, in_pieces, traffic) = (Vec::new(), 0, false, Traffic::default());
+        let state = State { hierarchy, start, blocks, runs, model, in_pieces, traffic };
         Arc::new(TrafficWatch { state: Mutex::new(state) })
     }
 
     /// Replays what was recorded.
     pub fn finish(&self) -> Traffic {
         let mut state = lock(&self.state);
+        // Of a launch in pieces the earlier ones are gone, but for its size what L2 held at the start matters little.
+        if matches!(state.start, Start::Warm) && !state.in_pieces {
+            state.replay();
+            state.traffic = Traffic::default();
+        }
         state.replay();
-        state.model.end()
+        state.blocks.clear();
+        let mut traffic = std::mem::take(&mut state.traffic);
+        traffic.in_pieces = state.in_pieces;
+        let mut model = lock(&state.model.0);
+        traffic.dirty_at_end_bytes = model.dirty_bytes();
+        match state.start {
+            Start::Carried(_) => {}
+            Start::Warm => model.forget(),
+            Start::Cold => {
+                traffic.dram_write_bytes += traffic.dirty_at_end_bytes;
+                model.forget();
+            }
+        }
+        traffic
     }
 }
 
 impl Drop for TrafficWatch {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let mut model = std::mem::replace(&mut state.model, Model::empty());
-        model.end();
+        if matches!(state.start, Start::Carried(_)) {
+            return;
+        }
+        let mut model = std::mem::replace(&mut *lock(&state.model.0), Model::empty());
+        model.forget();
         let mut spare = lock(&SPARE);
         if spare.len() < 2 {
             spare.push(model);
@@ -72,17 +135,22 @@ impl State {
         self.runs += runs.len();
         self.blocks.push((block, runs));
         if self.runs > MOST_OF_LAUNCH {
-            self.model.note_pieces();
+            self.in_pieces = true;
             self.replay();
+            self.blocks.clear();
+            self.runs = 0;
         }
     }
 
+    /// Sends what there is through the caches.
     fn replay(&mut self) {
-        let mut blocks = std::mem::take(&mut self.blocks);
-        self.runs = 0;
         // Stable: parts of one block stay in order.
-        blocks.sort_by_key(|(block, _)| *block);
-        self.model.replay(&self.hierarchy, blocks.iter().map(|(_, runs)| runs.as_slice()));
+        self.blocks.sort_by_key(|(block, _)| *block);
+        let mut model = lock(&self.model.0);
+        model.adopt(&self.hierarchy);
+        model.replay(&self.hierarchy, self.blocks.iter().map(|(_, runs)| runs.as_slice()));
+        model.forget_l1();
+        self.traffic.add(&model.take_traffic());
     }
 }
 
@@ -110,7 +178,7 @@ impl Recorder<'_> {
         }
         let mut state = lock(self.state);
         if !end {
-            state.model.note_pieces();
+            state.in_pieces = true;
         }
         state.take(block, runs);
     }

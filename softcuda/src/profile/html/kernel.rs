@@ -62,7 +62,12 @@ impl KernelProfile {
             ("L2 read", sectors(t.l2_read_sectors), "#58b0a8", "sectors that L2 is asked for"),
             ("L2 write", sectors(t.l2_write_sectors + t.l2_atomic_sectors), "#58b0a8", "stores and atomics"),
             ("DRAM read", t.dram_read_bytes, "#2a7f9e", "sectors that L2 misses"),
-            ("DRAM write", t.dram_write_bytes, "#2a7f9e", "dirty sectors, those left at the end included"),
+            (
+                "DRAM write",
+                t.dram_write_bytes,
+                "#2a7f9e",
+                "dirty sectors that made room, and with cold caches those left at the end",
+            ),
         ];
         let most = flow.iter().map(|f| f.1).max().unwrap_or(0) as f64;
         out.push_str("<div>\n<h3>Global memory</h3>\n");
@@ -132,6 +137,10 @@ impl KernelProfile {
             ("async copies", bytes(w.async_bytes)),
             ("synchronise", format!("{} at barriers, {} waits", count(w.barriers as f64), count(w.waits as f64))),
         ];
+        if w.working_blocks < w.blocks {
+            let (working, all) = (count(w.working_blocks as f64), count(w.blocks as f64));
+            facts.push(("blocks", format!("{working} of {all} work, the others leave at once")));
+        }
         for (kind, ops) in &w.tensor {
             let (products, adds) = (count(ops.instructions as f64), count(ops.multiply_adds as f64));
             facts.push(("tensor", format!("{}: {products} products, {adds} multiply-adds", Safe(kind))));

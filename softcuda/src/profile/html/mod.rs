@@ -7,6 +7,7 @@ use std::fmt::Write;
 
 use self::parts::{Safe, card, colour, ratio, track};
 use super::bounds::count;
+use super::limits::{LEFT_OUT, short_launches};
 use super::record::{Device, LaunchProfile, Profile};
 use super::text::{bytes, time};
 
@@ -54,17 +55,27 @@ impl Profile {
         }
         self.write_launches(out)?;
         self.write_devices(out)?;
+        self.write_left_out(out)?;
+        let caches: Vec<String> = self.caches.iter().map(|c| format!("{}: {}", c.name(), c.words())).collect();
         writeln!(
             out,
             "<footer>\n<p>Every time on this page is modelled: the greatest of what each unit needs for the work that was \
-             counted, at its published rate. Latencies, launch overhead, dependences between units and the instructions that \
-             <code>ptxas</code> would make are not modelled; a GPU takes longer. Counts of instructions, sectors and \
-             wavefronts are those of the PTX that ran, without repeated rounds of loops that only wait for others. L2 and DRAM traffic come from a model of the caches: cold at the \
-             start of each launch, least recently used lines replaced, dirty data written back at the end.</p>\n\
+             counted, at its rate. Counts of instructions, sectors and wavefronts are those of the PTX that ran, without repeated \
+             rounds of loops that only wait for others. L2 and DRAM traffic come from a model of the caches, least recently used \
+             lines replaced ({}).</p>\n\
              <p>softcuda {}, device description <code>{}</code>.</p>\n</footer>\n</main>\n</body>\n</html>",
+            Safe(caches.join("; ")),
             Safe(&self.softcuda),
             Safe(&model)
         )
+    }
+
+    fn write_left_out(&self, out: &mut String) -> std::fmt::Result {
+        out.push_str("<h2>Not in the modelled times</h2>\n<div class=\"panel\">\n<dl class=\"facts\">");
+        for (name, what) in LEFT_OUT {
+            write!(out, "<dt>{}</dt><dd>{}</dd>", Safe(name), Safe(what))?;
+        }
+        writeln!(out, "</dl>\n<p class=\"soft\">{}</p>\n</div>", Safe(short_launches(self)))
     }
 
     fn write_kernels(&self, out: &mut String, total: f64) -> std::fmt::Result {
