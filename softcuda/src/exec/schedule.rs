@@ -67,7 +67,7 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
             common.printed.lock().unwrap_or_else(|e| e.into_inner()).append(&mut worker.printed);
         }
         if let Some(tally) = worker.tally.take() {
-            merged.lock().unwrap_or_else(|e| e.into_inner()).add(&tally.finish(&worker));
+            merged.lock().unwrap_or_else(|e| e.into_inner()).add(&tally.finish(worker.body));
         }
     };
     if threads == 1 {
