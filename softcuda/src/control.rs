@@ -6,7 +6,7 @@ use std::ffi::{CStr, CString, c_char};
 use libloading::os::unix::Library;
 
 use crate::exec::Counters;
-use crate::profile::Profile;
+use crate::profile::{Caches, Profile};
 use crate::report;
 
 /// Controls of the loaded software device, beyond CUDA's API. Obtained from [`crate::Installed::control`].
@@ -25,6 +25,7 @@ pub struct Control {
     counters: unsafe extern "C" fn(*mut c_char, usize) -> usize,
     set_executing: unsafe extern "C" fn(bool),
     set_profiling: unsafe extern "C" fn(bool),
+    set_profile_caches: unsafe extern "C" fn(*const c_char) -> bool,
     profile: unsafe extern "C" fn(*mut c_char, usize) -> usize,
     record_registers: unsafe extern "C" fn(*const c_char),
     last_fault: unsafe extern "C" fn(*mut c_char, usize) -> usize,
@@ -67,6 +68,7 @@ impl Control {
                 counters: *library.get(b"softcuda_counters\0")?,
                 set_executing: *library.get(b"softcuda_set_executing\0")?,
                 set_profiling: *library.get(b"softcuda_set_profiling\0")?,
+                set_profile_caches: *library.get(b"softcuda_set_profile_caches\0")?,
                 profile: *library.get(b"softcuda_profile\0")?,
                 record_registers: *library.get(b"softcuda_record_registers\0")?,
                 last_fault: *library.get(b"softcuda_last_fault\0")?,
@@ -148,6 +150,13 @@ impl Control {
     pub fn start_profile(&self) {
         // SAFETY: takes any value.
         unsafe { (self.set_profiling)(true) }
+    }
+
+    /// Sets what the modelled L2 cache holds when a launch begins, from now on; cold at first. What it has been carrying is forgotten.
+    pub fn set_profile_caches(&self, caches: Caches) {
+        let name = CString::new(caches.name()).expect("names have no NUL");
+        // SAFETY: the text is NUL-terminated. A driver of this version knows the name.
+        unsafe { (self.set_profile_caches)(name.as_ptr()) };
     }
 
     /// Stops profiling and returns what was collected since [`Control::start_profile`]; `None` if that was never called.

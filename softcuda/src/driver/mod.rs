@@ -14,7 +14,7 @@
 //! - `SOFTCUDA_STREAMS=concurrent`: work of streams overlaps the host's and each other's
 //! - `SOFTCUDA_CHECKS`: see [`crate::check`]
 //! - `SOFTCUDA_FINDINGS`: a file that gets a line for each finding
-//! - `SOFTCUDA_PROFILE`, `SOFTCUDA_REGISTERS`: see `driver::profile`
+//! - `SOFTCUDA_PROFILE`, `SOFTCUDA_PROFILE_CACHES`, `SOFTCUDA_REGISTERS`: see `driver::profile`
 //! - `SOFTCUDA_LOG=1`: every failure on standard error
 //! - `SOFTCUDA_PATCH`: a file of lines to replace in kernels
 

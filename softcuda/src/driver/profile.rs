@@ -2,7 +2,8 @@
 //!
 //! `SOFTCUDA_PROFILE=FILE` profiles the whole process and writes `FILE.txt`, `FILE.json` and `FILE.html` when it ends, and
 //! the text to standard error; an ending `.json`, `.html` or `.txt` of FILE is dropped first. A process that is killed, or
-//! ends by `_exit`, writes nothing. `SOFTCUDA_REGISTERS=FILE` reads registers from the output of `ptxas -v`.
+//! ends by `_exit`, writes nothing. `SOFTCUDA_PROFILE_CACHES=cold|warm|carried` says what L2 holds when a launch begins
+//! ([`Caches`]). `SOFTCUDA_REGISTERS=FILE` reads registers from the output of `ptxas -v`.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
@@ -15,7 +16,10 @@ use super::function::Function;
 use super::lock;
 use crate::device::{Description, SettingError, occupancy};
 use crate::exec::{Config, Counters, Launch};
-use crate::profile::{Collector, Hierarchy, Launched, RegisterSource, Registers, TrafficWatch, parse_registers};
+use crate::profile::{
+    Caches, CarriedCaches, Collector, Hierarchy, Launched, RegisterSource, Registers, Start, TrafficWatch,
+    parse_registers,
+};
 
 /// Who wants launches profiled: bits of [`PROCESS`] and [`SECTION`].
 static ON: AtomicU8 = AtomicU8::new(0);
@@ -25,10 +29,14 @@ const PROCESS: usize = 0;
 const SECTION: usize = 1;
 static COLLECTORS: [Mutex<Option<Collector>>; 2] = [const { Mutex::new(None) }; 2];
 static REGISTERS: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
+/// What L2 holds when a launch begins.
+static CACHES: Mutex<Caches> = Mutex::new(Caches::Cold);
+/// L2 of each device, by the address of its description.
+static CARRIED: Mutex<BTreeMap<usize, CarriedCaches>> = Mutex::new(BTreeMap::new());
 /// Where the profile of the whole process goes.
 static FILE: OnceLock<PathBuf> = OnceLock::new();
 
-/// Takes `SOFTCUDA_PROFILE` and `SOFTCUDA_REGISTERS`.
+/// Takes `SOFTCUDA_PROFILE`, `SOFTCUDA_PROFILE_CACHES` and `SOFTCUDA_REGISTERS`.
 pub(super) fn read_environment() -> Result<(), SettingError> {
     let read = |variable| std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from);
     if let Some(path) = read("SOFTCUDA_REGISTERS") {
@@ -38,6 +46,14 @@ pub(super) fn read_environment() -> Result<(), SettingError> {
             found: format!("{} ({error})", path.display()),
         })?;
         lock(&REGISTERS).extend(parse_registers(&text));
+    }
+    if let Some(name) = std::env::var_os("SOFTCUDA_PROFILE_CACHES").filter(|value| !value.is_empty()) {
+        let name = name.to_string_lossy();
+        *lock(&CACHES) = Caches::parse(&name).ok_or_else(|| SettingError {
+            variable: "SOFTCUDA_PROFILE_CACHES",
+            expected: "`cold`, `warm` or `carried`",
+            found: name.clone().into_owned(),
+        })?;
     }
     if let Some(path) = read("SOFTCUDA_PROFILE") {
         let stem = match path.extension().and_then(|extension| extension.to_str()) {
@@ -80,28 +96,43 @@ pub(super) fn recorded_registers(kernel: &str) -> Option<u32> {
     lock(&REGISTERS).get(kernel).copied()
 }
 
+/// A launch that is being recorded.
+pub(super) struct Recording {
+    watch: Arc<TrafficWatch>,
+    caches: Caches,
+}
+
 /// Has a launch recorded, if launches are profiled.
 pub(super) fn begin(
     config: &mut Config,
-    device: &Description,
+    device: &'static Description,
     function: &Function,
     threads: u32,
     dynamic_shared: u32,
-) -> Option<Arc<TrafficWatch>> {
+) -> Option<Recording> {
     if ON.load(Ordering::Relaxed) == 0 {
         return None;
     }
     let shared = u64::from(function.kernel.static_shared_bytes) + u64::from(dynamic_shared);
     let resident = occupancy(device, function.registers(), threads, shared).blocks;
     let reserved = u64::from(crate::device::SHARED_RESERVED);
-    let watch = TrafficWatch::new(Hierarchy::new(device, resident, shared + reserved));
+    let caches = *lock(&CACHES);
+    let start = match caches {
+        Caches::Cold => Start::Cold,
+        Caches::Warm => Start::Warm,
+        Caches::Carried => {
+            let key = std::ptr::from_ref(device) as usize;
+            Start::Carried(lock(&CARRIED).entry(key).or_default().clone())
+        }
+    };
+    let watch = TrafficWatch::starting(Hierarchy::new(device, resident, shared + reserved), start);
     config.count = true;
     config.watches.push(watch.clone());
-    Some(watch)
+    Some(Recording { watch, caches })
 }
 
 /// Takes in a launch that has ended.
-pub(super) fn end(watch: &TrafficWatch, function: &Function, launch: &Launch, counters: &Counters) {
+pub(super) fn end(recording: &Recording, function: &Function, launch: &Launch, counters: &Counters) {
     let kernel = &function.kernel;
     let source =
         if recorded_registers(&kernel.name).is_some() { RegisterSource::Ptxas } else { RegisterSource::Estimate };
@@ -116,7 +147,8 @@ pub(super) fn end(watch: &TrafficWatch, function: &Function, launch: &Launch, co
         registers: Registers { count: function.registers(), source },
         lines: &kernel.lines,
         counters,
-        traffic: watch.finish(),
+        traffic: recording.watch.finish(),
+        caches: recording.caches,
     };
     let on = ON.load(Ordering::Relaxed);
     for (_, collector) in COLLECTORS.iter().enumerate().filter(|(bit, _)| on >> bit & 1 == 1) {
@@ -131,10 +163,30 @@ pub(super) fn end(watch: &TrafficWatch, function: &Function, launch: &Launch, co
 pub extern "C" fn softcuda_set_profiling(on: bool) {
     if on {
         *lock(&COLLECTORS[SECTION]) = Some(Collector::default());
+        // A section's numbers do not depend on what was profiled before it, unless the process is profiled as a whole.
+        if ON.load(Ordering::Relaxed) >> PROCESS & 1 == 0 {
+            lock(&CARRIED).clear();
+        }
         ON.fetch_or(1 << SECTION, Ordering::Relaxed);
     } else {
         ON.fetch_and(!(1 << SECTION), Ordering::Relaxed);
     }
+}
+
+/// Sets what L2 holds when a launch begins: a name of [`Caches`]. `false` if there is none such. Forgets what L2 has been carrying.
+///
+/// # Safety
+/// `name` is NUL-terminated or null.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn softcuda_set_profile_caches(name: *const c_char) -> bool {
+    if name.is_null() {
+        return false;
+    }
+    // SAFETY: passed on to the caller.
+    let Some(caches) = Caches::parse(&unsafe { CStr::from_ptr(name) }.to_string_lossy()) else { return false };
+    *lock(&CACHES) = caches;
+    lock(&CARRIED).clear();
+    true
 }
 
 /// What has been collected since the latest start, as JSON; empty if there was none. Returns its length.

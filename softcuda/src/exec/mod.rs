@@ -13,6 +13,7 @@ mod call;
 mod cluster;
 mod copies;
 mod counters;
+mod counting;
 mod engine;
 mod exchange;
 mod fault;
@@ -28,6 +29,7 @@ pub(crate) mod numeric;
 pub mod observe;
 mod print;
 mod reduce;
+mod reporting;
 mod rows;
 mod scalar;
 mod schedule;
@@ -38,22 +40,14 @@ mod tally;
 mod tensor;
 mod wgmma;
 
-pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
+pub use counters::{Counters, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
 pub use fault::{Fault, FaultKind};
 pub use interpreter::Isa;
 pub use print::Output;
 
-pub(crate) use reduce::allowed as reduction_allowed;
+pub use crate::lower::{InstructionClass, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 
 use crate::lower::Kernel;
-
-/// Base of the shared window in the generic address space; the offset into the block's shared memory is added.
-pub const SHARED_WINDOW: u64 = 0x0100_0000_0000_0000;
-/// Base of the local window in the generic address space; the offset into the thread's local memory is added.
-pub const LOCAL_WINDOW: u64 = 0x0200_0000_0000_0000;
-
-/// Base of the kernel parameters' window in the generic address space.
-pub const PARAM_WINDOW: u64 = 0x0300_0000_0000_0000;
 
 /// The device's global memory as the executor sees it. A device address is the host address of the same byte.
 pub trait GlobalMemory: Sync {

@@ -67,7 +67,7 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
             common.printed.lock().unwrap_or_else(|e| e.into_inner()).append(&mut worker.printed);
         }
         if let Some(tally) = worker.tally.take() {
-            merged.lock().unwrap_or_else(|e| e.into_inner()).add(&tally.finish(&worker));
+            merged.lock().unwrap_or_else(|e| e.into_inner()).add(&tally.finish(worker.body));
         }
     };
     if threads == 1 {
@@ -199,6 +199,7 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
                 tell(worker, &done.cluster, BlockEvent::End);
                 if let Some(t) = &mut worker.tally {
                     t.finished_blocks += done.cluster.blocks.len() as u64;
+                    t.working_blocks += done.cluster.blocks.iter().filter(|block| block.worked).count() as u64;
                     t.finished_warps += done.cluster.warps.iter().map(|w| w.len() as u64).sum::<u64>();
                 }
                 worker.spare.push_back(done.cluster);

@@ -8,7 +8,7 @@ use super::isa::{Code, Width};
 use super::layout::Layout;
 use super::requirements::Target;
 use super::{Environment, LowerErrorKind};
-use crate::exec::InstructionClass;
+use crate::lower::InstructionClass;
 use crate::ptx::ast::{Module, Space, Type, Variable};
 
 pub type Result<T> = std::result::Result<T, LowerErrorKind>;

@@ -10,8 +10,8 @@ use super::ir_bulk::{BulkOp, TensormapOp};
 use super::ir_cluster::ClusterOp;
 use super::ir_mbarrier::Mbarrier as MbarrierOp;
 use super::isa::{Code, Width};
-use crate::exec::InstructionClass;
-use crate::exec::numeric::rounding::Round;
+use crate::lower::InstructionClass;
+use crate::lower::Round;
 use crate::ptx::ast::{Space, Type};
 
 /// Set in slots that name a constant.

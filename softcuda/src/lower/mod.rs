@@ -6,6 +6,7 @@
 
 mod builder;
 pub(crate) mod calls;
+mod class;
 mod error;
 mod families;
 mod flow;
@@ -22,15 +23,20 @@ mod operands;
 mod polls;
 mod registers;
 mod requirements;
+mod round;
 pub(crate) mod special;
 mod statements;
+mod windows;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 pub use calls::function_address;
+pub use class::InstructionClass;
 pub use error::{LowerError, LowerErrorKind};
 pub use initial::initial_bytes;
+pub(crate) use round::Round;
+pub use windows::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 
 use crate::ptx::ast;
 

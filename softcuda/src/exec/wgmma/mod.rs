@@ -233,7 +233,7 @@ pub fn issue(m: &mut Machine, file: File, x: &Wgmma, pc: u32, extra: u32) -> Out
     }
     m.observe_sync(SyncEvent::WgmmaIssue { number, first }, pc);
     if first && m.worker.watched {
-        report_reads(m, group, number, pc);
+        report_reads(m, group, number, x, pc);
     }
     let sums = set_aside(m, file, x);
     let queue = &mut m.warp.wgmma;
@@ -272,10 +272,13 @@ pub fn touch(m: &mut Machine, regs: &[Reg], pc: u32) {
     }
 }
 
-/// Tells whoever watches what a product reads, 32 chunks at a time.
-fn report_reads(m: &mut Machine, group: u32, number: u64, pc: u32) {
+/// Tells whoever watches what a product reads, 32 chunks at a time: four core matrices of 8 chunks, each of which shared memory
+/// delivers at once.
+fn report_reads(m: &mut Machine, group: u32, number: u64, x: &Wgmma, pc: u32) {
     let product = m.shared.warpgroups[group as usize].get(number);
-    let chunks: Vec<u32> = product.a_chunks.iter().chain(&product.b_chunks).copied().collect();
+    let a_turned = matches!(x.a, WgmmaA::Descriptor { turned: true, .. });
+    let a = descriptor::by_core_matrix(&product.a_chunks, a_turned);
+    let chunks: Vec<u32> = a.chain(descriptor::by_core_matrix(&product.b_chunks, x.b_turned)).collect();
     for part in chunks.chunks(LANES) {
         let mut addresses = [0; LANES];
         part.iter().zip(&mut addresses).for_each(|(c, a)| *a = u64::from(*c));

@@ -1,7 +1,7 @@
 //! Arithmetic with rounding, saturation or carry (PTX ISA 9.7.1, 9.7.2, 9.7.3, 9.7.4) and `bfi`.
 
 use super::{Class, unknown};
-use crate::exec::numeric::rounding::Round;
+use crate::lower::Round;
 use crate::lower::builder::{Builder, Result};
 use crate::lower::ir::{Arith, ArithOp, Extra, FALSE};
 use crate::lower::isa::Code;

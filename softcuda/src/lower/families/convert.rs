@@ -1,7 +1,7 @@
 //! `cvt` beyond the vectorised rows (PTX ISA 9.7.9.21).
 
 use super::{Class, unknown};
-use crate::exec::numeric::rounding::Round;
+use crate::lower::Round;
 use crate::lower::builder::{Builder, Result};
 use crate::lower::ir::{Cvt, Extra};
 use crate::lower::isa::Code;

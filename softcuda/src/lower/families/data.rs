@@ -179,9 +179,9 @@ const SPACES: &[(&str, Space)] = &[
 /// Base of a space's window in the generic address space.
 fn window(space: Space) -> u64 {
     match space {
-        Space::Shared | Space::SharedCluster => crate::exec::SHARED_WINDOW,
-        Space::Local => crate::exec::LOCAL_WINDOW,
-        Space::Param => crate::exec::PARAM_WINDOW,
+        Space::Shared | Space::SharedCluster => crate::lower::SHARED_WINDOW,
+        Space::Local => crate::lower::LOCAL_WINDOW,
+        Space::Param => crate::lower::PARAM_WINDOW,
         _ => 0,
     }
 }

@@ -23,7 +23,7 @@ use super::builder::{Builder, Result};
 use super::isa::BY_NAME;
 use super::operands::count;
 use super::{requirements, special};
-use crate::exec::InstructionClass as Class;
+use crate::lower::InstructionClass as Class;
 use crate::ptx::ast::{Instruction, Operand};
 
 /// Instructions that are PTX but that this device does not have, by the beginning of their opcode.

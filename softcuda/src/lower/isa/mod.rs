@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 pub(crate) use float::float_ops;
 pub(crate) use integer::integer_ops;
 
-use crate::exec::InstructionClass;
+use crate::lower::InstructionClass;
 use crate::ptx::ast::Type;
 
 /// Expands `$callback! { rows... }` with the rows of the whole instruction set.
