@@ -79,6 +79,8 @@ fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&
     let mut admitted_weights = Guarded::output(&stream, "admitted_weights", places);
     let mut workspace = Workspace::new(&stream, admission::workspace_bytes(desc).unwrap()).unwrap();
     let mut run = || {
+        admitted.reset(&stream);
+        admitted_weights.reset(&stream);
         let view = input_priority.as_ref().map(Guarded::view);
         let args = AdmissionArgs {
             ids: &input_ids.view(),
