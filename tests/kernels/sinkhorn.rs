@@ -15,7 +15,7 @@ pub fn check(variant: Sinkhorn, rng: &mut fastrand::Rng) {
     let most = variant.max_experts as usize;
     let small = most == Dispatch::MAX_EXPERTS[0] as usize;
     let shapes: &[(usize, usize, usize)] = if small {
-        &[(1, 1, 1), (40, 4, 2), (203, 33, 3), (64, 100, 32), (9, 1024, 1)]
+        &[(1, 1, 1), (40, 4, 2), (203, 33, 3), (64, 100, 32), (9, 1024, 1), (150, 3, 1)]
     } else {
         &[(5, 1025, 2), (3, 4096, 4)]
     };
@@ -75,7 +75,7 @@ fn launch(desc: &SinkhornDesc, logits: &[f32]) -> Got {
     let mut status = Guarded::<u32>::output(&stream, "status", 2);
     let bytes = sinkhorn::workspace_bytes(desc, kernels.device()).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
-    let mut run = || {
+    let mut run = |weighted: bool| {
         ids.reset(&stream);
         weights.reset(&stream);
         potentials.reset(&stream);
@@ -83,12 +83,15 @@ fn launch(desc: &SinkhornDesc, logits: &[f32]) -> Got {
         let args = SinkhornArgs {
             logits: &input.view(),
             ids: &mut ids.view_mut(),
-            weights: Some(&mut weights.view_mut()),
+            weights: if weighted { Some(&mut weights.view_mut()) } else { None },
             potentials: &mut potentials.view_mut(),
             status: &mut status.view_mut(),
             workspace: &mut workspace,
         };
         sinkhorn::forward(kernels, &stream, desc, args).unwrap();
+        if !weighted {
+            weights.assert_unchanged(&stream);
+        }
         Got {
             ids: ids.read(&stream),
             weights: weights.read(&stream),
@@ -96,13 +99,14 @@ fn launch(desc: &SinkhornDesc, logits: &[f32]) -> Got {
             status: status.read(&stream),
         }
     };
-    let (got, again) = (run(), run());
+    let (got, again, alone) = (run(true), run(true), run(false));
     let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
     assert_eq!(got.ids, again.ids, "{desc:?}: another run chose otherwise");
     assert_eq!(got.status, again.status, "{desc:?}: another run took other iterations");
     assert_eq!(bits(&got.potentials), bits(&again.potentials), "{desc:?}: another run gave other bits");
     assert_eq!(bits(&got.weights), bits(&again.weights), "{desc:?}: another run gave other bits");
-    time(&stream, &format!("{desc:?}"), || drop(run()));
+    assert_eq!((&got.ids, &got.status), (&alone.ids, &alone.status), "{desc:?}: without weights chose otherwise");
+    time(&stream, &format!("{desc:?}"), || drop(run(true)));
     input.assert_unchanged(&stream);
     got
 }
