@@ -50,7 +50,7 @@ pub fn check(variant: Admit, rng: &mut fastrand::Rng) {
     }
 }
 
-/// Distinct choices of each token, with a favourite expert in half of the cases; one in ten asks for nothing.
+/// Distinct choices of each token, with a favourite expert in half of the cases; one in ten is no expert and asks for nothing.
 fn choices(rng: &mut fastrand::Rng, desc: &AdmissionDesc) -> Vec<i32> {
     let (experts, candidates) = (desc.rule.experts, desc.rule.candidates);
     let skewed = rng.bool();
@@ -64,7 +64,8 @@ fn choices(rng: &mut fastrand::Rng, desc: &AdmissionDesc) -> Vec<i32> {
                 row.push(id);
             }
         }
-        ids.extend(row.into_iter().map(|id| if rng.u32(..10) == 0 { -1 } else { id }));
+        let nothing = [-1, i32::MIN, i32::MAX, experts as i32];
+        ids.extend(row.into_iter().map(|id| if rng.u32(..10) == 0 { nothing[rng.usize(..4)] } else { id }));
     }
     ids
 }
