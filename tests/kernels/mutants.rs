@@ -59,8 +59,8 @@ struct Place {
 }
 
 impl Place {
-    /// `rule` is `in LABEL, LABEL`, `before GLOB` or `after GLOB`, or several with ` & ` between them.
-    fn fits(&self, rule: &str) -> bool {
+    /// `rule` is `in LABEL, LABEL`, `before GLOB`, `after GLOB` or `as GLOB` (what became of the line), or several with ` & ` between them.
+    fn fits(&self, rule: &str, new: &str) -> bool {
         rule.split(" & ").all(|part| {
             let (word, glob) =
                 part.trim().split_once(' ').unwrap_or_else(|| panic!("harmless.txt: no place: `{rule}`"));
@@ -69,7 +69,8 @@ impl Place {
                 "in" => glob.split(',').any(|glob| fits(glob, &self.label)),
                 "before" => fits(glob, &self.next),
                 "after" => fits(glob, &self.previous),
-                _ => panic!("harmless.txt: a place begins with in, before or after, not `{word}`"),
+                "as" => fits(glob, new.trim()),
+                _ => panic!("harmless.txt: a place begins with in, before, after or as, not `{word}`"),
             }
         })
     }
@@ -192,6 +193,8 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration) -> Verd
         .env("MOE_DEVICE", "soft")
         .env("SOFTCUDA_CHECKS", "all")
         .env("SOFTCUDA_THREADS", "1")
+        // The order in which warps run.
+        .env("SOFTCUDA_SEED", super::support::inputs::run_seed().to_string())
         .env("SOFTCUDA_TIMEOUT_MS", limit.as_millis().to_string())
         .env("SOFTCUDA_PATCH", &patch_file)
         .env("SOFTCUDA_FINDINGS", &findings_file)
@@ -253,7 +256,7 @@ fn harmless_rows() -> Vec<Harmless> {
 impl Harmless {
     fn fits(&self, m: &Mutant) -> bool {
         let kind = self.kind.eq_ignore_ascii_case(&format!("{:?}", m.kind));
-        kind && self.kernel.matches(&m.kernel) && self.text.matches(&m.old) && m.place.fits(self.place)
+        kind && self.kernel.matches(&m.kernel) && self.text.matches(&m.old) && m.place.fits(self.place, &m.new)
     }
 }
 
