@@ -359,6 +359,6 @@ mod tests {
         let device = crate::device::A100;
         let desc = TokenSlotsDesc { tokens: 100, slots: 5000 };
         assert_eq!(select_token_slots(&desc, &device).unwrap().grid, [5, 1, 1]);
-        assert_eq!(token_slots_workspace_bytes(&desc, &device).unwrap(), 16 + 4 * (5 + 100 + 5000));
+        assert_eq!(token_slots_workspace_bytes(&desc, &device).unwrap(), BARRIER_HEADER + 4 * (5 + 100 + 5000));
     }
 }
