@@ -77,6 +77,26 @@ fn routers_takes_any_name() {
     assert!(folder.path().join(name).is_file());
 }
 
+/// A name that is no UTF-8 is an answer, not a panic, wherever the command line has room for text only.
+#[test]
+#[cfg(target_os = "linux")]
+fn words_that_are_no_text() {
+    use std::os::unix::ffi::OsStrExt;
+    let word = OsStr::from_bytes(b"\xff");
+    for (program, arguments) in [
+        ("sass_table", [OsStr::new("--only"), word]),
+        ("sass_table", [word, word]),
+        ("hf_layer", [OsStr::new("--dtype"), word]),
+        ("hf_layer", [OsStr::new("--tokens"), word]),
+        ("hf_layer", [OsStr::new("/no/such/folder/"), word]),
+    ] {
+        let output = Command::new(example(program)).args(arguments).output().expect("the example starts");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{program} {arguments:?}: {text}");
+        assert!(text.starts_with("error: "), "{program} {arguments:?}: {text}");
+    }
+}
+
 /// Both programs put a new file in the place of the earlier one and never write into it: another name of the earlier file, a hard
 /// link, still has what was in it.
 #[test]
