@@ -7,7 +7,10 @@ mod compare;
 #[path = "../../examples/hf_layer/hf/mod.rs"]
 mod hf;
 
+mod configs;
 mod errors;
+mod files;
+mod layouts;
 mod models;
 mod report;
 mod synth;
