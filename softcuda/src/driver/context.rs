@@ -87,7 +87,7 @@ impl Context {
 
     /// Frees all that the context owns.
     fn destroy(&self) {
-        self.drain();
+        self.finish();
         self.destroyed.store(true, Ordering::Release);
         let _ = CONTEXTS.remove(self.handle);
         super::capture::close_context(self.handle);
@@ -126,11 +126,18 @@ impl Context {
     }
 
     /// Waits for all work of this context.
-    pub fn drain(&self) {
-        for stream in self.other_streams() {
-            stream.settle();
-        }
-        self.legacy_stream.settle();
+    ///
+    /// # Errors
+    /// The context is in error.
+    pub fn drain(&self) -> Outcome {
+        self.finish();
+        self.check()
+    }
+
+    /// Waits for all work of this context, whatever comes of it.
+    fn finish(&self) {
+        self.other_streams().iter().for_each(|stream| stream.finish());
+        self.legacy_stream.finish();
     }
 
     pub fn description(&self) -> Outcome<&'static Description> {
@@ -407,8 +414,7 @@ pub unsafe extern "C" fn cuCtxSynchronize_v2(context: Handle) -> CUresult {
 
 fn synchronize(context: &Context) -> Outcome {
     super::capture::forbid_in(context.handle, "cuCtxSynchronize")?;
-    context.drain();
-    context.check()
+    context.drain()
 }
 
 #[unsafe(no_mangle)]

@@ -129,7 +129,8 @@ pub unsafe extern "C" fn cuEventQuery(handle: Handle) -> CUresult {
             Some(point) if point.reached().is_none() => Err(CUresult::ERROR_NOT_READY.into()),
             _ => {
                 order::met_by_host(&mark.clock);
-                Ok(())
+                // What was done since the call began may have faulted.
+                self::event(handle).map(drop)
             }
         }
     })
@@ -162,6 +163,7 @@ fn elapsed(to: *mut f32, start: Handle, end: Handle) -> Outcome {
     };
     let milliseconds =
         if till >= from { (till - from).as_secs_f64() * 1e3 } else { -((from - till).as_secs_f64() * 1e3) };
+    super::context::CONTEXTS.get(end.context)?.check()?;
     unsafe { out(to, "pMilliseconds", milliseconds as f32) }
 }
 

@@ -135,14 +135,15 @@ pub unsafe extern "C" fn cuLibraryUnload(handle: Handle) -> CUresult {
         for kernel in library.kernels.values() {
             let _ = KERNELS.remove(*kernel);
         }
+        let mut state = Ok(());
         for (context, module) in lock(&library.modules).drain() {
             // A context that is gone has taken the module with it.
             if let Ok(context) = CONTEXTS.get(context) {
-                context.drain();
+                state = state.and(context.drain());
                 module::unload(module, &context)?;
             }
         }
-        Ok(())
+        state
     })
 }
 

@@ -70,10 +70,9 @@ pub unsafe extern "C" fn cuMemFree_v2(addr: u64) -> CUresult {
             return context.check();
         }
         capture::forbid_unsafe("cuMemFree_v2")?;
-        context.drain();
+        let state = context.drain();
         let freed = release(&context, addr, &[Kind::Device, Kind::Managed]);
-        context.check()?;
-        freed
+        state.and(freed)
     })
 }
 
@@ -102,10 +101,9 @@ pub unsafe extern "C" fn cuMemFreeHost(addr: u64) -> CUresult {
     api("cuMemFreeHost", || {
         let context = current_any()?;
         capture::forbid_unsafe("cuMemFreeHost")?;
-        context.drain();
+        let state = context.drain();
         let freed = release(&context, addr, &[Kind::Host]);
-        context.check()?;
-        freed
+        state.and(freed)
     })
 }
 

@@ -286,9 +286,9 @@ pub unsafe extern "C" fn cuModuleUnload(handle: Handle) -> CUresult {
     api("cuModuleUnload", || {
         let context = current_any()?;
         capture::forbid_unsafe("cuModuleUnload")?;
-        context.drain();
+        let state = context.drain();
         unload(handle, &context)?;
-        context.check()
+        state
     })
 }
 

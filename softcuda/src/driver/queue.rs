@@ -70,6 +70,16 @@ impl Task {
         }
     }
 
+    /// Whether it runs in a context that is in error too: points are still reached, for others wait for them, and callbacks are
+    /// told of the error.
+    fn outlives_fault(&self) -> bool {
+        match self {
+            Task::Record(_) | Task::Wait(_) => true,
+            Task::Op(op) => matches!(**op, Op::Callback { .. }),
+            Task::Call(_) => false,
+        }
+    }
+
     /// What can wait in a queue without the caller's memory staying as it is.
     fn staged(self) -> Task {
         match self {
@@ -180,7 +190,8 @@ impl Drop for Turn<'_> {
 /// Adds a task to a stream: it runs when everything before it has run.
 ///
 /// # Errors
-/// The task's own if it ran in this call; those of a task that runs later put the context in error.
+/// The task's own if it ran in this call; those of a task that runs later put the context in error, which is this call's error
+/// if it waits for the task.
 pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -> Outcome {
     loop {
         let order = lock(&context.order);
@@ -193,6 +204,10 @@ pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -
                 lock(&stream.queue.state).inline = true;
                 drop(order);
                 let _turn = Turn(&stream.queue);
+                // Another thread's work may have put the context in error while this call waited for its turn.
+                if matches!(task, Task::Op(_)) {
+                    context.check()?;
+                }
                 let order = place(stream, context, &task);
                 return order::with(order, || task.run(context));
             }
@@ -213,10 +228,7 @@ pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -
                 }
                 drop(state);
                 drop(order);
-                if waits_for_host {
-                    stream.settle();
-                }
-                return Ok(());
+                return if waits_for_host { stream.settle() } else { Ok(()) };
             }
         }
     }
@@ -274,8 +286,7 @@ fn work(stream: &Stream, context: &Context) {
         };
         state.working = true;
         drop(state);
-        // In a context that is in error nothing runs any more; points are still reached, for others wait for them.
-        let runs = matches!(task, Task::Record(_) | Task::Wait(_)) || context.check().is_ok();
+        let runs = task.outlives_fault() || context.check().is_ok();
         if runs {
             let outcome =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| order::with(order, || task.run(context))));

@@ -57,9 +57,9 @@ pub unsafe extern "C" fn cuMemHostUnregister(start: u64) -> CUresult {
     api("cuMemHostUnregister", || {
         let context = current_any()?;
         capture::forbid_unsafe("cuMemHostUnregister")?;
-        context.drain();
+        let state = context.drain();
         match RANGES.write().unwrap_or_else(PoisonError::into_inner).remove(&start) {
-            Some(_) => context.check(),
+            Some(_) => state,
             None => Err(CUresult::ERROR_HOST_MEMORY_NOT_REGISTERED
                 .with(format!("{start:#x} is not the start of a registered range"))),
         }

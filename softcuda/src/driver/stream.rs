@@ -81,19 +81,25 @@ impl Stream {
         queue::submit(self, &context, task)
     }
 
-    /// Waits for all work of the stream, and where it is the legacy stream for that of the streams it would wait for.
+    /// As [`Stream::settle`], and where it is the legacy stream also for the streams that it would wait for.
     pub fn drain(&self) -> Outcome {
         if self.kind == Kind::Legacy {
-            for stream in self.context()?.blocking_streams() {
-                stream.settle();
-            }
+            self.context()?.blocking_streams().iter().for_each(|stream| stream.finish());
         }
-        self.settle();
-        Ok(())
+        self.settle()
     }
 
     /// The host waits for the work of this stream alone.
-    pub fn settle(&self) {
+    ///
+    /// # Errors
+    /// The context is in error: some of that work faulted, or was not done because other work had.
+    pub fn settle(&self) -> Outcome {
+        self.finish();
+        self.context()?.check()
+    }
+
+    /// Waits until nothing is left to do, whatever came of it.
+    pub fn finish(&self) {
         self.queue.drain();
         self.order.met_by_host();
     }
@@ -174,9 +180,7 @@ pub unsafe extern "C" fn cuStreamSynchronize(handle: Handle) -> CUresult {
     api("cuStreamSynchronize", || {
         let stream = stream(handle)?;
         check_wait(&stream, "synchronisation")?;
-        let context = stream.context()?;
-        stream.drain()?;
-        context.check()
+        stream.drain()
     })
 }
 
@@ -189,7 +193,8 @@ pub unsafe extern "C" fn cuStreamQuery(handle: Handle) -> CUresult {
             return Err(CUresult::ERROR_NOT_READY.into());
         }
         stream.order.met_by_host();
-        Ok(())
+        // What was done since the call began may have faulted.
+        stream.context()?.check()
     })
 }
 

@@ -299,9 +299,9 @@ impl Op {
                 Ok(())
             }
             Op::Callback { function, stream, data } => {
-                // In a context that is in error no work runs, and this neither.
+                let status = context.check().err().map_or(CUresult::SUCCESS, |failure| failure.code);
                 // SAFETY: the caller of cuStreamAddCallback vouches for the function and its argument.
-                super::context::without_api(|| unsafe { function(stream, CUresult::SUCCESS, data as *mut c_void) });
+                super::context::without_api(|| unsafe { function(stream, status, data as *mut c_void) });
                 Ok(())
             }
             Op::Upload { dst, ref data } => {
