@@ -31,6 +31,7 @@ pub mod ptx;
 #[cfg(unix)]
 mod report;
 pub mod tensormap;
+mod whole;
 
 #[cfg(unix)]
 pub use control::{Control, LaunchRecord};

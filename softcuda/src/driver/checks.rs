@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::control::give;
 use super::status::{CUresult, Outcome};
-use super::{driver, lock};
+use super::{driver, lock, tally};
 use crate::check::{Checks, Selection};
 use crate::exec::observe::Watch;
 use crate::memory::{Allocation, AllocationWatch, Kind};
@@ -36,7 +36,7 @@ fn switch(names: &str) -> Outcome {
     let selection = Selection::parse(names).map_err(|word| {
         let text =
             format!("SOFTCUDA_CHECKS: `{word}` is no checker; there are memory, init, race, sync, async and all");
-        eprintln!("softcuda: {text}");
+        super::say(&text);
         CUresult::ERROR_INVALID_VALUE.with(text)
     })?;
     let memory = &driver()?.memory;
@@ -107,13 +107,15 @@ pub(super) fn print_new() {
     let all = checks.findings().all();
     let done = PRINTED.swap(all.len(), Ordering::Relaxed);
     let Some(new) = all.get(done..).filter(|new| !new.is_empty()) else { return };
-    let file = std::env::var_os("SOFTCUDA_FINDINGS").filter(|path| !path.is_empty());
-    let mut file = file.and_then(|path| OpenOptions::new().create(true).append(true).open(path).ok());
-    for finding in new {
-        eprintln!("softcuda: {finding}");
-        if let Some(file) = &mut file {
-            let _ = writeln!(file, "{finding}");
-        }
+    tally::add(tally::Place::Findings, new.len());
+    new.iter().for_each(super::say);
+    let Some(path) = std::env::var_os("SOFTCUDA_FINDINGS").filter(|path| !path.is_empty()) else { return };
+    // In one write: lines of several processes do not mix.
+    let lines: String = new.iter().map(|finding| format!("{finding}\n")).collect();
+    let file = OpenOptions::new().create(true).append(true).open(&path);
+    if let Err(error) = file.and_then(|mut file| file.write_all(lines.as_bytes())) {
+        let path = std::path::Path::new(&path).display();
+        super::say(format_args!("SOFTCUDA_FINDINGS: {} findings are not in {path}: {error}", new.len()));
     }
 }
 

@@ -55,6 +55,11 @@ thread_local! {
     static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Whether this thread still has a current context or none; not at its end.
+pub(super) fn reachable() -> bool {
+    CURRENT.try_with(|_| ()).is_ok()
+}
+
 /// Runs a host function of a stream, which may not call CUDA (driver API, `cuLaunchHostFunc`).
 pub(super) fn without_api(function: impl FnOnce()) {
     IN_HOST_FUNCTION.set(true);
@@ -95,6 +100,7 @@ impl Context {
         super::event::EVENTS.retain(|event| event.context != self.handle);
         super::module::MODULES.retain(|module| module.context != self.handle);
         super::function::FUNCTIONS.retain(|function| function.context != self.handle);
+        super::registered::close_context(self.handle);
         if let Ok(driver) = driver() {
             for addr in lock(&self.allocations).drain() {
                 super::checks::leaked(addr);
@@ -158,12 +164,23 @@ impl Context {
     }
 }
 
-/// The calling thread's context, even one in error.
-pub(super) fn current_any() -> Outcome<Arc<Context>> {
+/// For calls that need no current context: the driver is there, and this is no host function of a stream.
+pub(super) fn check_caller() -> Outcome {
     driver()?;
     if IN_HOST_FUNCTION.get() {
         return Err(CUresult::ERROR_NOT_PERMITTED.with("a host function of a stream may not call CUDA"));
     }
+    Ok(())
+}
+
+/// The context that an allocation was made in.
+pub(super) fn owner(start: u64) -> Option<Arc<Context>> {
+    CONTEXTS.select(|context| lock(&context.allocations).contains(&start)).pop()
+}
+
+/// The calling thread's context, even one in error.
+pub(super) fn current_any() -> Outcome<Arc<Context>> {
+    check_caller()?;
     CURRENT
         .with_borrow(|stack| stack.last().cloned())
         .ok_or_else(|| CUresult::ERROR_INVALID_CONTEXT.with("no context is current to this thread"))

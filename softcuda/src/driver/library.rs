@@ -140,7 +140,7 @@ pub unsafe extern "C" fn cuLibraryUnload(handle: Handle) -> CUresult {
             // A context that is gone has taken the module with it.
             if let Ok(context) = CONTEXTS.get(context) {
                 state = state.and(context.drain());
-                module::unload(module, &context)?;
+                module::unload(module)?;
             }
         }
         state

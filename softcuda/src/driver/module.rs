@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::{Arc, Mutex};
 
-use super::context::{Context, current, current_any};
+use super::context::{CONTEXTS, Context, check_caller, current};
 use super::function::{FUNCTIONS, Function};
 use super::handles::{Handle, Table, fresh};
 use super::memory::{allocate, release};
@@ -64,7 +64,7 @@ pub(super) struct Placed<'a> {
 impl Drop for Placed<'_> {
     fn drop(&mut self) {
         for addr in self.addresses.drain(..) {
-            let _ = release(self.context, addr, &[Kind::Module]);
+            let _ = release(addr, &[Kind::Module]);
         }
     }
 }
@@ -161,7 +161,7 @@ pub(super) fn load(text: &str, context: &Context) -> Outcome<Handle> {
     capture::forbid_unsafe("cuModuleLoadData")?;
     let module = compile(text, context).inspect_err(|failure| {
         if let Some(detail) = &failure.detail {
-            eprintln!("softcuda: module not loaded: {detail}");
+            super::say(format_args!("module not loaded: {detail}"));
         }
     })?;
     Ok(MODULES.add(module))
@@ -270,13 +270,13 @@ pub unsafe extern "C" fn cuModuleLoad(to: *mut Handle, path: *const c_char) -> C
 }
 
 /// Drops a module and gives back its memory.
-pub(super) fn unload(handle: Handle, context: &Context) -> Outcome {
+pub(super) fn unload(handle: Handle) -> Outcome {
     let module = MODULES.remove(handle)?;
     for (_, function) in lock(&module.functions).drain() {
         let _ = FUNCTIONS.remove(function);
     }
     for (addr, _) in module.globals.values() {
-        let _ = release(context, *addr, &[Kind::Module]);
+        let _ = release(*addr, &[Kind::Module]);
     }
     Ok(())
 }
@@ -284,10 +284,10 @@ pub(super) fn unload(handle: Handle, context: &Context) -> Outcome {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleUnload(handle: Handle) -> CUresult {
     api("cuModuleUnload", || {
-        let context = current_any()?;
+        check_caller()?;
         capture::forbid_unsafe("cuModuleUnload")?;
-        let state = context.drain();
-        unload(handle, &context)?;
+        let state = CONTEXTS.get(MODULES.get(handle)?.context)?.drain();
+        unload(handle)?;
         state
     })
 }
@@ -296,7 +296,7 @@ pub unsafe extern "C" fn cuModuleUnload(handle: Handle) -> CUresult {
 unsafe fn module_and_name(handle: Handle, name: *const c_char) -> Outcome<(Arc<Module>, String)> {
     driver()?;
     let module = MODULES.get(handle)?;
-    super::context::CONTEXTS.get(module.context)?.check()?;
+    CONTEXTS.get(module.context)?.check()?;
     if name.is_null() {
         return Err(CUresult::ERROR_INVALID_VALUE.with("`name` is null"));
     }

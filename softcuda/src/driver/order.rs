@@ -94,6 +94,11 @@ thread_local! {
     static CURRENT: std::cell::RefCell<Option<Arc<LaunchOrder>>> = const { std::cell::RefCell::new(None) };
 }
 
+/// Whether this thread still has such an order; not at its end.
+pub(super) fn reachable() -> bool {
+    CURRENT.try_with(|_| ()).is_ok()
+}
+
 /// The order of the work that this thread is running; `None` where it cannot be told.
 pub(super) fn current() -> Option<Arc<LaunchOrder>> {
     CURRENT.with_borrow(Clone::clone).filter(|_| !LOST.load(Ordering::Relaxed))

@@ -105,7 +105,7 @@ pub unsafe extern "C" fn cuMemFreeAsync(addr: u64, handle: Handle) -> CUresult {
         }
         // Refused now, for in its turn nobody hears of it.
         super::memory::check_release(addr, &[Kind::Device])?;
-        let release = move |context: &Context| release(context, addr, &[Kind::Device]);
+        let release = move |_: &Context| release(addr, &[Kind::Device]);
         stream.submit_task(Task::Call(Box::new(release)))?;
         if let Some((pool, bytes)) = lock(&OWNERS).remove(&addr) {
             lock(&pool.state).used -= bytes;

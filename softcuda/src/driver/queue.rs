@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::context::Context;
-use super::status::Outcome;
+use super::status::{CUresult, Outcome};
 use super::stream::{Kind, Stream};
 use super::work::Op;
 use super::{checks, control, lock, order};
@@ -216,16 +216,17 @@ pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -
                 let place = place(stream, context, &task);
                 let gates: Vec<_> = rivals(stream, context).iter().filter_map(|other| other.queue.tail()).collect();
                 let mut state = lock(&stream.queue.state);
+                if !state.thread {
+                    let (stream, context) = (stream.clone(), context.clone());
+                    let thread = std::thread::Builder::new().name("softcuda stream".to_owned());
+                    thread.spawn(move || work(&stream, &context)).map_err(|error| {
+                        CUresult::ERROR_OPERATING_SYSTEM.with(format!("no thread for the stream: {error}"))
+                    })?;
+                    state.thread = true;
+                }
                 state.tasks.extend(gates.into_iter().map(|gate| (Task::Wait(gate), None)));
                 state.tasks.push_back((task.staged(), place));
                 stream.queue.changed.notify_all();
-                if !state.thread {
-                    state.thread = true;
-                    let (stream, context) = (stream.clone(), context.clone());
-                    // Without a thread there is no way to go on: the panic becomes the call's error.
-                    let name = "softcuda stream".to_owned();
-                    std::thread::Builder::new().name(name).spawn(move || work(&stream, &context)).expect("a thread");
-                }
                 drop(state);
                 drop(order);
                 return if waits_for_host { stream.settle() } else { Ok(()) };
@@ -290,9 +291,8 @@ fn work(stream: &Stream, context: &Context) {
         if runs {
             let outcome =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| order::with(order, || task.run(context))));
-            let outcome = outcome.unwrap_or_else(|_| {
-                Err(super::status::CUresult::ERROR_UNKNOWN.with("internal error of softcuda in a stream's work"))
-            });
+            let outcome = outcome
+                .unwrap_or_else(|_| Err(CUresult::ERROR_UNKNOWN.with("internal error of softcuda in a stream's work")));
             if let Err(failure) = outcome {
                 control::record_fault(failure.detail.as_deref().unwrap_or_default());
                 context.set_fault(failure);
