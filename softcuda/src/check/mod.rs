@@ -19,7 +19,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use finding::{Finding, Findings, Place};
+pub use race::Operation;
 
+use crate::exec::LaunchOrder;
 use crate::exec::observe::Watch;
 
 /// The checkers there are.
@@ -145,6 +147,15 @@ impl Checks {
     pub fn leaked(&self, address: u64, bytes: u64, serial: u64) {
         if let Some(memory) = &self.memory {
             memory.leaked(address, bytes, serial);
+        }
+    }
+
+    /// The driver does this in a stream with device memory; `order` as for launches.
+    pub fn operation(&self, order: &Arc<LaunchOrder>, operation: Operation, address: u64, bytes: u64, writes: bool) {
+        if let Some(race) = &self.race
+            && bytes > 0
+        {
+            race.operation(order, operation, address, bytes, writes);
         }
     }
 

@@ -8,8 +8,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::control::give;
 use super::status::{CUresult, Outcome};
-use super::{driver, lock, tally};
-use crate::check::{Checks, Selection};
+use super::{driver, lock, order, tally};
+use crate::check::{Checks, Operation, Selection};
+use crate::exec::LaunchOrder;
 use crate::exec::observe::Watch;
 use crate::memory::{Allocation, AllocationWatch, Kind};
 
@@ -71,22 +72,48 @@ pub(super) fn watches() -> Vec<Arc<dyn Watch>> {
     checks().map_or_else(Vec::new, |checks| checks.watches())
 }
 
-/// The driver wrote device memory.
-pub(super) fn wrote(address: u64, bytes: u64) {
+/// The driver wrote a value that kernels may be polling.
+pub(super) fn signalled(address: u64, bytes: u64) {
     if let Some(checks) = checks() {
         checks.host_wrote(address, bytes);
     }
 }
 
-/// The driver copied; either end may be the host's.
+/// The driver set device memory.
+pub(super) fn set(address: u64, bytes: u64) {
+    let Some(checks) = checks() else { return };
+    checks.host_wrote(address, bytes);
+    if let Some(order) = order::current() {
+        checks.operation(&order, Operation::Set, address, bytes, true);
+        print_new();
+    }
+}
+
+/// The driver copied; either end may be the host's, or a place of its own (0).
 pub(super) fn copied(from: u64, to: u64, bytes: u64) {
     let (Some(checks), Ok(driver)) = (checks(), driver()) else { return };
-    if driver.memory.contains(to) {
-        if driver.memory.contains(from) {
-            checks.copied(from, to, bytes);
-        } else {
-            checks.host_wrote(to, bytes);
-        }
+    let [reads, writes] = [from, to].map(|address| driver.memory.contains(address));
+    match (reads, writes) {
+        (true, true) => checks.copied(from, to, bytes),
+        (false, true) => checks.host_wrote(to, bytes),
+        _ => {}
+    }
+    let Some(order) = order::current() else { return };
+    if reads {
+        checks.operation(&order, Operation::Copy, from, bytes, false);
+    }
+    if writes {
+        checks.operation(&order, Operation::Copy, to, bytes, true);
+    }
+    print_new();
+}
+
+/// The driver is about to free an allocation, in a stream's order or in the host's.
+pub(super) fn freed(address: u64, order: Option<Arc<LaunchOrder>>) {
+    let (Some(checks), Ok(driver), Some(order)) = (checks(), driver(), order) else { return };
+    if let Some(a) = driver.memory.find(address) {
+        checks.operation(&order, Operation::Free, a.start, a.bytes(), true);
+        print_new();
     }
 }
 

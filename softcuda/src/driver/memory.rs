@@ -35,6 +35,7 @@ fn release_now(function: &str, addr: u64, kinds: &[Kind]) -> Outcome {
     capture::forbid_unsafe(function)?;
     check_release(addr, kinds)?;
     let state = owner(addr).map_or(Ok(()), |context| context.drain());
+    super::checks::freed(addr, super::order::of_host());
     state.and(release(addr, kinds))
 }
 

@@ -56,8 +56,6 @@ pub(super) enum Task {
     Record(Arc<Point>),
     /// Waits for a point of another stream.
     Wait(Arc<Point>),
-    /// Driver's own work that must keep the stream's order.
-    Call(Box<dyn FnOnce(&Context) -> Outcome + Send>),
 }
 
 impl Task {
@@ -66,7 +64,7 @@ impl Task {
         match self {
             Task::Op(op) => op.may_wait(),
             Task::Wait(point) => point.reached().is_none(),
-            Task::Record(_) | Task::Call(_) => false,
+            Task::Record(_) => false,
         }
     }
 
@@ -76,7 +74,6 @@ impl Task {
         match self {
             Task::Record(_) | Task::Wait(_) => true,
             Task::Op(op) => matches!(**op, Op::Callback { .. }),
-            Task::Call(_) => false,
         }
     }
 
@@ -99,7 +96,6 @@ impl Task {
                 point.wait();
                 Ok(())
             }
-            Task::Call(call) => call(context),
         }
     }
 }

@@ -44,6 +44,7 @@ pub use interpreter::Isa;
 pub use print::Output;
 
 pub(crate) use reduce::allowed as reduction_allowed;
+pub(crate) use schedule::fresh_grid;
 
 use crate::lower::Kernel;
 
