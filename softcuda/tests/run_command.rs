@@ -77,12 +77,22 @@ fn a_c_program_linked_with_the_driver() {
     fs::write(&source, names.iter().map(|name| format!("int {name}() {{ return 34; }}\n")).collect::<String>())
         .unwrap();
     let (source, stub) = (source.to_str().unwrap(), stub.to_str().unwrap());
-    if cc(&["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", source, "-o", stub]).is_none() {
-        return;
+    for name in ["libcuda.so.1", "libcuda.so"] {
+        if cc(&["-shared", "-fPIC", &format!("-Wl,-soname,{name}"), source, "-o", stub]).is_none() {
+            return;
+        }
+        cc(&["-DLINKED", &client(), stub, "-o", program.to_str().unwrap()]).unwrap();
+        let (out, _) = ends(&run(&folder, &[], &program, &[]), 0);
+        assert_eq!(out, "saxpy on softcuda H100 (software device)\n");
     }
-    cc(&["-DLINKED", &client(), stub, "-o", program.to_str().unwrap()]).unwrap();
+    // Linked with softcuda itself, it asks for the driver by the name that NVIDIA's has, and no other.
+    let library = softcuda::library().unwrap();
+    cc(&["-DLINKED", &client(), library.to_str().unwrap(), "-o", program.to_str().unwrap()]).unwrap();
     let (out, _) = ends(&run(&folder, &[], &program, &[]), 0);
     assert_eq!(out, "saxpy on softcuda H100 (software device)\n");
+    let bytes = fs::read(&program).unwrap();
+    let names = |name: &[u8]| bytes.windows(name.len()).any(|window| window == name);
+    assert!(names(b"\0libcuda.so.1\0") && !names(b"\0libcuda.so\0"));
 }
 
 /// Not a test: a plain cudarc program, which the next test runs in a process of its own.

@@ -5,8 +5,8 @@
 //! error, and every later call on that context returns it, until the context is destroyed.
 //!
 //! Handles are numbers that are never dereferenced and never reused, so a stale or foreign one is an error rather than
-//! undefined behaviour. What is not implemented has no symbol, or returns `CUDA_ERROR_NOT_SUPPORTED` with a line on
-//! standard error that names it.
+//! undefined behaviour. What is not implemented returns `CUDA_ERROR_NOT_SUPPORTED`, with a line on standard error that names
+//! it.
 //!
 //! `cuGetErrorString` appends what the driver knows beyond the code. Environment:
 //! - `SOFTCUDA_DEVICE`, `SOFTCUDA_DEVICES`, `SOFTCUDA_MEMORY_MIB`: see [`crate::device`]
@@ -48,6 +48,7 @@ mod occupancy;
 mod order;
 mod patch;
 mod peer;
+mod per_thread;
 mod pitched;
 mod pool;
 mod proc_address;

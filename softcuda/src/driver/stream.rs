@@ -1,5 +1,6 @@
 //! Streams: `cuStream*`, apart from capture.
 
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
@@ -105,8 +106,22 @@ impl Stream {
     }
 }
 
+thread_local! {
+    /// Whether the call that this thread is in takes no stream for its own default one.
+    static DEFAULT_PER_THREAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Makes a call in which no stream means the thread's own default stream.
+pub(super) fn with_default_per_thread(call: impl FnOnce() -> CUresult) -> CUresult {
+    let before = DEFAULT_PER_THREAD.replace(true);
+    let result = call();
+    DEFAULT_PER_THREAD.set(before);
+    result
+}
+
 /// The stream of a handle, special ones included, whose context is alive and not in error.
 pub(super) fn stream(handle: Handle) -> Outcome<Arc<Stream>> {
+    let handle = if handle == 0 && DEFAULT_PER_THREAD.get() { PER_THREAD } else { handle };
     match handle {
         0 | LEGACY => Ok(current()?.legacy_stream.clone()),
         PER_THREAD => {
