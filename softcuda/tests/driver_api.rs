@@ -379,7 +379,7 @@ fn proc_addresses_are_complete() {
     let (code, status, found) = address("cuGraphAddKernelNode", 11_000);
     assert_eq!((code, found), (CUresult::CUDA_ERROR_NOT_FOUND, null_mut()));
     assert_eq!(status, CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT);
-    let (code, status, _) = address("cuTexRefCreate", 12_080);
+    let (code, status, _) = address("cuTexRefrain", 12_080);
     assert_eq!((code, status), (CUresult::CUDA_ERROR_NOT_FOUND, CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND));
 }
 
