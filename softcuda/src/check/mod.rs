@@ -150,13 +150,17 @@ impl Checks {
         }
     }
 
-    /// The driver does this in a stream with device memory; `order` as for launches.
-    pub fn operation(&self, order: &Arc<LaunchOrder>, operation: Operation, address: u64, bytes: u64, writes: bool) {
-        if let Some(race) = &self.race
-            && bytes > 0
-        {
-            race.operation(order, operation, address, bytes, writes);
-        }
+    /// The driver does this in a stream with device memory; `order` as for launches. Returns whether there was something to
+    /// report.
+    pub fn operation(
+        &self,
+        order: &Arc<LaunchOrder>,
+        operation: Operation,
+        address: u64,
+        bytes: u64,
+        writes: bool,
+    ) -> bool {
+        bytes > 0 && self.race.as_ref().is_some_and(|race| race.operation(order, operation, address, bytes, writes))
     }
 
     /// The host, or the driver in its name, wrote device memory.

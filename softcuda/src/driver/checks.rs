@@ -83,8 +83,9 @@ pub(super) fn signalled(address: u64, bytes: u64) {
 pub(super) fn set(address: u64, bytes: u64) {
     let Some(checks) = checks() else { return };
     checks.host_wrote(address, bytes);
-    if let Some(order) = order::current() {
-        checks.operation(&order, Operation::Set, address, bytes, true);
+    if let Some(order) = order::current()
+        && checks.operation(&order, Operation::Set, address, bytes, true)
+    {
         print_new();
     }
 }
@@ -99,20 +100,19 @@ pub(super) fn copied(from: u64, to: u64, bytes: u64) {
         _ => {}
     }
     let Some(order) = order::current() else { return };
-    if reads {
-        checks.operation(&order, Operation::Copy, from, bytes, false);
+    let read = reads && checks.operation(&order, Operation::Copy, from, bytes, false);
+    let written = writes && checks.operation(&order, Operation::Copy, to, bytes, true);
+    if read || written {
+        print_new();
     }
-    if writes {
-        checks.operation(&order, Operation::Copy, to, bytes, true);
-    }
-    print_new();
 }
 
 /// The driver is about to free an allocation, in a stream's order or in the host's.
 pub(super) fn freed(address: u64, order: Option<Arc<LaunchOrder>>) {
     let (Some(checks), Ok(driver), Some(order)) = (checks(), driver(), order) else { return };
-    if let Some(a) = driver.memory.find(address) {
-        checks.operation(&order, Operation::Free, a.start, a.bytes(), true);
+    if let Some(a) = driver.memory.find(address)
+        && checks.operation(&order, Operation::Free, a.start, a.bytes(), true)
+    {
         print_new();
     }
 }

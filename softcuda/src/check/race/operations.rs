@@ -12,8 +12,15 @@ use crate::exec::LaunchOrder;
 use crate::exec::observe::Scope;
 
 impl Race {
-    /// Checks an access to `bytes` from an address on, and remembers it.
-    pub fn operation(&self, order: &Arc<LaunchOrder>, operation: Operation, address: u64, bytes: u64, writes: bool) {
+    /// Checks an access to `bytes` from an address on, and remembers it. Returns whether there was something to report.
+    pub fn operation(
+        &self,
+        order: &Arc<LaunchOrder>,
+        operation: Operation,
+        address: u64,
+        bytes: u64,
+        writes: bool,
+    ) -> bool {
         let number = self.launches.operation(operation, order);
         let mut found = None;
         let beside = |number| self.launches.beside(number, Some(order)).is_some();
@@ -33,10 +40,12 @@ impl Race {
             let run = Run { lane: 0, from: address, to: address + bytes, shift: MANY };
             global(&mut Pages::new(&self.global), &run, &by, &mut found);
         }
-        let Some(conflict): Option<Conflict> = found else { return };
-        if let Some(earlier) = self.launches.beside(conflict.other.launch(), Some(order)) {
-            report::of_operation(&self.findings, (operation, writes), (address, bytes), &earlier, &conflict);
+        let Some(conflict): Option<Conflict> = found else { return false };
+        let earlier = self.launches.beside(conflict.other.launch(), Some(order));
+        if let Some(earlier) = &earlier {
+            report::of_operation(&self.findings, (operation, writes), (address, bytes), earlier, &conflict);
         }
+        earlier.is_some()
     }
 }
 
