@@ -155,6 +155,7 @@ fn load(path: PathBuf, names: &[&str]) -> Result<Installed, InstallError> {
     // a real driver could be found.
     // SAFETY: nothing is loaded by this.
     let loaded = |name: &str| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL | libc::RTLD_NOLOAD) };
+    #[cfg(target_os = "linux")]
     for name in NAMES {
         if loaded(name).is_err() {
             let failed = |error: std::io::Error| InstallError::Load { path: path.clone(), reason: error.to_string() };

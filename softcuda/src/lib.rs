@@ -33,6 +33,7 @@ pub mod ptx;
 #[cfg(unix)]
 mod report;
 pub mod tensormap;
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
 mod whole;
 
 #[cfg(unix)]
