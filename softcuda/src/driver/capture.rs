@@ -5,13 +5,13 @@ use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use std::thread::ThreadId;
 
 use super::event::Event;
 use super::graph::{Entry, GRAPHS, Graph, NODES};
 use super::graph_nodes::{check_members, handles};
-use super::handles::{Handle, fresh};
+use super::handles::{Closer, Handle, fresh, when_a_context_goes};
 use super::status::{CUresult, Outcome};
 use super::stream::{Kind, Stream, stream};
 use super::work::Op;
@@ -114,10 +114,14 @@ fn close(which: impl Fn(&Capture) -> bool) {
     }
 }
 
-/// A context is gone, and its captures with it.
-pub(super) fn close_context(context: Handle) {
-    lock(&ACTIVE).iter().filter(|capture| capture.context == context).for_each(|capture| capture.discard());
-    close(|capture| capture.context == context);
+/// Ends a context's captures with it.
+struct Captures;
+
+impl Closer for Captures {
+    fn close(&self, context: Handle) {
+        lock(&ACTIVE).iter().filter(|capture| capture.context == context).for_each(|capture| capture.discard());
+        close(|capture| capture.context == context);
+    }
 }
 
 /// A stream is gone: what it began has no end, and what it took part in cannot be joined.
@@ -254,6 +258,8 @@ pub unsafe extern "C" fn cuStreamBeginCapture_v2(handle: Handle, mode: u32) -> C
             graph_handle,
             streams: Mutex::new(vec![stream.clone()]),
         });
+        static LISTED: Once = Once::new();
+        when_a_context_goes(&LISTED, &Captures);
         let mut active = lock(&ACTIVE);
         active.push(capture.clone());
         ACTIVE_COUNT.store(active.len(), Ordering::Release);

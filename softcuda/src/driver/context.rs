@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 
-use super::handles::{Handle, Table, fresh};
+use super::handles::{self, Handle, Table, fresh};
 use super::status::{CUresult, Failure, Outcome};
 use super::stream::{Kind, Stream};
 use super::{api, driver, lock, out};
@@ -95,12 +95,7 @@ impl Context {
         self.finish();
         self.destroyed.store(true, Ordering::Release);
         let _ = CONTEXTS.remove(self.handle);
-        super::capture::close_context(self.handle);
-        super::stream::STREAMS.retain(|stream| !stream.belongs_to(self.handle));
-        super::event::EVENTS.retain(|event| event.context != self.handle);
-        super::module::MODULES.retain(|module| module.context != self.handle);
-        super::function::FUNCTIONS.retain(|function| function.context != self.handle);
-        super::registered::close_context(self.handle);
+        handles::close_context(self.handle);
         if let Ok(driver) = driver() {
             for addr in lock(&self.allocations).drain() {
                 super::checks::leaked(addr);

@@ -2,7 +2,7 @@
 
 use super::capture::{self, Capture};
 use super::context::current;
-use super::handles::{Handle, Table};
+use super::handles::{Children, Handle, Owned};
 use super::order::Clock;
 use super::queue::{Point, Task};
 use super::status::{CUresult, Outcome};
@@ -30,7 +30,13 @@ pub(super) struct Mark {
     pub clock: Clock,
 }
 
-pub(super) static EVENTS: Table<Event> = Table::new("event", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static EVENTS: Children<Event> = Children::new("event", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Event {
+    fn owner(&self) -> Handle {
+        self.context
+    }
+}
 
 impl Event {
     /// Records a point that is reached.

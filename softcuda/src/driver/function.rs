@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
-use super::handles::{Handle, Table};
+use super::handles::{Children, Handle, Owned};
 use super::module::Module;
 use super::status::{CUresult, Outcome};
 use super::{api, driver, out};
@@ -29,7 +29,13 @@ pub(super) struct Function {
     binary_version: u32,
 }
 
-pub(super) static FUNCTIONS: Table<Function> = Table::new("function", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static FUNCTIONS: Children<Function> = Children::new("function", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Function {
+    fn owner(&self) -> Handle {
+        self.context
+    }
+}
 
 impl Function {
     pub fn new(

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::context::{CONTEXTS, Context, check_caller, current};
 use super::function::{FUNCTIONS, Function};
-use super::handles::{Handle, Table, fresh};
+use super::handles::{Children, Handle, Owned, fresh};
 use super::memory::{allocate, release};
 use super::status::{CUresult, Outcome};
 use super::{api, capture, driver, globals, lock, out};
@@ -30,7 +30,13 @@ pub(super) struct Module {
     functions: Mutex<HashMap<String, Handle>>,
 }
 
-pub(super) static MODULES: Table<Module> = Table::new("module", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static MODULES: Children<Module> = Children::new("module", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Module {
+    fn owner(&self) -> Handle {
+        self.context
+    }
+}
 
 /// The newest PTX that the parser follows.
 const PTX_VERSION: (u32, u32) = (9, 5);

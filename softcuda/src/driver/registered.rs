@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Once, PoisonError, RwLock};
 
 use super::context::{CONTEXTS, check_caller, current};
-use super::handles::Handle;
+use super::handles::{Closer, Handle, when_a_context_goes};
 use super::status::CUresult;
 use super::{api, capture, driver, out};
 
@@ -24,9 +24,13 @@ fn found(addr: u64) -> Option<(Range<u64>, u32)> {
     (addr < found.end).then_some((*start..found.end, found.flags))
 }
 
-/// A context is gone, and what was registered in it is the host's pageable memory again.
-pub(super) fn close_context(context: Handle) {
-    RANGES.write().unwrap_or_else(PoisonError::into_inner).retain(|_, range| range.context != context);
+/// What was registered in a context is the host's pageable memory again when that goes.
+struct Registrations;
+
+impl Closer for Registrations {
+    fn close(&self, context: Handle) {
+        RANGES.write().unwrap_or_else(PoisonError::into_inner).retain(|_, range| range.context != context);
+    }
 }
 
 /// The registered range that contains `addr`.
@@ -59,6 +63,8 @@ pub unsafe extern "C" fn cuMemHostRegister_v2(start: u64, bytes: usize, flags: u
             return Err(CUresult::ERROR_HOST_MEMORY_ALREADY_REGISTERED
                 .with(format!("{bytes} bytes at {start:#x} are registered or page-locked already")));
         }
+        static LISTED: Once = Once::new();
+        when_a_context_goes(&LISTED, &Registrations);
         ranges.insert(start, Registration { end, flags, context });
         Ok(())
     })

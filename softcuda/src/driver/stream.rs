@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, Weak};
 use super::capture::{self, Captured};
 use super::context::{Context, current};
 use super::event::EVENTS;
-use super::handles::{Handle, Table, fresh};
+use super::handles::{Children, Handle, Owned, fresh};
 use super::order::StreamOrder;
 use super::queue::{self, Queue, Task};
 use super::status::{CUresult, Outcome};
@@ -43,7 +43,13 @@ pub(super) struct Stream {
     pub capture: Mutex<Option<Captured>>,
 }
 
-pub(super) static STREAMS: Table<Stream> = Table::new("stream", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static STREAMS: Children<Stream> = Children::new("stream", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Stream {
+    fn owner(&self) -> Handle {
+        self.context_handle
+    }
+}
 
 impl Stream {
     fn new(handle: Handle, kind: Kind, priority: i32, context: Weak<Context>, context_handle: Handle) -> Stream {
