@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 
-use super::handles::{Handle, Table, fresh};
+use super::handles::{self, Handle, Table, fresh};
 use super::status::{CUresult, Failure, Outcome};
 use super::stream::{Kind, Stream};
 use super::{api, driver, lock, out};
@@ -55,6 +55,11 @@ thread_local! {
     static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
 }
 
+/// Whether this thread still has a current context or none; not at its end.
+pub(super) fn reachable() -> bool {
+    CURRENT.try_with(|_| ()).is_ok()
+}
+
 /// Runs a host function of a stream, which may not call CUDA (driver API, `cuLaunchHostFunc`).
 pub(super) fn without_api(function: impl FnOnce()) {
     IN_HOST_FUNCTION.set(true);
@@ -87,14 +92,10 @@ impl Context {
 
     /// Frees all that the context owns.
     fn destroy(&self) {
-        self.drain();
+        self.finish();
         self.destroyed.store(true, Ordering::Release);
         let _ = CONTEXTS.remove(self.handle);
-        super::capture::close_context(self.handle);
-        super::stream::STREAMS.retain(|stream| !stream.belongs_to(self.handle));
-        super::event::EVENTS.retain(|event| event.context != self.handle);
-        super::module::MODULES.retain(|module| module.context != self.handle);
-        super::function::FUNCTIONS.retain(|function| function.context != self.handle);
+        handles::close_context(self.handle);
         if let Ok(driver) = driver() {
             for addr in lock(&self.allocations).drain() {
                 super::checks::leaked(addr);
@@ -126,11 +127,18 @@ impl Context {
     }
 
     /// Waits for all work of this context.
-    pub fn drain(&self) {
-        for stream in self.other_streams() {
-            stream.settle();
-        }
-        self.legacy_stream.settle();
+    ///
+    /// # Errors
+    /// The context is in error.
+    pub fn drain(&self) -> Outcome {
+        self.finish();
+        self.check()
+    }
+
+    /// Waits for all work of this context, whatever comes of it.
+    fn finish(&self) {
+        self.other_streams().iter().for_each(|stream| stream.finish());
+        self.legacy_stream.finish();
     }
 
     pub fn description(&self) -> Outcome<&'static Description> {
@@ -151,12 +159,23 @@ impl Context {
     }
 }
 
-/// The calling thread's context, even one in error.
-pub(super) fn current_any() -> Outcome<Arc<Context>> {
+/// For calls that need no current context: the driver is there, and this is no host function of a stream.
+pub(super) fn check_caller() -> Outcome {
     driver()?;
     if IN_HOST_FUNCTION.get() {
         return Err(CUresult::ERROR_NOT_PERMITTED.with("a host function of a stream may not call CUDA"));
     }
+    Ok(())
+}
+
+/// The context that an allocation was made in.
+pub(super) fn owner(start: u64) -> Option<Arc<Context>> {
+    CONTEXTS.select(|context| lock(&context.allocations).contains(&start)).pop()
+}
+
+/// The calling thread's context, even one in error.
+pub(super) fn current_any() -> Outcome<Arc<Context>> {
+    check_caller()?;
     CURRENT
         .with_borrow(|stack| stack.last().cloned())
         .ok_or_else(|| CUresult::ERROR_INVALID_CONTEXT.with("no context is current to this thread"))
@@ -407,8 +426,7 @@ pub unsafe extern "C" fn cuCtxSynchronize_v2(context: Handle) -> CUresult {
 
 fn synchronize(context: &Context) -> Outcome {
     super::capture::forbid_in(context.handle, "cuCtxSynchronize")?;
-    context.drain();
-    context.check()
+    context.drain()
 }
 
 #[unsafe(no_mangle)]

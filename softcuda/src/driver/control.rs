@@ -98,7 +98,7 @@ pub(super) fn record_counters(kernel: &str, counters: &Counters) {
 
 /// Keeps a fault's full text and prints it.
 pub(super) fn record_fault(text: &str) {
-    eprintln!("softcuda: {text}");
+    super::say(text);
     *lock(&LAST_FAULT) = text.to_owned();
 }
 

@@ -100,7 +100,7 @@ pub unsafe extern "C" fn cuCtxDisablePeerAccess(peer: Handle) -> CUresult {
     api("cuCtxDisablePeerAccess", || {
         let context = current()?;
         let peer = CONTEXTS.get(peer)?;
-        context.drain();
+        context.drain()?;
         if !lock(&context.peers).remove(&peer.device) {
             return Err(CUresult::ERROR_PEER_ACCESS_NOT_ENABLED.into());
         }

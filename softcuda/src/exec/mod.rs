@@ -45,6 +45,8 @@ pub use fault::{Fault, FaultKind};
 pub use interpreter::Isa;
 pub use print::Output;
 
+pub(crate) use schedule::fresh_grid;
+
 pub use crate::lower::{InstructionClass, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 
 use crate::lower::Kernel;

@@ -33,11 +33,11 @@ pub struct RaceObserver<'a> {
 }
 
 /// Lanes that touch adjacent pieces in order.
-struct Run {
-    lane: u32,
-    from: u64,
-    to: u64,
-    shift: u32,
+pub(super) struct Run {
+    pub lane: u32,
+    pub from: u64,
+    pub to: u64,
+    pub shift: u32,
 }
 
 impl<'a> RaceObserver<'a> {
@@ -347,7 +347,7 @@ fn each_cell(run: &Run, size: u32, mut each: impl FnMut(u64, (u32, u32), u32)) {
     }
 }
 
-fn global(pages: &mut Pages, run: &Run, by: &Accessor, found: &mut Option<Conflict>) {
+pub(super) fn global(pages: &mut Pages, run: &Run, by: &Accessor, found: &mut Option<Conflict>) {
     let mut at = run.from;
     while at < run.to {
         let end = run.to.min((at / PAGE + 1) * PAGE);
