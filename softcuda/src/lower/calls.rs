@@ -294,7 +294,7 @@ impl Builder<'_> {
         let function = &self.module.functions[f as usize];
         let body = function.body.as_deref().expect("only functions with a body are called");
         self.line = function.line;
-        self.layout.local = 0;
+        self.layout.new_frame();
         self.scopes.truncate(1);
         self.scopes.push(Default::default());
         let signature = Signature::new(&function.params, &function.returns)?;

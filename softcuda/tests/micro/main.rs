@@ -8,6 +8,7 @@
 mod barriers;
 mod bits;
 mod bulk;
+mod call_names;
 mod calls;
 mod clusters;
 mod compare;

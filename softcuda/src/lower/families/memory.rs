@@ -130,6 +130,13 @@ impl Builder<'_> {
         {
             return Err(LowerErrorKind::Invalid(format!("a store to {}", dotted(s))));
         }
+        if let Operand::Address { base: Some(name), .. } | Operand::SymbolOffset { name, .. } | Operand::Name(name) =
+            place
+            && !load
+            && self.is_input(name)
+        {
+            return Err(LowerErrorKind::Invalid(format!("a store to the input parameter `{name}` of a function")));
+        }
         let shared_by_threads = matches!(space, None | Some(Space::Global | Space::Shared | Space::SharedCluster));
         if !shared_by_threads && order != Order::Weak && !i.modifiers.iter().any(|m| m == "volatile") {
             return Err(unknown(i));
