@@ -297,8 +297,9 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 return m.tensormap_op(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
             }
             Code::ProxyFence => {
-                let Extra::ProxyFence(kind, map) = extra() else { unreachable!() };
-                m.proxy_fence(file, *kind, map.as_ref(), pc, mask)?;
+                // An address is not looked at: a fence touches no memory.
+                let Extra::ProxyFence(kind, _) = extra() else { unreachable!() };
+                m.proxy_fence(*kind, pc, mask);
             }
             Code::LoadMatrix | Code::StoreMatrix => {
                 let Extra::MatrixMove { store, inner } = extra() else { unreachable!() };

@@ -6,6 +6,7 @@
 
 mod builder;
 pub(crate) mod calls;
+mod entry_registers;
 mod error;
 mod families;
 mod flow;
@@ -97,6 +98,8 @@ pub struct Kernel {
     pub max_registers: Option<u32>,
     /// Registers of 32 bits per thread that the packed file needs: an estimate of what `ptxas` would use.
     pub registers: u32,
+    /// Registers of 32 bits that each thread has at entry, where `setmaxnreg` moves them about.
+    pub(crate) entry_registers: Option<u32>,
     /// `.version` of the module.
     pub version: (u32, u32),
     /// Source text by line, `lines[0]` is line 1.
@@ -199,6 +202,7 @@ fn lower_kernel(
         blocks_are_clusters: false,
         max_registers: None,
         registers,
+        entry_registers: None,
         version: ast.version,
         lines: Arc::clone(lines),
         body,
@@ -206,6 +210,7 @@ fn lower_kernel(
     for (name, numbers) in &function.directives {
         directive(&mut kernel, name, numbers).map_err(at(function.line))?;
     }
+    kernel.entry_registers = entry_registers::entry_registers(&kernel);
     Ok(kernel)
 }
 

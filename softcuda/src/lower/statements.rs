@@ -131,6 +131,11 @@ impl Builder<'_> {
                 }
                 Ok(())
             }
+            Space::Global | Space::Const if v.count.is_none() => {
+                let address = v.symbol.as_ref().and_then(|s| self.env.symbols.get(s)).copied();
+                let address = address.ok_or_else(|| LowerErrorKind::Invalid(format!("`{}` has no place", v.name)))?;
+                self.declare(&v.name, Symbol::Variable { space: v.space, address })
+            }
             Space::Global | Space::Const | Space::SharedCluster => {
                 Err(LowerErrorKind::Unsupported(format!("`{}` declared in a function", v.name)))
             }

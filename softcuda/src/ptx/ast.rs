@@ -98,6 +98,9 @@ pub struct Variable {
     /// after the last are zero without being listed. Empty: no initialiser.
     pub init: Vec<Init>,
     pub linkage: Linkage,
+    /// For a `.global` or `.const` variable declared in a function: the variable of [`Module::variables`] that it names within its
+    /// scope. It is there from the module's loading to its end, as all of these spaces are.
+    pub symbol: Option<String>,
     /// For `.param`: `.ptr` attributes (space, align) where given.
     pub ptr: Option<(Option<Space>, u32)>,
     pub line: u32,

@@ -29,6 +29,7 @@ mod matrix_hopper;
 mod mbarriers;
 mod memory;
 mod real;
+mod spellings;
 mod tensors;
 mod traffic;
 mod warp;

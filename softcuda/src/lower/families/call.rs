@@ -5,7 +5,7 @@ use super::Class;
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result, Symbol};
 use crate::lower::calls::{Signature, Target, find};
-use crate::lower::ir::{Access, Address, Extra, Order, Reg, Scope};
+use crate::lower::ir::{Access, Address, Extra, Order, Reg, Scope, TRUE};
 use crate::lower::isa::{Code, Width};
 use crate::lower::operands::describe;
 use crate::ptx::ast::{Function, Init, Instruction, Operand, Space, Type, Variable};
@@ -381,6 +381,8 @@ impl<'a> Builder<'a> {
     }
 
     fn store_word_at(&mut self, address: Address, value: u32, ty: Type) {
+        let (one, none) = (self.constant32(1), self.constant32(0));
+        let value = if ty == Type::Pred { self.compute(Code::Selp32, &[one, none, value]) } else { value };
         let width = if ty.bytes() == 8 { Width::W64 } else { Width::W32 };
         let value = self.reg(value, width);
         self.transfer(Code::Store, address, value, ty.bytes());
@@ -393,6 +395,15 @@ impl<'a> Builder<'a> {
     }
 
     fn load_word_at(&mut self, address: Address, value: Reg, ty: Type) {
+        if ty == Type::Pred {
+            let byte = self.temp(Width::W32);
+            let loaded = self.reg(byte, Width::W32);
+            self.transfer(Code::Load, address, loaded, 1);
+            // byte - 1 borrows nothing where the byte is not zero.
+            let one = self.constant32(1);
+            self.emit(Code::SubCarryOut32, value.slot, &[byte, one, TRUE]);
+            return;
+        }
         self.transfer(Code::Load, address, value, ty.bytes());
     }
 

@@ -167,6 +167,11 @@ impl Builder<'_> {
         };
         self.emit_extra(if load { Code::Load } else { Code::Store }, Extra::Access(access));
         self.mark_uncached(order != Order::Weak || passes_l1(i));
+        if load && ty == S8 {
+            for o in self.vector(data, n)? {
+                self.narrow(&o, ty)?;
+            }
+        }
         Ok(())
     }
 
