@@ -178,7 +178,7 @@ pub fn run(m: &mut Machine) -> Result<Stop, (Box<Raw>, u32)> {
                     Code::Mma => {
                         let Extra::Mma(x) = m.worker.body.extras.get_unchecked(op.a as usize) else { unreachable!() };
                         if lanes == u32::MAX && mask == u32::MAX {
-                            super::mma::run(m.worker.isa, file, x);
+                            super::mma::run(m.worker.isa, m.worker.config, file, x);
                             if counting {
                                 m.count_matrix(&x.name);
                             }
@@ -187,7 +187,7 @@ pub fn run(m: &mut Machine) -> Result<Stop, (Box<Raw>, u32)> {
                             m.save(pc, lanes);
                             match m.whole_warp(pc, mask) {
                                 Ok(true) => {
-                                    super::mma::run(m.worker.isa, file, x);
+                                    super::mma::run(m.worker.isa, m.worker.config, file, x);
                                     if counting {
                                         m.count_matrix(&x.name);
                                     }

@@ -80,6 +80,17 @@ impl LaunchOrder {
     }
 }
 
+/// How `mma` and `wgmma` add products in floating point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// One after another, each with one rounding to nearest.
+    #[default]
+    Fused,
+    /// As studies of the hardware of the launch's compute capability say: aligned and truncated, see
+    /// `exec/numeric/truncated.rs` for algorithm and sources. Many times slower.
+    Truncated,
+}
+
 /// How to execute, apart from what the program says.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -94,6 +105,7 @@ pub struct Config {
     pub max_resident_blocks: usize,
     /// The host's instructions to use; `None` for the best that it has.
     pub isa: Option<Isa>,
+    pub products: Products,
     /// Fill [`Counters`]; slower.
     pub count: bool,
     /// Who sees what the launch does; slower.
@@ -117,6 +129,7 @@ impl Default for Config {
             compute_capability: (8, 0),
             max_resident_blocks: 64,
             isa: None,
+            products: Products::default(),
             count: false,
             watches: Vec::new(),
             order: None,
