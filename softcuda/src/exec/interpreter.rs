@@ -267,6 +267,10 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let Extra::Print(format, arguments, d) = *extra() else { unreachable!() };
                 m.print(file, format, arguments, d, mask)?;
             }
+            Code::Heap => {
+                let Extra::Heap(x) = extra() else { unreachable!() };
+                m.heap(file, x, mask)?;
+            }
             Code::BrxIdx => {
                 let Extra::Brx(index, targets) = extra() else { unreachable!() };
                 m.indexed_branch(file.lanes32(index.slot), targets, mask, pc)?;

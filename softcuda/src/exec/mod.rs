@@ -17,6 +17,7 @@ mod engine;
 mod exchange;
 mod fault;
 mod groups;
+mod heap;
 mod interpreter;
 mod lanes;
 mod matrix;
@@ -40,6 +41,7 @@ mod wgmma;
 
 pub use counters::{Counters, InstructionClass, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
 pub use fault::{Fault, FaultKind};
+pub use heap::{DEFAULT_HEAP, Heap};
 pub use interpreter::Isa;
 pub use print::Output;
 
@@ -61,6 +63,12 @@ pub trait GlobalMemory: Sync {
     fn find(&self, addr: u64) -> Option<(u64, u64)>;
     /// What there is to say about an address that no live allocation contains.
     fn describe(&self, addr: u64) -> String;
+    /// A new allocation for the heap of a device's kernels; `None` where there is no memory.
+    fn heap_block(&self, _device: u32, _bytes: u64) -> Option<u64> {
+        None
+    }
+    /// Takes back what [`GlobalMemory::heap_block`] returned.
+    fn release_heap_block(&self, _addr: u64) {}
 }
 
 /// What comes before a launch, as far as streams and events order it.
@@ -114,6 +122,8 @@ pub struct Config {
     pub order: Option<std::sync::Arc<LaunchOrder>>,
     /// Stack of a thread in kernels whose calls may nest without bound, in bytes.
     pub stack_bytes: u32,
+    /// Where `malloc` of device code allocates.
+    pub heap: std::sync::Arc<Heap>,
     /// Where `vprintf` writes.
     pub output: Output,
     /// A launch that runs longer is a fault ([`FaultKind::LaunchTimeout`]).
@@ -134,6 +144,7 @@ impl Default for Config {
             watches: Vec::new(),
             order: None,
             stack_bytes: 8 << 10,
+            heap: std::sync::Arc::new(Heap::new(0, DEFAULT_HEAP)),
             output: Output::default(),
             timeout: None,
         }

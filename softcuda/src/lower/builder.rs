@@ -91,6 +91,8 @@ pub struct Builder<'a> {
     labels: u32,
     /// State of the instruction being lowered.
     pub line: u32,
+    /// Where the manual defines it.
+    pub section: Option<&'static str>,
     pub guard: Option<(u32, bool)>,
     pub class: Option<InstructionClass>,
     name: u32,
@@ -126,6 +128,7 @@ impl<'a> Builder<'a> {
             constants64: HashMap::new(),
             labels: 0,
             line: 0,
+            section: None,
             guard: None,
             class: None,
             name: 0,

@@ -144,6 +144,7 @@ impl Builder<'_> {
 
     fn guarded(&mut self, i: &Instruction) -> Result<()> {
         self.line = i.line;
+        self.section = super::manual::section(&i.opcode);
         self.guard = match &i.guard {
             None => None,
             Some(g) => {
@@ -152,8 +153,7 @@ impl Builder<'_> {
             }
         };
         self.instruction(i)?;
-        self.guard = None;
-        self.class = None;
+        (self.guard, self.class, self.section) = (None, None, None);
         Ok(())
     }
 }

@@ -210,6 +210,14 @@ pub enum Operand {
     List(Vec<Operand>),
 }
 
+impl Module {
+    /// The line of `.target`, from 1; 0 for a module without a text.
+    pub fn target_line(&self) -> u32 {
+        let at = self.lines.iter().position(|l| l.split_whitespace().next() == Some(".target"));
+        at.map_or(0, |i| i as u32 + 1)
+    }
+}
+
 impl Type {
     /// Size in memory, in bytes; 1 for a predicate, which has no memory form.
     pub fn bytes(self) -> u32 {

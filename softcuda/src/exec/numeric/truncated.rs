@@ -120,7 +120,9 @@ mod tests {
 
     #[test]
     fn exponents() {
-        for (x, e) in [(1.0, 0), (1.99, 0), (2.0, 1), (0.5, -1), (f32::MIN_POSITIVE, -126), (f32::MIN_POSITIVE / 2.0, -127)] {
+        for (x, e) in
+            [(1.0, 0), (1.99, 0), (2.0, 1), (0.5, -1), (f32::MIN_POSITIVE, -126), (f32::MIN_POSITIVE / 2.0, -127)]
+        {
             assert_eq!(exponent(x), e, "{x}");
         }
         assert_eq!(exponent(f32::from_bits(1)), -149);

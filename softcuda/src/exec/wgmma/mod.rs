@@ -28,10 +28,10 @@ use std::collections::VecDeque;
 
 use self::descriptor::CHUNK;
 use self::tiles::{Tiles, WARP_ROWS, padded};
+use super::Products;
 use super::fault::FaultKind;
 use super::interpreter::Isa;
 use super::lanes::{Buffer, FULL, File, LANES};
-use super::Products;
 use super::numeric::truncated::Adder;
 use super::numeric::{F16, float};
 use super::observe::{AccessKind, Engine, SyncEvent, Touch};

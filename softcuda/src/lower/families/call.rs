@@ -5,7 +5,7 @@ use super::Class;
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result, Symbol};
 use crate::lower::calls::{Signature, Target, find};
-use crate::lower::ir::{Access, Address, Extra, Order, Reg, Scope, TRUE};
+use crate::lower::ir::{Access, Address, Extra, HeapOp, Order, Reg, Scope, TRUE};
 use crate::lower::isa::{Code, Width};
 use crate::lower::operands::describe;
 use crate::ptx::ast::{Function, Init, Instruction, Operand, Space, Type, Variable};
@@ -88,6 +88,8 @@ impl<'a> Builder<'a> {
             match name.as_str() {
                 "__assertfail" => return self.assert_fail(parts.args),
                 "vprintf" => return self.print(&parts),
+                "malloc" => return self.heap(&parts, 1),
+                "free" => return self.heap(&parts, 0),
                 _ => {}
             }
             return Err(LowerErrorKind::Unsupported(format!("calls of the external function `{name}`")));
@@ -412,20 +414,7 @@ impl<'a> Builder<'a> {
         if parts.args.len() != 2 || parts.returns.len() != 1 {
             return Err(arity("`vprintf`", 2, 1, parts));
         }
-        let mut values = [0; 2];
-        for (value, o) in values.iter_mut().zip(parts.args) {
-            *value = match self.param_variable(o) {
-                Some(symbol) => {
-                    let from = self.symbol_address(&symbol);
-                    let value = self.temp(Width::W64);
-                    let reg = self.reg(value, Width::W64);
-                    self.transfer(Code::Load, from, reg, 8);
-                    value
-                }
-                None => self.source(o, Type::U64)?,
-            };
-        }
-        let [format, arguments] = values.map(|v| self.reg(v, Width::W64));
+        let [format, arguments] = [self.wide_argument(&parts.args[0])?, self.wide_argument(&parts.args[1])?];
         let count = self.temp(Width::W32);
         let count = self.reg(count, Width::W32);
         self.emit_extra(Code::Print, Extra::Print(format, arguments, count));
@@ -440,6 +429,44 @@ impl<'a> Builder<'a> {
             }
         }
         Ok(())
+    }
+
+    /// `malloc(bytes)`, which returns an address, and `free(address)`.
+    fn heap(&mut self, parts: &Parts, returns: usize) -> Result<()> {
+        if parts.args.len() != 1 || parts.returns.len() != returns {
+            return Err(arity(&describe(parts.callee), 1, returns, parts));
+        }
+        let value = self.wide_argument(&parts.args[0])?;
+        self.class = Some(Class::Control);
+        let Some(result) = parts.returns.first() else {
+            self.emit_extra(Code::Heap, Extra::Heap(HeapOp { value, d: None }));
+            return Ok(());
+        };
+        let block = self.temp(Width::W64);
+        let block = self.reg(block, Width::W64);
+        self.emit_extra(Code::Heap, Extra::Heap(HeapOp { value, d: Some(block) }));
+        match self.param_variable(result) {
+            Some(symbol) => {
+                let to = self.symbol_address(&symbol);
+                self.transfer(Code::Store, to, block, 8);
+            }
+            None => {
+                let d = self.dest(result, Type::B64)?;
+                self.emit(Code::Mov64, d, &[block.slot]);
+            }
+        }
+        Ok(())
+    }
+
+    /// A 64-bit argument of a function that the system supplies, as a register.
+    fn wide_argument(&mut self, o: &Operand) -> Result<Reg> {
+        let Some(symbol) = self.param_variable(o) else { return self.source_reg(o, Type::U64) };
+        self.check_size(&symbol, o, 8)?;
+        let from = self.symbol_address(&symbol);
+        let value = self.temp(Width::W64);
+        let value = self.reg(value, Width::W64);
+        self.transfer(Code::Load, from, value, 8);
+        Ok(value)
     }
 
     /// `__assertfail(message, file, line, function, char_size)`
