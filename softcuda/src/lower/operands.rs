@@ -161,12 +161,11 @@ impl Builder<'_> {
     /// After a signed result narrower than 16 bits: it is extended to the bits of the register that it goes to, and a 16-bit
     /// register is zero above these.
     pub fn narrow(&mut self, o: &Operand, ty: Type) -> Result<()> {
-        if ty == Type::S8 || ty == Type::S16 {
-            if let Some((slot, declared)) = self.register_of(o)?
-                && declared.bytes() == 2
-            {
-                self.emit(Code::Trunc16, slot, &[slot]);
-            }
+        if (ty == Type::S8 || ty == Type::S16)
+            && let Some((slot, declared)) = self.register_of(o)?
+            && declared.bytes() == 2
+        {
+            self.emit(Code::Trunc16, slot, &[slot]);
         }
         Ok(())
     }

@@ -67,7 +67,8 @@ impl Builder<'_> {
             }
             (a, b) if is_integer(a) && is_float(b) => {
                 let rounds = integer_round.is_some() && float_round.is_none();
-                rounds && (!ftz || b == F32) && !satfinite && !relu && !(b == BF16 && sat)
+                let allowed = b != BF16 || !sat;
+                rounds && (!ftz || b == F32) && !satfinite && !relu && allowed
             }
             (a, b) if is_float(a) && is_integer(b) => {
                 integer_round.is_none()
