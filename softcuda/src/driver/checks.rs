@@ -64,7 +64,7 @@ struct Allocations(Arc<Checks>);
 impl AllocationWatch for Allocations {
     fn allocated(&self, a: &Allocation) {
         // The host writes page-locked and managed memory, and the driver a module's variables, without a call.
-        self.0.allocated(a.start, a.bytes(), a.kind != Kind::Device);
+        self.0.allocated(a.start, a.bytes(), !matches!(a.kind, Kind::Device | Kind::Heap));
     }
 }
 

@@ -11,6 +11,7 @@ use super::status::{CUresult, Failure, Outcome};
 use super::stream::{Kind, Stream};
 use super::{api, driver, lock, out};
 use crate::device::Description;
+use crate::exec::{DEFAULT_HEAP, Heap};
 
 /// A context owns streams, events, modules and memory, and keeps the first fault of any kernel it ran.
 pub(super) struct Context {
@@ -32,6 +33,8 @@ pub(super) struct Context {
     /// Other devices whose memory kernels of this context may use.
     pub peers: Mutex<HashSet<u32>>,
     limits: Mutex<HashMap<u32, usize>>,
+    /// Where `malloc` of its kernels allocates.
+    pub heap: Arc<Heap>,
     cache_config: AtomicU32,
 }
 
@@ -84,6 +87,7 @@ impl Context {
             order: Mutex::new(()),
             peers: Mutex::default(),
             limits: Mutex::default(),
+            heap: Arc::new(Heap::new(device, DEFAULT_HEAP)),
             cache_config: AtomicU32::new(0),
         });
         CONTEXTS.insert(handle, context.clone());
@@ -98,6 +102,10 @@ impl Context {
         handles::close_context(self.handle);
         if let Ok(driver) = driver() {
             for addr in lock(&self.allocations).drain() {
+                super::checks::leaked(addr);
+                let _ = driver.memory.free(addr);
+            }
+            for addr in self.heap.take_live() {
                 super::checks::leaked(addr);
                 let _ = driver.memory.free(addr);
             }
@@ -445,7 +453,9 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut i32, greatest: 
 
 /// Limits by `CUlimit`: stack size, printf buffer, malloc heap, device-runtime depth and launches, L2 fetch granularity and
 /// persisting L2.
-const LIMITS: [(u32, usize); 7] = [(0, 1024), (1, 1 << 20), (2, 8 << 20), (3, 2), (4, 2048), (5, 64), (6, 0)];
+const MALLOC_HEAP: u32 = 2;
+const LIMITS: [(u32, usize); 7] =
+    [(0, 1024), (1, 1 << 20), (MALLOC_HEAP, DEFAULT_HEAP as usize), (3, 2), (4, 2048), (5, 64), (6, 0)];
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetLimit(value: *mut usize, limit: u32) -> CUresult {
@@ -464,6 +474,10 @@ pub unsafe extern "C" fn cuCtxSetLimit(limit: u32, value: usize) -> CUresult {
         let context = current()?;
         if !LIMITS.iter().any(|(known, _)| *known == limit) {
             return Err(CUresult::ERROR_UNSUPPORTED_LIMIT.into());
+        }
+        // "Must be set before launching any kernel that uses malloc() or free()" (driver API, cuCtxSetLimit).
+        if limit == MALLOC_HEAP && !context.heap.set_limit(value as u64) {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("a kernel has used the malloc heap already"));
         }
         lock(&context.limits).insert(limit, value);
         Ok(())

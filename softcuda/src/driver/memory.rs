@@ -61,6 +61,7 @@ fn kind_name(kind: Kind) -> &'static str {
         Kind::Host => "page-locked host",
         Kind::Managed => "managed",
         Kind::Module => "a module's",
+        Kind::Heap => "a kernel's heap",
     }
 }
 

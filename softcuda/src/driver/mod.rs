@@ -11,6 +11,7 @@
 //! `cuGetErrorString` appends what the driver knows beyond the code. Environment:
 //! - `SOFTCUDA_DEVICE`, `SOFTCUDA_DEVICES`, `SOFTCUDA_MEMORY_MIB`: see [`crate::device`]
 //! - `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_TIMEOUT_MS`: how kernels run
+//! - `SOFTCUDA_PRODUCTS=truncated`: `mma` and `wgmma` add products as hardware does, see [`crate::exec::Products`]
 //! - `SOFTCUDA_STREAMS=concurrent`: work of streams overlaps the host's and each other's
 //! - `SOFTCUDA_CHECKS`: see [`crate::check`]
 //! - `SOFTCUDA_FINDINGS`: a file that gets a line for each finding
