@@ -1,12 +1,11 @@
 //! Measured gating on the executor: logits are read once, shared memory without conflicts but where ids decide, and the same bits
 //! for any grid and any order of warps.
 
-use moe_kernels::kernels::embedded;
 use moe_kernels::registry::{Gate, Kernel, MeasuredGate};
 use moe_kernels::rules::Score;
 use softcuda::exec::{Counters, LineCounters};
 
-use crate::device::{Arg, Input, Output, Scratch, launch, optional};
+use crate::device::{Arg, Input, Output, Scratch, launch, optional, text};
 use crate::random::{Logits, Random};
 
 const NO_LIMIT: u32 = u32::MAX;
@@ -63,9 +62,7 @@ impl Case {
 
 /// Lines of the kernel's text with what was counted for each.
 fn lines(kernel: Kernel, counters: &Counters) -> impl Iterator<Item = (&'static str, &LineCounters)> {
-    let name = kernel.name();
-    let text = embedded().iter().find(|entry| entry.name == name).expect("a registered kernel").ptx;
-    text.lines().zip(&counters.lines)
+    text(&kernel.name()).lines().zip(&counters.lines)
 }
 
 /// The loads of rows of logits, and no others.

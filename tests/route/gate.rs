@@ -1,9 +1,7 @@
 use moe_kernels::reference::dispatch::DispatchRule;
 use moe_kernels::reference::gating::{Gated, gate};
 use moe_kernels::registry::{Gate, Kernel};
-use moe_kernels::rules::Capacity;
-use moe_kernels::rules::Score;
-use moe_kernels::rules::{Gating, GroupScore, Groups};
+use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Score};
 
 use crate::device::{Arg, Input, Output, launch, optional};
 use crate::dispatch::Results;
@@ -37,7 +35,7 @@ fn case(score: Score, experts: usize, top_k: usize) -> Case {
 
 impl Case {
     fn groups(mut self, count: usize, kept: usize, score: GroupScore) -> Case {
-        self.rule.groups = Some(Groups { count, kept, score });
+        self.rule.groups = Some(Groups::new(count, kept).score(score));
         self
     }
 
@@ -66,7 +64,7 @@ impl Case {
         let (logits, bias) = (Input::new(&logits), bias.map(|bias| Input::new(&bias)));
         let ids = Output::new::<i32>(tokens * top_k);
         let weights = Output::new::<f32>(tokens * top_k);
-        let groups = rule.groups.unwrap_or(Groups { count: 1, kept: 1, score: GroupScore::Max });
+        let groups = rule.groups.unwrap_or(Groups::new(1, 1).score(GroupScore::Max));
         let by_max = groups.score == GroupScore::Max;
         let mut args = vec![
             Arg::In(&logits),
@@ -229,7 +227,7 @@ fn rows_of_warps() {
 fn capacity() {
     for padded in [false, true] {
         for (experts, blocks) in [(8, 1), (8, 3), (64, 2), (600, 2), (1500, 2), (2500, 2)] {
-            let capacity = Some(Capacity { per_expert: 2, tokens_per_sequence: 7, padded });
+            let capacity = Some(Capacity::new(2, 7).padded(padded));
             let tokens = if experts > 1000 { 15 } else { 60 };
             Case { tokens, blocks, dispatch: Some((capacity, 4)), ..case(Score::Softmax, experts, 1) }.run();
             let logits = Logits::Equal;
