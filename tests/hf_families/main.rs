@@ -4,7 +4,10 @@
 #[path = "../../examples/hf_layer/hf/mod.rs"]
 mod hf;
 
+mod configs;
 mod errors;
+mod files;
+mod layouts;
 mod models;
 mod report;
 mod synth;
