@@ -2,11 +2,10 @@
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
-use moe_kernels::Element;
 use moe_kernels::reference::Real;
 use moe_kernels::reference::activation::{activate, activate_glu};
-use moe_kernels::rules::Activation;
-use moe_kernels::rules::{Dtype, Score};
+use moe_kernels::rules::{Activation, Score};
+use moe_kernels::{Dtype, Element};
 
 /// A storage type that tests can make from f64, rounding to nearest even.
 pub trait Storage: Real + Element + DeviceRepr + bytemuck::Pod + PartialEq {
@@ -37,6 +36,7 @@ pub fn unit_roundoff(dtype: Dtype) -> f64 {
         Dtype::F32 => UNIT,
         Dtype::F16 => 2f64.powi(-11),
         Dtype::Bf16 => 2f64.powi(-8),
+        other => unreachable!("no test has {other}"),
     }
 }
 
