@@ -4,6 +4,8 @@
 pub(crate) mod buffer;
 pub(crate) mod builder;
 pub mod device;
+#[allow(unsafe_code)]
+mod driver;
 pub(crate) mod element;
 pub(crate) mod embedded;
 pub(crate) mod error;
