@@ -9,6 +9,8 @@ mod driver;
 pub(crate) mod element;
 pub(crate) mod embedded;
 pub(crate) mod error;
+#[allow(unsafe_code)]
+pub mod interop;
 pub mod kernels;
 #[allow(unsafe_code)]
 pub(crate) mod launch;
