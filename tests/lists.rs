@@ -1,7 +1,8 @@
 //! A dispatch's lists: from ids of every integer type, from experts that choose, and from elsewhere, with every fault named.
 
-#[path = "support/mod.rs"]
-mod support;
+#[path = "support/device.rs"]
+#[allow(dead_code)]
+mod device;
 
 use std::sync::Arc;
 
@@ -14,8 +15,6 @@ use moe_kernels::reference::dispatch::DispatchRule;
 use moe_kernels::routers::expert_choice::{self, ExpertChoiceDesc};
 use moe_kernels::rules::IdFormat;
 use moe_kernels::{Error, Workspace};
-
-use support::device;
 
 /// The lists of a filled dispatch, on the host.
 struct Host {

@@ -6,7 +6,7 @@ use std::ffi::{CStr, CString, c_char};
 use libloading::os::unix::Library;
 
 use crate::exec::Counters;
-use crate::profile::Profile;
+use crate::profile::{Caches, Profile};
 use crate::report;
 
 /// Controls of the loaded software device, beyond CUDA's API. Obtained from [`crate::Installed::control`].
@@ -18,6 +18,7 @@ pub struct Control {
     set_seed: unsafe extern "C" fn(u64),
     set_threads: unsafe extern "C" fn(u64),
     set_timeout_ms: unsafe extern "C" fn(u64),
+    set_truncated_products: unsafe extern "C" fn(bool),
     launch_count: unsafe extern "C" fn() -> u64,
     log_launches: unsafe extern "C" fn(bool),
     launches: unsafe extern "C" fn(*mut c_char, usize) -> usize,
@@ -25,6 +26,7 @@ pub struct Control {
     counters: unsafe extern "C" fn(*mut c_char, usize) -> usize,
     set_executing: unsafe extern "C" fn(bool),
     set_profiling: unsafe extern "C" fn(bool),
+    set_profile_caches: unsafe extern "C" fn(*const c_char) -> bool,
     profile: unsafe extern "C" fn(*mut c_char, usize) -> usize,
     record_registers: unsafe extern "C" fn(*const c_char),
     last_fault: unsafe extern "C" fn(*mut c_char, usize) -> usize,
@@ -60,6 +62,7 @@ impl Control {
                 set_seed: *library.get(b"softcuda_set_seed\0")?,
                 set_threads: *library.get(b"softcuda_set_threads\0")?,
                 set_timeout_ms: *library.get(b"softcuda_set_timeout_ms\0")?,
+                set_truncated_products: *library.get(b"softcuda_set_truncated_products\0")?,
                 launch_count: *library.get(b"softcuda_launch_count\0")?,
                 log_launches: *library.get(b"softcuda_log_launches\0")?,
                 launches: *library.get(b"softcuda_launches\0")?,
@@ -67,6 +70,7 @@ impl Control {
                 counters: *library.get(b"softcuda_counters\0")?,
                 set_executing: *library.get(b"softcuda_set_executing\0")?,
                 set_profiling: *library.get(b"softcuda_set_profiling\0")?,
+                set_profile_caches: *library.get(b"softcuda_set_profile_caches\0")?,
                 profile: *library.get(b"softcuda_profile\0")?,
                 record_registers: *library.get(b"softcuda_record_registers\0")?,
                 last_fault: *library.get(b"softcuda_last_fault\0")?,
@@ -131,6 +135,13 @@ impl Control {
         read(self.launches).lines().filter_map(LaunchRecord::parse).collect()
     }
 
+    /// Sets whether `mma` and `wgmma` add products as hardware does, aligned and truncated ([`crate::exec::Products`]), rather
+    /// than one by one with one rounding each: what passes only thanks to good sums is seen then. Many times slower.
+    pub fn set_truncated_products(&self, on: bool) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_truncated_products)(on) }
+    }
+
     /// Starts counting what kernels do, from zero, or stops and forgets. Kernels run slower while it is on.
     pub fn set_counting(&self, on: bool) {
         // SAFETY: takes any value.
@@ -148,6 +159,13 @@ impl Control {
     pub fn start_profile(&self) {
         // SAFETY: takes any value.
         unsafe { (self.set_profiling)(true) }
+    }
+
+    /// Sets what the modelled L2 cache holds when a launch begins, from now on; cold at first. What it has been carrying is forgotten.
+    pub fn set_profile_caches(&self, caches: Caches) {
+        let name = CString::new(caches.name()).expect("names have no NUL");
+        // SAFETY: the text is NUL-terminated. A driver of this version knows the name.
+        unsafe { (self.set_profile_caches)(name.as_ptr()) };
     }
 
     /// Stops profiling and returns what was collected since [`Control::start_profile`]; `None` if that was never called.

@@ -11,7 +11,8 @@ pub use models::{A100, H100, H200, L4, MODELS};
 pub use occupancy::{Limiter, Occupancy, SHARED_UNIT, occupancy};
 pub use source::{Figure, Source};
 
-/// Numbers of a GPU model, as NVIDIA publishes them; [`Description::figures`] lists each with the document it is from.
+/// Numbers of a GPU model, as NVIDIA publishes them or as others measured; [`Description::figures`] lists each with the document
+/// it is from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Description {
     /// Short name, as in `SOFTCUDA_DEVICE`.
@@ -65,7 +66,7 @@ pub struct Rates {
     pub load_store: u32,
     /// Bytes that a multiprocessor's shared memory and L1 cache deliver.
     pub shared_bytes: u32,
-    /// Bytes that the whole L2 cache delivers; `None` where it is not known.
+    /// Bytes that the whole L2 cache was measured to deliver at most; `None` where it is not known.
     pub l2_bytes: Option<u32>,
     /// Bytes a second of device memory, in either direction.
     pub dram_bytes_per_second: u64,
@@ -78,6 +79,10 @@ pub struct Rates {
     pub tensor_f64: u32,
     pub tensor_int8: u32,
     pub tensor_fp8: u32,
+    /// What products of `mma.sync`, but for f64, reach of the tensor rate, in thousandths.
+    pub mma_sync_permille: u32,
+    /// What the largest products of `wgmma` reach of it, in thousandths; 0 where there is no `wgmma`.
+    pub wgmma_permille: u32,
 }
 
 /// Bytes of a sector, the unit in which caches are filled and memory is moved; see the Nsight Compute documentation,

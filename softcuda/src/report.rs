@@ -33,7 +33,7 @@ pub(crate) fn write(report: &Report) -> String {
     };
     for (kernel, c) in report {
         record("kernel", Some(kernel), &[]);
-        record("total", None, &[c.launches, c.blocks, c.warps, c.thread_instructions]);
+        record("total", None, &[c.launches, c.blocks, c.working_blocks, c.warps, c.thread_instructions]);
         record("classes", None, &c.warp_instructions);
         record("global", None, &memory(&c.global));
         record("shared", None, &shared(&c.shared));
@@ -43,7 +43,7 @@ pub(crate) fn write(report: &Report) -> String {
         for (name, count) in &c.opcodes {
             record("opcode", Some(name), &[*count]);
         }
-        record("async", None, &[c.async_bytes, c.repeated_polls]);
+        record("async", None, &[c.async_bytes, c.async_sectors, c.repeated_polls]);
         record("lines", None, &[c.lines.len() as u64]);
         for (index, line) in c.lines.iter().enumerate().filter(|(_, line)| **line != LineCounters::default()) {
             let head = [index as u64, line.warp_instructions, line.thread_instructions];
@@ -71,6 +71,7 @@ pub(crate) fn read(text: &str) -> Report {
             "total" => {
                 counters.launches = next();
                 counters.blocks = next();
+                counters.working_blocks = next();
                 counters.warps = next();
                 counters.thread_instructions = next();
             }
@@ -85,6 +86,7 @@ pub(crate) fn read(text: &str) -> Report {
             }
             "async" => {
                 counters.async_bytes = next();
+                counters.async_sectors = next();
                 counters.repeated_polls = next();
             }
             "lines" => counters.lines = vec![LineCounters::default(); next() as usize],
@@ -123,6 +125,8 @@ mod tests {
         counters.matrix.insert("m16n8k16.f32.bf16.bf16.f32".into(), 77);
         counters.opcodes.insert("fma.rn.f32".into(), 78);
         counters.async_bytes = 79;
+        counters.async_sectors = 81;
+        counters.working_blocks = 82;
         counters.repeated_polls = 80;
         counters.lines = vec![LineCounters::default(); 4];
         counters.lines[2].shared.wavefronts = 9;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaContext, CudaModule, CudaStream, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 use softcuda::device::Limiter;
-use softcuda::profile::{NOTICE, Profile, RegisterSource, SCHEMA};
+use softcuda::profile::{Caches, NOTICE, Profile, RegisterSource, SCHEMA};
 
 /// `copy` moves 16 bytes a thread. `clash` stores to shared memory with conflicts and reads global memory in strides.
 const PTX: &str = r#"
@@ -45,6 +45,18 @@ const PTX: &str = r#"
     mad.lo.u32 %r2, %r0, 128, %r2;
     st.shared.u32 [%r2], %r1; // <- 32 words of one bank & "quotes"
     bar.sync 0;
+    ret;
+}
+.visible .entry few(.param .u64 from, .param .u64 to)
+{
+    .reg .pred %p;
+    .reg .b32 %r<2>;
+    .reg .b64 %b;
+    mov.u32 %r0, %ctaid.x;
+    setp.ge.u32 %p, %r0, 133;
+    @%p ret;
+    ld.param.u64 %b, [to];
+    st.global.u32 [%b], 7;
     ret;
 }
 "#;
@@ -139,6 +151,50 @@ fn a_section_of_a_program() {
     }
 }
 
+#[test]
+fn caches_that_are_warm_or_carried() {
+    let (installed, context, _turn) = common::device();
+    let control = *installed.control();
+    let mut program = Program::new(&context);
+    let mut copies = |caches| {
+        control.set_profile_caches(caches);
+        let ((), profile) = control.profiled(|| (0..2).for_each(|_| program.launch("copy", BLOCKS, THREADS)));
+        control.set_profile_caches(Caches::Cold);
+        assert_eq!(profile.caches, [caches]);
+        for text in [profile.to_text(), profile.to_html()] {
+            assert!(text.contains(caches.words()), "{text}");
+        }
+        profile.launches.iter().map(|l| (l.caches, l.work.traffic.dram_read_bytes)).collect::<Vec<_>>()
+    };
+    let n = BYTES as u64;
+    assert_eq!(copies(Caches::Cold), [(Caches::Cold, n), (Caches::Cold, n)]);
+    assert_eq!(copies(Caches::Warm), [(Caches::Warm, 0), (Caches::Warm, 0)]);
+    // A section begins with nothing, each time.
+    assert_eq!(copies(Caches::Carried), [(Caches::Carried, n), (Caches::Carried, 0)]);
+    assert_eq!(copies(Caches::Carried), [(Caches::Carried, n), (Caches::Carried, 0)]);
+}
+
+#[test]
+fn blocks_that_leave_at_once_and_what_times_leave_out() {
+    let (installed, context, _turn) = common::device();
+    let mut program = Program::new(&context);
+    let ((), profile) = installed.control().profiled(|| program.launch("few", 1320, 32));
+    let launch = &profile.launches[0];
+    assert_eq!((launch.work.blocks, launch.work.working_blocks), (1320, 133));
+    // Two of them on one of 132 multiprocessors, though the grid has ten for each.
+    assert_eq!((launch.occupancy.blocks_per_sm, launch.occupancy.limiter), (2, Limiter::Grid));
+    // 133 warps run 6 instructions, the others 3 and not what follows their `ret`; two shares of 133 at four a clock.
+    let instructions = (133 * 6 + 1187 * 3) as f64;
+    assert_eq!(launch.work.warp_instructions as f64, instructions);
+    let issue = launch.bounds.iter().find(|bound| bound.unit == "issue").unwrap().seconds;
+    assert!((issue / (instructions * 2.0 / 133.0 / 4.0 / 1.98e9) - 1.0).abs() < 1e-12, "{issue}");
+    for text in [profile.to_text(), profile.to_html()] {
+        for part in ["133 of 1320 work", "Not in the modelled times", "Latency", "1 of 1 listed launches"] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+    }
+}
+
 /// Names and kinds of the form in which profiles are written: a change of these is a change of [`SCHEMA`].
 #[test]
 fn the_form_of_json_is_stable() {
@@ -151,20 +207,20 @@ fn the_form_of_json_is_stable() {
         keys.sort_unstable();
         keys.join(" ")
     };
-    assert_eq!(SCHEMA, 1);
-    assert_eq!(keys(&json), "devices kernels launch_count launches notice schema softcuda");
+    assert_eq!(SCHEMA, 2);
+    assert_eq!(keys(&json), "caches devices kernels launch_count launches notice schema softcuda");
     assert_eq!(keys(&json["devices"][0]), "figures model sm_count warps_per_sm");
     assert_eq!(keys(&json["devices"][0]["figures"][0]), "document name place value");
     let launch = &json["launches"][0];
     assert_eq!(
         keys(launch),
-        "block bounds cluster device dynamic_shared_bytes grid index kernel limited_by modelled_seconds occupancy registers \
+        "block bounds caches cluster device dynamic_shared_bytes grid index kernel limited_by modelled_seconds occupancy registers \
          static_shared_bytes work"
     );
     assert_eq!(
         keys(&launch["work"]),
-        "async_bytes barriers blocks classes global opcodes repeated_polls shared tensor thread_instructions traffic waits \
-         warp_instructions warps"
+        "async_bytes async_sectors barriers blocks classes global matrix opcodes repeated_polls shared tensor thread_instructions \
+         traffic waits warp_instructions warps working_blocks"
     );
     assert_eq!(
         keys(&launch["work"]["traffic"]),
@@ -218,6 +274,16 @@ fn the_environment_profiles_a_whole_process() {
     assert_eq!((registers.count, registers.source), (40, RegisterSource::Ptxas));
     assert_eq!((read("html"), read("txt")), (profile.to_html(), profile.to_text()));
     assert!(String::from_utf8_lossy(&output.stderr).contains(NOTICE));
+
+    let settings = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "the_environment_profiles_a_whole_process", "--nocapture"])
+        .env(CHILD, "1")
+        .env("SOFTCUDA_PROFILE_CACHES", "hot")
+        .output()
+        .unwrap();
+    assert!(!settings.status.success());
+    let said = String::from_utf8_lossy(&settings.stderr).into_owned();
+    assert!(said.contains("SOFTCUDA_PROFILE_CACHES must be `cold`, `warm` or `carried`, not `hot`"), "{said}");
 
     let output = run("no/such/folder/out");
     assert!(!output.status.success());

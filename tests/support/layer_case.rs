@@ -10,9 +10,9 @@ use moe_kernels::layer::{
 };
 use moe_kernels::reference::{activation, gating};
 use moe_kernels::rules::{Activation, Glu, Layout};
-use moe_kernels::{Dtype, Element, Kernels, Workspace};
+use moe_kernels::{Element, Kernels, Workspace};
 
-use super::device;
+use super::{compare, device};
 
 pub struct Device {
     pub stream: Arc<CudaStream>,
@@ -310,16 +310,6 @@ fn relative_error(got: impl Iterator<Item = f64>, want: &[f64]) -> f64 {
     (difference / norm.max(f64::MIN_POSITIVE)).sqrt()
 }
 
-/// The project's bounds on y: the rounding of the intermediate and of each expert's output to the storage type.
-fn tolerance(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::Bf16 => 1e-2,
-        Dtype::F16 => 2e-3,
-        Dtype::F32 => 1e-5,
-        other => unreachable!("no case has {other}"),
-    }
-}
-
 pub fn check<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(case: &Case) {
     run::<T, W>(open(), case, &mut None);
 }
@@ -366,9 +356,9 @@ pub fn run<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(
     assert_eq!(got.ids, want.ids);
     assert_eq!(got.counts, want.counts);
     for (name, error, most) in [
-        ("logits", relative_error(got.logits.iter().map(|&v| v.into()), &want.logits), 1e-6),
-        ("weights", relative_error(got.weights.iter().map(|&v| v.into()), &want.weights), 1e-5),
-        ("y", relative_error(got.y.iter().map(|&v| wide(v)), &want.y), tolerance(T::DTYPE)),
+        ("logits", relative_error(got.logits.iter().map(|&v| v.into()), &want.logits), compare::LAYER_LOGITS),
+        ("weights", relative_error(got.weights.iter().map(|&v| v.into()), &want.weights), compare::LAYER_WEIGHTS),
+        ("y", relative_error(got.y.iter().map(|&v| wide(v)), &want.y), compare::layer(T::DTYPE)),
     ] {
         println!("{} tokens, {}: {name} off by {error:.1e}", case.tokens, T::DTYPE);
         assert!(error <= most, "{name}: relative error {error:.3e}, at most {most:.0e}");

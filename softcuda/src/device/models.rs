@@ -1,6 +1,7 @@
 //! The GPUs that can be modelled. Every number has a source in its model's list; a test demands it.
 //!
-//! Where a rate is not published as such it is computed from one that is, and the source says how.
+//! Where a rate is not published as such it is computed from one that is, and the source says how. Where what is published cannot
+//! be reached and measurements are public, the best of these is the rate.
 
 use super::{Description, Rates, Source};
 
@@ -13,6 +14,8 @@ const H100_PAPER: &str = "NVIDIA H100 Tensor Core GPU Architecture, white paper,
 const H200_SHEET: &str = "NVIDIA H200 Tensor Core GPU, data sheet, H200 SXM";
 const ADA_PAPER: &str = "NVIDIA Ada GPU Architecture, white paper, V2.02";
 const L4_SHEET: &str = "NVIDIA L4 Tensor Core GPU, data sheet, and product brief PB-11316-001";
+const MEASURED: &str = "Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv 2402.13499, and Dissecting the \
+     NVIDIA Hopper Architecture through Microbenchmarking and Multiple Level Analysis, arXiv 2501.12084: measurements";
 const GUIDE_LIMITS: &str = "CUDA C++ Programming Guide, Compute Capabilities, table of technical specifications";
 const GUIDE_RATES: &str =
     "CUDA C++ Programming Guide, Maximize Instruction Throughput, table of results per clock and multiprocessor";
@@ -47,7 +50,7 @@ pub const A100: Description = Description {
         exchange: 32,
         load_store: 32,
         shared_bytes: 128,
-        l2_bytes: Some(5120),
+        l2_bytes: Some(2008),
         dram_bytes_per_second: 2_039_000_000_000,
         tensor_clock_khz: 1_410_000,
         tensor_f16: 1024,
@@ -56,6 +59,8 @@ pub const A100: Description = Description {
         tensor_f64: 64,
         tensor_int8: 2048,
         tensor_fp8: 0,
+        mma_sync_permille: 1000,
+        wgmma_permille: 0,
     },
     sources: &[
         source(
@@ -69,7 +74,16 @@ pub const A100: Description = Description {
         source("issue load_store", A100_PAPER, "figure 7: four schedulers, 32 load/store units"),
         source("float half double integer special convert exchange", GUIDE_RATES, "8.0"),
         source("shared_bytes", A100_PAPER, "Combined L1 Data Cache and Shared Memory: 128 bytes a clock, as V100"),
-        source("rate_l2_bytes", A100_PAPER, "A100 L2 Cache: 5120 bytes a clock"),
+        source(
+            "rate_l2_bytes",
+            MEASURED,
+            "1854 to 2008 bytes a clock on A100, by width of access; the white paper says 5120",
+        ),
+        source(
+            "mma_sync_permille wgmma_permille",
+            A100_PAPER,
+            "the peaks of table 1 are those of mma.sync; wgmma is of 9.0",
+        ),
         source(
             "tensor_f16 tensor_bf16 tensor_tf32 tensor_f64 tensor_int8 tensor_fp8",
             A100_PAPER,
@@ -104,7 +118,7 @@ pub const H100: Description = Description {
         exchange: 32,
         load_store: 32,
         shared_bytes: 128,
-        l2_bytes: Some(5120),
+        l2_bytes: Some(4472),
         dram_bytes_per_second: 3_352_000_000_000,
         tensor_clock_khz: 1_830_000,
         tensor_f16: 2048,
@@ -113,6 +127,8 @@ pub const H100: Description = Description {
         tensor_f64: 128,
         tensor_int8: 4096,
         tensor_fp8: 4096,
+        mma_sync_permille: 649,
+        wgmma_permille: 960,
     },
     sources: &[
         source(
@@ -126,12 +142,9 @@ pub const H100: Description = Description {
         source("issue load_store", H100_PAPER, "figure 7: four schedulers, 32 load/store units"),
         source("float half double integer special convert exchange", GUIDE_RATES, "9.0"),
         source("shared_bytes", A100_PAPER, "Combined L1 Data Cache and Shared Memory; no other is published for 9.0"),
-        source(
-            "rate_l2_bytes",
-            A100_PAPER,
-            "computed: 64 bytes a slice and clock as A100's, 8 slices to each of ten 512-bit controllers (H100 white paper); \
-             not published for H100",
-        ),
+        source("rate_l2_bytes", MEASURED, "3942 to 4472 bytes a clock on H800, by width of access"),
+        source("mma_sync_permille", MEASURED, "H800: 490.7 of 756.5 TFLOP/s"),
+        source("wgmma_permille", MEASURED, "H800: m64n256 on zeros; 88 % on random data"),
         source(
             "tensor_f16 tensor_bf16 tensor_tf32 tensor_f64 tensor_int8 tensor_fp8",
             H100_PAPER,
@@ -147,7 +160,7 @@ pub const H200: Description = Description {
     memory_clock_khz: 3_125_000,
     bus_bits: 6144,
     memory_bytes: 143_771 << 20,
-    rates: Rates { l2_bytes: Some(6144), dram_bytes_per_second: 4_800_000_000_000, ..H100.rates },
+    rates: Rates { dram_bytes_per_second: 4_800_000_000_000, ..H100.rates },
     sources: &[
         source(
             "compute_capability shared_per_sm shared_per_block_optin threads_per_sm blocks_per_sm",
@@ -167,12 +180,9 @@ pub const H200: Description = Description {
         source("issue load_store", H100_PAPER, "figure 7: four schedulers, 32 load/store units"),
         source("float half double integer special convert exchange", GUIDE_RATES, "9.0"),
         source("shared_bytes", A100_PAPER, "Combined L1 Data Cache and Shared Memory; no other is published for 9.0"),
-        source(
-            "rate_l2_bytes",
-            A100_PAPER,
-            "computed: 64 bytes a slice and clock as A100's, 96 slices (github.com/accel-sim/accel-sim-framework/issues/534); \
-             not published for H200",
-        ),
+        source("rate_l2_bytes", MEASURED, "3942 to 4472 bytes a clock on H800; nothing is public for H200"),
+        source("mma_sync_permille", MEASURED, "H800: 490.7 of 756.5 TFLOP/s"),
+        source("wgmma_permille", MEASURED, "H800: m64n256 on zeros; 88 % on random data"),
         source(
             "tensor_f16 tensor_bf16 tensor_tf32 tensor_f64 tensor_int8 tensor_fp8",
             H200_SHEET,
@@ -217,6 +227,8 @@ pub const L4: Description = Description {
         tensor_f64: 2,
         tensor_int8: 1024,
         tensor_fp8: 1024,
+        mma_sync_permille: 1000,
+        wgmma_permille: 0,
     },
     sources: &[
         source(
@@ -236,6 +248,7 @@ pub const L4: Description = Description {
         source("float half double integer special convert exchange", GUIDE_RATES, "8.9"),
         source("shared_bytes", A100_PAPER, "Combined L1 Data Cache and Shared Memory; no other is published for 8.9"),
         source("rate_l2_bytes", ADA_PAPER, "not published"),
+        source("mma_sync_permille wgmma_permille", L4_SHEET, "the peaks are those of mma.sync; wgmma is of 9.0"),
         source(
             "tensor_f16 tensor_bf16 tensor_tf32 tensor_int8 tensor_fp8",
             L4_SHEET,

@@ -33,6 +33,10 @@ impl Description {
             0 => "none".into(),
             n => format!("{n} multiply-adds per clock and SM"),
         };
+        let share = |permille: u32| match permille {
+            0 => "none".into(),
+            n => format!("{:.1} % of the tensor rate", f64::from(n) / 10.0),
+        };
         let list = [
             ("compute_capability", format!("{major}.{minor}")),
             ("sm_count", format!("{} SMs", self.sm_count)),
@@ -65,6 +69,8 @@ impl Description {
             ("tensor_f64", fma(r.tensor_f64)),
             ("tensor_int8", fma(r.tensor_int8)),
             ("tensor_fp8", fma(r.tensor_fp8)),
+            ("mma_sync_permille", share(r.mma_sync_permille)),
+            ("wgmma_permille", share(r.wgmma_permille)),
         ];
         let found =
             list.into_iter().filter_map(|(name, value)| Some(Figure { name, value, source: self.source(name)? }));
@@ -122,6 +128,6 @@ mod tests {
             }
         }
         // As many names as the two structs have numbers.
-        assert_eq!(names.len(), 31);
+        assert_eq!(names.len(), 33);
     }
 }

@@ -111,8 +111,9 @@ impl LaunchSpec {
             return Ok(());
         }
         let mut config = control::config(self.function.device);
+        config.heap = context.heap.clone();
         let threads = self.block.iter().product();
-        let watch = profile::begin(&mut config, self.function.device, &self.function, threads, self.dynamic_shared);
+        let recording = profile::begin(&mut config, self.function.device, &self.function, threads, self.dynamic_shared);
         let launch = Launch {
             kernel,
             grid: self.grid,
@@ -129,8 +130,8 @@ impl LaunchSpec {
         let fault = match outcome {
             Ok(counters) => {
                 control::record_counters(&kernel.name, &counters);
-                if let Some(watch) = watch {
-                    profile::end(&watch, &self.function, &launch, &counters);
+                if let Some(recording) = recording {
+                    profile::end(&recording, &self.function, &launch, &counters);
                 }
                 return Ok(());
             }

@@ -2,94 +2,7 @@
 
 use std::collections::BTreeMap;
 
-/// Classes of instructions, by the unit that would execute them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum InstructionClass {
-    /// Integer arithmetic, logic, shifts, comparisons and selections of integers.
-    Integer,
-    /// f32 arithmetic and comparisons.
-    Float,
-    /// f16 and bf16 arithmetic.
-    Half,
-    /// f64 arithmetic.
-    Double,
-    /// Approximate functions: `ex2`, `lg2`, `rcp`, `rsqrt`, `sqrt`, `sin`, `cos`, `tanh`, `div`.
-    Special,
-    Convert,
-    Move,
-    Control,
-    GlobalLoad,
-    GlobalStore,
-    SharedLoad,
-    SharedStore,
-    /// Local, param and const accesses.
-    OtherMemory,
-    Atomic,
-    /// `cp.async` and its groups.
-    AsyncCopy,
-    /// `ldmatrix` and `stmatrix`.
-    MatrixMove,
-    Matrix,
-    /// `shfl`, `vote`, `match`, `redux`, `elect`.
-    Exchange,
-    /// Barriers and fences.
-    Synchronise,
-}
-
-impl InstructionClass {
-    pub const COUNT: usize = Self::Synchronise as usize + 1;
-
-    /// All classes, in the order of their numbers.
-    pub const ALL: [InstructionClass; Self::COUNT] = {
-        use InstructionClass::*;
-        [
-            Integer,
-            Float,
-            Half,
-            Double,
-            Special,
-            Convert,
-            Move,
-            Control,
-            GlobalLoad,
-            GlobalStore,
-            SharedLoad,
-            SharedStore,
-            OtherMemory,
-            Atomic,
-            AsyncCopy,
-            MatrixMove,
-            Matrix,
-            Exchange,
-            Synchronise,
-        ]
-    };
-
-    /// Short name, as in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Integer => "integer",
-            Self::Float => "f32",
-            Self::Half => "f16",
-            Self::Double => "f64",
-            Self::Special => "special",
-            Self::Convert => "convert",
-            Self::Move => "move",
-            Self::Control => "control",
-            Self::GlobalLoad => "global load",
-            Self::GlobalStore => "global store",
-            Self::SharedLoad => "shared load",
-            Self::SharedStore => "shared store",
-            Self::OtherMemory => "other memory",
-            Self::Atomic => "atomic",
-            Self::AsyncCopy => "async copy",
-            Self::MatrixMove => "matrix move",
-            Self::Matrix => "matrix",
-            Self::Exchange => "exchange",
-            Self::Synchronise => "synchronise",
-        }
-    }
-}
+use crate::lower::InstructionClass;
 
 /// Traffic of one state space.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -121,7 +34,7 @@ pub struct LineCounters {
 }
 
 /// Matrix instructions by shape and type, e.g. `m16n8k16.f32.bf16.bf16.f32`, counted per warp; those of `wgmma`,
-/// e.g. `wgmma.m64n128k16.f32.bf16.bf16`, per warpgroup.
+/// e.g. `wgmma.m64n128k16.f32.bf16.bf16.ss`, per warpgroup, `rs` where A is in registers and `ss` where it is in shared memory.
 pub type MatrixOps = BTreeMap<String, u64>;
 
 /// Counters of one launch, or of several added up. All but `launches` stay zero unless
@@ -130,6 +43,8 @@ pub type MatrixOps = BTreeMap<String, u64>;
 pub struct Counters {
     pub launches: u64,
     pub blocks: u64,
+    /// Blocks that wrote to global memory or to another block's shared memory: the others left without effect.
+    pub working_blocks: u64,
     pub warps: u64,
     /// Instructions times active lanes.
     pub thread_instructions: u64,
@@ -142,6 +57,9 @@ pub struct Counters {
     pub opcodes: BTreeMap<String, u64>,
     /// Bytes that asynchronous copies write to shared memory, zero fill included.
     pub async_bytes: u64,
+    /// Of the sectors of `global`, those that asynchronous copies move between global and shared memory themselves: they pass the
+    /// multiprocessor's SRAM once, as wavefronts of `shared`.
+    pub async_sectors: u64,
     /// Rounds of loops that only wait for others, beyond each warp's first: nothing else counts them, for their number depends on
     /// who runs when.
     pub repeated_polls: u64,
@@ -159,6 +77,7 @@ impl Counters {
     pub fn add(&mut self, other: &Counters) {
         self.launches += other.launches;
         self.blocks += other.blocks;
+        self.working_blocks += other.working_blocks;
         self.warps += other.warps;
         self.thread_instructions += other.thread_instructions;
         for (a, b) in self.warp_instructions.iter_mut().zip(other.warp_instructions) {
@@ -173,6 +92,7 @@ impl Counters {
             *self.opcodes.entry(k.clone()).or_default() += v;
         }
         self.async_bytes += other.async_bytes;
+        self.async_sectors += other.async_sectors;
         self.repeated_polls += other.repeated_polls;
         if self.lines.is_empty() {
             self.lines = other.lines.clone();

@@ -37,10 +37,15 @@ struct Common {
     printed: Mutex<Printed>,
 }
 
+/// A number for a launch, or for what watches tell apart from launches.
+pub fn fresh_grid() -> u64 {
+    static GRIDS: AtomicU64 = AtomicU64::new(1);
+    GRIDS.fetch_add(1, Ordering::Relaxed)
+}
+
 pub fn run(l: &Launch) -> Result<Counters, Fault> {
     let shape = check(l)?;
-    static GRIDS: AtomicU64 = AtomicU64::new(1);
-    let grid_id = GRIDS.fetch_add(1, Ordering::Relaxed);
+    let grid_id = fresh_grid();
     let total = shape.clusters();
     let common = Common {
         next: AtomicU64::new(0),
@@ -67,7 +72,7 @@ pub fn run(l: &Launch) -> Result<Counters, Fault> {
             common.printed.lock().unwrap_or_else(|e| e.into_inner()).append(&mut worker.printed);
         }
         if let Some(tally) = worker.tally.take() {
-            merged.lock().unwrap_or_else(|e| e.into_inner()).add(&tally.finish(&worker));
+            merged.lock().unwrap_or_else(|e| e.into_inner()).add(&tally.finish(worker.body));
         }
     };
     if threads == 1 {
@@ -199,6 +204,7 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
                 tell(worker, &done.cluster, BlockEvent::End);
                 if let Some(t) = &mut worker.tally {
                     t.finished_blocks += done.cluster.blocks.len() as u64;
+                    t.working_blocks += done.cluster.blocks.iter().filter(|block| block.worked).count() as u64;
                     t.finished_warps += done.cluster.warps.iter().map(|w| w.len() as u64).sum::<u64>();
                 }
                 worker.spare.push_back(done.cluster);

@@ -30,6 +30,7 @@ pub fn cluster(worker: &mut Worker, l: &Launch, index: u64) -> Cluster {
         let [x, y, z] = block.block.map(u64::from);
         block.linear = (z * gy + y) * gx + x;
         block.exited_threads = 0;
+        block.worked = false;
         block.barriers = [Barrier::default(); 16];
         block.mbarriers.clear();
         block.phase_completed = false;
@@ -85,6 +86,7 @@ fn new_block(rank: u32, bytes: u32, threads: u32) -> Shared {
         registers: Default::default(),
         exited_threads: 0,
         threads,
+        worked: false,
     }
 }
 

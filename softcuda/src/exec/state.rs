@@ -121,6 +121,8 @@ pub struct Shared {
     pub registers: super::wgmma::Pool,
     pub exited_threads: u32,
     pub threads: u32,
+    /// Has written to global memory or to another block's shared memory. Known where launches are counted.
+    pub worked: bool,
 }
 
 impl Shared {

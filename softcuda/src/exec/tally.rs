@@ -18,26 +18,26 @@
 
 use std::collections::BTreeMap;
 
-use super::access::space_of;
 use super::counters::{Counters, LineCounters, MemoryCounters, SharedCounters};
 use super::lanes::{LANES, active};
-use super::observe::{AccessKind, Engine, Touch};
-use super::state::{Machine, Worker};
-use crate::ptx::ast::Space;
+use crate::lower::ir::Body;
 
 /// What one host thread has counted.
 #[derive(Debug, Default)]
 pub struct Tally {
     /// Warps and threads that ran each block.
-    blocks: Vec<(u64, u64)>,
-    lines: Vec<LineCounters>,
-    matrix: BTreeMap<String, u64>,
-    async_bytes: u64,
+    pub blocks: Vec<(u64, u64)>,
+    pub lines: Vec<LineCounters>,
+    pub matrix: BTreeMap<String, u64>,
+    pub async_bytes: u64,
+    pub async_sectors: u64,
     /// The poll that the warp counted last is in.
     poll: Option<Poll>,
     repeating: bool,
     repeated_polls: u64,
     pub finished_blocks: u64,
+    /// Of those, the ones that wrote outside themselves.
+    pub working_blocks: u64,
     pub finished_warps: u64,
 }
 
@@ -67,7 +67,7 @@ impl Tally {
     }
 
     /// Whether a basic block counts: not if it is one of a poll that the warp has been through.
-    fn first_round(&mut self, block: u32, poll: Option<u32>, warp: (u64, u32)) -> bool {
+    pub fn first_round(&mut self, block: u32, poll: Option<u32>, warp: (u64, u32)) -> bool {
         self.repeating = false;
         let Some(poll) = poll else {
             self.poll = None;
@@ -88,18 +88,20 @@ impl Tally {
     }
 
     /// Adds up by instruction class and line.
-    pub fn finish(self, worker: &Worker) -> Counters {
+    pub fn finish(self, body: &Body) -> Counters {
         let mut c = Counters {
             lines: self.lines,
             matrix: self.matrix,
             blocks: self.finished_blocks,
+            working_blocks: self.working_blocks,
             warps: self.finished_warps,
             async_bytes: self.async_bytes,
+            async_sectors: self.async_sectors,
             repeated_polls: self.repeated_polls,
             ..Counters::default()
         };
-        let mut opcodes = vec![0; worker.body.names.len()];
-        for (block, (warps, threads)) in worker.body.blocks.iter().zip(self.blocks) {
+        let mut opcodes = vec![0; body.names.len()];
+        for (block, (warps, threads)) in body.blocks.iter().zip(self.blocks) {
             for instruction in &block.instructions {
                 c.warp_instructions[instruction.class as usize] += warps;
                 c.thread_instructions += threads;
@@ -110,62 +112,13 @@ impl Tally {
                 }
             }
         }
-        let named = worker.body.names.iter().zip(opcodes).filter(|(_, count)| *count != 0);
+        let named = body.names.iter().zip(opcodes).filter(|(_, count)| *count != 0);
         c.opcodes = named.map(|(name, count)| (name.clone(), count)).collect();
         for l in &c.lines {
             c.global.add(&l.global);
             c.shared.add(&l.shared);
         }
         c
-    }
-}
-
-impl Machine<'_, '_> {
-    #[inline(never)]
-    pub fn count_block(&mut self, block: u32, lanes: u32) {
-        if let Some(t) = &mut self.worker.tally {
-            let warp = (self.shared.linear, self.warp.index);
-            if !t.first_round(block, self.worker.body.blocks[block as usize].poll, warp) {
-                return;
-            }
-            let (warps, threads) = &mut t.blocks[block as usize];
-            *warps += 1;
-            *threads += u64::from(lanes.count_ones());
-        }
-    }
-
-    #[inline(never)]
-    pub fn count_matrix(&mut self, name: &str) {
-        if let Some(t) = &mut self.worker.tally {
-            match t.matrix.get_mut(name) {
-                Some(n) => *n += 1,
-                None => {
-                    t.matrix.insert(name.to_string(), 1);
-                }
-            }
-        }
-    }
-
-    #[inline(never)]
-    pub fn count_access(&mut self, touch: &Touch, pc: u32) {
-        let line = self.line(pc) as usize;
-        let Some(t) = self.worker.tally.as_mut().filter(|t| !t.repeating) else { return };
-        let Some(l) = t.lines.get_mut(line.wrapping_sub(1)) else { return };
-        let &Touch { addresses, mask, bytes, .. } = touch;
-        let inside = |spaces: &[Space]| match touch.space {
-            Some(s) => mask * u32::from(spaces.contains(&s)),
-            None => active(mask).filter(|&i| spaces.contains(&space_of(addresses[i]))).fold(0, |m, i| m | 1 << i),
-        };
-        let (shared, global) = (inside(&[Space::Shared, Space::SharedCluster]), inside(&[Space::Global]));
-        if shared != 0 {
-            l.shared.add(&wavefronts(addresses, shared, bytes));
-            if touch.kind == AccessKind::Write && matches!(touch.engine, Engine::CopyAsync | Engine::Bulk) {
-                t.async_bytes += u64::from(shared.count_ones()) * u64::from(bytes);
-            }
-        }
-        if global != 0 {
-            l.global.add(&sectors(addresses, global, bytes));
-        }
     }
 }
 
@@ -178,7 +131,7 @@ fn distinct(values: &mut Vec<u64>) -> &[u64] {
     values
 }
 
-fn sectors(addresses: &[u64; LANES], mask: u32, bytes: u32) -> MemoryCounters {
+pub fn sectors(addresses: &[u64; LANES], mask: u32, bytes: u32) -> MemoryCounters {
     let bytes = u64::from(bytes);
     let mut list = Vec::with_capacity(LANES);
     list.extend(active(mask).flat_map(|i| addresses[i] / SECTOR..=(addresses[i] + bytes - 1) / SECTOR));
@@ -190,7 +143,7 @@ fn sectors(addresses: &[u64; LANES], mask: u32, bytes: u32) -> MemoryCounters {
 }
 
 /// Within a half or quarter, each bank delivers one word at a time; lanes that read the same word share it.
-fn wavefronts(addresses: &[u64; LANES], mask: u32, bytes: u32) -> SharedCounters {
+pub fn wavefronts(addresses: &[u64; LANES], mask: u32, bytes: u32) -> SharedCounters {
     // More than 16 bytes a lane are the rows of bulk copies, each as many whole passes.
     let lanes = (WAVEFRONT / u64::from(bytes.clamp(4, 128))) as usize;
     let ideal = u64::from(bytes).div_ceil(WAVEFRONT);

@@ -6,10 +6,9 @@ use super::fault::FaultKind;
 use super::lanes::{File, LANES, active};
 use super::mbarrier_ops::Place;
 use super::observe::{AccessKind, Engine, ProxyFence, SyncEvent, Touch};
-use super::reduce;
 use super::state::{Machine, Outcome, Raw};
 use crate::lower::ir::AtomOp;
-use crate::lower::ir_bulk::{TensorCopy, TensorDirection, TensormapOp};
+use crate::lower::ir_bulk::{TensorCopy, TensorDirection, TensormapOp, reduction_allowed};
 use crate::ptx::ast::{Space, Type};
 use crate::tensormap::{BYTES, Element, MAX_RANK, Swizzle, TensorMap};
 
@@ -107,7 +106,7 @@ fn reduction(op: AtomOp, element: Element) -> Option<Type> {
         (_, Type::F64) => return None,
         (_, ty) => ty,
     };
-    reduce::allowed(op, ty, false).then_some(ty)
+    reduction_allowed(op, ty, false).then_some(ty)
 }
 
 impl Machine<'_, '_> {

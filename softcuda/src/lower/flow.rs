@@ -45,7 +45,8 @@ pub fn split(items: Vec<Item>) -> Result<(Vec<Node>, HashMap<Label, usize>)> {
                 }
                 let ends = match micro.op.code {
                     Code::Bra | Code::BrxIdx => true,
-                    Code::Exit | Code::Return | Code::Trap | Code::InvalidPc => micro.guard.is_none(),
+                    // With a guard too: what follows counts only for the lanes that are left.
+                    Code::Exit | Code::Return | Code::Trap | Code::InvalidPc => true,
                     // Lanes come back to the start of a block, where they meet.
                     Code::Call => true,
                     _ => false,

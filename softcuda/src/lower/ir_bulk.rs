@@ -143,3 +143,17 @@ impl TensormapOp {
         }
     }
 }
+
+/// Reductions that instructions have: into global memory, or into a peer's shared memory.
+pub fn reduction_allowed(op: AtomOp, ty: Type, shared: bool) -> bool {
+    use Type::*;
+    match op {
+        AtomOp::Add if shared => matches!(ty, U32 | S32 | U64),
+        AtomOp::Add => matches!(ty, U32 | S32 | U64 | F32 | F64 | F16 | BF16),
+        AtomOp::Min | AtomOp::Max if shared => matches!(ty, U32 | S32),
+        AtomOp::Min | AtomOp::Max => matches!(ty, U32 | S32 | U64 | S64 | F16 | BF16),
+        AtomOp::Inc | AtomOp::Dec => ty == U32,
+        AtomOp::And | AtomOp::Or | AtomOp::Xor => ty == B32 || ty == B64 && !shared,
+        AtomOp::Exch | AtomOp::Cas => false,
+    }
+}

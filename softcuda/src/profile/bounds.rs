@@ -1,12 +1,15 @@
 //! How long each unit of a device needs at least for a launch's work. The longest of these times is the modelled time.
 //!
-//! A bound is work over rate, with two refinements: work of the multiprocessors is as long as on the one that has the most
-//! blocks, all blocks taken as equal; and tensor cores run at the clock at which their peak is published. Latencies, the
+//! A bound is work over rate, with refinements. Work of the multiprocessors is as long as on the one that has the most blocks, all
+//! blocks taken as equal that write outside themselves: blocks that leave at once make no wave. Tensor cores run at the clock
+//! at which their peak is published, and products at what they were measured to reach of it ([`super::product`]). What asynchronous
+//! copies move between global and shared memory passes the multiprocessor's SRAM once, on shared memory's side. Latencies, the
 //! launch itself, dependences between units and everything that keeps them from their peak are not modelled, so that a real
 //! GPU takes longer. Instructions are those of the PTX: `ptxas` makes several machine instructions of some and none of others.
 
 use serde::{Deserialize, Serialize};
 
+use super::product::Product;
 use super::work::Work;
 use crate::device::{Description, LINE_BYTES, SECTOR_BYTES};
 use crate::exec::InstructionClass as Class;
@@ -28,7 +31,7 @@ pub fn bounds(device: &Description, work: &Work) -> Vec<Bound> {
     let clock = f64::from(device.clock_khz) * 1e3;
     let sms = f64::from(device.sm_count);
     // Work of the fullest multiprocessor over the average.
-    let blocks = work.blocks.max(1) as f64;
+    let blocks = work.working_blocks.max(1) as f64;
     let fullest = (blocks / sms).ceil() * sms / blocks;
     let mut list = Vec::new();
     let mut on_sm = |unit: &str, amount: f64, what: &str, rate: f64, clock: f64| {
@@ -64,26 +67,21 @@ pub fn bounds(device: &Description, work: &Work) -> Vec<Bound> {
     let instructions: f64 = memory.into_iter().map(class).sum();
     on_sm("load/store", 32.0 * instructions, "lanes", rates.load_store.into(), clock);
     let wavefront = f64::from(LINE_BYTES);
-    let passes = work.shared.wavefronts as f64 + work.global.sectors as f64 * f64::from(SECTOR_BYTES) / wavefront;
+    let through_l1 = work.global.sectors.saturating_sub(work.async_sectors) as f64 * f64::from(SECTOR_BYTES);
+    let passes = work.shared.wavefronts as f64 + through_l1 / wavefront;
     on_sm("shared and L1", passes, "passes of 128 bytes", f64::from(rates.shared_bytes) / wavefront, clock);
     let tensor_clock = f64::from(rates.tensor_clock_khz) * 1e3;
     let (mut seconds, mut parts) = (0.0, Vec::new());
-    for (kind, ops) in &work.tensor {
-        let (rate, clock) = match kind.as_str() {
-            "f16" => (rates.tensor_f16, tensor_clock),
-            "bf16" => (rates.tensor_bf16, tensor_clock),
-            "tf32" => (rates.tensor_tf32, tensor_clock),
-            "f64" => (rates.tensor_f64, clock),
-            "int8" => (rates.tensor_int8, tensor_clock),
-            "fp8" => (rates.tensor_fp8, tensor_clock),
-            _ => (0, tensor_clock),
-        };
-        if rate == 0 {
-            parts.push(format!("{} {kind} multiply-adds at an unknown rate", count(ops.multiply_adds as f64)));
+    for (name, &instructions) in &work.matrix {
+        let Some(product) = Product::parse(name) else { continue };
+        let amount = instructions as f64 * product.multiply_adds as f64;
+        let Some(rate) = product.rate(rates) else {
+            parts.push(format!("{} multiply-adds of {name} at an unknown rate", count(amount)));
             continue;
-        }
-        seconds += ops.multiply_adds as f64 * fullest / (f64::from(rate) * sms * clock);
-        parts.push(format!("{} {kind} multiply-adds at {rate} per clock and SM", count(ops.multiply_adds as f64)));
+        };
+        let clock = if product.kind == "f64" { clock } else { tensor_clock };
+        seconds += amount * fullest / (rate * sms * clock);
+        parts.push(format!("{} multiply-adds of {name} at {rate:.0} per clock and SM", count(amount)));
     }
     let detail = if parts.is_empty() { "no matrix instructions".into() } else { parts.join(", ") };
     list.push(Bound { unit: "tensor".into(), seconds, detail });
@@ -137,12 +135,45 @@ mod tests {
         assert_eq!((unit.as_str(), most), ("DRAM", (2u64 << 30) as f64 / 3.352e12));
         // 4096 cubed in bf16 at H100's published peak.
         let products = 4096u64.pow(3) / (16 * 8 * 16);
-        let opcode = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32".to_string();
-        let counters = Counters { blocks: 132, opcodes: [(opcode, products)].into(), ..Counters::default() };
+        let at_peak = |name: &str, products: u64| {
+            let matrix = [(name.to_string(), products)].into();
+            let counters = Counters { blocks: 132, matrix, ..Counters::default() };
+            let list = bounds(&H100, &Work::new(&counters, Traffic::default()));
+            assert_eq!(greatest(&list).1, "tensor");
+            2.0 * 4096f64.powi(3) / 989.4e12 / seconds(&list, "tensor")
+        };
+        assert!((at_peak("m16n8k16.f32.bf16.bf16.f32", products) - 0.649).abs() < 1e-3);
+        assert!((at_peak("wgmma.m64n256k16.f32.bf16.bf16.ss", products / 128) - 0.96).abs() < 1e-3);
+        assert!((at_peak("wgmma.m64n8k16.f32.bf16.bf16.ss", products / 4) - 0.96 * 4.0 / 18.0).abs() < 1e-3);
+    }
+
+    #[test]
+    fn what_is_copied_asynchronously_passes_once() {
+        // Two copies of 512 bytes to shared memory, 4 wavefronts each, and a load of 128 bytes: 9 passes, not 17.
+        let mut counters = Counters { blocks: 132, async_bytes: 1024, async_sectors: 32, ..Counters::default() };
+        counters.shared.wavefronts = 8;
+        counters.global.sectors = 36;
         let list = bounds(&H100, &Work::new(&counters, Traffic::default()));
-        let peak = 2.0 * 4096f64.powi(3) / 989.4e12;
-        assert!((seconds(&list, "tensor") / peak - 1.0).abs() < 1e-3);
-        assert_eq!(greatest(&list).1, "tensor");
+        assert!((seconds(&list, "shared and L1") / (9.0 / 132.0 / 1.98e9) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn blocks_that_leave_at_once_are_no_wave() {
+        // 1000 blocks, of which 133 work: two on one of 132 multiprocessors, whatever the others did.
+        let mut counters = Counters { blocks: 1000, working_blocks: 133, ..Counters::default() };
+        counters.warp_instructions[Class::Float as usize] = 133 * 1000;
+        let list = bounds(&H100, &Work::new(&counters, Traffic::default()));
+        assert!((seconds(&list, "issue") / (2000.0 / 4.0 / 1.98e9) - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn l2_delivers_what_was_measured() {
+        // A million sectors at the most bytes a clock that were measured.
+        let traffic = Traffic { l2_read_sectors: 1_000_000, ..Traffic::default() };
+        let work = Work::new(&Counters::default(), traffic);
+        for (device, bytes, hertz) in [(A100, 2008.0, 1.41e9), (H100, 4472.0, 1.98e9)] {
+            assert!((seconds(&bounds(&device, &work), "L2") / (32e6 / bytes / hertz) - 1.0).abs() < 1e-12);
+        }
     }
 
     #[test]

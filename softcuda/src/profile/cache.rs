@@ -49,15 +49,20 @@ impl Cache {
         Cache { ways, sets, lines: vec![Line::default(); sets as usize * ways], clock: 0, epoch: 1, dirty: 0 }
     }
 
-    /// Forgets everything and returns how many sectors were newer than memory.
-    pub fn clear(&mut self) -> u64 {
+    /// Sectors that are newer than memory.
+    pub fn dirty(&self) -> u64 {
+        self.dirty
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
         self.epoch = self.epoch.wrapping_add(1);
         if self.epoch == 0 {
             self.lines.fill(Line::default());
             self.epoch = 1;
         }
         self.clock = 0;
-        std::mem::take(&mut self.dirty)
+        self.dirty = 0;
     }
 
     fn set(&self, line: u64) -> usize {
@@ -124,11 +129,12 @@ mod tests {
         assert_eq!(hits(1, 0b0111, false), (0b0111, 0));
         assert_eq!(hits(2, 0b0001, false), (0, 0));
         assert_eq!(hits(3, 0b0001, false), (0, 0b0110), "line 1 goes, and two sectors of it are dirty");
-        assert_eq!(cache.clear(), 0);
+        assert_eq!(cache.dirty(), 0);
+        cache.clear();
         assert_eq!(cache.access(3, 1, true), Outcome { hits: 0, written_back: 0 });
         cache.access(3, 0b10, true);
         cache.invalidate(3, 0b10);
-        assert_eq!(cache.clear(), 1);
+        assert_eq!(cache.dirty(), 1);
     }
 
     #[test]

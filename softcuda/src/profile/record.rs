@@ -8,7 +8,8 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::bounds::{Bound, bounds, greatest};
-use super::{Traffic, Work};
+use super::traffic::{Caches, Traffic};
+use super::work::Work;
 use crate::device::{Description, Limiter, MAX_REGISTERS_PER_THREAD, WARP_SIZE, occupancy};
 use crate::exec::{Counters, LineCounters, MemoryCounters, SharedCounters};
 
@@ -17,7 +18,7 @@ pub const NOTICE: &str = "A model, not a measurement. The kernels ran on a CPU; 
      would need at least for the work that was counted. No GPU took these times.";
 
 /// Version of the form in which profiles are written.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Launches that are listed one by one; of later ones only the sums by kernel are kept.
 pub const MOST_LAUNCHES: usize = 1024;
@@ -33,6 +34,8 @@ pub struct Profile {
     pub softcuda: String,
     /// The devices that kernels ran on, in order of their first launch.
     pub devices: Vec<Device>,
+    /// What L2 held at the start of launches, each kind once.
+    pub caches: Vec<Caches>,
     /// The first launches, in order, at most [`MOST_LAUNCHES`].
     pub launches: Vec<LaunchProfile>,
     /// All launches, listed or not.
@@ -111,6 +114,8 @@ pub struct LaunchProfile {
     pub occupancy: OccupancyProfile,
     pub work: Work,
     pub bounds: Vec<Bound>,
+    /// What L2 held at the start.
+    pub caches: Caches,
     /// The greatest bound: a lower bound of the device's time, in seconds.
     pub modelled_seconds: f64,
     /// The unit of the greatest bound.
@@ -176,12 +181,14 @@ pub struct Launched<'l> {
     pub lines: &'l Arc<Vec<String>>,
     pub counters: &'l Counters,
     pub traffic: Traffic,
+    pub caches: Caches,
 }
 
 /// Launches as they come in.
 #[derive(Debug, Default)]
 pub struct Collector {
     devices: Vec<Description>,
+    caches: Vec<Caches>,
     launches: Vec<LaunchProfile>,
     launch_count: u64,
     /// By name, text and model; the module may have been unloaded since.
@@ -196,14 +203,13 @@ struct Sums {
 }
 
 impl Launched<'_> {
-    /// The launch's occupancy on its device; a grid that leaves room is its own limit.
-    fn occupancy(&self) -> OccupancyProfile {
+    /// The launch's occupancy on its device; a grid that leaves room is its own limit. Blocks that leave at once take none.
+    fn occupancy(&self, working_blocks: u64) -> OccupancyProfile {
         let (l, device) = (self, self.device);
         let threads = l.block.iter().product::<u32>();
         let shared = u64::from(l.static_shared_bytes) + u64::from(l.dynamic_shared_bytes);
         let found = occupancy(device, l.registers.count.min(MAX_REGISTERS_PER_THREAD), threads, shared);
-        let blocks = l.grid.iter().map(|&extent| u64::from(extent)).product::<u64>();
-        let share = blocks.div_ceil(device.sm_count.into());
+        let share = working_blocks.div_ceil(device.sm_count.into());
         let (blocks_per_sm, limiter) = match u32::try_from(share) {
             Ok(share) if share < found.blocks => (share, Limiter::Grid),
             _ => (found.blocks, found.limiter),
@@ -236,7 +242,10 @@ impl Collector {
         let work = Work::new(l.counters, l.traffic);
         let bounds = bounds(l.device, &work);
         let (modelled_seconds, limited_by) = greatest(&bounds);
-        let occupancy = l.occupancy();
+        let occupancy = l.occupancy(work.working_blocks);
+        if !self.caches.contains(&l.caches) {
+            self.caches.push(l.caches);
+        }
         if self.devices.iter().all(|known| known.model != l.device.model) {
             self.devices.push(*l.device);
         }
@@ -283,6 +292,7 @@ impl Collector {
                 occupancy,
                 work,
                 bounds,
+                caches: l.caches,
                 modelled_seconds,
                 limited_by,
             });
@@ -299,6 +309,7 @@ impl Collector {
             notice: NOTICE.into(),
             softcuda: env!("CARGO_PKG_VERSION").into(),
             devices: self.devices.iter().map(Device::new).collect(),
+            caches: self.caches.clone(),
             launches: self.launches.clone(),
             launch_count: self.launch_count,
             kernels,
@@ -347,9 +358,9 @@ impl Profile {
             PathBuf::from(path)
         };
         let paths = [".txt", ".json", ".html"].map(path);
-        for (path, text) in paths.iter().zip([self.to_text(), self.to_json(), self.to_html()]) {
-            std::fs::write(path, text)?;
-        }
+        let texts = [self.to_text(), self.to_json(), self.to_html()];
+        let files = [0, 1, 2].map(|at| (paths[at].as_path(), texts[at].as_bytes()));
+        crate::whole::write(&files)?;
         Ok(paths)
     }
 

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use super::cache::{Cache, SECTORS};
-use super::traffic::{Hierarchy, Path, Run, Traffic};
+use super::trace::{Path, Run};
+use super::traffic::{Hierarchy, Traffic};
 use crate::device::SECTOR_BYTES;
 
 /// Lines to a set of either cache. What hardware has is not published.
@@ -76,10 +77,6 @@ impl Model {
         (self.l1_bytes, self.l2_bytes, self.l1.len()) == (h.l1_bytes, h.l2_bytes, h.sm_count as usize)
     }
 
-    pub fn note_pieces(&mut self) {
-        self.traffic.in_pieces = true;
-    }
-
     /// Sends the requests of blocks, given in launch order, through the caches.
     pub fn replay<'r>(&mut self, h: &Hierarchy, blocks: impl Iterator<Item = &'r [Run]>) {
         let mut blocks = blocks.filter(|block| !block.is_empty());
@@ -150,15 +147,39 @@ impl Model {
         t.dram_write_bytes += bytes(outcome.written_back);
     }
 
-    /// Writes back what is dirty, empties all caches and says what has gone through them.
-    pub fn end(&mut self) -> Traffic {
-        self.l1.iter_mut().for_each(|cache| {
-            cache.clear();
-        });
-        let mut traffic = std::mem::take(&mut self.traffic);
-        traffic.dirty_at_end_bytes = self.l2.clear() * u64::from(SECTOR_BYTES);
-        traffic.dram_write_bytes += traffic.dirty_at_end_bytes;
+    /// What has gone through the caches since this was last asked.
+    pub fn take_traffic(&mut self) -> Traffic {
+        std::mem::take(&mut self.traffic)
+    }
+
+    /// Bytes of L2 that are newer than memory.
+    pub fn dirty_bytes(&self) -> u64 {
+        self.l2.dirty() * u64::from(SECTOR_BYTES)
+    }
+
+    /// Empties the L1 caches, as at the end of a launch.
+    pub fn forget_l1(&mut self) {
+        self.l1.iter_mut().for_each(Cache::clear);
+    }
+
+    /// Empties all caches.
+    pub fn forget(&mut self) {
+        self.forget_l1();
+        self.l2.clear();
         self.pages = Pages::default();
-        traffic
+        self.traffic = Traffic::default();
+    }
+
+    /// Takes the caches' sizes from `h`; what L2 holds stays if its size does.
+    pub fn adopt(&mut self, h: &Hierarchy) {
+        if self.fits(h) {
+            return;
+        }
+        let fresh = Model::new(h);
+        if self.l2_bytes == h.l2_bytes {
+            (self.l1_bytes, self.l1) = (fresh.l1_bytes, fresh.l1);
+        } else {
+            *self = fresh;
+        }
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::bounds::count;
+use super::limits::{LEFT_OUT, short_launches};
 use super::record::{KernelProfile, LaunchProfile, LineProfile, Profile, RegisterSource};
 
 /// Columns of a full bar.
@@ -65,10 +66,18 @@ impl Profile {
         writeln!(out, "{}", self.notice)?;
         let total = self.modelled_seconds();
         writeln!(out, "{} launches, at least {} if run one after another", self.launch_count, time(total))?;
+        for caches in &self.caches {
+            writeln!(out, "caches {}: {}", caches.name(), caches.words())?;
+        }
         for kernel in &self.kernels {
             writeln!(out)?;
             kernel.write_text(out, total, self.warps_per_sm(&kernel.device))?;
         }
+        writeln!(out, "\nNot in the modelled times:")?;
+        for (name, what) in LEFT_OUT {
+            writeln!(out, "  {name}: {what}")?;
+        }
+        writeln!(out, "{}", short_launches(self))?;
         Ok(())
     }
 }
@@ -142,6 +151,10 @@ impl KernelProfile {
             100.0 * w.lane_use(),
             classes.join(", ")
         )?;
+        if w.working_blocks < w.blocks {
+            let (working, all) = (count(w.working_blocks as f64), count(w.blocks as f64));
+            writeln!(out, "  blocks         {working} of {all} work, the others leave at once")?;
+        }
         for (kind, ops) in &w.tensor {
             let (products, adds) = (count(ops.instructions as f64), count(ops.multiply_adds as f64));
             writeln!(out, "  tensor         {kind}: {products} products, {adds} multiply-adds")?;

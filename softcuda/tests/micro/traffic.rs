@@ -1,7 +1,7 @@
 //! Traffic through the modelled caches, against what can be worked out by hand.
 
 use softcuda::exec::{Config, Counters};
-use softcuda::profile::{Hierarchy, Traffic, TrafficWatch};
+use softcuda::profile::{CarriedCaches, Hierarchy, Start, Traffic, TrafficWatch};
 
 use crate::device::{Buffer, Run};
 use crate::hopper::Hopper;
@@ -23,13 +23,15 @@ struct Case {
     block: u32,
     bytes: usize,
     hierarchy: Hierarchy,
+    start: Start,
     config: Config,
 }
 
 impl Case {
     /// Blocks that cover `bytes` with 16 bytes a thread.
     fn over(bytes: usize, hierarchy: Hierarchy) -> Case {
-        Case { grid: (bytes / 16 / 256) as u32, block: 256, bytes, hierarchy, config: Run::default().config }
+        let (grid, config) = ((bytes / 16 / 256) as u32, Run::default().config);
+        Case { grid, block: 256, bytes, hierarchy, start: Start::Cold, config }
     }
 
     fn run(&self, body: &str) -> (Counters, Traffic) {
@@ -38,7 +40,7 @@ impl Case {
     }
 
     fn run_on(&self, body: &str, a: &Buffer, b: &Buffer) -> (Counters, Traffic) {
-        let watch = TrafficWatch::new(self.hierarchy);
+        let watch = TrafficWatch::starting(self.hierarchy, self.start.clone());
         let config = Config { count: true, watches: vec![watch.clone()], ..self.config.clone() };
         let run = Run { grid: self.grid, block: self.block, config, ..Run::default() };
         let counters = run.run(&format!("{PROLOGUE}{body}\nret;"), &[a.address, b.address]).unwrap();
@@ -187,4 +189,48 @@ fn bulk_copies_pass_l1_by() {
     assert_eq!((t.dram_read_bytes, t.dram_write_bytes), (4096, 2048));
     assert_eq!((counters.async_bytes, counters.global.sectors, counters.global.ideal_sectors), (4096, 192, 192));
     assert_eq!(to.read::<u8>()[..2049], [[1u8; 2048].as_slice(), &[0]].concat());
+}
+
+#[test]
+fn a_warm_launch_finds_what_it_left() {
+    let run = |bytes, start| Case { start, ..Case::over(bytes, SMALL) }.run(COPY).1;
+    // Both buffers, 512 KiB, fit 1 MiB: nothing goes to memory, and what is written stays dirty.
+    let n = 256 << 10;
+    let cold = run(n as usize, Start::Cold);
+    assert_eq!((cold.dram_read_bytes, cold.dram_write_bytes, cold.dirty_at_end_bytes, cold.l2_read_hits), (n, n, n, 0));
+    let warm = run(n as usize, Start::Warm);
+    assert_eq!((warm.dram_read_bytes, warm.dram_write_bytes, warm.dirty_at_end_bytes), (0, 0, n));
+    assert_eq!((warm.l2_read_sectors, warm.l2_read_hits, warm.l2_write_sectors), (n / 32, n / 32, n / 32));
+    // L1 is empty at the start all the same.
+    assert_eq!((warm.l1_sectors, warm.l1_hits), (n / 32, 0));
+    // 16 MiB do not fit: least recently used, none of it is left when it is wanted again, and as much is written as is dirtied.
+    let n = 8 << 20;
+    let warm = run(n as usize, Start::Warm);
+    assert_eq!((warm.dram_read_bytes, warm.dram_write_bytes, warm.l2_read_hits), (n, n, 0));
+}
+
+#[test]
+fn caches_are_carried_from_one_launch_to_the_next() {
+    let caches = CarriedCaches::default();
+    let start = || Start::Carried(caches.clone());
+    let buffer = |bytes: usize| Buffer::new(&vec![0u8; bytes]);
+    let n = 256 << 10;
+    let (a, b, c, large) = (buffer(n), buffer(n), buffer(n), buffer(4 << 20));
+    let copy = |from: &Buffer, to: &Buffer| Case { start: start(), ..Case::over(n, SMALL) }.run_on(COPY, from, to).1;
+    let n = n as u64;
+    let first = copy(&a, &b);
+    assert_eq!((first.dram_read_bytes, first.dram_write_bytes, first.dirty_at_end_bytes), (n, 0, n));
+    // What the first has written the second reads from L2.
+    let second = copy(&b, &c);
+    assert_eq!((second.dram_read_bytes, second.l2_read_hits), (0, n / 32));
+    assert_eq!((second.dram_write_bytes, second.dirty_at_end_bytes), (0, 2 * n));
+    // Four times the cache, only read, pushes out what both have written; L1 of another size makes no difference to L2.
+    let hierarchy = Hierarchy { l1_bytes: 32 << 10, ..SMALL };
+    let load = "ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [%a];";
+    let third = Case { start: start(), ..Case::over(4 << 20, hierarchy) }.run_on(load, &large, &large).1;
+    assert_eq!((third.dram_read_bytes, third.dram_write_bytes, third.dirty_at_end_bytes), (4 << 20, 2 * n, 0));
+    assert_eq!(copy(&a, &b).dram_read_bytes, n);
+    assert_eq!(copy(&a, &b).dram_read_bytes, 0);
+    caches.clear();
+    assert_eq!(copy(&a, &b), first);
 }

@@ -31,7 +31,7 @@ pub enum ArgumentError {
 }
 
 /// Options of `run` and the environment variable that each becomes.
-const OPTIONS: [(&str, &str); 7] = [
+const OPTIONS: [(&str, &str); 8] = [
     ("--device", "SOFTCUDA_DEVICE"),
     ("--devices", "SOFTCUDA_DEVICES"),
     ("--memory", "SOFTCUDA_MEMORY_MIB"),
@@ -39,6 +39,7 @@ const OPTIONS: [(&str, &str); 7] = [
     ("--seed", "SOFTCUDA_SEED"),
     ("--checks", "SOFTCUDA_CHECKS"),
     ("--profile", "SOFTCUDA_PROFILE"),
+    ("--profile-caches", "SOFTCUDA_PROFILE_CACHES"),
 ];
 
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Command, ArgumentError> {
@@ -88,6 +89,7 @@ fn check(option: &'static str, value: OsString) -> Result<OsString, ArgumentErro
     let wrong = |expected| Err(ArgumentError::Value { option, expected, found: text.clone().into_owned() });
     match option {
         "--streams" if !matches!(&*text, "inline" | "concurrent") => wrong("`inline` or `concurrent`"),
+        "--profile-caches" if !matches!(&*text, "cold" | "warm" | "carried") => wrong("`cold`, `warm` or `carried`"),
         "--seed" if text.parse::<u64>().is_err() => wrong("a whole number"),
         "--memory" if !text.parse::<u64>().is_ok_and(|number| number > 0) => wrong("a whole number above 0"),
         // The program may change its working folder before the driver opens the file.
@@ -133,6 +135,8 @@ mod tests {
         assert_eq!(error("fly"), "`fly` is not a command");
         assert_eq!(error("run --wings 2 -- x"), "`--wings` is not an option of `softcuda run`");
         assert_eq!(error("run --seed soon -- x"), "`--seed` must be a whole number, not `soon`");
+        let caches = "`--profile-caches` must be `cold`, `warm` or `carried`, not `hot`";
+        assert_eq!(error("run --profile-caches hot -- x"), caches);
         assert_eq!(error("run --memory 0 -- x"), "`--memory` must be a whole number above 0, not `0`");
         assert_eq!(error("run --seed 1 --seed 2 -- x"), "`--seed` is given twice");
         assert_eq!(error("run --seed"), "`--seed` takes a value");

@@ -3,20 +3,7 @@
 //! Results of f32, f16 and bf16 arithmetic are formed in f64 rounded to odd (the last bit is set when anything was lost),
 //! which keeps a second rounding to 24 bits or fewer correct in every mode.
 
-/// Rounding modes of the PTX ISA.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Round {
-    /// `.rn`: nearest, ties to even.
-    Nearest,
-    /// `.rna`: nearest, ties away from zero.
-    NearestAway,
-    /// `.rz`
-    Zero,
-    /// `.rm`
-    Down,
-    /// `.rp`
-    Up,
-}
+pub(crate) use crate::lower::Round;
 
 /// A binary floating-point format of at most 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

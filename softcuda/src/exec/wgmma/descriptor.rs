@@ -35,6 +35,15 @@ pub struct Descriptor {
 /// Bits that the manual gives no meaning.
 const UNDEFINED: u64 = 0x3ff1_c000_c000_c000;
 
+/// Chunks as [`Descriptor::chunks`] gives them, in the order of core matrices (PTX ISA 9.7.15.5.1.2, "Core matrices"): 8 rows of
+/// 16 bytes, a row being one of M or N if K-major, a step of K if MN-major.
+pub fn by_core_matrix(chunks: &[u32], mn_major: bool) -> impl Iterator<Item = u32> {
+    let across = if mn_major { chunks.len() / 16 } else { 2 };
+    let rows = chunks.len() / across.max(1);
+    let matrices = (0..rows / 8).flat_map(move |r| (0..across).map(move |c| (8 * r, c)));
+    matrices.flat_map(move |(r, c)| (r..r + 8).map(move |r| chunks[r * across + c]))
+}
+
 impl Descriptor {
     /// # Errors
     /// What is wrong with the number.

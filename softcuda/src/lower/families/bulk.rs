@@ -1,10 +1,10 @@
 //! Bulk copies and their groups (PTX ISA 9.7.9.25.4, 9.7.9.27.2), `st.async` (9.7.9.12) and `red.async` (9.7.13.7).
 
 use super::{Class, unknown};
-use crate::exec::reduction_allowed;
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result};
 use crate::lower::ir::{Address, AtomOp, Extra, Reg};
+use crate::lower::ir_bulk::reduction_allowed;
 use crate::lower::ir_bulk::{AsyncStore, BulkCopy, BulkOp};
 use crate::lower::isa::Code;
 use crate::lower::modifiers::Modifiers;

@@ -99,7 +99,8 @@ impl Builder<'_> {
         if let Some(twice) = (1..d.len()).find(|&k| d[..k].contains(&d[k])) {
             return Err(LowerErrorKind::Invalid(format!("accumulator {twice} of `wgmma` is named twice")));
         }
-        let name = format!("wgmma.m{ROWS}n{n}k{depth}.{d_type:?}.{a:?}.{b:?}").to_lowercase();
+        let places = if from_registers { "rs" } else { "ss" };
+        let name = format!("wgmma.m{ROWS}n{n}k{depth}.{d_type:?}.{a:?}.{b:?}.{places}").to_lowercase();
         self.class = Some(Class::Matrix);
         self.emit_extra(
             Code::Wgmma,

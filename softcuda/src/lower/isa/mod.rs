@@ -15,7 +15,7 @@ use std::sync::LazyLock;
 pub(crate) use float::float_ops;
 pub(crate) use integer::integer_ops;
 
-use crate::exec::InstructionClass;
+use crate::lower::InstructionClass;
 use crate::ptx::ast::Type;
 
 /// Expands `$callback! { rows... }` with the rows of the whole instruction set.
@@ -116,8 +116,8 @@ macro_rules! define_codes {
             Bra,
             /// Calls of functions with a body of their own, and what such a body begins and ends with.
             Call, Frame, Return,
-            /// `vprintf`.
-            Print,
+            /// `vprintf`; `malloc` and `free`.
+            Print, Heap,
             BrxIdx, Exit, Trap, Assert, InvalidPc, Nop,
             /// `cp.async.wait_group` of `x`; `wait_all` is a commit and a wait for all.
             Load, Store, Atom, AtomWide, CopyAsync, CopyCommit, CopyWait,
