@@ -13,7 +13,7 @@ use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::layer::{LayerDesc, Mlp};
 use moe_kernels::reference::{self, dispatch::DispatchRule};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
-use moe_kernels::rules::{Capacity, Gating, Score};
+use moe_kernels::rules::{Capacity, Gating, Renormalise, Score};
 use moe_kernels::{Dtype, Workspace};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -22,6 +22,9 @@ use support::device;
 use support::inputs::run_seed;
 use support::layer_case::{Case, check};
 use support::lists;
+
+/// DeepSeek-V3's.
+const EPSILON: Renormalise = Renormalise::Plus(1e-20);
 
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig {
@@ -158,7 +161,7 @@ proptest! {
     ) {
         let desc = DispatchDesc::new(tokens, experts, top_k, 16).capacity(capacity);
         prop_assume!(desc.validate().is_ok());
-        let gating = Gating::new(score).renormalise(renormalise);
+        let gating = Gating::new(score).renormalise(renormalise.then_some(EPSILON));
         let (sorted, ids, weights) = sort(&desc, Err((&gating, &logits)));
         for chosen in ids.chunks(top_k) {
             let mut distinct = chosen.to_vec();
@@ -193,7 +196,7 @@ proptest! {
         let desc = LayerDesc::new(Dtype::Bf16, 8 * hidden, 8 * intermediate, experts, k.min(experts))
             .mlp(mlp)
             .capacity(capacity)
-            .gating(Gating::new(score).renormalise(renormalise));
+            .gating(Gating::new(score).renormalise(renormalise.then_some(EPSILON)));
         let case = Case { router_bias, expert_bias, residual, ..Case::new(desc, tokens) };
         check::<bf16, bf16>(&case);
     }

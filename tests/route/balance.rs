@@ -48,7 +48,7 @@ impl Case {
         let mut args = vec![Arg::In(&logits), optional(&bias), Arg::Out(ids), Arg::Out(weights)];
         let flags = if score == Score::Sigmoid { SIGMOID } else { 0 };
         args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, flags].map(Arg::U32));
-        args.extend([Arg::F32(1.0), Arg::F32(1e-20), Arg::Out(lse), Arg::Out(shares)]);
+        args.extend([Arg::F32(1.0), Arg::F32(0.0), Arg::Out(lse), Arg::Out(shares)]);
         let numbers = [sequence, run, per_sequence, each, parts, pieces].map(|number| number as u32);
         args.extend(numbers.map(Arg::U32));
         args.extend([Arg::U32(NO_LIMIT), Arg::U32(tokens as u32)]);
@@ -140,7 +140,7 @@ fn plain_gating_reads_logits_once() {
             let (ids, weights) = (Output::new::<i32>(tokens * top_k), Output::new::<f32>(tokens * top_k));
             let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(&ids), Arg::Out(&weights)];
             args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, 0].map(Arg::U32));
-            args.extend([1.0, 1e-20].map(Arg::F32));
+            args.extend([1.0, 0.0].map(Arg::F32));
             let counters = launch(kernel, [2, 1, 1], 1, &args);
             let ideal = (tokens * experts * 4 / 32) as u64;
             let rows: u64 =

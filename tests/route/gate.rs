@@ -7,6 +7,13 @@ use crate::device::{Arg, Input, Output, launch, optional};
 use crate::dispatch::Results;
 use crate::random::{Logits, Random};
 
+/// DeepSeek-V3's.
+const EPSILON: Renormalise = Renormalise::Plus(1e-20);
+
+/// Flags of a rule: groups are compared by scores, and where the number of choice values begins that make a group's score.
+const BY_SCORE: u32 = 32;
+const GROUP_TERMS: u32 = 8;
+
 #[derive(Clone, Copy)]
 struct Case {
     rule: Gating,
@@ -40,7 +47,7 @@ impl Case {
     }
 
     fn renormalise(mut self, scale: f32) -> Case {
-        (self.rule.renormalise, self.rule.scale) = (Some(Renormalise::Plus(1e-20)), scale);
+        (self.rule.renormalise, self.rule.scale) = (Some(EPSILON), scale);
         self
     }
 
@@ -65,8 +72,15 @@ impl Case {
         let ids = Output::new::<i32>(tokens * top_k);
         let weights = Output::new::<f32>(tokens * top_k);
         let groups = rule.groups.unwrap_or(Groups::new(1, 1).score(GroupScore::Max));
-        let terms = if groups.score == GroupScore::Max { 1u32 } else { 2 };
-        let by_score = groups.count > 1 && terms > 1 && rule.score != Score::TopkSoftmax;
+        let terms = match groups.score {
+            GroupScore::TopSum(terms) => terms as u32,
+            _ => 1,
+        };
+        let mut flags = u32::from(rule.renormalise.is_some());
+        if groups.count > 1 {
+            let by_score = terms > 1 && rule.score != Score::TopkSoftmax;
+            flags |= u32::from(by_score) * BY_SCORE | terms << GROUP_TERMS;
+        }
         let mut args = vec![
             Arg::In(&logits),
             optional(&bias),
@@ -77,7 +91,7 @@ impl Case {
             Arg::U32(top_k as u32),
             Arg::U32(groups.count as u32),
             Arg::U32(groups.kept as u32),
-            Arg::U32(u32::from(rule.renormalise.is_some()) | u32::from(by_score) << 5 | terms << 8),
+            Arg::U32(flags),
             Arg::F32(rule.scale),
             Arg::F32(1e-20),
         ];
@@ -196,6 +210,7 @@ fn groups() {
                 // Groups of one expert.
                 let single = Case { logits, bias, tokens: 3, ..case(score, 30, 4) };
                 single.groups(30, 6, GroupScore::Max).run();
+                single.groups(30, 30, GroupScore::TOP_TWO).run();
             }
         }
         Case { tokens: 2, bias: score != Score::TopkSoftmax, ..case(score, 4000, 7) }

@@ -10,7 +10,7 @@ use moe_kernels::layer::{
 };
 use moe_kernels::reference::{activation, gating};
 use moe_kernels::rules::{Activation, Glu, Layout};
-use moe_kernels::{Dtype, Element, Kernels, Workspace};
+use moe_kernels::{Element, Kernels, Workspace};
 
 use super::{compare, device};
 

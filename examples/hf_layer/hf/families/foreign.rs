@@ -55,7 +55,7 @@ fn neutral(key: &str, value: &Value, block: &BlockSpec) -> Option<bool> {
         "norm_topk_prob" | "moe_renormalize" | "moe_norm_gate_logits" => match gating.score {
             // The chosen always sum to 1.
             Score::TopkSoftmax => value.is_boolean(),
-            _ => flag(gating.renormalise),
+            _ => flag(gating.renormalise.is_some()),
         },
         "routed_scaling_factor"
         | "moe_routed_scaling_factor"

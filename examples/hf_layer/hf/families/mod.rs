@@ -2,7 +2,7 @@
 
 use moe_kernels::Dtype;
 use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc};
-use moe_kernels::rules::{Activation, Gating, Groups, Score};
+use moe_kernels::rules::{Activation, Gating, Groups, Renormalise, Score};
 
 use super::config::Config;
 use super::error::HfError;
@@ -171,7 +171,7 @@ fn shared_expert(intermediate: usize, mlp: Mlp) -> Option<SharedDesc> {
 
 /// Softmax over all experts, renormalised or not.
 fn softmax(renormalise: bool) -> Gating {
-    Gating::new(Score::Softmax).renormalise(renormalise)
+    Gating::new(Score::Softmax).renormalise(renormalise.then_some(Renormalise::Plus(0.0)))
 }
 
 /// Sigmoid with groups and scaling, as DeepSeek-V3 and GLM-4.5 configure it.
@@ -179,8 +179,9 @@ fn grouped_sigmoid(config: &Config, groups: usize, kept: usize, scale: f64) -> R
     config.require_text("topk_method", "noaux_tc")?;
     let count = config.count("n_group")?.unwrap_or(groups);
     let kept = config.count("topk_group")?.unwrap_or(kept);
+    let renormalise = config.flag("norm_topk_prob", true)?;
     let gating = Gating::new(scoring(config)?)
-        .renormalise(config.flag("norm_topk_prob", true)?)
+        .renormalise(renormalise.then_some(Renormalise::Plus(1e-20)))
         .scale(config.number("routed_scaling_factor", scale)? as f32);
     Ok(gating.groups((count > 1).then_some(Groups::new(count, kept))))
 }
