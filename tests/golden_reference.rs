@@ -1,9 +1,9 @@
 //! The reference against the recorded outputs of the models' own code: it is only an oracle if it reproduces them.
 
+#[path = "support/data.rs"]
+mod data;
 #[path = "../examples/hf_layer/hf/mod.rs"]
 mod hf;
-
-use std::path::Path;
 
 use hf::checkpoint::Checkpoint;
 use hf::config::Config;
@@ -16,7 +16,7 @@ use hf::report::relative_error;
 const TOLERANCE: f64 = 1e-6;
 
 fn check(family: &str) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
+    let folder = data::path("golden").join(family);
     let config = Config::open(&folder).unwrap();
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let golden = Golden::open(&folder).unwrap();
