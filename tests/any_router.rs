@@ -32,7 +32,8 @@ use moe_kernels::rules::{
     AdmissionRule, Affinity, AuctionRule, BalanceRule, Capacity, Dropout, Gating, Groups, IDENTITY, IdFormat,
     LossScore, NONE, NoiseSource, NoisyRule, Order, SamplingRule, Score, SecondExpert,
 };
-use moe_kernels::{DeviceInfo, Dtype, Kernels, Workspace};
+use moe_kernels::{DeviceInfo, Kernels, Workspace};
+use moe_kernels::rules::{Dtype};
 
 /// Draws of each router.
 const DRAWS: u64 = 4;

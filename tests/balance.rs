@@ -19,7 +19,7 @@ use moe_kernels::rules::{BalanceRule, LossScore};
 use moe_kernels::rules::{Gating, Score};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use support::compare::to_f64;
+use support::compare::{BATCH_SUMS, LOSSES, to_f64};
 use support::device;
 use support::inputs::run_seed;
 
@@ -159,10 +159,10 @@ proptest! {
             ("importance_cv2", got.importance_cv2, reference::balance::cv_squared(&want.importance)),
             ("max_over_mean", got.max_over_mean, want.max_over_mean()),
         ] {
-            near(what, got, want, 1e-5);
+            near(what, got, want, BATCH_SUMS);
         }
         // Entropy between none and an even choice; a fraction is one; no expert has less than the mean of the fullest.
-        prop_assert!(got.entropy.is_nan() || (-1e-5..=(experts as f32).ln() * 1.00001 + 1e-5).contains(&got.entropy));
+        prop_assert!(got.entropy.is_nan() || (-BATCH_SUMS..=f64::from(experts as f32).ln() * (1.0 + BATCH_SUMS) + BATCH_SUMS).contains(&got.entropy.into()));
         prop_assert!((0.0..=1.0).contains(&got.dropped_fraction));
         prop_assert!(got.max_over_mean >= 1.0 && got.load_cv2 >= 0.0);
     }
@@ -182,9 +182,9 @@ fn balanced_is_exactly_balanced() {
         assert_eq!((got.load_cv2, got.max_over_mean), (0.0, 1.0), "E={experts}");
         assert_eq!(got.max_load as usize, rounds, "E={experts}");
         // Sums of equal weights, in orders that differ by expert.
-        assert!(got.importance_cv2 < 1e-11, "E={experts}: {}", got.importance_cv2);
-        near("balance_loss", got.balance_loss, 1.0, 1e-6);
-        near("sequence_loss", got.sequence_loss, 1.0, 1e-6);
+        assert!(f64::from(got.importance_cv2) <= LOSSES * LOSSES * 10.0, "E={experts}: {}", got.importance_cv2);
+        near("balance_loss", got.balance_loss, 1.0, LOSSES);
+        near("sequence_loss", got.sequence_loss, 1.0, LOSSES);
     }
 }
 
@@ -223,7 +223,7 @@ fn layers_add_up() {
     let gating = &desc.gating.gating;
     let gated = reference::gating::gate::<f32, f32>(&all, None, experts, top_k, gating).unwrap();
     let want = reference::balance::balance(&all, &gated.ids, &gated.weights, experts, top_k, &desc.rule).unwrap();
-    near("the loss of all layers", buffers.stats().balance_loss, want.totals.loss(), 1e-6);
+    near("the loss of all layers", buffers.stats().balance_loss, want.totals.loss(), LOSSES);
     assert!((separate - want.totals.loss()).abs() > 0.01, "{separate} must differ from {}", want.totals.loss());
 
     // The same from the totals alone.
@@ -307,10 +307,10 @@ fn a_million_tokens() {
     let p = |l: f64| l.exp() / (1.0 + l.exp());
     let half = TOKENS as f64 / 2.0;
     let probability = buffers.stream.clone_dtoh(&buffers.probability).unwrap();
-    near("probability", probability[1], half * (p(1.0) + p(-3.0)), 1e-5);
+    near("probability", probability[1], half * (p(1.0) + p(-3.0)), BATCH_SUMS);
     let got = buffers.stats();
     assert_eq!((got.slots as usize, got.max_load as usize), (2 * TOKENS, TOKENS));
     let lse = |l: f64| (1.0 + l.exp()).ln().powi(2);
-    near("z_loss", got.z_loss, (lse(1.0) + lse(-3.0)) / 2.0, 1e-5);
-    near("balance_loss", got.balance_loss, 2.0, 1e-5);
+    near("z_loss", got.z_loss, (lse(1.0) + lse(-3.0)) / 2.0, BATCH_SUMS);
+    near("balance_loss", got.balance_loss, 2.0, BATCH_SUMS);
 }

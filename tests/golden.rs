@@ -113,7 +113,7 @@ fn the_report_and_the_file() {
             let widened =
                 |tensor: &Tensor| tensor.to_vec::<f32>().unwrap().into_iter().map(f64::from).collect::<Vec<f64>>();
             let error = relative_error(&widened(&got), &widened(&want));
-            assert!(error < 1e-5, "{name}: {error:e}");
+            assert!(error <= hf::report::tolerance(Dtype::F32), "{name}: {error:e}");
         }
     }
     std::fs::remove_file(out).ok();

@@ -1,14 +1,20 @@
 //! One batch of tokens with skewed popularity, through every router: who gets how much.
 //!
-//! `cargo run --example routers [-- FILE.svg]` prints each router's load histogram side by side, and writes the same as an SVG
+//! `cargo run --release --example routers [-- FILE.svg]` prints each router's load histogram side by side, and writes the same as an SVG
 //! (default `routers.svg`); below stands what measured gating says of the batch, and of the same batch once a bias without
 //! loss has balanced it.
 
+mod cli;
 mod svg;
 mod terminal;
+#[path = "../support/whole_file.rs"]
+mod whole_file;
 
+use std::path::Path;
+use std::process::ExitCode;
 use std::sync::Arc;
 
+use clap::Parser;
 use cudarc::driver::{CudaSlice, CudaStream};
 use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use moe_kernels::routers::balance::{self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals};
@@ -87,8 +93,17 @@ struct Batch<'a> {
     frequencies: Vec<u64>,
 }
 
-fn main() -> Outcome<()> {
-    let file = std::env::args().nth(1).unwrap_or_else(|| "routers.svg".into());
+fn main() -> ExitCode {
+    match run(&cli::Options::parse().file) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(file: &Path) -> Outcome<()> {
     softcuda::install_if_no_gpu()?;
     let context = device::open(0)?;
     println!("device: {}", context.name()?);
@@ -118,8 +133,9 @@ fn main() -> Outcome<()> {
     ];
     println!("{}", terminal::table(&loads, TOKENS));
     println!("\n{statistics}");
-    std::fs::write(&file, svg::drawing(&loads, TOKENS)).map_err(|error| format!("{file}: {error}"))?;
-    println!("{file} written");
+    let drawing = svg::drawing(&loads, TOKENS);
+    whole_file::write(file, drawing.as_bytes()).map_err(|error| format!("{}: {error}", file.display()))?;
+    println!("{} written", file.display());
     Ok(())
 }
 

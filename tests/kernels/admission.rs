@@ -49,7 +49,7 @@ pub fn check(variant: Admission, rng: &mut fastrand::Rng) {
     }
 }
 
-/// Distinct choices of each token, with a favourite expert in half of the cases; one in ten asks for nothing.
+/// Distinct choices of each token, with a favourite expert in half of the cases; one in ten is no expert and asks for nothing.
 fn choices(rng: &mut fastrand::Rng, desc: &AdmissionDesc) -> Vec<i32> {
     let (experts, candidates) = (desc.rule.experts, desc.rule.candidates);
     let skewed = rng.bool();
@@ -63,7 +63,8 @@ fn choices(rng: &mut fastrand::Rng, desc: &AdmissionDesc) -> Vec<i32> {
                 row.push(id);
             }
         }
-        ids.extend(row.into_iter().map(|id| if rng.u32(..10) == 0 { -1 } else { id }));
+        let nothing = [-1, i32::MIN, i32::MAX, experts as i32];
+        ids.extend(row.into_iter().map(|id| if rng.u32(..10) == 0 { nothing[rng.usize(..4)] } else { id }));
     }
     ids
 }
@@ -78,6 +79,8 @@ fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&
     let mut admitted_weights = Guarded::output(&stream, "admitted_weights", places);
     let mut workspace = Workspace::new(&stream, admission::workspace_bytes(desc).unwrap()).unwrap();
     let mut run = || {
+        admitted.reset(&stream);
+        admitted_weights.reset(&stream);
         let view = input_priority.as_ref().map(Guarded::view);
         let args = AdmissionArgs {
             ids: &input_ids.view(),

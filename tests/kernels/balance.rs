@@ -1,29 +1,20 @@
-//! Checks of `gating_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
+//! Checks of `gate_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
 
 use moe_kernels::Workspace;
+use moe_kernels::routers::balance::{self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn};
+use moe_kernels::rules::{BalanceRule, LossScore};
+use moe_kernels::routers::gating::{GatingDesc};
+use moe_kernels::rules::{Gating};
 use moe_kernels::reference::balance::{Balance, cv_squared, probabilities, update_bias};
 use moe_kernels::reference::{self, sampled::log_sum_exp};
 use moe_kernels::registry::{Gate, Kernel, MeasuredGate};
-use moe_kernels::routers::balance::{
-    self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
-};
-use moe_kernels::routers::gating::GatingDesc;
-use moe_kernels::rules::Gating;
-use moe_kernels::rules::{BalanceRule, LossScore};
-use moe_kernels::rules::{Dtype, Score};
+use moe_kernels::rules::{Score};
 
-use crate::gating::{Logits, groups, logits};
+use crate::gate::{Logits, groups, logits};
 use crate::support::buffer::Guarded;
-use crate::support::compare::{assert_rounded_once, to_f64};
+use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
 use crate::timing::time;
-
-/// Relative error of a sum of non-negative f32 terms: each term good to a few units in the last place, and at most so many
-/// additions in a row as a warp takes tokens (64 here), warps, pieces and parts. Errors of one sign in all would add up to 2^-24
-/// each; they do not, but nothing is known of their signs.
-const SUMS: f64 = 1e-5;
-/// A squared coefficient of variation is a difference of sums: twice the sums' error, on the scale of 1 + CV^2.
-const CV2: f64 = 4.0 * SUMS;
 
 pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
     let most = variant.gate().max_experts() as usize;
@@ -100,6 +91,14 @@ pub fn measure(desc: &MeasureDesc, values: &[f32], bias: Option<&[f32]>, times: 
     let bytes = balance::workspace_bytes(desc, kernels.device()).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
     let mut run = |desc: &MeasureDesc| {
+        [&mut ids, &mut counts].into_iter().for_each(|buffer| buffer.reset(&stream));
+        [&mut weights, &mut lse, &mut shares, &mut importance].into_iter().for_each(|buffer| buffer.reset(&stream));
+        stats.reset(&stream);
+        // These are added to, if there were tokens before.
+        if desc.earlier_tokens == 0 {
+            loss_counts.reset(&stream);
+            probability.reset(&stream);
+        }
         let bias = bias.as_ref().map(Guarded::view);
         let (mut lse_view, mut shares_view) = (lse.view_mut(), shares.view_mut());
         let args = MeasuredArgs {
@@ -153,14 +152,15 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind
     assert_eq!(selection.kernel, Kernel::MeasuredGating(variant));
     let values = logits(rng, kind, tokens * experts);
     let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
-    // Coarse: see the checks of `gating_*`.
+    // Coarse: see the checks of `gate_*`.
     let bias: Option<Vec<f32>> = with_bias.then(|| (0..experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();
     let layers = 1 + rng.usize(..3);
     let got = measure(desc, &values, bias.as_deref(), layers);
     assert_eq!(got.ids, gated.ids, "{name}: ids");
-    assert_rounded_once(&name, &to_f64(&got.weights), &gated.weights, Dtype::F32);
+    let shares = Shares::of(gating.score, experts, top_k);
+    assert_weights(&name, &got.weights, &gated.weights, shares, if gating.renormalise { top_k } else { 0 });
 
     let weights = to_f64(&got.weights);
     let want = reference::balance::balance(&values, &got.ids, &weights, experts, top_k, &desc.rule).unwrap();
@@ -170,22 +170,33 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind
     }
     let mean = tokens as f64 / experts as f64;
     for (e, (&got, &want)) in got.probability.iter().zip(&want.totals.probability).enumerate() {
-        near(&format!("{name}: probability[{e}]"), got, layers as f64 * want, SUMS, 0.01 * mean);
+        near(&format!("{name}: probability[{e}]"), got, layers as f64 * want, BATCH_SUMS, 0.01 * mean);
     }
     for (e, (&got, &want)) in got.importance.iter().zip(&want.importance).enumerate() {
-        near(&format!("{name}: importance[{e}]"), got, want, SUMS, 0.0);
+        near(&format!("{name}: importance[{e}]"), got, want, BATCH_SUMS, 0.0);
     }
     for (t, row) in values.chunks(experts).enumerate() {
         let row = to_f64(row);
-        near(&format!("{name}: log_sum_exp[{t}]"), got.log_sum_exp[t], log_sum_exp(row.iter().copied()), 3e-7, 1.0);
+        near(
+            &format!("{name}: log_sum_exp[{t}]"),
+            got.log_sum_exp[t],
+            log_sum_exp(row.iter().copied()),
+            LOG_SUM_EXP,
+            1.0,
+        );
         let shares = &got.probabilities[t * experts..][..experts];
-        for (e, (&got, want)) in shares.iter().zip(probabilities(&row, desc.rule.score)).enumerate() {
-            // The difference l - max, rounded, is the logarithm of p to within its own half unit.
-            let exponent = 1.0 + want.max(f64::MIN_POSITIVE).ln().abs();
-            // Equal terms round the same way: half a unit for each of a lane's additions.
-            let tolerance = 3e-7 + 6e-8 * exponent + 3e-8 * variant.values as f64;
-            near(&format!("{name}: probabilities[{t}, {e}]"), got, want, tolerance, 1e-37);
-        }
+        // Sigmoids are divided by the sum of all of them.
+        let (of, divided) = match desc.rule.score {
+            LossScore::Softmax => (Shares::Softmax(experts), 0),
+            LossScore::Sigmoid => (Shares::Sigmoid, experts),
+        };
+        assert_weights(
+            &format!("{name}: probabilities[{t}]"),
+            shares,
+            &probabilities(&row, desc.rule.score),
+            of,
+            divided,
+        );
     }
     check_stats(&name, &got.stats, &want, desc, layers);
 }
@@ -198,16 +209,16 @@ fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasureDesc
     assert_eq!(got.max_load as i32, want.counts.iter().copied().max().unwrap_or(0), "{name}");
     let mut totals = want.totals.clone();
     (1..layers).for_each(|_| totals.add(&want.totals));
-    near(&format!("{name}: balance_loss"), got.balance_loss, totals.loss(), SUMS, 0.0);
-    near(&format!("{name}: sequence_loss"), got.sequence_loss, want.sequence_loss, SUMS, 0.0);
-    near(&format!("{name}: z_loss"), got.z_loss, want.z_loss, SUMS, 1.0);
-    near(&format!("{name}: entropy"), got.entropy, want.entropy, SUMS, 1.0);
-    near(&format!("{name}: importance_cv2"), got.importance_cv2, cv_squared(&want.importance), CV2, 1.0);
+    near(&format!("{name}: balance_loss"), got.balance_loss, totals.loss(), BATCH_SUMS, 0.0);
+    near(&format!("{name}: sequence_loss"), got.sequence_loss, want.sequence_loss, BATCH_SUMS, 0.0);
+    near(&format!("{name}: z_loss"), got.z_loss, want.z_loss, BATCH_SUMS, 1.0);
+    near(&format!("{name}: entropy"), got.entropy, want.entropy, BATCH_SUMS, 1.0);
+    near(&format!("{name}: importance_cv2"), got.importance_cv2, cv_squared(&want.importance), BATCH_CV2, 1.0);
     let counts: Vec<f64> = want.counts.iter().map(|&count| f64::from(count)).collect();
-    near(&format!("{name}: load_cv2"), got.load_cv2, cv_squared(&counts), 2e-7, 0.0);
-    near(&format!("{name}: max_over_mean"), got.max_over_mean, want.max_over_mean(), 2e-7, 0.0);
+    near(&format!("{name}: load_cv2"), got.load_cv2, cv_squared(&counts), FEW_ROUNDINGS, 0.0);
+    near(&format!("{name}: max_over_mean"), got.max_over_mean, want.max_over_mean(), FEW_ROUNDINGS, 0.0);
     let slots = (tokens * top_k) as f64;
-    near(&format!("{name}: dropped_fraction"), got.dropped_fraction, want.dropped as f64 / slots, 2e-7, 0.0);
+    near(&format!("{name}: dropped_fraction"), got.dropped_fraction, want.dropped as f64 / slots, FEW_ROUNDINGS, 0.0);
 }
 
 /// Losses of totals that were made elsewhere; the fields that totals do not determine stay.
@@ -239,13 +250,13 @@ pub fn check_losses(rng: &mut fastrand::Rng) {
             probability: to_f64(&probability),
         };
         // One rounding of an f64.
-        near(&name, got.balance_loss, want.loss(), 1e-7, 0.0);
-        near(&name, got.importance_cv2, cv_squared(&to_f64(&importance)), 1e-7, 0.0);
+        near(&name, got.balance_loss, want.loss(), FEW_ROUNDINGS, 0.0);
+        near(&name, got.importance_cv2, cv_squared(&to_f64(&importance)), FEW_ROUNDINGS, 0.0);
         let loads: Vec<f64> = counts.iter().map(|&count| f64::from(count)).collect();
-        near(&name, got.load_cv2, cv_squared(&loads), 1e-7, 0.0);
+        near(&name, got.load_cv2, cv_squared(&loads), FEW_ROUNDINGS, 0.0);
         let slots: i64 = counts.iter().map(|&count| i64::from(count)).sum();
         let largest = counts.iter().copied().max().unwrap();
-        near(&name, got.max_over_mean, f64::from(largest) * experts as f64 / slots as f64, 1e-7, 0.0);
+        near(&name, got.max_over_mean, f64::from(largest) * experts as f64 / slots as f64, FEW_ROUNDINGS, 0.0);
         assert_eq!((got.slots, got.max_load), (slots as u32, largest as u32), "{name}");
         let kept = |stats: RouterStats| {
             [stats.sequence_loss, stats.z_loss, stats.entropy, stats.dropped_fraction].map(f32::to_bits)

@@ -11,8 +11,9 @@ use moe_kernels::rules::Affinity;
 use moe_kernels::rules::Dtype;
 use moe_kernels::{Element, Workspace};
 
+use crate::noisy::assert_same_bits;
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Storage, assert_rounded_once, to_f64};
+use crate::support::compare::{Arithmetic, Shares, Storage, assert_sums, assert_weights, to_f64};
 use crate::support::device;
 use crate::support::inputs::{normal, normals};
 use crate::timing::time;
@@ -60,7 +61,15 @@ pub fn check_affinity(rng: &mut fastrand::Rng) {
                 let (view, mut out) = (input.view(), output.view_mut());
                 expert_choice::affinity(kernels, &stream, &desc, affinity, &view, &mut out).unwrap();
                 let want = reference::affinities(&logits, experts, affinity).unwrap();
-                assert_rounded_once(&name, &to_f64(&output.read(&stream)), &want, Dtype::F32);
+                let got = output.read(&stream);
+                match affinity {
+                    Affinity::Softmax => assert_weights(&name, &got, &want, Shares::Softmax(experts), 0),
+                    Affinity::Sigmoid => assert_weights(&name, &got, &want, Shares::Sigmoid, 0),
+                    Affinity::Logit => {
+                        let want: Vec<f32> = want.iter().map(|&w| w as f32).collect();
+                        assert_same_bits(&name, &got, &want);
+                    }
+                }
                 input.assert_unchanged(&stream);
             }
         }
@@ -80,6 +89,8 @@ pub fn check_choice(rng: &mut fastrand::Rng) {
             let mut slot_token = Guarded::<i32>::output(&stream, "slot_token", desc.slots());
             let mut slot_weight = Guarded::<f32>::output(&stream, "slot_weight", desc.slots());
             let mut run = || {
+                slot_token.reset(&stream);
+                slot_weight.reset(&stream);
                 let args = ChoiceArgs {
                     affinities: &input.view(),
                     slot_token: &mut slot_token.view_mut(),
@@ -97,7 +108,9 @@ pub fn check_choice(rng: &mut fastrand::Rng) {
                 assert!(row.windows(2).all(|pair| pair[0] < pair[1]), "{name}: not {capacity} distinct tokens");
                 assert!(row.iter().all(|&t| (0..tokens as i32).contains(&t)), "{name}: token out of range");
             }
-            assert_eq!(tokens_of, run().0, "{name}: another run chose otherwise");
+            let again = run();
+            assert_eq!(tokens_of, again.0, "{name}: another run chose otherwise");
+            assert_eq!(bits(&weights), bits(&again.1), "{name}: another run gave other bits");
             time(&stream, &name, || drop(run()));
             input.assert_unchanged(&stream);
         }
@@ -127,6 +140,8 @@ pub fn check_token_slots(rng: &mut fastrand::Rng) {
             let bytes = expert_choice::token_slots_workspace_bytes(&desc, kernels.device()).unwrap();
             let mut workspace = Workspace::new(&stream, bytes).unwrap();
             for run in 0..2 {
+                offsets.reset(&stream);
+                output.reset(&stream);
                 let args = TokenSlotsArgs {
                     slot_token: &input.view(),
                     offsets: &mut offsets.view_mut(),
@@ -166,15 +181,26 @@ fn combine<T: Storage>(rng: &mut fastrand::Rng) {
         let y_slots = normals::<T>(rng, slots * hidden, 1.0);
         let (residual, addend) = (normals::<T>(rng, tokens * hidden, 1.0), normals::<T>(rng, tokens * hidden, 1.0));
         let weights: Vec<f32> = (0..slots).map(|_| rng.f32()).collect();
-        let want = reference::combine_ragged(
-            &y_slots,
-            &of,
-            weighted.then_some(weights.as_slice()),
-            with_residual.then_some(residual.as_slice()),
-            with_addend.then_some(addend.as_slice()),
-            hidden,
-        )
-        .unwrap();
+        let sum = |f: fn(f64) -> f64| {
+            let of_f64 = |values: &[T]| to_f64(values).into_iter().map(f).collect::<Vec<_>>();
+            let weights: Vec<f32> = weights.iter().map(|&w| f(w.into()) as f32).collect();
+            let (residual, addend) = (of_f64(&residual), of_f64(&addend));
+            reference::combine_ragged(
+                &of_f64(&y_slots),
+                &of,
+                weighted.then_some(weights.as_slice()),
+                with_residual.then_some(residual.as_slice()),
+                with_addend.then_some(addend.as_slice()),
+                hidden,
+            )
+            .unwrap()
+        };
+        let (want, magnitudes) = (sum(|v| v), sum(f64::abs));
+        let terms = of.offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize + 2);
+        let bounds: Vec<f64> = terms
+            .zip(magnitudes.chunks(hidden))
+            .flat_map(|(terms, row)| row.iter().map(move |&m| Arithmetic::Fma.sum_bound(terms, m, m, m)))
+            .collect();
 
         let rows = Guarded::input(&stream, "y_slots", &y_slots);
         let offsets = Guarded::input(&stream, "offsets", &of.offsets);
@@ -185,6 +211,7 @@ fn combine<T: Storage>(rng: &mut fastrand::Rng) {
         let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
         let desc = CombineRaggedDesc { dtype, tokens, slots, hidden };
         let mut run = || {
+            y.reset(&stream);
             let (weights, residual, addend) = (weights.view(), residual.view(), addend.view());
             let args = CombineRaggedArgs {
                 y_slots: &rows.view(),
@@ -199,7 +226,7 @@ fn combine<T: Storage>(rng: &mut fastrand::Rng) {
             y.read(&stream)
         };
         let got = run();
-        assert_rounded_once(&name, &to_f64(&got), &want, dtype);
+        assert_sums(&name, &to_f64(&got), &want, &bounds, dtype);
         let bytes = |values: &[T]| bytemuck::cast_slice::<T, u8>(values).to_vec();
         assert_eq!(bytes(&got), bytes(&run()), "{name}: another run gave other bits");
         time(&stream, &name, || drop(run()));

@@ -6,7 +6,7 @@ use moe_kernels::registry::Kernel;
 use moe_kernels::rules::{IDENTITY, NONE};
 
 use crate::support::buffer::Guarded;
-use crate::support::compare::to_f64;
+use crate::support::compare::{Arithmetic, to_f64};
 use crate::support::device;
 use crate::timing::time;
 
@@ -84,7 +84,10 @@ fn case(rng: &mut fastrand::Rng, desc: &ExpertMapDesc, options: u32) {
     }
     // Sums of up to 32 numbers below 1, rounded at each addition.
     for (t, (got, want)) in sums.read(&stream).into_iter().zip(want.identity_weight).enumerate() {
-        assert!((f64::from(got) - want).abs() <= 32.0 * 6e-8 * want, "{name}: token {t}: {got} is not {want}");
+        assert!(
+            (f64::from(got) - want).abs() <= Arithmetic::Fma.sum_bound(top_k, want, want, want),
+            "{name}: token {t}: {got} is not {want}"
+        );
     }
 }
 

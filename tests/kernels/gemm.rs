@@ -12,7 +12,7 @@ use moe_kernels::rules::{Dtype, Glu};
 
 use crate::dispatch::rule;
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Storage, assert_rounded_once, to_f64};
+use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, rounding, to_f64};
 use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
@@ -50,6 +50,12 @@ fn check_as<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng) {
         let case = Case { k, n, activation, gather: index % 2 == 0, bias: index % 3 != 1, scale: index % 2 == 0 };
         grouped::<T>(variant, rng, &loads(bm), &case);
         dense::<T>(variant, rng, &case);
+    }
+    // The largest depth in use, some hundred stages: few rows and columns, so that it is cheap.
+    for (index, loads) in [[2, 0, 3].as_slice(), &[bm + 1]].into_iter().enumerate() {
+        let activation = activations(variant.glu)[[0, 2][index]];
+        let case = Case { k: 16384, n: 8, activation, gather: index == 0, bias: index == 1, scale: index == 0 };
+        grouped::<T>(variant, rng, loads, &case);
     }
     // Nothing at all to do: no tile.
     let case = Case { k: 16, n: 16, activation: activations(variant.glu)[0], gather: true, bias: false, scale: false };
@@ -144,6 +150,7 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     let scale_live = scale64.as_ref().map(|scale| &scale[..live]);
     let a_live = if gather { &a[..] } else { &a[..live * k] };
     let want = reference::gemm::grouped_gemm(a_live, &matrix, plan, gather, scale_live, activation).unwrap();
+    let bounds = bounds(a_live, &matrix, plan, gather, scale_live, activation, arithmetic(variant.dtype));
 
     assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel, Kernel::Gemm(variant));
     let a = Guarded::input(&stream, "a", &a);
@@ -185,12 +192,13 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     };
     launch(&mut out, None);
     let first = out.read(&stream);
-    assert_rounded_once(&name, &to_f64(&first[..live * n]), &want, variant.dtype);
+    assert_sums(&name, &to_f64(&first[..live * n]), &want, &bounds, variant.dtype);
     let same = bytemuck::cast_slice::<T, u8>(&first[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
     assert!(same, "{name}: a row that no tile covers was written");
     a.assert_unchanged(&stream);
     b.assert_unchanged(&stream);
     time(&stream, &name, || launch(&mut out, None));
+    out.reset(&stream);
     launch(&mut out, None);
     let again = out.read(&stream);
     let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
@@ -199,19 +207,68 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     // The mask is the host's, exactly; what is kept is scaled before the one rounding.
     let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
     let dropout = Dropout { probability: [0.1, 0.4, 0.75][rng.usize(..3)], noise };
-    let mut want = want;
+    let (mut want, mut bounds) = (want, bounds);
     reference::gemm::dropout(&mut want, dropout.probability, noise).unwrap();
+    reference::gemm::dropout(&mut bounds, dropout.probability, noise).unwrap();
+    // The scale is one more f32 product.
+    bounds.iter_mut().zip(&want).for_each(|(bound, w)| *bound += UNIT * w.abs());
+    out.reset(&stream);
     launch(&mut out, Some(dropout));
     let got = out.read(&stream);
     let name = format!("{name} {dropout:?}");
-    assert_rounded_once(&name, &to_f64(&got[..live * n]), &want, variant.dtype);
+    assert_sums(&name, &to_f64(&got[..live * n]), &want, &bounds, variant.dtype);
     let below = reference::gemm::drop_below(dropout.probability);
     for (i, value) in to_f64(&got[..live * n]).into_iter().enumerate() {
         let kept = noise.dropout_word(i as u64) >= below;
         assert!(kept || value == 0.0, "{name}: output {i} is {value}, dropped");
-        // ReLU makes zeros of its own.
-        assert!(!kept || value != 0.0 || want[i].abs() < 1e-6, "{name}: output {i} is 0, not dropped");
+        // ReLU makes zeros of its own, and so does the type of what is smaller than its numbers.
+        assert!(
+            !kept || value != 0.0 || want[i].abs() <= bounds[i] + rounding(variant.dtype, 0.0),
+            "{name}: output {i} is 0, not dropped"
+        );
     }
     let same = bytemuck::cast_slice::<T, u8>(&got[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
     assert!(same, "{name}: a row that no tile covers was written");
+}
+
+fn arithmetic(dtype: Dtype) -> Arithmetic {
+    if dtype == Dtype::F32 { Arithmetic::Tf32x3 } else { Arithmetic::Mma16 }
+}
+
+/// By how much each output `[rows, N]` may be off before it is rounded: each product's bound, carried through scale, bias and activation.
+fn bounds<T: Storage>(
+    a: &[T],
+    matrix: &ExpertMatrix<T>,
+    plan: &Dispatched,
+    gather: bool,
+    scale: Option<&[f64]>,
+    activation: Activation,
+    arithmetic: Arithmetic,
+) -> Vec<f64> {
+    let (columns, n) = (matrix.weight_rows(), matrix.n);
+    let plain = |a: &[f64], weight: &[f64], bias: Option<&[f64]>, scale: Option<&[f64]>| {
+        let plain = ExpertMatrix { weight, bias, n: columns, k: matrix.k, glu: Glu::None, layout: matrix.layout };
+        reference::gemm::grouped_gemm(a, &plain, plan, gather, scale, Activation::Identity).unwrap()
+    };
+    let (a, weight, bias) = (to_f64(a), to_f64(matrix.weight), matrix.bias.map(to_f64));
+    let of = |values: &[f64], f: fn(f64) -> f64| values.iter().map(|&value| f(value)).collect::<Vec<_>>();
+    let sums = plain(&a, &weight, bias.as_deref(), scale);
+    let products = plain(&a, &weight, None, None);
+    let magnitudes = plain(&of(&a, f64::abs), &of(&weight, f64::abs), None, None);
+    let squares = plain(&of(&a, |v| v * v), &of(&weight, |v| v * v), None, None);
+    let at = |i: usize| {
+        let error = arithmetic.sum_bound(matrix.k, products[i], magnitudes[i], squares[i].sqrt());
+        Bounded { value: sums[i], error }.scaled(scale.map_or(1.0, |scale| scale[i / columns]))
+    };
+    (0..plan.slot_token.len() * n)
+        .map(|i| {
+            let (row, c) = (i / n * columns, i % n);
+            let (gate, up) = match matrix.glu {
+                Glu::None => (at(row + c), None),
+                Glu::Split => (at(row + c), Some(at(row + n + c))),
+                Glu::Interleaved => (at(row + 2 * c), Some(at(row + 2 * c + 1))),
+            };
+            Bounded::activated(activation, gate, up).error
+        })
+        .collect()
 }

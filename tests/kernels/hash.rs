@@ -22,6 +22,7 @@ fn launch(desc: &HashDesc, token_ids: &[i32], table: Option<&[i32]>) -> Vec<i32>
     let table = table.map(|table| Guarded::input(&stream, "table", table));
     let mut ids = Guarded::output(&stream, "ids", desc.tokens * desc.top_k);
     let mut run = || {
+        ids.reset(&stream);
         let view = table.as_ref().map(Guarded::view);
         let args =
             HashArgs { token_ids: &words.view(), table: view.as_ref().map(|view| view as _), ids: &mut ids.view_mut() };

@@ -1,16 +1,15 @@
 //! Checks of `noisy_grouped_*`: the hierarchical mixture of experts, all three launches of it.
 
 use moe_kernels::Workspace;
+use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+use moe_kernels::routers::noisy::{NoisyLogits};
+use moe_kernels::rules::{NoiseSource, NoisyRule};
 use moe_kernels::reference::noisy::{hierarchical as reference, noise_deviation};
 use moe_kernels::registry::{Kernel, Noisy, Spread};
-use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
-use moe_kernels::routers::noisy::NoisyLogits;
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums};
 use crate::support::buffer::Guarded;
-use crate::support::compare::{assert_rounded_once, to_f64};
+use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
 use crate::timing::time;
 
@@ -79,6 +78,8 @@ fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
     let bytes = hierarchical::workspace_bytes(desc, kernels.device()).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
     let mut run = || {
+        [&mut first_ids, &mut first_counts, &mut ids, &mut counts].into_iter().for_each(|buffer| buffer.reset(&stream));
+        first.iter_mut().chain(&mut second).for_each(|buffer| buffer.reset(&stream));
         let [primary_weights, primary_noisy, primary_thresholds, primary_importance, primary_load, primary_losses] =
             &mut first.each_mut().map(|buffer| buffer.view_mut());
         let [weights, noisy, thresholds, importance, load, losses] =
@@ -140,7 +141,7 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: 
     assert_same_bits(&format!("{name}: H of groups"), &first.noisy, &want.primary.noisy);
     assert_sums(&format!("{name}: load of groups"), &first.load, &want.primary.load);
     assert_eq!(got.ids, want.ids, "{name}: ids");
-    assert_rounded_once(&name, &to_f64(&got.weights), &want.weights, Dtype::F32);
+    assert_weights(&name, &got.weights, &want.weights, Shares::Product(primary.top_k, secondary.top_k), 0);
     assert_eq!(got.counts, want.counts, "{name}: counts");
     assert_sums(&format!("{name}: importance"), &got.importance, &want.importance);
     assert_sums(&format!("{name}: load"), &got.load, &want.load);

@@ -7,7 +7,7 @@ use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::rules::Dtype;
 
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Storage, assert_rounded_once, to_f64};
+use crate::support::compare::{Arithmetic, Storage, assert_sums, to_f64};
 use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
@@ -48,6 +48,15 @@ fn case<X: Storage, W: Storage>(
     let weight: Vec<W> = normals(rng, experts * hidden, 1.0);
     let bias: Option<Vec<f32>> = with_bias.then(|| normals(rng, experts, 1.0));
     let want = reference::router::router(&x, &weight, bias.as_deref(), hidden).unwrap();
+    // The sums of the terms' magnitudes and squares are logits of other numbers.
+    let terms = |f: fn(f64) -> f64| {
+        let [x, weight, bias] = [to_f64(&x), to_f64(&weight), bias.as_deref().map(to_f64).unwrap_or_default()]
+            .map(|values| values.into_iter().map(f).collect::<Vec<_>>());
+        reference::router::router(&x, &weight, with_bias.then_some(bias.as_slice()), hidden).unwrap()
+    };
+    let (magnitudes, squares) = (terms(f64::abs), terms(|v| v * v));
+    let bound = |i: usize| Arithmetic::Fma.sum_bound(hidden + 1, want[i], magnitudes[i], squares[i].sqrt());
+    let bounds: Vec<f64> = (0..want.len()).map(bound).collect();
 
     let desc = RouterDesc { x: variant.x, weight: variant.weight, tokens, experts, hidden };
     let selected = router::select(&desc, kernels.device()).unwrap().kernel;
@@ -68,10 +77,11 @@ fn case<X: Storage, W: Storage>(
     };
     launch(&mut logits);
     let first = logits.read(&stream);
-    assert_rounded_once(&name, &to_f64(&first), &want, Dtype::F32);
+    assert_sums(&name, &to_f64(&first), &want, &bounds, Dtype::F32);
     x.assert_unchanged(&stream);
     weight.assert_unchanged(&stream);
     time(&stream, &name, || launch(&mut logits));
+    logits.reset(&stream);
     launch(&mut logits);
     assert!(logits.read(&stream) == first, "{name}: another run gave other bits");
 }

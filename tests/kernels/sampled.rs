@@ -3,19 +3,14 @@
 use moe_kernels::reference::sampled::gumbel_top_k;
 use moe_kernels::registry::{Kernel, Spread};
 use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
-use moe_kernels::rules::Dtype;
 use moe_kernels::rules::{NoiseSource, SamplingRule};
 
 use crate::noisy::{Logits, assert_same_bits};
 use crate::support::buffer::Guarded;
-use crate::support::compare::{assert_rounded_once, to_f64};
+use crate::support::compare::{LOGARITHMS, Shares, assert_weights};
 use crate::support::device;
 use crate::support::inputs::run_seed;
 use crate::timing::time;
-
-/// Of a logarithm of a probability and of an entropy: exp and ln are good to 2e-7, and a difference of logits that f32 holds in a few units of
-/// 2^-24 of the larger.
-const LOGARITHMS: f64 = 2e-6;
 
 pub fn check(variant: Spread, rng: &mut fastrand::Rng) {
     let most = variant.max_experts() as usize;
@@ -69,6 +64,8 @@ fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
     let mut entropy = Guarded::<f32>::output(&stream, "entropy", desc.tokens);
     let mut perturbed = Guarded::<f32>::output(&stream, "perturbed", desc.tokens * desc.experts);
     let mut run = |rest: bool| {
+        ids.reset(&stream);
+        [&mut weights, &mut logs, &mut entropy, &mut perturbed].into_iter().for_each(|buffer| buffer.reset(&stream));
         let args = SampledArgs {
             logits: &input.view(),
             ids: &mut ids.view_mut(),
@@ -78,6 +75,9 @@ fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
             perturbed: if rest { Some(&mut perturbed.view_mut()) } else { None },
         };
         sampled::forward(kernels, &stream, desc, args).unwrap();
+        if !rest {
+            [&logs, &entropy, &perturbed].into_iter().for_each(|buffer| buffer.assert_unchanged(&stream));
+        }
         Got {
             ids: ids.read(&stream),
             weights: weights.read(&stream),
@@ -87,7 +87,10 @@ fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
         }
     };
     let got = run(true);
-    assert!(got.bits() == run(false).bits(), "{desc:?}: another run gave other bits");
+    assert!(got.bits() == run(true).bits(), "{desc:?}: another run gave other bits");
+    let alone = run(false);
+    assert_eq!(alone.ids, got.ids, "{desc:?}: other ids without the rest");
+    assert_same_bits(&format!("{desc:?}: weights without the rest"), &alone.weights, &got.weights);
     time(&stream, &format!("{desc:?}"), || drop(run(true)));
     input.assert_unchanged(&stream);
     got
@@ -109,7 +112,7 @@ fn case(variant: Spread, rng: &mut fastrand::Rng, desc: &SampledDesc, kind: Logi
     let got = launch(desc, &logits);
     assert_same_bits(&format!("{name}: perturbed"), &got.perturbed, &want.perturbed);
     assert_eq!(got.ids, want.ids, "{name}: ids");
-    assert_rounded_once(&name, &to_f64(&got.weights), &want.weights, Dtype::F32);
+    assert_weights(&name, &got.weights, &want.weights, Shares::Softmax(desc.experts), 0);
     assert_logarithms(&format!("{name}: log-probabilities"), &got.log_probabilities, &want.log_probabilities);
     assert_logarithms(&format!("{name}: entropy"), &got.entropy, &want.entropy);
 }
@@ -133,7 +136,7 @@ fn pairs_come_as_often_as_the_formula_says() {
             let pairs = got.ids.chunks(2).zip(got.log_probabilities.chunks(2));
             let of_this: Vec<_> = pairs.filter(|(ids, _)| **ids == [a as i32, b as i32]).collect();
             for (_, logs) in &of_this {
-                assert!(((f64::from(logs[0]) + f64::from(logs[1])).exp() / chance - 1.0).abs() < 1e-6);
+                assert!(((f64::from(logs[0]) + f64::from(logs[1])).exp() / chance - 1.0).abs() <= LOGARITHMS);
             }
             let expected = chance * DRAWS as f64;
             chi_square += (of_this.len() as f64 - expected).powi(2) / expected;
@@ -141,7 +144,7 @@ fn pairs_come_as_often_as_the_formula_says() {
     }
     assert!(chi_square < 52.0, "chi-square {chi_square}");
     let entropy = -p.iter().map(|p| p * p.ln()).sum::<f64>();
-    assert!(got.entropy.iter().all(|&found| (f64::from(found) - entropy).abs() < 1e-6));
+    assert!(got.entropy.iter().all(|&found| (f64::from(found) - entropy).abs() <= LOGARITHMS));
 }
 
 fn certain_and_even_policies() {
@@ -152,7 +155,7 @@ fn certain_and_even_policies() {
     assert_eq!((certain.log_probabilities, certain.entropy), (vec![0.0, 0.0], vec![0.0]));
     let even = launch(&SampledDesc { tokens: 1, experts: 4, rule: rule(4, 0.0) }, &[0.0, 5.0, 1.0, 2.0]);
     for (log, left) in even.log_probabilities.iter().zip([4f32, 3.0, 2.0, 1.0]) {
-        assert!((log + left.ln()).abs() < 1e-6, "{log}");
+        assert!(f64::from((log + left.ln()).abs()) <= LOGARITHMS, "{log}");
     }
     let desc = SampledDesc { tokens: 0, experts: 4, rule: rule(2, 1.0) };
     assert!(launch(&desc, &[]).ids.is_empty());

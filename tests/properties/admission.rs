@@ -6,6 +6,7 @@ use moe_kernels::rules::IDENTITY;
 use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
 
 use super::*;
+use crate::support::compare::to_f64;
 
 /// Ids of which some are no expert and most are few, and weights of few values, NaN among them.
 fn choices(rng: &mut fastrand::Rng, len: usize, experts: usize, skew: usize) -> (Vec<i32>, Vec<f32>) {

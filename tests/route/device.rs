@@ -174,7 +174,7 @@ pub fn launch_one_by_one(
     [from, to]: [&str; 2],
     grid: [u32; 3],
     args: &[Arg],
-) -> Result<Counters, Fault> {
+) -> Result<Counters, Box<Fault>> {
     let name = kernel.name();
     let text = text(&name);
     assert!(text.contains(from), "{name} has no {from:?}");
@@ -189,7 +189,7 @@ fn run(
     cooperative: bool,
     config: &Config,
     args: &[Arg],
-) -> Result<Counters, Fault> {
+) -> Result<Counters, Box<Fault>> {
     assert_eq!(lowered.params.len(), args.len(), "{}: parameters", kernel.name());
     let mut params = vec![0; lowered.param_bytes as usize];
     for (layout, arg) in lowered.params.iter().zip(args) {
@@ -215,4 +215,5 @@ fn run(
         memory: &*MEMORY,
         config,
     })
+    .map_err(Box::new)
 }

@@ -4,13 +4,12 @@ use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
+use moe_kernels::rules::{Activation, Glu, Layout};
 use moe_kernels::layer::{Linear, Mlp, SharedWeights, Stage, Weighting};
 use moe_kernels::reference::{activation, gating};
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Activation, Glu, Layout};
 use moe_kernels::{Element, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace};
 
-use super::device;
+use super::{compare, device};
 
 pub struct Device {
     pub stream: Arc<CudaStream>,
@@ -304,15 +303,6 @@ fn relative_error(got: impl Iterator<Item = f64>, want: &[f64]) -> f64 {
     (difference / norm.max(f64::MIN_POSITIVE)).sqrt()
 }
 
-/// The project's bounds on y: the rounding of the intermediate and of each expert's output to the storage type.
-fn tolerance(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::Bf16 => 1e-2,
-        Dtype::F16 => 2e-3,
-        Dtype::F32 => 1e-5,
-    }
-}
-
 pub fn check<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(case: &Case) {
     run::<T, W>(open(), case, &mut None);
 }
@@ -365,9 +355,9 @@ pub fn run<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(
     assert_eq!(got.ids, want.ids);
     assert_eq!(got.counts, want.counts);
     for (name, error, most) in [
-        ("logits", relative_error(got.logits.iter().map(|&v| v.into()), &want.logits), 1e-6),
-        ("weights", relative_error(got.weights.iter().map(|&v| v.into()), &want.weights), 1e-5),
-        ("y", relative_error(got.y.iter().map(|&v| wide(v)), &want.y), tolerance(T::DTYPE)),
+        ("logits", relative_error(got.logits.iter().map(|&v| v.into()), &want.logits), compare::LAYER_LOGITS),
+        ("weights", relative_error(got.weights.iter().map(|&v| v.into()), &want.weights), compare::LAYER_WEIGHTS),
+        ("y", relative_error(got.y.iter().map(|&v| wide(v)), &want.y), compare::layer(T::DTYPE)),
     ] {
         println!("{} tokens, {}: {name} off by {error:.1e}", case.tokens, T::DTYPE);
         assert!(error <= most, "{name}: relative error {error:.3e}, at most {most:.0e}");

@@ -44,13 +44,13 @@ impl Golden {
 
     /// `x [T,H]`.
     pub fn x(&self, hidden: usize) -> Result<Vec<f32>, HfError> {
-        let tensor = self.file.read("x")?;
-        match *tensor.shape() {
-            [_, columns] if columns == hidden => tensor.to_vec(),
-            _ => Err(HfError::TensorShape {
+        match *self.file.shape("x")? {
+            [_, columns] if columns == hidden => self.file.read("x")?.to_vec(),
+            ref found => Err(HfError::TensorShape {
+                path: self.file.path().to_owned(),
                 name: "x".into(),
                 expected: format!("[tokens, {hidden}]"),
-                found: tensor.shape().to_vec(),
+                found: found.to_vec(),
             }),
         }
     }
@@ -58,17 +58,14 @@ impl Golden {
     /// The recorded outputs.
     pub fn expected(&self, layer: &LayerDesc, tokens: usize) -> Result<Expected, HfError> {
         let floats = |name: &str, columns: usize| -> Result<Vec<f64>, HfError> {
-            let tensor = self.file.read(name)?;
-            tensor.require_shape(&[tokens, columns])?;
+            let tensor = self.file.read_shaped(name, &[tokens, columns])?;
             Ok(tensor.to_vec::<f32>()?.into_iter().map(f64::from).collect())
         };
         let some = |name: &str, columns: usize| {
             if self.file.contains(name) { floats(name, columns).map(Some) } else { Ok(None) }
         };
         let ids = if self.file.contains("ids") {
-            let tensor = self.file.read("ids")?;
-            tensor.require_shape(&[tokens, layer.top_k])?;
-            Some(tensor.to_i32()?)
+            Some(self.file.read_shaped("ids", &[tokens, layer.top_k])?.to_i32()?)
         } else {
             None
         };

@@ -4,6 +4,7 @@ use std::ffi::{CStr, c_char, c_void};
 
 use super::status::{CUresult, Outcome};
 use super::tensormap;
+use super::{absent, per_thread};
 use super::{
     api, capture, context, copy, event, export_table, function, graph, graph_nodes, init, launch, managed, memory,
     module, occupancy, out,
@@ -156,6 +157,8 @@ entries! {
         "cuStreamGetCaptureInfo" 10010 cuStreamGetCaptureInfo,
         "cuStreamGetCaptureInfo" 11030 cuStreamGetCaptureInfo_v2,
         "cuStreamGetCaptureInfo" 12030 cuStreamGetCaptureInfo_v3,
+        "cuStreamUpdateCaptureDependencies" 11030 cuStreamUpdateCaptureDependencies,
+        "cuStreamUpdateCaptureDependencies" 12030 cuStreamUpdateCaptureDependencies_v2,
         "cuThreadExchangeStreamCaptureMode" 2000 cuThreadExchangeStreamCaptureMode,
     }
     event {
@@ -326,17 +329,20 @@ unsafe fn look_up(symbol: *const c_char, to: *mut *const c_void, version: i32, f
         return Err(CUresult::ERROR_INVALID_VALUE.with("`symbol` is null"));
     }
     // CU_GET_PROC_ADDRESS_LEGACY_STREAM, CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM
-    if flags > 1 {
+    if flags > 2 {
         return Err(super::unsupported(format!("cuGetProcAddress with flags {flags:#x}")));
     }
     // SAFETY: a NUL-terminated name, by the API's contract.
     let symbol = unsafe { CStr::from_ptr(symbol) }.to_string_lossy();
     let named = ENTRIES.iter().filter(|entry| entry.0 == symbol);
     let found = named.clone().filter(|entry| entry.1 <= version).max_by_key(|entry| entry.1);
-    unsafe { out(to, "pfn", found.map_or(std::ptr::null(), |entry| entry.2))? };
+    let known = named.clone().next().is_some();
+    let found = found.map(|entry| entry.2).or_else(|| if known { None } else { absent::find(&symbol) });
+    let found = found.map(|plain| if flags == 2 { per_thread::form_of(plain) } else { plain });
+    unsafe { out(to, "pfn", found.unwrap_or(std::ptr::null()))? };
     Ok(match found {
         Some(_) => FOUND,
-        None if named.count() > 0 => TOO_OLD,
+        None if known => TOO_OLD,
         None => NOT_FOUND,
     })
 }
