@@ -2,18 +2,18 @@
 
 mod support;
 
-use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc, Identity};
+use moe_kernels::Workspace;
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, TileList};
 use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
-use moe_kernels::rules::{IDENTITY, NONE};
-use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
-use moe_kernels::rules::{Gating, Score};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc, Identity};
 use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
-use moe_kernels::rules::{Activation, Glu, Layout};
 use moe_kernels::reference::gemm::{ExpertMatrix, grouped_gemm};
 use moe_kernels::reference::{self, activation, dispatch::DispatchRule};
-use moe_kernels::{Workspace};
-use moe_kernels::rules::{Dtype};
+use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Activation, Glu, Layout};
+use moe_kernels::rules::{Gating, Score};
+use moe_kernels::rules::{IDENTITY, NONE};
 use support::compare::{F32_PRODUCTS, relative_error, to_f64};
 use support::device;
 use support::inputs::{generator, normals};

@@ -1,14 +1,16 @@
 //! Checks of `gate_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
 
 use moe_kernels::Workspace;
-use moe_kernels::routers::balance::{self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn};
-use moe_kernels::rules::{BalanceRule, LossScore};
-use moe_kernels::routers::gating::{GatingDesc};
-use moe_kernels::rules::{Gating};
 use moe_kernels::reference::balance::{Balance, cv_squared, probabilities, update_bias};
 use moe_kernels::reference::{self, sampled::log_sum_exp};
 use moe_kernels::registry::{Gate, Kernel, MeasuredGate};
-use moe_kernels::rules::{Score};
+use moe_kernels::routers::balance::{
+    self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
+};
+use moe_kernels::routers::gating::GatingDesc;
+use moe_kernels::rules::Gating;
+use moe_kernels::rules::Score;
+use moe_kernels::rules::{BalanceRule, LossScore};
 
 use crate::gate::{Logits, groups, logits};
 use crate::support::buffer::Guarded;

@@ -1,9 +1,9 @@
 //! Checks of `auction`: BASE layers.
 
 use moe_kernels::Workspace;
-use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};
-use moe_kernels::rules::{AuctionRule};
 use moe_kernels::reference::base::{auction, optimum, weights};
+use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};
+use moe_kernels::rules::AuctionRule;
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};

@@ -1,12 +1,12 @@
 //! Checks of `gate_*`, alone and fused with dispatch.
 
 use moe_kernels::capacity::dispatch::{self, DispatchDesc, GateDispatchArgs};
-use moe_kernels::rules::{Capacity};
-use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
-use moe_kernels::rules::{Gating, GroupScore, Groups};
 use moe_kernels::reference;
 use moe_kernels::registry::{Gate, Kernel};
-use moe_kernels::rules::{Score};
+use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::rules::Capacity;
+use moe_kernels::rules::Score;
+use moe_kernels::rules::{Gating, GroupScore, Groups};
 
 use crate::dispatch::{Outputs, rule_of};
 use crate::support::buffer::Guarded;

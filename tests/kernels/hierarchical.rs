@@ -1,11 +1,11 @@
 //! Checks of `noisy_grouped_*`: the hierarchical mixture of experts, all three launches of it.
 
 use moe_kernels::Workspace;
-use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
-use moe_kernels::routers::noisy::{NoisyLogits};
-use moe_kernels::rules::{NoiseSource, NoisyRule};
 use moe_kernels::reference::noisy::{hierarchical as reference, noise_deviation};
 use moe_kernels::registry::{Kernel, Noisy, Spread};
+use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
+use moe_kernels::routers::noisy::NoisyLogits;
+use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums};
 use crate::support::buffer::Guarded;

@@ -2,11 +2,11 @@
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::Workspace;
-use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
-use moe_kernels::rules::{NoiseSource, NoisyRule};
 use moe_kernels::reference::balance::cv_squared;
 use moe_kernels::reference::noisy::noisy_top_k;
 use moe_kernels::registry::{Kernel, Noisy, Spread};
+use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
+use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{LOSS_OF_SUMS, LOSSES, NOISY_SUMS, NOISY_SUMS_OF_MANY, Shares, assert_weights, to_f64};

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use moe_kernels::Element;
 use moe_kernels::reference::Real;
 use moe_kernels::reference::activation::{activate, activate_glu};
-use moe_kernels::rules::{Activation};
+use moe_kernels::rules::Activation;
 use moe_kernels::rules::{Dtype, Score};
 
 /// A storage type that tests can make from f64, rounding to nearest even.

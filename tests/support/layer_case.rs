@@ -4,9 +4,9 @@ use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
-use moe_kernels::rules::{Activation, Glu, Layout};
 use moe_kernels::layer::{Linear, Mlp, SharedWeights, Stage, Weighting};
 use moe_kernels::reference::{activation, gating};
+use moe_kernels::rules::{Activation, Glu, Layout};
 use moe_kernels::{Element, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace};
 
 use super::{compare, device};
