@@ -53,6 +53,9 @@ struct Options {
     /// Prints the shapes chosen as JSON and times nothing.
     #[arg(long)]
     list: bool,
+    /// Tells device and driver and times nothing.
+    #[arg(long)]
+    about: bool,
     /// Cargo's, of no effect.
     #[arg(long, hide = true)]
     bench: bool,
@@ -117,6 +120,9 @@ fn run(options: &Options) -> Result<usize> {
     unsafe { context.disable_event_tracking() };
     let stream = context.new_stream()?;
     let kernels = Kernels::new(&context)?;
+    if options.about {
+        return about(&kernels);
+    }
     let mut report = begin(&context, soft)?;
     let clock = Clock::new(&stream, soft)?;
     for (shape, tokens) in chosen {
@@ -142,6 +148,20 @@ fn run(options: &Options) -> Result<usize> {
         }
     }
     Ok(report.skipped())
+}
+
+/// Lines for whoever reads the results elsewhere.
+fn about(kernels: &Kernels) -> Result<usize> {
+    let (context, mut version) = (kernels.context(), 0);
+    // SAFETY: writes one number.
+    unsafe { sys::cuDriverGetVersion(&mut version).result()? };
+    let device = kernels.device();
+    let (major, minor) = device.compute_capability;
+    println!("device: {}", context.name()?);
+    println!("compute capability: {major}.{minor}, {} multiprocessors", device.multiprocessors);
+    println!("memory: {:.1} GiB", context.total_mem()? as f64 / (1u64 << 30) as f64);
+    println!("driver: CUDA {}.{}", version / 1000, version % 1000 / 10);
+    Ok(0)
 }
 
 fn begin(context: &Arc<CudaContext>, soft: bool) -> Result<Report> {
