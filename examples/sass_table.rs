@@ -138,7 +138,6 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A folder for machine code that goes away with the value.
 /// A tool named by a variable, else in `folder`, else on `PATH`.
 fn find(variable: &str, tool: &str, folder: Option<PathBuf>) -> Result<PathBuf, String> {
     if let Some(path) = std::env::var_os(variable).filter(|path| !path.is_empty() && path != "none") {
@@ -165,10 +164,10 @@ fn find(variable: &str, tool: &str, folder: Option<PathBuf>) -> Result<PathBuf, 
 
 fn measure(ptxas: &Path, nvdisasm: &Path, folder: &Path, kernel: &Kernel, arch: &str) -> Result<Row, String> {
     let name = kernel.name();
-    let ptx = embedded().iter().find(|entry| entry.name == name).ok_or_else(|| format!("{name}: not embedded"))?.ptx;
+    let entry = embedded().iter().find(|entry| entry.name == name).ok_or_else(|| format!("{name}: not embedded"))?;
     let source = folder.join(format!("{name}.{arch}.ptx"));
     let cubin = folder.join(format!("{name}.{arch}.cubin"));
-    std::fs::write(&source, ptx).map_err(|error| format!("{}: {error}", source.display()))?;
+    std::fs::write(&source, entry.ptx()).map_err(|error| format!("{}: {error}", source.display()))?;
     let report = output(Command::new(ptxas).args(["-v", "-arch", arch, "-o"]).arg(&cubin).arg(&source))?;
     let number = |suffix| number_before(&report, suffix);
     let sass = output(Command::new(nvdisasm).arg("-c").arg(&cubin))?;

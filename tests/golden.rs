@@ -11,9 +11,8 @@ use hf::cli::Options;
 use hf::device::Device;
 use hf::report::{Line, relative_error};
 use hf::{Job, Source};
-use moe_kernels::Element;
 use moe_kernels::reference::Real;
-use moe_kernels::rules::Dtype;
+use moe_kernels::{Dtype, Element};
 
 fn check<T: Element + Real>(device: &Device, family: &str) {
     let folder = data::path("golden").join(family);

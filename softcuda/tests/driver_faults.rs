@@ -199,7 +199,8 @@ fn callbacks_are_told_of_a_fault_before_them_and_host_functions_do_not_run() {
 
 #[test]
 fn whatever_waits_for_work_tells_of_its_fault() {
-    let waits: [(&str, fn(&Arc<CudaStream>) -> CUresult); 4] = [
+    type Wait = fn(&Arc<CudaStream>) -> CUresult;
+    let waits: [(&str, Wait); 4] = [
         ("query", |stream| {
             loop {
                 let status = unsafe { sys::cuStreamQuery(stream.cu_stream()) };

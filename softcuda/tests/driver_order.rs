@@ -83,7 +83,7 @@ fn findings(work: impl FnOnce(&Streams)) -> Vec<String> {
 }
 
 /// Both streams read, the third waits for some of them, and then does something to the buffer.
-fn after_two_readers(waits_for: &[usize], then: fn(&Streams)) -> Vec<String> {
+fn after_two_readers(waits_for: &[usize], then: Overwrite) -> Vec<String> {
     findings(|all| {
         let [from, a, b] = all.buffers;
         all.launch("copy", 0, &[a, from]);
@@ -97,7 +97,10 @@ fn after_two_readers(waits_for: &[usize], then: fn(&Streams)) -> Vec<String> {
     })
 }
 
-const OVERWRITES: [(&str, fn(&Streams)); 4] = [
+/// Something that the third stream does to the buffer.
+type Overwrite = fn(&Streams);
+
+const OVERWRITES: [(&str, Overwrite); 4] = [
     ("a launch", |all| all.launch("fill", 2, &[all.buffers[0]])),
     ("a set", |all| unsafe {
         result::memset_d8_async(all.buffers[0], 3, 4 * WORDS, all.streams[2].cu_stream()).unwrap();

@@ -154,7 +154,7 @@ impl Layer {
     fn on_device(&self, place: &Place, streams: &[Arc<CudaStream>; 2]) -> Result<(Vec<u32>, Vec<f32>), DriverError> {
         place.context.bind_to_thread()?;
         let [first, second] = streams;
-        let second = if self.way % 2 == 0 { first } else { second };
+        let second = if self.way.is_multiple_of(2) { first } else { second };
         let (t, h) = (self.tokens as u32, self.hidden as u32);
         let stream = first.cu_stream();
         let mut buffers = Vec::new();

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use moe_kernels::rules::Dtype;
+use moe_kernels::Dtype;
 use safetensors::tensor::Dtype as TensorDtype;
 use serde_json::json;
 

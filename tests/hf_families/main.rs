@@ -26,7 +26,7 @@ use hf::device::Device;
 use hf::golden::run_reference;
 use hf::report::{Line, relative_error};
 use models::{Block, token};
-use moe_kernels::rules::Dtype;
+use moe_kernels::Dtype;
 use synth::{Folder, Synthetic, checkpoint};
 
 const TOKENS: usize = 9;

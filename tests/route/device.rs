@@ -144,8 +144,13 @@ fn lowered(kernel: &registry::Kernel) -> Arc<lower::Kernel> {
     kernel
 }
 
-fn text(name: &str) -> &'static str {
-    embedded().iter().find(|entry| entry.name == name).expect("a registered kernel").ptx
+/// A kernel's PTX, inflated once.
+pub fn text(name: &str) -> &'static str {
+    static TEXTS: LazyLock<Mutex<HashMap<String, &'static str>>> = LazyLock::new(Mutex::default);
+    TEXTS.lock().unwrap().entry(name.into()).or_insert_with(|| {
+        let entry = embedded().iter().find(|entry| entry.name == name).expect("a registered kernel");
+        entry.ptx().leak()
+    })
 }
 
 fn lower(name: &str, text: &str) -> Arc<lower::Kernel> {

@@ -2,11 +2,10 @@
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
-use moe_kernels::Element;
 use moe_kernels::reference::Real;
 use moe_kernels::reference::activation::{activate, activate_glu};
-use moe_kernels::rules::Activation;
-use moe_kernels::rules::{Dtype, Score};
+use moe_kernels::rules::{Activation, Score};
+use moe_kernels::{Dtype, Element};
 
 /// A storage type that tests can make from f64, rounding to nearest even.
 pub trait Storage: Real + Element + DeviceRepr + bytemuck::Pod + PartialEq {
@@ -37,6 +36,7 @@ pub fn unit_roundoff(dtype: Dtype) -> f64 {
         Dtype::F32 => UNIT,
         Dtype::F16 => 2f64.powi(-11),
         Dtype::Bf16 => 2f64.powi(-8),
+        other => unreachable!("no test has {other}"),
     }
 }
 
@@ -51,6 +51,7 @@ fn smallest(dtype: Dtype) -> f64 {
         Dtype::F32 => 2f64.powi(-150),
         Dtype::F16 => 2f64.powi(-25),
         Dtype::Bf16 => 2f64.powi(-134),
+        other => unreachable!("no test has {other}"),
     }
 }
 
@@ -83,6 +84,7 @@ pub fn layer(dtype: Dtype) -> f64 {
         Dtype::Bf16 => 1e-2,
         Dtype::F16 => 2e-3,
         Dtype::F32 => LAYER_WEIGHTS,
+        other => unreachable!("no test has {other}"),
     }
 }
 
@@ -210,6 +212,7 @@ fn activation_units(activation: Activation, x: f64) -> f64 {
         Activation::GeluTanh => (2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x), 0.0),
         // ln Phi(x) of negative x is about -x^2/2 - ln |x| - 1.
         Activation::Gelu => (if x < 0.0 { x * x / 2.0 + 2.0 } else { 2.0 }, 4.4),
+        other => unreachable!("no test has {other:?}"),
     };
     let share = if x == 0.0 { 0.5 } else { activate(activation, x) / x.min(f64::INFINITY) };
     4.0 + (2.0 * (1.0 - share)).clamp(0.0, 1.0) * (2.9 + fit + 5.0 * z.abs())
@@ -243,6 +246,7 @@ impl Shares {
             Score::Softmax => Shares::Softmax(experts),
             Score::TopkSoftmax => Shares::Softmax(top_k),
             Score::Sigmoid => Shares::Sigmoid,
+            other => unreachable!("no test has {other:?}"),
         }
     }
 }

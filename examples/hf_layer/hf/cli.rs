@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Parser;
-use moe_kernels::rules::Dtype;
+use moe_kernels::Dtype;
 
 /// Most random rows: beyond them a reference on the CPU is no use.
 const MAX_TOKENS: usize = 1 << 20;

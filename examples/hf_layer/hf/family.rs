@@ -1,7 +1,6 @@
 //! What a model family has to say about its MoE blocks: where they are, what they compute, and which tensors hold them.
 
 use moe_kernels::layer::LayerDesc;
-use moe_kernels::rules::Capacity;
 
 use super::checkpoint::Checkpoint;
 use super::config::Config;
@@ -92,8 +91,11 @@ impl BlockSpec {
 
     /// The layer for a batch that is one sequence of `tokens` tokens.
     pub fn desc(&self, tokens: usize) -> LayerDesc {
-        let capacity = self.layer.capacity.map(|capacity| Capacity { tokens_per_sequence: tokens.max(1), ..capacity });
-        LayerDesc { capacity, ..self.layer }
+        let mut layer = self.layer;
+        if let Some(capacity) = &mut layer.capacity {
+            capacity.tokens_per_sequence = tokens.max(1);
+        }
+        layer
     }
 }
 

@@ -145,8 +145,8 @@ fn reference_layer<'a, T: Element + reference::Real>(
     let (hidden, mlp) = (layer.hidden, &layer.mlp);
     let shared = match (&weights.shared, &layer.shared) {
         (Some((up, down)), Some(desc)) => Some((
-            up.reference(desc.intermediate, hidden, desc.mlp.glu, desc.mlp.gate_up_layout),
-            down.reference(hidden, desc.intermediate, Glu::None, desc.mlp.down_layout),
+            up.reference(desc.intermediate, hidden, desc.mlp.gate_up.glu, desc.mlp.gate_up.layout),
+            down.reference(hidden, desc.intermediate, Glu::None, desc.mlp.down.layout),
         )),
         _ => None,
     };
@@ -159,9 +159,9 @@ fn reference_layer<'a, T: Element + reference::Real>(
         gating: layer.gating,
         weigh_input: layer.weighting == Weighting::Input,
         capacity: layer.capacity,
-        up: weights.gate_up.reference(layer.intermediate, hidden, mlp.glu, mlp.gate_up_layout),
+        up: weights.gate_up.reference(layer.intermediate, hidden, mlp.gate_up.glu, mlp.gate_up.layout),
         activation: mlp.activation,
-        down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down_layout),
+        down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down.layout),
         shared,
     }
 }

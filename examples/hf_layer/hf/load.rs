@@ -82,8 +82,8 @@ pub fn load<T: Element>(checkpoint: &Checkpoint, block: &Located) -> Result<Weig
             let rows = first_rows(layer);
             let mlp = &layer.mlp;
             (
-                reader.packed(gate_up, gate_up_bias, layer.experts, rows, layer.hidden, mlp.gate_up_layout)?,
-                reader.packed(down, down_bias, layer.experts, layer.hidden, layer.intermediate, mlp.down_layout)?,
+                reader.packed(gate_up, gate_up_bias, layer.experts, rows, layer.hidden, mlp.gate_up.layout)?,
+                reader.packed(down, down_bias, layer.experts, layer.hidden, layer.intermediate, mlp.down.layout)?,
             )
         }
     };
@@ -98,7 +98,7 @@ pub fn load<T: Element>(checkpoint: &Checkpoint, block: &Located) -> Result<Weig
 
 /// Rows of the first matrix, `Nb`.
 fn first_rows(layer: &LayerDesc) -> usize {
-    if layer.mlp.glu == Glu::None { layer.intermediate } else { 2 * layer.intermediate }
+    if layer.mlp.gate_up.glu == Glu::None { layer.intermediate } else { 2 * layer.intermediate }
 }
 
 struct Reader<'a> {
@@ -199,6 +199,7 @@ impl Reader<'_> {
         let shape = match layout {
             Layout::Nk => [experts, rows, columns],
             Layout::Kn => [experts, columns, rows],
+            other => unreachable!("no family has matrices {other:?}"),
         };
         Ok(Matrix {
             weight: self.read(weight, &shape)?.to_vec()?,

@@ -28,10 +28,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use half::{bf16, f16};
-use moe_kernels::Element;
 use moe_kernels::layer::LayerDesc;
 use moe_kernels::reference::Real;
-use moe_kernels::rules::Dtype;
+use moe_kernels::{Dtype, Element, Error};
 
 use checkpoint::Checkpoint;
 use cli::Options;
@@ -74,6 +73,10 @@ pub fn execute(options: &Options, report: &mut dyn Write) -> Result<bool, HfErro
         Dtype::Bf16 => execute_in::<bf16>(options, report),
         Dtype::F16 => execute_in::<f16>(options, report),
         Dtype::F32 => execute_in::<f32>(options, report),
+        other => {
+            let (supported, got) = ("bf16, f16 or f32".into(), other.to_string());
+            Err(Error::Unsupported { operation: "hf_layer", argument: "--dtype", supported, got }.into())
+        }
     }
 }
 

@@ -3,14 +3,12 @@
 
 use std::cell::Cell;
 use std::collections::{HashMap, HashSet};
-use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, Once};
 use std::thread::ThreadId;
 
 use super::event::Event;
 use super::graph::{Entry, GRAPHS, Graph, NODES};
-use super::graph_nodes::{check_members, handles};
 use super::handles::{Closer, Handle, fresh, when_a_context_goes};
 use super::status::{CUresult, Outcome};
 use super::stream::{Kind, Stream, stream};
@@ -28,8 +26,8 @@ pub(super) struct Capture {
     origin: Handle,
     pub invalid: AtomicBool,
     /// The graph so far, which has a handle from the start: `cuStreamGetCaptureInfo` gives it out.
-    graph: Arc<Graph>,
-    graph_handle: Handle,
+    pub graph: Arc<Graph>,
+    pub graph_handle: Handle,
     /// Streams that take part, the origin first.
     streams: Mutex<Vec<Arc<Stream>>>,
 }
@@ -40,9 +38,9 @@ pub(super) struct Captured {
     /// Nodes that the next one in this stream depends on.
     pub tail: Vec<Handle>,
     /// What `cuStreamGetCaptureInfo` last gave out: the caller may read it until the next call on this stream.
-    shown: Vec<Handle>,
+    pub shown: Vec<Handle>,
     /// Data of as many edges, all of the default kind.
-    edges: Vec<u64>,
+    pub edges: Vec<u64>,
 }
 
 static ACTIVE: Mutex<Vec<Arc<Capture>>> = Mutex::new(Vec::new());
@@ -94,7 +92,7 @@ impl Captured {
         Ok(())
     }
 
-    fn depend_on(&mut self, nodes: &[Handle]) {
+    pub fn depend_on(&mut self, nodes: &[Handle]) {
         self.tail.extend(nodes);
         self.tail.sort_unstable();
         self.tail.dedup();
@@ -314,126 +312,5 @@ pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut u32) -> CU
             return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{new} is not a CUstreamCaptureMode")));
         }
         unsafe { out(mode, "mode", THREAD_MODE.replace(new)) }
-    })
-}
-
-/// Where what is known of a capture goes; any but the first may be null.
-struct InfoTo {
-    status: *mut u32,
-    id: *mut u64,
-    graph: *mut Handle,
-    dependencies: *mut *const Handle,
-    edges: *mut *const u64,
-    count: *mut usize,
-}
-
-/// Status of the capture that a stream takes part in, and while it is active its identifier, its graph so far, and the nodes that
-/// the stream's next one will depend on.
-unsafe fn info(handle: Handle, to: InfoTo) -> Outcome {
-    let stream = stream(handle)?;
-    if stream.kind == Kind::Legacy {
-        forbid_implicit(stream.context()?.handle)?;
-    }
-    let mut part = lock(&stream.capture);
-    // CU_STREAM_CAPTURE_STATUS_NONE, ACTIVE, INVALIDATED
-    let value = part.as_ref().map_or(0, |it| if it.capture.invalid.load(Ordering::Acquire) { 2 } else { 1 });
-    unsafe { out(to.status, "captureStatus_out", value)? };
-    let Some(captured) = part.as_mut().filter(|_| value == 1) else { return Ok(()) };
-    captured.shown.clone_from(&captured.tail);
-    captured.edges = vec![0; captured.tail.len()];
-    unsafe {
-        give(to.id, Arc::as_ptr(&captured.capture) as u64)?;
-        give(to.graph, captured.capture.graph_handle)?;
-        give(to.dependencies, captured.shown.as_ptr())?;
-        give(to.edges, captured.edges.as_ptr())?;
-        give(to.count, captured.shown.len())
-    }
-}
-
-/// Writes where something is asked for.
-unsafe fn give<T>(to: *mut T, value: T) -> Outcome {
-    if to.is_null() { Ok(()) } else { unsafe { out(to, "pointer", value) } }
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamGetCaptureInfo(handle: Handle, status: *mut u32, id: *mut u64) -> CUresult {
-    let (graph, dependencies, edges, count) = (null_mut(), null_mut(), null_mut(), null_mut());
-    let to = InfoTo { status, id, graph, dependencies, edges, count };
-    api("cuStreamGetCaptureInfo", || unsafe { info(handle, to) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamGetCaptureInfo_v2(
-    handle: Handle,
-    status: *mut u32,
-    id: *mut u64,
-    graph: *mut Handle,
-    dependencies: *mut *const Handle,
-    count: *mut usize,
-) -> CUresult {
-    let to = InfoTo { status, id, graph, dependencies, edges: null_mut(), count };
-    api("cuStreamGetCaptureInfo_v2", || unsafe { info(handle, to) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamGetCaptureInfo_v3(
-    handle: Handle,
-    status: *mut u32,
-    id: *mut u64,
-    graph: *mut Handle,
-    dependencies: *mut *const Handle,
-    edges: *mut *const u64,
-    count: *mut usize,
-) -> CUresult {
-    let to = InfoTo { status, id, graph, dependencies, edges, count };
-    api("cuStreamGetCaptureInfo_v3", || unsafe { info(handle, to) })
-}
-
-/// Adds to what the next node of a capturing stream will depend on, or sets it.
-unsafe fn update(handle: Handle, nodes: *const Handle, count: usize, flags: u32) -> Outcome {
-    let stream = stream(handle)?;
-    let nodes = unsafe { handles(nodes, count)? };
-    let mut part = lock(&stream.capture);
-    let Some(captured) = &mut *part else {
-        return Err(CUresult::ERROR_ILLEGAL_STATE.with("the stream is not capturing"));
-    };
-    if captured.capture.invalid.load(Ordering::Acquire) {
-        return Err(CUresult::ERROR_STREAM_CAPTURE_INVALIDATED.into());
-    }
-    check_members(&lock(&captured.capture.graph.nodes), &nodes)?;
-    match flags {
-        // CU_STREAM_ADD_CAPTURE_DEPENDENCIES, SET
-        0 => {}
-        1 => captured.tail.clear(),
-        _ => return Err(CUresult::ERROR_INVALID_VALUE.with(format!("{flags:#x} are not flags of this call"))),
-    }
-    captured.depend_on(&nodes);
-    Ok(())
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamUpdateCaptureDependencies(
-    handle: Handle,
-    nodes: *const Handle,
-    count: usize,
-    flags: u32,
-) -> CUresult {
-    api("cuStreamUpdateCaptureDependencies", || unsafe { update(handle, nodes, count, flags) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamUpdateCaptureDependencies_v2(
-    handle: Handle,
-    nodes: *const Handle,
-    edges: *const u64,
-    count: usize,
-    flags: u32,
-) -> CUresult {
-    api("cuStreamUpdateCaptureDependencies_v2", || unsafe {
-        // SAFETY: as many as there are nodes, or null.
-        if !edges.is_null() && (0..count).any(|place| edges.add(place).read_unaligned() != 0) {
-            return Err(super::unsupported("an edge of another kind than the default"));
-        }
-        update(handle, nodes, count, flags)
     })
 }

@@ -25,6 +25,7 @@
 
 mod absent;
 mod capture;
+mod capture_info;
 mod checks;
 mod context;
 mod control;

@@ -99,6 +99,8 @@ per_thread! {
     capture {
         cuStreamBeginCapture_v2_ptsz = cuStreamBeginCapture_v2(handle: Handle, mode: u32);
         cuStreamEndCapture_ptsz = cuStreamEndCapture(handle: Handle, graph: *mut Handle);
+    }
+    capture_info {
         cuStreamGetCaptureInfo_ptsz = cuStreamGetCaptureInfo(handle: Handle, status: *mut u32, id: *mut u64);
         cuStreamGetCaptureInfo_v2_ptsz = cuStreamGetCaptureInfo_v2(
             handle: Handle, status: *mut u32, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle,

@@ -4,7 +4,7 @@ use std::ffi::{CStr, c_char, c_void};
 
 use super::status::{CUresult, Outcome};
 use super::tensormap;
-use super::{absent, per_thread};
+use super::{absent, capture_info, per_thread};
 use super::{
     api, capture, context, copy, event, export_table, function, graph, graph_nodes, init, launch, managed, memory,
     module, occupancy, out,
@@ -154,12 +154,14 @@ entries! {
     capture {
         "cuStreamBeginCapture" 10010 cuStreamBeginCapture_v2,
         "cuStreamEndCapture" 2000 cuStreamEndCapture,
+        "cuThreadExchangeStreamCaptureMode" 2000 cuThreadExchangeStreamCaptureMode,
+    }
+    capture_info {
         "cuStreamGetCaptureInfo" 10010 cuStreamGetCaptureInfo,
         "cuStreamGetCaptureInfo" 11030 cuStreamGetCaptureInfo_v2,
         "cuStreamGetCaptureInfo" 12030 cuStreamGetCaptureInfo_v3,
         "cuStreamUpdateCaptureDependencies" 11030 cuStreamUpdateCaptureDependencies,
         "cuStreamUpdateCaptureDependencies" 12030 cuStreamUpdateCaptureDependencies_v2,
-        "cuThreadExchangeStreamCaptureMode" 2000 cuThreadExchangeStreamCaptureMode,
     }
     event {
         "cuEventCreate" 2000 cuEventCreate,

@@ -304,6 +304,15 @@ fn registers_at_entry_are_those_that_ptxas_gives() {
         assert!(increases(128, directives, registers), "{directives}");
         assert!(!increases(128, directives, registers + 8), "{directives}");
     }
+    // Warps are spread over four partitions: five are as many as eight, nine as twelve.
+    for (directives, registers) in [
+        (".maxntid 160 .minnctapersm 2", 168),
+        (".maxntid 257 .minnctapersm 3", 72),
+        (".maxntid 544 .minnctapersm 1", 96),
+    ] {
+        assert!(increases(128, directives, registers), "{directives}");
+        assert!(!increases(128, directives, registers + 8), "{directives}");
+    }
     // The count at entry is not known: the instruction has no effect.
     for directives in [".maxntid 128", ".maxntid 1024 .minnctapersm 3", ".maxnreg 256"] {
         assert!(increases(128, directives, 256), "{directives}");

@@ -15,9 +15,10 @@ pub const FAMILY: Family = Family {
         if config.number("moe_norm_min", NORM_MIN)? > NORM_MIN {
             return Err(HfError::config("moe_norm_min", format!("is above {NORM_MIN:e}: sums are not bounded below")));
         }
+        let gating = Gating::new(Score::Softmax).renormalise(Some(Renormalise::AtLeast(NORM_MIN as f32)));
         let intermediate = config.size("moe_intermediate_size")?;
         let (experts, top_k) = experts_and_top_k(config, &["moe_num_experts"], &["moe_k"])?;
-        let layer = gated_layer(config, intermediate, experts, top_k, softmax(true))?;
+        let layer = gated_layer(config, intermediate, experts, top_k, gating)?;
         // Without it the model's own code has no bias.
         let corrected = config.flag("moe_use_aux_free", true)?;
         let block = BlockSpec {

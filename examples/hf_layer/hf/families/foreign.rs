@@ -4,9 +4,8 @@
 //! was changed must not be taken for the family's own. What the tensors show is not listed (see `load`), nor what matters in
 //! training only (`router_jitter_noise`, losses, dropout).
 
-use moe_kernels::gating::Score;
-use moe_kernels::gemm::Activation;
 use moe_kernels::layer::Weighting;
+use moe_kernels::rules::{Activation, Score};
 use serde_json::Value;
 
 use super::super::config::Config;
@@ -56,7 +55,7 @@ fn neutral(key: &str, value: &Value, block: &BlockSpec) -> Option<bool> {
         "norm_topk_prob" | "moe_renormalize" | "moe_norm_gate_logits" => match gating.score {
             // The chosen always sum to 1.
             Score::TopkSoftmax => value.is_boolean(),
-            _ => flag(gating.renormalise),
+            _ => flag(gating.renormalise.is_some()),
         },
         "routed_scaling_factor"
         | "moe_routed_scaling_factor"
@@ -78,7 +77,7 @@ fn neutral(key: &str, value: &Value, block: &BlockSpec) -> Option<bool> {
                 other => named == other,
             })
         }
-        "is_gated_act" => flag(block.layer.mlp.glu != moe_kernels::gemm::Glu::None),
+        "is_gated_act" => flag(block.layer.mlp.gate_up.glu.is_gated()),
         "swiglu_limit" | "swiglu_limits" | "swiglu_alpha" | "swiglu_limits_shared" => nothing(value),
         "moe_latent_size" => nothing(value),
         // Shared experts.

@@ -20,10 +20,8 @@ pub const FAMILY: Family = Family {
             limit: config.number("swiglu_limit", 7.0)? as f32,
         };
         let gating = Gating::new(Score::TopkSoftmax);
-        let layer = LayerDesc {
-            mlp: Mlp { activation, ..Mlp::GPT_OSS },
-            ..gated_layer(config, config.size("intermediate_size")?, experts, top_k, gating)?
-        };
+        let layer = gated_layer(config, config.size("intermediate_size")?, experts, top_k, gating)?
+            .mlp(Mlp::gpt_oss(Dtype::F32).activation(activation));
         Ok(BlockSpec {
             router: "router.weight",
             router_bias: Some("router.bias"),

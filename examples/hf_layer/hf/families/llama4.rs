@@ -21,7 +21,8 @@ pub const FAMILY: Family = Family {
         let mut layer = gated_layer(config, intermediate, experts, top_k, Gating::new(Score::Sigmoid))?;
         layer.weighting = Weighting::Input;
         layer.shared = shared_expert(intermediate, layer.mlp);
-        layer.mlp = Mlp { gate_up_layout: Layout::Kn, down_layout: Layout::Kn, ..layer.mlp };
+        layer.mlp.gate_up.layout = Layout::Kn;
+        layer.mlp.down.layout = Layout::Kn;
         Ok(BlockSpec {
             router: "router.weight",
             experts: Experts::Packed {

@@ -1,9 +1,8 @@
 //! The families, one file each, and what several of them share.
 
+use moe_kernels::Dtype;
 use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc};
-use moe_kernels::rules::Activation;
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Gating, GroupScore, Groups, Score};
+use moe_kernels::rules::{Activation, Gating, Groups, Renormalise, Score};
 
 use super::config::Config;
 use super::error::HfError;
@@ -95,10 +94,10 @@ fn gated_layer(
     top_k: usize,
     gating: Gating,
 ) -> Result<LayerDesc, HfError> {
-    let mlp = Mlp { activation: activation(config, "hidden_act", "silu")?, ..Mlp::SWIGLU };
+    let mlp = Mlp::swiglu(Dtype::F32).activation(activation(config, "hidden_act", "silu")?);
     require_groups(experts, top_k, &gating)?;
     let hidden = config.size("hidden_size")?;
-    Ok(LayerDesc { gating, mlp, ..LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k) })
+    Ok(LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k).gating(gating).mlp(mlp))
 }
 
 /// How many experts there are and how many a token gets, each by its spellings.
@@ -167,12 +166,12 @@ fn with_shared_experts(
 }
 
 fn shared_expert(intermediate: usize, mlp: Mlp) -> Option<SharedDesc> {
-    (intermediate > 0).then_some(SharedDesc { intermediate, mlp })
+    (intermediate > 0).then_some(SharedDesc::new(intermediate, mlp))
 }
 
 /// Softmax over all experts, renormalised or not.
 fn softmax(renormalise: bool) -> Gating {
-    Gating { renormalise, ..Gating::new(Score::Softmax) }
+    Gating::new(Score::Softmax).renormalise(renormalise.then_some(Renormalise::Plus(0.0)))
 }
 
 /// Sigmoid with groups and scaling, as DeepSeek-V3 and GLM-4.5 configure it.
@@ -180,12 +179,11 @@ fn grouped_sigmoid(config: &Config, groups: usize, kept: usize, scale: f64) -> R
     config.require_text("topk_method", "noaux_tc")?;
     let count = config.count("n_group")?.unwrap_or(groups);
     let kept = config.count("topk_group")?.unwrap_or(kept);
-    Ok(Gating {
-        renormalise: config.flag("norm_topk_prob", true)?,
-        scale: config.number("routed_scaling_factor", scale)? as f32,
-        groups: (count > 1).then_some(Groups { count, kept, score: GroupScore::TopTwo }),
-        ..Gating::new(scoring(config)?)
-    })
+    let renormalise = config.flag("norm_topk_prob", true)?;
+    let gating = Gating::new(scoring(config)?)
+        .renormalise(renormalise.then_some(Renormalise::Plus(1e-20)))
+        .scale(config.number("routed_scaling_factor", scale)? as f32);
+    Ok(gating.groups((count > 1).then_some(Groups::new(count, kept))))
 }
 
 fn scoring(config: &Config) -> Result<Score, HfError> {

@@ -249,6 +249,10 @@ pub struct Cell<const R: usize> {
     write: Stamp,
     reads: [Stamp; R],
     /// A read of each launch that nothing orders before those in `reads`.
+    #[expect(
+        clippy::box_collection,
+        reason = "there are many cells, and few have any: a pointer is less than a vector"
+    )]
     others: Option<Box<Vec<Stamp>>>,
     children: Option<Box<[Cell<R>]>>,
 }
