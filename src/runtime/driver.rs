@@ -101,6 +101,22 @@ mod tests {
     }
 
     #[test]
+    fn an_undivided_device_is_one_partition() {
+        softcuda::install_if_no_gpu().expect("a real or a software device can be had");
+        let context = crate::device::open(0).unwrap();
+        let which = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let all = context.attribute(which).unwrap() as u32;
+        // SAFETY: the context is alive and current.
+        let shares = unsafe {
+            let library = library().unwrap();
+            [share_of_partition(&library, context.cu_ctx()), share_of_affinity(&library)]
+        };
+        // None: a driver that does not know the call.
+        assert!(shares.iter().all(|share| share.is_none_or(|share| share == all)), "{shares:?} of {all}");
+        assert_eq!(multiprocessors(&context, all), Ok(all));
+    }
+
+    #[test]
     fn the_layout_of_a_partition() {
         // What the bindings of this build say of the layout that `share_of_partition` reads.
         assert!(size_of::<sys::CUdevResource>() <= size_of::<[u64; 64]>());
