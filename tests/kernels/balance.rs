@@ -10,7 +10,7 @@ use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
 use moe_kernels::{In, Workspace};
 
-use crate::gating::{Logits, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -33,7 +33,7 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                 let gating = Gating::new(variant.score)
                     .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
-                    .groups(groups(rng, experts, top_k));
+                    .groups(groups(rng, variant.score, experts, top_k));
                 let sigmoid = variant.score == Score::Sigmoid && rng.bool();
                 let score = if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
                 let rule = BalanceRule::new(score, sequence)
@@ -140,9 +140,12 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
     let GatingDesc { tokens, experts, top_k, gating, .. } = desc.gating;
     let selection = measured_gating::select(desc, device::kernels().device()).unwrap();
     assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
-    let values = logits(rng, kind, tokens * experts);
+    let mut values = logits(rng, kind, tokens * experts);
     let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
-    // Coarse: see the checks of `gate_*`.
+    if with_bias || gating.groups.is_some() {
+        coarse(&mut values);
+    }
+    // Coarse: see the checks of `gating_*`.
     let bias: Option<Vec<f32>> = with_bias.then(|| (0..experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();
