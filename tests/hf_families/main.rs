@@ -4,6 +4,8 @@
 #[allow(dead_code)] // its part of the one table
 #[path = "../support/compare.rs"]
 mod compare;
+#[path = "../support/data.rs"]
+mod data;
 #[path = "../../examples/hf_layer/hf/mod.rs"]
 mod hf;
 

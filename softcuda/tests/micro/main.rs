@@ -29,6 +29,8 @@ mod matrix;
 mod matrix_hopper;
 mod mbarriers;
 mod memory;
+#[path = "../common/nvidia.rs"]
+mod nvidia;
 mod real;
 mod spellings;
 mod tensors;
