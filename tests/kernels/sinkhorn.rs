@@ -18,7 +18,7 @@ pub fn check(variant: Sinkhorn, rng: &mut fastrand::Rng) {
     let shapes: &[(usize, usize, usize)] = if small {
         &[(1, 1, 1), (40, 4, 2), (203, 33, 3), (64, 100, 32), (40, 1024, 1), (150, 3, 1)]
     } else {
-        &[(5, 1025, 2), (3, 4096, 4)]
+        &[(5, 1025, 2), (20, 1100, 2), (3, 4096, 4)]
     };
     for &(tokens, experts, top_k) in shapes {
         for kind in [Logits::Skewed, Logits::Ties, Logits::NotFinite] {
