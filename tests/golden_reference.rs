@@ -3,10 +3,10 @@
 #[allow(dead_code)] // its part of the one table
 #[path = "support/compare.rs"]
 mod compare;
+#[path = "support/data.rs"]
+mod data;
 #[path = "../examples/hf_layer/hf/mod.rs"]
 mod hf;
-
-use std::path::Path;
 
 use compare::{RECORDED, RECORDED_WEIGHT};
 use hf::checkpoint::Checkpoint;
@@ -17,7 +17,7 @@ use hf::load::load;
 use hf::report::relative_error;
 
 fn check(family: &str) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
+    let folder = data::path("golden").join(family);
     let config = Config::open(&folder).unwrap();
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let golden = Golden::open(&folder).unwrap();

@@ -4,10 +4,15 @@
 #[allow(dead_code)] // its part of the one table
 #[path = "../support/compare.rs"]
 mod compare;
+#[path = "../support/data.rs"]
+mod data;
 #[path = "../../examples/hf_layer/hf/mod.rs"]
 mod hf;
 
+mod configs;
 mod errors;
+mod files;
+mod layouts;
 mod models;
 mod report;
 mod synth;
@@ -21,7 +26,7 @@ use hf::device::Device;
 use hf::golden::run_reference;
 use hf::report::{Line, relative_error};
 use models::{Block, token};
-use moe_kernels::rules::Dtype;
+use moe_kernels::Dtype;
 use synth::{Folder, Synthetic, checkpoint};
 
 const TOKENS: usize = 9;

@@ -10,7 +10,7 @@ use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
 use moe_kernels::{In, Workspace};
 
-use crate::gating::{Logits, groups, logits};
+use crate::gating::{Logits, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -31,7 +31,7 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                 }
                 let top_k = top_k.min(experts);
                 let gating = Gating::new(variant.score)
-                    .renormalise(rng.bool())
+                    .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
                     .groups(groups(rng, experts, top_k));
                 let sigmoid = variant.score == Score::Sigmoid && rng.bool();
@@ -156,7 +156,7 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
     let got = measure(desc, &values, bias.as_deref(), layers);
     assert_eq!(got.ids, gated.ids, "{name}: ids");
     let shares = Shares::of(gating.score, experts, top_k);
-    assert_weights(&name, &got.weights, &gated.weights, shares, if gating.renormalise { top_k } else { 0 });
+    assert_weights(&name, &got.weights, &gated.weights, shares, if gating.renormalise.is_some() { top_k } else { 0 });
 
     let weights = to_f64(&got.weights);
     let want = reference::balance::balance(&values, &got.ids, &weights, experts, top_k, &desc.rule).unwrap();

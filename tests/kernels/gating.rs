@@ -4,7 +4,7 @@ use moe_kernels::capacity::dispatch::DispatchDesc;
 use moe_kernels::registry::{Gate, Kernel};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
-use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Score};
+use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Masked, Renormalise, Score};
 use moe_kernels::{In, reference};
 
 use crate::dispatch::{Outputs, rule_of};
@@ -24,7 +24,7 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
             let top_k = top_k.min(experts);
             for logits in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
                 let gating = Gating::new(variant.score)
-                    .renormalise(rng.bool())
+                    .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
                     .groups(groups(rng, experts, top_k));
                 let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
@@ -52,7 +52,19 @@ pub fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<G
     let count = counts[rng.usize(..counts.len())];
     let fewest = top_k.div_ceil(experts / count);
     let kept = fewest + rng.usize(..=count - fewest);
-    Some(Groups::new(count, kept).score(if rng.bool() { GroupScore::TopTwo } else { GroupScore::Max }))
+    let score = match rng.usize(..3) {
+        0 => GroupScore::Max,
+        1 => GroupScore::TOP_TWO,
+        _ => GroupScore::TopSum(1 + rng.usize(..(experts / count).min(8))),
+    };
+    Some(Groups::new(count, kept).score(score).masked(if rng.u8(..4) > 0 { Masked::Out } else { Masked::Zero }))
+}
+
+/// A way to divide by the sum of weights, half of the time. Sums are above 0 in each.
+pub fn renormalise(rng: &mut fastrand::Rng) -> Option<Renormalise> {
+    let ways =
+        [Renormalise::Plus(1e-20), Renormalise::Plus(1e-6), Renormalise::AtLeast(1e-12), Renormalise::AtLeast(0.25)];
+    rng.bool().then(|| ways[rng.usize(..ways.len())])
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -125,7 +137,13 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
     assert_eq!(got_ids, want.ids, "{name}: ids");
     let shares = Shares::of(variant.score, desc.experts, desc.top_k);
-    assert_weights(&name, &got_weights, &want.weights, shares, if desc.gating.renormalise { desc.top_k } else { 0 });
+    assert_weights(
+        &name,
+        &got_weights,
+        &want.weights,
+        shares,
+        if desc.gating.renormalise.is_some() { desc.top_k } else { 0 },
+    );
     device_logits.assert_unchanged(&stream);
     let sorted = variant.dispatch.then(|| reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap());
     if let Some(sorted) = &sorted {
