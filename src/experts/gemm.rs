@@ -14,11 +14,11 @@ use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, RowAddresses, SlotShape};
 use super::tiles::{select_tile, tile_of_height};
-use super::weight::{Weight, WeightAddresses, WeightNames};
+use super::weight::{HeldWeight, Weight, WeightAddresses, WeightNames};
 use crate::registry::{Fold, Gemm, Kernel};
 use crate::rules::{Activation, Dropout, Dtype, Glu, NoiseSource, WeightDesc, WeightFormat, drop_below, keep_scale};
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::GemmParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
@@ -77,13 +77,16 @@ pub struct GemmDesc {
     pub weight: WeightDesc,
     /// What is applied to the product.
     pub activation: Activation,
+    /// Rows of a shared expert in the same launch ([`GemmArgs::shared`]), of the same `n`, `k`, weight form and activation; 0 without, as
+    /// with dense rows.
+    pub shared_rows: usize,
 }
 
 impl GemmDesc {
     /// `out [rows, N] = a [rows, K] b^T`, nothing else, with a weight `[E, N, K]` of the same type.
     pub const fn new(dtype: Dtype, rows: Rows, n: usize, k: usize) -> GemmDesc {
         let weight = WeightDesc::new(dtype);
-        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity }
+        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity, shared_rows: 0 }
     }
 
     /// Rows of `a`.
@@ -115,6 +118,10 @@ impl GemmDesc {
         if self.gather && matches!(self.rows, Rows::Dense(_)) {
             return Err(Error::invalid(operation, "gather", "false for dense rows", true));
         }
+        if self.shared_rows > 0 && matches!(self.rows, Rows::Dense(_)) {
+            return Err(Error::invalid(operation, "shared_rows", "0 for dense rows", self.shared_rows));
+        }
+        shape::size(operation, "shared_rows", self.shared_rows)?;
         shape::multiple_of_8(operation, "n", self.n)?;
         shape::multiple_of_8(operation, "k", self.k)?;
         let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
@@ -127,6 +134,7 @@ impl GemmDesc {
         shape::product(operation, "a", &[self.a_rows(), self.k])?;
         shape::product(operation, "weight", &[self.rows.experts(), self.b_outputs(), self.k])?;
         shape::product(operation, "out", &[self.rows.count(), self.n])?;
+        shape::product(operation, "shared_rows", &[self.shared_rows, self.n.max(self.k)])?;
         let WeightFormat::Plain(weight) = self.weight.format;
         if weight != self.dtype {
             let supported = format!("the type of a ({})", self.dtype);
@@ -136,7 +144,7 @@ impl GemmDesc {
     }
 }
 
-settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation });
+settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation, shared_rows: usize });
 
 /// Whether an activation goes with the presence of a gate.
 pub(crate) fn check_activation(
@@ -192,6 +200,8 @@ pub struct GemmArgs<'a, T> {
     pub dropout: Option<Dropout>,
     /// `[rows, N]`. Rows that no tile covers are left as they are.
     pub out: Out<'a, T>,
+    /// The shared expert's rows; exactly with [`GemmDesc::shared_rows`].
+    pub shared: Option<SharedRows<'a, T>>,
 }
 
 impl<'a, T> GemmArgs<'a, T> {
@@ -205,6 +215,7 @@ impl<'a, T> GemmArgs<'a, T> {
             out_scale: None,
             dropout: None,
             out: out.into(),
+            shared: None,
         }
     }
 
@@ -219,9 +230,33 @@ impl<'a, T> GemmArgs<'a, T> {
     pub fn dropout(self, dropout: Dropout) -> GemmArgs<'a, T> {
         GemmArgs { dropout: Some(dropout), ..self }
     }
+
+    /// With the rows of a shared expert.
+    #[must_use]
+    pub fn shared(self, shared: SharedRows<'a, T>) -> GemmArgs<'a, T> {
+        GemmArgs { shared: Some(shared), ..self }
+    }
 }
 
 buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32> });
+
+/// Rows of an expert that every token passes, in the launch of the others: neither scaled nor dropped.
+#[non_exhaustive]
+pub struct SharedRows<'a, T> {
+    /// `[shared_rows, K]`.
+    pub a: In<'a, T>,
+    /// One expert's.
+    pub weight: Weight<'a>,
+    /// `[shared_rows, N]`, written.
+    pub out: Out<'a, T>,
+}
+
+impl<'a, T> SharedRows<'a, T> {
+    /// `a` to `out`.
+    pub fn new(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, T>>) -> SharedRows<'a, T> {
+        SharedRows { a: a.into(), weight, out: out.into() }
+    }
+}
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
 const BAND: usize = 8;
@@ -243,7 +278,10 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
             let tile = select_tile(desc.dtype, *rows, 1, device)?;
             (tile, rows.div_ceil(tile.bm as usize))
         }
-        Rows::Grouped(shape) => (tile_of_height(desc.dtype, shape.tile_m, device)?, shape.max_tiles),
+        Rows::Grouped(shape) => (
+            tile_of_height(desc.dtype, shape.tile_m, device)?,
+            shape.max_tiles + desc.shared_rows.div_ceil(shape.tile_m),
+        ),
     };
     let fold = match desc.weight.glu {
         Glu::None => Fold::Plain,
@@ -275,10 +313,11 @@ pub fn forward<T: Element>(
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<T>("a", desc.dtype)?;
     check_dispatched(desc, args.dispatched)?;
+    check_shared(desc, args.shared.is_some())?;
     if let Some(dropout) = args.dropout {
         check_dropout(OPERATION, &dropout)?;
     }
-    if desc.rows.count() == 0 || selection.grid[0] == 0 {
+    if desc.rows.count() + desc.shared_rows == 0 || selection.grid[0] == 0 {
         return Ok(());
     }
     let rows = desc.rows.count();
@@ -289,6 +328,7 @@ pub fn forward<T: Element>(
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
     let out = scope.write("out", args.out, rows * desc.n, VECTOR)?;
+    let shared = args.shared.map(|shared| shared.open(&scope, desc)).transpose()?;
     let at = Addresses {
         a: a.address(),
         weight: weight.addresses(),
@@ -296,6 +336,7 @@ pub fn forward<T: Element>(
         rows: dispatched.as_ref().map(|dispatched| dispatched.addresses()),
         row_scale: optional(&row_scale),
         out_scale: optional(&out_scale),
+        shared: shared.as_ref().map(HeldShared::addresses),
     };
     enqueue(&scope, desc, &selection, at, args.dropout)
 }
@@ -310,6 +351,47 @@ fn check_dispatched(desc: &GemmDesc, dispatched: Option<&Dispatched>) -> Result<
             Err(Error::invalid(operation, argument, format!("a dispatch of {shape:?}"), got))
         }
         _ => Ok(()),
+    }
+}
+
+fn check_shared(desc: &GemmDesc, given: bool) -> Result<(), Error> {
+    let (operation, argument) = (OPERATION, "shared");
+    match (desc.shared_rows, given) {
+        (1.., false) => Err(Error::Missing { operation, argument, reason: "the descriptor has shared_rows" }),
+        (0, true) => Err(Error::Unexpected { operation, argument, reason: "the descriptor has no shared_rows" }),
+        _ => Ok(()),
+    }
+}
+
+/// A shared expert's rows, opened.
+struct HeldShared<'a> {
+    a: Held<'a>,
+    weight: HeldWeight<'a>,
+    out: Held<'a>,
+}
+
+impl<'a, T> SharedRows<'a, T> {
+    fn open<'b>(self, scope: &Scope<'b>, desc: &GemmDesc) -> Result<HeldShared<'b>, Error>
+    where
+        'a: 'b,
+    {
+        let names = WeightNames {
+            matrix: "shared.weight",
+            bias: "shared.weight.bias",
+            up: "shared.weight.up",
+            up_bias: "shared.weight.up_bias",
+        };
+        Ok(HeldShared {
+            a: scope.read("shared.a", self.a, desc.shared_rows * desc.k, VECTOR)?,
+            weight: self.weight.open(scope, names, &desc.weight, [1, desc.n, desc.k])?,
+            out: scope.write("shared.out", self.out, desc.shared_rows * desc.n, VECTOR)?,
+        })
+    }
+}
+
+impl HeldShared<'_> {
+    fn addresses(&self) -> SharedAddresses<'_> {
+        SharedAddresses { a: self.a.address(), weight: self.weight.addresses(), out: self.out.address() }
     }
 }
 
@@ -329,6 +411,16 @@ pub(crate) struct Addresses<'a> {
     pub(crate) rows: Option<RowAddresses<'a>>,
     pub(crate) row_scale: Option<Address<'a>>,
     pub(crate) out_scale: Option<Address<'a>>,
+    /// Exactly with [`GemmDesc::shared_rows`].
+    pub(crate) shared: Option<SharedAddresses<'a>>,
+}
+
+/// What a shared expert's rows read and write.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedAddresses<'a> {
+    pub(crate) a: Address<'a>,
+    pub(crate) weight: WeightAddresses<'a>,
+    pub(crate) out: Address<'a>,
 }
 
 pub(crate) fn enqueue(
@@ -345,6 +437,7 @@ pub(crate) fn enqueue(
     let Dropout { probability, noise } = dropout.unwrap_or(Dropout { probability: 0.0, noise: NoiseSource::default() });
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
     let WeightAddresses { b, b_up, bias, bias_up } = at.weight;
+    let shared_weight = at.shared.map(|shared| shared.weight);
     scope.launch(
         selection,
         GemmParams {
@@ -359,6 +452,13 @@ pub(crate) fn enqueue(
             out_scale: at.out_scale.into(),
             tiles: at.rows.map(|rows| rows.tiles).into(),
             num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
+            shared_a: at.shared.map(|shared| shared.a).into(),
+            shared_b: shared_weight.map(|weight| weight.b).into(),
+            shared_b_up: shared_weight.and_then(|weight| weight.b_up).into(),
+            shared_bias: shared_weight.and_then(|weight| weight.bias).into(),
+            shared_bias_up: shared_weight.and_then(|weight| weight.bias_up).into(),
+            shared_out: at.shared.map(|shared| shared.out).into(),
+            shared_rows: desc.shared_rows as u32,
             m: desc.rows.count() as u32,
             n: desc.n as u32,
             k: desc.k as u32,
@@ -410,6 +510,8 @@ mod tests {
         assert_eq!(fault(dense().activation(clamped).weight(WeightDesc::new(Dtype::Bf16))), "activation");
         let negative = Activation::ClampedSwiglu { alpha: 1.702, limit: -1.0 };
         assert_eq!(fault(dense().activation(negative)), "activation");
+        assert_eq!(fault(dense().shared_rows(1)), "shared_rows");
+        assert_eq!(fault(grouped(64, 10).shared_rows(1 << 31)), "shared_rows");
         assert_eq!(fault(grouped(63, 10)), "tile_m");
         assert_eq!(fault(grouped(0, 10)), "rows.tile_m");
         assert_eq!(fault(GemmDesc { n: 1 << 20, ..grouped(64, 1 << 28) }), "n");
@@ -422,6 +524,7 @@ mod tests {
         let columns = 72_u32.div_ceil(64);
         assert_eq!(select(&grouped(64, 9), &A100).unwrap().grid, [16 * columns, 1, 1]);
         assert_eq!(select(&grouped(64, 0), &A100).unwrap().grid, [0, 1, 1]);
+        assert_eq!(select(&grouped(64, 7).shared_rows(65), &A100).unwrap().grid, [16 * columns, 1, 1]);
         assert_eq!(select(&GemmDesc { rows: Rows::Dense(1), ..dense() }, &A100).unwrap().grid, [8 * columns, 1, 1]);
     }
 }

@@ -165,7 +165,7 @@ impl Mlp {
 
 settings!(Mlp { gate_up: WeightDesc, activation: Activation, down: WeightDesc });
 
-/// A shared expert.
+/// A shared expert. With the intermediate size and inner form of the others it is computed in their launches, else in two of its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SharedDesc {

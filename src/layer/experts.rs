@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::desc::{LayerDesc, Mlp, Weighting};
+use super::desc::{LayerDesc, Mlp, SharedDesc, Weighting};
 use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
 use crate::experts::combine::{self, CombineDesc};
@@ -26,13 +26,25 @@ pub struct ExpertsPlan {
     rows: SlotShape,
     gate_up: Step<GemmDesc>,
     down: Step<GemmDesc>,
-    shared: Option<[Step<GemmDesc>; 2]>,
+    shared: Shared,
     combine: Step<CombineDesc>,
-    /// `[slots, I]`, afterwards the shared expert's `[T, I_shared]`.
+    /// `[slots, I]`.
     hidden: Region,
+    /// `[T, I]` of the shared expert: where it has launches of its own, the same place as `hidden`, which is done with then.
+    shared_hidden: Region,
     pub(super) y_slots: Region,
     addend: Region,
     workspace_bytes: usize,
+}
+
+/// How a shared expert is computed.
+#[derive(Clone, Copy, Debug)]
+enum Shared {
+    None,
+    /// In the launches of the others, with tiles of its own: its form is theirs.
+    Joined,
+    /// In launches of its own.
+    Apart([Step<GemmDesc>; 2]),
 }
 
 impl ExpertsPlan {
@@ -64,20 +76,24 @@ impl ExpertsPlan {
             return Err(Error::invalid(OPERATION, "rows.experts", desc.local_experts().to_string(), rows.experts));
         }
 
-        let steps = |mlp: &Mlp, rows: Rows, gather: bool, intermediate: usize| {
+        let steps = |mlp: &Mlp, rows: Rows, shared_rows: usize, intermediate: usize| {
             let gate_up = GemmDesc::new(dtype, rows, intermediate, hidden)
-                .gather(gather)
+                .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
-                .activation(mlp.activation);
-            let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down);
+                .activation(mlp.activation)
+                .shared_rows(shared_rows);
+            let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down).shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
-        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), true, intermediate)?;
-        let shared = desc
-            .shared
-            .map(|shared| steps(&shared.mlp, Rows::Dense(rows.tokens), false, shared.intermediate))
-            .transpose()?;
+        let joins = |shared: &SharedDesc| shared.intermediate == intermediate && shared.mlp == desc.mlp;
+        let shared = match &desc.shared {
+            None => Shared::None,
+            Some(shared) if joins(shared) => Shared::Joined,
+            Some(shared) => Shared::Apart(steps(&shared.mlp, Rows::Dense(rows.tokens), 0, shared.intermediate)?),
+        };
+        let joined_rows = if matches!(shared, Shared::Joined) { rows.tokens } else { 0 };
+        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, intermediate)?;
         let combine = CombineDesc::new(dtype, *rows, hidden);
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
@@ -85,9 +101,17 @@ impl ExpertsPlan {
         let h = shape::product(OPERATION, "intermediate", &[rows.slots, intermediate])?;
         let shared_intermediate = desc.shared.map_or(0, |shared| shared.intermediate);
         let shared_h = shape::product(OPERATION, "shared.intermediate", &[rows.tokens, shared_intermediate])?;
-        let addend = if shared.is_some() { rows.tokens * hidden } else { 0 };
+        let addend = if desc.shared.is_some() { rows.tokens * hidden } else { 0 };
         arena.barrier()?;
-        let hidden_region = arena.region("intermediate", h.max(shared_h), element)?;
+        let (hidden_region, shared_hidden) = match shared {
+            Shared::Joined => {
+                (arena.region("intermediate", h, element)?, arena.region("shared.intermediate", shared_h, element)?)
+            }
+            Shared::None | Shared::Apart(_) => {
+                let both = arena.region("intermediate", h.max(shared_h), element)?;
+                (both, both)
+            }
+        };
         let y_slots = arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?;
         let addend = arena.region("addend", addend, element)?;
         Ok(ExpertsPlan {
@@ -99,6 +123,7 @@ impl ExpertsPlan {
             shared,
             combine,
             hidden: hidden_region,
+            shared_hidden,
             y_slots,
             addend,
             workspace_bytes: arena.bytes(),
@@ -117,8 +142,9 @@ impl ExpertsPlan {
 
     /// The stages with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        let (rows, shared) = (self.rows, self.shared);
-        let shared = shared.into_iter().flat_map(|[gate_up, down]| {
+        let rows = self.rows;
+        let apart = if let Shared::Apart(steps) = self.shared { Some(steps) } else { None };
+        let shared = apart.into_iter().flat_map(|[gate_up, down]| {
             [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
         });
         [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)]
@@ -174,9 +200,9 @@ impl ExpertsPlan {
         let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, VECTOR)?;
         let h = scope.write_some("hidden", args.hidden, slots * self.desc.intermediate, VECTOR)?;
         let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
-        if shared.is_some() != self.shared.is_some() {
+        if shared.is_some() != self.desc.shared.is_some() {
             let (operation, argument) = (OPERATION, "shared");
-            return Err(match self.shared {
+            return Err(match self.desc.shared {
                 Some(_) => Error::Missing { operation, argument, reason: "the descriptor has a shared expert" },
                 None => Error::Unexpected { operation, argument, reason: "the descriptor has no shared expert" },
             });
@@ -186,7 +212,7 @@ impl ExpertsPlan {
             x: x.address(),
             rows: dispatched.addresses(),
             hidden: optional(&h).unwrap_or_else(|| workspace.at(self.hidden)),
-            shared_hidden: workspace.at(self.hidden),
+            shared_hidden: workspace.at(self.shared_hidden),
             y_slots: y_slots.address(),
             addend: optional(&shared),
             dropout: args.dropout,
@@ -217,6 +243,9 @@ impl ExpertsPlan {
     ) -> Result<(), Error> {
         let weight = |weighting| (self.desc.weighting == weighting).then_some(at.rows.slot_weight);
         let [gate_up, down] = &weights.mlp;
+        // The shared expert's weights, and where its outputs go.
+        let shared = weights.shared.as_ref().zip(at.addend);
+        let joined = shared.filter(|_| matches!(self.shared, Shared::Joined));
         let first = Product {
             a: at.x,
             out: at.hidden,
@@ -224,6 +253,11 @@ impl ExpertsPlan {
             row_scale: weight(Weighting::Input),
             out_scale: weight(Weighting::Activation),
             dropout: at.dropout,
+            shared: joined.map(|([weight, _], _)| gemm::SharedAddresses {
+                a: at.x,
+                weight: weight.addresses(),
+                out: at.shared_hidden,
+            }),
         };
         first.enqueue(scope, &self.gate_up, gate_up)?;
         observer(Stage::GateUp);
@@ -233,15 +267,21 @@ impl ExpertsPlan {
             row_scale: None,
             out_scale: weight(Weighting::Output),
             dropout: None,
+            shared: joined.map(|([_, weight], out)| gemm::SharedAddresses {
+                a: at.shared_hidden,
+                weight: weight.addresses(),
+                out,
+            }),
             ..first
         };
         second.enqueue(scope, &self.down, down)?;
         observer(Stage::Down);
 
-        let (Some(steps), Some([gate_up, down]), Some(addend)) = (&self.shared, &weights.shared, at.addend) else {
+        let (Shared::Apart(steps), Some(([gate_up, down], addend))) = (&self.shared, shared) else {
             return Ok(());
         };
-        let dense = |a, out| Product { a, out, rows: None, row_scale: None, out_scale: None, dropout: None };
+        let dense =
+            |a, out| Product { a, out, rows: None, row_scale: None, out_scale: None, dropout: None, shared: None };
         dense(at.x, at.shared_hidden).enqueue(scope, &steps[0], gate_up)?;
         observer(Stage::SharedGateUp);
         dense(at.shared_hidden, addend).enqueue(scope, &steps[1], down)?;
@@ -254,13 +294,9 @@ impl ExpertsPlan {
         combine::enqueue(scope, &self.combine.desc, &self.combine.selection, at)
     }
 
-    /// Where the intermediate of both kinds of experts, and the shared expert's output, lie in the workspace.
-    pub(super) fn regions(&self) -> (Region, Region) {
-        (self.hidden, self.addend)
-    }
-
-    pub(super) fn has_shared(&self) -> bool {
-        self.shared.is_some()
+    /// Where the intermediate, the shared expert's, and the shared expert's output lie in the workspace.
+    pub(super) fn regions(&self) -> [Region; 3] {
+        [self.hidden, self.shared_hidden, self.addend]
     }
 }
 
@@ -321,6 +357,7 @@ struct Product<'a> {
     row_scale: Option<Address<'a>>,
     out_scale: Option<Address<'a>>,
     dropout: Option<Dropout>,
+    shared: Option<gemm::SharedAddresses<'a>>,
 }
 
 impl Product<'_> {
@@ -332,6 +369,7 @@ impl Product<'_> {
             rows: self.rows,
             row_scale: self.row_scale,
             out_scale: self.out_scale,
+            shared: self.shared,
         };
         gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
     }

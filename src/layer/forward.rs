@@ -161,14 +161,14 @@ impl LayerPlan {
             }
             (None, None) => {}
         }
-        let (h, addend) = self.experts.regions();
+        let [h, shared_hidden, addend] = self.experts.regions();
         let products = Products {
             x: x.address(),
             rows: at.lists.rows(),
             hidden: optional(&hidden).unwrap_or_else(|| workspace.at(h)),
-            shared_hidden: workspace.at(h),
+            shared_hidden: workspace.at(shared_hidden),
             y_slots: workspace.at(self.experts.y_slots),
-            addend: self.experts.has_shared().then(|| workspace.at(addend)),
+            addend: desc.shared.map(|_| workspace.at(addend)),
             dropout: args.dropout,
         };
         self.experts.enqueue(&scope, &experts, &products, observer)?;
