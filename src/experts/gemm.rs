@@ -102,6 +102,11 @@ impl GemmDesc {
         self.weight.outputs(self.n)
     }
 
+    /// Columns of what stands before the activation: `N`, or with a gate `2N`.
+    pub fn pre_activation_columns(&self) -> usize {
+        if self.weight.glu.is_gated() { 2 * self.n } else { self.n }
+    }
+
     /// Checks all that can be checked without buffers.
     ///
     /// # Errors
@@ -134,7 +139,9 @@ impl GemmDesc {
         shape::product(operation, "a", &[self.a_rows(), self.k])?;
         shape::product(operation, "weight", &[self.rows.experts(), self.b_outputs(), self.k])?;
         shape::product(operation, "out", &[self.rows.count(), self.n])?;
-        shape::product(operation, "shared_rows", &[self.shared_rows, self.n.max(self.k)])?;
+        let widest = self.pre_activation_columns().max(self.k);
+        shape::product(operation, "shared_rows", &[self.shared_rows, widest])?;
+        shape::product(operation, "pre_activation", &[self.rows.count(), self.pre_activation_columns()])?;
         let WeightFormat::Plain(weight) = self.weight.format;
         if weight != self.dtype {
             let supported = format!("the type of a ({})", self.dtype);
@@ -200,6 +207,8 @@ pub struct GemmArgs<'a, T> {
     pub dropout: Option<Dropout>,
     /// `[rows, N]`. Rows that no tile covers are left as they are.
     pub out: Out<'a, T>,
+    /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
+    pub pre_activation: Option<Out<'a, T>>,
     /// The shared expert's rows; exactly with [`GemmDesc::shared_rows`].
     pub shared: Option<SharedRows<'a, T>>,
 }
@@ -215,6 +224,7 @@ impl<'a, T> GemmArgs<'a, T> {
             out_scale: None,
             dropout: None,
             out: out.into(),
+            pre_activation: None,
             shared: None,
         }
     }
@@ -238,7 +248,7 @@ impl<'a, T> GemmArgs<'a, T> {
     }
 }
 
-buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32> });
+buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, pre_activation: Out<T> });
 
 /// Rows of an expert that every token passes, in the launch of the others: neither scaled nor dropped.
 #[non_exhaustive]
@@ -249,14 +259,18 @@ pub struct SharedRows<'a, T> {
     pub weight: Weight<'a>,
     /// `[shared_rows, N]`, written.
     pub out: Out<'a, T>,
+    /// As [`GemmArgs::pre_activation`], of these rows.
+    pub pre_activation: Option<Out<'a, T>>,
 }
 
 impl<'a, T> SharedRows<'a, T> {
     /// `a` to `out`.
     pub fn new(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, T>>) -> SharedRows<'a, T> {
-        SharedRows { a: a.into(), weight, out: out.into() }
+        SharedRows { a: a.into(), weight, out: out.into(), pre_activation: None }
     }
 }
+
+buffers!(SharedRows<'a, T> { pre_activation: Out<T> });
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
 const BAND: usize = 8;
@@ -328,11 +342,14 @@ pub fn forward<T: Element>(
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
     let out = scope.write("out", args.out, rows * desc.n, VECTOR)?;
+    let columns = desc.pre_activation_columns();
+    let pre_activation = scope.write_some("pre_activation", args.pre_activation, rows * columns, VECTOR)?;
     let shared = args.shared.map(|shared| shared.open(&scope, desc)).transpose()?;
     let at = Addresses {
         a: a.address(),
         weight: weight.addresses(),
         out: out.address(),
+        pre_activation: optional(&pre_activation),
         rows: dispatched.as_ref().map(|dispatched| dispatched.addresses()),
         row_scale: optional(&row_scale),
         out_scale: optional(&out_scale),
@@ -368,6 +385,7 @@ struct HeldShared<'a> {
     a: Held<'a>,
     weight: HeldWeight<'a>,
     out: Held<'a>,
+    pre_activation: Option<Held<'a>>,
 }
 
 impl<'a, T> SharedRows<'a, T> {
@@ -385,13 +403,24 @@ impl<'a, T> SharedRows<'a, T> {
             a: scope.read("shared.a", self.a, desc.shared_rows * desc.k, VECTOR)?,
             weight: self.weight.open(scope, names, &desc.weight, [1, desc.n, desc.k])?,
             out: scope.write("shared.out", self.out, desc.shared_rows * desc.n, VECTOR)?,
+            pre_activation: scope.write_some(
+                "shared.pre_activation",
+                self.pre_activation,
+                desc.shared_rows * desc.pre_activation_columns(),
+                VECTOR,
+            )?,
         })
     }
 }
 
 impl HeldShared<'_> {
     fn addresses(&self) -> SharedAddresses<'_> {
-        SharedAddresses { a: self.a.address(), weight: self.weight.addresses(), out: self.out.address() }
+        SharedAddresses {
+            a: self.a.address(),
+            weight: self.weight.addresses(),
+            out: self.out.address(),
+            pre_activation: optional(&self.pre_activation),
+        }
     }
 }
 
@@ -407,6 +436,7 @@ pub(crate) struct Addresses<'a> {
     pub(crate) a: Address<'a>,
     pub(crate) weight: WeightAddresses<'a>,
     pub(crate) out: Address<'a>,
+    pub(crate) pre_activation: Option<Address<'a>>,
     /// Exactly with [`Rows::Grouped`].
     pub(crate) rows: Option<RowAddresses<'a>>,
     pub(crate) row_scale: Option<Address<'a>>,
@@ -421,6 +451,7 @@ pub(crate) struct SharedAddresses<'a> {
     pub(crate) a: Address<'a>,
     pub(crate) weight: WeightAddresses<'a>,
     pub(crate) out: Address<'a>,
+    pub(crate) pre_activation: Option<Address<'a>>,
 }
 
 pub(crate) fn enqueue(
@@ -447,6 +478,7 @@ pub(crate) fn enqueue(
             bias: bias.into(),
             bias_up: bias_up.into(),
             out: at.out.into(),
+            pre_activation: at.pre_activation.into(),
             slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
             row_scale: at.row_scale.into(),
             out_scale: at.out_scale.into(),
@@ -458,6 +490,7 @@ pub(crate) fn enqueue(
             shared_bias: shared_weight.and_then(|weight| weight.bias).into(),
             shared_bias_up: shared_weight.and_then(|weight| weight.bias_up).into(),
             shared_out: at.shared.map(|shared| shared.out).into(),
+            shared_pre_activation: at.shared.and_then(|shared| shared.pre_activation).into(),
             shared_rows: desc.shared_rows as u32,
             m: desc.rows.count() as u32,
             n: desc.n as u32,

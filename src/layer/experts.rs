@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::desc::{LayerDesc, Mlp, SharedDesc, Weighting};
+use super::intermediates::{IntermediateAddresses, Intermediates};
 use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
 use crate::experts::combine::{self, CombineDesc};
@@ -28,13 +29,20 @@ pub struct ExpertsPlan {
     down: Step<GemmDesc>,
     shared: Shared,
     combine: Step<CombineDesc>,
-    /// `[slots, I]`.
-    hidden: Region,
-    /// `[T, I]` of the shared expert: where it has launches of its own, the same place as `hidden`, which is done with then.
-    shared_hidden: Region,
-    pub(super) y_slots: Region,
-    addend: Region,
+    pub(super) regions: Regions,
     workspace_bytes: usize,
+}
+
+/// Places in the workspace.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Regions {
+    /// `[slots, I]`.
+    pub(super) hidden: Region,
+    /// `[T, I]` of the shared expert: where it has launches of its own, the same place as `hidden`, which is done with then.
+    pub(super) shared_hidden: Region,
+    pub(super) y_slots: Region,
+    /// The shared expert's output.
+    pub(super) addend: Region,
 }
 
 /// How a shared expert is computed.
@@ -103,7 +111,7 @@ impl ExpertsPlan {
         let shared_h = shape::product(OPERATION, "shared.intermediate", &[rows.tokens, shared_intermediate])?;
         let addend = if desc.shared.is_some() { rows.tokens * hidden } else { 0 };
         arena.barrier()?;
-        let (hidden_region, shared_hidden) = match shared {
+        let (intermediates, shared_intermediates) = match shared {
             Shared::Joined => {
                 (arena.region("intermediate", h, element)?, arena.region("shared.intermediate", shared_h, element)?)
             }
@@ -112,8 +120,12 @@ impl ExpertsPlan {
                 (both, both)
             }
         };
-        let y_slots = arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?;
-        let addend = arena.region("addend", addend, element)?;
+        let regions = Regions {
+            hidden: intermediates,
+            shared_hidden: shared_intermediates,
+            y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?,
+            addend: arena.region("addend", addend, element)?,
+        };
         Ok(ExpertsPlan {
             desc: *desc,
             device: *device,
@@ -122,10 +134,7 @@ impl ExpertsPlan {
             down,
             shared,
             combine,
-            hidden: hidden_region,
-            shared_hidden,
-            y_slots,
-            addend,
+            regions,
             workspace_bytes: arena.bytes(),
         })
     }
@@ -198,7 +207,13 @@ impl ExpertsPlan {
         let x = scope.read("x", args.x, tokens * hidden, VECTOR)?;
         let dispatched = args.dispatched.read(&scope)?;
         let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, VECTOR)?;
-        let h = scope.write_some("hidden", args.hidden, slots * self.desc.intermediate, VECTOR)?;
+        let wanted = Intermediates {
+            hidden: args.hidden,
+            pre_activation: args.pre_activation,
+            shared_hidden: args.shared_hidden,
+            shared_pre_activation: args.shared_pre_activation,
+        };
+        let kept = wanted.open(&scope, &self.desc, &self.rows)?;
         let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
         if shared.is_some() != self.desc.shared.is_some() {
             let (operation, argument) = (OPERATION, "shared");
@@ -211,8 +226,7 @@ impl ExpertsPlan {
         let at = Products {
             x: x.address(),
             rows: dispatched.addresses(),
-            hidden: optional(&h).unwrap_or_else(|| workspace.at(self.hidden)),
-            shared_hidden: workspace.at(self.shared_hidden),
+            kept: kept.addresses(&workspace, self.regions),
             y_slots: y_slots.address(),
             addend: optional(&shared),
             dropout: args.dropout,
@@ -248,7 +262,8 @@ impl ExpertsPlan {
         let joined = shared.filter(|_| matches!(self.shared, Shared::Joined));
         let first = Product {
             a: at.x,
-            out: at.hidden,
+            out: at.kept.hidden,
+            pre_activation: at.kept.pre_activation,
             rows: Some(at.rows),
             row_scale: weight(Weighting::Input),
             out_scale: weight(Weighting::Activation),
@@ -256,21 +271,24 @@ impl ExpertsPlan {
             shared: joined.map(|([weight, _], _)| gemm::SharedAddresses {
                 a: at.x,
                 weight: weight.addresses(),
-                out: at.shared_hidden,
+                out: at.kept.shared_hidden,
+                pre_activation: at.kept.shared_pre_activation,
             }),
         };
         first.enqueue(scope, &self.gate_up, gate_up)?;
         observer(Stage::GateUp);
         let second = Product {
-            a: at.hidden,
+            a: at.kept.hidden,
             out: at.y_slots,
+            pre_activation: None,
             row_scale: None,
             out_scale: weight(Weighting::Output),
             dropout: None,
             shared: joined.map(|([_, weight], out)| gemm::SharedAddresses {
-                a: at.shared_hidden,
+                a: at.kept.shared_hidden,
                 weight: weight.addresses(),
                 out,
+                pre_activation: None,
             }),
             ..first
         };
@@ -280,11 +298,20 @@ impl ExpertsPlan {
         let (Shared::Apart(steps), Some(([gate_up, down], addend))) = (&self.shared, shared) else {
             return Ok(());
         };
-        let dense =
-            |a, out| Product { a, out, rows: None, row_scale: None, out_scale: None, dropout: None, shared: None };
-        dense(at.x, at.shared_hidden).enqueue(scope, &steps[0], gate_up)?;
+        let dense = |a, out, pre_activation| Product {
+            a,
+            out,
+            pre_activation,
+            rows: None,
+            row_scale: None,
+            out_scale: None,
+            dropout: None,
+            shared: None,
+        };
+        let first = dense(at.x, at.kept.shared_hidden, at.kept.shared_pre_activation);
+        first.enqueue(scope, &steps[0], gate_up)?;
         observer(Stage::SharedGateUp);
-        dense(at.shared_hidden, addend).enqueue(scope, &steps[1], down)?;
+        dense(at.kept.shared_hidden, addend, None).enqueue(scope, &steps[1], down)?;
         observer(Stage::SharedDown);
         Ok(())
     }
@@ -292,11 +319,6 @@ impl ExpertsPlan {
     /// The sum of each token's rows.
     pub(super) fn enqueue_combine(&self, scope: &Scope<'_>, at: combine::Addresses<'_>) -> Result<(), Error> {
         combine::enqueue(scope, &self.combine.desc, &self.combine.selection, at)
-    }
-
-    /// Where the intermediate, the shared expert's, and the shared expert's output lie in the workspace.
-    pub(super) fn regions(&self) -> [Region; 3] {
-        [self.hidden, self.shared_hidden, self.addend]
     }
 }
 
@@ -311,6 +333,13 @@ pub struct ExpertsArgs<'a, T> {
     pub y_slots: Out<'a, T>,
     /// `[slots, I]`, written: what stands between the products.
     pub hidden: Option<Out<'a, T>>,
+    /// `[slots, 2I]` (`[slots, I]` without a gate), written: what stands before the activation, gates before ups whatever the weight's
+    /// order.
+    pub pre_activation: Option<Out<'a, T>>,
+    /// `[T, I_shared]`, written: [`ExpertsArgs::hidden`] of the shared expert.
+    pub shared_hidden: Option<Out<'a, T>>,
+    /// `[T, 2 I_shared]` (`[T, I_shared]`), written: [`ExpertsArgs::pre_activation`] of the shared expert.
+    pub shared_pre_activation: Option<Out<'a, T>>,
     /// `[T, H]`, written: the shared expert's output; exactly where there is one.
     pub shared: Option<Out<'a, T>>,
     /// Drops some of what stands between the products.
@@ -324,7 +353,17 @@ impl<'a, T> ExpertsArgs<'a, T> {
         dispatched: &'a Dispatched,
         y_slots: impl Into<Out<'a, T>>,
     ) -> ExpertsArgs<'a, T> {
-        ExpertsArgs { x: x.into(), dispatched, y_slots: y_slots.into(), hidden: None, shared: None, dropout: None }
+        ExpertsArgs {
+            x: x.into(),
+            dispatched,
+            y_slots: y_slots.into(),
+            hidden: None,
+            pre_activation: None,
+            shared_hidden: None,
+            shared_pre_activation: None,
+            shared: None,
+            dropout: None,
+        }
     }
 
     /// With dropout inside the experts.
@@ -334,14 +373,19 @@ impl<'a, T> ExpertsArgs<'a, T> {
     }
 }
 
-buffers!(ExpertsArgs<'a, T> { hidden: Out<T>, shared: Out<T> });
+buffers!(ExpertsArgs<'a, T> {
+    hidden: Out<T>,
+    pre_activation: Out<T>,
+    shared_hidden: Out<T>,
+    shared_pre_activation: Out<T>,
+    shared: Out<T>,
+});
 
 /// Addresses of all products.
 pub(super) struct Products<'a> {
     pub(super) x: Address<'a>,
     pub(super) rows: RowAddresses<'a>,
-    pub(super) hidden: Address<'a>,
-    pub(super) shared_hidden: Address<'a>,
+    pub(super) kept: IntermediateAddresses<'a>,
     pub(super) y_slots: Address<'a>,
     /// The shared expert's output.
     pub(super) addend: Option<Address<'a>>,
@@ -353,6 +397,7 @@ pub(super) struct Products<'a> {
 struct Product<'a> {
     a: Address<'a>,
     out: Address<'a>,
+    pre_activation: Option<Address<'a>>,
     rows: Option<RowAddresses<'a>>,
     row_scale: Option<Address<'a>>,
     out_scale: Option<Address<'a>>,
@@ -366,6 +411,7 @@ impl Product<'_> {
             a: self.a,
             weight: weight.addresses(),
             out: self.out,
+            pre_activation: self.pre_activation,
             rows: self.rows,
             row_scale: self.row_scale,
             out_scale: self.out_scale,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::experts::{ExpertsPlan, Products};
+use super::intermediates::Intermediates;
 use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RoutePlan};
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
@@ -143,8 +144,13 @@ impl LayerPlan {
         let given_weights = scope.read_some("choices.weights", choice_weights, given, SCALAR)?;
         let residual = scope.read_some("residual", args.residual, elements, VECTOR)?;
         let y = scope.write("y", args.y, elements, VECTOR)?;
-        let slots = self.experts.rows().slots;
-        let hidden = scope.write_some("hidden", args.hidden, slots * desc.intermediate, VECTOR)?;
+        let wanted = Intermediates {
+            hidden: args.hidden,
+            pre_activation: args.pre_activation,
+            shared_hidden: args.shared_hidden,
+            shared_pre_activation: args.shared_pre_activation,
+        };
+        let kept = wanted.open(&scope, desc, self.experts.rows())?;
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
         let (held, mut extras) = HeldRoute::open(&scope, &self.route, args.route)?;
 
@@ -161,14 +167,13 @@ impl LayerPlan {
             }
             (None, None) => {}
         }
-        let [h, shared_hidden, addend] = self.experts.regions();
+        let regions = self.experts.regions;
         let products = Products {
             x: x.address(),
             rows: at.lists.rows(),
-            hidden: optional(&hidden).unwrap_or_else(|| workspace.at(h)),
-            shared_hidden: workspace.at(shared_hidden),
-            y_slots: workspace.at(self.experts.y_slots),
-            addend: desc.shared.map(|_| workspace.at(addend)),
+            kept: kept.addresses(&workspace, regions),
+            y_slots: workspace.at(regions.y_slots),
+            addend: desc.shared.map(|_| workspace.at(regions.addend)),
             dropout: args.dropout,
         };
         self.experts.enqueue(&scope, &experts, &products, observer)?;
@@ -204,6 +209,13 @@ pub struct LayerArgs<'a, T> {
     pub route: RouteArgs<'a>,
     /// `[slots, I]`, written: what stands between the products, for a backward pass.
     pub hidden: Option<Out<'a, T>>,
+    /// `[slots, 2I]` (`[slots, I]` without a gate), written: what stands before the activation, gates before ups whatever the weight's
+    /// order.
+    pub pre_activation: Option<Out<'a, T>>,
+    /// `[T, I_shared]`, written: [`LayerArgs::hidden`] of the shared expert.
+    pub shared_hidden: Option<Out<'a, T>>,
+    /// `[T, 2 I_shared]` (`[T, I_shared]`), written: [`LayerArgs::pre_activation`] of the shared expert.
+    pub shared_pre_activation: Option<Out<'a, T>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
 }
@@ -219,6 +231,9 @@ impl<'a, T> LayerArgs<'a, T> {
             choices: None,
             route: RouteArgs::new(),
             hidden: None,
+            pre_activation: None,
+            shared_hidden: None,
+            shared_pre_activation: None,
             dropout: None,
         }
     }
@@ -248,4 +263,10 @@ impl<'a, T> LayerArgs<'a, T> {
     }
 }
 
-buffers!(LayerArgs<'a, T> { residual: In<T>, hidden: Out<T> });
+buffers!(LayerArgs<'a, T> {
+    residual: In<T>,
+    hidden: Out<T>,
+    pre_activation: Out<T>,
+    shared_hidden: Out<T>,
+    shared_pre_activation: Out<T>,
+});

@@ -33,6 +33,7 @@
 mod desc;
 mod experts;
 mod forward;
+mod intermediates;
 mod route;
 #[cfg(test)]
 mod tests;

@@ -141,7 +141,7 @@ pub fn forward<X: Element, W: Element>(
     }
     let x = scope.read("x", args.x, desc.tokens * desc.hidden, VECTOR)?;
     let weight = scope.read("weight", args.weight, desc.experts * desc.hidden, VECTOR)?;
-    let bias = scope.read_some("bias", args.bias, desc.experts, VECTOR)?;
+    let bias = scope.read_some("bias", args.bias, desc.experts, SCALAR)?;
     let logits = scope.write("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
     let addresses =
         Addresses { x: x.address(), weight: weight.address(), bias: optional(&bias), logits: logits.address() };
