@@ -46,6 +46,11 @@ pub struct LayerDesc {
 }
 
 impl LayerDesc {
+    /// Whether a shared expert has a gate.
+    pub(super) fn has_shared_gate(&self) -> bool {
+        self.shared.is_some_and(|shared| shared.gated)
+    }
+
     /// A layer in the manner of Mixtral, dropless: softmax over all experts, the chosen renormalised, SiLU-gated experts.
     /// Other models differ in a few fields.
     pub const fn new(dtype: Dtype, hidden: usize, intermediate: usize, experts: usize, top_k: usize) -> LayerDesc {
@@ -173,11 +178,15 @@ pub struct SharedDesc {
     pub intermediate: usize,
     /// Its inner form.
     pub mlp: Mlp,
+    /// Whether its output is multiplied by `sigmoid(x . gate)` (Qwen2-MoE, Qwen3-Next), else by 1.
+    pub gated: bool,
 }
 
 impl SharedDesc {
     /// Added with weight 1.
     pub const fn new(intermediate: usize, mlp: Mlp) -> SharedDesc {
-        SharedDesc { intermediate, mlp }
+        SharedDesc { intermediate, mlp, gated: false }
     }
 }
+
+settings!(SharedDesc { gated: bool });

@@ -12,9 +12,10 @@ use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::{Dispatched, RowAddresses, SlotShape};
 use crate::experts::gemm::{self, GemmDesc, Rows};
 use crate::experts::weight::HeldWeight;
+use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Activation, Dropout};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -28,6 +29,8 @@ pub struct ExpertsPlan {
     gate_up: Step<GemmDesc>,
     down: Step<GemmDesc>,
     shared: Shared,
+    /// The shared expert's gate, where no router of the layer computes it.
+    gate: Option<Step<RouterDesc>>,
     combine: Step<CombineDesc>,
     pub(super) regions: Regions,
     workspace_bytes: usize,
@@ -43,6 +46,8 @@ pub(super) struct Regions {
     pub(super) y_slots: Region,
     /// The shared expert's output.
     pub(super) addend: Region,
+    /// The logits of its gate.
+    pub(super) shared_gate: Region,
 }
 
 /// How a shared expert is computed.
@@ -102,6 +107,12 @@ impl ExpertsPlan {
         };
         let joined_rows = if matches!(shared, Shared::Joined) { rows.tokens } else { 0 };
         let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, intermediate)?;
+        let gate = desc.has_shared_gate().then(|| {
+            let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
+            let selection = router::select(&desc, device).map_err(|error| error.within(OPERATION))?;
+            Ok::<_, Error>(Step { desc, selection })
+        });
+        let gate = gate.transpose()?;
         let combine = CombineDesc::new(dtype, *rows, hidden);
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
@@ -125,6 +136,7 @@ impl ExpertsPlan {
             shared_hidden: shared_intermediates,
             y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?,
             addend: arena.region("addend", addend, element)?,
+            shared_gate: arena.region("shared_gate", if gate.is_some() { rows.tokens } else { 0 }, 4)?,
         };
         Ok(ExpertsPlan {
             desc: *desc,
@@ -133,6 +145,7 @@ impl ExpertsPlan {
             gate_up,
             down,
             shared,
+            gate,
             combine,
             regions,
             workspace_bytes: arena.bytes(),
@@ -151,6 +164,13 @@ impl ExpertsPlan {
 
     /// The stages with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let tokens = self.rows.tokens;
+        let gate = self.gate.filter(|_| tokens > 0).map(|step| (Stage::SharedGate, step.selection));
+        gate.into_iter().chain(self.stages_after_gate())
+    }
+
+    /// [`ExpertsPlan::stages`] where a router of the layer has computed the shared expert's gate.
+    pub(super) fn stages_after_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         let rows = self.rows;
         let apart = if let Shared::Apart(steps) = self.shared { Some(steps) } else { None };
         let shared = apart.into_iter().flat_map(|[gate_up, down]| {
@@ -215,6 +235,8 @@ impl ExpertsPlan {
         };
         let kept = wanted.open(&scope, &self.desc, &self.rows)?;
         let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
+        router::check_gate(OPERATION, "shared_gate", self.gate.is_some(), args.shared_gate.is_some())?;
+        let shared_gate = scope.write_some("shared_gate", args.shared_gate, tokens, SCALAR)?;
         if shared.is_some() != self.desc.shared.is_some() {
             let (operation, argument) = (OPERATION, "shared");
             return Err(match self.desc.shared {
@@ -231,7 +253,26 @@ impl ExpertsPlan {
             addend: optional(&shared),
             dropout: args.dropout,
         };
+        if let Some(logits) = optional(&shared_gate) {
+            self.enqueue_gate(&scope, &weights, at.x, logits, &mut |_| ())?;
+        }
         self.enqueue(&scope, &weights, &at, &mut |_| ())
+    }
+
+    /// The shared expert's gate alone; nothing where there is none.
+    pub(super) fn enqueue_gate(
+        &self,
+        scope: &Scope<'_>,
+        weights: &HeldExperts<'_>,
+        x: Address<'_>,
+        logits: Address<'_>,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<(), Error> {
+        let Some((step, weight)) = self.gate.as_ref().zip(weights.shared_gate()) else { return Ok(()) };
+        let at = router::Addresses { x, weight: None, bias: None, logits: None, gate: Some((weight, logits)) };
+        router::enqueue(scope, &step.desc, &step.selection, at)?;
+        observer(Stage::SharedGate);
+        Ok(())
     }
 
     /// Adds up each token's rows.
@@ -258,7 +299,7 @@ impl ExpertsPlan {
         let weight = |weighting| (self.desc.weighting == weighting).then_some(at.rows.slot_weight);
         let [gate_up, down] = &weights.mlp;
         // The shared expert's weights, and where its outputs go.
-        let shared = weights.shared.as_ref().zip(at.addend);
+        let shared = weights.shared.as_ref().map(|shared| &shared.mlp).zip(at.addend);
         let joined = shared.filter(|_| matches!(self.shared, Shared::Joined));
         let first = Product {
             a: at.x,
@@ -340,8 +381,10 @@ pub struct ExpertsArgs<'a, T> {
     pub shared_hidden: Option<Out<'a, T>>,
     /// `[T, 2 I_shared]` (`[T, I_shared]`), written: [`ExpertsArgs::pre_activation`] of the shared expert.
     pub shared_pre_activation: Option<Out<'a, T>>,
-    /// `[T, H]`, written: the shared expert's output; exactly where there is one.
+    /// `[T, H]`, written: the shared expert's output; exactly where there is one. [`combine::CombineArgs::addend`].
     pub shared: Option<Out<'a, T>>,
+    /// `[T]`, written: logits of the shared expert's gate; exactly where there is one. [`combine::CombineArgs::addend_gate`].
+    pub shared_gate: Option<Out<'a, f32>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
 }
@@ -362,6 +405,7 @@ impl<'a, T> ExpertsArgs<'a, T> {
             shared_hidden: None,
             shared_pre_activation: None,
             shared: None,
+            shared_gate: None,
             dropout: None,
         }
     }
@@ -379,6 +423,7 @@ buffers!(ExpertsArgs<'a, T> {
     shared_hidden: Out<T>,
     shared_pre_activation: Out<T>,
     shared: Out<T>,
+    shared_gate: Out<f32>,
 });
 
 /// Addresses of all products.

@@ -11,4 +11,6 @@ mod device;
 
 mod layers;
 mod products;
+mod routers;
+mod shared;
 mod values;

@@ -166,5 +166,6 @@ fn reference_layer<'a, T: Element + reference::Real>(
         activation: mlp.activation,
         down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down_layout),
         shared,
+        shared_gate: None,
     }
 }
