@@ -25,7 +25,8 @@ pub struct LayerDesc {
     pub top_k: usize,
     /// How experts are chosen and weighted.
     pub gating: Gating,
-    /// The choice made without regard to the number of tokens in the batch: a token's result has the same bits whatever batch it is in.
+    /// The router's kernel chosen without regard to the number of tokens: a token's result has the same bits whatever batch it is in, and wherever
+    /// (products add in the same order in tiles of every height). Not so where tokens compete: capacity, admission.
     pub batch_invariant: bool,
     /// How the ids of choices from elsewhere are stored ([`super::LayerArgs::choices`]).
     pub choices: IdFormat,
