@@ -9,6 +9,7 @@ mod buffer;
 #[allow(dead_code)]
 mod device;
 
+mod f32;
 mod layers;
 mod products;
 mod routers;

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView};
 use half::{bf16, f16};
-use moe_kernels::Workspace;
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows, SharedRows};
 use moe_kernels::experts::{Dispatched, Weight};
@@ -17,13 +16,18 @@ use moe_kernels::reference::dispatch::DispatchRule;
 use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::registry::{Gemm, Kernel};
 use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource, WeightDesc, drop_below, keep_scale};
+use moe_kernels::{Dtype, Workspace};
 
 use crate::buffer::Guarded;
 use crate::device;
 use crate::values::{Storage, generator, normals, wide};
 
-/// What a sum of products may be off by, of the sum of its terms' magnitudes: f32 additions of a few hundred terms in any order, and 3xTF32.
-const SUM: f64 = 5e-7;
+/// What a sum of products may be off by, of the sum of its terms' magnitudes: f32 additions of a few hundred terms in any order. f32 products
+/// are three of TF32: what they leave out is below 2^-20, and each operand is good to 2^-22.
+fn sum_off(dtype: Dtype) -> f64 {
+    let product = if dtype == Dtype::F32 { 24.0 / 16_777_216.0 } else { 0.0 };
+    5e-7 + product
+}
 
 const GLUS: [Glu; 5] = [Glu::None, Glu::Split, Glu::UpFirst, Glu::Interleaved, Glu::Apart];
 
@@ -287,7 +291,7 @@ impl<T: Storage> Side<T> {
             let (row, column) = (i / n, i % n);
             let at = |half: usize| {
                 let at = row * width + half * n + column;
-                (self.sums[at], SUM * self.sizes[at])
+                (self.sums[at], sum_off(T::DTYPE) * self.sizes[at])
             };
             let ((gate, gate_off), (up, up_off)) = (at(0), at(usize::from(gated)));
             let want = output(gate, up);
@@ -309,7 +313,7 @@ impl<T: Storage> Side<T> {
         if let Some(before) = &results.before {
             let got = before.read(stream);
             for (i, &got) in got[..self.live * width].iter().enumerate() {
-                close([i / width, i % width], got, self.sums[i], SUM * self.sizes[i]);
+                close([i / width, i % width], got, self.sums[i], sum_off(T::DTYPE) * self.sizes[i]);
             }
             assert!(untouched(&got[self.live * width..]), "{name}: such a row of pre_activation");
         }
