@@ -13,17 +13,20 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, RowAddresses, SlotShape};
+pub(crate) use super::shared_rows::SharedAddresses;
+pub use super::shared_rows::SharedRows;
+use super::shared_rows::{self, HeldShared};
 use super::tiles::{select_tile, tile_of_height};
-use super::weight::{HeldWeight, Weight, WeightAddresses, WeightNames};
+use super::weight::{Weight, WeightAddresses, WeightNames};
 use crate::registry::{Fold, Gemm, Kernel};
 use crate::rules::{Activation, Dropout, Dtype, Glu, NoiseSource, WeightDesc, WeightFormat, drop_below, keep_scale};
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::GemmParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 
-const OPERATION: &str = "gemm";
+pub(super) const OPERATION: &str = "gemm";
 
 /// Largest depth: the kernel's offsets between rows of one tile of `b` have 32 bits.
 const MAX_K: usize = 1 << 23;
@@ -250,28 +253,6 @@ impl<'a, T> GemmArgs<'a, T> {
 
 buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, pre_activation: Out<T> });
 
-/// Rows of an expert that every token passes, in the launch of the others: neither scaled nor dropped.
-#[non_exhaustive]
-pub struct SharedRows<'a, T> {
-    /// `[shared_rows, K]`.
-    pub a: In<'a, T>,
-    /// One expert's.
-    pub weight: Weight<'a>,
-    /// `[shared_rows, N]`, written.
-    pub out: Out<'a, T>,
-    /// As [`GemmArgs::pre_activation`], of these rows.
-    pub pre_activation: Option<Out<'a, T>>,
-}
-
-impl<'a, T> SharedRows<'a, T> {
-    /// `a` to `out`.
-    pub fn new(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, T>>) -> SharedRows<'a, T> {
-        SharedRows { a: a.into(), weight, out: out.into(), pre_activation: None }
-    }
-}
-
-buffers!(SharedRows<'a, T> { pre_activation: Out<T> });
-
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
 const BAND: usize = 8;
 
@@ -327,7 +308,7 @@ pub fn forward<T: Element>(
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<T>("a", desc.dtype)?;
     check_dispatched(desc, args.dispatched)?;
-    check_shared(desc, args.shared.is_some())?;
+    shared_rows::check(desc, args.shared.is_some())?;
     if let Some(dropout) = args.dropout {
         check_dropout(OPERATION, &dropout)?;
     }
@@ -371,59 +352,6 @@ fn check_dispatched(desc: &GemmDesc, dispatched: Option<&Dispatched>) -> Result<
     }
 }
 
-fn check_shared(desc: &GemmDesc, given: bool) -> Result<(), Error> {
-    let (operation, argument) = (OPERATION, "shared");
-    match (desc.shared_rows, given) {
-        (1.., false) => Err(Error::Missing { operation, argument, reason: "the descriptor has shared_rows" }),
-        (0, true) => Err(Error::Unexpected { operation, argument, reason: "the descriptor has no shared_rows" }),
-        _ => Ok(()),
-    }
-}
-
-/// A shared expert's rows, opened.
-struct HeldShared<'a> {
-    a: Held<'a>,
-    weight: HeldWeight<'a>,
-    out: Held<'a>,
-    pre_activation: Option<Held<'a>>,
-}
-
-impl<'a, T> SharedRows<'a, T> {
-    fn open<'b>(self, scope: &Scope<'b>, desc: &GemmDesc) -> Result<HeldShared<'b>, Error>
-    where
-        'a: 'b,
-    {
-        let names = WeightNames {
-            matrix: "shared.weight",
-            bias: "shared.weight.bias",
-            up: "shared.weight.up",
-            up_bias: "shared.weight.up_bias",
-        };
-        Ok(HeldShared {
-            a: scope.read("shared.a", self.a, desc.shared_rows * desc.k, VECTOR)?,
-            weight: self.weight.open(scope, names, &desc.weight, [1, desc.n, desc.k])?,
-            out: scope.write("shared.out", self.out, desc.shared_rows * desc.n, VECTOR)?,
-            pre_activation: scope.write_some(
-                "shared.pre_activation",
-                self.pre_activation,
-                desc.shared_rows * desc.pre_activation_columns(),
-                VECTOR,
-            )?,
-        })
-    }
-}
-
-impl HeldShared<'_> {
-    fn addresses(&self) -> SharedAddresses<'_> {
-        SharedAddresses {
-            a: self.a.address(),
-            weight: self.weight.addresses(),
-            out: self.out.address(),
-            pre_activation: optional(&self.pre_activation),
-        }
-    }
-}
-
 pub(crate) fn check_dropout(operation: &'static str, dropout: &Dropout) -> Result<(), Error> {
     if !(0.0..1.0).contains(&dropout.probability) {
         return Err(Error::invalid(operation, "dropout.probability", "from 0 to below 1", dropout.probability));
@@ -443,15 +371,6 @@ pub(crate) struct Addresses<'a> {
     pub(crate) out_scale: Option<Address<'a>>,
     /// Exactly with [`GemmDesc::shared_rows`].
     pub(crate) shared: Option<SharedAddresses<'a>>,
-}
-
-/// What a shared expert's rows read and write.
-#[derive(Clone, Copy)]
-pub(crate) struct SharedAddresses<'a> {
-    pub(crate) a: Address<'a>,
-    pub(crate) weight: WeightAddresses<'a>,
-    pub(crate) out: Address<'a>,
-    pub(crate) pre_activation: Option<Address<'a>>,
 }
 
 pub(crate) fn enqueue(

@@ -28,7 +28,8 @@ pub struct ExpertsPlan {
     rows: SlotShape,
     gate_up: Step<GemmDesc>,
     down: Step<GemmDesc>,
-    shared: Shared,
+    /// The shared expert's products, where its form is not that of the others: in launches of its own. Else it has tiles in theirs.
+    apart: Option<[Step<GemmDesc>; 2]>,
     /// The shared expert's gate, where no router of the layer computes it.
     gate: Option<Step<RouterDesc>>,
     combine: Step<CombineDesc>,
@@ -48,16 +49,6 @@ pub(super) struct Regions {
     pub(super) addend: Region,
     /// The logits of its gate.
     pub(super) shared_gate: Region,
-}
-
-/// How a shared expert is computed.
-#[derive(Clone, Copy, Debug)]
-enum Shared {
-    None,
-    /// In the launches of the others, with tiles of its own: its form is theirs.
-    Joined,
-    /// In launches of its own.
-    Apart([Step<GemmDesc>; 2]),
 }
 
 impl ExpertsPlan {
@@ -100,12 +91,11 @@ impl ExpertsPlan {
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
         let joins = |shared: &SharedDesc| shared.intermediate == intermediate && shared.mlp == desc.mlp;
-        let shared = match &desc.shared {
-            None => Shared::None,
-            Some(shared) if joins(shared) => Shared::Joined,
-            Some(shared) => Shared::Apart(steps(&shared.mlp, Rows::Dense(rows.tokens), 0, shared.intermediate)?),
-        };
-        let joined_rows = if matches!(shared, Shared::Joined) { rows.tokens } else { 0 };
+        let apart = desc.shared.filter(|shared| !joins(shared));
+        let apart =
+            apart.map(|shared| steps(&shared.mlp, Rows::Dense(rows.tokens), 0, shared.intermediate)).transpose()?;
+        let joined = desc.shared.is_some() && apart.is_none();
+        let joined_rows = if joined { rows.tokens } else { 0 };
         let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, intermediate)?;
         let gate = desc.has_shared_gate().then(|| {
             let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
@@ -122,14 +112,11 @@ impl ExpertsPlan {
         let shared_h = shape::product(OPERATION, "shared.intermediate", &[rows.tokens, shared_intermediate])?;
         let addend = if desc.shared.is_some() { rows.tokens * hidden } else { 0 };
         arena.barrier()?;
-        let (intermediates, shared_intermediates) = match shared {
-            Shared::Joined => {
-                (arena.region("intermediate", h, element)?, arena.region("shared.intermediate", shared_h, element)?)
-            }
-            Shared::None | Shared::Apart(_) => {
-                let both = arena.region("intermediate", h.max(shared_h), element)?;
-                (both, both)
-            }
+        let (intermediates, shared_intermediates) = if joined {
+            (arena.region("intermediate", h, element)?, arena.region("shared.intermediate", shared_h, element)?)
+        } else {
+            let both = arena.region("intermediate", h.max(shared_h), element)?;
+            (both, both)
         };
         let regions = Regions {
             hidden: intermediates,
@@ -144,7 +131,7 @@ impl ExpertsPlan {
             rows: *rows,
             gate_up,
             down,
-            shared,
+            apart,
             gate,
             combine,
             regions,
@@ -172,8 +159,7 @@ impl ExpertsPlan {
     /// [`ExpertsPlan::stages`] where a router of the layer has computed the shared expert's gate.
     pub(super) fn stages_after_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         let rows = self.rows;
-        let apart = if let Shared::Apart(steps) = self.shared { Some(steps) } else { None };
-        let shared = apart.into_iter().flat_map(|[gate_up, down]| {
+        let shared = self.apart.into_iter().flat_map(|[gate_up, down]| {
             [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
         });
         [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)]
@@ -300,7 +286,7 @@ impl ExpertsPlan {
         let [gate_up, down] = &weights.mlp;
         // The shared expert's weights, and where its outputs go.
         let shared = weights.shared.as_ref().map(|shared| &shared.mlp).zip(at.addend);
-        let joined = shared.filter(|_| matches!(self.shared, Shared::Joined));
+        let joined = shared.filter(|_| self.apart.is_none());
         let first = Product {
             a: at.x,
             out: at.kept.hidden,
@@ -336,7 +322,7 @@ impl ExpertsPlan {
         second.enqueue(scope, &self.down, down)?;
         observer(Stage::Down);
 
-        let (Shared::Apart(steps), Some(([gate_up, down], addend))) = (&self.shared, shared) else {
+        let Some((steps, ([gate_up, down], addend))) = self.apart.as_ref().zip(shared) else {
             return Ok(());
         };
         let dense = |a, out, pre_activation| Product {
