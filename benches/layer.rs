@@ -11,9 +11,9 @@ mod support;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use cudarc::driver::CudaSlice;
 use half::bf16;
-use moe_kernels::layer::Linear;
-use moe_kernels::rules::Dtype;
-use moe_kernels::{LayerArgs, LayerDesc, LayerPlan, LayerWeights, Workspace};
+use moe_kernels::experts::Weight;
+use moe_kernels::layer::{ExpertWeights, LayerArgs, LayerDesc, LayerPlan, LayerWeights, RouterWeights};
+use moe_kernels::{Dtype, Workspace};
 use support::{counters, device, inputs};
 
 /// A layer with its weights on the device.
@@ -51,14 +51,8 @@ impl Layer {
     }
 
     fn enqueue(&mut self, stream: &std::sync::Arc<cudarc::driver::CudaStream>) {
-        let weights = LayerWeights {
-            router: &self.router,
-            router_bias: None,
-            correction_bias: None,
-            gate_up: Linear { weight: &self.gate_up, bias: None },
-            down: Linear { weight: &self.down, bias: None },
-            shared: None,
-        };
+        let experts = ExpertWeights::new(Weight::new(&self.gate_up), Weight::new(&self.down));
+        let weights = LayerWeights::new(RouterWeights::new(&self.router), experts);
         let args = LayerArgs::new(&self.x, &mut self.y);
         self.plan
             .forward(device::kernels(), stream, &weights, args, &mut self.workspace)

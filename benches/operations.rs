@@ -11,17 +11,15 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use half::bf16;
-use moe_kernels::Workspace;
-use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, TileList};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
-use moe_kernels::experts::tiles;
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::experts::{Dispatched, Weight, tiles};
+use moe_kernels::layer::Mlp;
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::rules::Activation;
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::Gating;
-use moe_kernels::rules::{Glu, Layout, Score};
+use moe_kernels::rules::{Gating, Score};
+use moe_kernels::{Dtype, Workspace};
 use support::{counters, device, inputs};
 
 /// Runs every operation of a layer once, each under its own name, on the data that the one before it made.
@@ -58,105 +56,53 @@ fn one_shape(criterion: &mut Criterion, name: &str, shape: shapes::Shape, tokens
     let (gate_up, down) = (values(experts * 2 * intermediate * hidden), values(experts * hidden * intermediate));
 
     let mut logits = stream.alloc_zeros::<f32>(tokens * experts).unwrap();
-    let desc = RouterDesc { x: Dtype::Bf16, weight: Dtype::Bf16, tokens, experts, hidden };
+    let desc = RouterDesc::new(Dtype::Bf16, tokens, experts, hidden);
     bench("router", &mut || {
-        let args = RouterArgs { x: &x, weight: &router_weight, bias: None, logits: &mut logits };
+        let args = RouterArgs::new(&x, &router_weight, &mut logits);
         router::forward(kernels, &stream, &desc, args).unwrap()
     });
 
     let mut ids = stream.alloc_zeros::<i32>(tokens * top_k).unwrap();
     let mut weights = stream.alloc_zeros::<f32>(tokens * top_k).unwrap();
-    let desc = GatingDesc { tokens, experts, top_k, gating: Gating::new(Score::Softmax).renormalised() };
+    let desc = GatingDesc::new(tokens, experts, top_k, Gating::new(Score::Softmax).renormalised());
     bench("gating", &mut || {
-        let args = GatingArgs { logits: &logits, correction_bias: None, ids: &mut ids, weights: &mut weights };
+        let args = GatingArgs::new(&logits, &mut ids, &mut weights);
         gating::forward(kernels, &stream, &desc, args).unwrap()
     });
 
     let slots = tokens * top_k;
     let tile = tiles::select_tile(Dtype::Bf16, slots, experts, kernels.device()).unwrap();
-    let tile_m = tile.bm as usize;
-    let desc = DispatchDesc { tokens, experts, top_k, capacity: None, tile_m };
-    let max_tiles = desc.max_tiles();
+    let desc = DispatchDesc::new(tokens, experts, top_k, tile.bm as usize);
+    let rows = desc.shape();
     let mut workspace = Workspace::new(&stream, dispatch::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
-    let mut counts = stream.alloc_zeros(experts).unwrap();
-    let mut offsets = stream.alloc_zeros(experts + 1).unwrap();
-    let mut slot_token = stream.alloc_zeros(slots).unwrap();
-    let mut token_slot = stream.alloc_zeros(slots).unwrap();
-    let mut list = stream.alloc_zeros(max_tiles).unwrap();
-    let mut num_tiles = stream.alloc_zeros(1).unwrap();
+    let mut dispatched = Dispatched::new(&stream, &rows).unwrap();
     bench("dispatch", &mut || {
-        let outputs = DispatchOutputs {
-            counts: &mut counts,
-            offsets: &mut offsets,
-            slot_token: &mut slot_token,
-            token_slot: &mut token_slot,
-            slot_weight: None,
-            tiles: Some(TileList { tiles: &mut list, num_tiles: &mut num_tiles }),
-        };
-        let args = DispatchArgs { ids: &ids, weights: None, outputs, workspace: &mut workspace };
+        let args = DispatchArgs::new(&ids, &mut dispatched, &mut workspace);
         dispatch::forward(kernels, &stream, &desc, args).unwrap()
     });
 
-    let schedule = Schedule::Grouped { tile_m, max_tiles };
+    let mlp = Mlp::swiglu(Dtype::Bf16);
     let mut h = stream.alloc_zeros::<bf16>(slots * intermediate).unwrap();
-    let first = GemmDesc {
-        dtype: Dtype::Bf16,
-        rows: slots,
-        a_rows: tokens,
-        experts,
-        n: intermediate,
-        k: hidden,
-        glu: Glu::Split,
-        activation: Activation::Silu,
-        layout: Layout::Nk,
-        schedule,
-    };
+    let desc = GemmDesc::new(Dtype::Bf16, Rows::Grouped(rows), intermediate, hidden)
+        .gather(true)
+        .weight(mlp.gate_up)
+        .activation(mlp.activation);
     bench("gemm 1", &mut || {
-        let args = GemmArgs {
-            a: &x,
-            b: &gate_up,
-            bias: None,
-            slot_token: Some(&slot_token),
-            row_scale: None,
-            tiles: Some(Tiles { tiles: &list, num_tiles: &num_tiles }),
-            out: &mut h,
-        };
-        gemm::forward(kernels, &stream, &first, args).unwrap()
+        let args = GemmArgs::new(&x, Weight::new(&gate_up), &mut h).dispatched(&dispatched);
+        gemm::forward(kernels, &stream, &desc, args).unwrap()
     });
 
     let mut y_slots = stream.alloc_zeros::<bf16>(slots * hidden).unwrap();
-    let second = GemmDesc {
-        a_rows: slots,
-        n: hidden,
-        k: intermediate,
-        glu: Glu::None,
-        activation: Activation::Identity,
-        ..first
-    };
+    let desc = GemmDesc::new(Dtype::Bf16, Rows::Grouped(rows), hidden, intermediate).weight(mlp.down);
     bench("gemm 2", &mut || {
-        let args = GemmArgs {
-            a: &h,
-            b: &down,
-            bias: None,
-            slot_token: None,
-            row_scale: None,
-            tiles: Some(Tiles { tiles: &list, num_tiles: &num_tiles }),
-            out: &mut y_slots,
-        };
-        gemm::forward(kernels, &stream, &second, args).unwrap()
+        let args = GemmArgs::new(&h, Weight::new(&down), &mut y_slots).dispatched(&dispatched);
+        gemm::forward(kernels, &stream, &desc, args).unwrap()
     });
 
     let mut y = stream.alloc_zeros::<bf16>(tokens * hidden).unwrap();
-    let desc = CombineDesc { dtype: Dtype::Bf16, tokens, top_k, hidden, slots };
+    let desc = CombineDesc::new(Dtype::Bf16, rows, hidden);
     bench("combine", &mut || {
-        let args = CombineArgs {
-            y_slots: &y_slots,
-            token_slot: &token_slot,
-            weights: Some(&weights),
-            residual: None,
-            addend: None,
-            y: &mut y,
-        };
+        let args = CombineArgs::new(&y_slots, &dispatched, &mut y).weights(&weights);
         combine::forward(kernels, &stream, &desc, args).unwrap()
     });
 }

@@ -22,8 +22,8 @@ const fn shape(
 
 /// Sizes of the models as published.
 pub const SHAPES: &[Shape] = &[
-    shape("mixtral-8x7b", [8, 2, 4096, 14336], &[1, 64, 4096]),
-    shape("qwen3-30b-a3b", [128, 8, 2048, 768], &[1, 64, 4096, 32768]),
+    shape("mixtral-8x7b", [8, 2, 4096, 14336], &[1, 8, 64, 512, 4096]),
+    shape("qwen3-30b-a3b", [128, 8, 2048, 768], &[1, 8, 64, 512, 4096, 32768]),
     shape("qwen3-235b", [128, 8, 4096, 1536], &[32768]),
     shape("qwen3-next", [512, 10, 2048, 512], &[1, 64, 32768]),
     shape("deepseek-v3", [256, 8, 7168, 2048], &[1, 64, 16384]),
@@ -34,6 +34,10 @@ pub const SHAPES: &[Shape] = &[
     shape("llama4-maverick", [128, 1, 5120, 8192], &[128, 1024]),
     shape("switch-base-64", [64, 1, 768, 3072], &[32768]),
     shape("sparsely-gated-2017", [4096, 4, 512, 1024], &[32768]),
+    // Those of the figures in SonicMoE's paper (2025): as many operations in experts of other widths.
+    shape("sonic-n256", [256, 16, 4096, 256], &[32768]),
+    shape("sonic-n512", [128, 8, 4096, 512], &[32768]),
+    shape("sonic-n1024", [64, 4, 4096, 1024], &[32768]),
 ];
 
 /// What the software device is asked to do: widths divided by `WIDTH`, tokens by `TOKENS`, experts and k as they are.

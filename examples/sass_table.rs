@@ -18,57 +18,41 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use clap::Parser;
 use moe_kernels::kernels::embedded;
 use moe_kernels::registry::{self, Kernel};
+use tempfile::TempDir;
+use wildmatch::WildMatch;
 
-const USAGE: &str = "usage: sass_table [--only GLOB] [--arch sm_80,sm_90] [--min-share PERCENT]";
-
-fn main() -> ExitCode {
-    if std::env::args().skip(1).any(|argument| argument == "--help" || argument == "-h") {
-        println!("{USAGE}");
-        return ExitCode::SUCCESS;
-    }
-    match Options::parse(std::env::args().skip(1)).and_then(|options| run(&options)) {
-        Ok(code) => code,
-        Err(message) => {
-            eprintln!("sass_table: {message}");
-            ExitCode::from(2)
-        }
-    }
-}
-
+/// What ptxas makes of the main loop of every grouped GEMM: registers, spills, and the share of tensor core instructions.
+///
+/// Needs ptxas (variable PTXAS, $CUDA_HOME/bin, or PATH) and nvdisasm (variable NVDISASM, beside ptxas, or PATH), and no GPU.
+#[derive(Debug, Parser)]
+#[command(name = "sass_table")]
 struct Options {
+    /// Variants whose name fits
+    #[arg(long, value_name = "GLOB", default_value = "gemm_*")]
     only: String,
+    /// Architectures to assemble for
+    #[arg(long = "arch", value_name = "LIST", default_value = "sm_80", value_delimiter = ',', value_parser = arch)]
     archs: Vec<String>,
+    /// Exit code 1 if a share lies below
+    #[arg(long, value_name = "PERCENT")]
     min_share: Option<f64>,
 }
 
-impl Options {
-    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
-        let mut options = Options { only: "gemm_*".into(), archs: vec!["sm_80".into()], min_share: None };
-        while let Some(name) = arguments.next() {
-            if !["--only", "--arch", "--min-share"].contains(&name.as_str()) {
-                return Err(format!("unknown argument `{name}`\n{USAGE}"));
-            }
-            let value = arguments.next().ok_or_else(|| format!("{name}: expected a value after it\n{USAGE}"))?;
-            match name.as_str() {
-                "--only" => options.only = value,
-                "--arch" => {
-                    options.archs =
-                        value.split(',').map(str::trim).filter(|arch| !arch.is_empty()).map(Into::into).collect()
-                }
-                _ => {
-                    let share =
-                        value.parse().map_err(|_| format!("--min-share: expected a percentage, got `{value}`"))?;
-                    options.min_share = Some(share);
-                }
-            }
-        }
-        if options.archs.is_empty() {
-            return Err("--arch: expected at least one architecture, such as sm_80".into());
-        }
-        Ok(options)
+fn arch(name: &str) -> Result<String, String> {
+    match name.trim() {
+        "" => Err("expected architectures, such as sm_80,sm_90".into()),
+        name => Ok(name.into()),
     }
+}
+
+fn main() -> ExitCode {
+    run(&Options::parse()).unwrap_or_else(|message| {
+        eprintln!("error: {message}");
+        ExitCode::from(2)
+    })
 }
 
 /// What one variant became on one architecture.
@@ -97,9 +81,10 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     let ptxas = find("PTXAS", "ptxas", std::env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin")))?;
     let nvdisasm = find("NVDISASM", "nvdisasm", ptxas.parent().map(Path::to_path_buf))?;
 
+    let glob = WildMatch::new(&options.only);
     let variants: Vec<Kernel> = registry::all()
         .into_iter()
-        .filter(|kernel| matches!(kernel, Kernel::Gemm(_)) && matches_glob(&options.only, &kernel.name()))
+        .filter(|kernel| matches!(kernel, Kernel::Gemm(_)) && glob.matches(&kernel.name()))
         .collect();
     if variants.is_empty() {
         return Err(format!("--only: no grouped GEMM variant matches `{}`", options.only));
@@ -107,7 +92,7 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     let jobs: Vec<(Kernel, &str)> =
         options.archs.iter().flat_map(|arch| variants.iter().map(move |kernel| (*kernel, arch.as_str()))).collect();
 
-    let folder = Scratch::new()?;
+    let folder = TempDir::with_prefix("sass_table-").map_err(|error| format!("a temporary folder: {error}"))?;
     let results: Vec<Mutex<Option<Result<Row, String>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -116,7 +101,7 @@ fn run(options: &Options) -> Result<ExitCode, String> {
                 while let Some((index, (kernel, arch))) =
                     Some(next.fetch_add(1, Ordering::Relaxed)).and_then(|index| Some((index, jobs.get(index)?)))
                 {
-                    let row = measure(&ptxas, &nvdisasm, &folder.0, kernel, arch);
+                    let row = measure(&ptxas, &nvdisasm, folder.path(), kernel, arch);
                     *results[index].lock().expect("no thread panics") = Some(row);
                 }
             });
@@ -153,23 +138,6 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A folder for machine code that goes away with the value.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Scratch, String> {
-        let path = std::env::temp_dir().join(format!("sass_table-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|error| format!("{}: cannot be made: {error}", path.display()))?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.0).ok();
-    }
-}
-
 /// A tool named by a variable, else in `folder`, else on `PATH`.
 fn find(variable: &str, tool: &str, folder: Option<PathBuf>) -> Result<PathBuf, String> {
     if let Some(path) = std::env::var_os(variable).filter(|path| !path.is_empty() && path != "none") {
@@ -196,10 +164,10 @@ fn find(variable: &str, tool: &str, folder: Option<PathBuf>) -> Result<PathBuf, 
 
 fn measure(ptxas: &Path, nvdisasm: &Path, folder: &Path, kernel: &Kernel, arch: &str) -> Result<Row, String> {
     let name = kernel.name();
-    let ptx = embedded().iter().find(|entry| entry.name == name).ok_or_else(|| format!("{name}: not embedded"))?.ptx;
+    let entry = embedded().iter().find(|entry| entry.name == name).ok_or_else(|| format!("{name}: not embedded"))?;
     let source = folder.join(format!("{name}.{arch}.ptx"));
     let cubin = folder.join(format!("{name}.{arch}.cubin"));
-    std::fs::write(&source, ptx).map_err(|error| format!("{}: {error}", source.display()))?;
+    std::fs::write(&source, entry.ptx()).map_err(|error| format!("{}: {error}", source.display()))?;
     let report = output(Command::new(ptxas).args(["-v", "-arch", arch, "-o"]).arg(&cubin).arg(&source))?;
     let number = |suffix| number_before(&report, suffix);
     let sass = output(Command::new(nvdisasm).arg("-c").arg(&cubin))?;
@@ -273,19 +241,6 @@ fn opcode(instruction: &str) -> &str {
     instruction.split_whitespace().find(|word| !word.starts_with('@')).unwrap_or_default()
 }
 
-/// Whether `name` fits a pattern in which `*` stands for any characters and `?` for one.
-fn matches_glob(pattern: &str, name: &str) -> bool {
-    match pattern.chars().next() {
-        None => name.is_empty(),
-        Some('*') => {
-            (0..=name.len()).any(|skip| name.is_char_boundary(skip) && matches_glob(&pattern[1..], &name[skip..]))
-        }
-        Some(first) => name.chars().next().is_some_and(|c| {
-            (first == '?' || first == c) && matches_glob(&pattern[first.len_utf8()..], &name[c.len_utf8()..])
-        }),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,18 +270,12 @@ mod tests {
     }
 
     #[test]
-    fn globs() {
-        assert!(matches_glob("gemm_bf16_*_nk", "gemm_bf16_128x128x64_glu_nk"));
-        assert!(!matches_glob("gemm_bf16_*_nk", "gemm_bf16_128x128x64_glu_kn"));
-        assert!(matches_glob("g?mm", "gemm") && !matches_glob("g?mm", "gemmm"));
-    }
-
-    #[test]
     fn arguments() {
-        let parse = |words: &[&str]| Options::parse(words.iter().map(|word| word.to_string()));
+        let parse = |words: &[&str]| Options::try_parse_from([&["sass_table"], words].concat());
         let options = parse(&["--arch", "sm_80, sm_90", "--min-share", "40"]).unwrap();
-        assert_eq!((options.archs.len(), options.min_share), (2, Some(40.0)));
-        assert!(parse(&["--min-share", "much"]).is_err_and(|message| message.contains("`much`")));
+        assert_eq!((options.archs, options.min_share), (vec!["sm_80".into(), "sm_90".to_owned()], Some(40.0)));
+        assert_eq!(parse(&[]).unwrap().archs, ["sm_80"]);
+        assert!(parse(&["--min-share", "much"]).is_err_and(|error| error.to_string().contains("'much'")));
         assert!(parse(&["--only"]).is_err() && parse(&["--onyl", "x"]).is_err() && parse(&["--arch", ","]).is_err());
     }
 }

@@ -28,11 +28,12 @@ use moe_kernels::routers::measured_gating::{RouterStats, Totals};
 use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
 use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
 use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
+use moe_kernels::rules::Dtype;
 use moe_kernels::rules::{
     AdmissionRule, Affinity, AuctionRule, BalanceRule, Capacity, Dropout, Gating, Groups, IDENTITY, IdFormat,
     LossScore, NONE, NoiseSource, NoisyRule, Order, SamplingRule, Score, SecondExpert,
 };
-use moe_kernels::{DeviceInfo, Dtype, Kernels, Workspace};
+use moe_kernels::{DeviceInfo, Kernels, Workspace};
 
 /// Draws of each router.
 const DRAWS: u64 = 4;

@@ -9,19 +9,19 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream};
 use moe_kernels::Workspace;
-use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::reference;
-use moe_kernels::routers::balance::{
-    self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
-};
+use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
 use moe_kernels::routers::gating::GatingDesc;
-use moe_kernels::rules::{BalanceRule, LossScore};
-use moe_kernels::rules::{Gating, Score};
+use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
+use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
+use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use support::compare::to_f64;
+use support::compare::{BATCH_SUMS, LOSSES, to_f64};
 use support::device;
 use support::inputs::run_seed;
+use support::lists;
 
 /// Buffers of one measured gating, all full of junk.
 struct Buffers {
@@ -38,7 +38,7 @@ struct Buffers {
 }
 
 impl Buffers {
-    fn new(stream: &Arc<CudaStream>, desc: &MeasureDesc, logits: &[f32]) -> Buffers {
+    fn new(stream: &Arc<CudaStream>, desc: &MeasuredGatingDesc, logits: &[f32]) -> Buffers {
         let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
         let ints = |len: usize| stream.clone_htod(&vec![-7i32; len.max(1)]).unwrap();
         let floats = |len: usize| stream.clone_htod(&vec![f32::NAN; len.max(1)]).unwrap();
@@ -46,8 +46,9 @@ impl Buffers {
         if !logits.is_empty() {
             stream.memcpy_htod(logits, &mut device_logits).unwrap();
         }
-        let bytes = balance::workspace_bytes(desc, device::kernels().device()).unwrap();
-        let junk = RouterStats { tokens: 77, z_loss: f32::NAN, ..RouterStats::default() };
+        let bytes = measured_gating::workspace_bytes(desc, device::kernels().device()).unwrap();
+        let mut junk = RouterStats::default();
+        (junk.tokens, junk.z_loss) = (77, f32::NAN);
         Buffers {
             stream: stream.clone(),
             logits: device_logits,
@@ -62,24 +63,11 @@ impl Buffers {
         }
     }
 
-    fn enqueue(&mut self, desc: &MeasureDesc) {
-        let args = MeasuredArgs {
-            logits: &self.logits,
-            correction_bias: None,
-            ids: &mut self.ids,
-            weights: &mut self.weights,
-            log_sum_exp: None,
-            probabilities: None,
-            totals: Totals {
-                counts: &mut self.counts,
-                loss_counts: &mut self.loss_counts,
-                probability: &mut self.probability,
-                importance: &mut self.importance,
-            },
-            stats: &mut self.stats,
-            workspace: &mut self.workspace,
-        };
-        balance::forward(device::kernels(), &self.stream, desc, args).unwrap();
+    fn enqueue(&mut self, desc: &MeasuredGatingDesc) {
+        let totals = Totals::new(&mut self.counts, &mut self.loss_counts, &mut self.probability, &mut self.importance);
+        let (ids, weights) = (&mut self.ids, &mut self.weights);
+        let args = MeasuredGatingArgs::new(&self.logits, ids, weights, totals, &mut self.stats, &mut self.workspace);
+        measured_gating::forward(device::kernels(), &self.stream, desc, args).unwrap();
     }
 
     fn stats(&self) -> RouterStats {
@@ -91,8 +79,8 @@ impl Buffers {
     }
 }
 
-fn desc(tokens: usize, experts: usize, top_k: usize, score: Score) -> MeasureDesc {
-    MeasureDesc::new(GatingDesc { tokens, experts, top_k, gating: Gating::new(score) })
+fn desc(tokens: usize, experts: usize, top_k: usize, score: Score) -> MeasuredGatingDesc {
+    MeasuredGatingDesc::new(GatingDesc::new(tokens, experts, top_k, Gating::new(score)))
 }
 
 fn near(what: &str, got: f32, want: f64, tolerance: f64) {
@@ -129,7 +117,7 @@ proptest! {
         let mut desc = desc(tokens, experts, k.min(experts), score);
         let by_sigmoid = by_sigmoid && score == Score::Sigmoid;
         let loss = if by_sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
-        desc.rule = BalanceRule { score: loss, tokens_per_sequence: sequence, first_choice_only, capacity };
+        desc.rule = BalanceRule::new(loss, sequence).first_choice_only(first_choice_only).capacity(capacity);
         let mut rng = fastrand::Rng::with_seed(seed);
         let logits: Vec<f32> = (0..tokens * experts)
             .map(|i| match (odd, rng.u32(..64)) {
@@ -159,10 +147,10 @@ proptest! {
             ("importance_cv2", got.importance_cv2, reference::balance::cv_squared(&want.importance)),
             ("max_over_mean", got.max_over_mean, want.max_over_mean()),
         ] {
-            near(what, got, want, 1e-5);
+            near(what, got, want, BATCH_SUMS);
         }
         // Entropy between none and an even choice; a fraction is one; no expert has less than the mean of the fullest.
-        prop_assert!(got.entropy.is_nan() || (-1e-5..=(experts as f32).ln() * 1.00001 + 1e-5).contains(&got.entropy));
+        prop_assert!(got.entropy.is_nan() || (-BATCH_SUMS..=f64::from(experts as f32).ln() * (1.0 + BATCH_SUMS) + BATCH_SUMS).contains(&got.entropy.into()));
         prop_assert!((0.0..=1.0).contains(&got.dropped_fraction));
         prop_assert!(got.max_over_mean >= 1.0 && got.load_cv2 >= 0.0);
     }
@@ -182,9 +170,9 @@ fn balanced_is_exactly_balanced() {
         assert_eq!((got.load_cv2, got.max_over_mean), (0.0, 1.0), "E={experts}");
         assert_eq!(got.max_load as usize, rounds, "E={experts}");
         // Sums of equal weights, in orders that differ by expert.
-        assert!(got.importance_cv2 < 1e-11, "E={experts}: {}", got.importance_cv2);
-        near("balance_loss", got.balance_loss, 1.0, 1e-6);
-        near("sequence_loss", got.sequence_loss, 1.0, 1e-6);
+        assert!(f64::from(got.importance_cv2) <= LOSSES * LOSSES * 10.0, "E={experts}: {}", got.importance_cv2);
+        near("balance_loss", got.balance_loss, 1.0, LOSSES);
+        near("sequence_loss", got.sequence_loss, 1.0, LOSSES);
     }
 }
 
@@ -192,7 +180,7 @@ fn balanced_is_exactly_balanced() {
 fn no_tokens() {
     let empty = desc(0, 8, 2, Score::Softmax);
     let mut buffers = Buffers::new(&device::stream(), &empty, &[]);
-    buffers.enqueue(&MeasureDesc { earlier_tokens: 5, ..empty });
+    buffers.enqueue(&empty.earlier_tokens(5));
     assert_eq!(buffers.stats(), RouterStats::default());
     assert_eq!(buffers.ints(&buffers.counts), [0; 8]);
     assert_eq!(buffers.ints(&buffers.loss_counts), [-7; 8], "earlier totals stay");
@@ -218,24 +206,20 @@ fn layers_add_up() {
         alone.enqueue(&desc);
         separate += f64::from(alone.stats().balance_loss) / layers as f64;
         stream.memcpy_htod(logits, &mut buffers.logits).unwrap();
-        buffers.enqueue(&MeasureDesc { earlier_tokens: layer * tokens, ..desc });
+        buffers.enqueue(&desc.earlier_tokens(layer * tokens));
     }
     let gating = &desc.gating.gating;
     let gated = reference::gating::gate::<f32, f32>(&all, None, experts, top_k, gating).unwrap();
     let want = reference::balance::balance(&all, &gated.ids, &gated.weights, experts, top_k, &desc.rule).unwrap();
-    near("the loss of all layers", buffers.stats().balance_loss, want.totals.loss(), 1e-6);
+    near("the loss of all layers", buffers.stats().balance_loss, want.totals.loss(), LOSSES);
     assert!((separate - want.totals.loss()).abs() > 0.01, "{separate} must differ from {}", want.totals.loss());
 
     // The same from the totals alone.
-    let totals = TotalsIn {
-        counts: &buffers.counts,
-        loss_counts: &buffers.loss_counts,
-        probability: &buffers.probability,
-        importance: &buffers.importance,
-    };
     let mut stats = stream.clone_htod(&[RouterStats::default()]).unwrap();
-    let whole = TotalsDesc { experts, tokens: layers * tokens };
-    balance::losses_of_totals(device::kernels(), &stream, &whole, totals, &mut stats).unwrap();
+    let Buffers { counts, loss_counts, probability, importance, .. } = &buffers;
+    let args = BalanceLossArgs::new(counts, loss_counts, probability, importance, &mut stats);
+    let whole = BalanceLossDesc::new(layers * tokens, experts);
+    balance_loss::forward(device::kernels(), &stream, &whole, args).unwrap();
     let again = stream.clone_dtoh(&stats).unwrap()[0];
     assert_eq!(again.balance_loss.to_bits(), buffers.stats().balance_loss.to_bits());
 }
@@ -255,26 +239,16 @@ fn captured_in_a_graph() {
         (0..tokens * experts).map(|_| 4.0 * rng.f32()).collect()
     };
     let mut buffers = Buffers::new(&stream, &measured, &draw(1));
-    let order = DispatchDesc { tokens, experts, top_k, capacity: None, tile_m: 16 };
-    let ints = |len: usize| stream.clone_htod(&vec![-7i32; len]).unwrap();
-    let (mut counts, mut offsets) = (ints(experts), ints(experts + 1));
-    let (mut slot_token, mut token_slot) = (ints(order.slots()), ints(tokens * top_k));
+    let order = DispatchDesc::new(tokens, experts, top_k, 16);
+    let mut dispatched = lists::junk(&stream, &order.shape());
     let mut bias = stream.alloc_zeros::<f32>(experts).unwrap();
     let mut sort_space = Workspace::new(&stream, dispatch::workspace_bytes(&order, kernels.device()).unwrap()).unwrap();
     let mut enqueue = |buffers: &mut Buffers, bias: &mut CudaSlice<f32>| {
         buffers.enqueue(&measured);
-        let outputs = DispatchOutputs {
-            counts: &mut counts,
-            offsets: &mut offsets,
-            slot_token: &mut slot_token,
-            token_slot: &mut token_slot,
-            slot_weight: None,
-            tiles: None,
-        };
-        let args = DispatchArgs { ids: &buffers.ids, weights: None, outputs, workspace: &mut sort_space };
+        let args = DispatchArgs::new(&buffers.ids, &mut dispatched, &mut sort_space);
         dispatch::forward(kernels, &buffers.stream, &order, args).unwrap();
-        let step = BiasDesc { experts, rate: 0.001 };
-        balance::update_bias(kernels, &buffers.stream, &step, &buffers.counts, bias).unwrap();
+        let step = UpdateBiasDesc::new(experts, 0.001);
+        update_bias::forward(kernels, &buffers.stream, &step, UpdateBiasArgs::new(&buffers.counts, bias)).unwrap();
     };
     enqueue(&mut buffers, &mut bias);
     stream.synchronize().unwrap();
@@ -307,10 +281,10 @@ fn a_million_tokens() {
     let p = |l: f64| l.exp() / (1.0 + l.exp());
     let half = TOKENS as f64 / 2.0;
     let probability = buffers.stream.clone_dtoh(&buffers.probability).unwrap();
-    near("probability", probability[1], half * (p(1.0) + p(-3.0)), 1e-5);
+    near("probability", probability[1], half * (p(1.0) + p(-3.0)), BATCH_SUMS);
     let got = buffers.stats();
     assert_eq!((got.slots as usize, got.max_load as usize), (2 * TOKENS, TOKENS));
     let lse = |l: f64| (1.0 + l.exp()).ln().powi(2);
-    near("z_loss", got.z_loss, (lse(1.0) + lse(-3.0)) / 2.0, 1e-5);
-    near("balance_loss", got.balance_loss, 2.0, 1e-5);
+    near("z_loss", got.z_loss, (lse(1.0) + lse(-3.0)) / 2.0, BATCH_SUMS);
+    near("balance_loss", got.balance_loss, 2.0, BATCH_SUMS);
 }

@@ -5,10 +5,10 @@ mod support;
 
 use cudarc::driver::{CudaSlice, DeviceRepr};
 use half::bf16;
+use moe_kernels::Dtype;
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Activation, Glu, Layout};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::experts::{Dispatched, Lists, SlotShape, TileEntry, Weight};
 use support::layer_case::{Device, Random, open};
 
 const K: usize = 2048;
@@ -32,50 +32,49 @@ fn assert_near(got: bf16, want: f64) {
     assert!((f64::from(got.to_f32()) - want).abs() <= 8e-3 * want.abs().max(0.5), "{got} is not {want}");
 }
 
-/// One row of a grouped product, with `a`'s row, the expert's matrix and the row of the output wherever `desc` puts them.
-fn product(d: &Device, desc: &GemmDesc, expert: usize, a_row: usize, out_row: usize) {
+/// The lists of one row: `row` is token `token`'s, and `tile` covers it.
+fn one_row(d: &Device, shape: &SlotShape, token: usize, row: usize, tile: TileEntry) -> Dispatched {
+    let ints = |len: usize| d.stream.alloc_zeros::<i32>(len).expect("device memory");
+    let choices = shape.tokens * shape.top_k.expect("choices");
+    let lists = Lists {
+        counts: ints(shape.experts),
+        offsets: ints(shape.experts + 1),
+        slot_token: sparse(d, shape.slots, row, &[token as i32]),
+        token_slot: sparse(d, choices, token, &[row as i32]),
+        token_offsets: ints(1),
+        slot_weight: sparse(d, shape.slots, row, &[1.0]),
+        tiles: sparse(d, 1, 0, &[tile]),
+        num_tiles: sparse(d, 1, 0, &[1]),
+    };
+    // SAFETY: the one tile covers one row, whose token is set; combine is only asked for the one token there is.
+    unsafe { Dispatched::from_lists(shape, lists) }.expect("lists of that shape")
+}
+
+/// One row of a grouped product, with `a`'s row, the expert's matrix and the row of the output wherever `shape` puts them.
+fn product(d: &Device, shape: &SlotShape, expert: usize, a_row: usize, out_row: usize) {
     let row = Random::tensor::<bf16>(1, K, 1.0);
     let matrix = Random::tensor::<bf16>(2, N * K, 0.05);
-    let a = sparse(d, desc.a_rows * K, a_row * K, &row);
-    let b = sparse(d, desc.experts * N * K, expert * N * K, &matrix);
-    let slot_token = sparse(d, desc.rows, out_row, &[a_row as i32]);
-    let entry = [expert as i32, out_row as i32, out_row as i32 + 1, 0];
-    let (tiles, num_tiles) = (sparse(d, 1, 0, &[entry]), sparse(d, 1, 0, &[1]));
-    let mut out = sparse(d, desc.rows * N, out_row * N, &[bf16::ZERO; N]);
-    let args = GemmArgs {
-        a: &a,
-        b: &b,
-        bias: None,
-        slot_token: Some(&slot_token),
-        row_scale: None,
-        tiles: Some(Tiles { tiles: &tiles, num_tiles: &num_tiles }),
-        out: &mut out,
-    };
-    gemm::forward(d.kernels, &d.stream, desc, args).expect("enqueued");
+    let a = sparse(d, shape.tokens * K, a_row * K, &row);
+    let b = sparse(d, shape.experts * N * K, expert * N * K, &matrix);
+    let tile = [expert as i32, out_row as i32, out_row as i32 + 1, 0];
+    let lists = one_row(d, shape, a_row, out_row, tile);
+    let mut out = sparse(d, shape.slots * N, out_row * N, &[bf16::ZERO; N]);
+    let args = GemmArgs::new(&a, Weight::new(&b), &mut out).dispatched(&lists);
+    let desc = GemmDesc::new(Dtype::Bf16, Rows::Grouped(*shape), N, K).gather(true);
+    gemm::forward(d.kernels, &d.stream, &desc, args).expect("enqueued");
     let got = d.stream.clone_dtoh(&out.slice(out_row * N..(out_row + 1) * N)).expect("the kernel ran");
     for (n, got) in got.into_iter().enumerate() {
         assert_near(got, dot(&row, &matrix[n * K..][..K]));
     }
 }
 
-fn desc(a_rows: usize, rows: usize, experts: usize) -> GemmDesc {
-    GemmDesc {
-        dtype: Dtype::Bf16,
-        rows,
-        a_rows,
-        experts,
-        n: N,
-        k: K,
-        glu: Glu::None,
-        activation: Activation::Identity,
-        layout: Layout::Nk,
-        schedule: Schedule::Grouped { tile_m: 16, max_tiles: 1 },
-    }
+fn shape(tokens: usize, slots: usize, experts: usize) -> SlotShape {
+    SlotShape::new(tokens, experts, Some(1), slots, 16, 1)
 }
 
 #[test]
 fn gathered_row() {
-    product(open(), &desc(ROWS, 16, 1), 0, ROWS - 1, 3);
+    product(open(), &shape(ROWS, 16, 1), 0, ROWS - 1, 3);
 }
 
 #[test]
@@ -89,18 +88,11 @@ fn expert_matrix() {
     let matrix = Random::tensor::<bf16>(2, n * k, 0.05);
     let a = sparse(d, k, 0, &row);
     let b = sparse(d, experts * n * k, expert * n * k, &matrix);
-    let (tiles, num_tiles) = (sparse(d, 1, 0, &[[expert as i32, 0, 1, 0]]), sparse(d, 1, 0, &[1]));
+    let shape = shape(1, 1, experts);
+    let lists = one_row(d, &shape, 0, 0, [expert as i32, 0, 1, 0]);
     let mut out = d.stream.alloc_zeros::<bf16>(n).expect("device memory");
-    let desc = GemmDesc { n, experts, ..desc(1, 1, experts) };
-    let args = GemmArgs {
-        a: &a,
-        b: &b,
-        bias: None,
-        slot_token: None,
-        row_scale: None,
-        tiles: Some(Tiles { tiles: &tiles, num_tiles: &num_tiles }),
-        out: &mut out,
-    };
+    let desc = GemmDesc::new(Dtype::Bf16, Rows::Grouped(shape), n, k);
+    let args = GemmArgs::new(&a, Weight::new(&b), &mut out).dispatched(&lists);
     gemm::forward(d.kernels, &d.stream, &desc, args).expect("enqueued");
     let got = d.stream.clone_dtoh(&out).expect("the kernel ran");
     for n in [0, 1, n / 2, n - 1] {
@@ -111,7 +103,7 @@ fn expert_matrix() {
 #[test]
 fn output_row() {
     let rows = (1 << 31) / N + 3;
-    product(open(), &desc(4, rows, 1), 0, 2, rows - 1);
+    product(open(), &shape(4, rows, 1), 0, 2, rows - 1);
 }
 
 #[test]
@@ -119,17 +111,12 @@ fn combined_slot() {
     let d = open();
     let row = Random::tensor::<bf16>(3, K, 1.0);
     let y_slots = sparse(d, ROWS * K, (ROWS - 1) * K, &row);
-    let token_slot = sparse(d, 1, 0, &[ROWS as i32 - 1]);
+    let last = ROWS as i32 - 1;
+    let shape = shape(1, ROWS, 1);
+    let lists = one_row(d, &shape, 0, ROWS - 1, [0, last, last + 1, 0]);
     let mut y = d.stream.alloc_zeros::<bf16>(K).expect("device memory");
-    let desc = CombineDesc { dtype: Dtype::Bf16, tokens: 1, top_k: 1, hidden: K, slots: ROWS };
-    let args = CombineArgs {
-        y_slots: &y_slots,
-        token_slot: &token_slot,
-        weights: None,
-        residual: None,
-        addend: None,
-        y: &mut y,
-    };
+    let desc = CombineDesc::new(Dtype::Bf16, shape, K);
+    let args = CombineArgs::new(&y_slots, &lists, &mut y);
     combine::forward(d.kernels, &d.stream, &desc, args).expect("enqueued");
     assert_eq!(d.stream.clone_dtoh(&y).expect("the kernel ran"), row);
 }

@@ -3,8 +3,8 @@
 
 use half::{bf16, f16};
 use moe_kernels::kernels::embedded;
-use moe_kernels::registry::{self, Gemm, Kernel};
-use moe_kernels::rules::{Dtype, Glu, Layout};
+use moe_kernels::registry::{self, Fold, Gemm, Kernel};
+use moe_kernels::rules::{Dtype, Layout};
 use softcuda::exec::{Config, Counters, GlobalMemory, Launch};
 use softcuda::lower::{Environment, lower_module};
 
@@ -42,6 +42,7 @@ impl Tensor {
                     Dtype::Bf16 => bytes.put(i, bf16::from_f32(value).to_le_bytes()),
                     Dtype::F16 => bytes.put(i, f16::from_f32(value).to_le_bytes()),
                     Dtype::F32 => bytes.put(i, value.to_le_bytes()),
+                    other => unreachable!("no product has {other}"),
                 }
                 decode(dtype, &bytes, i)
             })
@@ -55,6 +56,7 @@ fn decode(dtype: Dtype, bytes: &Buffer, i: usize) -> f64 {
         Dtype::Bf16 => bf16::from_le_bytes(bytes.get(i)).to_f64(),
         Dtype::F16 => f16::from_le_bytes(bytes.get(i)).to_f64(),
         Dtype::F32 => f32::from_le_bytes(bytes.get(i)).into(),
+        other => unreachable!("no product has {other}"),
     }
 }
 
@@ -149,11 +151,11 @@ fn erfc(x: f64) -> f64 {
     (-x * x).exp() / root / fraction
 }
 
-fn folded(glu: Glu, code: u32, v: &[f64], n: usize, c: usize) -> f64 {
-    let (gate, up) = match glu {
-        Glu::None => return activate(code, v[c]),
-        Glu::Split => (v[c], v[n + c]),
-        Glu::Interleaved => (v[2 * c], v[2 * c + 1]),
+fn folded(fold: Fold, code: u32, v: &[f64], n: usize, c: usize) -> f64 {
+    let (gate, up) = match fold {
+        Fold::Plain => return activate(code, v[c]),
+        Fold::Glu => (v[c], v[n + c]),
+        Fold::Iglu => (v[2 * c], v[2 * c + 1]),
     };
     if code != 5 {
         return activate(code, gate) * up;
@@ -164,11 +166,11 @@ fn folded(glu: Glu, code: u32, v: &[f64], n: usize, c: usize) -> f64 {
 }
 
 fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
-    let Gemm { dtype, tile, glu, layout } = gemm;
+    let Gemm { dtype, tile, fold, layout } = gemm;
     let name = Kernel::Gemm(gemm).name();
     let mut random = Random(seed);
     let (n, k, experts) = (case.n, case.k, case.rows.len());
-    let nb = if glu == Glu::None { n } else { 2 * n };
+    let nb = if fold == Fold::Plain { n } else { 2 * n };
 
     // A row between experts, and one behind the last, belongs to no tile.
     let gap = usize::from(case.grouped);
@@ -196,6 +198,7 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
                             let place = match layout {
                                 Layout::Nk => (e * nb + c) * k + i,
                                 Layout::Kn => (e * k + i) * nb + c,
+                                other => unreachable!("no product has {other:?}"),
                             };
                             a.values[from * k + i] * b.values[place]
                         })
@@ -204,7 +207,7 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
                     scale * product + if case.biased { bias.values[e * nb + c] } else { 0.0 }
                 })
                 .collect();
-            want[r] = Some((0..n).map(|c| folded(glu, case.activation, &v, n, c)).collect());
+            want[r] = Some((0..n).map(|c| folded(fold, case.activation, &v, n, c)).collect());
         }
         start += rows + gap;
     }
@@ -227,27 +230,38 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
     );
 
     let optional = |wanted: bool, buffer: &Buffer| if wanted { buffer.address() } else { 0 };
+    // Where up begins behind gate in one tensor.
+    let up = match layout {
+        Layout::Nk => n * k,
+        _ => n,
+    };
+    let behind = |wanted: bool, buffer: &Buffer, elements: usize| {
+        if wanted && fold == Fold::Glu { buffer.address() + (elements * dtype.bytes() as usize) as u64 } else { 0 }
+    };
     let pointers = [
         a.bytes.address(),
         b.bytes.address(),
+        behind(true, &b.bytes, up),
         optional(case.biased, &bias.bytes),
+        behind(case.biased, &bias.bytes, n),
         out.address(),
         optional(case.grouped, &slots_buffer),
         optional(case.scaled, &scale.bytes),
+        0,
         optional(case.grouped, &tiles_buffer),
         optional(case.grouped, &count_buffer),
     ];
     // No dropout: the last six are not looked at beyond the first.
     let dropout = [0, 1f32.to_bits(), 0, 0, 0, 0];
-    let scalars = [total as u32, n as u32, k as u32, case.activation, ALPHA.to_bits(), LIMIT.to_bits()];
+    let scalars = [total as u32, n as u32, k as u32, nb as u32, case.activation, ALPHA.to_bits(), LIMIT.to_bits()];
     let scalars = scalars.into_iter().chain(dropout);
     let params: Vec<u8> =
         pointers.iter().flat_map(|p| p.to_le_bytes()).chain(scalars.flat_map(|s: u32| s.to_le_bytes())).collect();
     let max_tiles = if case.grouped { count + 2 } else { total.div_ceil(tile.bm as usize) };
     let grid = max_tiles.next_multiple_of(8) * n.div_ceil(gemm.out_columns() as usize);
 
-    let ptx = embedded().iter().find(|entry| entry.name == name).expect("every variant is embedded").ptx;
-    let module = softcuda::ptx::parse(ptx).map_err(|error| error.to_string())?;
+    let ptx = embedded().iter().find(|entry| entry.name == name).expect("every variant is embedded").ptx();
+    let module = softcuda::ptx::parse(&ptx).map_err(|error| error.to_string())?;
     let environment = Environment { compute_capability: (8, 0), ..Environment::default() };
     let program = lower_module(&module, &environment).map_err(|error| error.to_string())?;
     let config = Config { seed, count: true, ..Config::default() };
@@ -270,7 +284,7 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
         }
     }
     compare(dtype, &out, &want, n)?;
-    conflicts(ptx, &counters)?;
+    conflicts(&ptx, &counters)?;
     Ok(counters)
 }
 
@@ -284,6 +298,7 @@ fn compare(dtype: Dtype, out: &Buffer, want: &[Option<Vec<f64>>], n: usize) -> R
         Dtype::Bf16 => 2_f64.powi(-8),
         Dtype::F16 => 2_f64.powi(-11),
         Dtype::F32 => 2_f64.powi(-24),
+        other => unreachable!("no product has {other}"),
     };
     let mut squares = 0.0;
     for (r, row) in want.iter().enumerate() {
@@ -335,7 +350,7 @@ fn run(dtype: Dtype, height: u32) {
     });
     let mut failures = Vec::new();
     for (index, gemm) in variants.enumerate() {
-        let activations: [u32; 5] = if gemm.glu == Glu::None { [0, 1, 2, 3, 4] } else { [1, 2, 3, 4, 5] };
+        let activations: [u32; 5] = if gemm.fold == Fold::Plain { [0, 1, 2, 3, 4] } else { [1, 2, 3, 4, 5] };
         let shapes: [(usize, usize, &'static [usize], bool); 5] = [
             (8, 8, &[1], false),
             (24, 40, &[0, 17, 3], true),

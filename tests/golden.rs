@@ -1,9 +1,9 @@
 //! Recorded outputs of five model families, computed on the device in every storage type, by the example's own code.
 
+#[path = "support/data.rs"]
+mod data;
 #[path = "../examples/hf_layer/hf/mod.rs"]
 mod hf;
-
-use std::path::Path;
 
 use half::{bf16, f16};
 use hf::checkpoint::{Tensor, TensorFile};
@@ -11,12 +11,11 @@ use hf::cli::Options;
 use hf::device::Device;
 use hf::report::{Line, relative_error};
 use hf::{Job, Source};
-use moe_kernels::Element;
 use moe_kernels::reference::Real;
-use moe_kernels::rules::Dtype;
+use moe_kernels::{Dtype, Element};
 
 fn check<T: Element + Real>(device: &Device, family: &str) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
+    let folder = data::path("golden").join(family);
     let options = Options { folder: Some(folder), ..Options::own(T::DTYPE) };
     let job = Job::<T>::prepare(&options).unwrap();
     assert!(matches!(job.expected, Source::Golden(_)));
@@ -80,7 +79,7 @@ fn run(arguments: &[&std::ffi::OsStr]) -> (bool, String) {
 
 #[test]
 fn the_report_and_the_file() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/mixtral");
+    let folder = data::path("golden/mixtral");
     let out = std::env::temp_dir().join(format!("moe-kernels-out-{}.safetensors", std::process::id()));
     let (passes, report) = run(&[folder.as_ref(), "--dtype".as_ref(), "f32".as_ref(), "--out".as_ref(), out.as_ref()]);
     assert!(passes, "{report}");
@@ -113,7 +112,7 @@ fn the_report_and_the_file() {
             let widened =
                 |tensor: &Tensor| tensor.to_vec::<f32>().unwrap().into_iter().map(f64::from).collect::<Vec<f64>>();
             let error = relative_error(&widened(&got), &widened(&want));
-            assert!(error < 1e-5, "{name}: {error:e}");
+            assert!(error <= hf::report::tolerance(Dtype::F32), "{name}: {error:e}");
         }
     }
     std::fs::remove_file(out).ok();
@@ -121,7 +120,7 @@ fn the_report_and_the_file() {
 
 #[test]
 fn a_wrong_result_fails() {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/mixtral");
+    let source = data::path("golden/mixtral");
     let folder = std::env::temp_dir().join(format!("moe-kernels-wrong-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     for name in ["config.json", "model.safetensors"] {
@@ -140,7 +139,7 @@ fn a_wrong_result_fails() {
 
 #[test]
 fn no_rows() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden/deepseek_v3");
+    let folder = data::path("golden/deepseek_v3");
     let (passes, report) = run(&[folder.as_ref(), "--tokens".as_ref(), "0".as_ref()]);
     assert!(passes && report.contains("T 0 "), "{report}");
 }

@@ -1,10 +1,14 @@
 //! The reference against the recorded outputs of the models' own code: it is only an oracle if it reproduces them.
 
+#[allow(dead_code)] // its part of the one table
+#[path = "support/compare.rs"]
+mod compare;
+#[path = "support/data.rs"]
+mod data;
 #[path = "../examples/hf_layer/hf/mod.rs"]
 mod hf;
 
-use std::path::Path;
-
+use compare::{RECORDED, RECORDED_WEIGHT};
 use hf::checkpoint::Checkpoint;
 use hf::config::Config;
 use hf::families;
@@ -12,11 +16,8 @@ use hf::golden::{Golden, run_reference};
 use hf::load::load;
 use hf::report::relative_error;
 
-/// What remains is the rounding of the recorded f32 outputs and of the f32 arithmetic behind them.
-const TOLERANCE: f64 = 1e-6;
-
 fn check(family: &str) {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden").join(family);
+    let folder = data::path("golden").join(family);
     let config = Config::open(&folder).unwrap();
     let checkpoint = Checkpoint::open(&folder).unwrap();
     let golden = Golden::open(&folder).unwrap();
@@ -31,7 +32,7 @@ fn check(family: &str) {
 
     let close = |name: &str, got: &[f64], want: &[f64]| {
         let error = relative_error(got, want);
-        assert!(error <= TOLERANCE, "{family}: {name}: relative error {error:e}");
+        assert!(error <= RECORDED, "{family}: {name}: relative error {error:e}");
     };
     close("y", &got.y, &want.y);
     close("logits", &got.logits, want.logits.as_ref().expect("every family records its logits"));
@@ -51,9 +52,11 @@ fn check(family: &str) {
         let (got, want) = (row(&got.ids, &got.weights, token), row(ids, weights, token));
         for ((id, weight), (want_id, want_weight)) in got.iter().zip(&want) {
             assert_eq!(id, want_id, "{family}: token {token}");
-            // The weight of a small probability carries the absolute error of its f32 logit.
             let error = (weight - want_weight).abs() / want_weight.abs();
-            assert!(error <= 1e-5, "{family}: token {token}, expert {id}: weight {weight} is not {want_weight}");
+            assert!(
+                error <= RECORDED_WEIGHT,
+                "{family}: token {token}, expert {id}: weight {weight} is not {want_weight}"
+            );
         }
     }
 }

@@ -1,9 +1,11 @@
 //! What a layer puts on the device is what its plan says. One test: the software device's log belongs to the process.
 
 use half::bf16;
-use moe_kernels::layer::{Linear, Mlp, SharedDesc, SharedWeights};
-use moe_kernels::rules::Dtype;
-use moe_kernels::{Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+use moe_kernels::experts::Weight;
+use moe_kernels::layer::{
+    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouterWeights, SharedDesc, SharedWeights,
+};
+use moe_kernels::{Dtype, Kernels, Workspace, device};
 
 #[test]
 fn launches_are_those_of_the_plan() {
@@ -20,22 +22,14 @@ fn launches_are_those_of_the_plan() {
     let (gate_up, down) = (zeros(experts * 2 * intermediate * hidden), zeros(experts * hidden * intermediate));
 
     let plain = LayerDesc::new(Dtype::Bf16, hidden, intermediate, experts, 2);
-    let shared = Some(SharedDesc { intermediate, mlp: Mlp::SWIGLU });
-    for (desc, launches) in [(plain, 5), (LayerDesc { shared, ..plain }, 7)] {
+    let shared = Some(SharedDesc::new(intermediate, Mlp::swiglu(Dtype::Bf16)));
+    for (desc, launches) in [(plain, 5), (plain.shared(shared), 7)] {
         let plan = desc.plan(tokens, kernels.device()).expect("a valid layer");
         let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).expect("device memory");
-        let one_expert = SharedWeights {
-            gate_up: Linear { weight: &gate_up, bias: None },
-            down: Linear { weight: &down, bias: None },
-        };
-        let weights = LayerWeights {
-            router: &router,
-            router_bias: None,
-            correction_bias: None,
-            gate_up: Linear { weight: &gate_up, bias: None },
-            down: Linear { weight: &down, bias: None },
-            shared: desc.shared.map(|_| one_expert),
-        };
+        let (gate_up, down) = (Weight::new(&gate_up), Weight::new(&down));
+        let mut experts = ExpertWeights::new(gate_up, down);
+        experts.shared = desc.shared.map(|_| SharedWeights::new(gate_up, down));
+        let weights = LayerWeights::new(RouterWeights::new(&router), experts);
         control.log_launches(true);
         plan.forward(&kernels, &stream, &weights, LayerArgs::new(&x, &mut y), &mut workspace).expect("enqueued");
         stream.synchronize().expect("the kernels ran");

@@ -4,12 +4,9 @@
 mod support;
 
 use half::{bf16, f16};
-use moe_kernels::LayerDesc;
-use moe_kernels::layer::{Mlp, SharedDesc, Weighting};
-use moe_kernels::rules::Capacity;
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Activation, Glu, Layout};
-use moe_kernels::rules::{Gating, GroupScore, Groups, Score};
+use moe_kernels::Dtype;
+use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc, Weighting};
+use moe_kernels::rules::{Activation, Capacity, Gating, Glu, GroupScore, Groups, Layout, Score};
 use support::layer_case::{Case, Device, check, open};
 
 fn mixtral(dtype: Dtype) -> LayerDesc {
@@ -35,46 +32,39 @@ fn mixtral_f32() {
 /// 60 experts as in Qwen2-MoE, in groups ranked by their best (DeepSeek-V2); weights as they are.
 #[test]
 fn sixty_experts_f32_router() {
-    let groups = Some(Groups { count: 6, kept: 2, score: GroupScore::Max });
-    let desc = LayerDesc {
-        router_dtype: Dtype::F32,
-        gating: Gating { groups, ..Gating::new(Score::Softmax) },
-        ..LayerDesc::new(Dtype::Bf16, 72, 40, 60, 4)
-    };
+    let groups = Groups::new(6, 2).score(GroupScore::Max);
+    let desc = LayerDesc::new(Dtype::Bf16, 72, 40, 60, 4)
+        .router_dtype(Dtype::F32)
+        .gating(Gating::new(Score::Softmax).groups(Some(groups)));
     check::<bf16, f32>(&Case::new(desc, 37));
 }
 
 /// DeepSeek-V3: sigmoid with correction bias, groups, scale, a shared expert.
 #[test]
 fn deepseek() {
-    let groups = Some(Groups { count: 4, kept: 2, score: GroupScore::TopTwo });
-    let desc = LayerDesc {
-        gating: Gating { score: Score::Sigmoid, renormalise: true, scale: 2.5, groups },
-        router_dtype: Dtype::F32,
-        shared: Some(SharedDesc { intermediate: 56, mlp: Mlp::SWIGLU }),
-        ..LayerDesc::new(Dtype::F16, 64, 48, 16, 3)
-    };
+    let gating = Gating::new(Score::Sigmoid).renormalised().scale(2.5).groups(Some(Groups::new(4, 2)));
+    let desc = LayerDesc::new(Dtype::F16, 64, 48, 16, 3)
+        .gating(gating)
+        .router_dtype(Dtype::F32)
+        .shared(Some(SharedDesc::new(56, Mlp::swiglu(Dtype::F16))));
     check::<f16, f32>(&Case { correction_bias: true, ..Case::new(desc, 29) });
 }
 
 /// gpt-oss: softmax over the chosen, clamped SwiGLU on interleaved transposed weights, biases everywhere.
 #[test]
 fn gpt_oss() {
-    let desc = LayerDesc {
-        gating: Gating::new(Score::TopkSoftmax),
-        mlp: Mlp { activation: Activation::ClampedSwiglu { alpha: 1.702, limit: 0.25 }, ..Mlp::GPT_OSS },
-        ..LayerDesc::new(Dtype::Bf16, 72, 72, 12, 4)
-    };
+    let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 0.25 };
+    let desc = LayerDesc::new(Dtype::Bf16, 72, 72, 12, 4)
+        .gating(Gating::new(Score::TopkSoftmax))
+        .mlp(Mlp::gpt_oss(Dtype::Bf16).activation(activation));
     check::<bf16, bf16>(&Case { router_bias: true, expert_bias: true, ..Case::new(desc, 40) });
 }
 
 fn switch(padded: bool) -> LayerDesc {
-    LayerDesc {
-        gating: Gating::new(Score::Softmax),
-        mlp: Mlp::RELU,
-        capacity: Some(Capacity { per_expert: 3, tokens_per_sequence: 16, padded }),
-        ..LayerDesc::new(Dtype::F32, 64, 80, 5, 1)
-    }
+    LayerDesc::new(Dtype::F32, 64, 80, 5, 1)
+        .gating(Gating::new(Score::Softmax))
+        .mlp(Mlp::relu(Dtype::F32))
+        .capacity(Some(Capacity::new(3, 16).padded(padded)))
 }
 
 /// Switch: one expert, limited slots per sequence; the last sequence is shorter. A residual goes round the layer.
@@ -91,23 +81,23 @@ fn switch_padded() {
 /// Llama 4: the sigmoid of the one chosen logit scales the expert's input; transposed weights, a shared expert.
 #[test]
 fn llama4() {
-    let mlp = Mlp { gate_up_layout: Layout::Kn, down_layout: Layout::Kn, ..Mlp::SWIGLU };
-    let desc = LayerDesc {
-        gating: Gating::new(Score::Sigmoid),
-        weighting: Weighting::Input,
-        mlp,
-        shared: Some(SharedDesc { intermediate: 104, mlp: Mlp::SWIGLU }),
-        ..LayerDesc::new(Dtype::Bf16, 64, 96, 8, 1)
-    };
+    let plain = Mlp::swiglu(Dtype::Bf16);
+    let mlp = plain.gate_up(plain.gate_up.layout(Layout::Kn)).down(plain.down.layout(Layout::Kn));
+    let desc = LayerDesc::new(Dtype::Bf16, 64, 96, 8, 1)
+        .gating(Gating::new(Score::Sigmoid))
+        .weighting(Weighting::Input)
+        .mlp(mlp)
+        .shared(Some(SharedDesc::new(104, plain)));
     check::<bf16, bf16>(&Case { residual: true, ..Case::new(desc, 20) });
 }
 
 #[test]
 fn gelu_glu_and_plain_gelu_tanh() {
-    let mlp = Mlp { activation: Activation::Gelu, ..Mlp::SWIGLU };
-    check::<f32, f32>(&Case::new(LayerDesc { mlp, ..mixtral(Dtype::F32) }, 9));
-    let mlp = Mlp { glu: Glu::None, activation: Activation::GeluTanh, ..Mlp::SWIGLU };
-    check::<f32, f32>(&Case { expert_bias: true, ..Case::new(LayerDesc { mlp, ..mixtral(Dtype::F32) }, 9) });
+    let plain = Mlp::swiglu(Dtype::F32);
+    let mlp = plain.activation(Activation::Gelu);
+    check::<f32, f32>(&Case::new(mixtral(Dtype::F32).mlp(mlp), 9));
+    let mlp = plain.gate_up(plain.gate_up.glu(Glu::None)).activation(Activation::GeluTanh);
+    check::<f32, f32>(&Case { expert_bias: true, ..Case::new(mixtral(Dtype::F32).mlp(mlp), 9) });
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A program that never installs a driver: opening a device is an answer, not a panic, and planning needs no device.
 
-use moe_kernels::rules::Dtype;
-use moe_kernels::{DeviceInfo, Error, LayerDesc, device};
+use moe_kernels::layer::LayerDesc;
+use moe_kernels::{DeviceInfo, Dtype, Error, device};
 
 #[test]
 fn opening_a_device_never_panics() {

@@ -9,19 +9,22 @@ mod noise;
 mod support;
 
 use half::bf16;
-use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
-use moe_kernels::layer::Mlp;
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
+use moe_kernels::layer::{LayerDesc, Mlp};
 use moe_kernels::reference::{self, dispatch::DispatchRule};
-use moe_kernels::rules::Capacity;
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Gating, Score};
-use moe_kernels::{LayerDesc, Workspace};
+use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
+use moe_kernels::rules::{Capacity, Gating, Renormalise, Score};
+use moe_kernels::{Dtype, Workspace};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
-use support::compare::{assert_rounded_once, to_f64};
+use support::compare::{Shares, assert_weights};
 use support::device;
 use support::inputs::run_seed;
 use support::layer_case::{Case, check};
+use support::lists;
+
+/// DeepSeek-V3's.
+const EPSILON: Renormalise = Renormalise::Plus(1e-20);
 
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig {
@@ -41,11 +44,8 @@ fn experts_and_k() -> impl Strategy<Value = (usize, usize)> {
 /// No limit, or one counted in sequences of any length, padded or not.
 fn capacity() -> impl Strategy<Value = Option<Capacity>> {
     prop::option::of(
-        (1usize..=6, 1usize..=80, any::<bool>()).prop_map(|(per_expert, tokens_per_sequence, padded)| Capacity {
-            per_expert,
-            tokens_per_sequence,
-            padded,
-        }),
+        (1usize..=6, 1usize..=80, any::<bool>())
+            .prop_map(|(per_expert, sequence, padded)| Capacity::new(per_expert, sequence).padded(padded)),
     )
 }
 
@@ -72,20 +72,7 @@ fn sort(desc: &DispatchDesc, input: Result<&[i32], (&Gating, &[f32])>) -> (Sorte
     let (kernels, stream) = (device::kernels(), device::stream());
     let choices = desc.tokens * desc.top_k;
     let junk = |len: usize| stream.clone_htod(&vec![-7i32; len.max(1)]).unwrap();
-    let (mut counts, mut offsets) = (junk(desc.experts), junk(desc.experts + 1));
-    let (mut slot_token, mut token_slot) = (junk(desc.slots()), junk(choices));
-    let mut tiles = stream.clone_htod(&vec![[-7i32; 4]; desc.max_tiles().max(1)]).unwrap();
-    let mut num_tiles = junk(1);
-    let bytes = dispatch::workspace_bytes(desc, kernels.device()).unwrap();
-    let workspace = &mut Workspace::new(&stream, bytes).unwrap();
-    let outputs = DispatchOutputs {
-        counts: &mut counts,
-        offsets: &mut offsets,
-        slot_token: &mut slot_token,
-        token_slot: &mut token_slot,
-        slot_weight: None,
-        tiles: Some(TileList { tiles: &mut tiles, num_tiles: &mut num_tiles }),
-    };
+    let mut dispatched = lists::junk(&stream, &desc.shape());
     let mut ids = junk(choices);
     let mut weights = stream.alloc_zeros::<f32>(choices.max(1)).unwrap();
     match input {
@@ -93,7 +80,9 @@ fn sort(desc: &DispatchDesc, input: Result<&[i32], (&Gating, &[f32])>) -> (Sorte
             if !given.is_empty() {
                 stream.memcpy_htod(given, &mut ids).unwrap();
             }
-            let args = DispatchArgs { ids: &ids, weights: None, outputs, workspace };
+            let bytes = dispatch::workspace_bytes(desc, kernels.device()).unwrap();
+            let mut workspace = Workspace::new(&stream, bytes).unwrap();
+            let args = DispatchArgs::new(&ids, &mut dispatched, &mut workspace);
             dispatch::forward(kernels, &stream, desc, args).unwrap();
         }
         Err((gating, logits)) => {
@@ -101,21 +90,22 @@ fn sort(desc: &DispatchDesc, input: Result<&[i32], (&Gating, &[f32])>) -> (Sorte
             if !logits.is_empty() {
                 stream.memcpy_htod(logits, &mut buffer).unwrap();
             }
-            let (logits, correction_bias) = (&buffer, None);
-            let (ids, weights) = (&mut ids, &mut weights);
-            let args = GateDispatchArgs { logits, correction_bias, ids, weights, outputs, workspace };
-            dispatch::gate_and_dispatch(kernels, &stream, gating, desc, args).unwrap();
+            let desc = GatingDispatchDesc::new(*gating, *desc);
+            let bytes = gating_dispatch::workspace_bytes(&desc, kernels.device()).unwrap();
+            let mut workspace = Workspace::new(&stream, bytes).unwrap();
+            let args = GatingDispatchArgs::new(&buffer, &mut ids, &mut weights, &mut dispatched, &mut workspace);
+            gating_dispatch::forward(kernels, &stream, &desc, args).unwrap();
         }
     }
     let read = |buffer| stream.clone_dtoh::<i32, _>(buffer).unwrap();
-    let offsets = read(&offsets);
+    let offsets = read(dispatched.offsets());
     let live = offsets[desc.experts] as usize;
-    let count = read(&num_tiles)[0] as usize;
+    let count = read(dispatched.num_tiles())[0] as usize;
     let sorted = Sorted {
-        counts: read(&counts),
-        slot_token: read(&slot_token)[..live].to_vec(),
-        token_slot: read(&token_slot)[..choices].to_vec(),
-        tiles: stream.clone_dtoh(&tiles).unwrap()[..count].to_vec(),
+        counts: read(dispatched.counts()),
+        slot_token: read(dispatched.slot_token())[..live].to_vec(),
+        token_slot: read(dispatched.token_slot())[..choices].to_vec(),
+        tiles: stream.clone_dtoh(dispatched.tiles()).unwrap()[..count].to_vec(),
         offsets,
     };
     (sorted, read(&ids)[..choices].to_vec(), stream.clone_dtoh(&weights).unwrap()[..choices].to_vec())
@@ -144,7 +134,7 @@ proptest! {
         skew in 1usize..=400,
         seed in any::<u64>(),
     ) {
-        let desc = DispatchDesc { tokens, experts, top_k, capacity, tile_m };
+        let desc = DispatchDesc::new(tokens, experts, top_k, tile_m).capacity(capacity);
         prop_assume!(desc.validate().is_ok());
         let mut rng = fastrand::Rng::with_seed(seed);
         let ids: Vec<i32> = (0..tokens * top_k)
@@ -169,9 +159,9 @@ proptest! {
         renormalise in any::<bool>(),
         capacity in capacity(),
     ) {
-        let desc = DispatchDesc { tokens, experts, top_k, capacity, tile_m: 16 };
+        let desc = DispatchDesc::new(tokens, experts, top_k, 16).capacity(capacity);
         prop_assume!(desc.validate().is_ok());
-        let gating = Gating { renormalise, ..Gating::new(score) };
+        let gating = Gating::new(score).renormalise(renormalise.then_some(EPSILON));
         let (sorted, ids, weights) = sort(&desc, Err((&gating, &logits)));
         for chosen in ids.chunks(top_k) {
             let mut distinct = chosen.to_vec();
@@ -182,7 +172,8 @@ proptest! {
         }
         let want = reference::gating::gate::<f32, f32>(&logits, None, experts, top_k, &gating).unwrap();
         prop_assert_eq!(&ids, &want.ids);
-        assert_rounded_once("weights", &to_f64(&weights), &want.weights, Dtype::F32);
+        let shares = Shares::of(score, experts, top_k);
+        assert_weights("weights", &weights, &want.weights, shares, if renormalise { top_k } else { 0 });
         assert_sorted(&desc, &ids, &sorted);
     }
 }
@@ -197,17 +188,15 @@ proptest! {
         k in 1usize..=6,
         (hidden, intermediate) in (1usize..=12, 1usize..=10),
         tokens in prop_oneof![Just(0usize), 1usize..=4, 5usize..=60],
-        mlp in prop::sample::select(vec![Mlp::SWIGLU, Mlp::RELU, Mlp::GPT_OSS]),
+        mlp in prop::sample::select(vec![Mlp::swiglu(Dtype::Bf16), Mlp::relu(Dtype::Bf16), Mlp::gpt_oss(Dtype::Bf16)]),
         score in prop::sample::select(Score::ALL.to_vec()),
         capacity in capacity(),
         (renormalise, router_bias, expert_bias, residual) in any::<(bool, bool, bool, bool)>(),
     ) {
-        let desc = LayerDesc {
-            mlp,
-            capacity,
-            gating: Gating { renormalise, ..Gating::new(score) },
-            ..LayerDesc::new(Dtype::Bf16, 8 * hidden, 8 * intermediate, experts, k.min(experts))
-        };
+        let desc = LayerDesc::new(Dtype::Bf16, 8 * hidden, 8 * intermediate, experts, k.min(experts))
+            .mlp(mlp)
+            .capacity(capacity)
+            .gating(Gating::new(score).renormalise(renormalise.then_some(EPSILON)));
         let case = Case { router_bias, expert_bias, residual, ..Case::new(desc, tokens) };
         check::<bf16, bf16>(&case);
     }

@@ -9,16 +9,18 @@ use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::{CudaContext, CudaStream};
 use half::{bf16, f16};
-use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
-use moe_kernels::layer::{Linear, Mlp, SharedDesc, SharedWeights};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::experts::{Dispatched, Lists, SlotShape, Weight};
+use moe_kernels::layer::{
+    ExpertWeights, LayerArgs, LayerDesc, LayerPlan, LayerWeights, Mlp, RouterWeights, SharedDesc, SharedWeights,
+};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Activation, Glu, Layout};
-use moe_kernels::rules::{Gating, Score};
-use moe_kernels::{Error, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace, device};
+use moe_kernels::rules::{Activation, Gating, Glu, Score, WeightDesc};
+use moe_kernels::{Dtype, Error, Kernels, Workspace, device};
 
 struct Device {
     stream: Arc<CudaStream>,
@@ -63,7 +65,7 @@ const K: usize = 2;
 const H: usize = 64;
 
 fn router_desc() -> RouterDesc {
-    RouterDesc { x: Dtype::Bf16, weight: Dtype::Bf16, tokens: T, experts: E, hidden: H }
+    RouterDesc::new(Dtype::Bf16, T, E, H)
 }
 
 #[test]
@@ -72,7 +74,7 @@ fn router_buffers() {
     let run = |desc: RouterDesc, x: usize, weight: usize, bias: usize, logits: usize| {
         let (x, weight, bias) = (d.zeros::<bf16>(x), d.zeros::<bf16>(weight), d.zeros::<f32>(bias));
         let mut logits = d.zeros::<f32>(logits);
-        let args = RouterArgs { x: &x, weight: &weight, bias: Some(&bias), logits: &mut logits };
+        let args = RouterArgs::new(&x, &weight, &mut logits).bias(&bias);
         d.refused(|| router::forward(&d.kernels, &d.stream, &desc, args)).0
     };
     let short = |argument, needed, got| Error::BufferTooShort { operation: "router", argument, needed, got };
@@ -80,10 +82,10 @@ fn router_buffers() {
     assert_eq!(run(router_desc(), T * H, E * H - 8, E, T * E), short("weight", E * H, E * H - 8));
     assert_eq!(run(router_desc(), T * H, E * H, E - 1, T * E), short("bias", E, E - 1));
     assert_eq!(run(router_desc(), T * H, E * H, E, T * E - 1), short("logits", T * E, T * E - 1));
-    let wrong = run(RouterDesc { x: Dtype::F16, weight: Dtype::F16, ..router_desc() }, T * H, E * H, E, T * E);
+    let wrong = run(RouterDesc::new(Dtype::F16, T, E, H), T * H, E * H, E, T * E);
     let (expected, got) = (Dtype::F16, Dtype::Bf16);
     assert_eq!(wrong, Error::WrongDtype { operation: "router", argument: "x", expected, got });
-    let wrong = run(RouterDesc { weight: Dtype::F32, ..router_desc() }, T * H, E * H, E, T * E);
+    let wrong = run(router_desc().weight(Dtype::F32), T * H, E * H, E, T * E);
     assert_eq!(wrong.argument(), Some("weight"));
 }
 
@@ -93,7 +95,7 @@ fn misaligned_view() {
     let (x, weight) = (d.zeros::<bf16>(T * H + 1), d.zeros::<bf16>(E * H));
     let mut logits = d.zeros::<f32>(T * E);
     let view = x.slice(1..);
-    let args = RouterArgs { x: &view, weight: &weight, bias: None, logits: &mut logits };
+    let args = RouterArgs::new(&view, &weight, &mut logits);
     let (error, argument) = d.refused(|| router::forward(&d.kernels, &d.stream, &router_desc(), args));
     assert_eq!(argument, "x");
     assert!(matches!(error, Error::Misaligned { needed: 16, .. }), "{error}");
@@ -111,10 +113,10 @@ fn other_context() {
     let x = foreign.alloc_zeros::<bf16>(T * H).expect("device memory");
     let weight = d.zeros::<bf16>(E * H);
     let mut logits = d.zeros::<f32>(T * E);
-    let args = RouterArgs { x: &x, weight: &weight, bias: None, logits: &mut logits };
+    let args = RouterArgs::new(&x, &weight, &mut logits);
     let (error, _) = d.refused(|| router::forward(&d.kernels, &d.stream, &router_desc(), args));
     assert_eq!(error, Error::DifferentContext { operation: "router", argument: "x" });
-    let args = RouterArgs { x: &x, weight: &weight, bias: None, logits: &mut logits };
+    let args = RouterArgs::new(&x, &weight, &mut logits);
     let (error, _) = d.refused(|| router::forward(&d.kernels, &foreign, &router_desc(), args));
     assert_eq!(error, Error::DifferentContext { operation: "router", argument: "stream" });
 }
@@ -122,226 +124,151 @@ fn other_context() {
 #[test]
 fn gating_buffers() {
     let d = open();
-    let desc = GatingDesc { tokens: T, experts: E, top_k: K, gating: Gating::new(Score::Softmax) };
+    let desc = GatingDesc::new(T, E, K, Gating::new(Score::Softmax));
     let run = |desc: GatingDesc, logits: usize, bias: usize, ids: usize, weights: usize| {
         let (logits, bias) = (d.zeros::<f32>(logits), d.zeros::<f32>(bias));
         let (mut ids, mut weights) = (d.zeros::<i32>(ids), d.zeros::<f32>(weights));
-        let args = GatingArgs { logits: &logits, correction_bias: Some(&bias), ids: &mut ids, weights: &mut weights };
+        let args = GatingArgs::new(&logits, &mut ids, &mut weights).correction_bias(&bias);
         d.refused(|| gating::forward(&d.kernels, &d.stream, &desc, args)).1
     };
     assert_eq!(run(desc, T * E - 1, E, T * K, T * K), "logits");
     assert_eq!(run(desc, T * E, E - 1, T * K, T * K), "correction_bias");
     assert_eq!(run(desc, T * E, E, T * K - 1, T * K), "ids");
     assert_eq!(run(desc, T * E, E, T * K, T * K - 1), "weights");
-    assert_eq!(run(GatingDesc { top_k: E + 1, ..desc }, T * E, E, T * E, T * E), "top_k");
-    let without_scores = GatingDesc { gating: Gating::new(Score::TopkSoftmax), ..desc };
+    assert_eq!(run(GatingDesc::new(T, E, E + 1, desc.gating), T * E, E, T * E, T * E), "top_k");
+    let without_scores = GatingDesc::new(T, E, K, Gating::new(Score::TopkSoftmax));
     assert_eq!(run(without_scores, T * E, E, T * K, T * K), "correction_bias");
 }
 
-/// Lengths of a dispatch's buffers.
-#[derive(Clone, Copy)]
-struct Lengths {
-    ids: usize,
-    counts: usize,
-    offsets: usize,
-    slot_token: usize,
-    token_slot: usize,
-    slot_weight: usize,
-    tiles: usize,
-    num_tiles: usize,
-    workspace: usize,
-}
+/// Tokens, experts, choices, rows and tiles that a dispatch's lists are made for.
+type Most = [usize; 5];
 
 #[test]
 fn dispatch_buffers() {
     let d = open();
-    let desc = DispatchDesc { tokens: T, experts: E, top_k: K, capacity: None, tile_m: 16 };
-    let workspace = dispatch::workspace_bytes(&desc, d.kernels.device()).unwrap();
-    let enough = Lengths {
-        ids: T * K,
-        counts: E,
-        offsets: E + 1,
-        slot_token: desc.slots(),
-        token_slot: T * K,
-        slot_weight: desc.slots(),
-        tiles: desc.max_tiles(),
-        num_tiles: 1,
-        workspace,
-    };
-    let run = |desc: DispatchDesc, n: Lengths, fused: bool| {
-        let (ids, weights, logits) = (d.zeros::<i32>(n.ids), d.zeros::<f32>(T * K), d.zeros::<f32>(T * E));
-        let (mut chosen, mut chosen_weights) = (d.zeros::<i32>(n.ids), d.zeros::<f32>(T * K));
-        let (mut counts, mut offsets) = (d.zeros::<i32>(n.counts), d.zeros::<i32>(n.offsets));
-        let (mut slot_token, mut token_slot) = (d.zeros::<i32>(n.slot_token), d.zeros::<i32>(n.token_slot));
-        let mut slot_weight = d.zeros::<f32>(n.slot_weight);
-        let (mut tiles, mut num_tiles) = (d.zeros::<[i32; 4]>(n.tiles), d.zeros::<i32>(n.num_tiles));
-        let mut workspace = Workspace::new(&d.stream, n.workspace).unwrap();
-        let outputs = DispatchOutputs {
-            counts: &mut counts,
-            offsets: &mut offsets,
-            slot_token: &mut slot_token,
-            token_slot: &mut token_slot,
-            slot_weight: Some(&mut slot_weight),
-            tiles: Some(TileList { tiles: &mut tiles, num_tiles: &mut num_tiles }),
-        };
-        let workspace = &mut workspace;
+    let desc = DispatchDesc::new(T, E, K, 16);
+    let gating = Gating::new(Score::Sigmoid);
+    let most: Most = [T, E, K, desc.slots(), desc.max_tiles()];
+    let run = |desc: DispatchDesc, ids: usize, [tokens, experts, top_k, slots, tiles]: Most, space: usize, fused| {
+        let (logits, weights) = (d.zeros::<f32>(T * E), d.zeros::<f32>(T * K));
+        let (mut chosen, mut chosen_weights) = (d.zeros::<i32>(ids), d.zeros::<f32>(T * K));
+        let lists = SlotShape::new(tokens, experts, Some(top_k), slots, 16, tiles);
+        let mut lists = Dispatched::new(&d.stream, &lists).unwrap();
+        let mut space = Workspace::new(&d.stream, space).unwrap();
         if fused {
-            let args = GateDispatchArgs {
-                logits: &logits,
-                correction_bias: None,
-                ids: &mut chosen,
-                weights: &mut chosen_weights,
-                outputs,
-                workspace,
-            };
-            let gating = Gating::new(Score::Sigmoid);
-            d.refused(|| dispatch::gate_and_dispatch(&d.kernels, &d.stream, &gating, &desc, args)).1
+            let (ids, weights) = (&mut chosen, &mut chosen_weights);
+            let args = GatingDispatchArgs::new(&logits, ids, weights, &mut lists, &mut space);
+            let desc = GatingDispatchDesc::new(gating, desc);
+            d.refused(|| gating_dispatch::forward(&d.kernels, &d.stream, &desc, args)).1
         } else {
-            let args = DispatchArgs { ids: &ids, weights: Some(&weights), outputs, workspace };
+            let args = DispatchArgs::new(&chosen, &mut lists, &mut space).weights(&weights);
             d.refused(|| dispatch::forward(&d.kernels, &d.stream, &desc, args)).1
         }
     };
-    for fused in [false, true] {
-        let run = |n: Lengths| run(desc, n, fused);
-        assert_eq!(run(Lengths { ids: T * K - 1, ..enough }), "ids");
-        assert_eq!(run(Lengths { counts: E - 1, ..enough }), "counts");
-        assert_eq!(run(Lengths { offsets: E, ..enough }), "offsets");
-        assert_eq!(run(Lengths { slot_token: desc.slots() - 1, ..enough }), "slot_token");
-        assert_eq!(run(Lengths { token_slot: T * K - 1, ..enough }), "token_slot");
-        assert_eq!(run(Lengths { slot_weight: desc.slots() - 1, ..enough }), "slot_weight");
-        assert_eq!(run(Lengths { tiles: desc.max_tiles() - 1, ..enough }), "tiles");
-        assert_eq!(run(Lengths { workspace: workspace - 1, ..enough }), "workspace");
+    let device = d.kernels.device();
+    let together = gating_dispatch::workspace_bytes(&GatingDispatchDesc::new(gating, desc), device).unwrap();
+    for (fused, space) in [(false, dispatch::workspace_bytes(&desc, device).unwrap()), (true, together)] {
+        assert_eq!(run(desc, T * K - 1, most, space, fused), "ids");
+        let names = ["tokens", "experts", "token_slot", "slots", "max_tiles"];
+        for (index, name) in names.into_iter().enumerate() {
+            let mut fewer = most;
+            fewer[index] -= 1;
+            assert_eq!(run(desc, T * K, fewer, space, fused), format!("dispatched.{name}"));
+        }
+        assert_eq!(run(desc, T * K, most, space - 1, fused), "workspace");
     }
-    assert_eq!(run(DispatchDesc { tile_m: 0, ..desc }, enough, false), "tile_m");
+    let mut without_rows = desc;
+    without_rows.tile_m = 0;
+    assert_eq!(run(without_rows, T * K, most, 1 << 16, false), "tile_m");
 }
 
-#[test]
-fn slot_weights_need_weights() {
-    let d = open();
-    let desc = DispatchDesc { tokens: T, experts: E, top_k: K, capacity: None, tile_m: 16 };
-    let ids = d.zeros::<i32>(T * K);
-    let (mut counts, mut offsets) = (d.zeros::<i32>(E), d.zeros::<i32>(E + 1));
-    let (mut slot_token, mut token_slot) = (d.zeros::<i32>(T * K), d.zeros::<i32>(T * K));
-    let mut slot_weight = d.zeros::<f32>(T * K);
-    let mut workspace =
-        Workspace::new(&d.stream, dispatch::workspace_bytes(&desc, d.kernels.device()).unwrap()).unwrap();
-    let args = DispatchArgs {
-        ids: &ids,
-        weights: None,
-        outputs: DispatchOutputs {
-            counts: &mut counts,
-            offsets: &mut offsets,
-            slot_token: &mut slot_token,
-            token_slot: &mut token_slot,
-            slot_weight: Some(&mut slot_weight),
-            tiles: None,
-        },
-        workspace: &mut workspace,
+/// Lists without tiles, all zeros.
+fn no_tiles(d: &Device, shape: &SlotShape) -> Dispatched {
+    let ints = |len: usize| d.zeros::<i32>(len);
+    let lists = Lists {
+        counts: ints(shape.experts),
+        offsets: ints(shape.experts + 1),
+        slot_token: ints(shape.slots),
+        token_slot: ints(shape.slots.max(shape.tokens * shape.top_k.unwrap_or(0))),
+        token_offsets: ints(shape.tokens + 1),
+        slot_weight: d.zeros(shape.slots),
+        tiles: d.zeros(shape.max_tiles),
+        num_tiles: ints(1),
     };
-    let (error, argument) = d.refused(|| dispatch::forward(&d.kernels, &d.stream, &desc, args));
-    assert!(matches!(error, Error::Missing { .. }) && argument == "weights", "{error}");
+    // SAFETY: there are no tiles, and token 0 and row 0 exist.
+    unsafe { Dispatched::from_lists(shape, lists) }.unwrap()
 }
 
 #[test]
 fn gemm_buffers() {
     let d = open();
-    let (rows, n, k) = (10, 24, H);
-    let desc = GemmDesc {
-        dtype: Dtype::F16,
-        rows,
-        a_rows: T,
-        experts: E,
-        n,
-        k,
-        glu: Glu::Split,
-        activation: Activation::Silu,
-        layout: Layout::Nk,
-        schedule: Schedule::Grouped { tile_m: 16, max_tiles: 3 },
-    };
-    let run = |desc: GemmDesc, gather: bool, listed: bool, [a, b, bias, out, tiles]: [usize; 5]| {
+    let (rows, n, k) = (T * K, 24, H);
+    let shape = SlotShape::new(T, E, Some(K), rows, 16, 3);
+    let weight = WeightDesc::new(Dtype::F16).glu(Glu::Split);
+    let swiglu = |desc: GemmDesc| desc.weight(weight).activation(Activation::Silu);
+    let desc = swiglu(GemmDesc::new(Dtype::F16, Rows::Grouped(shape), n, k)).gather(true);
+    let run = |desc: GemmDesc, lists: Option<SlotShape>, [a, b, bias, out]: [usize; 4]| {
         let (a, b, bias) = (d.zeros::<f16>(a), d.zeros::<f16>(b), d.zeros::<f16>(bias));
-        let slot_token = d.zeros::<i32>(rows);
-        let (tiles, num_tiles) = (d.zeros::<[i32; 4]>(tiles), d.zeros::<i32>(1));
+        let lists = lists.map(|shape| no_tiles(d, &shape));
         let mut out = d.zeros::<f16>(out);
-        let args = GemmArgs {
-            a: &a,
-            b: &b,
-            bias: Some(&bias),
-            slot_token: if gather { Some(&slot_token) } else { None },
-            row_scale: None,
-            tiles: listed.then_some(Tiles { tiles: &tiles, num_tiles: &num_tiles }),
-            out: &mut out,
-        };
+        let mut args = GemmArgs::new(&a, Weight::new(&b).bias(&bias), &mut out);
+        args.dispatched = lists.as_ref();
         d.refused(|| gemm::forward(&d.kernels, &d.stream, &desc, args)).1
     };
-    let enough = [T * k, E * 2 * n * k, E * 2 * n, rows * n, 3];
-    for (index, name) in ["a", "b", "bias", "out", "tiles"].into_iter().enumerate() {
+    let enough = [T * k, E * 2 * n * k, E * 2 * n, rows * n];
+    for (index, name) in ["a", "weight", "weight.bias", "out"].into_iter().enumerate() {
         let mut lengths = enough;
         lengths[index] -= 1;
-        assert_eq!(run(desc, true, true, lengths), name);
+        assert_eq!(run(desc, Some(shape), lengths), name);
     }
-    assert_eq!(run(desc, true, false, enough), "tiles");
-    assert_eq!(run(desc, false, true, enough), "a_rows");
-    let dense = GemmDesc { experts: 1, schedule: Schedule::Dense, ..desc };
-    assert_eq!(run(dense, true, true, enough), "tiles");
-    assert_eq!(run(GemmDesc { dtype: Dtype::Bf16, ..desc }, true, true, enough), "a");
+    assert_eq!(run(desc, None, enough), "dispatched");
+    assert_eq!(run(desc, Some(SlotShape::new(T, E, Some(K), rows, 16, 2)), enough), "dispatched");
+    let dense = swiglu(GemmDesc::new(Dtype::F16, Rows::Dense(rows), n, k));
+    assert_eq!(run(dense.gather(true), None, enough), "gather");
+    assert_eq!(run(dense, Some(shape), enough), "dispatched");
+    let other = GemmDesc::new(Dtype::Bf16, Rows::Grouped(shape), n, k);
+    assert_eq!(run(other, Some(shape), enough), "a");
 }
 
 #[test]
 fn combine_buffers() {
     let d = open();
-    let desc = CombineDesc { dtype: Dtype::F32, tokens: T, top_k: K, hidden: H, slots: T * K };
-    let run = |[y_slots, token_slot, weights, residual, addend, y]: [usize; 6]| {
-        let (y_slots, token_slot) = (d.zeros::<f32>(y_slots), d.zeros::<i32>(token_slot));
+    let shape = SlotShape::new(T, E, Some(K), T * K, 16, 3);
+    let desc = CombineDesc::new(Dtype::F32, shape, H);
+    let run = |lists: SlotShape, [y_slots, weights, residual, addend, y]: [usize; 5]| {
+        let (y_slots, lists) = (d.zeros::<f32>(y_slots), no_tiles(d, &lists));
         let (weights, residual, addend) = (d.zeros::<f32>(weights), d.zeros::<f32>(residual), d.zeros::<f32>(addend));
         let mut y = d.zeros::<f32>(y);
-        let args = CombineArgs {
-            y_slots: &y_slots,
-            token_slot: &token_slot,
-            weights: Some(&weights),
-            residual: Some(&residual),
-            addend: Some(&addend),
-            y: &mut y,
-        };
+        let args = CombineArgs::new(&y_slots, &lists, &mut y).weights(&weights).residual(&residual).addend(&addend);
         d.refused(|| combine::forward(&d.kernels, &d.stream, &desc, args)).1
     };
-    let enough = [T * K * H, T * K, T * K, T * H, T * H, T * H];
-    let names = ["y_slots", "token_slot", "weights", "residual", "addend", "y"];
-    for (index, name) in names.into_iter().enumerate() {
+    let enough = [T * K * H, T * K, T * H, T * H, T * H];
+    for (index, name) in ["y_slots", "weights", "residual", "addend", "y"].into_iter().enumerate() {
         let mut lengths = enough;
         lengths[index] -= 1;
-        assert_eq!(run(lengths), name);
+        assert_eq!(run(shape, lengths), name);
     }
+    assert_eq!(run(SlotShape::new(T, E, Some(K - 1), T * K, 16, 3), enough), "dispatched");
 }
 
 #[test]
 fn layer_weights_against_the_descriptor() {
     let d = open();
     let (intermediate, shared_intermediate) = (32, 40);
-    let desc = LayerDesc {
-        shared: Some(SharedDesc { intermediate: shared_intermediate, mlp: Mlp::SWIGLU }),
-        ..LayerDesc::new(Dtype::Bf16, H, intermediate, E, K)
-    };
+    let desc = LayerDesc::new(Dtype::Bf16, H, intermediate, E, K)
+        .shared(Some(SharedDesc::new(shared_intermediate, Mlp::swiglu(Dtype::Bf16))));
     let plan = desc.plan(T, d.kernels.device()).unwrap();
-    let without = LayerDesc { shared: None, ..desc }.plan(T, d.kernels.device()).unwrap();
+    let without = desc.shared(None).plan(T, d.kernels.device()).unwrap();
     let router = d.zeros::<bf16>(E * H);
     let (gate_up, down) = (d.zeros::<bf16>(E * 2 * intermediate * H), d.zeros::<bf16>(E * H * intermediate));
     let shared_gate_up = d.zeros::<bf16>(2 * shared_intermediate * H);
     let shared_down = d.zeros::<bf16>(shared_intermediate * H);
     let bias = d.zeros::<bf16>(E * H);
-    let shared = SharedWeights {
-        gate_up: Linear { weight: &shared_gate_up, bias: None },
-        down: Linear { weight: &shared_down, bias: None },
-    };
-    let weights = LayerWeights {
-        router: &router,
-        router_bias: None,
-        correction_bias: None,
-        gate_up: Linear { weight: &gate_up, bias: None },
-        down: Linear { weight: &down, bias: Some(&bias) },
-        shared: Some(shared),
-    };
-    let run = |plan: &moe_kernels::LayerPlan, weights: LayerWeights<'_, bf16>, workspace: usize, y: usize| {
+    let shared = SharedWeights::new(Weight::new(&shared_gate_up), Weight::new(&shared_down));
+    let experts = ExpertWeights::new(Weight::new(&gate_up), Weight::new(&down).bias(&bias)).shared(shared);
+    let router = RouterWeights::new(&router);
+    let weights = LayerWeights::new(router, experts);
+    let run = |plan: &LayerPlan, weights: LayerWeights<'_>, workspace: usize, y: usize| {
         let (x, mut y) = (d.zeros::<bf16>(T * H), d.zeros::<bf16>(y));
         let mut workspace = Workspace::new(&d.stream, workspace).unwrap();
         let args = LayerArgs::new(&x, &mut y);
@@ -350,16 +277,14 @@ fn layer_weights_against_the_descriptor() {
     let bytes = plan.workspace_bytes();
     assert_eq!(run(&plan, weights, bytes - 1, T * H).1, "workspace");
     assert_eq!(run(&plan, weights, bytes, T * H - 1).1, "y");
-    assert!(matches!(
-        run(&plan, LayerWeights { shared: None, ..weights }, bytes, T * H),
-        (Error::Missing { .. }, "shared")
-    ));
+    let unshared = LayerWeights::new(router, ExpertWeights::new(experts.gate_up, experts.down));
+    assert!(matches!(run(&plan, unshared, bytes, T * H), (Error::Missing { .. }, "shared")));
     assert!(matches!(run(&without, weights, bytes, T * H), (Error::Unexpected { .. }, "shared")));
-    let swapped = LayerWeights { gate_up: Linear { weight: &down, bias: None }, ..weights };
-    assert_eq!(run(&plan, swapped, bytes, T * H).1, "gate_up.weight");
+    let swapped = ExpertWeights::new(Weight::new(&down), experts.down).shared(shared);
+    assert_eq!(run(&plan, LayerWeights::new(router, swapped), bytes, T * H).1, "gate_up");
     let rest = bias.slice(8..);
-    let short = LayerWeights { down: Linear { weight: &down, bias: Some(&rest) }, ..weights };
-    assert_eq!(run(&plan, short, bytes, T * H).1, "down.bias");
+    let short = ExpertWeights::new(experts.gate_up, Weight::new(&down).bias(&rest)).shared(shared);
+    assert_eq!(run(&plan, LayerWeights::new(router, short), bytes, T * H).1, "down.bias");
 }
 
 #[test]
@@ -370,14 +295,8 @@ fn plan_of_another_device() {
     let plan = LayerDesc::new(Dtype::F32, H, 32, E, K).plan(T, &more).unwrap();
     let router = d.zeros::<f32>(E * H);
     let (gate_up, down) = (d.zeros::<f32>(E * 2 * 32 * H), d.zeros::<f32>(E * H * 32));
-    let weights = LayerWeights {
-        router: &router,
-        router_bias: None,
-        correction_bias: None,
-        gate_up: Linear { weight: &gate_up, bias: None },
-        down: Linear { weight: &down, bias: None },
-        shared: None,
-    };
+    let experts = ExpertWeights::new(Weight::new(&gate_up), Weight::new(&down));
+    let weights = LayerWeights::new(RouterWeights::new(&router), experts);
     let (x, mut y) = (d.zeros::<f32>(T * H), d.zeros::<f32>(T * H));
     let mut workspace = Workspace::new(&d.stream, plan.workspace_bytes()).unwrap();
     let args = LayerArgs::new(&x, &mut y);

@@ -4,17 +4,16 @@ mod support;
 
 use cudarc::driver::CudaSlice;
 use half::f16;
-use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc, DispatchOutputs, GateDispatchArgs, TileList};
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
-use moe_kernels::layer::{Linear, Mlp, Weighting};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::experts::{Dispatched, Weight};
+use moe_kernels::layer::{ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, Weighting};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::rules::Capacity;
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Activation, Glu};
-use moe_kernels::rules::{Gating, GroupScore, Groups, Score};
-use moe_kernels::{LayerArgs, LayerDesc, LayerWeights, Workspace};
+use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Score};
+use moe_kernels::{Dtype, Workspace};
 use support::layer_case::{Device, Random, open};
 
 type T = f16;
@@ -60,24 +59,15 @@ impl Inputs {
 
 fn whole(d: &Device, desc: &LayerDesc, tokens: usize, inputs: &Inputs) -> Outcome {
     let plan = desc.plan(tokens, d.kernels.device()).expect("a valid layer");
-    let weights = LayerWeights {
-        router: &inputs.router,
-        router_bias: Some(&inputs.router_bias),
-        correction_bias: Some(&inputs.correction_bias),
-        gate_up: Linear { weight: &inputs.gate_up, bias: Some(&inputs.gate_up_bias) },
-        down: Linear { weight: &inputs.down, bias: None },
-        shared: None,
-    };
+    let router = RouterWeights::new(&inputs.router).bias(&inputs.router_bias).correction_bias(&inputs.correction_bias);
+    let experts =
+        ExpertWeights::new(Weight::new(&inputs.gate_up).bias(&inputs.gate_up_bias), Weight::new(&inputs.down));
+    let weights = LayerWeights::new(router, experts);
     let mut out = Buffers::new(d, desc, tokens);
     let mut workspace = Workspace::new(&d.stream, plan.workspace_bytes()).expect("device memory");
-    let args = LayerArgs {
-        residual: Some(&inputs.residual),
-        logits: Some(&mut out.logits),
-        ids: Some(&mut out.ids),
-        weights: Some(&mut out.weights),
-        counts: Some(&mut out.counts),
-        ..LayerArgs::new(&inputs.x, &mut out.y)
-    };
+    let route =
+        RouteArgs::new().logits(&mut out.logits).ids(&mut out.ids).weights(&mut out.weights).counts(&mut out.counts);
+    let args = LayerArgs::new(&inputs.x, &mut out.y).residual(&inputs.residual).route(route);
     plan.forward(d.kernels, &d.stream, &weights, args, &mut workspace).expect("enqueued");
     out.read(d)
 }
@@ -119,124 +109,71 @@ fn one_by_one(d: &Device, desc: &LayerDesc, tokens: usize, inputs: &Inputs, fuse
     let LayerDesc { dtype, router_dtype, hidden, intermediate, experts, top_k, gating, capacity, .. } = *desc;
     let mut out = Buffers::new(d, desc, tokens);
 
-    let routing = RouterDesc { x: dtype, weight: router_dtype, tokens, experts, hidden };
-    let args =
-        RouterArgs { x: &inputs.x, weight: &inputs.router, bias: Some(&inputs.router_bias), logits: &mut out.logits };
+    let routing = RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype);
+    let args = RouterArgs::new(&inputs.x, &inputs.router, &mut out.logits).bias(&inputs.router_bias);
     router::forward(kernels, stream, &routing, args).expect("router");
 
     let tile_m = 16;
-    let sorting = DispatchDesc { tokens, experts, top_k, capacity, tile_m };
-    let slots = sorting.slots();
-    let ints = |len| stream.alloc_zeros::<i32>(len).expect("device memory");
-    let (mut offsets, mut slot_token, mut token_slot) = (ints(experts + 1), ints(slots), ints(tokens * top_k));
-    let mut slot_weight = stream.alloc_zeros::<f32>(slots).expect("device memory");
-    let mut tiles = stream.alloc_zeros::<[i32; 4]>(sorting.max_tiles()).expect("device memory");
-    let mut num_tiles = ints(1);
-    let bytes = dispatch::workspace_bytes(&sorting, kernels.device()).expect("a valid dispatch");
-    let mut workspace = Workspace::new(stream, bytes).expect("device memory");
-    let outputs = DispatchOutputs {
-        counts: &mut out.counts,
-        offsets: &mut offsets,
-        slot_token: &mut slot_token,
-        token_slot: &mut token_slot,
-        slot_weight: Some(&mut slot_weight),
-        tiles: Some(TileList { tiles: &mut tiles, num_tiles: &mut num_tiles }),
-    };
-    if fused {
-        let args = GateDispatchArgs {
-            logits: &out.logits,
-            correction_bias: Some(&inputs.correction_bias),
-            ids: &mut out.ids,
-            weights: &mut out.weights,
-            outputs,
-            workspace: &mut workspace,
-        };
-        dispatch::gate_and_dispatch(kernels, stream, &gating, &sorting, args).expect("gate and dispatch");
+    let sorting = DispatchDesc::new(tokens, experts, top_k, tile_m).capacity(capacity);
+    let rows = sorting.shape();
+    let mut dispatched = Dispatched::new(stream, &rows).expect("device memory");
+    let together = GatingDispatchDesc::new(gating, sorting);
+    let bytes = if fused {
+        gating_dispatch::workspace_bytes(&together, kernels.device())
     } else {
-        let args = GatingArgs {
-            logits: &out.logits,
-            correction_bias: Some(&inputs.correction_bias),
-            ids: &mut out.ids,
-            weights: &mut out.weights,
-        };
-        gating::forward(kernels, stream, &GatingDesc { tokens, experts, top_k, gating }, args).expect("gating");
-        let args = DispatchArgs { ids: &out.ids, weights: Some(&out.weights), outputs, workspace: &mut workspace };
+        dispatch::workspace_bytes(&sorting, kernels.device())
+    };
+    let mut workspace = Workspace::new(stream, bytes.expect("a valid dispatch")).expect("device memory");
+    if fused {
+        let (ids, weights) = (&mut out.ids, &mut out.weights);
+        let args = GatingDispatchArgs::new(&out.logits, ids, weights, &mut dispatched, &mut workspace)
+            .correction_bias(&inputs.correction_bias);
+        gating_dispatch::forward(kernels, stream, &together, args).expect("gating with dispatch");
+    } else {
+        let args =
+            GatingArgs::new(&out.logits, &mut out.ids, &mut out.weights).correction_bias(&inputs.correction_bias);
+        gating::forward(kernels, stream, &GatingDesc::new(tokens, experts, top_k, gating), args).expect("gating");
+        let args = DispatchArgs::new(&out.ids, &mut dispatched, &mut workspace).weights(&out.weights);
         dispatch::forward(kernels, stream, &sorting, args).expect("dispatch");
     }
 
-    let list = Tiles { tiles: &tiles, num_tiles: &num_tiles };
-    let first = GemmDesc {
-        dtype,
-        rows: slots,
-        a_rows: tokens,
-        experts,
-        n: intermediate,
-        k: hidden,
-        glu: desc.mlp.glu,
-        activation: desc.mlp.activation,
-        layout: desc.mlp.gate_up_layout,
-        schedule: Schedule::Grouped { tile_m, max_tiles: sorting.max_tiles() },
-    };
-    let mut h = stream.alloc_zeros::<T>(slots * intermediate).expect("device memory");
+    let first = GemmDesc::new(dtype, Rows::Grouped(rows), intermediate, hidden)
+        .gather(true)
+        .weight(desc.mlp.gate_up)
+        .activation(desc.mlp.activation);
+    let mut h = stream.alloc_zeros::<T>(rows.slots * intermediate).expect("device memory");
     let input_weighted = desc.weighting == Weighting::Input;
-    let args = GemmArgs {
-        a: &inputs.x,
-        b: &inputs.gate_up,
-        bias: Some(&inputs.gate_up_bias),
-        slot_token: Some(&slot_token),
-        row_scale: if input_weighted { Some(&slot_weight) } else { None },
-        tiles: Some(list),
-        out: &mut h,
-    };
+    let gate_up = Weight::new(&inputs.gate_up).bias(&inputs.gate_up_bias);
+    let mut args = GemmArgs::new(&inputs.x, gate_up, &mut h).dispatched(&dispatched);
+    args.row_scale = input_weighted.then(|| dispatched.slot_weight().into());
     gemm::forward(kernels, stream, &first, args).expect("first product");
-    let second = GemmDesc {
-        a_rows: slots,
-        n: hidden,
-        k: intermediate,
-        glu: Glu::None,
-        activation: Activation::Identity,
-        layout: desc.mlp.down_layout,
-        ..first
-    };
-    let mut y_slots = stream.alloc_zeros::<T>(slots * hidden).expect("device memory");
-    let args = GemmArgs {
-        a: &h,
-        b: &inputs.down,
-        bias: None,
-        slot_token: None,
-        row_scale: None,
-        tiles: Some(list),
-        out: &mut y_slots,
-    };
+    let second = GemmDesc::new(dtype, Rows::Grouped(rows), hidden, intermediate).weight(desc.mlp.down);
+    let mut y_slots = stream.alloc_zeros::<T>(rows.slots * hidden).expect("device memory");
+    let mut args = GemmArgs::new(&h, Weight::new(&inputs.down), &mut y_slots).dispatched(&dispatched);
+    args.out_scale = (!input_weighted).then(|| dispatched.slot_weight().into());
     gemm::forward(kernels, stream, &second, args).expect("second product");
 
-    let args = CombineArgs {
-        y_slots: &y_slots,
-        token_slot: &token_slot,
-        weights: if input_weighted { None } else { Some(&out.weights) },
-        residual: Some(&inputs.residual),
-        addend: None,
-        y: &mut out.y,
-    };
-    combine::forward(kernels, stream, &CombineDesc { dtype, tokens, top_k, hidden, slots }, args).expect("combine");
-    out.read(d)
+    let args = CombineArgs::new(&y_slots, &dispatched, &mut out.y).residual(&inputs.residual);
+    combine::forward(kernels, stream, &CombineDesc::new(dtype, rows, hidden), args).expect("combine");
+    let mut outcome = out.read(d);
+    outcome.counts = stream.clone_dtoh(dispatched.counts()).expect("the kernels ran");
+    outcome
 }
 
 #[test]
 fn operations_compose_to_the_layer() {
     let d = open();
-    let groups = Some(Groups { count: 6, kept: 3, score: GroupScore::Max });
-    let base = LayerDesc {
-        router_dtype: Dtype::F32,
-        gating: Gating { score: Score::Sigmoid, renormalise: true, scale: 1.5, groups },
-        ..LayerDesc::new(Dtype::F16, 40, 72, 12, 3)
-    };
-    let capacity = |padded| Some(Capacity { per_expert: 2, tokens_per_sequence: 9, padded });
+    let groups = Groups::new(6, 3).score(GroupScore::Max);
+    let base = LayerDesc::new(Dtype::F16, 40, 72, 12, 3)
+        .router_dtype(Dtype::F32)
+        .gating(Gating::new(Score::Sigmoid).renormalised().scale(1.5).groups(Some(groups)));
+    let capacity = |padded| Some(Capacity::new(2, 9).padded(padded));
+    let interleaved = Mlp::gpt_oss(Dtype::F16).down(Mlp::swiglu(Dtype::F16).down);
     let cases = [
         ("dropless", base),
-        ("capacity", LayerDesc { capacity: capacity(false), ..base }),
-        ("padded, input weighted", LayerDesc { capacity: capacity(true), weighting: Weighting::Input, ..base }),
-        ("interleaved", LayerDesc { mlp: Mlp { down_layout: Mlp::SWIGLU.down_layout, ..Mlp::GPT_OSS }, ..base }),
+        ("capacity", base.capacity(capacity(false))),
+        ("padded, input weighted", base.capacity(capacity(true)).weighting(Weighting::Input)),
+        ("interleaved", base.mlp(interleaved)),
     ];
     for (name, desc) in cases {
         let tokens = 31;
@@ -254,35 +191,20 @@ fn skipped_slots() {
     let d = open();
     let (tokens, experts, top_k) = (6, 3, 2);
     let ids = [2, -1, 0, 2, i32::MIN, 3, 1, 0, -1, i32::MAX, 2, 1];
-    let desc = DispatchDesc { tokens, experts, top_k, capacity: None, tile_m: 2 };
+    let desc = DispatchDesc::new(tokens, experts, top_k, 2);
     let stream = &d.stream;
     let ids = stream.clone_htod(&ids).expect("device memory");
-    let ints = |len| stream.alloc_zeros::<i32>(len).expect("device memory");
-    let (mut counts, mut offsets, mut slot_token) = (ints(experts), ints(experts + 1), ints(desc.slots()));
-    let (mut token_slot, mut num_tiles) = (ints(tokens * top_k), ints(1));
-    let mut tiles = stream.alloc_zeros::<[i32; 4]>(desc.max_tiles()).expect("device memory");
+    let mut dispatched = Dispatched::new(stream, &desc.shape()).expect("device memory");
     let bytes = dispatch::workspace_bytes(&desc, d.kernels.device()).expect("a valid dispatch");
     let mut workspace = Workspace::new(stream, bytes).expect("device memory");
-    let args = DispatchArgs {
-        ids: &ids,
-        weights: None,
-        outputs: DispatchOutputs {
-            counts: &mut counts,
-            offsets: &mut offsets,
-            slot_token: &mut slot_token,
-            token_slot: &mut token_slot,
-            slot_weight: None,
-            tiles: Some(TileList { tiles: &mut tiles, num_tiles: &mut num_tiles }),
-        },
-        workspace: &mut workspace,
-    };
+    let args = DispatchArgs::new(&ids, &mut dispatched, &mut workspace);
     dispatch::forward(d.kernels, stream, &desc, args).expect("dispatch");
     let read = |from: &CudaSlice<i32>| stream.clone_dtoh(from).expect("the kernels ran");
-    assert_eq!(read(&counts), [2, 2, 3]);
-    assert_eq!(read(&offsets), [0, 2, 4, 7]);
-    assert_eq!(read(&slot_token)[..7], [1, 3, 3, 5, 0, 1, 5]);
-    assert_eq!(read(&token_slot), [4, -1, 0, 5, -1, -1, 2, 1, -1, -1, 6, 3]);
-    assert_eq!(read(&num_tiles), [4]);
-    let tiles = stream.clone_dtoh(&tiles).expect("the kernels ran");
+    assert_eq!(read(dispatched.counts()), [2, 2, 3]);
+    assert_eq!(read(dispatched.offsets()), [0, 2, 4, 7]);
+    assert_eq!(read(dispatched.slot_token())[..7], [1, 3, 3, 5, 0, 1, 5]);
+    assert_eq!(read(dispatched.token_slot()), [4, -1, 0, 5, -1, -1, 2, 1, -1, -1, 6, 3]);
+    assert_eq!(read(dispatched.num_tiles()), [4]);
+    let tiles = stream.clone_dtoh(dispatched.tiles()).expect("the kernels ran");
     assert_eq!(tiles[..4], [[0, 0, 2, 0], [1, 2, 4, 0], [2, 4, 6, 0], [2, 6, 7, 0]]);
 }

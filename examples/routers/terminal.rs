@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use moe_kernels::routers::balance::RouterStats;
+use moe_kernels::routers::measured_gating::RouterStats;
 
 use crate::Load;
 
@@ -27,6 +27,10 @@ pub fn table(loads: &[Load], tokens: usize) -> String {
     for load in loads {
         let summary = format!("{:.2}, {}", load.imbalance(), load.left_out);
         let _ = write!(text, "{summary:<width$}", width = BAR + 6);
+    }
+    text.push_str("\n\n  norm of what a layer makes of it\n       ");
+    for load in loads {
+        let _ = write!(text, "{:<width$.3}", load.norm, width = BAR + 6);
     }
     text
 }

@@ -2,38 +2,43 @@
 //! its registers and shared memory, or the first construct that is wrong or not implemented. `--cc 9.0` chooses the device.
 
 use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use clap::Parser;
 use softcuda::lower::{Environment, lower_module};
 
+/// Checks that the software device accepts PTX files: prints each kernel with its registers and shared memory, or the first
+/// construct that is wrong or not implemented.
+#[derive(Debug, Parser)]
+#[command(name = "lower")]
+struct Options {
+    /// Compute capability of the device
+    #[arg(long = "cc", value_name = "MAJOR.MINOR", default_value = "8.0", value_parser = capability)]
+    capability: (u32, u32),
+    /// PTX files
+    #[arg(value_name = "FILE", required = true)]
+    files: Vec<PathBuf>,
+}
+
+fn capability(text: &str) -> Result<(u32, u32), String> {
+    let numbers = text.split_once('.').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    numbers.ok_or_else(|| "expected a compute capability, such as 8.0".into())
+}
+
 fn main() -> ExitCode {
-    let mut files: Vec<String> = std::env::args().skip(1).collect();
-    let mut capability = (8, 0);
-    if let Some(i) = files.iter().position(|a| a == "--cc") {
-        let value = files.drain(i..(i + 2).min(files.len())).nth(1).unwrap_or_default();
-        match value.split_once('.').map(|(a, b)| (a.parse(), b.parse())) {
-            Some((Ok(major), Ok(minor))) => capability = (major, minor),
-            _ => {
-                eprintln!("--cc takes a compute capability such as 8.0");
-                return ExitCode::FAILURE;
-            }
-        }
-    }
+    let Options { files, capability } = Options::parse();
     let mut failed = 0;
     for file in &files {
-        match check(file, capability) {
-            Ok(report) => println!("{file}: {report}"),
-            Err(e) => {
-                println!("{file}: {e}");
-                failed += 1;
-            }
-        }
+        let report = check(file, capability);
+        failed += usize::from(report.is_err());
+        println!("{}: {}", file.display(), report.unwrap_or_else(|error| error));
     }
     println!("{} passed, {failed} failed", files.len() - failed);
     if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn check(file: &str, capability: (u32, u32)) -> Result<String, String> {
+fn check(file: &Path, capability: (u32, u32)) -> Result<String, String> {
     let text = std::fs::read_to_string(file).map_err(|e| e.to_string())?;
     let module = softcuda::ptx::parse(&text).map_err(|e| e.to_string())?;
     // Any addresses will do: nothing is run.

@@ -18,6 +18,7 @@ pub struct Control {
     set_seed: unsafe extern "C" fn(u64),
     set_threads: unsafe extern "C" fn(u64),
     set_timeout_ms: unsafe extern "C" fn(u64),
+    set_truncated_products: unsafe extern "C" fn(bool),
     launch_count: unsafe extern "C" fn() -> u64,
     log_launches: unsafe extern "C" fn(bool),
     launches: unsafe extern "C" fn(*mut c_char, usize) -> usize,
@@ -61,6 +62,7 @@ impl Control {
                 set_seed: *library.get(b"softcuda_set_seed\0")?,
                 set_threads: *library.get(b"softcuda_set_threads\0")?,
                 set_timeout_ms: *library.get(b"softcuda_set_timeout_ms\0")?,
+                set_truncated_products: *library.get(b"softcuda_set_truncated_products\0")?,
                 launch_count: *library.get(b"softcuda_launch_count\0")?,
                 log_launches: *library.get(b"softcuda_log_launches\0")?,
                 launches: *library.get(b"softcuda_launches\0")?,
@@ -131,6 +133,13 @@ impl Control {
     /// The launches since [`Control::log_launches`], in order.
     pub fn launches(&self) -> Vec<LaunchRecord> {
         read(self.launches).lines().filter_map(LaunchRecord::parse).collect()
+    }
+
+    /// Sets whether `mma` and `wgmma` add products as hardware does, aligned and truncated ([`crate::exec::Products`]), rather
+    /// than one by one with one rounding each: what passes only thanks to good sums is seen then. Many times slower.
+    pub fn set_truncated_products(&self, on: bool) {
+        // SAFETY: takes any value.
+        unsafe { (self.set_truncated_products)(on) }
     }
 
     /// Starts counting what kernels do, from zero, or stops and forgets. Kernels run slower while it is on.

@@ -1,8 +1,8 @@
-//! Finding and loading the driver, so that `dlopen("libcuda.so")` of this process means it.
+//! Finding and loading the driver, so that `dlopen` of `libcuda.so` and of `libcuda.so.1` in this process mean it.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_LOCAL, RTLD_NOW};
 
@@ -10,6 +10,9 @@ use crate::control::Control;
 
 /// File name of this crate's dynamic library.
 const FILE: &str = "libsoftcuda.so";
+
+/// Names under which programs load the CUDA driver; the driver calls itself by the first.
+const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
 
 /// Where cargo puts dynamic libraries of the build that compiled this; for doctests, whose executables lie elsewhere.
 const BUILD_OUT_DIR: &str = env!("OUT_DIR");
@@ -94,12 +97,18 @@ impl fmt::Display for Choice {
 /// # Errors
 /// No library, one that does not load or is of another version, or a real driver that was loaded before.
 pub fn install() -> Result<Installed, InstallError> {
-    static INSTALLED: Mutex<Option<Installed>> = Mutex::new(None);
-    let mut installed = INSTALLED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    install_as(&NAMES)
+}
+
+static INSTALLED: Mutex<Option<Installed>> = Mutex::new(None);
+
+/// [`install`], by names that must not be another driver's.
+fn install_as(names: &[&str]) -> Result<Installed, InstallError> {
+    let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(done) = &*installed {
         return Ok(done.clone());
     }
-    let new = load(library()?)?;
+    let new = load(library()?, names)?;
     Ok(installed.insert(new).clone())
 }
 
@@ -130,7 +139,7 @@ fn candidates() -> Vec<PathBuf> {
     candidates
 }
 
-fn load(path: PathBuf) -> Result<Installed, InstallError> {
+fn load(path: PathBuf, names: &[&str]) -> Result<Installed, InstallError> {
     let failed = |error: libloading::Error| InstallError::Load { path: path.clone(), reason: error.to_string() };
     // SAFETY: the library's initialisers only set up Rust's runtime.
     let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.map_err(failed)?;
@@ -142,13 +151,20 @@ fn load(path: PathBuf) -> Result<Installed, InstallError> {
     }
     // Never unloaded: callers keep its functions for ever.
     std::mem::forget(library);
-    // What everyone else gets must be this library, by its SONAME.
-    // SAFETY: as above, and in the expected case the library is loaded already.
-    let seen = unsafe { Library::open(Some("libcuda.so"), RTLD_NOW | RTLD_LOCAL) }.map_err(failed)?;
-    match Control::from_library(&seen) {
-        Ok(same) if same == control => Ok(Installed { path, control }),
-        _ => Err(InstallError::Occupied),
+    // What everyone else gets must be this library, by each of its names. Only what is loaded is asked for: by looking for a file,
+    // a real driver could be found.
+    // SAFETY: nothing is loaded by this.
+    let loaded = |name: &str| unsafe { Library::open(Some(name), RTLD_NOW | RTLD_LOCAL | libc::RTLD_NOLOAD) };
+    #[cfg(target_os = "linux")]
+    for name in NAMES {
+        if loaded(name).is_err() {
+            let failed = |error: std::io::Error| InstallError::Load { path: path.clone(), reason: error.to_string() };
+            crate::alias::load(name, &path).map_err(failed)?;
+        }
     }
+    let is_ours =
+        |name: &&str| loaded(name).is_ok_and(|seen| Control::from_library(&seen).is_ok_and(|same| same == control));
+    if names.iter().all(is_ours) { Ok(Installed { path, control }) } else { Err(InstallError::Occupied) }
 }
 
 /// Uses NVIDIA's driver where one loads and has a device, else installs the software device.
@@ -163,9 +179,12 @@ pub fn install_if_no_gpu() -> Result<Choice, InstallError> {
     match choice.as_str() {
         "soft" => install().map(Choice::Soft),
         "cuda" => probe().map(|()| Choice::Cuda).map_err(InstallError::NoDevice),
+        // What is installed answers to the name that the probe would ask for.
+        "" if INSTALLED.lock().unwrap_or_else(PoisonError::into_inner).is_some() => install().map(Choice::Soft),
         "" => match probe() {
             Ok(()) => Ok(Choice::Cuda),
-            Err(_) => install().map(Choice::Soft),
+            // A driver that proved useless may stay loaded by the name that it was asked for by.
+            Err(_) => install_as(&["libcuda.so"]).map(Choice::Soft),
         },
         _ => Err(InstallError::Choice(choice)),
     }

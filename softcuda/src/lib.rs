@@ -14,6 +14,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+#[cfg(target_os = "linux")]
+mod alias;
 pub mod check;
 #[cfg(unix)]
 mod control;
@@ -31,6 +33,8 @@ pub mod ptx;
 #[cfg(unix)]
 mod report;
 pub mod tensormap;
+#[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+mod whole;
 
 #[cfg(unix)]
 pub use control::{Control, LaunchRecord};

@@ -1,4 +1,10 @@
-//! Runs the cases of `tests/data/ptx`: kernels as an outside compiler emitted them, with inputs and expected outputs.
+//! Runs the cases of `tests/data/ptx`: kernels as an outside compiler emitted them, with inputs and expected outputs; on a real driver too,
+//! where there is one.
+
+#[path = "compiled_kernels/driver.rs"]
+mod driver;
+#[path = "common/nvidia.rs"]
+mod nvidia;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -13,8 +19,11 @@ use softcuda::lower::{Environment, lower_module};
 use softcuda::memory::Memory;
 use softcuda::tensormap::{Element, Swizzle, TensorMap};
 
+/// The cases of a target; `MOE_DATA` names another place for `tests/data`, for programs that run where their sources are not.
 fn cases(target: &str) -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/ptx");
+    let data = std::env::var_os("MOE_DATA").filter(|folder| !folder.is_empty());
+    let data = data.map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data"), PathBuf::from);
+    let root = data.join("ptx");
     let mut dirs: Vec<_> = std::fs::read_dir(&root)
         .unwrap_or_else(|e| panic!("{}: {e}", root.display()))
         .map(|d| d.unwrap().path())
@@ -102,14 +111,64 @@ fn three(v: &Value) -> [u32; 3] {
     std::array::from_fn(|i| v[i].as_u64().unwrap() as u32)
 }
 
-/// Runs a case with some checkers, which must find nothing.
-fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection: Selection) {
-    let name = dir.file_name().unwrap().to_string_lossy();
-    let case: Value = serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap();
-    let data = std::fs::read(dir.join("data.safetensors")).unwrap();
-    let tensors = SafeTensors::deserialize(&data).unwrap();
-    let text = std::fs::read_to_string(dir.join("kernel.ptx")).unwrap();
-    let module = softcuda::ptx::parse(&text).unwrap_or_else(|e| panic!("{name}: {e}"));
+/// A case as it lies in its folder.
+struct Case {
+    name: String,
+    case: Value,
+    data: Vec<u8>,
+    text: String,
+}
+
+impl Case {
+    fn open(dir: &Path) -> Case {
+        Case {
+            name: dir.file_name().unwrap().to_string_lossy().into_owned(),
+            case: serde_json::from_slice(&std::fs::read(dir.join("case.json")).unwrap()).unwrap(),
+            data: std::fs::read(dir.join("data.safetensors")).unwrap(),
+            text: std::fs::read_to_string(dir.join("kernel.ptx")).unwrap(),
+        }
+    }
+
+    fn tensors(&self) -> SafeTensors<'_> {
+        SafeTensors::deserialize(&self.data).unwrap()
+    }
+
+    /// The tensors that have an expected value.
+    fn outputs(&self) -> impl Iterator<Item = &str> {
+        self.case["expect"].as_array().unwrap().iter().map(|e| e["tensor"].as_str().unwrap())
+    }
+
+    /// Compares results with what is expected of them: the first value that is out of bounds.
+    fn check(&self, result: &HashMap<String, Vec<u8>>) -> Result<(), String> {
+        let tensors = self.tensors();
+        for e in self.case["expect"].as_array().unwrap() {
+            let tensor = e["tensor"].as_str().unwrap();
+            let want = tensors.tensor(e["equals"].as_str().unwrap()).unwrap();
+            let got = numbers(tensors.tensor(tensor).unwrap().dtype(), &result[tensor]);
+            let want = numbers(want.dtype(), want.data());
+            assert_eq!(got.len(), want.len(), "{}: {tensor}", self.name);
+            let (rtol, atol) = (e["rtol"].as_f64().unwrap(), e["atol"].as_f64().unwrap());
+            for (i, (g, w)) in got.iter().zip(&want).enumerate() {
+                let close = (g - w).abs() <= atol + rtol * w.abs() || g == w;
+                if !close {
+                    return Err(format!("{tensor}[{i}] is {g}, expected {w}"));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Runs a case with some checkers, which must find nothing: what its outputs hold afterwards.
+fn run(
+    whole: &Case,
+    capability: (u32, u32),
+    seed: u64,
+    threads: usize,
+    selection: Selection,
+) -> HashMap<String, Vec<u8>> {
+    let (Case { name, case, text, .. }, tensors) = (whole, whole.tensors());
+    let module = softcuda::ptx::parse(text).unwrap_or_else(|e| panic!("{name}: {e}"));
 
     let device = Device { memory: memory(), checks: Checks::new(selection, memory().range()).unwrap() };
     let symbols =
@@ -166,23 +225,16 @@ fn run(dir: &Path, capability: (u32, u32), seed: u64, threads: usize, selection:
     }
     let findings = device.checks.findings().all();
     assert!(findings.is_empty(), "{name}, seed {seed}: {}", findings[0]);
-    for e in case["expect"].as_array().unwrap() {
-        let tensor = e["tensor"].as_str().unwrap();
-        let want = tensors.tensor(e["equals"].as_str().unwrap()).unwrap();
-        let view = tensors.tensor(tensor).unwrap();
-        let got = numbers(view.dtype(), &device.download(buffers[tensor], view.data().len()));
-        let want = numbers(want.dtype(), want.data());
-        assert_eq!(got.len(), want.len(), "{name}: {tensor}");
-        let (rtol, atol) = (e["rtol"].as_f64().unwrap(), e["atol"].as_f64().unwrap());
-        for (i, (g, w)) in got.iter().zip(&want).enumerate() {
-            let close = (g - w).abs() <= atol + rtol * w.abs() || g == w;
-            assert!(close, "{name}, seed {seed}: {tensor}[{i}] is {g}, expected {w}");
-        }
+    let bytes = |tensor: &str| device.download(buffers[tensor], tensors.tensor(tensor).unwrap().data().len());
+    let result = whole.outputs().map(|tensor| (tensor.to_owned(), bytes(tensor))).collect();
+    if let Err(off) = whole.check(&result) {
+        panic!("{name}, seed {seed}: {off}");
     }
+    result
 }
 
 /// Every case with the device it is for.
-fn all_cases() -> impl Iterator<Item = (PathBuf, (u32, u32))> {
+fn all_cases() -> impl Iterator<Item = (Case, (u32, u32))> {
     let only = std::env::var("SOFTCUDA_CASE").unwrap_or_default();
     let targets = [("sm_80", (8, 0), 15), ("sm_90a", (9, 0), 18)];
     let of = |(target, capability, count)| {
@@ -190,23 +242,62 @@ fn all_cases() -> impl Iterator<Item = (PathBuf, (u32, u32))> {
         assert_eq!(found.len(), count, "all cases of {target} are there");
         found.into_iter().map(move |dir| (dir, capability))
     };
-    targets.into_iter().flat_map(of).filter(move |(dir, _)| dir.to_string_lossy().contains(&only))
+    let chosen = targets.into_iter().flat_map(of).filter(move |(dir, _)| dir.to_string_lossy().contains(&only));
+    chosen.map(|(dir, capability)| (Case::open(&dir), capability))
 }
 
 #[test]
 fn every_case_under_several_seeds() {
-    for (dir, capability) in all_cases() {
+    for (case, capability) in all_cases() {
         for seed in 0..8 {
-            run(&dir, capability, seed, 1 + seed as usize % 3, Selection::NONE);
+            run(&case, capability, seed, 1 + seed as usize % 3, Selection::NONE);
         }
     }
 }
 
 #[test]
 fn every_case_under_twenty_seeds_with_all_checkers() {
-    for (dir, capability) in all_cases() {
+    for (case, capability) in all_cases() {
         for seed in 0..20 {
-            run(&dir, capability, seed, 1 + seed as usize % 3, Selection::ALL);
+            run(&case, capability, seed, 1 + seed as usize % 3, Selection::ALL);
         }
     }
+}
+
+/// The driver's results are within the same bounds; where they are not the executor's bits is listed ([`nvidia::differs`]) or, without a
+/// list, allowed: the order of sums within an instruction is the device's own.
+#[test]
+fn every_case_on_a_real_driver() {
+    let Some(context) = nvidia::context() else { return println!("no driver") };
+    let (major, minor) = context.compute_capability().expect("a compute capability");
+    let device = (major as u32, minor as u32);
+    let mut wrong = Vec::new();
+    for (case, capability) in all_cases() {
+        // Code for sm_90a is for that architecture alone.
+        if device < capability || (case.name.ends_with('a') && device != capability) {
+            println!("{}: not for sm_{major}{minor}", case.name);
+            continue;
+        }
+        let soft = run(&case, capability, 0, 1, Selection::NONE);
+        let hard = match driver::run(context, &case.case, &case.tensors(), &case.text) {
+            Ok(result) => result,
+            Err(refusal) => {
+                wrong.push(format!("{}: {refusal}", case.name));
+                continue;
+            }
+        };
+        wrong.extend(case.check(&hard).err().map(|off| format!("{}: {off}", case.name)));
+        for tensor in case.outputs() {
+            match nvidia::difference(&hard[tensor], &soft[tensor]) {
+                None => println!("{}: {tensor}: the same bits", case.name),
+                Some(words) if listed() => nvidia::differs(&format!("{}: {tensor}: {words}", case.name), ""),
+                Some(words) => println!("{}: {tensor}: {words}", case.name),
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "on the driver:\n{}", wrong.join("\n"));
+}
+
+fn listed() -> bool {
+    std::env::var_os("SOFTCUDA_DIFFERENCES").is_some_and(|file| !file.is_empty())
 }

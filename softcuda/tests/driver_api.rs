@@ -7,7 +7,7 @@ use std::ptr::{null, null_mut};
 
 use common::{device, failure, says, status};
 use cudarc::driver::sys::{self, CUresult};
-use cudarc::driver::{DevicePtr, DevicePtrMut, result};
+use cudarc::driver::{CudaContext, DevicePtr, DevicePtrMut, result};
 use softcuda::memory::POISON;
 
 #[test]
@@ -379,7 +379,7 @@ fn proc_addresses_are_complete() {
     let (code, status, found) = address("cuGraphAddKernelNode", 11_000);
     assert_eq!((code, found), (CUresult::CUDA_ERROR_NOT_FOUND, null_mut()));
     assert_eq!(status, CU_GET_PROC_ADDRESS_VERSION_NOT_SUFFICIENT);
-    let (code, status, _) = address("cuTexRefCreate", 12_080);
+    let (code, status, _) = address("cuTexRefrain", 12_080);
     assert_eq!((code, status), (CUresult::CUDA_ERROR_NOT_FOUND, CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND));
 }
 
@@ -393,4 +393,50 @@ fn error_names_and_texts() {
     let unknown: CUresult = unsafe { std::mem::transmute(CUresult::CUDA_ERROR_UNKNOWN as u32) };
     unsafe { sys::cuGetErrorString(unknown, &mut text) }.result().unwrap();
     assert!(!text.is_null());
+}
+
+#[test]
+fn pointers_and_modules_name_their_context() {
+    let (_, _primary, _turn) = device();
+    let context = CudaContext::new_non_primary(0, 0).unwrap();
+    let bytes = 1 << 20;
+    context.bind_to_thread().unwrap();
+    let free = context.mem_get_info().unwrap().0;
+    let mut pageable = [0u8; 4096];
+    let start = pageable.as_mut_ptr().cast();
+    let (addr, host) = unsafe {
+        let (mut addr, mut host) = (0, std::ptr::null_mut());
+        sys::cuMemAlloc_v2(&mut addr, bytes).result().unwrap();
+        sys::cuMemHostAlloc(&mut host, bytes, 0).result().unwrap();
+        sys::cuMemHostRegister_v2(start, 4096, 0).result().unwrap();
+        (addr, host)
+    };
+    let image = c".version 7.0\n.target sm_80\n.address_size 64\n.visible .global .u32 table[4];";
+    let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.unwrap();
+    // SAFETY: no context is current from here on.
+    unsafe { result::ctx::set_current(std::ptr::null_mut()) }.unwrap();
+    let mut owner: sys::CUcontext = std::ptr::null_mut();
+    let context_of = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_CONTEXT;
+    unsafe {
+        sys::cuPointerGetAttribute((&raw mut owner).cast(), context_of, addr).result().unwrap();
+        assert_eq!(owner, context.cu_ctx());
+        sys::cuMemFree_v2(0).result().unwrap();
+        sys::cuMemFree_v2(addr).result().unwrap();
+        sys::cuMemFreeHost(host).result().unwrap();
+        sys::cuMemHostUnregister(start).result().unwrap();
+        sys::cuModuleUnload(module).result().unwrap();
+    }
+    let (code, text) = status(unsafe { sys::cuMemFree_v2(addr) });
+    assert_eq!(code, CUresult::CUDA_ERROR_INVALID_VALUE);
+    says(&text, &["which has been freed"]);
+    assert_eq!(context.mem_get_info().unwrap().0, free);
+    // With another context current, it is still the owner's.
+    let mut addr = 0;
+    unsafe { sys::cuMemAlloc_v2(&mut addr, bytes) }.result().unwrap();
+    let other = CudaContext::new_non_primary(0, 0).unwrap();
+    other.bind_to_thread().unwrap();
+    unsafe { sys::cuPointerGetAttribute((&raw mut owner).cast(), context_of, addr) }.result().unwrap();
+    assert_eq!(owner, context.cu_ctx());
+    unsafe { sys::cuMemFree_v2(addr) }.result().unwrap();
+    assert_eq!(context.mem_get_info().unwrap().0, free);
 }

@@ -309,3 +309,62 @@ fn freed_memory_in_a_graph_faults() {
     says(&text, &["an illegal memory access", "which has been freed"]);
     says(&installed.control().last_fault().unwrap(), &["which has been freed"]);
 }
+
+#[test]
+fn the_graph_of_a_capture_in_progress_can_be_had_and_added_to() {
+    let (_, context, _turn) = device();
+    let (stream, slice) = stream_and_slice(&context);
+    let addr = slice.device_ptr(slice.stream()).0;
+    begin(&stream);
+    set(&stream, &slice, 1);
+    let info = || {
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let (mut id, mut graph, mut nodes, mut count) = (0, std::ptr::null_mut(), std::ptr::null(), 0);
+        let raw = stream.cu_stream();
+        let told =
+            unsafe { sys::cuStreamGetCaptureInfo_v2(raw, &mut status, &mut id, &mut graph, &mut nodes, &mut count) };
+        told.result().unwrap();
+        assert_eq!(status, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_ACTIVE);
+        // SAFETY: so many, until the next call on the stream.
+        (id, graph, unsafe { std::slice::from_raw_parts(nodes, count) }.to_vec())
+    };
+    let (id, graph, tail) = info();
+    assert_eq!(tail.len(), 1);
+    let mut count = 0;
+    unsafe { sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut count) }.result().unwrap();
+    assert_eq!(count, 1);
+    // A node by hand, between those that the stream makes.
+    let params = sys::CUDA_MEMSET_NODE_PARAMS { dst: addr, pitch: 0, value: 2, elementSize: 1, width: 8, height: 1 };
+    let mut node = std::ptr::null_mut();
+    unsafe {
+        sys::cuGraphAddMemsetNode(&mut node, graph, tail.as_ptr(), 1, &params, context.cu_ctx()).result().unwrap();
+        sys::cuStreamUpdateCaptureDependencies(stream.cu_stream(), &mut node, 1, 1).result().unwrap();
+    }
+    assert_eq!(info(), (id, graph, vec![node]));
+    unsafe { result::memset_d8_async(addr, 3, 4, stream.cu_stream()) }.unwrap();
+    let (mut ended, mut before) = (std::ptr::null_mut(), 0);
+    unsafe {
+        let last = info().2[0];
+        sys::cuStreamEndCapture(stream.cu_stream(), &mut ended).result().unwrap();
+        assert_eq!(ended, graph);
+        let mut found = [std::ptr::null_mut(); 4];
+        before += 4;
+        sys::cuGraphNodeGetDependencies(last, found.as_mut_ptr(), &mut before).result().unwrap();
+        assert_eq!((before, found[0]), (1, node));
+        let mut executable = std::ptr::null_mut();
+        sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0).result().unwrap();
+        sys::cuGraphLaunch(executable, stream.cu_stream()).result().unwrap();
+        sys::cuGraphDestroy(graph).result().unwrap();
+    }
+    assert_eq!(stream.clone_dtoh(&slice).unwrap(), [0x0303_0303, 0x0202_0202, 0x0101_0101, 0x0101_0101]);
+    // Not capturing: there is nothing to update, and nothing to tell.
+    let updated = unsafe { sys::cuStreamUpdateCaptureDependencies(stream.cu_stream(), &mut node, 1, 1) };
+    assert_eq!(updated, CUDA_ERROR_ILLEGAL_STATE);
+    // The graph of a capture that comes to nothing goes with it.
+    begin(&stream);
+    let (_, graph, _) = info();
+    unsafe { sys::cuMemFree_v2(0) };
+    unsafe { sys::cuCtxSynchronize() };
+    ends_invalid(&stream);
+    assert_eq!(unsafe { sys::cuGraphDestroy(graph) }, CUDA_ERROR_INVALID_VALUE);
+}

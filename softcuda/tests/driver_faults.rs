@@ -5,9 +5,9 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{device, failure, says};
-use cudarc::driver::sys::CUresult;
-use cudarc::driver::{CudaContext, CudaFunction, LaunchConfig, PushKernelArg};
+use common::{device, failure, hold, says};
+use cudarc::driver::sys::{self, CUresult};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DevicePtr, LaunchConfig, PushKernelArg, result};
 use cudarc::nvrtc::Ptx;
 
 use CUresult::*;
@@ -119,4 +119,112 @@ fn endless_loops_time_out() {
     let found = fault("again: bra again;", 0, false);
     installed.control().set_timeout_ms(0);
     assert_eq!(found.code, CUDA_ERROR_LAUNCH_TIMEOUT);
+}
+
+/// A context with a stream that a fault is queued up in; what `then` does, given the stream and an allocation of 64 words,
+/// happens before the fault.
+fn after_a_queued_fault<T>(then: impl FnOnce(&Arc<CudaStream>, u64) -> T) -> T {
+    let (_, _primary, _turn) = device();
+    let context = CudaContext::new_non_primary(0, 0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let function = kernel(&context, "ld.global.u32 %r2, [%rd2];");
+    let slice = stream.alloc_zeros::<u32>(64).unwrap();
+    let addr = slice.device_ptr(&stream).0;
+    stream.synchronize().unwrap();
+    let release = hold(&stream);
+    let config = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
+    unsafe { stream.launch_builder(&function).arg(&addr).arg(&0i64).launch(config) }.unwrap();
+    let releaser = std::thread::spawn(move || {
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        release.send(()).unwrap();
+    });
+    let seen = then(&stream, addr);
+    releaser.join().unwrap();
+    assert_eq!(failure(stream.synchronize()).0, CUDA_ERROR_ILLEGAL_ADDRESS);
+    seen
+}
+
+#[test]
+fn copies_that_return_when_they_are_done_tell_of_a_fault_before_them() {
+    let (code, got) = after_a_queued_fault(|stream, addr| {
+        let mut got = [9u32; 64];
+        // SAFETY: the allocation has 64 words.
+        let copied = unsafe { result::memcpy_dtoh_async(&mut got, addr, stream.cu_stream()) };
+        (failure(copied).0, got)
+    });
+    assert_eq!((code, got), (CUDA_ERROR_ILLEGAL_ADDRESS, [9; 64]));
+    // Rows to pageable memory are copied before the call returns as well.
+    let code = after_a_queued_fault(|stream, addr| {
+        let mut got = [0u32; 16];
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+            srcHost: std::ptr::null(),
+            srcDevice: addr,
+            srcArray: std::ptr::null_mut(),
+            srcPitch: 32,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+            dstHost: got.as_mut_ptr().cast(),
+            dstDevice: 0,
+            dstArray: std::ptr::null_mut(),
+            dstPitch: 16,
+            WidthInBytes: 16,
+            Height: 4,
+        };
+        unsafe { sys::cuMemcpy2DAsync_v2(&copy, stream.cu_stream()) }
+    });
+    assert_eq!(code, CUDA_ERROR_ILLEGAL_ADDRESS);
+}
+
+#[test]
+fn callbacks_are_told_of_a_fault_before_them_and_host_functions_do_not_run() {
+    unsafe extern "C" fn note(_: sys::CUstream, status: CUresult, data: *mut std::ffi::c_void) {
+        // SAFETY: `data` outlives the stream's work.
+        unsafe { data.cast::<CUresult>().write(status) };
+    }
+    unsafe extern "C" fn run(data: *mut std::ffi::c_void) {
+        // SAFETY: as above.
+        unsafe { data.cast::<bool>().write(true) };
+    }
+    let (mut seen, mut ran) = (CUDA_SUCCESS, false);
+    after_a_queued_fault(|stream, _| unsafe {
+        sys::cuStreamAddCallback(stream.cu_stream(), Some(note), (&raw mut seen).cast(), 0).result().unwrap();
+        sys::cuLaunchHostFunc(stream.cu_stream(), Some(run), (&raw mut ran).cast()).result().unwrap();
+    });
+    assert_eq!((seen, ran), (CUDA_ERROR_ILLEGAL_ADDRESS, false));
+}
+
+#[test]
+fn whatever_waits_for_work_tells_of_its_fault() {
+    type Wait = fn(&Arc<CudaStream>) -> CUresult;
+    let waits: [(&str, Wait); 4] = [
+        ("query", |stream| {
+            loop {
+                let status = unsafe { sys::cuStreamQuery(stream.cu_stream()) };
+                if status != CUDA_ERROR_NOT_READY {
+                    break status;
+                }
+            }
+        }),
+        ("event", |stream| {
+            let event = stream.record_event(None).unwrap();
+            failure(event.synchronize()).0
+        }),
+        ("peer access", |stream| unsafe { sys::cuCtxDisablePeerAccess(stream.context().cu_ctx()) }),
+        ("free", |stream| {
+            let context = stream.context().cu_ctx();
+            let mut addr = 0;
+            unsafe {
+                sys::cuCtxSetCurrent(context).result().unwrap();
+                sys::cuMemAlloc_v2(&mut addr, 16).result().unwrap();
+                sys::cuMemFree_v2(addr)
+            }
+        }),
+    ];
+    for (what, wait) in waits {
+        assert_eq!(after_a_queued_fault(|stream, _| wait(stream)), CUDA_ERROR_ILLEGAL_ADDRESS, "{what}");
+    }
 }

@@ -216,3 +216,120 @@ fn libraries_load_without_a_context_and_serve_all() {
     }
     context.bind_to_thread().unwrap();
 }
+
+/// A kernel that holds 64 loaded values at once.
+fn hungry() -> String {
+    let loads: String = (0..64).map(|i| format!("ld.global.u32 %r{i}, [%d1+{}];", 4 * i)).collect();
+    let sums: String = (0..63).rev().map(|i| format!("mad.lo.u32 %r63, %r63, %r{i}, %r{i};")).collect();
+    format!(
+        ".const .align 4 .b8 small[6]; .const .u64 wide[3];
+        .visible .entry hungry(.param .u64 at) {{ .reg .b32 %r<64>; .reg .b64 %d<2>; ld.param.u64 %d1, [at];
+        {loads} {sums} st.global.u32 [%d1], %r63; ret; }}"
+    )
+}
+
+fn attribute(module: sys::CUmodule, name: &CStr, which: sys::CUfunction_attribute) -> i32 {
+    let (mut function, mut value) = (null_mut(), 0);
+    unsafe {
+        sys::cuModuleGetFunction(&mut function, module, name.as_ptr()).result().unwrap();
+        sys::cuFuncGetAttribute(&mut value, which, function).result().unwrap();
+    }
+    value
+}
+
+#[test]
+fn a_limit_of_registers_is_kept() {
+    use sys::CUfunction_attribute::*;
+    let (_, context, _turn) = device();
+    context.bind_to_thread().unwrap();
+    let registers = |module| attribute(module, c"hungry", CU_FUNC_ATTRIBUTE_NUM_REGS);
+    let free = unsafe { result::module::load_data(text(&hungry()).as_ptr().cast()) }.unwrap();
+    assert!(registers(free) > 60, "{}", registers(free));
+    // Six bytes, two to align, and twenty-four.
+    assert_eq!(attribute(free, c"hungry", CU_FUNC_ATTRIBUTE_CONST_SIZE_BYTES), 32);
+    let mut keys = [CUjit_option::CU_JIT_MAX_REGISTERS];
+    let mut values = [32 as *mut c_void];
+    let (mut held, mut link, mut image, mut bytes) = (null_mut(), null_mut(), null_mut(), 0);
+    unsafe {
+        let image = text(&hungry());
+        let loaded =
+            sys::cuModuleLoadDataEx(&mut held, image.as_ptr().cast(), 1, keys.as_mut_ptr(), values.as_mut_ptr());
+        loaded.result().unwrap();
+    }
+    assert_eq!(registers(held), 32);
+    unsafe {
+        sys::cuLinkCreate_v2(1, keys.as_mut_ptr(), values.as_mut_ptr(), &mut link).result().unwrap();
+        add(link, &hungry(), c"hungry.ptx").result().unwrap();
+        sys::cuLinkComplete(link, &mut image, &mut bytes).result().unwrap();
+        sys::cuModuleLoadData(&mut held, image).result().unwrap();
+        sys::cuLinkDestroy(link).result().unwrap();
+    }
+    assert_eq!(registers(held), 32);
+    // A kernel's own directive goes before.
+    let own = hungry().replace("at) {", "at) .maxnreg 40 {");
+    unsafe {
+        let image = text(&own);
+        let loaded =
+            sys::cuModuleLoadDataEx(&mut held, image.as_ptr().cast(), 1, keys.as_mut_ptr(), values.as_mut_ptr());
+        loaded.result().unwrap();
+    }
+    assert_eq!(registers(held), 40);
+}
+
+/// Links a caller and a callee, and runs kernel `user`.
+fn linked(caller: &str, callee: &str) -> u32 {
+    let (mut link, mut image, mut bytes, mut module, mut function) =
+        (null_mut(), null_mut(), 0, null_mut(), null_mut());
+    unsafe {
+        sys::cuLinkCreate_v2(0, null_mut(), null_mut(), &mut link).result().unwrap();
+        add(link, caller, c"caller.ptx").result().unwrap();
+        add(link, callee, c"callee.ptx").result().unwrap();
+        let status = sys::cuLinkComplete(link, &mut image, &mut bytes);
+        status.result().unwrap_or_else(|error| panic!("{error:?}"));
+        let loaded = sys::cuModuleLoadData(&mut module, image).result();
+        loaded.unwrap_or_else(|error| panic!("{error:?}\n{}", CStr::from_ptr(image.cast()).to_string_lossy()));
+        sys::cuLinkDestroy(link).result().unwrap();
+        sys::cuModuleGetFunction(&mut function, module, c"user".as_ptr()).result().unwrap();
+    }
+    run(function)
+}
+
+#[test]
+fn declared_and_defined_returns_need_not_agree() {
+    let (_, context, _turn) = device();
+    context.bind_to_thread().unwrap();
+    let caller = |returns: &str, read: &str| {
+        let returned = if returns.is_empty() { String::new() } else { format!("({returns} r)") };
+        let (place, result) = if returns.is_empty() { (String::new(), "") } else { (format!("{returns} y;"), "(y), ") };
+        let (returned, place) = (returned.replace("[] r", " r[8]"), place.replace("[] y", " y[8]"));
+        format!(
+            ".extern .func {returned} f(.param .b32 x);
+            .visible .entry user(.param .u64 out) {{ .reg .b32 %r<4>; .reg .b64 %d<3>;
+            ld.param.u64 %d1, [out]; mov.u32 %r1, 20;
+            {{ .param .b32 x; {place} st.param.b32 [x], %r1; call {result} f, (x); {read} }}
+            st.global.u32 [%d1], %r1; ret; }}"
+        )
+    };
+    let narrow = ".visible .func (.param .b32 r) f(.param .b32 x) { .reg .b32 %r1; ld.param.b32 %r1, [x];
+                  add.u32 %r1, %r1, 1; st.param.b32 [r], %r1; ret; }";
+    let wide = ".visible .func (.param .b64 r) f(.param .b32 x) { .reg .b32 %r1; .reg .b64 %d1; ld.param.b32 %r1, [x];
+                add.u32 %r1, %r1, 1; cvt.u64.u32 %d1, %r1; st.param.b64 [r], %d1; ret; }";
+    for callee in [narrow, wide] {
+        assert_eq!(linked(&caller(".param .b32", "ld.param.b32 %r1, [y];"), callee), 21);
+        assert_eq!(linked(&caller(".param .b64", "ld.param.b32 %r1, [y];"), callee), 21);
+        assert_eq!(linked(&caller(".param .align 8 .b8[]", "ld.param.b32 %r1, [y];"), callee), 21);
+        // Who wants no result gets none.
+        assert_eq!(linked(&caller("", ""), callee), 20);
+    }
+    // Arguments of any size get there, and what nobody returned is anything.
+    let caller = ".extern .func (.param .b32 r) f(.param .align 4 .b8 x[6], .param .b64 to);
+        .visible .entry user(.param .u64 out) { .reg .b32 %r<4>; .reg .b16 %h; .reg .b64 %d<3>;
+        ld.param.u64 %d1, [out]; mov.u32 %r1, 20; mov.u16 %h, 3;
+        { .param .align 4 .b8 x[6]; .param .b64 to; .param .b32 y; st.param.b32 [x], %r1; st.param.b16 [x+4], %h;
+        st.param.b64 [to], %d1; call (y), f, (x, to); } ret; }";
+    let nothing =
+        ".visible .func f(.param .align 4 .b8 x[6], .param .b64 to) { .reg .b32 %r<3>; .reg .b16 %h; .reg .b64 %d1;
+        ld.param.b32 %r1, [x]; ld.param.b16 %h, [x+4]; cvt.u32.u16 %r2, %h; add.u32 %r1, %r1, %r2;
+        ld.param.b64 %d1, [to]; st.global.u32 [%d1], %r1; ret; }";
+    assert_eq!(linked(caller, nothing), 23);
+}

@@ -5,25 +5,11 @@ mod common;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use common::{device, says, status};
+use common::{device, hold, says, status};
 use cudarc::driver::sys::{self, CUresult, CUstream};
 use cudarc::driver::{CudaStream, DevicePtr, result};
-
-/// Holds a stream until something is sent, or its other end dropped.
-fn hold(stream: &CudaStream) -> Sender<()> {
-    unsafe extern "C" fn wait(data: *mut c_void) {
-        // SAFETY: from `hold`, once.
-        let receiver = unsafe { Box::from_raw(data.cast::<Receiver<()>>()) };
-        let _ = receiver.recv_timeout(Duration::from_secs(20));
-    }
-    let (sender, receiver) = channel();
-    let data = Box::into_raw(Box::new(receiver)).cast();
-    unsafe { sys::cuLaunchHostFunc(stream.cu_stream(), Some(wait), data) }.result().unwrap();
-    sender
-}
 
 fn query(stream: CUstream) -> CUresult {
     unsafe { sys::cuStreamQuery(stream) }

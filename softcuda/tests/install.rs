@@ -27,4 +27,19 @@ fn the_environment_chooses_the_driver() {
     let Choice::Soft(installed) = choice else { panic!("not the software device") };
     assert_eq!(install().unwrap().path(), installed.path());
     assert_eq!(cudarc::driver::CudaContext::device_count().unwrap(), 1);
+
+    // Both names mean it, and no other file was loaded for them.
+    use libloading::os::unix::{Library, RTLD_NOW};
+    let address = |name: &str| {
+        let library = unsafe { Library::open(Some(name), RTLD_NOW | libc::RTLD_NOLOAD) }.unwrap();
+        let function = unsafe { *library.get::<unsafe extern "C" fn(u32) -> u32>(b"cuInit\0").unwrap() };
+        std::mem::forget(library);
+        function as usize
+    };
+    let own = address(installed.path().to_str().unwrap());
+    assert_eq!([address("libcuda.so"), address("libcuda.so.1")], [own; 2]);
+
+    // What is installed is not taken for a GPU's driver.
+    set("MOE_DEVICE", "");
+    assert!(install_if_no_gpu().unwrap().control().is_some());
 }

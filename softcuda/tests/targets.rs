@@ -255,3 +255,156 @@ fn ptxas_says_the_same() {
     }
     std::fs::remove_file(&file).unwrap();
 }
+
+/// Target, and the first PTX version that knows it (PTX ISA 12).
+const TARGETS: &[(&str, (u32, u32))] = &[
+    ("sm_10", (1, 0)),
+    ("sm_13", (1, 2)),
+    ("sm_20", (2, 0)),
+    ("sm_30", (3, 0)),
+    ("sm_32", (4, 0)),
+    ("sm_35", (3, 1)),
+    ("sm_37", (4, 1)),
+    ("sm_50", (4, 0)),
+    ("sm_52", (4, 1)),
+    ("sm_53", (4, 2)),
+    ("sm_60", (5, 0)),
+    ("sm_61", (5, 0)),
+    ("sm_62", (5, 0)),
+    ("sm_70", (6, 0)),
+    ("sm_72", (6, 1)),
+    ("sm_75", (6, 3)),
+    ("sm_80", (7, 0)),
+    ("sm_86", (7, 1)),
+    ("sm_87", (7, 4)),
+    ("sm_88", (9, 0)),
+    ("sm_89", (7, 8)),
+    ("sm_90", (7, 8)),
+    ("sm_90a", (8, 0)),
+    ("sm_100", (8, 6)),
+    ("sm_103", (8, 8)),
+    ("sm_110", (9, 0)),
+    ("sm_120", (8, 7)),
+    ("sm_121", (8, 8)),
+];
+
+#[test]
+fn every_target_has_its_first_version() {
+    let lowered = |target: &str, (major, minor): (u32, u32)| {
+        let text = format!(".version {major}.{minor}\n.target {target}\n.entry k() {{ exit; }}\n");
+        let digits: u32 = target.trim_end_matches('a')[3..].parse().unwrap();
+        let environment = Environment { compute_capability: (digits / 10, digits % 10), ..Environment::default() };
+        lower_module(&softcuda::ptx::parse(&text).unwrap(), &environment).map(|_| ()).map_err(|e| e.to_string())
+    };
+    // Every version there was.
+    let minors = [5, 3, 2, 3, 1, 5, 8, 8, 5];
+    let versions = (1..).zip(minors).flat_map(|(major, most)| (0..=most).map(move |minor| (major, minor)));
+    for version in versions.filter(|v| *v != (5, 2)) {
+        for &(target, since) in TARGETS {
+            let found = lowered(target, version);
+            assert_eq!(found.is_ok(), version >= since, "{target} in {version:?}: {found:?}");
+            if let Err(text) = found {
+                assert!(text.contains(&format!("requires PTX {}.{} or later", since.0, since.1)), "{text}");
+            }
+        }
+    }
+}
+
+/// Instruction, least target, least version for that target: what is older than sm_75.
+const OLD: &[(&str, &str, (u32, u32))] = &[
+    ("shfl.sync.idx.b32 %r0, %r1, 0, 31, -1;", "sm_30", (6, 0)),
+    ("vote.sync.all.pred %p0, %p1, -1;", "sm_30", (6, 0)),
+    ("match.any.sync.b32 %r0, %r1, -1;", "sm_70", (6, 0)),
+    ("activemask.b32 %r0;", "sm_30", (6, 2)),
+    ("barrier.sync 0;", "sm_30", (6, 0)),
+    ("bar.warp.sync -1;", "sm_30", (6, 0)),
+    ("bar.sync 0;", "sm_20", (2, 3)),
+    ("fence.acq_rel.gpu;", "sm_70", (6, 0)),
+    ("ld.relaxed.gpu.global.u32 %r0, [%d9];", "sm_70", (6, 0)),
+    ("st.release.sys.global.u32 [%d9], %r0;", "sm_70", (6, 0)),
+    ("ld.weak.global.u32 %r0, [%d9];", "sm_70", (6, 0)),
+    ("atom.global.add.f64 %f0, [%d9], %f1;", "sm_60", (5, 0)),
+    ("atom.global.add.f32 %r0, [%d9], %r1;", "sm_20", (2, 3)),
+    ("atom.global.min.s64 %d0, [%d9], %d1;", "sm_32", (4, 0)),
+    ("atom.global.add.noftz.f16x2 %r0, [%d9], %r1;", "sm_60", (6, 2)),
+    ("atom.global.add.noftz.f16 %h0, [%d9], %h1;", "sm_70", (6, 3)),
+    ("atom.global.cas.b16 %h0, [%d9], %h1, %h2;", "sm_70", (6, 3)),
+    ("atom.cta.global.add.u32 %r0, [%d9], %r1;", "sm_60", (5, 0)),
+    ("dp4a.u32.u32 %r0, %r1, %r2, %r3;", "sm_61", (5, 0)),
+    ("lop3.b32 %r0, %r1, %r2, %r3, 63;", "sm_50", (4, 3)),
+    ("shf.l.wrap.b32 %r0, %r1, %r2, %r3;", "sm_32", (4, 0)),
+    ("nanosleep.u32 100;", "sm_70", (6, 2)),
+    ("fma.rn.f16 %h0, %h1, %h2, %h3;", "sm_53", (4, 2)),
+    ("neg.f16 %h0, %h1;", "sm_53", (6, 0)),
+    ("abs.f16x2 %r0, %r1;", "sm_53", (6, 5)),
+    ("ld.global.nc.u32 %r0, [%d9];", "sm_32", (4, 0)),
+    ("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r0}, [%r9];", "sm_75", (6, 5)),
+    ("movmatrix.sync.aligned.m8n8.trans.b16 %r0, %r1;", "sm_75", (7, 8)),
+    ("mad.lo.cc.u32 %r0, %r1, %r2, %r3;", "sm_20", (3, 0)),
+    ("add.cc.u64 %d0, %d1, %d2;", "sm_20", (4, 3)),
+    ("isspacep.const %p0, %d0;", "sm_20", (3, 1)),
+    ("mov.u64 %d0, %globaltimer;", "sm_30", (3, 1)),
+    ("mov.u32 %r0, %dynamic_smem_size;", "sm_20", (4, 1)),
+    ("mov.u32 %r0, %clock_hi;", "sm_20", (5, 0)),
+    ("mov.u32 %r0, %laneid;", "sm_20", (2, 3)),
+    ("popc.b32 %r0, %r1;", "sm_20", (2, 3)),
+];
+
+#[test]
+fn instructions_of_old_targets() {
+    let environment = Environment { compute_capability: (8, 0), ..Environment::default() };
+    let lowered = |instruction: &str, target: &str, (major, minor): (u32, u32)| {
+        let text = format!(
+            ".version {major}.{minor}\n.target {target}\n.address_size 64\n.entry k() {{ .reg .pred %p<4>; .reg .b16 %h<8>;
+             .reg .b32 %r<10>; .reg .b64 %d<10>; .reg .f64 %f<4>;\n{instruction}\n ret; }}\n"
+        );
+        lower_module(&softcuda::ptx::parse(&text).unwrap(), &environment).map(|_| ())
+    };
+    let old = [
+        (2, 3),
+        (3, 0),
+        (3, 1),
+        (4, 0),
+        (4, 1),
+        (4, 2),
+        (4, 3),
+        (5, 0),
+        (6, 0),
+        (6, 1),
+        (6, 2),
+        (6, 3),
+        (6, 5),
+        (7, 8),
+    ];
+    for &(instruction, least, since) in OLD {
+        for version in old {
+            for (target, _) in TARGETS.iter().filter(|(t, v)| *v <= version && *t >= "sm_20" && *t <= "sm_80") {
+                // Some came earlier to later targets of their time.
+                if *target > least && version < since {
+                    continue;
+                }
+                let found = lowered(instruction, target, version);
+                let there = *target >= least && version >= since;
+                assert_eq!(found.is_ok(), there, "{instruction} on {target} in {version:?}: {found:?}");
+            }
+        }
+    }
+    // Votes and shuffles without a mask: of old targets, and of later ones until PTX 6.4.
+    for instruction in [
+        "vote.all.pred %p0, %p1;",
+        "vote.ballot.b32 %r0, !%p1;",
+        "shfl.idx.b32 %r0, %r1, 0, 31;",
+        "shfl.up.b32 %r0|%p0, %r1, 1, 0;",
+    ] {
+        for (target, version, there) in [
+            ("sm_60", (5, 0), true),
+            ("sm_60", (7, 8), true),
+            ("sm_70", (6, 3), true),
+            ("sm_70", (6, 5), false),
+            ("sm_80", (7, 0), false),
+        ] {
+            let found = lowered(instruction, target, version);
+            assert_eq!(found.is_ok(), there, "{instruction} on {target} in {version:?}: {found:?}");
+        }
+    }
+}

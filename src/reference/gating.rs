@@ -3,7 +3,7 @@
 use super::activation::sigmoid;
 use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
-use crate::rules::{Gating, GroupScore, Groups, Score};
+use crate::rules::{Gating, GroupScore, Groups, Masked, Renormalise, Score};
 
 /// The chosen experts of every token.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,12 +19,13 @@ pub struct Gated {
 /// The score p of an expert is `softmax(logits)` over all experts (Shazeer et al. 2017; Switch, Mixtral, Qwen3-MoE, OLMoE), or
 /// `sigmoid(logit)` (DeepSeek-V3, GLM-4.5, MiniMax-M2, Llama 4), or the softmax over the chosen logits alone (gpt-oss, GraniteMoE).
 /// Experts are compared by the choice value: `p + bias` where there is a correction `bias [E]` (DeepSeek-V3: Wang et al. 2024,
-/// "Auxiliary-Loss-Free Load Balancing"; `logit + bias` for the softmax over the chosen, which has no p before the choice), else
-/// the logit itself, of which p is a monotone function. Larger comes first, of equal
+/// "Auxiliary-Loss-Free Load Balancing"; `logit + bias` for the softmax over the chosen, which has no p before the choice), p where groups
+/// add choice values up or are masked with 0, else the logit itself, of which p is a monotone function. Larger comes first, of equal
 /// values the lower id, and NaN comes after -Inf, so that ids are distinct and in range whatever the logits. With groups,
-/// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report).
+/// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report), or the choice value of others is 0
+/// ([`Masked`]).
 ///
-/// The weight is p without the bias, divided by the sum of the chosen plus 1e-20 if `renormalise`, times `scale`. NaN
+/// The weight is p without the bias, divided as [`Renormalise`] says, times `scale`. NaN
 /// and infinite logits reach weights as the arithmetic of the formula has it, never ids.
 ///
 /// Choice values and group scores are rounded to `L`: with f32 logits they are what f32 arithmetic gives, up to the
@@ -41,10 +42,10 @@ pub fn gate<L: Real, B: Real>(
 ) -> Result<Gated, ReferenceError> {
     require("experts", experts > 0, || "at least 1".into(), experts)?;
     require("logits", logits.len().is_multiple_of(experts), || format!("rows of {experts}"), logits.len())?;
-    let Groups { count, kept, .. } = groups(rule);
+    let Groups { count, kept, masked, .. } = groups(rule);
     require("groups.count", count > 0 && experts.is_multiple_of(count), || format!("a divisor of {experts}"), count)?;
     require("groups.kept", (1..=count).contains(&kept), || format!("1 to {count}"), kept)?;
-    let eligible = experts / count * kept;
+    let eligible = if masked == Masked::Zero { experts } else { experts / count * kept };
     require("top_k", (1..=eligible).contains(&top_k), || format!("1 to {eligible}"), top_k)?;
     if let Some(bias) = bias {
         require_shape("correction_bias", bias, &[experts])?;
@@ -67,9 +68,16 @@ fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, top_k: usize, rule: &
     };
     let choice: Vec<f64> = match bias {
         Some(bias) => scores.iter().zip(bias).map(|(&p, &b)| L::round(L::round(p) + L::round(b))).collect(),
+        None if rule.compares_scores() => scores.iter().map(|&p| L::round(p)).collect(),
         None => logits.clone(),
     };
-    let mut candidates = eligible::<L>(&choice, groups(rule));
+    let kept = kept::<L>(&choice, groups(rule));
+    let mut candidates: Vec<usize> = (0..choice.len()).collect();
+    let mut choice = choice;
+    match groups(rule).masked {
+        Masked::Zero => candidates.iter().filter(|&&e| !kept[e]).for_each(|&e| choice[e] = 0.0),
+        Masked::Out => candidates.retain(|&e| kept[e]),
+    }
     candidates.sort_by(|&a, &b| descending(choice[a], choice[b]).then(a.cmp(&b)));
     candidates.truncate(top_k);
 
@@ -77,37 +85,39 @@ fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, top_k: usize, rule: &
     if rule.score == Score::TopkSoftmax {
         weights = softmax(&weights);
     }
-    if rule.renormalise {
-        let sum = weights.iter().sum::<f64>() + 1e-20;
-        weights.iter_mut().for_each(|weight| *weight /= sum);
+    if let Some(renormalise) = rule.renormalise {
+        let sum = weights.iter().sum::<f64>();
+        let divisor = match renormalise {
+            Renormalise::Plus(epsilon) => sum + f64::from(epsilon),
+            // NaN stays NaN, which f64::max would drop.
+            Renormalise::AtLeast(epsilon) if sum < f64::from(epsilon) => epsilon.into(),
+            Renormalise::AtLeast(_) => sum,
+        };
+        weights.iter_mut().for_each(|weight| *weight /= divisor);
     }
     candidates.into_iter().zip(weights).map(|(id, weight)| (id, weight * f64::from(rule.scale))).collect()
 }
 
 /// One group of all experts where there are none.
 fn groups(rule: &Gating) -> Groups {
-    rule.groups.unwrap_or(Groups { count: 1, kept: 1, score: GroupScore::Max })
+    rule.groups.unwrap_or(Groups::new(1, 1).score(GroupScore::Max))
 }
 
-/// Experts of the groups that are kept, ascending.
-fn eligible<L: Real>(choice: &[f64], groups: Groups) -> Vec<usize> {
+/// Which experts are in groups that are kept.
+fn kept<L: Real>(choice: &[f64], groups: Groups) -> Vec<bool> {
     let size = choice.len() / groups.count;
     let worth: Vec<f64> = choice
         .chunks(size)
         .map(|group| {
             let mut values = group.to_vec();
             values.sort_by(|&a, &b| descending(a, b));
-            match groups.score {
-                GroupScore::TopTwo if size > 1 => L::round(values[0] + values[1]),
-                _ => values[0],
-            }
+            values[1..].iter().take(groups.score.terms() - 1).fold(values[0], |sum, &value| L::round(sum + value))
         })
         .collect();
     let mut best: Vec<usize> = (0..groups.count).collect();
     best.sort_by(|&a, &b| descending(worth[a], worth[b]).then(a.cmp(&b)));
     best.truncate(groups.kept);
-    best.sort();
-    best.iter().flat_map(|group| group * size..(group + 1) * size).collect()
+    (0..choice.len()).map(|e| best.contains(&(e / size))).collect()
 }
 
 /// Larger first, NaN last; zeros of both signs are equal.
@@ -150,7 +160,7 @@ mod tests {
         let gated = gate::<f64, f64>(&logits, None, 4, 2, &rule).unwrap();
         assert_eq!(gated.ids, [1, 3]);
         near(&gated.weights, &[0.4, 0.3]);
-        rule.renormalise = true;
+        rule = rule.renormalised();
         rule.scale = 7.0;
         near(&gate::<f64, f64>(&logits, None, 4, 2, &rule).unwrap().weights, &[4.0, 3.0]);
     }
@@ -175,21 +185,21 @@ mod tests {
     }
 
     fn grouped(count: usize, kept: usize, score: GroupScore) -> Gating {
-        Gating { groups: Some(Groups { count, kept, score }), ..Gating::new(Score::Sigmoid) }
+        Gating::new(Score::Sigmoid).groups(Some(Groups::new(count, kept).score(score)))
     }
 
     #[test]
     fn groups_by_their_two_best() {
-        // Group sums of the two best: 10, 9, 11; the largest single value is in the group that loses.
+        // Sums of the two best scores: 1.98, 1.50, 1.99; the largest single one is in the group that loses.
         let logits = [4.0f32, 6.0, 0.0, 9.0, 0.0, 0.0, 5.0, 6.0, 1.0];
-        assert_eq!(gate_f32(&logits, None, 9, 3, grouped(3, 2, GroupScore::TopTwo)).ids, [1, 7, 6]);
+        assert_eq!(gate_f32(&logits, None, 9, 3, grouped(3, 2, GroupScore::TOP_TWO)).ids, [1, 7, 6]);
         assert_eq!(gate_f32(&logits, None, 9, 3, grouped(3, 1, GroupScore::Max)).ids, [3, 4, 5]);
     }
 
     #[test]
     fn equal_values_prefer_the_lower_id_and_group() {
         assert_eq!(gate_f32(&[0.0, -0.0, 0.0, -0.0], None, 4, 3, Gating::new(Score::Softmax)).ids, [0, 1, 2]);
-        assert_eq!(gate_f32(&[1.0; 4], None, 4, 1, grouped(2, 1, GroupScore::TopTwo)).ids, [0]);
+        assert_eq!(gate_f32(&[1.0; 4], None, 4, 1, grouped(2, 1, GroupScore::TOP_TWO)).ids, [0]);
     }
 
     #[test]

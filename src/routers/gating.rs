@@ -6,7 +6,7 @@
 //! 2. the experts of the best groups are eligible (all of them without groups);
 //! 3. the `k` eligible experts of largest choice value `p + correction_bias` are chosen, larger first; among equals the
 //!    lower id, NaN after everything else. With no bias the logits themselves are compared: the same order, exactly;
-//! 4. the weight of a choice is its `p`, divided by the sum of the chosen (plus 1e-20) if `renormalise`, times `scale`.
+//! 4. the weight of a choice is its `p`, divided as [`crate::rules::Renormalise`] says, times `scale`.
 //!    With [`Score::TopkSoftmax`] the choice value is the logit, and `p` the softmax over the chosen logits only: a correction
 //!    bias, which adds to scores before the choice, is refused there.
 //!
@@ -20,9 +20,9 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Gate, Kernel};
-use crate::rules::{Gating, GroupScore, Groups, Score};
+use crate::rules::{Gating, Groups, Masked, Renormalise, Score};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::GatingParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
@@ -87,6 +87,11 @@ impl GatingDesc {
         shape::top_k(OPERATION, self.top_k, self.experts)?;
         shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k])?;
         shape::product(OPERATION, "logits", &[self.tokens, self.experts])?;
+        if let Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) = self.gating.renormalise
+            && !(epsilon.is_finite() && epsilon >= 0.0)
+        {
+            return Err(Error::invalid(OPERATION, "renormalise", "an epsilon of at least 0", epsilon));
+        }
         if !self.gating.scale.is_finite() {
             return Err(Error::invalid(OPERATION, "scale", "a finite number", self.gating.scale));
         }
@@ -94,7 +99,7 @@ impl GatingDesc {
     }
 
     fn validate_groups(&self, groups: Groups) -> Result<(), Error> {
-        let Groups { count, kept, score } = groups;
+        let Groups { count, kept, score, masked } = groups;
         shape::positive(OPERATION, "groups.count", count)?;
         if count > Gate::MAX_GROUPS as usize {
             return Err(Error::unsupported(OPERATION, "groups.count", format!("at most {}", Gate::MAX_GROUPS), count));
@@ -107,11 +112,16 @@ impl GatingDesc {
             return Err(Error::invalid(OPERATION, "groups.kept", format!("1 to groups.count = {count}"), kept));
         }
         let size = self.experts / count;
-        if score == GroupScore::TopTwo && size < 2 && count > 1 {
-            let expected = "GroupScore::Max, as groups of one expert have no two largest values";
-            return Err(Error::invalid(OPERATION, "groups.score", expected, "GroupScore::TopTwo"));
+        if masked == Masked::Zero && self.gating.score == Score::TopkSoftmax && count > 1 {
+            let supported = "Masked::Out with Score::TopkSoftmax, which chooses by logits: 0 is no score there";
+            return Err(Error::unsupported(OPERATION, "groups.masked", supported, "Masked::Zero"));
         }
-        if kept * size < self.top_k {
+        let terms = score.terms();
+        if terms == 0 || (terms > size && count > 1) {
+            let expected = format!("the sum of 1 to {size} choice values, as groups have {size} experts");
+            return Err(Error::invalid(OPERATION, "groups.score", expected, format!("{score:?}")));
+        }
+        if kept * size < self.top_k && masked == Masked::Out {
             let expected = format!("at most {kept} groups kept * {size} experts = {}", kept * size);
             return Err(Error::invalid(OPERATION, "top_k", expected, self.top_k));
         }
@@ -159,7 +169,7 @@ pub fn forward(
     let choices = desc.tokens * desc.top_k;
     let logits = scope.read("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
     check_correction_bias(OPERATION, &desc.gating, args.correction_bias.is_some())?;
-    let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, VECTOR)?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, SCALAR)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let routing = Routing {
@@ -168,7 +178,7 @@ pub fn forward(
         ids: ids.address(),
         weights: weights.address(),
     };
-    let [flags, groups, groups_kept] = rule_words(&desc.gating);
+    let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(&desc.gating);
     scope.launch(
         &selection,
         GatingParams {
@@ -182,7 +192,8 @@ pub fn forward(
             groups,
             groups_kept,
             flags,
-            scale: desc.gating.scale,
+            scale,
+            epsilon,
         },
     )
 }
@@ -205,23 +216,47 @@ pub(crate) struct Routing<'a> {
 }
 
 const RENORMALISE: u32 = 1;
-const GROUP_SCORE_IS_MAX: u32 = 2;
+const AT_LEAST: u32 = 2;
+const BY_SCORE: u32 = 32;
+const MASKED_ZERO: u32 = 64;
+/// Where the number of choice values begins that make a group's score.
+const GROUP_TERMS: u32 = 8;
 
-/// Flags of the rule, groups, and groups kept, as every gating kernel takes them.
-pub(crate) fn rule_words(gating: &Gating) -> [u32; 3] {
-    let flags = if gating.renormalise { RENORMALISE } else { 0 };
-    match gating.groups {
-        Some(groups) if groups.score == GroupScore::Max => {
-            [flags | GROUP_SCORE_IS_MAX, groups.count as u32, groups.kept as u32]
+/// A rule as every gating kernel takes it.
+pub(crate) struct RuleWords {
+    pub(crate) flags: u32,
+    pub(crate) groups: u32,
+    pub(crate) groups_kept: u32,
+    pub(crate) scale: f32,
+    pub(crate) epsilon: f32,
+}
+
+impl RuleWords {
+    pub(crate) fn new(gating: &Gating) -> RuleWords {
+        let (mut flags, epsilon) = match gating.renormalise {
+            None => (0, 0.0),
+            Some(Renormalise::Plus(epsilon)) => (RENORMALISE, epsilon),
+            Some(Renormalise::AtLeast(epsilon)) => (RENORMALISE | AT_LEAST, epsilon),
+        };
+        let (mut groups, mut groups_kept) = (1, 1);
+        if let Some(of) = gating.groups.filter(|groups| groups.count > 1) {
+            (groups, groups_kept) = (of.count as u32, of.kept as u32);
+            flags |= (of.score.terms() as u32) << GROUP_TERMS;
+            if gating.compares_scores() {
+                flags |= BY_SCORE;
+            }
+            if of.masked == Masked::Zero {
+                flags |= MASKED_ZERO;
+            }
         }
-        Some(groups) => [flags, groups.count as u32, groups.kept as u32],
-        None => [flags, 1, 1],
+        RuleWords { flags, groups, groups_kept, scale: gating.scale, epsilon }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rules::GroupScore;
     use crate::runtime::device::A100;
 
     fn desc() -> GatingDesc {
@@ -229,7 +264,7 @@ mod tests {
     }
 
     fn grouped(count: usize, kept: usize, score: GroupScore) -> GatingDesc {
-        GatingDesc { gating: Gating { groups: Some(Groups { count, kept, score }), ..desc().gating }, ..desc() }
+        GatingDesc { gating: desc().gating.groups(Some(Groups::new(count, kept).score(score))), ..desc() }
     }
 
     fn fault(desc: GatingDesc) -> &'static str {
@@ -239,7 +274,7 @@ mod tests {
     #[test]
     fn faults_name_their_field() {
         assert_eq!(desc().validate(), Ok(()));
-        assert_eq!(grouped(8, 4, GroupScore::TopTwo).validate(), Ok(()));
+        assert_eq!(grouped(8, 4, GroupScore::TOP_TWO).validate(), Ok(()));
         assert_eq!(fault(GatingDesc { experts: 0, ..desc() }), "experts");
         assert_eq!(fault(GatingDesc { experts: 5000, ..desc() }), "experts");
         assert_eq!(fault(GatingDesc { experts: 4, ..desc() }), "top_k");
@@ -252,7 +287,7 @@ mod tests {
         assert_eq!(fault(grouped(0, 0, GroupScore::Max)), "groups.count");
         assert_eq!(fault(grouped(8, 9, GroupScore::Max)), "groups.kept");
         assert_eq!(fault(grouped(8, 0, GroupScore::Max)), "groups.kept");
-        assert_eq!(fault(GatingDesc { experts: 16, top_k: 1, ..grouped(16, 16, GroupScore::TopTwo) }), "groups.score");
+        assert_eq!(fault(GatingDesc { experts: 16, top_k: 1, ..grouped(16, 16, GroupScore::TOP_TWO) }), "groups.score");
         assert_eq!(fault(grouped(256, 4, GroupScore::Max)), "groups.count");
     }
 

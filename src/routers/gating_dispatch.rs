@@ -8,10 +8,10 @@ use cudarc::driver::CudaStream;
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::Dispatched;
 use crate::registry::Kernel;
-use crate::routers::gating::{self, GatingDesc, Routing};
+use crate::routers::gating::{self, GatingDesc, Routing, RuleWords};
 use crate::rules::{Gating, Score};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::GatingDispatchParams;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
@@ -135,7 +135,7 @@ pub fn forward(
     let choices = dispatch.tokens * dispatch.top_k;
     let logits = scope.read("logits", args.logits, dispatch.tokens * dispatch.experts, SCALAR)?;
     gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
-    let bias = scope.read_some("correction_bias", args.correction_bias, dispatch.experts, VECTOR)?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, dispatch.experts, SCALAR)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
@@ -160,7 +160,7 @@ pub(crate) fn enqueue(
     workspace: Address<'_>,
 ) -> Result<(), Error> {
     let GatingDispatchDesc { gating, dispatch } = desc;
-    let [flags, groups, groups_kept] = gating::rule_words(gating);
+    let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(gating);
     let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
     scope.launch(
         selection,
@@ -175,7 +175,8 @@ pub(crate) fn enqueue(
             groups,
             groups_kept,
             flags,
-            scale: gating.scale,
+            scale,
+            epsilon,
             capacity,
             tokens_per_sequence,
             padded_rows,
@@ -216,7 +217,7 @@ mod tests {
         assert_eq!(fault(&|d| d.gating.scale = f32::NAN), "scale");
         // Dispatch alone takes more choices than experts, gating does not.
         assert_eq!(fault(&|d| (d.dispatch.experts, d.dispatch.top_k) = (4, 5)), "top_k");
-        let groups = Groups { count: 7, kept: 1, score: GroupScore::Max };
+        let groups = Groups::new(7, 1).score(GroupScore::Max);
         assert_eq!(fault(&|d| d.gating.groups = Some(groups)), "groups.count");
     }
 

@@ -1,13 +1,12 @@
 //! The operations around measured gating that are no gating: one stream of them, captured, and under several orders of warps.
 
 use half::bf16;
+use moe_kernels::Dtype;
 use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule};
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource};
-use moe_kernels::rules::{AdmissionRule, Order, SecondExpert};
-use moe_kernels::rules::{IDENTITY, NONE};
+use moe_kernels::experts::Weight;
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::rules::{Activation, AdmissionRule, Dropout, IDENTITY, NONE, NoiseSource, SecondExpert};
 
 use super::*;
 
@@ -43,17 +42,11 @@ fn draw(seed: u64) -> Vec<i32> {
 
 impl Others {
     fn new(stream: &Arc<CudaStream>) -> Others {
-        let rule = AdmissionRule {
-            experts: EXPERTS,
-            candidates: CANDIDATES,
-            top_k: 2,
-            capacity: 50,
-            tokens_per_group: 130,
-            order: Order::ByToken,
-            prioritised: true,
-            second: SecondExpert::Random { threshold: 0.5, noise: NoiseSource { seed: 5, offset: 6 } },
-        };
-        let admission = AdmissionDesc { tokens: TOKENS, rule };
+        let rule = AdmissionRule::new(EXPERTS, 2, 50, 130)
+            .candidates(CANDIDATES)
+            .prioritised(true)
+            .second(SecondExpert::Random { threshold: 0.5, noise: NoiseSource { seed: 5, offset: 6 } });
+        let admission = AdmissionDesc::new(TOKENS, rule);
         let mut rng = fastrand::Rng::with_seed(1);
         let floats = |rng: &mut fastrand::Rng, len: usize| (0..len).map(|_| rng.f32()).collect::<Vec<f32>>();
         let map: Vec<i32> = (0..2 * EXPERTS as i32).map(|i| [i, IDENTITY, NONE, i + 1][i as usize % 4]).collect();
@@ -79,52 +72,21 @@ impl Others {
 
     fn enqueue(&mut self, offset: u64) {
         let (kernels, stream) = (device::kernels(), &self.stream);
-        let args = AdmissionArgs {
-            ids: &self.ids,
-            weights: &self.weights,
-            priority: None,
-            admitted: &mut self.admitted,
-            admitted_weights: &mut self.admitted_weights,
-            workspace: &mut self.workspace,
-        };
+        let (admitted, admitted_weights) = (&mut self.admitted, &mut self.admitted_weights);
+        let args = AdmissionArgs::new(&self.ids, &self.weights, admitted, admitted_weights, &mut self.workspace);
         admission::forward(kernels, stream, &self.admission, args).unwrap();
-        let desc = ExpertMapDesc { tokens: TOKENS, experts: EXPERTS, top_k: 2, max_replicas: 2, seed: 3 };
-        let args = ExpertMapArgs {
-            ids: &self.admitted,
-            weights: Some(&self.admitted_weights),
-            map: &self.map,
-            replicas: Some(&self.replicas),
-            local_ids: &mut self.local_ids,
-            identity_weight: Some(&mut self.identity_weight),
-        };
+        let desc = ExpertMapDesc::new(TOKENS, EXPERTS, 2).max_replicas(2).seed(3);
+        let args = ExpertMapArgs::new(&self.admitted, &self.map, &mut self.local_ids)
+            .weights(&self.admitted_weights)
+            .replicas(&self.replicas)
+            .identity_weight(&mut self.identity_weight);
         expert_map::forward(kernels, stream, &desc, args).unwrap();
-        let totals =
-            TotalsIn { counts: &self.ids, loss_counts: &self.ids, probability: &self.sums, importance: &self.sums };
-        let desc = TotalsDesc { experts: EXPERTS, tokens: TOKENS };
-        balance::losses_of_totals(kernels, stream, &desc, totals, &mut self.stats).unwrap();
-        let desc = GemmDesc {
-            dtype: Dtype::Bf16,
-            rows: WIDTH,
-            a_rows: WIDTH,
-            experts: 1,
-            n: WIDTH,
-            k: WIDTH,
-            glu: Glu::None,
-            activation: Activation::Silu,
-            layout: Layout::Nk,
-            schedule: Schedule::Dense,
-        };
-        let args = GemmArgs {
-            a: &self.matrix,
-            b: &self.matrix,
-            bias: None,
-            slot_token: None,
-            row_scale: None,
-            tiles: None,
-            out: &mut self.out,
-        };
-        let dropout = Dropout { probability: 0.4, noise: NoiseSource { seed: 7, offset } };
-        gemm::forward_with_dropout(kernels, stream, &desc, args, dropout).unwrap();
+        let args = BalanceLossArgs::new(&self.ids, &self.ids, &self.sums, &self.sums, &mut self.stats);
+        balance_loss::forward(kernels, stream, &BalanceLossDesc::new(TOKENS, EXPERTS), args).unwrap();
+        let desc = GemmDesc::new(Dtype::Bf16, Rows::Dense(WIDTH), WIDTH, WIDTH).activation(Activation::Silu);
+        let args = GemmArgs::new(&self.matrix, Weight::new(&self.matrix), &mut self.out)
+            .dropout(Dropout::new(0.4, NoiseSource { seed: 7, offset }));
+        gemm::forward(kernels, stream, &desc, args).unwrap();
     }
 
     fn bits(&self) -> Vec<u32> {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use moe_kernels::rules::Dtype;
+use moe_kernels::Dtype;
 use safetensors::tensor::Dtype as TensorDtype;
 use serde_json::json;
 
@@ -13,7 +13,7 @@ use crate::hf::random::Random;
 use crate::synth::{EXPERTS, Folder, HIDDEN, INTERMEDIATE, Tensor, checkpoint};
 
 /// Runs the example's main function and expects a refusal; gives back its one line.
-fn refusal(arguments: &[&str]) -> String {
+pub fn refusal(arguments: &[&str]) -> String {
     let error = hf::run(arguments.iter().map(Into::into), &mut std::io::sink()).expect_err("must be refused");
     let line = error.to_string();
     assert!(!line.is_empty() && !line.contains('\n'), "one line: {line}");
@@ -43,11 +43,12 @@ fn the_program_exits_with_2_and_one_line() {
     assert!(stderr.starts_with("error: ") && stderr.lines().count() == 1, "{stderr}");
 }
 
-fn refused(folder: &Folder) -> String {
+/// What the example says of a folder that it refuses.
+pub fn refused(folder: &Folder) -> String {
     refusal(&[folder.path().to_str().unwrap(), "--tokens", "4"])
 }
 
-fn says(line: &str, parts: &[&str]) {
+pub fn says(line: &str, parts: &[&str]) {
     for part in parts {
         assert!(line.contains(part), "{part:?} is not in {line:?}");
     }
@@ -94,7 +95,7 @@ fn a_key_is_missing_or_of_another_kind() {
     says(&refused(&folder), &["num_experts_per_tok", "is missing"]);
     synthetic.config["num_experts_per_tok"] = json!(EXPERTS + 1);
     synthetic.write(&folder);
-    says(&refused(&folder), &["top_k"]);
+    says(&refused(&folder), &["`num_experts_per_tok` is 7", "`num_local_experts`, which is 6"]);
 }
 
 #[test]
@@ -113,7 +114,7 @@ fn sizes_beyond_reason() {
 fn no_tensors() {
     let folder = Folder::new();
     std::fs::write(folder.join("config.json"), checkpoint("mixtral").config.to_string()).unwrap();
-    says(&refused(&folder), &["model.safetensors"]);
+    says(&refused(&folder), &["neither model.safetensors nor model.safetensors.index.json"]);
 }
 
 #[test]
@@ -150,14 +151,6 @@ fn missing_tensor() {
     synthetic.tensors.0.remove("model.layers.0.block_sparse_moe.gate.weight");
     synthetic.write(&folder);
     says(&refused(&folder), &["`model.layers.0.block_sparse_moe.gate.weight` is missing"]);
-}
-
-#[test]
-fn missing_shard() {
-    let folder = Folder::new();
-    checkpoint("mixtral").write_sharded(&folder);
-    std::fs::remove_file(folder.join("model-00002-of-00002.safetensors")).unwrap();
-    says(&refused(&folder), &["is missing"]);
 }
 
 #[test]
@@ -201,11 +194,29 @@ fn no_rows() {
 
 #[test]
 fn command_lines() {
-    says(&refusal(&["--dtype", "f64"]), &["--dtype", "f64", "bf16"]);
-    says(&refusal(&["--tokens", "-1"]), &["--tokens", "-1"]);
-    says(&refusal(&["--frob"]), &["--frob"]);
-    says(&refusal(&["--out"]), &["--out needs a value"]);
-    says(&refusal(&["a", "b"]), &["second folder"]);
+    let complaint = |arguments: &[&str]| {
+        let error = hf::cli::parse(arguments.iter().map(Into::into)).expect_err("must be refused");
+        assert_eq!(error.exit_code(), 2, "{error}");
+        error.to_string()
+    };
+    says(&complaint(&["--dtype", "f64"]), &["--dtype", "f64", "bf16"]);
+    says(&complaint(&["--tokens", "-1"]), &["--tokens", "-1", "1048576"]);
+    says(&complaint(&["--tokens", "1048577"]), &["--tokens", "1048577", "1048576"]);
+    says(&complaint(&["--frob"]), &["--frob", "Usage: hf_layer"]);
+    says(&complaint(&["--out"]), &["--out", "value is required"]);
+    says(&complaint(&["a", "b"]), &["unexpected argument 'b'"]);
+    says(&complaint(&["--block", "model.layers.0.mlp"]), &["required", "DIR"]);
+}
+
+#[test]
+fn help_is_no_complaint() {
+    let output = Command::new(example()).arg("--help").output().expect("the example starts");
+    assert_eq!(output.status.code(), Some(0));
+    assert!(output.stderr.is_empty());
+    says(
+        &String::from_utf8(output.stdout).unwrap(),
+        &["Usage: hf_layer", "--block <NAME>", "--tokens <N>", "--out <FILE>"],
+    );
 }
 
 /// Damaged files are refused or, where the damage changes nothing that is read, accepted; nothing panics.

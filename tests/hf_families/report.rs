@@ -1,6 +1,6 @@
 //! What counts as equal.
 
-use moe_kernels::rules::Dtype;
+use moe_kernels::Dtype;
 
 use crate::hf::device::Outputs;
 use crate::hf::golden::Expected;

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use half::bf16;
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::hf::random::Random;
 
@@ -17,6 +17,7 @@ pub const EXPERTS: usize = 6;
 pub const TOP_K: usize = 2;
 
 /// A tensor whose values are exact in its type.
+#[derive(Clone)]
 pub struct Tensor {
     pub dtype: Dtype,
     pub shape: Vec<usize>,
@@ -59,29 +60,19 @@ impl Tensors {
 }
 
 /// A folder that is removed with the value.
-pub struct Folder(PathBuf);
+pub struct Folder(TempDir);
 
 impl Folder {
     pub fn new() -> Folder {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("moe-kernels-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        std::fs::create_dir_all(&path).expect("a temporary folder can be made");
-        Folder(path)
+        Folder(TempDir::with_prefix("moe-kernels-").expect("a temporary folder can be made"))
     }
 
     pub fn path(&self) -> &Path {
-        &self.0
+        self.0.path()
     }
 
     pub fn join(&self, name: &str) -> PathBuf {
-        self.0.join(name)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        std::fs::remove_dir_all(&self.0).ok();
+        self.0.path().join(name)
     }
 }
 

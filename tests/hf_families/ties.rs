@@ -1,7 +1,8 @@
 //! Near ties: a choice that f32 can settle either way is right either way, any other choice is wrong.
 
+use moe_kernels::Dtype;
 use moe_kernels::layer::LayerDesc;
-use moe_kernels::rules::{Dtype, Gating, Score};
+use moe_kernels::rules::{Gating, Score};
 
 use crate::hf::device::Outputs;
 use crate::hf::golden::from_reference;
@@ -9,7 +10,7 @@ use crate::hf::load::{Matrix, RouterWeight, Weights};
 
 /// One token, whose biased scores are nearly equal for experts 0 and 1, and much lower for 2.
 fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
-    let layer = LayerDesc { gating: Gating::new(Score::Sigmoid), ..LayerDesc::new(Dtype::F32, 8, 8, 3, 1) };
+    let layer = LayerDesc::new(Dtype::F32, 8, 8, 3, 1).gating(Gating::new(Score::Sigmoid));
     let weights = Weights {
         router: RouterWeight::Same(vec![0.0f32; 24]),
         router_bias: None,

@@ -2,10 +2,10 @@
 
 use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
-use moe_kernels::rules::IDENTITY;
-use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
+use moe_kernels::rules::{AdmissionRule, IDENTITY, NoiseSource, Order, SecondExpert};
 
 use super::*;
+use crate::support::compare::to_f64;
 
 /// Ids of which some are no expert and most are few, and weights of few values, NaN among them.
 fn choices(rng: &mut fastrand::Rng, len: usize, experts: usize, skew: usize) -> (Vec<i32>, Vec<f32>) {
@@ -33,17 +33,14 @@ proptest! {
     ) {
         let top_k = k.min(candidates);
         let noise = NoiseSource { seed, offset: 1 };
-        let rule = AdmissionRule {
-            experts,
-            candidates,
-            top_k,
-            capacity,
-            tokens_per_group,
-            order: if by_choice { Order::ByChoice } else { Order::ByToken },
-            prioritised,
-            second: if random && top_k == 2 { SecondExpert::Random { threshold: 0.5, noise } } else { SecondExpert::Always },
-        };
-        let desc = AdmissionDesc { tokens, rule };
+        let second =
+            if random && top_k == 2 { SecondExpert::Random { threshold: 0.5, noise } } else { SecondExpert::Always };
+        let rule = AdmissionRule::new(experts, top_k, capacity, tokens_per_group)
+            .candidates(candidates)
+            .order(if by_choice { Order::ByChoice } else { Order::ByToken })
+            .prioritised(prioritised)
+            .second(second);
+        let desc = AdmissionDesc::new(tokens, rule);
         let (ids, weights) = choices(&mut fastrand::Rng::with_seed(seed), tokens * candidates, experts, skew);
         let want = reference::admission::admit(&ids, &weights, None, &rule).unwrap();
         let (kernels, stream) = (device::kernels(), device::stream());
@@ -53,14 +50,9 @@ proptest! {
         let mut pad = (ids, weights);
         pad.0.push(0);
         pad.1.push(0.0);
-        let args = AdmissionArgs {
-            ids: &stream.clone_htod(&pad.0).unwrap(),
-            weights: &stream.clone_htod(&pad.1).unwrap(),
-            priority: None,
-            admitted: &mut admitted,
-            admitted_weights: &mut admitted_weights,
-            workspace: &mut Workspace::new(&stream, admission::workspace_bytes(&desc).unwrap()).unwrap(),
-        };
+        let (ids, weights) = (stream.clone_htod(&pad.0).unwrap(), stream.clone_htod(&pad.1).unwrap());
+        let mut workspace = Workspace::new(&stream, admission::workspace_bytes(&desc).unwrap()).unwrap();
+        let args = AdmissionArgs::new(&ids, &weights, &mut admitted, &mut admitted_weights, &mut workspace);
         admission::forward(kernels, &stream, &desc, args).unwrap();
         let got = &stream.clone_dtoh(&admitted).unwrap()[..places];
         prop_assert_eq!(got, &want.ids[..]);
@@ -85,21 +77,16 @@ proptest! {
         let (ids, _) = choices(&mut rng, tokens * top_k, experts, experts);
         let map: Vec<i32> = (0..experts * max_replicas).map(|_| rng.i32(IDENTITY..300)).collect();
         let replicas: Vec<i32> = (0..experts).map(|_| rng.i32(1..=max_replicas as i32)).collect();
-        let desc = ExpertMapDesc { tokens, experts, top_k, max_replicas, seed: seed as u32 };
+        let desc = ExpertMapDesc::new(tokens, experts, top_k).max_replicas(max_replicas).seed(seed as u32);
         let given = with_replicas.then_some(replicas.as_slice());
         let want = reference::expert_map::map_experts(&ids, None, top_k, &map, max_replicas, given, desc.seed).unwrap();
         let (kernels, stream) = (device::kernels(), device::stream());
         let mut local_ids = stream.clone_htod(&vec![-7i32; tokens * top_k]).unwrap();
         let mut sums = stream.clone_htod(&vec![f32::NAN; tokens]).unwrap();
         let device_replicas = stream.clone_htod(&replicas).unwrap();
-        let args = ExpertMapArgs {
-            ids: &stream.clone_htod(&ids).unwrap(),
-            weights: None,
-            map: &stream.clone_htod(&map).unwrap(),
-            replicas: with_replicas.then_some(&device_replicas as _),
-            local_ids: &mut local_ids,
-            identity_weight: Some(&mut sums),
-        };
+        let (ids, map) = (stream.clone_htod(&ids).unwrap(), stream.clone_htod(&map).unwrap());
+        let mut args = ExpertMapArgs::new(&ids, &map, &mut local_ids).identity_weight(&mut sums);
+        args.replicas = with_replicas.then(|| (&device_replicas).into());
         expert_map::forward(kernels, &stream, &desc, args).unwrap();
         prop_assert_eq!(stream.clone_dtoh(&local_ids).unwrap(), want.ids);
         // Sums of ones are exact.

@@ -3,10 +3,10 @@
 use cudarc::driver::CudaSlice;
 use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
 use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
-use moe_kernels::rules::SamplingRule;
-use moe_kernels::rules::{NoiseSource, NoisyRule};
+use moe_kernels::rules::{NoiseSource, NoisyRule, SamplingRule};
 
 use super::*;
+use crate::support::compare::{LOGARITHMS, NOISY_SUMS};
 
 fn upload(values: &[f32]) -> CudaSlice<f32> {
     let stream = device::stream();
@@ -38,34 +38,29 @@ proptest! {
     ) {
         let (kernels, stream) = (device::kernels(), device::stream());
         let tokens = clean.len() / experts;
-        let rule = NoisyRule { top_k, noise_epsilon, noise: NoiseSource { seed, offset } };
-        let desc = NoisyDesc { tokens, experts, rule };
+        let rule = NoisyRule::new(top_k, NoiseSource { seed, offset }).noise_epsilon(noise_epsilon);
+        let desc = NoisyDesc::new(tokens, experts, rule);
         let mut ids = stream.alloc_zeros::<i32>((tokens * top_k).max(1)).unwrap();
         let mut counts = stream.alloc_zeros::<i32>(experts).unwrap();
         let [weights, importance, load, losses] =
             &mut [(tokens * top_k).max(1), experts, experts, 2].map(|len| stream.alloc_zeros::<f32>(len).unwrap());
         let bytes = noisy::workspace_bytes(&desc, kernels.device()).unwrap();
         let mut workspace = Workspace::new(&stream, bytes).unwrap();
-        let sums = NoisySums { counts: &mut counts, importance, load, losses, workspace: &mut workspace };
-        let args = NoisyArgs {
-            logits: NoisyLogits::Apart { clean: &upload(&clean), raw: &upload(&raw) },
-            ids: &mut ids,
-            weights,
-            noisy: None,
-            thresholds: None,
-            sums: summed.then_some(sums),
-        };
+        let (device_clean, device_raw) = (upload(&clean), upload(&raw));
+        let mut args = NoisyArgs::new(NoisyLogits::apart(&device_clean, &device_raw), &mut ids, &mut *weights);
+        args.sums =
+            summed.then(|| (NoisySums::new(&mut counts, importance, &mut *load, losses), &mut workspace));
         noisy::forward(kernels, &stream, &desc, args).unwrap();
         let want = reference::noisy::noisy_top_k(&clean, &raw, experts, &rule).unwrap();
         let ids = stream.clone_dtoh(&ids).unwrap()[..tokens * top_k].to_vec();
         assert_distinct(&ids, top_k, experts);
         prop_assert_eq!(&ids, &want.ids);
         let weights = stream.clone_dtoh(weights).unwrap()[..tokens * top_k].to_vec();
-        assert_rounded_once("weights", &to_f64(&weights), &want.weights, Dtype::F32);
+        assert_weights("weights", &weights, &want.weights, Shares::Softmax(top_k), 0);
         if summed {
             prop_assert_eq!(stream.clone_dtoh(&counts).unwrap(), want.counts);
             for (got, want) in stream.clone_dtoh(load).unwrap().into_iter().zip(want.load) {
-                let near = (f64::from(got) - want).abs() <= 2e-6 * want.abs().max(1.0);
+                let near = (f64::from(got) - want).abs() <= NOISY_SUMS * want.abs().max(1.0);
                 prop_assert!(near || (got.is_nan() && want.is_nan()), "load {}, want {}", got, want);
             }
         }
@@ -83,28 +78,24 @@ proptest! {
     ) {
         let (kernels, stream) = (device::kernels(), device::stream());
         let tokens = logits.len() / experts;
-        let rule = SamplingRule { top_k, inverse_temperature, noise: NoiseSource { seed, offset } };
+        let rule = SamplingRule::new(top_k, NoiseSource { seed, offset }).inverse_temperature(inverse_temperature);
         let mut ids = stream.alloc_zeros::<i32>((tokens * top_k).max(1)).unwrap();
         let [weights, logs, entropy] =
             &mut [tokens * top_k, tokens * top_k, tokens].map(|len| stream.alloc_zeros::<f32>(len.max(1)).unwrap());
-        let args = SampledArgs {
-            logits: &upload(&logits),
-            ids: &mut ids,
-            weights,
-            log_probabilities: Some(logs),
-            entropy: Some(entropy),
-            perturbed: None,
-        };
-        sampled::forward(kernels, &stream, &SampledDesc { tokens, experts, rule }, args).unwrap();
+        let device_logits = upload(&logits);
+        let args = SampledArgs::new(&device_logits, &mut ids, &mut *weights)
+            .log_probabilities(&mut *logs)
+            .entropy(&mut *entropy);
+        sampled::forward(kernels, &stream, &SampledDesc::new(tokens, experts, rule), args).unwrap();
         let want = reference::sampled::gumbel_top_k(&logits, experts, &rule).unwrap();
         let ids = stream.clone_dtoh(&ids).unwrap()[..tokens * top_k].to_vec();
         assert_distinct(&ids, top_k, experts);
         prop_assert_eq!(&ids, &want.ids);
         let weights = stream.clone_dtoh(weights).unwrap()[..tokens * top_k].to_vec();
-        assert_rounded_once("weights", &to_f64(&weights), &want.weights, Dtype::F32);
+        assert_weights("weights", &weights, &want.weights, Shares::Softmax(experts), 0);
         for (got, want) in [(logs, want.log_probabilities), (entropy, want.entropy)] {
             for (got, want) in stream.clone_dtoh(got).unwrap().into_iter().zip(want) {
-                let near = (f64::from(got) - want).abs() <= 2e-6 * want.abs().max(1.0) || f64::from(got) == want;
+                let near = (f64::from(got) - want).abs() <= LOGARITHMS * want.abs().max(1.0) || f64::from(got) == want;
                 prop_assert!(near || (got.is_nan() && want.is_nan()), "{}, want {}", got, want);
             }
         }

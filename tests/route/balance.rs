@@ -1,12 +1,11 @@
 //! Measured gating on the executor: logits are read once, shared memory without conflicts but where ids decide, and the same bits
 //! for any grid and any order of warps.
 
-use moe_kernels::kernels::embedded;
 use moe_kernels::registry::{Gate, Kernel, MeasuredGate};
 use moe_kernels::rules::Score;
 use softcuda::exec::{Counters, LineCounters};
 
-use crate::device::{Arg, Input, Output, Scratch, launch, optional};
+use crate::device::{Arg, Input, Output, Scratch, launch, optional, text};
 use crate::random::{Logits, Random};
 
 const NO_LIMIT: u32 = u32::MAX;
@@ -49,7 +48,7 @@ impl Case {
         let mut args = vec![Arg::In(&logits), optional(&bias), Arg::Out(ids), Arg::Out(weights)];
         let flags = if score == Score::Sigmoid { SIGMOID } else { 0 };
         args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, flags].map(Arg::U32));
-        args.extend([Arg::F32(1.0), Arg::Out(lse), Arg::Out(shares)]);
+        args.extend([Arg::F32(1.0), Arg::F32(0.0), Arg::Out(lse), Arg::Out(shares)]);
         let numbers = [sequence, run, per_sequence, each, parts, pieces].map(|number| number as u32);
         args.extend(numbers.map(Arg::U32));
         args.extend([Arg::U32(NO_LIMIT), Arg::U32(tokens as u32)]);
@@ -63,9 +62,7 @@ impl Case {
 
 /// Lines of the kernel's text with what was counted for each.
 fn lines(kernel: Kernel, counters: &Counters) -> impl Iterator<Item = (&'static str, &LineCounters)> {
-    let name = kernel.name();
-    let text = embedded().iter().find(|entry| entry.name == name).expect("a registered kernel").ptx;
-    text.lines().zip(&counters.lines)
+    text(&kernel.name()).lines().zip(&counters.lines)
 }
 
 /// The loads of rows of logits, and no others.
@@ -143,7 +140,7 @@ fn plain_gating_reads_logits_once() {
             let (ids, weights) = (Output::new::<i32>(tokens * top_k), Output::new::<f32>(tokens * top_k));
             let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(&ids), Arg::Out(&weights)];
             args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, 0].map(Arg::U32));
-            args.push(Arg::F32(1.0));
+            args.extend([1.0, 0.0].map(Arg::F32));
             let counters = launch(kernel, [2, 1, 1], 1, &args);
             let ideal = (tokens * experts * 4 / 32) as u64;
             let rows: u64 =

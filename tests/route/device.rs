@@ -144,8 +144,13 @@ fn lowered(kernel: &registry::Kernel) -> Arc<lower::Kernel> {
     kernel
 }
 
-fn text(name: &str) -> &'static str {
-    embedded().iter().find(|entry| entry.name == name).expect("a registered kernel").ptx
+/// A kernel's PTX, inflated once.
+pub fn text(name: &str) -> &'static str {
+    static TEXTS: LazyLock<Mutex<HashMap<String, &'static str>>> = LazyLock::new(Mutex::default);
+    TEXTS.lock().unwrap().entry(name.into()).or_insert_with(|| {
+        let entry = embedded().iter().find(|entry| entry.name == name).expect("a registered kernel");
+        entry.ptx().leak()
+    })
 }
 
 fn lower(name: &str, text: &str) -> Arc<lower::Kernel> {
@@ -174,7 +179,7 @@ pub fn launch_one_by_one(
     [from, to]: [&str; 2],
     grid: [u32; 3],
     args: &[Arg],
-) -> Result<Counters, Fault> {
+) -> Result<Counters, Box<Fault>> {
     let name = kernel.name();
     let text = text(&name);
     assert!(text.contains(from), "{name} has no {from:?}");
@@ -189,7 +194,7 @@ fn run(
     cooperative: bool,
     config: &Config,
     args: &[Arg],
-) -> Result<Counters, Fault> {
+) -> Result<Counters, Box<Fault>> {
     assert_eq!(lowered.params.len(), args.len(), "{}: parameters", kernel.name());
     let mut params = vec![0; lowered.param_bytes as usize];
     for (layout, arg) in lowered.params.iter().zip(args) {
@@ -215,4 +220,5 @@ fn run(
         memory: &*MEMORY,
         config,
     })
+    .map_err(Box::new)
 }

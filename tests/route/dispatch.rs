@@ -107,7 +107,7 @@ impl Ids {
 
 fn case(ids: Ids, tokens: usize, blocks: u32, rule: DispatchRule) {
     let max_experts = *Dispatch::MAX_EXPERTS.iter().find(|&&max| max as usize >= rule.experts).unwrap();
-    case_with(Dispatch { max_experts }, ids, tokens, blocks, rule);
+    case_with(Dispatch { max_experts, ids_bytes: 4 }, ids, tokens, blocks, rule);
 }
 
 fn case_with(kernel: Dispatch, ids: Ids, tokens: usize, blocks: u32, rule: DispatchRule) {
@@ -138,7 +138,7 @@ fn dropless(experts: usize, top_k: usize, tile_m: usize) -> DispatchRule {
 }
 
 fn capped(rule: DispatchRule, per_expert: usize, tokens_per_sequence: usize, padded: bool) -> DispatchRule {
-    DispatchRule { capacity: Some(Capacity { per_expert, tokens_per_sequence, padded }), ..rule }
+    DispatchRule { capacity: Some(Capacity::new(per_expert, tokens_per_sequence).padded(padded)), ..rule }
 }
 
 #[test]
@@ -202,7 +202,7 @@ fn several_thousand_tokens() {
 
 #[test]
 fn few_experts_in_the_large_kernel() {
-    case_with(Dispatch { max_experts: 4096 }, Ids::WithSkipped, 77, 2, dropless(9, 3, 8));
+    case_with(Dispatch { max_experts: 4096, ids_bytes: 4 }, Ids::WithSkipped, 77, 2, dropless(9, 3, 8));
 }
 
 #[test]
@@ -216,7 +216,7 @@ fn without_weights_or_tiles() {
     let workspace = Scratch::new(32 + 4 * 12);
     workspace.write(0, &[0u32]);
     launch(
-        Kernel::Dispatch(Dispatch { max_experts: 1024 }),
+        Kernel::Dispatch(Dispatch { max_experts: 1024, ids_bytes: 4 }),
         [1, 1, 1],
         3,
         &[

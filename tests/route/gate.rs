@@ -1,13 +1,18 @@
 use moe_kernels::reference::dispatch::DispatchRule;
 use moe_kernels::reference::gating::{Gated, gate};
 use moe_kernels::registry::{Gate, Kernel};
-use moe_kernels::rules::Capacity;
-use moe_kernels::rules::Score;
-use moe_kernels::rules::{Gating, GroupScore, Groups};
+use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Renormalise, Score};
 
 use crate::device::{Arg, Input, Output, launch, optional};
 use crate::dispatch::Results;
 use crate::random::{Logits, Random};
+
+/// DeepSeek-V3's.
+const EPSILON: Renormalise = Renormalise::Plus(1e-20);
+
+/// Flags of a rule: groups are compared by scores, and where the number of choice values begins that make a group's score.
+const BY_SCORE: u32 = 32;
+const GROUP_TERMS: u32 = 8;
 
 #[derive(Clone, Copy)]
 struct Case {
@@ -37,12 +42,12 @@ fn case(score: Score, experts: usize, top_k: usize) -> Case {
 
 impl Case {
     fn groups(mut self, count: usize, kept: usize, score: GroupScore) -> Case {
-        self.rule.groups = Some(Groups { count, kept, score });
+        self.rule.groups = Some(Groups::new(count, kept).score(score));
         self
     }
 
     fn renormalise(mut self, scale: f32) -> Case {
-        (self.rule.renormalise, self.rule.scale) = (true, scale);
+        (self.rule.renormalise, self.rule.scale) = (Some(EPSILON), scale);
         self
     }
 
@@ -66,8 +71,16 @@ impl Case {
         let (logits, bias) = (Input::new(&logits), bias.map(|bias| Input::new(&bias)));
         let ids = Output::new::<i32>(tokens * top_k);
         let weights = Output::new::<f32>(tokens * top_k);
-        let groups = rule.groups.unwrap_or(Groups { count: 1, kept: 1, score: GroupScore::Max });
-        let by_max = groups.score == GroupScore::Max;
+        let groups = rule.groups.unwrap_or(Groups::new(1, 1).score(GroupScore::Max));
+        let terms = match groups.score {
+            GroupScore::TopSum(terms) => terms as u32,
+            _ => 1,
+        };
+        let mut flags = u32::from(rule.renormalise.is_some());
+        if groups.count > 1 {
+            let by_score = terms > 1 && rule.score != Score::TopkSoftmax;
+            flags |= u32::from(by_score) * BY_SCORE | terms << GROUP_TERMS;
+        }
         let mut args = vec![
             Arg::In(&logits),
             optional(&bias),
@@ -78,8 +91,9 @@ impl Case {
             Arg::U32(top_k as u32),
             Arg::U32(groups.count as u32),
             Arg::U32(groups.kept as u32),
-            Arg::U32(u32::from(rule.renormalise) | u32::from(by_max) << 1),
+            Arg::U32(flags),
             Arg::F32(rule.scale),
+            Arg::F32(1e-20),
         ];
         let sorted = dispatch.map(|(capacity, tile_m)| {
             let rule = DispatchRule { experts, top_k, capacity, tile_m };
@@ -186,7 +200,7 @@ fn groups() {
     for score in Score::ALL {
         for logits in Logits::ALL {
             for &bias in biases(score) {
-                for by in [GroupScore::TopTwo, GroupScore::Max] {
+                for by in [GroupScore::TOP_TWO, GroupScore::Max] {
                     for (experts, groups, kept, top_k) in
                         [(256, 8, 4, 8), (60, 5, 2, 4), (60, 20, 3, 4), (160, 8, 3, 6), (64, 2, 1, 32), (96, 32, 5, 3)]
                     {
@@ -196,11 +210,11 @@ fn groups() {
                 // Groups of one expert.
                 let single = Case { logits, bias, tokens: 3, ..case(score, 30, 4) };
                 single.groups(30, 6, GroupScore::Max).run();
-                single.groups(30, 30, GroupScore::TopTwo).run();
+                single.groups(30, 30, GroupScore::TOP_TWO).run();
             }
         }
         Case { tokens: 2, bias: score != Score::TopkSoftmax, ..case(score, 4000, 7) }
-            .groups(10, 2, GroupScore::TopTwo)
+            .groups(10, 2, GroupScore::TOP_TWO)
             .run();
         Case { tokens: 2, ..case(score, 4096, 8) }.groups(32, 4, GroupScore::Max).run();
     }
@@ -208,7 +222,7 @@ fn groups() {
 
 #[test]
 fn deepseek_v3() {
-    let base = case(Score::Sigmoid, 256, 8).groups(8, 4, GroupScore::TopTwo).renormalise(2.5);
+    let base = case(Score::Sigmoid, 256, 8).groups(8, 4, GroupScore::TOP_TWO).renormalise(2.5);
     for (tokens, blocks) in [(1, 1), (64, 1), (65, 3)] {
         Case { tokens, blocks, bias: true, ..base }.run();
         Case { tokens, blocks, bias: true, dispatch: Some((None, 16)), ..base }.run();
@@ -229,7 +243,7 @@ fn rows_of_warps() {
 fn capacity() {
     for padded in [false, true] {
         for (experts, blocks) in [(8, 1), (8, 3), (64, 2), (600, 2), (1500, 2), (2500, 2)] {
-            let capacity = Some(Capacity { per_expert: 2, tokens_per_sequence: 7, padded });
+            let capacity = Some(Capacity::new(2, 7).padded(padded));
             let tokens = if experts > 1000 { 15 } else { 60 };
             Case { tokens, blocks, dispatch: Some((capacity, 4)), ..case(Score::Softmax, experts, 1) }.run();
             let logits = Logits::Equal;
@@ -246,7 +260,7 @@ fn same_bits_for_any_grid() {
         let numbers = [64, 96, 6, 1, 1, 1].map(Arg::U32);
         let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(&ids), Arg::Out(&weights)];
         args.extend(numbers);
-        args.push(Arg::F32(1.0));
+        args.extend([1.0, 1e-20].map(Arg::F32));
         let kernel = Gate { score: Score::Softmax, values: 4, dispatch: false };
         launch(Kernel::Gating(kernel), [blocks, 1, 1], blocks.into(), &args);
         weights.read::<u32>()

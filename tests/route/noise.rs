@@ -1,12 +1,11 @@
 //! The routers that add noise (noisy top-k, its second level, sampling, jitter): what they read and how, and that no order of warps changes
 //! what they write.
 
-use moe_kernels::kernels::embedded;
 use moe_kernels::registry::{Kernel, Noisy, Spread};
 use moe_kernels::rules::Dtype;
 use softcuda::exec::Counters;
 
-use crate::device::{Arg, Input, Output, Scratch, launch};
+use crate::device::{Arg, Input, Output, Scratch, launch, text};
 use crate::random::{Logits, Random};
 
 const WIDTHS: [usize; 5] = [8, 64, 128, 256, 512];
@@ -21,7 +20,7 @@ fn spread(experts: usize) -> Spread {
 /// the lines that `reads` says read the logits read each of them once.
 fn assert_traffic(kernel: Kernel, counters: &Counters, reads: impl Fn(&str) -> bool, logits: usize) {
     let name = kernel.name();
-    let ptx = embedded().iter().find(|entry| entry.name == name).unwrap().ptx;
+    let ptx = text(&name);
     let (mut sectors, mut by_the_data) = (0, 0);
     for (text, line) in ptx.lines().zip(&counters.lines) {
         if text.contains("// by the data") {

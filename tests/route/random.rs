@@ -1,7 +1,6 @@
 //! Reproducible inputs, biased to edges.
 
-use moe_kernels::Element;
-use moe_kernels::rules::Dtype;
+use moe_kernels::{Dtype, Element};
 
 /// SplitMix64 (Steele et al. 2014).
 pub struct Random(u64);
@@ -93,5 +92,6 @@ pub fn roundoff(dtype: Dtype) -> f64 {
         Dtype::Bf16 => 1.0 / 256.0,
         Dtype::F16 => 1.0 / 2048.0,
         Dtype::F32 => 1.0 / (1 << 24) as f64,
+        other => unreachable!("no kernel has {other}"),
     }
 }

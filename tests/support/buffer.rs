@@ -48,6 +48,12 @@ impl<T: DeviceRepr + bytemuck::Pod + PartialEq> Guarded<T> {
         Self::new(stream, name, &vec![Self::junk(); len], behind)
     }
 
+    /// Puts back what the buffer held when it was made, an output's junk: what a later launch does not write cannot pass for
+    /// what it wrote.
+    pub fn reset(&mut self, stream: &Arc<CudaStream>) {
+        stream.memcpy_htod(&self.before, &mut self.bytes).expect("the device takes a test's junk");
+    }
+
     pub fn view(&self) -> CudaView<'_, T> {
         self.bytes.slice(self.guard..self.guard + self.len)
     }

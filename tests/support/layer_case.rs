@@ -4,13 +4,15 @@ use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
-use moe_kernels::layer::{Linear, Mlp, SharedWeights, Stage, Weighting};
+use moe_kernels::experts::Weight;
+use moe_kernels::layer::{
+    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights, Stage, Weighting,
+};
 use moe_kernels::reference::{activation, gating};
-use moe_kernels::rules::Dtype;
 use moe_kernels::rules::{Activation, Glu, Layout};
-use moe_kernels::{Element, Kernels, LayerArgs, LayerDesc, LayerWeights, Workspace};
+use moe_kernels::{Element, Kernels, Workspace};
 
-use super::device;
+use super::{compare, device};
 
 pub struct Device {
     pub stream: Arc<CudaStream>,
@@ -68,7 +70,7 @@ struct MlpValues<T> {
 impl<T: Element> MlpValues<T> {
     fn new(seed: u64, case: &Case, mlp: &Mlp, experts: usize, intermediate: usize, bias: bool) -> MlpValues<T> {
         let hidden = case.desc.hidden;
-        let columns = if mlp.glu == Glu::None { intermediate } else { 2 * intermediate };
+        let columns = if mlp.gate_up.glu == Glu::None { intermediate } else { 2 * intermediate };
         let matrices = |seed, n: usize, k: usize| Matrices {
             weight: Random::tensor(seed, experts * n * k, 1.0 / (k as f32).sqrt()),
             bias: bias.then(|| Random::tensor(seed + 1, experts * n, 0.5)),
@@ -133,6 +135,7 @@ fn linear<T: Element>(
         let at = |column| match layout {
             Layout::Nk => (expert * rows + row) * k + column,
             Layout::Kn => (expert * k + column) * rows + row,
+            other => unreachable!("no case has a layout {other:?}"),
         };
         let sum: f64 = (0..k).map(|column| wide(matrices.weight[at(column)]) * x[column]).sum();
         scale * sum + matrices.bias.as_ref().map_or(0.0, |bias| wide(bias[expert * rows + row]))
@@ -150,7 +153,7 @@ fn apply(activation: Activation, value: f64) -> f64 {
             0.5 * value * (1.0 + inner.tanh())
         }
         Activation::Silu => value / (1.0 + (-value).exp()),
-        Activation::ClampedSwiglu { .. } => unreachable!("only with a gate"),
+        other => unreachable!("only with a gate: {other:?}"),
     }
 }
 
@@ -162,7 +165,7 @@ fn expert_mlp<T: Element>(
     x: &[f64],
     scale: f64,
 ) -> Vec<f64> {
-    let first = linear(&values.gate_up, mlp.gate_up_layout, expert, x, scale);
+    let first = linear(&values.gate_up, mlp.gate_up.layout, expert, x, scale);
     let gated = |gate: f64, up: f64| match mlp.activation {
         Activation::ClampedSwiglu { alpha, limit } => {
             let (alpha, limit) = (f64::from(alpha), f64::from(limit));
@@ -173,13 +176,14 @@ fn expert_mlp<T: Element>(
     };
     let n = intermediate;
     let hidden: Vec<f64> = (0..n)
-        .map(|i| match mlp.glu {
+        .map(|i| match mlp.gate_up.glu {
             Glu::None => apply(mlp.activation, first(i, n)),
             Glu::Split => gated(first(i, 2 * n), first(n + i, 2 * n)),
             Glu::Interleaved => gated(first(2 * i, 2 * n), first(2 * i + 1, 2 * n)),
+            other => unreachable!("no case has a gate {other:?}"),
         })
         .collect();
-    let second = linear(&values.down, mlp.down_layout, expert, &hidden, 1.0);
+    let second = linear(&values.down, mlp.down.layout, expert, &hidden, 1.0);
     (0..x.len()).map(|row| second(row, x.len())).collect()
 }
 
@@ -227,6 +231,7 @@ fn expected<T: Element, W: Element>(case: &Case, values: &Values<T, W>) -> Expec
             let (scale, weight) = match desc.weighting {
                 Weighting::Input => (weight, 1.0),
                 Weighting::Output => (1.0, weight),
+                other => unreachable!("no case weighs {other:?}"),
             };
             add(expert_mlp(&values.routed, &desc.mlp, expert, desc.intermediate, &x, scale), weight);
         }
@@ -248,8 +253,9 @@ impl<T: Element> Uploaded<T> {
         }
     }
 
-    fn linear(&self) -> Linear<'_, T> {
-        Linear { weight: &self.weight, bias: self.bias.as_ref().map(|bias| bias as _) }
+    fn weight(&self) -> Weight<'_> {
+        let weight = Weight::new(&self.weight);
+        self.bias.iter().fold(weight, |weight, bias| weight.bias(bias))
     }
 }
 
@@ -304,15 +310,6 @@ fn relative_error(got: impl Iterator<Item = f64>, want: &[f64]) -> f64 {
     (difference / norm.max(f64::MIN_POSITIVE)).sqrt()
 }
 
-/// The project's bounds on y: the rounding of the intermediate and of each expert's output to the storage type.
-fn tolerance(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::Bf16 => 1e-2,
-        Dtype::F16 => 2e-3,
-        Dtype::F32 => 1e-5,
-    }
-}
-
 pub fn check<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(case: &Case) {
     run::<T, W>(open(), case, &mut None);
 }
@@ -336,15 +333,9 @@ pub fn run<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(
         let mut logits = junk::<f32>(stream, case.tokens * experts);
         let (mut ids, mut weights) = (int_junk(stream, choices), junk::<f32>(stream, choices));
         let (mut counts, mut y) = (int_junk(stream, experts), junk::<T>(stream, elements));
-        let args = LayerArgs {
-            x: &inputs.x,
-            residual: inputs.residual.as_ref().map(|residual| residual as _),
-            y: &mut y,
-            logits: Some(&mut logits),
-            ids: Some(&mut ids),
-            weights: Some(&mut weights),
-            counts: Some(&mut counts),
-        };
+        let route = RouteArgs::new().logits(&mut logits).ids(&mut ids).weights(&mut weights).counts(&mut counts);
+        let mut args = LayerArgs::new(&inputs.x, &mut y).route(route);
+        args.residual = inputs.residual.as_ref().map(Into::into);
         let mut stages: Vec<Stage> = Vec::new();
         plan.forward_observed(d.kernels, stream, &inputs.weights(), args, workspace, &mut |stage| stages.push(stage))
             .expect("the layer is enqueued");
@@ -365,9 +356,9 @@ pub fn run<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(
     assert_eq!(got.ids, want.ids);
     assert_eq!(got.counts, want.counts);
     for (name, error, most) in [
-        ("logits", relative_error(got.logits.iter().map(|&v| v.into()), &want.logits), 1e-6),
-        ("weights", relative_error(got.weights.iter().map(|&v| v.into()), &want.weights), 1e-5),
-        ("y", relative_error(got.y.iter().map(|&v| wide(v)), &want.y), tolerance(T::DTYPE)),
+        ("logits", relative_error(got.logits.iter().map(|&v| v.into()), &want.logits), compare::LAYER_LOGITS),
+        ("weights", relative_error(got.weights.iter().map(|&v| v.into()), &want.weights), compare::LAYER_WEIGHTS),
+        ("y", relative_error(got.y.iter().map(|&v| wide(v)), &want.y), compare::layer(T::DTYPE)),
     ] {
         println!("{} tokens, {}: {name} off by {error:.1e}", case.tokens, T::DTYPE);
         assert!(error <= most, "{name}: relative error {error:.3e}, at most {most:.0e}");
@@ -405,18 +396,14 @@ impl<T: Element + PartialEq, W: Element + PartialEq> Inputs<T, W> {
         }
     }
 
-    fn weights(&self) -> LayerWeights<'_, T, W> {
-        LayerWeights {
-            router: &self.router,
-            router_bias: self.router_bias.as_ref().map(|bias| bias as _),
-            correction_bias: self.correction_bias.as_ref().map(|bias| bias as _),
-            gate_up: self.gate_up.linear(),
-            down: self.down.linear(),
-            shared: self
-                .shared
-                .as_ref()
-                .map(|(gate_up, down)| SharedWeights { gate_up: gate_up.linear(), down: down.linear() }),
-        }
+    fn weights(&self) -> LayerWeights<'_> {
+        let mut router = RouterWeights::new(&self.router);
+        router.bias = self.router_bias.as_ref().map(Into::into);
+        router.correction_bias = self.correction_bias.as_ref().map(Into::into);
+        let mut experts = ExpertWeights::new(self.gate_up.weight(), self.down.weight());
+        experts.shared =
+            self.shared.as_ref().map(|(gate_up, down)| SharedWeights::new(gate_up.weight(), down.weight()));
+        LayerWeights::new(router, experts)
     }
 
     fn assert_unchanged(&self, stream: &Arc<CudaStream>, values: &Values<T, W>) {

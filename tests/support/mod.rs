@@ -7,3 +7,4 @@ pub mod counters;
 pub mod device;
 pub mod inputs;
 pub mod layer_case;
+pub mod lists;

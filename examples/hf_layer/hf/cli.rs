@@ -3,27 +3,32 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use moe_kernels::rules::Dtype;
-
-use super::error::HfError;
-
-pub const USAGE: &str = "hf_layer [DIR] [--block NAME] [--dtype bf16|f16|f32] [--tokens N] [--out FILE]";
+use clap::Parser;
+use moe_kernels::Dtype;
 
 /// Most random rows: beyond them a reference on the CPU is no use.
 const MAX_TOKENS: usize = 1 << 20;
 
-/// What to do.
-#[derive(Debug, PartialEq)]
+/// Runs one Mixture-of-Experts block of a Hugging Face checkpoint and checks it.
+///
+/// Exit code 0 if every tensor is within its tolerance, 1 if one is not, 2 if the layer could not be run.
+#[derive(Debug, PartialEq, Parser)]
+#[command(name = "hf_layer")]
 pub struct Options {
-    /// Checkpoint folder; without one a layer of our own is run.
+    /// Checkpoint folder: config.json, and model.safetensors or shards with their index; without one a layer of our own is run
+    #[arg(value_name = "DIR")]
     pub folder: Option<PathBuf>,
-    /// Module path of the block.
+    /// Module path of the block, or what its tensors' names begin with [default: the recorded one, else the first that is there]
+    #[arg(long, value_name = "NAME", requires = "folder")]
     pub block: Option<String>,
-    /// Type of x and of the weights.
+    /// Type of x and of the weights: bf16, f16 or f32
+    #[arg(long, value_name = "TYPE", default_value = "bf16", value_parser = dtype)]
     pub dtype: Dtype,
-    /// Random rows instead of the recorded ones.
+    /// Random rows, checked against the reference, instead of those that golden.safetensors records
+    #[arg(long, value_name = "N", value_parser = tokens, allow_negative_numbers = true)]
     pub tokens: Option<usize>,
-    /// Where to write x and the outputs.
+    /// Where to write x and the outputs, as safetensors
+    #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
 }
 
@@ -34,43 +39,17 @@ impl Options {
     }
 }
 
-/// Reads the arguments after the program's name; none where help was asked for.
-pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Option<Options>, HfError> {
-    let mut options = Options::own(Dtype::Bf16);
-    let mut arguments = arguments.into_iter();
-    while let Some(argument) = arguments.next() {
-        let mut value = |name: &str| arguments.next().ok_or_else(|| HfError::Usage(format!("{name} needs a value")));
-        match argument.to_str() {
-            Some("--help" | "-h") => return Ok(None),
-            Some("--block") => options.block = Some(text("--block", value("--block")?)?),
-            Some("--dtype") => options.dtype = dtype(&text("--dtype", value("--dtype")?)?)?,
-            Some("--tokens") => {
-                let given = text("--tokens", value("--tokens")?)?;
-                let number = given.parse().ok().filter(|&number: &usize| number <= MAX_TOKENS);
-                let complaint = || HfError::Usage(format!("--tokens is {given:?}, expected 0 to {MAX_TOKENS}"));
-                options.tokens = Some(number.ok_or_else(complaint)?);
-            }
-            Some("--out") => options.out = Some(PathBuf::from(value("--out")?)),
-            Some(flag) if flag.starts_with("--") => return Err(HfError::Usage(format!("unknown option {flag}"))),
-            _ if options.folder.is_some() => {
-                return Err(HfError::Usage(format!("a second folder: {}", argument.display())));
-            }
-            _ => options.folder = Some(PathBuf::from(argument)),
-        }
-    }
-    if options.folder.is_none() && options.block.is_some() {
-        return Err(HfError::Usage("--block without a folder".into()));
-    }
-    Ok(Some(options))
+/// Reads the arguments after the program's name; a request for help is an error too, whose text is the help.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, clap::Error> {
+    Options::try_parse_from(std::iter::once("hf_layer".into()).chain(arguments))
 }
 
-fn text(name: &str, value: OsString) -> Result<String, HfError> {
-    value.into_string().map_err(|value| HfError::Usage(format!("{name} is {value:?}, which is not UTF-8")))
+fn dtype(name: &str) -> Result<Dtype, String> {
+    let found = Dtype::ALL.into_iter().find(|dtype| dtype.name() == name);
+    found.ok_or_else(|| "expected bf16, f16 or f32".into())
 }
 
-fn dtype(name: &str) -> Result<Dtype, HfError> {
-    Dtype::ALL
-        .into_iter()
-        .find(|dtype| dtype.name() == name)
-        .ok_or_else(|| HfError::Usage(format!("--dtype is {name:?}, expected bf16, f16 or f32")))
+fn tokens(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|&number| number <= MAX_TOKENS);
+    number.ok_or_else(|| format!("expected 0 to {MAX_TOKENS}"))
 }

@@ -1,16 +1,20 @@
 //! Access to `config.json` with errors that name the key.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use serde_json::Value;
 
-use super::checkpoint::read_json;
 use super::error::HfError;
+use super::files::read_json;
 
 /// The part of `config.json` that describes the language model.
 pub struct Config {
     model_type: String,
     values: Value,
+    /// Keys that were asked for.
+    read: RefCell<BTreeSet<String>>,
 }
 
 impl Config {
@@ -31,7 +35,7 @@ impl Config {
         if values.get("text_config").is_some_and(Value::is_object) {
             values = values["text_config"].take();
         }
-        Ok(Config { model_type, values })
+        Ok(Config { model_type, values, read: RefCell::default() })
     }
 
     pub fn model_type(&self) -> &str {
@@ -39,6 +43,7 @@ impl Config {
     }
 
     fn get(&self, key: &str) -> Option<&Value> {
+        self.read.borrow_mut().insert(key.to_owned());
         self.values.get(key).filter(|value| !value.is_null())
     }
 
@@ -47,10 +52,32 @@ impl Config {
         self.size_of(&[key])
     }
 
-    /// The first of several spellings that is there.
+    /// The keys that nothing has asked for, with their values; null is no value.
+    pub fn unread(&self) -> impl Iterator<Item = (&str, &Value)> {
+        let entries = self.values.as_object().into_iter().flatten();
+        let unread = entries.filter(|(key, value)| !value.is_null() && !self.read.borrow().contains(*key));
+        unread.map(|(key, value)| (key.as_str(), value))
+    }
+
+    /// Notes that the family knows these keys and that they do not matter.
+    pub fn disregard(&self, keys: &[&str]) {
+        self.read.borrow_mut().extend(keys.iter().map(|&key| key.to_owned()));
+    }
+
+    /// Of several spellings of a key the first that is there, else the first.
+    pub fn spelling<'a>(&self, keys: &[&'a str]) -> &'a str {
+        keys.iter().copied().find(|key| self.has(key)).unwrap_or(keys[0])
+    }
+
+    /// A count of at least 1 that has several spellings: where more than one is there, they must agree.
     pub fn size_of(&self, keys: &[&str]) -> Result<usize, HfError> {
-        let key = keys.iter().copied().find(|key| self.get(key).is_some()).unwrap_or(keys[0]);
+        let key = self.spelling(keys);
         let number = self.count(key)?.ok_or_else(|| HfError::config(key, "is missing"))?;
+        for other in keys {
+            if let Some(value) = self.count(other)?.filter(|&value| value != number) {
+                return Err(HfError::config(key, format!("is {number}, and `{other}` is {value}")));
+            }
+        }
         if number == 0 { Err(HfError::config(key, "is 0, expected at least 1")) } else { Ok(number) }
     }
 
@@ -94,6 +121,22 @@ impl Config {
             .transpose()
     }
 
+    /// Fails unless the flag is absent or has the only value that is computed here.
+    pub fn require_flag(&self, key: &str, expected: bool, why: &str) -> Result<(), HfError> {
+        match self.flag(key, expected)? {
+            found if found != expected => Err(HfError::config(key, format!("is {found}, expected {expected}: {why}"))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails unless the text is absent or the only one that is computed here.
+    pub fn require_text(&self, key: &str, expected: &str) -> Result<(), HfError> {
+        match self.text(key, expected)? {
+            found if found != expected => Err(HfError::config(key, format!("is {found:?}, expected {expected:?}"))),
+            _ => Ok(()),
+        }
+    }
+
     pub fn flag(&self, key: &str, default: bool) -> Result<bool, HfError> {
         match self.get(key) {
             None => Ok(default),
@@ -105,7 +148,10 @@ impl Config {
     pub fn number(&self, key: &str, default: f64) -> Result<f64, HfError> {
         match self.get(key) {
             None => Ok(default),
-            Some(value) => value.as_f64().ok_or_else(|| HfError::config(key, format!("is {value}, expected a number"))),
+            Some(value) => value
+                .as_f64()
+                .filter(|&number| (number as f32).is_finite())
+                .ok_or_else(|| HfError::config(key, format!("is {value}, expected a number that f32 can hold"))),
         }
     }
 

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, ValidAsZeroBits,
+use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
+use moe_kernels::experts::Weight;
+use moe_kernels::layer::{
+    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights,
 };
-use moe_kernels::layer::{LayerArgs, LayerDesc, LayerWeights, Linear, SharedWeights};
-use moe_kernels::{Element, Error, Kernels, Workspace};
+use moe_kernels::{Dtype, Element, Error, Kernels, Workspace};
 
 use super::error::HfError;
 use super::load::{Matrix, RouterWeight, Weights};
@@ -74,7 +75,7 @@ fn run_with_router<T: Element, W: Element>(
     router: &[W],
     x: &[T],
 ) -> Result<Outputs, HfError> {
-    let layer = LayerDesc { dtype: T::DTYPE, router_dtype: W::DTYPE, ..*layer };
+    let layer = stored_as(layer, T::DTYPE).router_dtype(W::DTYPE);
     let tokens = x.len() / layer.hidden.max(1);
     let plan = layer.plan(tokens, device.kernels.device())?;
     device.kernels.preload(plan.kernels())?;
@@ -91,14 +92,12 @@ fn run_with_router<T: Element, W: Element>(
         None => None,
     };
     let x = copies.copy(x)?;
-    let on_device = LayerWeights {
-        router: &router,
-        router_bias: router_bias.as_ref().map(input),
-        correction_bias: correction_bias.as_ref().map(input),
-        gate_up: gate_up.linear(),
-        down: down.linear(),
-        shared: shared.as_ref().map(|(gate_up, down)| SharedWeights { gate_up: gate_up.linear(), down: down.linear() }),
-    };
+    let mut router = RouterWeights::new(&router);
+    router.bias = router_bias.as_ref().map(Into::into);
+    router.correction_bias = correction_bias.as_ref().map(Into::into);
+    let mut experts = ExpertWeights::new(gate_up.weight(), down.weight());
+    experts.shared = shared.as_ref().map(|(gate_up, down)| SharedWeights::new(gate_up.weight(), down.weight()));
+    let on_device = LayerWeights::new(router, experts);
 
     let choices = tokens * layer.top_k;
     let mut logits = copies.zeros::<f32>(tokens * layer.experts)?;
@@ -110,13 +109,8 @@ fn run_with_router<T: Element, W: Element>(
 
     let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
     let mut events: Vec<(&'static str, Result<CudaEvent, DriverError>)> = vec![("start", event())];
-    let args = LayerArgs {
-        logits: Some(&mut logits),
-        ids: Some(&mut ids),
-        weights: Some(&mut choice_weights),
-        counts: Some(&mut counts),
-        ..LayerArgs::new(&x, &mut y)
-    };
+    let route = RouteArgs::new().logits(&mut logits).ids(&mut ids).weights(&mut choice_weights).counts(&mut counts);
+    let args = LayerArgs::new(&x, &mut y).route(route);
     plan.forward_observed(&device.kernels, &stream, &on_device, args, &mut workspace, &mut |stage| {
         events.push((stage.name(), event()));
     })?;
@@ -137,13 +131,22 @@ fn run_with_router<T: Element, W: Element>(
     })
 }
 
+/// The layer with activations and experts' weights of type `dtype`.
+fn stored_as(layer: &LayerDesc, dtype: Dtype) -> LayerDesc {
+    let stored = |mlp: &mut Mlp| {
+        mlp.gate_up.format = dtype.into();
+        mlp.down.format = dtype.into();
+    };
+    let mut layer = *layer;
+    layer.dtype = dtype;
+    stored(&mut layer.mlp);
+    layer.shared.iter_mut().for_each(|shared| stored(&mut shared.mlp));
+    layer
+}
+
 /// A driver call of ours that failed, as the library words it.
 fn failed(source: DriverError) -> HfError {
     Error::Driver { operation: "hf_layer", source }.into()
-}
-
-fn input<T>(buffer: &CudaSlice<T>) -> &dyn DevicePtr<T> {
-    buffer
 }
 
 struct Copies<'a> {
@@ -157,8 +160,9 @@ struct Uploaded<T> {
 }
 
 impl<T: Element> Uploaded<T> {
-    fn linear(&self) -> Linear<'_, T> {
-        Linear { weight: &self.weight, bias: self.bias.as_ref().map(input) }
+    fn weight(&self) -> Weight<'_> {
+        let weight = Weight::new(&self.weight);
+        self.bias.iter().fold(weight, |weight, bias| weight.bias(bias))
     }
 }
 

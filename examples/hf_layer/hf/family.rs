@@ -1,11 +1,11 @@
 //! What a model family has to say about its MoE blocks: where they are, what they compute, and which tensors hold them.
 
 use moe_kernels::layer::LayerDesc;
-use moe_kernels::rules::Capacity;
 
 use super::checkpoint::Checkpoint;
 use super::config::Config;
 use super::error::HfError;
+use super::families::refuse_foreign_keys;
 
 /// A model family. In templates `#` stands for a number, of a layer or of an expert.
 pub struct Family {
@@ -61,6 +61,17 @@ pub enum Experts {
     },
 }
 
+impl Experts {
+    /// The names of the tensors of their matrices, in words.
+    pub fn names(&self) -> String {
+        match *self {
+            Experts::Separate(Matrices { gate: Some(gate), up, down }) => [gate, up, down].join("`, `"),
+            Experts::Separate(Matrices { gate: None, up, down }) => [up, down].join("`, `"),
+            Experts::Packed { gate_up, down, .. } => [gate_up, down].join("`, `"),
+        }
+    }
+}
+
 /// Tensors of one gated or plain expert, each as `nn.Linear` holds it.
 #[derive(Clone, Copy)]
 pub struct Matrices {
@@ -73,10 +84,18 @@ pub struct Matrices {
 }
 
 impl BlockSpec {
+    /// The router's tensor in a block whose tensors' names begin with `prefix`.
+    fn router_below(&self, prefix: &str) -> String {
+        format!("{prefix}.{}", self.router)
+    }
+
     /// The layer for a batch that is one sequence of `tokens` tokens.
     pub fn desc(&self, tokens: usize) -> LayerDesc {
-        let capacity = self.layer.capacity.map(|capacity| Capacity { tokens_per_sequence: tokens.max(1), ..capacity });
-        LayerDesc { capacity, ..self.layer }
+        let mut layer = self.layer;
+        if let Some(capacity) = &mut layer.capacity {
+            capacity.tokens_per_sequence = tokens.max(1);
+        }
+        layer
     }
 }
 
@@ -88,6 +107,13 @@ pub struct Located {
 }
 
 impl Family {
+    /// The block of a layer, once nothing in the configuration is known to change it in a way that is not computed.
+    fn describe(&self, config: &Config, layer: usize) -> Result<BlockSpec, HfError> {
+        let spec = (self.block)(config, layer)?;
+        refuse_foreign_keys(config, &spec)?;
+        Ok(spec)
+    }
+
     /// The block that `wanted` names by its module path or by its tensors' prefix, else the first whose router is there.
     pub fn locate(&self, config: &Config, checkpoint: &Checkpoint, wanted: Option<&str>) -> Result<Located, HfError> {
         match wanted {
@@ -106,12 +132,11 @@ impl Family {
             if !(stack.sparse)(config, layer)? {
                 return Err(no_block(format!("by config.json layer {layer} has a dense block")));
             }
-            let spec = (self.block)(config, layer)?;
-            return Ok(match find_prefix(stack, layer, &spec, checkpoint) {
-                Some(prefix) => Located { prefix, spec },
-                // Loading will say which tensor is missing.
-                None => Located { prefix: fill(stack.tensors[0], layer), spec },
-            });
+            let spec = self.describe(config, layer)?;
+            let prefix = find_prefix(stack, layer, |prefix| checkpoint.names(&spec.router_below(prefix)));
+            // Loading will say which tensor is missing.
+            let prefix = prefix.unwrap_or_else(|| fill(stack.tensors[0], layer));
+            return Ok(Located { prefix, spec });
         }
         let known: Vec<&str> =
             self.stacks.iter().flat_map(|stack| stack.tensors.iter().chain(stack.modules)).copied().collect();
@@ -119,29 +144,35 @@ impl Family {
     }
 
     fn locate_first(&self, config: &Config, checkpoint: &Checkpoint) -> Result<Located, HfError> {
-        let mut first = None;
+        // The router to tell of where none can be read: rather one whose shard is missing than one that never was.
+        let (mut lost, mut first) = (None, None);
         for stack in self.stacks {
             for layer in 0..config.size_of(stack.layers)? {
                 if !(stack.sparse)(config, layer)? {
                     continue;
                 }
-                let spec = (self.block)(config, layer)?;
-                if let Some(prefix) = find_prefix(stack, layer, &spec, checkpoint) {
+                let spec = self.describe(config, layer)?;
+                let found = |wanted: fn(&Checkpoint, &str) -> bool| {
+                    find_prefix(stack, layer, |prefix| wanted(checkpoint, &spec.router_below(prefix)))
+                };
+                if let Some(prefix) = found(Checkpoint::contains) {
                     return Ok(Located { prefix, spec });
                 }
-                first.get_or_insert_with(|| format!("{}.{}", fill(stack.tensors[0], layer), spec.router));
+                lost = lost.or_else(|| Some(spec.router_below(&found(Checkpoint::names)?)));
+                first.get_or_insert_with(|| spec.router_below(&fill(stack.tensors[0], layer)));
             }
         }
-        Err(match first {
-            Some(name) => HfError::MissingTensor { path: checkpoint.folder().to_owned(), name },
+        Err(match lost.or(first) {
+            Some(name) => checkpoint.missing(&name),
             None => HfError::Block { name: "any".into(), reason: "by config.json every layer is dense".into() },
         })
     }
 }
 
-fn find_prefix(stack: &Stack, layer: usize, spec: &BlockSpec, checkpoint: &Checkpoint) -> Option<String> {
-    let prefixes = stack.tensors.iter().map(|template| fill(template, layer));
-    prefixes.into_iter().find(|prefix| checkpoint.contains(&format!("{prefix}.{}", spec.router)))
+/// The first of the names that a block can have which fits.
+fn find_prefix(stack: &Stack, layer: usize, fits: impl Fn(&str) -> bool) -> Option<String> {
+    let templates = stack.tensors.iter().chain(stack.modules);
+    templates.map(|template| fill(template, layer)).find(|prefix| fits(prefix))
 }
 
 /// The template with its number.

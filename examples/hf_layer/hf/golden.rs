@@ -44,13 +44,13 @@ impl Golden {
 
     /// `x [T,H]`.
     pub fn x(&self, hidden: usize) -> Result<Vec<f32>, HfError> {
-        let tensor = self.file.read("x")?;
-        match *tensor.shape() {
-            [_, columns] if columns == hidden => tensor.to_vec(),
-            _ => Err(HfError::TensorShape {
+        match *self.file.shape("x")? {
+            [_, columns] if columns == hidden => self.file.read("x")?.to_vec(),
+            ref found => Err(HfError::TensorShape {
+                path: self.file.path().to_owned(),
                 name: "x".into(),
                 expected: format!("[tokens, {hidden}]"),
-                found: tensor.shape().to_vec(),
+                found: found.to_vec(),
             }),
         }
     }
@@ -58,17 +58,14 @@ impl Golden {
     /// The recorded outputs.
     pub fn expected(&self, layer: &LayerDesc, tokens: usize) -> Result<Expected, HfError> {
         let floats = |name: &str, columns: usize| -> Result<Vec<f64>, HfError> {
-            let tensor = self.file.read(name)?;
-            tensor.require_shape(&[tokens, columns])?;
+            let tensor = self.file.read_shaped(name, &[tokens, columns])?;
             Ok(tensor.to_vec::<f32>()?.into_iter().map(f64::from).collect())
         };
         let some = |name: &str, columns: usize| {
             if self.file.contains(name) { floats(name, columns).map(Some) } else { Ok(None) }
         };
         let ids = if self.file.contains("ids") {
-            let tensor = self.file.read("ids")?;
-            tensor.require_shape(&[tokens, layer.top_k])?;
-            Some(tensor.to_i32()?)
+            Some(self.file.read_shaped("ids", &[tokens, layer.top_k])?.to_i32()?)
         } else {
             None
         };
@@ -148,8 +145,8 @@ fn reference_layer<'a, T: Element + reference::Real>(
     let (hidden, mlp) = (layer.hidden, &layer.mlp);
     let shared = match (&weights.shared, &layer.shared) {
         (Some((up, down)), Some(desc)) => Some((
-            up.reference(desc.intermediate, hidden, desc.mlp.glu, desc.mlp.gate_up_layout),
-            down.reference(hidden, desc.intermediate, Glu::None, desc.mlp.down_layout),
+            up.reference(desc.intermediate, hidden, desc.mlp.gate_up.glu, desc.mlp.gate_up.layout),
+            down.reference(hidden, desc.intermediate, Glu::None, desc.mlp.down.layout),
         )),
         _ => None,
     };
@@ -162,9 +159,9 @@ fn reference_layer<'a, T: Element + reference::Real>(
         gating: layer.gating,
         weigh_input: layer.weighting == Weighting::Input,
         capacity: layer.capacity,
-        up: weights.gate_up.reference(layer.intermediate, hidden, mlp.glu, mlp.gate_up_layout),
+        up: weights.gate_up.reference(layer.intermediate, hidden, mlp.gate_up.glu, mlp.gate_up.layout),
         activation: mlp.activation,
-        down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down_layout),
+        down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down.layout),
         shared,
         shared_gate: None,
     }

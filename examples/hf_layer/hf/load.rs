@@ -1,5 +1,8 @@
 //! From tensors of a checkpoint to the packed weights of a layer.
 
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
 use moe_kernels::Element;
 use moe_kernels::layer::LayerDesc;
 use moe_kernels::reference::gemm::ExpertMatrix;
@@ -7,6 +10,7 @@ use moe_kernels::rules::{Glu, Layout};
 
 use super::checkpoint::{Checkpoint, Tensor};
 use super::error::HfError;
+use super::families::MODULE_EXPERTS;
 use super::family::{Experts, Located, Matrices, fill};
 
 /// A layer's weights on the host, in the shapes of [`moe_kernels::layer::LayerWeights`].
@@ -62,22 +66,24 @@ impl<T> Matrix<T> {
 }
 
 /// Reads the weights of a block, rounding each value to `T`; biases and corrections of the router stay in f32.
+///
+/// Fails where the block has a tensor that is not read: it would compute something else.
 pub fn load<T: Element>(checkpoint: &Checkpoint, block: &Located) -> Result<Weights<T>, HfError> {
     let Located { prefix, spec } = block;
     let layer = &spec.layer;
-    let reader = Reader { checkpoint, prefix };
+    let reader = Reader { checkpoint, prefix, read: RefCell::default() };
     let vector = |name: Option<&str>| -> Result<Option<Vec<f32>>, HfError> {
         name.map(|name| reader.read(name, &[layer.experts])?.to_vec()).transpose()
     };
     let router = RouterWeight::exact(reader.read(spec.router, &[layer.experts, layer.hidden])?.to_vec()?);
-    let (gate_up, down) = match spec.experts {
+    let (gate_up, down) = match reader.found_layout(spec.experts)? {
         Experts::Separate(matrices) => reader.separate(&matrices, layer.experts, layer.hidden, layer.intermediate)?,
         Experts::Packed { gate_up, gate_up_bias, down, down_bias } => {
             let rows = first_rows(layer);
             let mlp = &layer.mlp;
             (
-                reader.packed(gate_up, gate_up_bias, layer.experts, rows, layer.hidden, mlp.gate_up_layout)?,
-                reader.packed(down, down_bias, layer.experts, layer.hidden, layer.intermediate, mlp.down_layout)?,
+                reader.packed(gate_up, gate_up_bias, layer.experts, rows, layer.hidden, mlp.gate_up.layout)?,
+                reader.packed(down, down_bias, layer.experts, layer.hidden, layer.intermediate, mlp.down.layout)?,
             )
         }
     };
@@ -85,31 +91,81 @@ pub fn load<T: Element>(checkpoint: &Checkpoint, block: &Located) -> Result<Weig
         (Some(matrices), Some(desc)) => Some(reader.separate(matrices, 1, layer.hidden, desc.intermediate)?),
         _ => None,
     };
-    Ok(Weights {
-        router,
-        router_bias: vector(spec.router_bias)?,
-        correction_bias: vector(spec.correction_bias)?,
-        gate_up,
-        down,
-        shared,
-    })
+    let (router_bias, correction_bias) = (vector(spec.router_bias)?, vector(spec.correction_bias)?);
+    reader.require_all_read()?;
+    Ok(Weights { router, router_bias, correction_bias, gate_up, down, shared })
 }
 
 /// Rows of the first matrix, `Nb`.
 fn first_rows(layer: &LayerDesc) -> usize {
-    if layer.mlp.glu == Glu::None { layer.intermediate } else { 2 * layer.intermediate }
+    if layer.mlp.gate_up.glu == Glu::None { layer.intermediate } else { 2 * layer.intermediate }
 }
 
 struct Reader<'a> {
     checkpoint: &'a Checkpoint,
     prefix: &'a str,
+    /// Names below the block's own.
+    read: RefCell<BTreeSet<String>>,
 }
 
 impl Reader<'_> {
     fn read(&self, name: &str, shape: &[usize]) -> Result<Tensor, HfError> {
-        let tensor = self.checkpoint.read(&format!("{}.{name}", self.prefix))?;
-        tensor.require_shape(shape)?;
-        Ok(tensor)
+        self.read.borrow_mut().insert(name.to_owned());
+        self.checkpoint.read_shaped(&self.full(name), shape)
+    }
+
+    fn full(&self, name: &str) -> String {
+        format!("{}.{name}", self.prefix)
+    }
+
+    /// The layout in which the experts are there, if it is the family's own or that of transformers' modules.
+    fn found_layout(&self, own: Experts) -> Result<Experts, HfError> {
+        let first = |experts: &Experts| match experts {
+            Experts::Separate(matrices) => fill(matrices.gate.unwrap_or(matrices.up), 0),
+            Experts::Packed { gate_up, .. } => gate_up.to_string(),
+        };
+        let is_there = |experts: &Experts| self.checkpoint.names(&self.full(&first(experts)));
+        if is_there(&own) {
+            return Ok(own);
+        }
+        if matches!(own, Experts::Separate(Matrices { gate: Some(_), .. })) && is_there(&MODULE_EXPERTS) {
+            return Ok(MODULE_EXPERTS);
+        }
+        match self.checkpoint.missing(&self.full(&first(&own))) {
+            HfError::MissingTensor { .. } => Err(HfError::ExpertLayout {
+                block: self.prefix.to_owned(),
+                expected: format!("`{}`", own.names()),
+                found: self.others(),
+            }),
+            // A lost shard or a quantised form.
+            other => Err(other),
+        }
+    }
+
+    /// What the block has that was not read, in words.
+    fn others(&self) -> String {
+        const SHOWN: usize = 4;
+        let prefix = format!("{}.", self.prefix);
+        let names = self.checkpoint.names_below(&prefix).map(|name| (name, &name[prefix.len()..]));
+        let others: Vec<(&str, &str)> = names.filter(|(_, name)| !self.read.borrow().contains(*name)).collect();
+        let described = others.iter().take(SHOWN).map(|(full, name)| match self.checkpoint.shape(full) {
+            Some(shape) => format!("`{name}` {shape:?}"),
+            None => format!("`{name}`"),
+        });
+        let text = described.collect::<Vec<_>>().join(", ");
+        match others.len() {
+            0 => "nothing".into(),
+            count if count > SHOWN => format!("{text} and {} more tensors", count - SHOWN),
+            _ => text,
+        }
+    }
+
+    fn require_all_read(&self) -> Result<(), HfError> {
+        let prefix = format!("{}.", self.prefix);
+        match self.checkpoint.names_below(&prefix).find(|name| !self.read.borrow().contains(&name[prefix.len()..])) {
+            Some(name) => Err(HfError::UnreadTensor { name: name.to_owned() }),
+            None => Ok(()),
+        }
     }
 
     /// Tensors of each expert, gate rows before up rows.
@@ -143,6 +199,7 @@ impl Reader<'_> {
         let shape = match layout {
             Layout::Nk => [experts, rows, columns],
             Layout::Kn => [experts, columns, rows],
+            other => unreachable!("no family has matrices {other:?}"),
         };
         Ok(Matrix {
             weight: self.read(weight, &shape)?.to_vec()?,

@@ -13,22 +13,24 @@ pub mod device;
 pub mod error;
 pub mod families;
 pub mod family;
+pub mod files;
 pub mod golden;
 pub mod load;
 pub mod out;
 pub mod own;
 pub mod random;
 pub mod report;
+#[path = "../../support/whole_file.rs"]
+pub mod whole_file;
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
 use half::{bf16, f16};
-use moe_kernels::Element;
 use moe_kernels::layer::LayerDesc;
 use moe_kernels::reference::Real;
-use moe_kernels::rules::Dtype;
+use moe_kernels::{Dtype, Element, Error};
 
 use checkpoint::Checkpoint;
 use cli::Options;
@@ -48,6 +50,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     match run(arguments, &mut std::io::stdout().lock()) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::from(1),
+        Err(HfError::CommandLine(answer)) => {
+            // Help goes to the standard output with exit code 0, a complaint to standard error with 2.
+            let printed = answer.print();
+            ExitCode::from(if printed.is_ok() { answer.exit_code() as u8 } else { 2 })
+        }
         Err(error) => {
             eprintln!("error: {error}");
             ExitCode::from(2)
@@ -57,10 +64,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// [`main`] with its report going elsewhere: whether all tensors are within their tolerances.
 pub fn run(arguments: impl IntoIterator<Item = OsString>, report: &mut dyn Write) -> Result<bool, HfError> {
-    match cli::parse(arguments)? {
-        Some(options) => execute(&options, report),
-        None => writeln!(report, "usage: {}", cli::USAGE).map(|()| true).map_err(HfError::Report),
-    }
+    execute(&cli::parse(arguments)?, report)
 }
 
 /// Runs what the options ask for, writes the report, and says whether all tensors are within their tolerances.
@@ -69,6 +73,10 @@ pub fn execute(options: &Options, report: &mut dyn Write) -> Result<bool, HfErro
         Dtype::Bf16 => execute_in::<bf16>(options, report),
         Dtype::F16 => execute_in::<f16>(options, report),
         Dtype::F32 => execute_in::<f32>(options, report),
+        other => {
+            let (supported, got) = ("bf16, f16 or f32".into(), other.to_string());
+            Err(Error::Unsupported { operation: "hf_layer", argument: "--dtype", supported, got }.into())
+        }
     }
 }
 
@@ -113,11 +121,8 @@ impl<T: Element + Real> Job<T> {
         let checkpoint = Checkpoint::open(folder)?;
         let golden = match options.tokens {
             Some(_) => None,
-            None if folder.join(Golden::NAME).exists() => Some(Golden::open(folder)?),
-            None => {
-                let complaint = format!("{} has no {}: give --tokens", folder.display(), Golden::NAME);
-                return Err(HfError::Usage(complaint));
-            }
+            None if files::exists(&folder.join(Golden::NAME))? => Some(Golden::open(folder)?),
+            None => return Err(HfError::NoRows { folder: folder.to_owned() }),
         };
         let wanted = options.block.as_deref().or(golden.as_ref().and_then(Golden::block));
         let block = family.locate(&config, &checkpoint, wanted)?;

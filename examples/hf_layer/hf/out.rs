@@ -8,6 +8,7 @@ use safetensors::tensor::{Dtype, TensorView, serialize};
 
 use super::device::Outputs;
 use super::error::HfError;
+use super::whole_file;
 
 /// Writes `x [T,H]`, `logits [T,E]`, `ids [T,k]` (I32), `weights [T,k]` and `y [T,H]`, all else in F32: every value of x and y
 /// fits.
@@ -27,5 +28,5 @@ pub fn write(path: &Path, layer: &LayerDesc, x: &[f32], outputs: &Outputs) -> Re
     for (name, dtype, columns, bytes) in &tensors {
         views.push((*name, TensorView::new(*dtype, vec![tokens, *columns], bytes).map_err(invalid)?));
     }
-    std::fs::write(path, serialize(views, None).map_err(invalid)?).map_err(HfError::io(path))
+    whole_file::write(path, &serialize(views, None).map_err(invalid)?).map_err(HfError::io(path))
 }

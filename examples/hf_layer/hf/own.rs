@@ -1,8 +1,7 @@
 //! A layer of our own, for a machine without checkpoints.
 
-use moe_kernels::Element;
 use moe_kernels::layer::LayerDesc;
-use moe_kernels::rules::Dtype;
+use moe_kernels::{Dtype, Element};
 
 use super::load::{Matrix, RouterWeight, Weights};
 use super::random::Random;

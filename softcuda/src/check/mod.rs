@@ -19,7 +19,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 pub use finding::{Finding, Findings, Place};
+pub use race::Operation;
 
+use crate::exec::LaunchOrder;
 use crate::exec::observe::Watch;
 
 /// The checkers there are.
@@ -146,6 +148,19 @@ impl Checks {
         if let Some(memory) = &self.memory {
             memory.leaked(address, bytes, serial);
         }
+    }
+
+    /// The driver does this in a stream with device memory; `order` as for launches. Returns whether there was something to
+    /// report.
+    pub fn operation(
+        &self,
+        order: &Arc<LaunchOrder>,
+        operation: Operation,
+        address: u64,
+        bytes: u64,
+        writes: bool,
+    ) -> bool {
+        bytes > 0 && self.race.as_ref().is_some_and(|race| race.operation(order, operation, address, bytes, writes))
     }
 
     /// The host, or the driver in its name, wrote device memory.

@@ -2,13 +2,14 @@
 //! Capture").
 
 use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use std::thread::ThreadId;
 
 use super::event::Event;
-use super::graph::Node;
-use super::handles::Handle;
+use super::graph::{Entry, GRAPHS, Graph, NODES};
+use super::handles::{Closer, Handle, fresh, when_a_context_goes};
 use super::status::{CUresult, Outcome};
 use super::stream::{Kind, Stream, stream};
 use super::work::Op;
@@ -24,7 +25,9 @@ pub(super) struct Capture {
     thread: ThreadId,
     origin: Handle,
     pub invalid: AtomicBool,
-    nodes: Mutex<Vec<Node>>,
+    /// The graph so far, which has a handle from the start: `cuStreamGetCaptureInfo` gives it out.
+    pub graph: Arc<Graph>,
+    pub graph_handle: Handle,
     /// Streams that take part, the origin first.
     streams: Mutex<Vec<Arc<Stream>>>,
 }
@@ -33,7 +36,11 @@ pub(super) struct Capture {
 pub(super) struct Captured {
     pub capture: Arc<Capture>,
     /// Nodes that the next one in this stream depends on.
-    pub tail: Vec<usize>,
+    pub tail: Vec<Handle>,
+    /// What `cuStreamGetCaptureInfo` last gave out: the caller may read it until the next call on this stream.
+    pub shown: Vec<Handle>,
+    /// Data of as many edges, all of the default kind.
+    pub edges: Vec<u64>,
 }
 
 static ACTIVE: Mutex<Vec<Arc<Capture>>> = Mutex::new(Vec::new());
@@ -51,12 +58,24 @@ impl Capture {
         self.invalid.store(true, Ordering::Release);
     }
 
+    /// Drops the graph of a capture that comes to nothing.
+    fn discard(&self) {
+        for node in lock(&self.graph.nodes).iter() {
+            let _ = NODES.remove(node.handle);
+        }
+        let _ = GRAPHS.remove(self.graph_handle);
+    }
+
     fn is_active(self: &Arc<Self>) -> bool {
         lock(&ACTIVE).iter().any(|active| Arc::ptr_eq(active, self))
     }
 }
 
 impl Captured {
+    fn new(capture: Arc<Capture>, tail: Vec<Handle>) -> Captured {
+        Captured { capture, tail, shown: Vec::new(), edges: Vec::new() }
+    }
+
     /// Appends a node after the stream's tail.
     pub fn add(&mut self, op: Op) -> Outcome {
         if self.capture.invalid.load(Ordering::Acquire) {
@@ -66,13 +85,14 @@ impl Captured {
             self.capture.invalidate();
             return Err(failure);
         }
-        let mut nodes = lock(&self.capture.nodes);
-        let dependencies = std::mem::replace(&mut self.tail, vec![nodes.len()]);
-        nodes.push(Node { op: Arc::new(op), dependencies });
+        let handle = fresh();
+        let dependencies = std::mem::replace(&mut self.tail, vec![handle]);
+        NODES.insert(handle, Arc::new(self.capture.graph_handle));
+        lock(&self.capture.graph.nodes).push(Entry { handle, op: Arc::new(op), dependencies });
         Ok(())
     }
 
-    fn depend_on(&mut self, nodes: &[usize]) {
+    pub fn depend_on(&mut self, nodes: &[Handle]) {
         self.tail.extend(nodes);
         self.tail.sort_unstable();
         self.tail.dedup();
@@ -92,9 +112,14 @@ fn close(which: impl Fn(&Capture) -> bool) {
     }
 }
 
-/// A context is gone, and its captures with it.
-pub(super) fn close_context(context: Handle) {
-    close(|capture| capture.context == context);
+/// Ends a context's captures with it.
+struct Captures;
+
+impl Closer for Captures {
+    fn close(&self, context: Handle) {
+        lock(&ACTIVE).iter().filter(|capture| capture.context == context).for_each(|capture| capture.discard());
+        close(|capture| capture.context == context);
+    }
 }
 
 /// A stream is gone: what it began has no end, and what it took part in cannot be joined.
@@ -103,6 +128,7 @@ pub(super) fn leave(stream: &Stream) {
     if let Some(captured) = part {
         captured.capture.invalidate();
         if captured.capture.origin == stream.handle {
+            captured.capture.discard();
             close(|capture| std::ptr::eq(capture, &*captured.capture));
         }
     }
@@ -182,22 +208,26 @@ pub(super) fn wait(stream: &Arc<Stream>, event: &Event) -> Outcome {
         }
         None => {
             lock(&capture.streams).push(stream.clone());
-            *part = Some(Captured { capture, tail: nodes });
+            *part = Some(Captured::new(capture, nodes));
             Ok(())
         }
     }
 }
 
-/// Nodes that `tail` depends on, directly or not, itself included.
-fn ancestors(nodes: &[Node], tail: &[usize]) -> usize {
-    let mut reached = vec![false; nodes.len()];
+/// How many nodes `tail` depends on, directly or not, itself included.
+fn ancestors(nodes: &[Entry], tail: &[Handle]) -> usize {
+    let places: HashMap<Handle, &Entry> = nodes.iter().map(|node| (node.handle, node)).collect();
+    let mut reached = HashSet::new();
     let mut open = tail.to_vec();
     while let Some(node) = open.pop() {
-        if !std::mem::replace(&mut reached[node], true) {
-            open.extend(&nodes[node].dependencies);
+        // Nodes of a graph that is given out may have been destroyed.
+        if let Some(entry) = places.get(&node)
+            && reached.insert(node)
+        {
+            open.extend(&entry.dependencies);
         }
     }
-    reached.into_iter().filter(|&reached| reached).count()
+    reached.len()
 }
 
 #[unsafe(no_mangle)]
@@ -215,19 +245,24 @@ pub unsafe extern "C" fn cuStreamBeginCapture_v2(handle: Handle, mode: u32) -> C
             captured.capture.invalidate();
             return Err(CUresult::ERROR_ILLEGAL_STATE.with("the stream is capturing already"));
         }
+        let (graph, graph_handle) = (Arc::new(Graph::default()), fresh());
         let capture = Arc::new(Capture {
             context: stream.context()?.handle,
             mode,
             thread: std::thread::current().id(),
             origin: stream.handle,
             invalid: AtomicBool::new(false),
-            nodes: Mutex::default(),
+            graph: graph.clone(),
+            graph_handle,
             streams: Mutex::new(vec![stream.clone()]),
         });
+        static LISTED: Once = Once::new();
+        when_a_context_goes(&LISTED, &Captures);
         let mut active = lock(&ACTIVE);
         active.push(capture.clone());
         ACTIVE_COUNT.store(active.len(), Ordering::Release);
-        *part = Some(Captured { capture, tail: Vec::new() });
+        GRAPHS.insert(graph_handle, graph);
+        *part = Some(Captured::new(capture, Vec::new()));
         Ok(())
     })
 }
@@ -249,17 +284,19 @@ pub unsafe extern "C" fn cuStreamEndCapture(handle: Handle, graph: *mut Handle) 
             return Err(CUresult::ERROR_STREAM_CAPTURE_WRONG_THREAD.into());
         }
         close(|other| std::ptr::eq(other, &*capture));
-        let nodes = std::mem::take(&mut *lock(&capture.nodes));
         if capture.invalid.load(Ordering::Acquire) {
+            capture.discard();
             return Err(CUresult::ERROR_STREAM_CAPTURE_INVALIDATED.into());
         }
-        let joined = ancestors(&nodes, &tail);
-        if joined < nodes.len() {
-            let left = nodes.len() - joined;
+        let nodes = lock(&capture.graph.nodes);
+        let left = nodes.len() - ancestors(&nodes, &tail);
+        drop(nodes);
+        if left > 0 {
+            capture.discard();
             return Err(CUresult::ERROR_STREAM_CAPTURE_UNJOINED
                 .with(format!("{left} operations of forked streams were not joined to the origin")));
         }
-        unsafe { out(graph, "phGraph", super::graph::add_captured(nodes)) }
+        unsafe { out(graph, "phGraph", capture.graph_handle) }
     })
 }
 
@@ -276,55 +313,4 @@ pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut u32) -> CU
         }
         unsafe { out(mode, "mode", THREAD_MODE.replace(new)) }
     })
-}
-
-/// Status and identifier of the capture that a stream takes part in. The graph so far is not given out.
-unsafe fn info(handle: Handle, status: *mut u32, id: *mut u64, others: &[usize]) -> Outcome {
-    let stream = stream(handle)?;
-    if stream.kind == Kind::Legacy {
-        forbid_implicit(stream.context()?.handle)?;
-    }
-    let part = lock(&stream.capture);
-    // CU_STREAM_CAPTURE_STATUS_NONE, ACTIVE, INVALIDATED
-    let value = part.as_ref().map_or(0, |it| if it.capture.invalid.load(Ordering::Acquire) { 2 } else { 1 });
-    if value == 1 && others.iter().any(|pointer| *pointer != 0) {
-        return Err(super::unsupported("the graph of a capture in progress"));
-    }
-    unsafe {
-        out(status, "captureStatus_out", value)?;
-        match &*part {
-            Some(captured) if !id.is_null() => out(id, "id_out", Arc::as_ptr(&captured.capture) as u64),
-            _ => Ok(()),
-        }
-    }
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamGetCaptureInfo(handle: Handle, status: *mut u32, id: *mut u64) -> CUresult {
-    api("cuStreamGetCaptureInfo", || unsafe { info(handle, status, id, &[]) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamGetCaptureInfo_v2(
-    handle: Handle,
-    status: *mut u32,
-    id: *mut u64,
-    graph: usize,
-    dependencies: usize,
-    count: usize,
-) -> CUresult {
-    api("cuStreamGetCaptureInfo_v2", || unsafe { info(handle, status, id, &[graph, dependencies, count]) })
-}
-
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamGetCaptureInfo_v3(
-    handle: Handle,
-    status: *mut u32,
-    id: *mut u64,
-    graph: usize,
-    dependencies: usize,
-    edges: usize,
-    count: usize,
-) -> CUresult {
-    api("cuStreamGetCaptureInfo_v3", || unsafe { info(handle, status, id, &[graph, dependencies, edges, count]) })
 }

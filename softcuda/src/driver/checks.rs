@@ -8,8 +8,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::control::give;
 use super::status::{CUresult, Outcome};
-use super::{driver, lock};
-use crate::check::{Checks, Selection};
+use super::{driver, lock, order, tally};
+use crate::check::{Checks, Operation, Selection};
+use crate::exec::LaunchOrder;
 use crate::exec::observe::Watch;
 use crate::memory::{Allocation, AllocationWatch, Kind};
 
@@ -36,7 +37,7 @@ fn switch(names: &str) -> Outcome {
     let selection = Selection::parse(names).map_err(|word| {
         let text =
             format!("SOFTCUDA_CHECKS: `{word}` is no checker; there are memory, init, race, sync, async and all");
-        eprintln!("softcuda: {text}");
+        super::say(&text);
         CUresult::ERROR_INVALID_VALUE.with(text)
     })?;
     let memory = &driver()?.memory;
@@ -63,7 +64,7 @@ struct Allocations(Arc<Checks>);
 impl AllocationWatch for Allocations {
     fn allocated(&self, a: &Allocation) {
         // The host writes page-locked and managed memory, and the driver a module's variables, without a call.
-        self.0.allocated(a.start, a.bytes(), a.kind != Kind::Device);
+        self.0.allocated(a.start, a.bytes(), !matches!(a.kind, Kind::Device | Kind::Heap));
     }
 }
 
@@ -71,22 +72,48 @@ pub(super) fn watches() -> Vec<Arc<dyn Watch>> {
     checks().map_or_else(Vec::new, |checks| checks.watches())
 }
 
-/// The driver wrote device memory.
-pub(super) fn wrote(address: u64, bytes: u64) {
+/// The driver wrote a value that kernels may be polling.
+pub(super) fn signalled(address: u64, bytes: u64) {
     if let Some(checks) = checks() {
         checks.host_wrote(address, bytes);
     }
 }
 
-/// The driver copied; either end may be the host's.
+/// The driver set device memory.
+pub(super) fn set(address: u64, bytes: u64) {
+    let Some(checks) = checks() else { return };
+    checks.host_wrote(address, bytes);
+    if let Some(order) = order::current()
+        && checks.operation(&order, Operation::Set, address, bytes, true)
+    {
+        print_new();
+    }
+}
+
+/// The driver copied; either end may be the host's, or a place of its own (0).
 pub(super) fn copied(from: u64, to: u64, bytes: u64) {
     let (Some(checks), Ok(driver)) = (checks(), driver()) else { return };
-    if driver.memory.contains(to) {
-        if driver.memory.contains(from) {
-            checks.copied(from, to, bytes);
-        } else {
-            checks.host_wrote(to, bytes);
-        }
+    let [reads, writes] = [from, to].map(|address| driver.memory.contains(address));
+    match (reads, writes) {
+        (true, true) => checks.copied(from, to, bytes),
+        (false, true) => checks.host_wrote(to, bytes),
+        _ => {}
+    }
+    let Some(order) = order::current() else { return };
+    let read = reads && checks.operation(&order, Operation::Copy, from, bytes, false);
+    let written = writes && checks.operation(&order, Operation::Copy, to, bytes, true);
+    if read || written {
+        print_new();
+    }
+}
+
+/// The driver is about to free an allocation, in a stream's order or in the host's.
+pub(super) fn freed(address: u64, order: Option<Arc<LaunchOrder>>) {
+    let (Some(checks), Ok(driver), Some(order)) = (checks(), driver(), order) else { return };
+    if let Some(a) = driver.memory.find(address)
+        && checks.operation(&order, Operation::Free, a.start, a.bytes(), true)
+    {
+        print_new();
     }
 }
 
@@ -107,13 +134,15 @@ pub(super) fn print_new() {
     let all = checks.findings().all();
     let done = PRINTED.swap(all.len(), Ordering::Relaxed);
     let Some(new) = all.get(done..).filter(|new| !new.is_empty()) else { return };
-    let file = std::env::var_os("SOFTCUDA_FINDINGS").filter(|path| !path.is_empty());
-    let mut file = file.and_then(|path| OpenOptions::new().create(true).append(true).open(path).ok());
-    for finding in new {
-        eprintln!("softcuda: {finding}");
-        if let Some(file) = &mut file {
-            let _ = writeln!(file, "{finding}");
-        }
+    tally::add(tally::Place::Findings, new.len());
+    new.iter().for_each(super::say);
+    let Some(path) = std::env::var_os("SOFTCUDA_FINDINGS").filter(|path| !path.is_empty()) else { return };
+    // In one write: lines of several processes do not mix.
+    let lines: String = new.iter().map(|finding| format!("{finding}\n")).collect();
+    let file = OpenOptions::new().create(true).append(true).open(&path);
+    if let Err(error) = file.and_then(|mut file| file.write_all(lines.as_bytes())) {
+        let path = std::path::Path::new(&path).display();
+        super::say(format_args!("SOFTCUDA_FINDINGS: {} findings are not in {path}: {error}", new.len()));
     }
 }
 

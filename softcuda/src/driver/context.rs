@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::ThreadId;
 
-use super::handles::{Handle, Table, fresh};
+use super::handles::{self, Handle, Table, fresh};
 use super::status::{CUresult, Failure, Outcome};
 use super::stream::{Kind, Stream};
 use super::{api, driver, lock, out};
 use crate::device::Description;
+use crate::exec::{DEFAULT_HEAP, Heap};
 
 /// A context owns streams, events, modules and memory, and keeps the first fault of any kernel it ran.
 pub(super) struct Context {
@@ -32,6 +33,8 @@ pub(super) struct Context {
     /// Other devices whose memory kernels of this context may use.
     pub peers: Mutex<HashSet<u32>>,
     limits: Mutex<HashMap<u32, usize>>,
+    /// Where `malloc` of its kernels allocates.
+    pub heap: Arc<Heap>,
     cache_config: AtomicU32,
 }
 
@@ -53,6 +56,11 @@ thread_local! {
     static CURRENT: RefCell<Vec<Arc<Context>>> = const { RefCell::new(Vec::new()) };
     /// Whether a host function of a stream runs.
     static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread still has a current context or none; not at its end.
+pub(super) fn reachable() -> bool {
+    CURRENT.try_with(|_| ()).is_ok()
 }
 
 /// Runs a host function of a stream, which may not call CUDA (driver API, `cuLaunchHostFunc`).
@@ -79,6 +87,7 @@ impl Context {
             order: Mutex::new(()),
             peers: Mutex::default(),
             limits: Mutex::default(),
+            heap: Arc::new(Heap::new(device, DEFAULT_HEAP)),
             cache_config: AtomicU32::new(0),
         });
         CONTEXTS.insert(handle, context.clone());
@@ -87,16 +96,16 @@ impl Context {
 
     /// Frees all that the context owns.
     fn destroy(&self) {
-        self.drain();
+        self.finish();
         self.destroyed.store(true, Ordering::Release);
         let _ = CONTEXTS.remove(self.handle);
-        super::capture::close_context(self.handle);
-        super::stream::STREAMS.retain(|stream| !stream.belongs_to(self.handle));
-        super::event::EVENTS.retain(|event| event.context != self.handle);
-        super::module::MODULES.retain(|module| module.context != self.handle);
-        super::function::FUNCTIONS.retain(|function| function.context != self.handle);
+        handles::close_context(self.handle);
         if let Ok(driver) = driver() {
             for addr in lock(&self.allocations).drain() {
+                super::checks::leaked(addr);
+                let _ = driver.memory.free(addr);
+            }
+            for addr in self.heap.take_live() {
                 super::checks::leaked(addr);
                 let _ = driver.memory.free(addr);
             }
@@ -126,11 +135,18 @@ impl Context {
     }
 
     /// Waits for all work of this context.
-    pub fn drain(&self) {
-        for stream in self.other_streams() {
-            stream.settle();
-        }
-        self.legacy_stream.settle();
+    ///
+    /// # Errors
+    /// The context is in error.
+    pub fn drain(&self) -> Outcome {
+        self.finish();
+        self.check()
+    }
+
+    /// Waits for all work of this context, whatever comes of it.
+    fn finish(&self) {
+        self.other_streams().iter().for_each(|stream| stream.finish());
+        self.legacy_stream.finish();
     }
 
     pub fn description(&self) -> Outcome<&'static Description> {
@@ -151,12 +167,23 @@ impl Context {
     }
 }
 
-/// The calling thread's context, even one in error.
-pub(super) fn current_any() -> Outcome<Arc<Context>> {
+/// For calls that need no current context: the driver is there, and this is no host function of a stream.
+pub(super) fn check_caller() -> Outcome {
     driver()?;
     if IN_HOST_FUNCTION.get() {
         return Err(CUresult::ERROR_NOT_PERMITTED.with("a host function of a stream may not call CUDA"));
     }
+    Ok(())
+}
+
+/// The context that an allocation was made in.
+pub(super) fn owner(start: u64) -> Option<Arc<Context>> {
+    CONTEXTS.select(|context| lock(&context.allocations).contains(&start)).pop()
+}
+
+/// The calling thread's context, even one in error.
+pub(super) fn current_any() -> Outcome<Arc<Context>> {
+    check_caller()?;
     CURRENT
         .with_borrow(|stack| stack.last().cloned())
         .ok_or_else(|| CUresult::ERROR_INVALID_CONTEXT.with("no context is current to this thread"))
@@ -407,8 +434,7 @@ pub unsafe extern "C" fn cuCtxSynchronize_v2(context: Handle) -> CUresult {
 
 fn synchronize(context: &Context) -> Outcome {
     super::capture::forbid_in(context.handle, "cuCtxSynchronize")?;
-    context.drain();
-    context.check()
+    context.drain()
 }
 
 #[unsafe(no_mangle)]
@@ -427,7 +453,9 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(least: *mut i32, greatest: 
 
 /// Limits by `CUlimit`: stack size, printf buffer, malloc heap, device-runtime depth and launches, L2 fetch granularity and
 /// persisting L2.
-const LIMITS: [(u32, usize); 7] = [(0, 1024), (1, 1 << 20), (2, 8 << 20), (3, 2), (4, 2048), (5, 64), (6, 0)];
+const MALLOC_HEAP: u32 = 2;
+const LIMITS: [(u32, usize); 7] =
+    [(0, 1024), (1, 1 << 20), (MALLOC_HEAP, DEFAULT_HEAP as usize), (3, 2), (4, 2048), (5, 64), (6, 0)];
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetLimit(value: *mut usize, limit: u32) -> CUresult {
@@ -446,6 +474,10 @@ pub unsafe extern "C" fn cuCtxSetLimit(limit: u32, value: usize) -> CUresult {
         let context = current()?;
         if !LIMITS.iter().any(|(known, _)| *known == limit) {
             return Err(CUresult::ERROR_UNSUPPORTED_LIMIT.into());
+        }
+        // "Must be set before launching any kernel that uses malloc() or free()" (driver API, cuCtxSetLimit).
+        if limit == MALLOC_HEAP && !context.heap.set_limit(value as u64) {
+            return Err(CUresult::ERROR_INVALID_VALUE.with("a kernel has used the malloc heap already"));
         }
         lock(&context.limits).insert(limit, value);
         Ok(())

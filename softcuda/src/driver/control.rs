@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::lock;
 use crate::device::{Description, SettingError};
-use crate::exec::{Config, Counters};
+use crate::exec::{Config, Counters, Products};
 use crate::report::{self, Report};
 
 static SEED: AtomicU64 = AtomicU64::new(0);
@@ -24,7 +24,10 @@ static CONCURRENT: AtomicBool = AtomicBool::new(false);
 static EXECUTING: AtomicBool = AtomicBool::new(true);
 static LAST_FAULT: Mutex<String> = Mutex::new(String::new());
 
-/// Takes `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_TIMEOUT_MS` and `SOFTCUDA_STREAMS`.
+/// Whether products are added as hardware does.
+static TRUNCATED: AtomicBool = AtomicBool::new(false);
+
+/// Takes `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_TIMEOUT_MS`, `SOFTCUDA_PRODUCTS` and `SOFTCUDA_STREAMS`.
 pub(super) fn read_environment() -> Result<(), SettingError> {
     let settings = [("SOFTCUDA_SEED", &SEED), ("SOFTCUDA_THREADS", &THREADS), ("SOFTCUDA_TIMEOUT_MS", &TIMEOUT)];
     for (variable, setting) in settings {
@@ -33,6 +36,15 @@ pub(super) fn read_environment() -> Result<(), SettingError> {
                 return Err(SettingError { variable, expected: "a whole number", found });
             };
             setting.store(value, Ordering::Relaxed);
+        }
+    }
+    let variable = "SOFTCUDA_PRODUCTS";
+    match std::env::var(variable).unwrap_or_default().as_str() {
+        "" | "fused" => {}
+        "truncated" => TRUNCATED.store(true, Ordering::Relaxed),
+        found => {
+            let expected = "`fused` or `truncated`";
+            return Err(SettingError { variable, expected, found: found.to_owned() });
         }
     }
     let variable = "SOFTCUDA_STREAMS";
@@ -62,6 +74,7 @@ pub(super) fn config(device: &Description) -> Config {
         threads: THREADS.load(Ordering::Relaxed) as usize,
         sm_count: device.sm_count,
         compute_capability: device.compute_capability,
+        products: if TRUNCATED.load(Ordering::Relaxed) { Products::Truncated } else { Products::Fused },
         count: COUNTING.load(Ordering::Relaxed),
         watches: super::checks::watches(),
         order: super::order::current(),
@@ -98,7 +111,7 @@ pub(super) fn record_counters(kernel: &str, counters: &Counters) {
 
 /// Keeps a fault's full text and prints it.
 pub(super) fn record_fault(text: &str) {
-    eprintln!("softcuda: {text}");
+    super::say(text);
     *lock(&LAST_FAULT) = text.to_owned();
 }
 
@@ -137,6 +150,12 @@ pub extern "C" fn softcuda_set_threads(threads: u64) {
 #[unsafe(no_mangle)]
 pub extern "C" fn softcuda_set_timeout_ms(milliseconds: u64) {
     TIMEOUT.store(milliseconds, Ordering::Relaxed);
+}
+
+/// Sets whether `mma` and `wgmma` add products as hardware does ([`Products::Truncated`]) or one by one.
+#[unsafe(no_mangle)]
+pub extern "C" fn softcuda_set_truncated_products(on: bool) {
+    TRUNCATED.store(on, Ordering::Relaxed);
 }
 
 /// Kernels run since the process began, those of graphs included.

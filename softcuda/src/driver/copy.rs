@@ -1,7 +1,6 @@
 //! `cuMemcpy*` and `cuMemset*`.
 
 use super::capture::forbid_unsafe;
-use super::context::current;
 use super::handles::Handle;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
@@ -18,13 +17,12 @@ fn set(dst: u64, value: u32, width: u32, count: usize) -> Op {
     Op::Set { dst, value, width, count: count as u64, rows: Rows::ONE }
 }
 
-/// The forms without a stream: in the legacy stream, and the host waits.
+/// The forms without a stream: in the default one, and the host waits.
 pub(super) fn now(function: &str, op: Op) -> Outcome {
-    let context = current()?;
+    let stream = stream(0)?;
     forbid_unsafe(function)?;
-    context.legacy_stream.submit(op)?;
-    context.legacy_stream.settle();
-    context.check()
+    stream.submit(op)?;
+    stream.settle()
 }
 
 /// Defines a call without a stream and its `Async` form.

@@ -2,7 +2,7 @@
 
 use super::capture::{self, Capture};
 use super::context::current;
-use super::handles::{Handle, Table};
+use super::handles::{Children, Handle, Owned};
 use super::order::Clock;
 use super::queue::{Point, Task};
 use super::status::{CUresult, Outcome};
@@ -30,7 +30,13 @@ pub(super) struct Mark {
     pub clock: Clock,
 }
 
-pub(super) static EVENTS: Table<Event> = Table::new("event", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static EVENTS: Children<Event> = Children::new("event", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Event {
+    fn owner(&self) -> Handle {
+        self.context
+    }
+}
 
 impl Event {
     /// Records a point that is reached.
@@ -129,7 +135,8 @@ pub unsafe extern "C" fn cuEventQuery(handle: Handle) -> CUresult {
             Some(point) if point.reached().is_none() => Err(CUresult::ERROR_NOT_READY.into()),
             _ => {
                 order::met_by_host(&mark.clock);
-                Ok(())
+                // What was done since the call began may have faulted.
+                self::event(handle).map(drop)
             }
         }
     })
@@ -162,6 +169,7 @@ fn elapsed(to: *mut f32, start: Handle, end: Handle) -> Outcome {
     };
     let milliseconds =
         if till >= from { (till - from).as_secs_f64() * 1e3 } else { -((from - till).as_secs_f64() * 1e3) };
+    super::context::CONTEXTS.get(end.context)?.check()?;
     unsafe { out(to, "pMilliseconds", milliseconds as f32) }
 }
 

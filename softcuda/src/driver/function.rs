@@ -4,7 +4,7 @@ use std::ffi::c_char;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering};
 
-use super::handles::{Handle, Table};
+use super::handles::{Children, Handle, Owned};
 use super::module::Module;
 use super::status::{CUresult, Outcome};
 use super::{api, driver, out};
@@ -17,6 +17,10 @@ pub(super) struct Function {
     pub device: &'static Description,
     pub kernel: Arc<Kernel>,
     pub name: std::ffi::CString,
+    /// Bytes of `.const` variables of its module.
+    const_bytes: u32,
+    /// What the options of its module's compilation allow.
+    max_registers: Option<u32>,
     /// `.reqnctapercluster`.
     pub required_cluster: Option<[u32; 3]>,
     max_dynamic: AtomicU32,
@@ -25,7 +29,13 @@ pub(super) struct Function {
     binary_version: u32,
 }
 
-pub(super) static FUNCTIONS: Table<Function> = Table::new("function", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static FUNCTIONS: Children<Function> = Children::new("function", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Function {
+    fn owner(&self) -> Handle {
+        self.context
+    }
+}
 
 impl Function {
     pub fn new(
@@ -44,6 +54,8 @@ impl Function {
             device,
             kernel,
             name,
+            const_bytes: module.const_bytes as u32,
+            max_registers: module.max_registers,
             required_cluster,
             max_dynamic: AtomicU32::new(max_dynamic),
             carveout: AtomicI32::new(-1),
@@ -71,7 +83,9 @@ impl Function {
             // Allocation is by 8 registers a thread.
             (REGISTERS / (threads.next_multiple_of(32) * blocks).max(1) / 8 * 8).max(16)
         });
-        let most = self.kernel.max_registers.unwrap_or(MAX_REGISTERS_PER_THREAD).min(MAX_REGISTERS_PER_THREAD);
+        // A kernel's own directive goes before the option.
+        let most = self.kernel.max_registers.or(self.max_registers.filter(|_| self.kernel.min_ctas_per_sm.is_none()));
+        let most = most.unwrap_or(MAX_REGISTERS_PER_THREAD).clamp(16, MAX_REGISTERS_PER_THREAD);
         self.kernel.registers.max(16).min(bounded).min(most)
     }
 
@@ -102,7 +116,7 @@ pub(super) fn attribute(function: &Function, attribute: u32) -> Outcome<i32> {
         // MAX_THREADS_PER_BLOCK, SHARED_SIZE_BYTES, CONST_SIZE_BYTES, LOCAL_SIZE_BYTES, NUM_REGS
         0 => function.max_threads(),
         1 => kernel.static_shared_bytes,
-        2 => 0,
+        2 => function.const_bytes,
         3 => kernel.local_bytes,
         4 => function.registers(),
         // PTX_VERSION, BINARY_VERSION, CACHE_MODE_CA

@@ -47,16 +47,6 @@ pub(super) static EXECUTABLES: Table<Executable> = Table::new("executable graph"
 /// Graphs of nodes by the nodes' handles.
 pub(super) static NODES: Table<Handle> = Table::new("graph node", CUresult::ERROR_INVALID_VALUE);
 
-/// Makes a graph of nodes that capture found.
-pub(super) fn add_captured(nodes: Vec<Node>) -> Handle {
-    let handles: Vec<Handle> = nodes.iter().map(|_| fresh()).collect();
-    let entries = nodes.into_iter().zip(&handles).map(|(node, &handle)| {
-        let dependencies = node.dependencies.iter().map(|&dependency| handles[dependency]).collect();
-        Entry { handle, op: node.op, dependencies }
-    });
-    add(entries.collect())
-}
-
 /// Makes a graph of nodes whose handles are new.
 pub(super) fn add(nodes: Vec<Entry>) -> Handle {
     let graph = fresh();

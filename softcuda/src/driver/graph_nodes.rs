@@ -13,7 +13,7 @@ use super::{api, driver, lock, out};
 
 /// # Safety
 /// `count` handles, or null where there are none.
-unsafe fn handles(from: *const Handle, count: usize) -> Outcome<Vec<Handle>> {
+pub(super) unsafe fn handles(from: *const Handle, count: usize) -> Outcome<Vec<Handle>> {
     if count > 0 && from.is_null() {
         return Err(CUresult::ERROR_INVALID_VALUE.with("nodes are counted but not given"));
     }
@@ -21,7 +21,7 @@ unsafe fn handles(from: *const Handle, count: usize) -> Outcome<Vec<Handle>> {
     Ok((0..count).map(|place| unsafe { from.add(place).read_unaligned() }).collect())
 }
 
-fn check_members(nodes: &[Entry], wanted: &[Handle]) -> Outcome {
+pub(super) fn check_members(nodes: &[Entry], wanted: &[Handle]) -> Outcome {
     match wanted.iter().find(|wanted| !nodes.iter().any(|node| node.handle == **wanted)) {
         Some(stranger) => Err(CUresult::ERROR_INVALID_VALUE.with(format!("{stranger:#x} is no node of this graph"))),
         None => Ok(()),

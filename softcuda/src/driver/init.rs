@@ -3,7 +3,7 @@
 use std::ffi::c_char;
 
 use super::status::{CUresult, Outcome};
-use super::{api, driver, initialize, out};
+use super::{api, api_always, driver, initialize, out};
 
 /// The CUDA version whose API and PTX this driver follows: 1000 * major + 10 * minor.
 const VERSION: i32 = 13050;
@@ -24,7 +24,7 @@ pub unsafe extern "C" fn cuInit(flags: u32) -> CUresult {
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDriverGetVersion(version: *mut i32) -> CUresult {
-    api("cuDriverGetVersion", || unsafe { out(version, "driverVersion", VERSION) })
+    api_always("cuDriverGetVersion", || unsafe { out(version, "driverVersion", VERSION) })
 }
 
 #[unsafe(no_mangle)]

@@ -111,6 +111,7 @@ impl LaunchSpec {
             return Ok(());
         }
         let mut config = control::config(self.function.device);
+        config.heap = context.heap.clone();
         let threads = self.block.iter().product();
         let recording = profile::begin(&mut config, self.function.device, &self.function, threads, self.dynamic_shared);
         let launch = Launch {

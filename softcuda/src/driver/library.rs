@@ -17,6 +17,8 @@ use crate::ptx;
 
 pub(super) struct Library {
     text: String,
+    /// CU_JIT_MAX_REGISTERS.
+    max_registers: Option<u32>,
     /// Handles of kernels by name.
     kernels: BTreeMap<String, Handle>,
     /// Modules by context.
@@ -41,7 +43,7 @@ impl Library {
         if let Some(&known) = modules.get(&context.handle) {
             return Ok(known);
         }
-        let new = module::load(&self.text, context)?;
+        let new = module::load(&self.text, context, self.max_registers)?;
         modules.insert(context.handle, new);
         Ok(new)
     }
@@ -84,7 +86,8 @@ fn load(to: *mut Handle, text: impl FnOnce() -> Outcome<String>, options: &Optio
             let name = CString::new(entry.name.clone()).unwrap_or_default();
             (entry.name.clone(), KERNELS.add(Kernel { library, name, attributes: Mutex::default() }))
         });
-        let made = Library { text, kernels: kernels.collect(), modules: Mutex::default() };
+        let max_registers = options.max_registers;
+        let made = Library { text, max_registers, kernels: kernels.collect(), modules: Mutex::default() };
         // Where there is a context, what is wrong shows now.
         if let Ok(context) = current()
             && let Err(failure) = made.module(&context)
@@ -135,14 +138,15 @@ pub unsafe extern "C" fn cuLibraryUnload(handle: Handle) -> CUresult {
         for kernel in library.kernels.values() {
             let _ = KERNELS.remove(*kernel);
         }
+        let mut state = Ok(());
         for (context, module) in lock(&library.modules).drain() {
             // A context that is gone has taken the module with it.
             if let Ok(context) = CONTEXTS.get(context) {
-                context.drain();
-                module::unload(module, &context)?;
+                state = state.and(context.drain());
+                module::unload(module)?;
             }
         }
-        Ok(())
+        state
     })
 }
 

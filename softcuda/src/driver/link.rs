@@ -27,6 +27,14 @@ struct State {
     image: Option<CString>,
 }
 
+/// Begins the first line of an image that was linked with CU_JIT_MAX_REGISTERS; the number follows.
+const MAX_REGISTERS: &str = "// linked with max registers: ";
+
+/// The option that an image was linked with.
+pub(super) fn max_registers(image: &str) -> Option<u32> {
+    image.lines().next()?.strip_prefix(MAX_REGISTERS)?.parse().ok()
+}
+
 static LINKS: Table<Link> = Table::new("link", CUresult::ERROR_INVALID_HANDLE);
 
 fn add(state: Handle, kind: u32, name: String, text: impl FnOnce() -> Outcome<String>) -> Outcome {
@@ -117,6 +125,10 @@ pub unsafe extern "C" fn cuLinkComplete(state: Handle, image: *mut *const c_char
             unsafe { link.options.log(&error.to_string()) };
             CUresult::ERROR_INVALID_PTX.with(error.to_string())
         })?;
+        let linked = match link.options.max_registers {
+            Some(most) => format!("{MAX_REGISTERS}{most}\n{linked}"),
+            None => linked,
+        };
         let linked = CString::new(linked).map_err(|_| CUresult::ERROR_INVALID_PTX)?;
         let kept = state.image.insert(linked);
         unsafe {

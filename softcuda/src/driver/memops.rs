@@ -74,7 +74,7 @@ impl Value {
     }
 
     pub fn write(&self) {
-        super::checks::wrote(self.addr, if self.wide { 8 } else { 4 });
+        super::checks::signalled(self.addr, if self.wide { 8 } else { 4 });
         // SAFETY: as in `holds`.
         unsafe {
             if self.wide {

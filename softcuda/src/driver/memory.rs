@@ -2,8 +2,7 @@
 
 use std::ffi::c_void;
 
-use super::context::{Context, current, current_any};
-use super::handles::Handle;
+use super::context::{Context, check_caller, current, current_any, owner};
 use super::status::{CUresult, Outcome};
 use super::{api, capture, driver, lock, out, registered};
 use crate::memory::{Allocation, Kind, Memory};
@@ -21,11 +20,23 @@ pub(super) fn allocate_on(context: &Context, device: u32, bytes: usize, kind: Ki
 }
 
 /// Frees an allocation whose kind is among `kinds`.
-pub(super) fn release(context: &Context, addr: u64, kinds: &[Kind]) -> Outcome {
+pub(super) fn release(addr: u64, kinds: &[Kind]) -> Outcome {
     check_release(addr, kinds)?;
-    driver()?.memory.free(addr)?;
-    lock(&context.allocations).remove(&addr);
-    Ok(())
+    // Forgotten first: once it is free, the address may be that of another allocation.
+    if let Some(context) = owner(addr) {
+        lock(&context.allocations).remove(&addr);
+    }
+    Ok(driver()?.memory.free(addr)?)
+}
+
+/// Frees an allocation when all work of its context is done. The pointer says which context that is: none need be current.
+fn release_now(function: &str, addr: u64, kinds: &[Kind]) -> Outcome {
+    check_caller()?;
+    capture::forbid_unsafe(function)?;
+    check_release(addr, kinds)?;
+    let state = owner(addr).map_or(Ok(()), |context| context.drain());
+    super::checks::freed(addr, super::order::of_host());
+    state.and(release(addr, kinds))
 }
 
 /// Whether an allocation of one of `kinds` starts at `addr`.
@@ -50,6 +61,7 @@ fn kind_name(kind: Kind) -> &'static str {
         Kind::Host => "page-locked host",
         Kind::Managed => "managed",
         Kind::Module => "a module's",
+        Kind::Heap => "a kernel's heap",
     }
 }
 
@@ -65,15 +77,11 @@ pub unsafe extern "C" fn cuMemAlloc_v2(to: *mut u64, bytes: usize) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFree_v2(addr: u64) -> CUresult {
     api("cuMemFree_v2", || {
-        let context = current_any()?;
         if addr == 0 {
-            return context.check();
+            check_caller()?;
+            return current_any().map_or(Ok(()), |context| context.check());
         }
-        capture::forbid_unsafe("cuMemFree_v2")?;
-        context.drain();
-        let freed = release(&context, addr, &[Kind::Device, Kind::Managed]);
-        context.check()?;
-        freed
+        release_now("cuMemFree_v2", addr, &[Kind::Device, Kind::Managed])
     })
 }
 
@@ -99,14 +107,7 @@ pub unsafe extern "C" fn cuMemAllocHost_v2(to: *mut u64, bytes: usize) -> CUresu
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemFreeHost(addr: u64) -> CUresult {
-    api("cuMemFreeHost", || {
-        let context = current_any()?;
-        capture::forbid_unsafe("cuMemFreeHost")?;
-        context.drain();
-        let freed = release(&context, addr, &[Kind::Host]);
-        context.check()?;
-        freed
-    })
+    api("cuMemFreeHost", || release_now("cuMemFreeHost", addr, &[Kind::Host]))
 }
 
 #[unsafe(no_mangle)]
@@ -141,7 +142,7 @@ fn containing(memory: &Memory, addr: u64) -> Outcome<Allocation> {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usize, addr: u64) -> CUresult {
     api("cuMemGetAddressRange_v2", || {
-        current()?;
+        check_caller()?;
         let allocation = containing(&driver()?.memory, addr)?;
         for (to, value) in [(base, allocation.start), (bytes.cast(), allocation.bytes())] {
             if !to.is_null() {
@@ -154,14 +155,14 @@ pub unsafe extern "C" fn cuMemGetAddressRange_v2(base: *mut u64, bytes: *mut usi
 
 /// Writes one `CUpointer_attribute` of `addr`.
 unsafe fn attribute(to: *mut c_void, attribute: u32, addr: u64) -> Outcome {
-    let context: Handle = current()?.handle;
+    check_caller()?;
     let allocation = containing(&driver()?.memory, addr)?;
     let on_host = matches!(allocation.kind, Kind::Host | Kind::Managed);
     let flag = |value: bool| unsafe { out(to.cast::<u32>(), "data", value.into()) };
     let wide = |value: u64| unsafe { out(to.cast::<u64>(), "data", value) };
     match attribute {
         // CONTEXT
-        1 => wide(context as u64),
+        1 => wide(owner(allocation.start).map_or(0, |context| context.handle) as u64),
         // MEMORY_TYPE: CU_MEMORYTYPE_HOST, CU_MEMORYTYPE_DEVICE
         2 => unsafe { out(to.cast::<u32>(), "data", if allocation.kind == Kind::Host { 1 } else { 2 }) },
         // DEVICE_POINTER
@@ -201,7 +202,7 @@ pub unsafe extern "C" fn cuPointerGetAttributes(
     addr: u64,
 ) -> CUresult {
     api("cuPointerGetAttributes", || {
-        current()?;
+        check_caller()?;
         if count > 0 && (attributes.is_null() || data.is_null()) {
             return Err(CUresult::ERROR_INVALID_VALUE.with("attributes are counted but not given"));
         }

@@ -5,15 +5,17 @@
 //! error, and every later call on that context returns it, until the context is destroyed.
 //!
 //! Handles are numbers that are never dereferenced and never reused, so a stale or foreign one is an error rather than
-//! undefined behaviour. What is not implemented has no symbol, or returns `CUDA_ERROR_NOT_SUPPORTED` with a line on
-//! standard error that names it.
+//! undefined behaviour. What is not implemented returns `CUDA_ERROR_NOT_SUPPORTED`, with a line on standard error that names
+//! it.
 //!
 //! `cuGetErrorString` appends what the driver knows beyond the code. Environment:
 //! - `SOFTCUDA_DEVICE`, `SOFTCUDA_DEVICES`, `SOFTCUDA_MEMORY_MIB`: see [`crate::device`]
 //! - `SOFTCUDA_SEED`, `SOFTCUDA_THREADS`, `SOFTCUDA_TIMEOUT_MS`: how kernels run
+//! - `SOFTCUDA_PRODUCTS=truncated`: `mma` and `wgmma` add products as hardware does, see [`crate::exec::Products`]
 //! - `SOFTCUDA_STREAMS=concurrent`: work of streams overlaps the host's and each other's
 //! - `SOFTCUDA_CHECKS`: see [`crate::check`]
 //! - `SOFTCUDA_FINDINGS`: a file that gets a line for each finding
+//! - `SOFTCUDA_TALLY`: what `softcuda run` counts findings in, see `driver::tally`
 //! - `SOFTCUDA_PROFILE`, `SOFTCUDA_PROFILE_CACHES`, `SOFTCUDA_REGISTERS`: see `driver::profile`
 //! - `SOFTCUDA_LOG=1`: every failure on standard error
 //! - `SOFTCUDA_PATCH`: a file of lines to replace in kernels
@@ -23,6 +25,7 @@
 
 mod absent;
 mod capture;
+mod capture_info;
 mod checks;
 mod context;
 mod control;
@@ -37,6 +40,7 @@ mod handles;
 mod init;
 mod launch;
 mod library;
+mod life;
 mod link;
 mod managed;
 mod memops;
@@ -46,14 +50,17 @@ mod occupancy;
 mod order;
 mod patch;
 mod peer;
+mod per_thread;
 mod pitched;
 mod pool;
 mod proc_address;
 mod profile;
 mod queue;
 mod registered;
+mod share;
 mod status;
 mod stream;
+mod tally;
 mod tensormap;
 mod work;
 
@@ -92,13 +99,15 @@ fn initialize() -> Outcome {
         return Ok(());
     }
     let complain = |error: SettingError| {
-        eprintln!("softcuda: {error}");
+        say(&error);
         CUresult::ERROR_INVALID_VALUE.with(error.to_string())
     };
+    life::watch_forks();
     let devices = Description::all_from_environment().map_err(complain)?;
     control::read_environment().map_err(complain)?;
     let memory = Memory::of_devices(devices.iter().map(|device| device.memory_bytes).collect())
         .map_err(|error| CUresult::ERROR_OPERATING_SYSTEM.with(format!("no address space: {error}")))?;
+    tally::read_environment().map_err(complain)?;
     profile::read_environment().map_err(complain)?;
     let _ = DRIVER.set(Driver { devices, memory });
     checks::read_environment()
@@ -122,22 +131,36 @@ impl Driver {
 
 /// Every entry point's frame: turns the outcome into a code, and a panic, which must not cross into C, into an error.
 fn api(function: &'static str, body: impl FnOnce() -> Outcome) -> CUresult {
-    let failure = match catch_unwind(AssertUnwindSafe(body)) {
-        Ok(Ok(())) => return CUresult::SUCCESS,
-        Ok(Err(failure)) => failure,
-        Err(_) => {
-            eprintln!("softcuda: {function} failed for a reason of its own; please report this");
-            CUresult::ERROR_UNKNOWN.with("internal error of softcuda")
-        }
-    };
-    status::note(function, &failure);
+    api_always(function, || life::check().and_then(|()| body()))
+}
+
+/// [`api`] for what needs no state of the driver: answered at a thread's end and in the child of a fork too.
+fn api_always(function: &'static str, body: impl FnOnce() -> Outcome) -> CUresult {
+    let outcome = guarded(body).unwrap_or_else(|| {
+        say(format_args!("{function} failed for a reason of its own; please report this"));
+        Err(CUresult::ERROR_UNKNOWN.with("internal error of softcuda"))
+    });
+    let Err(failure) = outcome else { return CUresult::SUCCESS };
+    guarded(|| status::note(function, &failure));
     failure.code
+}
+
+/// Runs what C called; `None` if it panicked.
+fn guarded<T>(body: impl FnOnce() -> T) -> Option<T> {
+    // What a panic carries is leaked: dropping it could panic again.
+    catch_unwind(AssertUnwindSafe(body)).map_err(std::mem::forget).ok()
+}
+
+/// Writes a line to standard error, which may be closed or full: that is no reason to panic.
+fn say(text: impl std::fmt::Display) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "softcuda: {text}");
 }
 
 /// The error for something that CUDA has and this driver has not; never silent.
 fn unsupported(what: impl std::fmt::Display) -> status::Failure {
     let text = format!("{what} is not implemented by softcuda");
-    eprintln!("softcuda: {text}");
+    say(&text);
     CUresult::ERROR_NOT_SUPPORTED.with(text)
 }
 

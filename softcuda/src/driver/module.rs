@@ -4,29 +4,39 @@ use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
 use std::sync::{Arc, Mutex};
 
-use super::context::{Context, current, current_any};
+use super::context::{CONTEXTS, Context, check_caller, current};
 use super::function::{FUNCTIONS, Function};
-use super::handles::{Handle, Table, fresh};
+use super::handles::{Children, Handle, Owned, fresh};
 use super::memory::{allocate, release};
 use super::status::{CUresult, Outcome};
 use super::{api, capture, driver, globals, lock, out};
 use crate::lower::{Environment, Program, lower_module};
 use crate::memory::Kind;
 use crate::ptx;
-use crate::ptx::ast::Module as Ast;
+use crate::ptx::ast::{Module as Ast, Space, Variable};
 
 pub(super) struct Module {
     pub context: Handle,
     program: Program,
     /// `.reqnctapercluster` by kernel.
     clusters: HashMap<String, [u32; 3]>,
+    /// Bytes of all `.const` variables.
+    pub const_bytes: u64,
+    /// Registers a thread may have where a kernel does not say so itself: CU_JIT_MAX_REGISTERS.
+    pub max_registers: Option<u32>,
     /// Address and size of each variable.
     globals: HashMap<String, (u64, u64)>,
     /// Handles given out, by kernel.
     functions: Mutex<HashMap<String, Handle>>,
 }
 
-pub(super) static MODULES: Table<Module> = Table::new("module", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static MODULES: Children<Module> = Children::new("module", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Module {
+    fn owner(&self) -> Handle {
+        self.context
+    }
+}
 
 /// The newest PTX that the parser follows.
 const PTX_VERSION: (u32, u32) = (9, 5);
@@ -64,7 +74,7 @@ pub(super) struct Placed<'a> {
 impl Drop for Placed<'_> {
     fn drop(&mut self) {
         for addr in self.addresses.drain(..) {
-            let _ = release(self.context, addr, &[Kind::Module]);
+            let _ = release(addr, &[Kind::Module]);
         }
     }
 }
@@ -86,7 +96,8 @@ fn clusters(ast: &Ast) -> HashMap<String, [u32; 3]> {
     found.collect()
 }
 
-fn compile(text: &str, context: &Context) -> Outcome<Module> {
+fn compile(text: &str, context: &Context, max_registers: Option<u32>) -> Outcome<Module> {
+    let max_registers = max_registers.or_else(|| super::link::max_registers(text));
     let capability = context.description()?.compute_capability;
     let invalid = |why: String| CUresult::ERROR_INVALID_PTX.with(why);
     let text = super::patch::apply(text)?;
@@ -105,7 +116,13 @@ fn compile(text: &str, context: &Context) -> Outcome<Module> {
     // From here on the context's list of allocations alone keeps them.
     placed.addresses.clear();
     let clusters = clusters(&ast);
-    Ok(Module { context: context.handle, program, clusters, globals, functions: Mutex::default() })
+    let constants = ast.variables.iter().filter(|variable| variable.space == Space::Const);
+    let place = |end: u64, variable: &Variable| {
+        end.next_multiple_of(variable.alignment().max(1)) + variable.bytes().unwrap_or_default()
+    };
+    let const_bytes = constants.fold(0, place);
+    let (context, functions) = (context.handle, Mutex::default());
+    Ok(Module { context, program, clusters, const_bytes, max_registers, globals, functions })
 }
 
 /// Whether an image of at least four bytes begins as machine code does.
@@ -156,19 +173,21 @@ pub(super) unsafe fn text_of_file(path: *const c_char) -> Outcome<String> {
     text_of_bytes(&image.map_err(|error| CUresult::ERROR_FILE_NOT_FOUND.with(format!("{path}: {error}")))?)
 }
 
-/// Makes a module of a text in a context.
-pub(super) fn load(text: &str, context: &Context) -> Outcome<Handle> {
+/// Makes a module of a text in a context; `max_registers` as the options of its compilation say.
+pub(super) fn load(text: &str, context: &Context, max_registers: Option<u32>) -> Outcome<Handle> {
     capture::forbid_unsafe("cuModuleLoadData")?;
-    let module = compile(text, context).inspect_err(|failure| {
+    let module = compile(text, context, max_registers).inspect_err(|failure| {
         if let Some(detail) = &failure.detail {
-            eprintln!("softcuda: module not loaded: {detail}");
+            super::say(format_args!("module not loaded: {detail}"));
         }
     })?;
     Ok(MODULES.add(module))
 }
 
-/// Options of a just-in-time compilation that are not left to the optimiser, which is not here: where logs go.
+/// Options of a just-in-time compilation that are not left to the optimiser, which is not here.
 pub(super) struct Options {
+    /// CU_JIT_MAX_REGISTERS.
+    pub max_registers: Option<u32>,
     /// CU_JIT_ERROR_LOG_BUFFER, and the value that holds its size: the room before, the length after.
     error: Option<(usize, usize)>,
     /// CU_JIT_INFO_LOG_BUFFER likewise.
@@ -180,7 +199,7 @@ impl Options {
     /// `keys` and `values` have `count` elements, as the API's contract has it.
     pub unsafe fn new(count: u32, keys: *const u32, values: *mut *mut c_void) -> Outcome<Options> {
         if count == 0 {
-            return Ok(Options { error: None, info: None });
+            return Ok(Options { max_registers: None, error: None, info: None });
         }
         if keys.is_null() || values.is_null() {
             return Err(CUresult::ERROR_INVALID_VALUE.with("options are counted but not given"));
@@ -193,7 +212,10 @@ impl Options {
             // SAFETY: as many values as keys.
             Some(unsafe { (*values.add(buffer) as usize, values.add(size) as usize) })
         };
-        Ok(Options { info: log(3, 4), error: log(5, 6) })
+        // SAFETY: as above. Values of numbers are these themselves in place of pointers.
+        let number = |key| keys.iter().position(|&found| found == key).map(|at| unsafe { *values.add(at) } as usize);
+        let max_registers = number(0).and_then(|value| u32::try_from(value).ok()).filter(|&value| value > 0);
+        Ok(Options { max_registers, info: log(3, 4), error: log(5, 6) })
     }
 
     /// Writes the log of a failure, empty for none, and the lengths of both logs.
@@ -234,7 +256,7 @@ impl Options {
 pub unsafe extern "C" fn cuModuleLoadData(to: *mut Handle, image: *const u8) -> CUresult {
     api("cuModuleLoadData", || unsafe {
         let context = current()?;
-        out(to, "module", load(&text_of(image)?, &context)?)
+        out(to, "module", load(&text_of(image)?, &context, None)?)
     })
 }
 
@@ -242,7 +264,7 @@ pub unsafe extern "C" fn cuModuleLoadData(to: *mut Handle, image: *const u8) -> 
 pub unsafe extern "C" fn cuModuleLoadFatBinary(to: *mut Handle, image: *const u8) -> CUresult {
     api("cuModuleLoadFatBinary", || unsafe {
         let context = current()?;
-        out(to, "module", load(&text_of(image)?, &context)?)
+        out(to, "module", load(&text_of(image)?, &context, None)?)
     })
 }
 
@@ -257,7 +279,7 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
     api("cuModuleLoadDataEx", || unsafe {
         let context = current()?;
         let options = Options::new(count, keys, values)?;
-        out(to, "module", options.logged(|| load(&text_of(image)?, &context))?)
+        out(to, "module", options.logged(|| load(&text_of(image)?, &context, options.max_registers))?)
     })
 }
 
@@ -265,18 +287,18 @@ pub unsafe extern "C" fn cuModuleLoadDataEx(
 pub unsafe extern "C" fn cuModuleLoad(to: *mut Handle, path: *const c_char) -> CUresult {
     api("cuModuleLoad", || unsafe {
         let context = current()?;
-        out(to, "module", load(&text_of_file(path)?, &context)?)
+        out(to, "module", load(&text_of_file(path)?, &context, None)?)
     })
 }
 
 /// Drops a module and gives back its memory.
-pub(super) fn unload(handle: Handle, context: &Context) -> Outcome {
+pub(super) fn unload(handle: Handle) -> Outcome {
     let module = MODULES.remove(handle)?;
     for (_, function) in lock(&module.functions).drain() {
         let _ = FUNCTIONS.remove(function);
     }
     for (addr, _) in module.globals.values() {
-        let _ = release(context, *addr, &[Kind::Module]);
+        let _ = release(*addr, &[Kind::Module]);
     }
     Ok(())
 }
@@ -284,11 +306,11 @@ pub(super) fn unload(handle: Handle, context: &Context) -> Outcome {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleUnload(handle: Handle) -> CUresult {
     api("cuModuleUnload", || {
-        let context = current_any()?;
+        check_caller()?;
         capture::forbid_unsafe("cuModuleUnload")?;
-        context.drain();
-        unload(handle, &context)?;
-        context.check()
+        let state = CONTEXTS.get(MODULES.get(handle)?.context)?.drain();
+        unload(handle)?;
+        state
     })
 }
 
@@ -296,7 +318,7 @@ pub unsafe extern "C" fn cuModuleUnload(handle: Handle) -> CUresult {
 unsafe fn module_and_name(handle: Handle, name: *const c_char) -> Outcome<(Arc<Module>, String)> {
     driver()?;
     let module = MODULES.get(handle)?;
-    super::context::CONTEXTS.get(module.context)?.check()?;
+    CONTEXTS.get(module.context)?.check()?;
     if name.is_null() {
         return Err(CUresult::ERROR_INVALID_VALUE.with("`name` is null"));
     }

@@ -1,4 +1,5 @@
-//! Which launches come before which: clocks of streams, events and the host, for the race checker.
+//! Which launches, copies and releases of memory come before which: clocks of streams, events and the host, for the race
+//! checker.
 //!
 //! Work of a stream is in order. Between streams there is order where an event is waited for, where the host waits for one
 //! stream and then submits to another, and between the legacy stream and blocking ones. The host counts as one thread:
@@ -32,6 +33,15 @@ static HOST: Mutex<Option<Clock>> = Mutex::new(None);
 /// The host has waited for all that this comes after.
 pub(super) fn met_by_host(clock: &Clock) {
     lock(&HOST).get_or_insert_default().join(clock);
+}
+
+/// The order of what the host does itself now: after all that it has waited for.
+pub(super) fn of_host() -> Option<Arc<LaunchOrder>> {
+    if LOST.load(Ordering::Relaxed) {
+        return None;
+    }
+    let known = lock(&HOST).as_ref().map_or_else(HashMap::new, |clock| clock.0.clone());
+    Some(Arc::new(LaunchOrder { stream: u64::MAX, position: 0, known }))
 }
 
 static LOST: AtomicBool = AtomicBool::new(false);
@@ -92,6 +102,11 @@ impl StreamOrder {
 
 thread_local! {
     static CURRENT: std::cell::RefCell<Option<Arc<LaunchOrder>>> = const { std::cell::RefCell::new(None) };
+}
+
+/// Whether this thread still has such an order; not at its end.
+pub(super) fn reachable() -> bool {
+    CURRENT.try_with(|_| ()).is_ok()
 }
 
 /// The order of the work that this thread is running; `None` where it cannot be told.

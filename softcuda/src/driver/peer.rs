@@ -49,6 +49,14 @@ impl GlobalMemory for View<'_> {
             _ => text,
         }
     }
+
+    fn heap_block(&self, device: u32, bytes: u64) -> Option<u64> {
+        self.memory.heap_block(device, bytes)
+    }
+
+    fn release_heap_block(&self, addr: u64) {
+        self.memory.release_heap_block(addr);
+    }
 }
 
 /// Any two devices reach each other.
@@ -100,7 +108,7 @@ pub unsafe extern "C" fn cuCtxDisablePeerAccess(peer: Handle) -> CUresult {
     api("cuCtxDisablePeerAccess", || {
         let context = current()?;
         let peer = CONTEXTS.get(peer)?;
-        context.drain();
+        context.drain()?;
         if !lock(&context.peers).remove(&peer.device) {
             return Err(CUresult::ERROR_PEER_ACCESS_NOT_ENABLED.into());
         }

@@ -7,12 +7,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::c_void;
 use std::sync::{Arc, LazyLock, Mutex};
 
-use super::context::{Context, current};
+use super::context::current;
 use super::handles::{Handle, Table};
-use super::memory::{allocate_on, release};
-use super::queue::Task;
+use super::memory::allocate_on;
 use super::status::{CUresult, Outcome};
 use super::stream::stream;
+use super::work::Op;
 use super::{api, driver, lock, out};
 use crate::memory::Kind;
 
@@ -103,10 +103,8 @@ pub unsafe extern "C" fn cuMemFreeAsync(addr: u64, handle: Handle) -> CUresult {
             return Err(CUresult::ERROR_INVALID_VALUE
                 .with("memory allocated outside a graph cannot be freed during its capture"));
         }
-        // Refused now, for in its turn nobody hears of it.
-        super::memory::check_release(addr, &[Kind::Device])?;
-        let release = move |context: &Context| release(context, addr, &[Kind::Device]);
-        stream.submit_task(Task::Call(Box::new(release)))?;
+        // What cannot be freed is refused now, for in its turn nobody hears of it.
+        stream.submit(Op::Free { addr })?;
         if let Some((pool, bytes)) = lock(&OWNERS).remove(&addr) {
             lock(&pool.state).used -= bytes;
         }

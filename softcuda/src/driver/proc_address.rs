@@ -4,11 +4,12 @@ use std::ffi::{CStr, c_char, c_void};
 
 use super::status::{CUresult, Outcome};
 use super::tensormap;
+use super::{absent, capture_info, per_thread};
 use super::{
     api, capture, context, copy, event, export_table, function, graph, graph_nodes, init, launch, managed, memory,
     module, occupancy, out,
 };
-use super::{library, link, memops, peer, pitched, pool, registered, status, stream};
+use super::{library, link, memops, peer, pitched, pool, registered, share, status, stream};
 
 /// Name without version suffix, the CUDA version (1000 * major + 10 * minor) from which that name means this entry point,
 /// and the entry point.
@@ -134,6 +135,10 @@ entries! {
         "cuCtxGetCacheConfig" 2000 cuCtxGetCacheConfig,
         "cuCtxSetCacheConfig" 2000 cuCtxSetCacheConfig,
     }
+    share {
+        "cuCtxGetDevResource" 12040 cuCtxGetDevResource,
+        "cuCtxGetExecAffinity" 11040 cuCtxGetExecAffinity,
+    }
     stream {
         "cuStreamCreate" 2000 cuStreamCreate,
         "cuStreamCreateWithPriority" 2000 cuStreamCreateWithPriority,
@@ -153,10 +158,14 @@ entries! {
     capture {
         "cuStreamBeginCapture" 10010 cuStreamBeginCapture_v2,
         "cuStreamEndCapture" 2000 cuStreamEndCapture,
+        "cuThreadExchangeStreamCaptureMode" 2000 cuThreadExchangeStreamCaptureMode,
+    }
+    capture_info {
         "cuStreamGetCaptureInfo" 10010 cuStreamGetCaptureInfo,
         "cuStreamGetCaptureInfo" 11030 cuStreamGetCaptureInfo_v2,
         "cuStreamGetCaptureInfo" 12030 cuStreamGetCaptureInfo_v3,
-        "cuThreadExchangeStreamCaptureMode" 2000 cuThreadExchangeStreamCaptureMode,
+        "cuStreamUpdateCaptureDependencies" 11030 cuStreamUpdateCaptureDependencies,
+        "cuStreamUpdateCaptureDependencies" 12030 cuStreamUpdateCaptureDependencies_v2,
     }
     event {
         "cuEventCreate" 2000 cuEventCreate,
@@ -326,17 +335,20 @@ unsafe fn look_up(symbol: *const c_char, to: *mut *const c_void, version: i32, f
         return Err(CUresult::ERROR_INVALID_VALUE.with("`symbol` is null"));
     }
     // CU_GET_PROC_ADDRESS_LEGACY_STREAM, CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM
-    if flags > 1 {
+    if flags > 2 {
         return Err(super::unsupported(format!("cuGetProcAddress with flags {flags:#x}")));
     }
     // SAFETY: a NUL-terminated name, by the API's contract.
     let symbol = unsafe { CStr::from_ptr(symbol) }.to_string_lossy();
     let named = ENTRIES.iter().filter(|entry| entry.0 == symbol);
     let found = named.clone().filter(|entry| entry.1 <= version).max_by_key(|entry| entry.1);
-    unsafe { out(to, "pfn", found.map_or(std::ptr::null(), |entry| entry.2))? };
+    let known = named.clone().next().is_some();
+    let found = found.map(|entry| entry.2).or_else(|| if known { None } else { absent::find(&symbol) });
+    let found = found.map(|plain| if flags == 2 { per_thread::form_of(plain) } else { plain });
+    unsafe { out(to, "pfn", found.unwrap_or(std::ptr::null()))? };
     Ok(match found {
         Some(_) => FOUND,
-        None if named.count() > 0 => TOO_OLD,
+        None if known => TOO_OLD,
         None => NOT_FOUND,
     })
 }

@@ -1,19 +1,21 @@
 //! Profiles of launches: when they are taken, and where they go.
 //!
 //! `SOFTCUDA_PROFILE=FILE` profiles the whole process and writes `FILE.txt`, `FILE.json` and `FILE.html` when it ends, and
-//! the text to standard error; an ending `.json`, `.html` or `.txt` of FILE is dropped first. A process that is killed, or
-//! ends by `_exit`, writes nothing. `SOFTCUDA_PROFILE_CACHES=cold|warm|carried` says what L2 holds when a launch begins
-//! ([`Caches`]). `SOFTCUDA_REGISTERS=FILE` reads registers from the output of `ptxas -v`.
+//! the text to standard error; an ending `.json`, `.html` or `.txt` of FILE is dropped first. The files appear whole or not at
+//! all: a process that is killed, or ends by `_exit`, writes nothing, and what earlier ones hold stays.
+//! `SOFTCUDA_PROFILE_CACHES=cold|warm|carried` says what L2 holds when a launch begins ([`Caches`]). `SOFTCUDA_REGISTERS=FILE` reads
+//! registers from the output of `ptxas -v`.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use super::control::give;
 use super::function::Function;
-use super::lock;
+use super::{lock, tally};
 use crate::device::{Description, SettingError, occupancy};
 use crate::exec::{Config, Counters, Launch};
 use crate::profile::{
@@ -64,7 +66,7 @@ pub(super) fn read_environment() -> Result<(), SettingError> {
         let mut file = stem.as_os_str().to_owned();
         file.push(".json");
         let file = PathBuf::from(file);
-        std::fs::File::create(&file).map_err(|error| SettingError {
+        crate::whole::probe(&file).map_err(|error| SettingError {
             variable: "SOFTCUDA_PROFILE",
             expected: "a file that can be written",
             found: format!("{} ({error})", file.display()),
@@ -74,20 +76,29 @@ pub(super) fn read_environment() -> Result<(), SettingError> {
             ON.fetch_or(1 << PROCESS, Ordering::Relaxed);
             // SAFETY: the library is never unloaded, and the function takes no arguments.
             unsafe { libc::atexit(at_exit) };
+            tally::add(tally::Place::ProfilesDue, 1);
         }
     }
     Ok(())
 }
 
 extern "C" fn at_exit() {
+    // The profile is that of the parent, which writes it itself.
+    if !super::life::is_forked() {
+        super::guarded(write_profile);
+    }
+}
+
+fn write_profile() {
     let (Some(stem), Some(collector)) = (FILE.get(), &*lock(&COLLECTORS[PROCESS])) else { return };
     let profile = collector.profile();
-    eprint!("{}", profile.to_text());
+    let _ = std::io::stderr().write_all(profile.to_text().as_bytes());
     match profile.write(stem) {
         Ok([txt, json, html]) => {
-            eprintln!("softcuda: profile in {}, {} and {}", txt.display(), json.display(), html.display());
+            tally::add(tally::Place::ProfilesWritten, 1);
+            super::say(format_args!("profile in {}, {} and {}", txt.display(), json.display(), html.display()));
         }
-        Err(error) => eprintln!("softcuda: the profile cannot be written: {error}"),
+        Err(error) => super::say(format_args!("the profile cannot be written: {error}")),
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::context::Context;
-use super::status::Outcome;
+use super::status::{CUresult, Outcome};
 use super::stream::{Kind, Stream};
 use super::work::Op;
 use super::{checks, control, lock, order};
@@ -56,8 +56,6 @@ pub(super) enum Task {
     Record(Arc<Point>),
     /// Waits for a point of another stream.
     Wait(Arc<Point>),
-    /// Driver's own work that must keep the stream's order.
-    Call(Box<dyn FnOnce(&Context) -> Outcome + Send>),
 }
 
 impl Task {
@@ -66,7 +64,16 @@ impl Task {
         match self {
             Task::Op(op) => op.may_wait(),
             Task::Wait(point) => point.reached().is_none(),
-            Task::Record(_) | Task::Call(_) => false,
+            Task::Record(_) => false,
+        }
+    }
+
+    /// Whether it runs in a context that is in error too: points are still reached, for others wait for them, and callbacks are
+    /// told of the error.
+    fn outlives_fault(&self) -> bool {
+        match self {
+            Task::Record(_) | Task::Wait(_) => true,
+            Task::Op(op) => matches!(**op, Op::Callback { .. }),
         }
     }
 
@@ -89,7 +96,6 @@ impl Task {
                 point.wait();
                 Ok(())
             }
-            Task::Call(call) => call(context),
         }
     }
 }
@@ -180,7 +186,8 @@ impl Drop for Turn<'_> {
 /// Adds a task to a stream: it runs when everything before it has run.
 ///
 /// # Errors
-/// The task's own if it ran in this call; those of a task that runs later put the context in error.
+/// The task's own if it ran in this call; those of a task that runs later put the context in error, which is this call's error
+/// if it waits for the task.
 pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -> Outcome {
     loop {
         let order = lock(&context.order);
@@ -193,6 +200,10 @@ pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -
                 lock(&stream.queue.state).inline = true;
                 drop(order);
                 let _turn = Turn(&stream.queue);
+                // Another thread's work may have put the context in error while this call waited for its turn.
+                if matches!(task, Task::Op(_)) {
+                    context.check()?;
+                }
                 let order = place(stream, context, &task);
                 return order::with(order, || task.run(context));
             }
@@ -201,22 +212,20 @@ pub(super) fn submit(stream: &Arc<Stream>, context: &Arc<Context>, task: Task) -
                 let place = place(stream, context, &task);
                 let gates: Vec<_> = rivals(stream, context).iter().filter_map(|other| other.queue.tail()).collect();
                 let mut state = lock(&stream.queue.state);
+                if !state.thread {
+                    let (stream, context) = (stream.clone(), context.clone());
+                    let thread = std::thread::Builder::new().name("softcuda stream".to_owned());
+                    thread.spawn(move || work(&stream, &context)).map_err(|error| {
+                        CUresult::ERROR_OPERATING_SYSTEM.with(format!("no thread for the stream: {error}"))
+                    })?;
+                    state.thread = true;
+                }
                 state.tasks.extend(gates.into_iter().map(|gate| (Task::Wait(gate), None)));
                 state.tasks.push_back((task.staged(), place));
                 stream.queue.changed.notify_all();
-                if !state.thread {
-                    state.thread = true;
-                    let (stream, context) = (stream.clone(), context.clone());
-                    // Without a thread there is no way to go on: the panic becomes the call's error.
-                    let name = "softcuda stream".to_owned();
-                    std::thread::Builder::new().name(name).spawn(move || work(&stream, &context)).expect("a thread");
-                }
                 drop(state);
                 drop(order);
-                if waits_for_host {
-                    stream.settle();
-                }
-                return Ok(());
+                return if waits_for_host { stream.settle() } else { Ok(()) };
             }
         }
     }
@@ -274,14 +283,12 @@ fn work(stream: &Stream, context: &Context) {
         };
         state.working = true;
         drop(state);
-        // In a context that is in error nothing runs any more; points are still reached, for others wait for them.
-        let runs = matches!(task, Task::Record(_) | Task::Wait(_)) || context.check().is_ok();
+        let runs = task.outlives_fault() || context.check().is_ok();
         if runs {
             let outcome =
                 std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| order::with(order, || task.run(context))));
-            let outcome = outcome.unwrap_or_else(|_| {
-                Err(super::status::CUresult::ERROR_UNKNOWN.with("internal error of softcuda in a stream's work"))
-            });
+            let outcome = outcome
+                .unwrap_or_else(|_| Err(CUresult::ERROR_UNKNOWN.with("internal error of softcuda in a stream's work")));
             if let Err(failure) = outcome {
                 control::record_fault(failure.detail.as_deref().unwrap_or_default());
                 context.set_fault(failure);

@@ -2,19 +2,35 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{PoisonError, RwLock};
+use std::sync::{Once, PoisonError, RwLock};
 
-use super::context::{current, current_any};
+use super::context::{CONTEXTS, check_caller, current};
+use super::handles::{Closer, Handle, when_a_context_goes};
 use super::status::CUresult;
 use super::{api, capture, driver, out};
 
-/// Ends and flags by start.
-static RANGES: RwLock<BTreeMap<u64, (u64, u32)>> = RwLock::new(BTreeMap::new());
+struct Registration {
+    end: u64,
+    flags: u32,
+    context: Handle,
+}
+
+/// By start.
+static RANGES: RwLock<BTreeMap<u64, Registration>> = RwLock::new(BTreeMap::new());
 
 fn found(addr: u64) -> Option<(Range<u64>, u32)> {
     let ranges = RANGES.read().unwrap_or_else(PoisonError::into_inner);
-    let (start, (end, flags)) = ranges.range(..=addr).next_back()?;
-    (addr < *end).then_some((*start..*end, *flags))
+    let (start, found) = ranges.range(..=addr).next_back()?;
+    (addr < found.end).then_some((*start..found.end, found.flags))
+}
+
+/// What was registered in a context is the host's pageable memory again when that goes.
+struct Registrations;
+
+impl Closer for Registrations {
+    fn close(&self, context: Handle) {
+        RANGES.write().unwrap_or_else(PoisonError::into_inner).retain(|_, range| range.context != context);
+    }
 }
 
 /// The registered range that contains `addr`.
@@ -30,7 +46,7 @@ pub(super) fn flags(addr: u64) -> Option<u32> {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostRegister_v2(start: u64, bytes: usize, flags: u32) -> CUresult {
     api("cuMemHostRegister_v2", || {
-        current()?;
+        let context = current()?.handle;
         capture::forbid_unsafe("cuMemHostRegister_v2")?;
         // PORTABLE, DEVICEMAP, IOMEMORY, READ_ONLY
         if flags > 15 || bytes == 0 || start == 0 {
@@ -42,12 +58,14 @@ pub unsafe extern "C" fn cuMemHostRegister_v2(start: u64, bytes: usize, flags: u
         }
         let end = start.checked_add(bytes as u64).ok_or(CUresult::ERROR_INVALID_VALUE)?;
         let mut ranges = RANGES.write().unwrap_or_else(PoisonError::into_inner);
-        let before = ranges.range(..end).next_back().is_some_and(|(_, (other, _))| *other > start);
+        let before = ranges.range(..end).next_back().is_some_and(|(_, other)| other.end > start);
         if before || driver()?.memory.contains(start) || driver()?.memory.contains(end - 1) {
             return Err(CUresult::ERROR_HOST_MEMORY_ALREADY_REGISTERED
                 .with(format!("{bytes} bytes at {start:#x} are registered or page-locked already")));
         }
-        ranges.insert(start, (end, flags));
+        static LISTED: Once = Once::new();
+        when_a_context_goes(&LISTED, &Registrations);
+        ranges.insert(start, Registration { end, flags, context });
         Ok(())
     })
 }
@@ -55,14 +73,16 @@ pub unsafe extern "C" fn cuMemHostRegister_v2(start: u64, bytes: usize, flags: u
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostUnregister(start: u64) -> CUresult {
     api("cuMemHostUnregister", || {
-        let context = current_any()?;
+        check_caller()?;
         capture::forbid_unsafe("cuMemHostUnregister")?;
-        context.drain();
-        match RANGES.write().unwrap_or_else(PoisonError::into_inner).remove(&start) {
-            Some(_) => context.check(),
-            None => Err(CUresult::ERROR_HOST_MEMORY_NOT_REGISTERED
-                .with(format!("{start:#x} is not the start of a registered range"))),
-        }
+        let unknown = || {
+            let text = format!("{start:#x} is not the start of a registered range");
+            CUresult::ERROR_HOST_MEMORY_NOT_REGISTERED.with(text)
+        };
+        let owner = RANGES.read().unwrap_or_else(PoisonError::into_inner).get(&start).map(|range| range.context);
+        let state = CONTEXTS.get(owner.ok_or_else(unknown)?)?.drain();
+        RANGES.write().unwrap_or_else(PoisonError::into_inner).remove(&start).ok_or_else(unknown)?;
+        state
     })
 }
 

@@ -123,14 +123,15 @@ const MAX_LEAKED: usize = 4096;
 
 /// Notes a failure of `function`, so that `cuGetErrorString` can say more than its code.
 pub(super) fn note(function: &str, failure: &Failure) {
-    DETAILS.with_borrow_mut(|details| match &failure.detail {
-        Some(detail) => details.insert(failure.code.0, format!("{function}: {detail}")),
-        None => details.remove(&failure.code.0),
+    // At the end of a thread nobody is left to ask.
+    let _ = DETAILS.try_with(|details| match &failure.detail {
+        Some(detail) => details.borrow_mut().insert(failure.code.0, format!("{function}: {detail}")),
+        None => details.borrow_mut().remove(&failure.code.0),
     });
     if let Some(detail) = &failure.detail
         && super::settings().log
     {
-        eprintln!("softcuda: {function}: {}: {detail}", name(failure.code).unwrap_or("unknown code"));
+        super::say(format_args!("{function}: {}: {detail}", name(failure.code).unwrap_or("unknown code")));
     }
 }
 
@@ -145,7 +146,12 @@ pub(super) fn name(code: CUresult) -> Option<&'static str> {
 /// The code's text, followed by the detail of this thread's latest failure with that code.
 fn text(code: CUresult) -> Option<&'static CStr> {
     let (_, _, plain) = entry(code)?;
-    let Some(detail) = DETAILS.with_borrow(|details| details.get(&code.0).cloned()) else { return Some(plain) };
+    let detail = DETAILS.try_with(|details| details.borrow().get(&code.0).cloned());
+    // Whoever held the lock below when a process was forked is not there to give it back.
+    let Ok(Some(detail)) = detail else { return Some(plain) };
+    if super::life::is_forked() {
+        return Some(plain);
+    }
     let full = format!("{}: {detail}", plain.to_string_lossy()).replace('\0', "");
     let mut leaked = super::lock(&LEAKED);
     let leaked = leaked.get_or_insert_default();
@@ -176,5 +182,5 @@ pub unsafe extern "C" fn cuGetErrorName(error: CUresult, name: *mut *const c_cha
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuGetErrorString(error: CUresult, string: *mut *const c_char) -> CUresult {
-    unsafe { give(text(error), string) }
+    unsafe { give(super::guarded(|| text(error)).flatten(), string) }
 }

@@ -1,12 +1,13 @@
 //! Streams: `cuStream*`, apart from capture.
 
+use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, Weak};
 
 use super::capture::{self, Captured};
 use super::context::{Context, current};
 use super::event::EVENTS;
-use super::handles::{Handle, Table, fresh};
+use super::handles::{Children, Handle, Owned, fresh};
 use super::order::StreamOrder;
 use super::queue::{self, Queue, Task};
 use super::status::{CUresult, Outcome};
@@ -42,7 +43,13 @@ pub(super) struct Stream {
     pub capture: Mutex<Option<Captured>>,
 }
 
-pub(super) static STREAMS: Table<Stream> = Table::new("stream", CUresult::ERROR_INVALID_HANDLE);
+pub(super) static STREAMS: Children<Stream> = Children::new("stream", CUresult::ERROR_INVALID_HANDLE);
+
+impl Owned for Stream {
+    fn owner(&self) -> Handle {
+        self.context_handle
+    }
+}
 
 impl Stream {
     fn new(handle: Handle, kind: Kind, priority: i32, context: Weak<Context>, context_handle: Handle) -> Stream {
@@ -81,26 +88,46 @@ impl Stream {
         queue::submit(self, &context, task)
     }
 
-    /// Waits for all work of the stream, and where it is the legacy stream for that of the streams it would wait for.
+    /// As [`Stream::settle`], and where it is the legacy stream also for the streams that it would wait for.
     pub fn drain(&self) -> Outcome {
         if self.kind == Kind::Legacy {
-            for stream in self.context()?.blocking_streams() {
-                stream.settle();
-            }
+            self.context()?.blocking_streams().iter().for_each(|stream| stream.finish());
         }
-        self.settle();
-        Ok(())
+        self.settle()
     }
 
     /// The host waits for the work of this stream alone.
-    pub fn settle(&self) {
+    ///
+    /// # Errors
+    /// The context is in error: some of that work faulted, or was not done because other work had.
+    pub fn settle(&self) -> Outcome {
+        self.finish();
+        self.context()?.check()
+    }
+
+    /// Waits until nothing is left to do, whatever came of it.
+    pub fn finish(&self) {
         self.queue.drain();
         self.order.met_by_host();
     }
 }
 
+thread_local! {
+    /// Whether the call that this thread is in takes no stream for its own default one.
+    static DEFAULT_PER_THREAD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Makes a call in which no stream means the thread's own default stream.
+pub(super) fn with_default_per_thread(call: impl FnOnce() -> CUresult) -> CUresult {
+    let before = DEFAULT_PER_THREAD.replace(true);
+    let result = call();
+    DEFAULT_PER_THREAD.set(before);
+    result
+}
+
 /// The stream of a handle, special ones included, whose context is alive and not in error.
 pub(super) fn stream(handle: Handle) -> Outcome<Arc<Stream>> {
+    let handle = if handle == 0 && DEFAULT_PER_THREAD.get() { PER_THREAD } else { handle };
     match handle {
         0 | LEGACY => Ok(current()?.legacy_stream.clone()),
         PER_THREAD => {
@@ -174,9 +201,7 @@ pub unsafe extern "C" fn cuStreamSynchronize(handle: Handle) -> CUresult {
     api("cuStreamSynchronize", || {
         let stream = stream(handle)?;
         check_wait(&stream, "synchronisation")?;
-        let context = stream.context()?;
-        stream.drain()?;
-        context.check()
+        stream.drain()
     })
 }
 
@@ -189,7 +214,8 @@ pub unsafe extern "C" fn cuStreamQuery(handle: Handle) -> CUresult {
             return Err(CUresult::ERROR_NOT_READY.into());
         }
         stream.order.met_by_host();
-        Ok(())
+        // What was done since the call began may have faulted.
+        stream.context()?.check()
     })
 }
 

@@ -8,9 +8,10 @@ use super::event::Event;
 use super::graph::Executable;
 use super::launch::LaunchSpec;
 use super::memops::Value;
+use super::memory::{check_release, release};
 use super::status::{CUresult, Failure, Outcome};
 use super::{checks, driver, registered};
-use crate::memory::MemoryError;
+use crate::memory::{Kind, MemoryError};
 
 /// Which ends of a copy must be allocations of this device; other ends may be any host memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -139,6 +140,10 @@ pub(super) enum Op {
         dst: u64,
         data: Vec<u8>,
     },
+    /// Gives stream-ordered memory back.
+    Free {
+        addr: u64,
+    },
     Graph(Arc<Executable>),
 }
 
@@ -173,13 +178,15 @@ impl Op {
             Op::WaitValue(_) | Op::WriteValue(_) => 12,
             // CU_GRAPH_NODE_TYPE_GRAPH
             Op::Graph(_) => 4,
+            // CU_GRAPH_NODE_TYPE_MEM_FREE
+            Op::Free { .. } => 11,
         }
     }
 
     /// Whether the host takes part in the stream's order here, for all that [`super::order`] can tell.
     pub fn meets_host(&self) -> bool {
         match self {
-            Op::Launch(_) | Op::Set { .. } | Op::Upload { .. } | Op::Empty => false,
+            Op::Launch(_) | Op::Set { .. } | Op::Upload { .. } | Op::Empty | Op::Free { .. } => false,
             Op::Copy { .. } | Op::Pitched(_) => self.returns_when_done(),
             // Graphs may hold any of the others.
             Op::WriteValue(_)
@@ -196,7 +203,7 @@ impl Op {
     pub fn may_wait(&self) -> bool {
         match self {
             Op::Launch(_) | Op::Copy { .. } | Op::Set { .. } | Op::Upload { .. } | Op::Pitched(_) => false,
-            Op::WriteValue(_) | Op::Record(_) | Op::Empty => false,
+            Op::WriteValue(_) | Op::Record(_) | Op::Empty | Op::Free { .. } => false,
             Op::WaitValue(value) => value.check().is_ok() && !value.holds(),
             Op::WaitEvent(event) => event.mark().at.is_some_and(|point| point.reached().is_none()),
             Op::Host { .. } | Op::Callback { .. } => true,
@@ -233,6 +240,7 @@ impl Op {
         match *self {
             Op::Launch(_) | Op::Host { .. } | Op::Graph(_) => {}
             Op::Record(_) | Op::WaitEvent(_) | Op::Empty | Op::Callback { .. } => {}
+            Op::Free { addr } => check_release(addr, &[Kind::Device])?,
             Op::WaitValue(ref value) | Op::WriteValue(ref value) => value.check()?,
             Op::Pitched(ref copy) if copy.is_empty() => {}
             Op::Pitched(ref copy) => [&copy.src, &copy.dst].iter().try_for_each(|side| copy.check_side(side))?,
@@ -280,7 +288,7 @@ impl Op {
             Op::Set { dst, value, width, count, rows } => {
                 for row in 0..rows.count {
                     let dst = dst + row * rows.pitch;
-                    checks::wrote(dst, count * u64::from(width));
+                    checks::set(dst, count * u64::from(width));
                     let count = count as usize;
                     // SAFETY: `check` has seen that the whole range is allocated and aligned.
                     unsafe {
@@ -299,15 +307,15 @@ impl Op {
                 Ok(())
             }
             Op::Callback { function, stream, data } => {
-                // In a context that is in error no work runs, and this neither.
+                let status = context.check().err().map_or(CUresult::SUCCESS, |failure| failure.code);
                 // SAFETY: the caller of cuStreamAddCallback vouches for the function and its argument.
-                super::context::without_api(|| unsafe { function(stream, CUresult::SUCCESS, data as *mut c_void) });
+                super::context::without_api(|| unsafe { function(stream, status, data as *mut c_void) });
                 Ok(())
             }
             Op::Upload { dst, ref data } => {
                 // SAFETY: the range was checked when the operation was submitted.
                 unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), dst as *mut u8, data.len()) };
-                checks::wrote(dst, data.len() as u64);
+                checks::copied(0, dst, data.len() as u64);
                 Ok(())
             }
             Op::Graph(ref graph) => graph.run(context),
@@ -329,6 +337,10 @@ impl Op {
                     point.wait();
                 }
                 Ok(())
+            }
+            Op::Free { addr } => {
+                checks::freed(addr, super::order::current());
+                release(addr, &[Kind::Device])
             }
             Op::Empty => Ok(()),
         }

@@ -47,27 +47,9 @@ impl Machine<'_, '_> {
         }
     }
 
-    pub fn proxy_fence(
-        &mut self,
-        file: File,
-        kind: ProxyFence,
-        map: Option<&Address>,
-        pc: u32,
-        mask: u32,
-    ) -> Outcome<()> {
-        if let Some(map) = map {
-            let maps = addresses(file, map);
-            for lane in active(mask) {
-                if access::space_of(maps[lane]) != Space::Global {
-                    let text = format!("a tensor map at {:#x}, which is not in global memory", maps[lane]);
-                    return Err(Raw::new(FaultKind::InvalidAddressSpace, 1 << lane, text));
-                }
-                self.global_range(maps[lane], 128, lane)?;
-            }
-        }
+    pub fn proxy_fence(&mut self, kind: ProxyFence, pc: u32, mask: u32) {
         std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
         self.observe_sync(SyncEvent::ProxyFence { kind, mask }, pc);
-        Ok(())
     }
 
     /// Checks that a range of global memory is live.

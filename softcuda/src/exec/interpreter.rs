@@ -178,7 +178,7 @@ pub fn run(m: &mut Machine) -> Result<Stop, (Box<Raw>, u32)> {
                     Code::Mma => {
                         let Extra::Mma(x) = m.worker.body.extras.get_unchecked(op.a as usize) else { unreachable!() };
                         if lanes == u32::MAX && mask == u32::MAX {
-                            super::mma::run(m.worker.isa, file, x);
+                            super::mma::run(m.worker.isa, m.worker.config, file, x);
                             if counting {
                                 m.count_matrix(&x.name);
                             }
@@ -187,7 +187,7 @@ pub fn run(m: &mut Machine) -> Result<Stop, (Box<Raw>, u32)> {
                             m.save(pc, lanes);
                             match m.whole_warp(pc, mask) {
                                 Ok(true) => {
-                                    super::mma::run(m.worker.isa, file, x);
+                                    super::mma::run(m.worker.isa, m.worker.config, file, x);
                                     if counting {
                                         m.count_matrix(&x.name);
                                     }
@@ -267,6 +267,10 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 let Extra::Print(format, arguments, d) = *extra() else { unreachable!() };
                 m.print(file, format, arguments, d, mask)?;
             }
+            Code::Heap => {
+                let Extra::Heap(x) = extra() else { unreachable!() };
+                m.heap(file, x, mask)?;
+            }
             Code::BrxIdx => {
                 let Extra::Brx(index, targets) = extra() else { unreachable!() };
                 m.indexed_branch(file.lanes32(index.slot), targets, mask, pc)?;
@@ -297,8 +301,9 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 return m.tensormap_op(file, x, pc, mask).map(|step| if step { Next::Step } else { Next::Reload });
             }
             Code::ProxyFence => {
-                let Extra::ProxyFence(kind, map) = extra() else { unreachable!() };
-                m.proxy_fence(file, *kind, map.as_ref(), pc, mask)?;
+                // An address is not looked at: a fence touches no memory.
+                let Extra::ProxyFence(kind, _) = extra() else { unreachable!() };
+                m.proxy_fence(*kind, pc, mask);
             }
             Code::LoadMatrix | Code::StoreMatrix => {
                 let Extra::MatrixMove { store, inner } = extra() else { unreachable!() };

@@ -3,12 +3,15 @@
 //!
 //! Numerics: products are exact, and f32 accumulators take them one by one in order of k, each step rounded to nearest (one
 //! fused multiply-add). Hardware sums several products at once with truncation and fewer guard bits, so that results agree
-//! with it to a few units in the last place of the largest term, not bit by bit. f16 accumulators are rounded once at the end.
+//! with it to a few units in the last place of the largest term, not bit by bit; [`Products::Truncated`] adds as it does
+//! (`numeric/truncated.rs`). f16 accumulators are rounded once at the end.
 //! tf32 factors are read without their low 13 bits, as the manual says.
 
 use super::interpreter::Isa;
 use super::lanes::{FULL, File, LANES};
+use super::numeric::truncated::Adder;
 use super::numeric::{F16, eight_bit, float};
+use super::{Config, Products};
 use crate::lower::ir::{Mma, MmaType, Reg};
 use crate::ptx::ast::Type;
 
@@ -16,11 +19,15 @@ use crate::ptx::ast::Type;
 ///
 /// # Safety
 /// `isa` must be one that the host has; the operands must be of this file's kernel.
-pub unsafe fn run(isa: Isa, file: File, x: &Mma) {
+pub unsafe fn run(isa: Isa, config: &Config, file: File, x: &Mma) {
     // SAFETY: passed on to the caller.
     unsafe {
+        if config.products == Products::Truncated {
+            let half = x.c_type == Type::F16 || x.d_type == Type::F16;
+            return run_body(file, x, Some(&Adder::mma(config.compute_capability, x.a_type, x.b_type, half)));
+        }
         match isa {
-            Isa::Baseline => run_body(file, x),
+            Isa::Baseline => run_body(file, x, None),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 | Isa::Avx512 => {
                 if !super::mma_x86::run(file, x) {
@@ -35,31 +42,32 @@ pub unsafe fn run(isa: Isa, file: File, x: &Mma) {
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
 unsafe fn run_avx2(file: File, x: &Mma) {
     // SAFETY: passed on to the caller.
-    unsafe { run_body(file, x) }
+    unsafe { run_body(file, x, None) }
 }
 
+/// With an adder, sums are its own.
 #[inline(always)]
-unsafe fn run_body(file: File, x: &Mma) {
+unsafe fn run_body(file: File, x: &Mma, adder: Option<&Adder>) {
     // SAFETY: passed on to the caller.
     unsafe {
         match x.a_type {
             MmaType::BF16 => {
                 let split = |v| [f32::from_bits(v << 16), f32::from_bits(v & 0xffff_0000)];
-                float_mma(file, x, split, split);
+                float_mma(file, x, adder, split, split);
             }
             MmaType::F16 => {
                 let split = |v| [F16(v as u16).to_f32(), F16((v >> 16) as u16).to_f32()];
-                float_mma(file, x, split, split);
+                float_mma(file, x, adder, split, split);
             }
             MmaType::TF32 => {
                 let split = |v| [f32::from_bits(v & 0xffff_e000)];
-                float_mma(file, x, split, split);
+                float_mma(file, x, adder, split, split);
             }
             MmaType::E4M3 | MmaType::E5M2 => {
                 let table = |ty| if ty == MmaType::E4M3 { &eight_bit::E4M3 } else { &eight_bit::E5M2 };
                 let (a, b) = (table(x.a_type), table(x.b_type));
                 let split = |table: &'static [f32; 256]| move |v: u32| v.to_le_bytes().map(|i| table[usize::from(i)]);
-                float_mma(file, x, split(a), split(b));
+                float_mma(file, x, adder, split(a), split(b));
             }
             MmaType::F64 => double_mma(file, x),
             MmaType::S8 | MmaType::U8 => integer_mma(file, x),
@@ -75,6 +83,7 @@ const COLUMNS: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
 unsafe fn float_mma<const H: usize>(
     file: File,
     x: &Mma,
+    adder: Option<&Adder>,
     split_a: impl Fn(u32) -> [f32; H],
     split_b: impl Fn(u32) -> [f32; H],
 ) {
@@ -112,6 +121,23 @@ unsafe fn float_mma<const H: usize>(
     }
     // SAFETY: passed on to the caller.
     let mut rows = unsafe { accumulators(file, &x.c, x.c_type) };
+    if let Some(adder) = adder {
+        let mut factors = Vec::with_capacity(4 * H * groups);
+        for (r, row) in rows.iter_mut().enumerate() {
+            for (j, sum) in row.iter_mut().enumerate() {
+                factors.clear();
+                for group in 0..groups {
+                    for t in 0..4 {
+                        factors.extend((0..H).map(|h| (a[group][h][4 * r + t], b[group][h][t][j])));
+                    }
+                }
+                *sum = adder.dot(&factors, *sum);
+            }
+        }
+        // SAFETY: passed on to the caller.
+        unsafe { deliver(file, &x.d, x.d_type, &rows) }
+        return;
+    }
     for upper in 0..2 {
         let mut sums: [[f32; 8]; 8] = [[0.0; 8]; 8];
         sums.copy_from_slice(&rows[8 * upper..8 * upper + 8]);

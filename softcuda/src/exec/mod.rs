@@ -18,6 +18,7 @@ mod engine;
 mod exchange;
 mod fault;
 mod groups;
+mod heap;
 mod interpreter;
 mod lanes;
 mod matrix;
@@ -42,8 +43,11 @@ mod wgmma;
 
 pub use counters::{Counters, LineCounters, MatrixOps, MemoryCounters, SharedCounters};
 pub use fault::{Fault, FaultKind};
+pub use heap::{DEFAULT_HEAP, Heap};
 pub use interpreter::Isa;
 pub use print::Output;
+
+pub(crate) use schedule::fresh_grid;
 
 pub use crate::lower::{InstructionClass, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 
@@ -55,6 +59,12 @@ pub trait GlobalMemory: Sync {
     fn find(&self, addr: u64) -> Option<(u64, u64)>;
     /// What there is to say about an address that no live allocation contains.
     fn describe(&self, addr: u64) -> String;
+    /// A new allocation for the heap of a device's kernels; `None` where there is no memory.
+    fn heap_block(&self, _device: u32, _bytes: u64) -> Option<u64> {
+        None
+    }
+    /// Takes back what [`GlobalMemory::heap_block`] returned.
+    fn release_heap_block(&self, _addr: u64) {}
 }
 
 /// What comes before a launch, as far as streams and events order it.
@@ -74,6 +84,17 @@ impl LaunchOrder {
     }
 }
 
+/// How `mma` and `wgmma` add products in floating point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Products {
+    /// One after another, each with one rounding to nearest.
+    #[default]
+    Fused,
+    /// As studies of the hardware of the launch's compute capability say: aligned and truncated, see
+    /// `exec/numeric/truncated.rs` for algorithm and sources. Many times slower.
+    Truncated,
+}
+
 /// How to execute, apart from what the program says.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -88,6 +109,7 @@ pub struct Config {
     pub max_resident_blocks: usize,
     /// The host's instructions to use; `None` for the best that it has.
     pub isa: Option<Isa>,
+    pub products: Products,
     /// Fill [`Counters`]; slower.
     pub count: bool,
     /// Who sees what the launch does; slower.
@@ -96,6 +118,8 @@ pub struct Config {
     pub order: Option<std::sync::Arc<LaunchOrder>>,
     /// Stack of a thread in kernels whose calls may nest without bound, in bytes.
     pub stack_bytes: u32,
+    /// Where `malloc` of device code allocates.
+    pub heap: std::sync::Arc<Heap>,
     /// Where `vprintf` writes.
     pub output: Output,
     /// A launch that runs longer is a fault ([`FaultKind::LaunchTimeout`]).
@@ -111,10 +135,12 @@ impl Default for Config {
             compute_capability: (8, 0),
             max_resident_blocks: 64,
             isa: None,
+            products: Products::default(),
             count: false,
             watches: Vec::new(),
             order: None,
             stack_bytes: 8 << 10,
+            heap: std::sync::Arc::new(Heap::new(0, DEFAULT_HEAP)),
             output: Output::default(),
             timeout: None,
         }

@@ -7,7 +7,6 @@ use super::numeric::float;
 use super::numeric::rounding::{self, Format, Round, add_odd, div_odd, fma_odd, round, sqrt_odd};
 use super::numeric::{BF16, F16, F16x2};
 use crate::lower::ir::{Arith, ArithOp, Cvt};
-use crate::lower::isa::Width;
 use crate::ptx::ast::Type;
 
 /// f32, f16 and bf16 arithmetic: formed in f64 rounded to odd, then rounded once. f64: from exact values.
@@ -151,10 +150,7 @@ pub fn cvt(file: File, x: &Cvt, mask: u32) {
     }
     // Results narrower than their register are extended by their sign.
     if let Some((bits, true)) = integer_bits(x.to) {
-        let register = if x.d.width == Width::W64 { 64 } else { 32 };
-        if bits < register && bits != 16 || bits == 16 && x.d.width == Width::W64 {
-            out = out.map(|v| ((v << (64 - bits)) as i64 >> (64 - bits)) as u64);
-        }
+        out = out.map(|v| ((v << (64 - bits)) as i64 >> (64 - bits)) as u64);
     }
     put(file, x.d, mask, &out);
 }

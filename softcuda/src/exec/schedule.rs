@@ -37,10 +37,15 @@ struct Common {
     printed: Mutex<Printed>,
 }
 
+/// A number for a launch, or for what watches tell apart from launches.
+pub fn fresh_grid() -> u64 {
+    static GRIDS: AtomicU64 = AtomicU64::new(1);
+    GRIDS.fetch_add(1, Ordering::Relaxed)
+}
+
 pub fn run(l: &Launch) -> Result<Counters, Fault> {
     let shape = check(l)?;
-    static GRIDS: AtomicU64 = AtomicU64::new(1);
-    let grid_id = GRIDS.fetch_add(1, Ordering::Relaxed);
+    let grid_id = fresh_grid();
     let total = shape.clusters();
     let common = Common {
         next: AtomicU64::new(0),

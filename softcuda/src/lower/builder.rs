@@ -9,7 +9,7 @@ use super::layout::Layout;
 use super::requirements::Target;
 use super::{Environment, LowerErrorKind};
 use crate::lower::InstructionClass;
-use crate::ptx::ast::{Module, Space, Type, Variable};
+use crate::ptx::ast::{Function, Module, Space, Type, Variable};
 
 pub type Result<T> = std::result::Result<T, LowerErrorKind>;
 
@@ -91,6 +91,8 @@ pub struct Builder<'a> {
     labels: u32,
     /// State of the instruction being lowered.
     pub line: u32,
+    /// Where the manual defines it.
+    pub section: Option<&'static str>,
     pub guard: Option<(u32, bool)>,
     pub class: Option<InstructionClass>,
     name: u32,
@@ -100,6 +102,8 @@ pub struct Builder<'a> {
     carry: Option<u32>,
     /// Where `ret` goes in a function expanded in place, innermost last.
     pub returns: Vec<Label>,
+    /// The function being expanded in place, innermost.
+    pub expanded: Option<&'a Function>,
     /// Set in a function with a body of its own.
     pub frame: Option<Frame>,
     /// Functions with a body of their own that this body calls.
@@ -124,6 +128,7 @@ impl<'a> Builder<'a> {
             constants64: HashMap::new(),
             labels: 0,
             line: 0,
+            section: None,
             guard: None,
             class: None,
             name: 0,
@@ -131,6 +136,7 @@ impl<'a> Builder<'a> {
             name_index: HashMap::new(),
             carry: None,
             returns: Vec::new(),
+            expanded: None,
             frame: None,
             callees: Vec::new(),
         }
@@ -210,6 +216,20 @@ impl<'a> Builder<'a> {
     }
 
     pub fn declare_registers(&mut self, v: &Variable) -> Result<()> {
+        let names: Vec<String> = match v.count {
+            None => vec![v.name.clone()],
+            Some(n) if n > 1 << 20 => return Err(LowerErrorKind::Unsupported(format!("{n} registers `{}`", v.name))),
+            Some(n) => (0..n).map(|i| format!("{}{i}", v.name)).collect(),
+        };
+        for name in names {
+            let symbol = self.register_symbol(v)?;
+            self.declare(&name, symbol)?;
+        }
+        Ok(())
+    }
+
+    /// Fresh registers of a declaration's type.
+    pub fn register_symbol(&mut self, v: &Variable) -> Result<Symbol> {
         let wide = v.ty == Type::B128;
         let width = if wide { Some(Width::W64) } else { Width::of(v.ty) };
         let Some(width) = width.filter(|_| !wide || v.vector == 1) else {
@@ -218,22 +238,25 @@ impl<'a> Builder<'a> {
         if !v.dims.is_empty() {
             return Err(LowerErrorKind::Invalid(format!("register `{}` cannot be an array", v.name)));
         }
-        let names: Vec<String> = match v.count {
-            None => vec![v.name.clone()],
-            Some(n) if n > 1 << 20 => return Err(LowerErrorKind::Unsupported(format!("{n} registers `{}`", v.name))),
-            Some(n) => (0..n).map(|i| format!("{}{i}", v.name)).collect(),
+        Ok(if wide {
+            Symbol::Wide([self.register(width, false), self.register(width, false)])
+        } else if v.vector == 1 {
+            Symbol::Register { slot: self.register(width, false), ty: v.ty }
+        } else {
+            Symbol::Vector((0..v.vector).map(|_| self.register(width, false)).collect(), v.ty)
+        })
+    }
+
+    /// Whether a name is an input parameter of the function whose statements are being lowered; kernels' are not meant.
+    pub fn is_input(&self, name: &str) -> bool {
+        // Names of the module, then a function's parameters, then its body's.
+        let innermost = self.scopes.iter().rposition(|s| s.contains_key(name));
+        let function = match (self.expanded, &self.frame) {
+            (Some(f), _) => Some(f),
+            (None, Some(frame)) => Some(&self.module.functions[frame.function as usize]),
+            _ => None,
         };
-        for name in names {
-            let symbol = if wide {
-                Symbol::Wide([self.register(width, false), self.register(width, false)])
-            } else if v.vector == 1 {
-                Symbol::Register { slot: self.register(width, false), ty: v.ty }
-            } else {
-                Symbol::Vector((0..v.vector).map(|_| self.register(width, false)).collect(), v.ty)
-            };
-            self.declare(&name, symbol)?;
-        }
-        Ok(())
+        innermost == Some(1) && function.is_some_and(|f| f.params.iter().any(|p| p.name == name))
     }
 
     pub fn lookup(&self, name: &str) -> Option<&Symbol> {

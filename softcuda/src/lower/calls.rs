@@ -209,8 +209,12 @@ impl Signature {
             let size = v.bytes().filter(|&b| b <= 1 << 16).ok_or_else(|| {
                 LowerErrorKind::Unsupported(format!("parameter `{}` of no or more than 65536 bytes", v.name))
             })?;
-            // What the ABI does not pass, as `ptxas` says.
-            if matches!(v.ty, Type::Pred | Type::U8 | Type::S8 | Type::U16 | Type::S16) && v.dims.is_empty() {
+            // What the ABI does not pass, as `ptxas` says; predicates in registers belong to the language all the same.
+            let in_register = v.ty == Type::Pred && v.space == Space::Reg;
+            if !in_register
+                && matches!(v.ty, Type::Pred | Type::U8 | Type::S8 | Type::U16 | Type::S16)
+                && v.dims.is_empty()
+            {
                 let ty = super::operands::dotted(v.ty);
                 return Err(LowerErrorKind::Invalid(format!("parameter `{}` of a function cannot be {ty}", v.name)));
             }
@@ -294,7 +298,7 @@ impl Builder<'_> {
         let function = &self.module.functions[f as usize];
         let body = function.body.as_deref().expect("only functions with a body are called");
         self.line = function.line;
-        self.layout.local = 0;
+        self.layout.new_frame();
         self.scopes.truncate(1);
         self.scopes.push(Default::default());
         let signature = Signature::new(&function.params, &function.returns)?;

@@ -2,14 +2,16 @@
 
 use crate::ptx::ast::Module;
 
-/// Why a module cannot be lowered, with the line it stands on.
+/// Why a module cannot be lowered, with the line it stands on and where the manual speaks of it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}: {kind} in `{text}`")]
+#[error("line {line}: {kind} in `{text}`{}", section.map_or(String::new(), |s| format!(" (PTX ISA {s})")))]
 pub struct LowerError {
     /// One-based source line.
     pub line: u32,
     /// The line's text, trimmed.
     pub text: String,
+    /// Number and title of the manual's section, where the line has an instruction or a directive of the manual.
+    pub section: Option<&'static str>,
     pub kind: LowerErrorKind,
 }
 
@@ -36,8 +38,8 @@ pub enum LowerErrorKind {
 }
 
 impl LowerError {
-    pub(crate) fn new(module: &Module, line: u32, kind: LowerErrorKind) -> Self {
+    pub(crate) fn new(module: &Module, line: u32, section: Option<&'static str>, kind: LowerErrorKind) -> Self {
         let text = module.lines.get((line as usize).wrapping_sub(1)).map_or("", |l| l.trim()).to_string();
-        Self { line, text, kind }
+        Self { line, text, section, kind }
     }
 }

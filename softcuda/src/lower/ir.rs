@@ -364,6 +364,15 @@ pub struct Mma {
     pub name: String,
 }
 
+/// `malloc` and `free` of device code.
+#[derive(Debug, Clone, Copy)]
+pub struct HeapOp {
+    /// Bytes to allocate, or the address of the block to free.
+    pub value: Reg,
+    /// The block's address, of `malloc`.
+    pub d: Option<Reg>,
+}
+
 /// Operands of the operations that are not lane-wise.
 #[derive(Debug, Clone)]
 pub enum Extra {
@@ -398,6 +407,7 @@ pub enum Extra {
     Frame(Reg, Reg),
     /// `vprintf`: format, arguments, and the count returned.
     Print(Reg, Reg, Reg),
+    Heap(HeapOp),
     Mbarrier(MbarrierOp),
     Bulk(BulkOp),
     Tensormap(TensormapOp),
@@ -504,6 +514,10 @@ impl Extra {
                 f(format, Use::Read);
                 f(arguments, Use::Read);
             }
+            Self::Heap(x) => {
+                x.d.iter_mut().for_each(|r| f(r, Use::Write));
+                f(&mut x.value, Use::Read);
+            }
             Self::Reads(regs) | Self::Assert(regs) => regs.iter_mut().for_each(|r| f(r, Use::Read)),
         }
     }
@@ -589,6 +603,7 @@ impl Code {
                 | Call
                 | Frame
                 | Print
+                | Heap
                 | Mbarrier
                 | Bulk
                 | ProxyFence

@@ -11,13 +11,16 @@ use crate::ptx::ast::{Function, Module, Operand, Space, Statement, Variable};
 pub struct Layout {
     pub params: Vec<ParamLayout>,
     pub param_bytes: u32,
-    /// Offsets of shared variables by name and line of declaration.
-    shared: HashMap<(String, u32), u64>,
+    /// Offsets of shared variables by the address of their declaration: two functions may have one of the same name, even on
+    /// the same line.
+    shared: HashMap<*const Variable, u64>,
     /// Bytes of statically declared shared memory.
     pub static_shared: u32,
     pub shared_align: u32,
     /// Bytes of local memory handed out so far.
     pub local: u64,
+    /// Bytes of each variable in local memory, by its offset.
+    sizes: HashMap<u64, u64>,
 }
 
 fn align_up(x: u64, align: u64) -> u64 {
@@ -68,14 +71,14 @@ impl Layout {
         for v in all.iter().filter(|v| !v.dims.contains(&0)) {
             let offset = align_up(end, aligned(v)?);
             end = offset + size_of(v)?;
-            self.shared.insert((v.name.clone(), v.line), offset);
+            self.shared.insert(std::ptr::from_ref(*v), offset);
         }
         for v in &all {
             self.shared_align = self.shared_align.max(aligned(v)? as u32);
         }
         let dynamic = align_up(end, self.shared_align.into());
         for v in all.iter().filter(|v| v.dims.contains(&0)) {
-            self.shared.insert((v.name.clone(), v.line), dynamic);
+            self.shared.insert(std::ptr::from_ref(*v), dynamic);
         }
         self.static_shared = u32::try_from(end)
             .ok()
@@ -86,12 +89,26 @@ impl Layout {
 
     /// Offset of a shared variable in the block's shared memory; `None` for one that nothing names.
     pub fn shared_offset(&self, v: &Variable) -> Option<u64> {
-        self.shared.get(&(v.name.clone(), v.line)).copied()
+        self.shared.get(&std::ptr::from_ref(v)).copied()
     }
 
     /// Reserves local memory for a variable.
     pub fn place_local(&mut self, v: &Variable) -> Result<u64> {
-        self.reserve_local(size_of(v)?, aligned(v)?)
+        let bytes = size_of(v)?;
+        let offset = self.reserve_local(bytes, aligned(v)?)?;
+        self.sizes.insert(offset, bytes);
+        Ok(offset)
+    }
+
+    /// Bytes of the variable at an offset of local memory.
+    pub fn local_bytes(&self, offset: u64) -> Option<u64> {
+        self.sizes.get(&offset).copied()
+    }
+
+    /// Begins the frame of another function.
+    pub fn new_frame(&mut self) {
+        self.local = 0;
+        self.sizes.clear();
     }
 
     /// Reserves local memory.

@@ -7,6 +7,7 @@
 mod builder;
 pub(crate) mod calls;
 mod class;
+mod entry_registers;
 mod error;
 mod families;
 mod flow;
@@ -18,6 +19,7 @@ pub(crate) mod ir_cluster;
 pub(crate) mod ir_mbarrier;
 pub(crate) mod isa;
 mod layout;
+mod manual;
 mod modifiers;
 mod operands;
 mod polls;
@@ -103,6 +105,8 @@ pub struct Kernel {
     pub max_registers: Option<u32>,
     /// Registers of 32 bits per thread that the packed file needs: an estimate of what `ptxas` would use.
     pub registers: u32,
+    /// Registers of 32 bits that each thread has at entry, where `setmaxnreg` moves them about.
+    pub(crate) entry_registers: Option<u32>,
     /// `.version` of the module.
     pub version: (u32, u32),
     /// Source text by line, `lines[0]` is line 1.
@@ -126,7 +130,9 @@ pub fn lower_module(ast: &ast::Module, env: &Environment) -> Result<Program, Low
 
 /// A module runs on its own target or a newer one; `sm_90a` and the like only on their own.
 fn check_target(ast: &ast::Module, env: &Environment) -> Result<(), LowerError> {
-    let error = |text: String| Err(LowerError::new(ast, 0, LowerErrorKind::Invalid(text)));
+    let error = |text: String| {
+        Err(LowerError::new(ast, ast.target_line(), Some(manual::MODULE), LowerErrorKind::Invalid(text)))
+    };
     let Some(target) = requirements::Target::parse(&ast.target) else {
         return error(format!("unknown target `{}`", ast.target));
     };
@@ -158,10 +164,10 @@ fn lower_kernel(
     functions: &calls::Functions,
     lines: &Arc<Vec<String>>,
 ) -> Result<Kernel, LowerError> {
-    let at = |line: u32| move |kind| LowerError::new(ast, line, kind);
+    let at = |line: u32| move |kind| LowerError::new(ast, line, None, kind);
     let layout = layout::Layout::new(ast, function).map_err(at(function.line))?;
     let mut builder = builder::Builder::new(ast, env, functions, layout);
-    let bodies = builder.bodies(function).map_err(|kind| LowerError::new(ast, builder.line, kind))?;
+    let bodies = builder.bodies(function).map_err(|kind| LowerError::new(ast, builder.line, builder.section, kind))?;
     let layout = std::mem::take(&mut builder.layout);
     let (widths, temporaries, mut body) = builder.into_body();
     let stack_bytes = calls::stack_bytes(&bodies).map(|b| b as u32);
@@ -205,13 +211,16 @@ fn lower_kernel(
         blocks_are_clusters: false,
         max_registers: None,
         registers,
+        entry_registers: None,
         version: ast.version,
         lines: Arc::clone(lines),
         body,
     };
     for (name, numbers) in &function.directives {
-        directive(&mut kernel, name, numbers).map_err(at(function.line))?;
+        let refused = |kind| LowerError::new(ast, function.line, Some(manual::PERFORMANCE), kind);
+        directive(&mut kernel, name, numbers).map_err(refused)?;
     }
+    kernel.entry_registers = entry_registers::entry_registers(&kernel);
     Ok(kernel)
 }
 

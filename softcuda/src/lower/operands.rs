@@ -35,6 +35,23 @@ fn agree(instruction: Type, register: Type) -> bool {
     instruction.bytes() == register.bytes() && (a == b || a == Kind::Bits || b == Kind::Bits)
 }
 
+/// Whether a register may stand where `ld`, `st` and `cvt` have a type that may be narrower (PTX ISA 9.4.1, tables of the
+/// relaxed rules): integers in integer and untyped registers, floating-point types in their own or in untyped ones, untyped
+/// data in any. bf16 and packed types have no relaxed form.
+fn holds(register: Type, ty: Type) -> bool {
+    use Type::*;
+    let untyped = matches!(register, B8 | B16 | B32 | B64);
+    match ty {
+        Pred => register == Pred,
+        BF16 | BF16x2 => agree(ty, register),
+        F16 | F16x2 | F32 | F64 => register == ty || untyped && register.bytes() >= ty.bytes(),
+        U8 | U16 | U32 | U64 | S8 | S16 | S32 | S64 => {
+            !matches!(register, Pred | F16 | BF16 | F32 | F64) && register.bytes() >= ty.bytes()
+        }
+        _ => register != Pred && register.bytes() >= ty.bytes(),
+    }
+}
+
 /// A type or state space as PTX writes it.
 pub fn dotted(x: impl std::fmt::Debug) -> String {
     format!(".{x:?}").to_lowercase().replace("sharedcluster", "shared::cluster")
@@ -80,8 +97,36 @@ impl Builder<'_> {
         }
     }
 
+    /// `register + constant` as a value, which `ptxas` takes wherever it takes a register to read: the register, its type, and the
+    /// place of the sum.
+    fn register_sum(&mut self, o: &Operand) -> Result<Option<(u32, Type)>> {
+        let Operand::SymbolOffset { name, offset } = o else { return Ok(None) };
+        let Some(&Symbol::Register { slot, ty }) = self.lookup(name) else { return Ok(None) };
+        let code = match (kind(ty), ty.bytes()) {
+            (Kind::Pred | Kind::Float, _) | (_, 1) => {
+                return Err(mismatch("an integer register before `+`", &Operand::Name(name.clone())));
+            }
+            (_, 2) => Code::Add16,
+            (_, 4) => Code::Add32,
+            _ => Code::Add64,
+        };
+        let constant = match ty.bytes() {
+            8 => self.constant64(*offset as u64),
+            4 => self.constant32(*offset as u32),
+            _ => self.constant32(*offset as u32 & 0xffff),
+        };
+        Ok(Some((self.compute(code, &[slot, constant]), ty)))
+    }
+
     /// A source operand of exactly this type.
     pub fn source(&mut self, o: &Operand, ty: Type) -> Result<u32> {
+        if let Some((slot, declared)) = self.register_sum(o)? {
+            return if agree(ty, declared) {
+                Ok(slot)
+            } else {
+                Err(mismatch(format!("a register of type {}", dotted(ty)), o))
+            };
+        }
         if let Some((slot, declared)) = self.register_of(o)? {
             if !agree(ty, declared) {
                 return Err(mismatch(format!("a register of type {}", dotted(ty)), o));
@@ -93,12 +138,9 @@ impl Builder<'_> {
 
     /// A source operand whose register may be wider than the type (ld, st, cvt: PTX ISA 9.2), and its width.
     pub fn wide_source(&mut self, o: &Operand, ty: Type) -> Result<Reg> {
-        if let Some((slot, declared)) = self.register_of(o)? {
-            let fits = declared.bytes() >= ty.bytes() && (ty == Type::Pred) == (declared == Type::Pred);
-            let mixed = kind(ty) == Kind::Integer && kind(declared) == Kind::Float
-                || kind(ty) == Kind::Float && kind(declared) == Kind::Integer;
-            let wide_float = declared.bytes() > ty.bytes() && kind(ty) == Kind::Float;
-            if !fits || mixed || wide_float {
+        let sum = self.register_sum(o)?;
+        if let Some((slot, declared)) = sum.or(self.register_of(o)?) {
+            if !holds(declared, ty) {
                 return Err(mismatch(format!("a register for {}", dotted(ty)), o));
             }
             return Ok(self.reg(slot, Width::of(declared).expect("declared registers have a width")));
@@ -114,6 +156,18 @@ impl Builder<'_> {
             _ if self.register_of(o)?.is_some() => self.wide_source(o, ty).map(Some),
             _ => Err(self.unknown(o, "a destination register")),
         }
+    }
+
+    /// After a signed result narrower than 16 bits: it is extended to the bits of the register that it goes to, and a 16-bit
+    /// register is zero above these.
+    pub fn narrow(&mut self, o: &Operand, ty: Type) -> Result<()> {
+        if (ty == Type::S8 || ty == Type::S16)
+            && let Some((slot, declared)) = self.register_of(o)?
+            && declared.bytes() == 2
+        {
+            self.emit(Code::Trunc16, slot, &[slot]);
+        }
+        Ok(())
     }
 
     /// An immediate, a special register or an address.
@@ -231,6 +285,17 @@ impl Builder<'_> {
         }
     }
 
+    /// A vector register written whole, as the vector of its components; other operands as they are.
+    pub fn spread(&self, o: &Operand) -> Operand {
+        if let Operand::Name(name) = o
+            && let Some(Symbol::Vector(slots, _)) = self.lookup(name)
+        {
+            let components = 0..slots.len() as u32;
+            return Operand::Vector(components.map(|index| Operand::Element { name: name.clone(), index }).collect());
+        }
+        o.clone()
+    }
+
     /// The elements of `{...}`, or the operand alone.
     pub fn elements(o: &Operand) -> &[Operand] {
         match o {
@@ -241,16 +306,8 @@ impl Builder<'_> {
 
     /// `n` elements, from `{...}` or, for one, from a bare operand; a vector register stands for its components.
     pub fn vector(&self, o: &Operand, n: usize) -> Result<Vec<Operand>> {
-        if let Operand::Name(name) = o
-            && let Some(Symbol::Vector(slots, _)) = self.lookup(name)
-        {
-            let elements: Vec<_> =
-                (0..slots.len() as u32).map(|index| Operand::Element { name: name.clone(), index }).collect();
-            if elements.len() == n {
-                return Ok(elements);
-            }
-        }
-        let elements = Self::elements(o);
+        let spread = self.spread(o);
+        let elements = Self::elements(&spread);
         if elements.len() != n {
             return Err(mismatch(format!("a vector of {n}"), o));
         }

@@ -1,6 +1,6 @@
 //! What target and PTX version each instruction asks for: the manual's "PTX ISA Notes" and "Target ISA Notes" as a table.
 //!
-//! Rows name what came after sm_75 and PTX 6.3; what is older is taken for granted. `tests/targets.rs` holds samples of the
+//! Rows name what came after sm_20 and PTX 2.3; what is older is taken for granted. `tests/targets.rs` holds samples of the
 //! rows against `ptxas`.
 
 use std::collections::HashMap;
@@ -23,17 +23,34 @@ impl Target {
         Some(Self { number: digits.parse().ok()?, specific: name.ends_with('a') })
     }
 
-    /// The first PTX version that knows the target (PTX ISA 11.1.2).
+    /// The first PTX version that knows the target (PTX ISA 12, "Supported Features by PTX Version"; `tests/targets.rs` asks
+    /// `ptxas`, which knows sm_70 since 5.1, a version that was never released).
     pub fn version(self) -> (u32, u32) {
         match (self.number, self.specific) {
-            (..80, _) => (6, 3),
+            (..12, _) => (1, 0),
+            (..20, _) => (1, 2),
+            (..30, _) => (2, 0),
+            (30, _) => (3, 0),
+            (35, _) => (3, 1),
+            (37 | 52, _) => (4, 1),
+            (31..=50, _) => (4, 0),
+            (..60, _) => (4, 2),
+            (..70, _) => (5, 0),
+            (70..72, _) => (6, 0),
+            (72..75, _) => (6, 1),
+            (75..80, _) => (6, 3),
             (80..86, _) => (7, 0),
             (86, _) => (7, 1),
             (87, _) => (7, 4),
-            (88 | 89, _) => (7, 8),
+            (88, _) => (9, 0),
+            (89, _) => (7, 8),
             (90..100, false) => (7, 8),
             (90..100, true) => (8, 0),
-            _ => (8, 6),
+            (100..103, _) => (8, 6),
+            (103 | 121, _) => (8, 8),
+            (110, _) => (9, 0),
+            (120, _) => (8, 7),
+            _ => (8, 8),
         }
     }
 }
@@ -58,6 +75,40 @@ const HALVES: &str = "f16|f16x2|bf16|bf16x2";
 const BF16: &str = "bf16|bf16x2";
 
 static ROWS: &[Row] = &[
+    // Before sm_75
+    row("shfl", &[], 30, (3, 0)),
+    row("shfl|vote", &["sync"], 30, (6, 0)),
+    row("bar", &["warp"], 30, (6, 0)),
+    row("barrier", &[], 30, (6, 0)),
+    row("match", &[], 70, (6, 0)),
+    row("activemask", &[], 30, (6, 2)),
+    row("nanosleep", &[], 70, (6, 2)),
+    row("fence", &[], 70, (6, 0)),
+    row("ld|st", &["weak|relaxed|acquire|release"], 70, (6, 0)),
+    row("atom|red", &["relaxed|acquire|release|acq_rel"], 70, (6, 0)),
+    row("atom|red", &["cta|gpu|sys"], 60, (5, 0)),
+    row("atom|red", &["add", "f64"], 60, (5, 0)),
+    row("atom|red", &["min|max|and|or|xor", "u64|s64|b64"], 32, (3, 1)),
+    row("atom|red", &["f16x2"], 60, (6, 2)),
+    row("atom|red", &["f16"], 70, (6, 3)),
+    row("atom", &["cas", "b16"], 70, (6, 3)),
+    row("ld", &["nc"], 32, (3, 1)),
+    row("dp4a|dp2a", &[], 61, (5, 0)),
+    row("lop3", &[], 50, (4, 3)),
+    row("shf", &[], 32, (3, 1)),
+    row("add|sub|mul|fma|set|setp", &["f16|f16x2"], 53, (4, 2)),
+    row("neg", &["f16|f16x2"], 53, (6, 0)),
+    row("abs", &["f16|f16x2"], 53, (6, 5)),
+    row("mad", &["cc"], 20, (3, 0)),
+    row("madc", &[], 20, (3, 0)),
+    row("add|addc|sub|subc|mad|madc", &["cc", "u64|s64"], 20, (4, 3)),
+    row("addc|subc|madc", &["u64|s64"], 20, (4, 3)),
+    row("cvta|isspacep", &["const"], 20, (3, 1)),
+    row("pmevent", &["mask"], 20, (3, 0)),
+    row("mma", &[], 70, (6, 4)),
+    row("mma", &["m16n8k8|m8n8k16|m8n8k32|m8n8k128"], 75, (6, 5)),
+    row("ldmatrix", &[], 75, (6, 5)),
+    row("movmatrix", &[], 75, (7, 8)),
     // Scopes, spaces, hints (9.7.9, 9.7.13)
     row("ld|st|atom|red|fence", &["cluster"], 90, (7, 8)),
     row("*", &["*::cluster"], 90, (7, 8)),
@@ -146,6 +197,11 @@ const REGISTERS: &[(&str, u32, (u32, u32))] = &[
     ("%is_explicit_cluster", 90, (7, 8)),
     ("%aggr_smem_size", 90, (8, 1)),
     ("%current_graph_exec", 50, (8, 0)),
+    ("%globaltimer", 30, (3, 1)),
+    ("%total_smem_size", 20, (4, 1)),
+    ("%dynamic_smem_size", 20, (4, 1)),
+    ("%clock_hi", 20, (5, 0)),
+    ("%reserved_smem", 80, (7, 6)),
 ];
 
 fn matches(pattern: &str, word: &str) -> bool {
@@ -202,6 +258,12 @@ pub fn check(i: &Instruction, target: Target, version: (u32, u32)) -> Result<(),
             if target.number == 89 && (has("e4m3x2") || has("e5m2x2")) {
                 need(89, (8, 1));
             }
+        }
+        // Without `.sync` these are of targets and versions that knew no independent threads.
+        "vote" | "shfl" if !has("sync") && target.number >= 70 && version >= (6, 4) => {
+            return Err(LowerErrorKind::Invalid(format!(
+                "`{opcode}` without `.sync` is not of PTX 6.4 or later for sm_70 and later (9.7.9.5, 9.7.13.9)"
+            )));
         }
         // The orders of a thread fence, as against those of a proxy fence.
         "fence" if (has("acquire") || has("release")) && !has("proxy") && !has("mbarrier_init") => need(90, (8, 6)),

@@ -131,6 +131,11 @@ impl Builder<'_> {
                 }
                 Ok(())
             }
+            Space::Global | Space::Const if v.count.is_none() => {
+                let address = v.symbol.as_ref().and_then(|s| self.env.symbols.get(s)).copied();
+                let address = address.ok_or_else(|| LowerErrorKind::Invalid(format!("`{}` has no place", v.name)))?;
+                self.declare(&v.name, Symbol::Variable { space: v.space, address })
+            }
             Space::Global | Space::Const | Space::SharedCluster => {
                 Err(LowerErrorKind::Unsupported(format!("`{}` declared in a function", v.name)))
             }
@@ -139,6 +144,7 @@ impl Builder<'_> {
 
     fn guarded(&mut self, i: &Instruction) -> Result<()> {
         self.line = i.line;
+        self.section = super::manual::section(&i.opcode);
         self.guard = match &i.guard {
             None => None,
             Some(g) => {
@@ -147,8 +153,7 @@ impl Builder<'_> {
             }
         };
         self.instruction(i)?;
-        self.guard = None;
-        self.class = None;
+        (self.guard, self.class, self.section) = (None, None, None);
         Ok(())
     }
 }

@@ -40,6 +40,8 @@ pub enum Kind {
     Managed,
     /// A module's `.global` or `.const` variable.
     Module,
+    /// A block that device code has allocated with `malloc`, whose room is not counted here.
+    Heap,
 }
 
 /// A live allocation: bytes `start .. end`.
@@ -104,7 +106,7 @@ struct State {
 
 /// What an allocation counts for against the total: drivers hand out memory in units of 512 bytes.
 fn accounted(bytes: u64, kind: Kind) -> u64 {
-    if kind == Kind::Host { 0 } else { bytes.checked_next_multiple_of(512).unwrap_or(u64::MAX) }
+    if matches!(kind, Kind::Host | Kind::Heap) { 0 } else { bytes.checked_next_multiple_of(512).unwrap_or(u64::MAX) }
 }
 
 impl Memory {
@@ -284,6 +286,14 @@ impl GlobalMemory for Memory {
 
     fn describe(&self, addr: u64) -> String {
         Memory::describe(self, addr)
+    }
+
+    fn heap_block(&self, device: u32, bytes: u64) -> Option<u64> {
+        self.alloc_on(device, bytes, Kind::Heap).ok()
+    }
+
+    fn release_heap_block(&self, addr: u64) {
+        let _ = self.free(addr);
     }
 }
 

@@ -358,9 +358,9 @@ impl Profile {
             PathBuf::from(path)
         };
         let paths = [".txt", ".json", ".html"].map(path);
-        for (path, text) in paths.iter().zip([self.to_text(), self.to_json(), self.to_html()]) {
-            std::fs::write(path, text)?;
-        }
+        let texts = [self.to_text(), self.to_json(), self.to_html()];
+        let files = [0, 1, 2].map(|at| (paths[at].as_path(), texts[at].as_bytes()));
+        crate::whole::write(&files)?;
         Ok(paths)
     }
 

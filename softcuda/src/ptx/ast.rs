@@ -98,6 +98,9 @@ pub struct Variable {
     /// after the last are zero without being listed. Empty: no initialiser.
     pub init: Vec<Init>,
     pub linkage: Linkage,
+    /// For a `.global` or `.const` variable declared in a function: the variable of [`Module::variables`] that it names within its
+    /// scope. It is there from the module's loading to its end, as all of these spaces are.
+    pub symbol: Option<String>,
     /// For `.param`: `.ptr` attributes (space, align) where given.
     pub ptr: Option<(Option<Space>, u32)>,
     pub line: u32,
@@ -205,6 +208,14 @@ pub enum Operand {
     Sink,
     /// `(a, b)` lists of a `call`.
     List(Vec<Operand>),
+}
+
+impl Module {
+    /// The line of `.target`, from 1; 0 for a module without a text.
+    pub fn target_line(&self) -> u32 {
+        let at = self.lines.iter().position(|l| l.split_whitespace().next() == Some(".target"));
+        at.map_or(0, |i| i as u32 + 1)
+    }
 }
 
 impl Type {

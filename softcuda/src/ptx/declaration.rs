@@ -53,6 +53,7 @@ impl<'a> Parser<'_, 'a> {
                 Kind::Dotted(word @ ("entry" | "func")) => {
                     self.next();
                     module.functions.push(self.function(word == "entry", linkage)?);
+                    module.variables.append(&mut self.inner);
                 }
                 Kind::Dotted("file" | "loc") => self.skip_line(),
                 Kind::Mark("@@") => self.skip_line(),
@@ -169,6 +170,7 @@ impl<'a> Parser<'_, 'a> {
             count: None,
             init: Vec::new(),
             linkage: Linkage::None,
+            symbol: None,
             ptr: None,
             line,
         };

@@ -1,10 +1,10 @@
 //! Several PTX modules into one, text to text (PTX ISA 5.4.1 and 11.6, "Linking Directives").
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write;
 
 use super::ast::{Linkage, Module, Space};
-use super::{ParseError, parse};
+use super::{ParseError, adapter, parse};
 
 /// A module to link and what to call it in messages.
 #[derive(Debug, Clone)]
@@ -98,8 +98,9 @@ pub fn link(inputs: &[Input]) -> Result<String, LinkError> {
         if module.address_size != 64 {
             return Err(LinkError::AddressSize { name: input.name.clone(), bits: module.address_size });
         }
-        let renamed = own_names(index, &tables);
+        let mut renamed = own_names(index, &tables);
         let _ = writeln!(text, "\n// {}", input.name.replace('\n', " "));
+        adapt(index, &modules, &tables, &owners, &mut renamed, &mut text);
         for item in items(&input.text) {
             if keeps(item, index, input, &tables[index], &owners, &mut declared)? {
                 rename(item, &renamed, &mut text);
@@ -150,17 +151,38 @@ fn owners<'a>(inputs: &[Input], tables: &[HashMap<&'a str, Symbol>]) -> Result<B
 
 /// New names for what is this input's own and called as something of another's.
 fn own_names<'a>(index: usize, tables: &[HashMap<&'a str, Symbol>]) -> HashMap<&'a str, String> {
-    let taken: BTreeSet<&str> = tables.iter().flat_map(|table| table.keys().copied()).collect();
     let elsewhere = |name: &str| tables.iter().enumerate().any(|(other, t)| other != index && t.contains_key(name));
     let own = tables[index].iter().filter(|(name, s)| s.linkage == Linkage::None && elsewhere(name));
-    own.map(|(&name, _)| {
-        let mut new = format!("{name}${index}");
-        while taken.contains(new.as_str()) {
-            new.push('$');
+    own.map(|(&name, _)| (name, unused(format!("{name}${index}"), tables))).collect()
+}
+
+/// Writes functions that stand between this input's calls and definitions elsewhere that return more or less than it declares, and
+/// has its calls name these.
+fn adapt<'a>(
+    index: usize,
+    modules: &'a [Module],
+    tables: &[HashMap<&'a str, Symbol>],
+    owners: &BTreeMap<&str, usize>,
+    renamed: &mut HashMap<&'a str, String>,
+    to: &mut String,
+) {
+    for declared in modules[index].functions.iter().filter(|f| f.body.is_none()) {
+        let Some(&owner) = owners.get(declared.name.as_str()).filter(|&&owner| owner != index) else { continue };
+        let defined = modules[owner].functions.iter().find(|f| f.name == declared.name && f.body.is_some());
+        let name = unused(format!("{}$from${index}", declared.name), tables);
+        if let Some(text) = defined.and_then(|defined| adapter::between(&name, declared, defined)) {
+            to.push_str(&text);
+            renamed.insert(&declared.name, name);
         }
-        (name, new)
-    })
-    .collect()
+    }
+}
+
+/// A name that no input has.
+fn unused(mut name: String, tables: &[HashMap<&str, Symbol>]) -> String {
+    while tables.iter().any(|table| table.contains_key(name.as_str())) {
+        name.push('$');
+    }
+    name
 }
 
 /// Whether an item is of the linked module.
@@ -313,6 +335,8 @@ fn rename(item: &str, renamed: &HashMap<&str, String>, to: &mut String) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     const HEAD: &str = ".version 7.0\n.target sm_80\n.address_size 64\n";

@@ -1,5 +1,6 @@
 //! PTX text to a syntax tree. Nothing here knows what an instruction means: that is the lowering's business.
 
+mod adapter;
 pub mod ast;
 mod constant;
 mod declaration;

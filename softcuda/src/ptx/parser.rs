@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use super::ParseError;
+use super::ast::{Space, Variable};
 use super::lexer::{Kind, Token};
 
 /// Nesting of braces and parentheses beyond which a text is rejected rather than the stack overflowed.
@@ -14,12 +15,15 @@ pub(super) struct Parser<'t, 'a> {
     depth: u32,
     /// Bytes of one element of each variable in scope, innermost scope last; what `name[index]` scales by.
     pub element_bytes: Vec<HashMap<&'a str, u64>>,
+    /// Variables of module-wide spaces declared in the function being read, under names that no text can have.
+    pub inner: Vec<Variable>,
+    inner_count: u32,
 }
 
 impl<'t, 'a> Parser<'t, 'a> {
     /// `tokens` must end in [`Kind::End`], as the lexer's do.
     pub fn new(tokens: &'t [Token<'a>]) -> Self {
-        Parser { tokens, at: 0, depth: 0, element_bytes: vec![HashMap::new()] }
+        Parser { tokens, at: 0, depth: 0, element_bytes: vec![HashMap::new()], inner: Vec::new(), inner_count: 0 }
     }
 
     pub fn token_at(&self, ahead: usize) -> Token<'a> {
@@ -68,6 +72,18 @@ impl<'t, 'a> Parser<'t, 'a> {
             }
             _ => Err(self.unexpected(what)),
         }
+    }
+
+    /// A variable of a function's body; one in `.global` or `.const` becomes a variable of the module.
+    pub fn body_variable(&mut self, mut v: Variable) -> Variable {
+        if matches!(v.space, Space::Global | Space::Const) {
+            self.inner_count += 1;
+            let symbol = format!("{}::{}", v.name, self.inner_count);
+            self.inner.push(Variable { name: symbol.clone(), ..v.clone() });
+            v.symbol = Some(symbol);
+            v.init.clear();
+        }
+        v
     }
 
     /// An error at the next token.

@@ -38,7 +38,7 @@ impl<'a> Parser<'_, 'a> {
             Kind::Dotted(_) => {
                 let mut variables = Vec::new();
                 self.variables(Linkage::None, &mut variables)?;
-                into.extend(variables.into_iter().map(Statement::Variable));
+                into.extend(variables.into_iter().map(|v| Statement::Variable(self.body_variable(v))));
             }
             Kind::Name(name) if self.peek_at(1) == Kind::Mark(":") => {
                 let line = self.line();

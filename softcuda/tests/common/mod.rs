@@ -1,9 +1,12 @@
 //! What the driver's tests share.
 #![allow(dead_code)]
 
+use std::ffi::c_void;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use cudarc::driver::{CudaContext, DriverError, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, sys};
 use softcuda::Installed;
 
 /// Installs the device and keeps other tests of the binary out: captures and faults are visible to a whole context.
@@ -34,4 +37,17 @@ pub fn says(text: &str, parts: &[&str]) {
     for part in parts {
         assert!(text.contains(part), "{part:?} is not in {text:?}");
     }
+}
+
+/// Holds a stream until something is sent, or its other end dropped.
+pub fn hold(stream: &CudaStream) -> Sender<()> {
+    unsafe extern "C" fn wait(data: *mut c_void) {
+        // SAFETY: from `hold`, once.
+        let receiver = unsafe { Box::from_raw(data.cast::<Receiver<()>>()) };
+        let _ = receiver.recv_timeout(Duration::from_secs(20));
+    }
+    let (sender, receiver) = channel();
+    let data = Box::into_raw(Box::new(receiver)).cast();
+    unsafe { sys::cuLaunchHostFunc(stream.cu_stream(), Some(wait), data) }.result().unwrap();
+    sender
 }

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::device::{Run, d, f, sweep, table};
+use crate::device::{PROLOGUE, Run, d, f, lower, module, sweep, table};
 
 const FLOATS: &[f32] = &[
     0.0,
@@ -315,4 +315,102 @@ fn bf16_only_widens() {
         &["f32"],
         &[(&[0x0040_0000], 0), (&[0x3f80_8000], 0x3f80)],
     );
+}
+
+/// The bits of a value of an integer type in a register of `register` bits: extended by its sign, or by zeros.
+fn in_register(value: i128, (bits, signed): (u32, bool), register: u32) -> u64 {
+    let low = value & ((1 << bits) - 1);
+    let extended = if signed && low >> (bits - 1) == 1 { low - (1 << bits) } else { low };
+    (extended & ((1 << register) - 1)) as u64
+}
+
+#[test]
+fn results_in_wider_registers_are_extended_bit_by_bit() {
+    // Destinations of `cvt` and `ld` (9.4.1): every integer type in every register that holds it, read back whole.
+    let v: &[u64] =
+        &[0, 1, 0x7f, 0x80, 0xff, 0x7fff, 0x8000, 0xffff, 0x1234_5680, 0x8000_0000, 0xffff_ff80, 0x7fff_ffff];
+    for bits in [8u32, 16, 32] {
+        for signed in [false, true] {
+            let ty = format!("{}{bits}", if signed { 's' } else { 'u' });
+            for register in [16u32, 32, 64].into_iter().filter(|&r| r >= bits) {
+                // What reads all 32 bits of the slot of a 16-bit register must find zeros above.
+                let read = match register {
+                    16 => "mov.b32 %pair, {%wider, %wider}; cvt.u64.u32 %d, %pair;",
+                    32 => "cvt.u64.u32 %d, %wider;",
+                    _ => "mov.b64 %d, %wider;",
+                };
+                let whole = |x: u64| if register == 16 { x | x << 16 } else { x };
+                let declare = format!(".reg .b{register} %wider; .reg .b32 %pair;");
+                let want = |x: &[u64]| whole(in_register(x[0].into(), (bits, signed), register));
+                sweep(&format!("{declare} cvt.{ty}.s32 %wider, %a; {read}"), "b64", &["b32"], &[v], want);
+                sweep(&format!("{declare} cvt.{ty}.u64 %wider, %a; {read}"), "b64", &["b64"], &[v], want);
+                let memory = format!(
+                    "{{ .shared .align 8 .b8 sh[256]; .reg .b32 %at; mov.u32 %at, %tid.x; mad.lo.u32 %at, %at, 8, 0; st.shared.b32 [%at], %a; ld.shared.{ty} %wider, [%at]; }}"
+                );
+                sweep(&format!("{declare} {memory} {read}"), "b64", &["b32"], &[v], want);
+                let floats: Vec<u64> =
+                    [0.0f32, 1.0, -1.0, 127.0, -128.0, 200.0, -200.0, 40000.0, -40000.0, 3e9, -3e9].map(f).to_vec();
+                let (min, max) =
+                    if signed { (-(1i128 << (bits - 1)), (1i128 << (bits - 1)) - 1) } else { (0, (1i128 << bits) - 1) };
+                sweep(&format!("{declare} cvt.rzi.{ty}.f32 %wider, %a; {read}"), "b64", &["f32"], &[&floats], |x| {
+                    let value = (f32::from_bits(x[0] as u32) as i128).clamp(min, max);
+                    whole(in_register(value, (bits, signed), register))
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn sources_in_wider_registers_are_cut() {
+    // Sources of `cvt` and `st` (9.4.1).
+    let v: &[u64] = &[0, 0x1_0000_0001, 0xabcd_ef80_8000_8080, u64::MAX, 0x7fff_7fff_7f7f_7f7f];
+    for bits in [8u32, 16, 32] {
+        for signed in [false, true] {
+            let ty = format!("{}{bits}", if signed { 's' } else { 'u' });
+            let sign = if signed { 's' } else { 'u' };
+            sweep(&format!("cvt.{sign}64.{ty} %d, %a;"), "b64", &["b64"], &[v], |x| {
+                in_register(x[0].into(), (bits, signed), 64)
+            });
+        }
+        let memory = format!(
+            "{{ .shared .align 8 .b8 sh[256]; .reg .b32 %at; mov.u32 %at, %tid.x; mul.lo.u32 %at, %at, 8; st.shared.b64 [%at], -1; st.shared.b{bits} [%at], %a; ld.shared.b64 %d, [%at]; }}"
+        );
+        let low = u64::MAX >> (64 - bits);
+        sweep(&memory, "b64", &["b64"], &[v], |x| x[0] & low | !low);
+    }
+    // Floating-point types in untyped registers that are wider, which hold zeros above a result.
+    table("cvt.rn.f32.s32 %d, %a;", "b64", &["b32"], &[(&[0xffff_ffff], f(-1.0))]);
+    table("cvt.f32.f16 %d, %a;", "f32", &["b64"], &[(&[0xffff_ffff_ffff_3c00], f(1.0))]);
+    table("cvt.rn.f16.f32 %d, %a;", "b64", &["b64"], &[(&[0xffff_ffff_3f80_0000], 0x3c00)]);
+    table(
+        "cvt.pack.sat.s16.s32 %d, %a, %b;",
+        "b64",
+        &["b64", "b64"],
+        &[(&[0x5_ffff_ffff, 0x9_0001_0000], 0xffff_7fff)],
+    );
+    let memory = "{ .shared .align 8 .b8 sh[256]; .reg .b32 %at; mov.u32 %at, %tid.x; mul.lo.u32 %at, %at, 8; st.shared.f32 [%at], %a; ld.shared.f32 %d, [%at]; }";
+    table(memory, "b64", &["b64"], &[(&[0xffff_ffff_3f80_0000], 0x3f80_0000)]);
+}
+
+#[test]
+fn registers_that_a_type_does_not_fit() {
+    for (register, instruction) in [
+        ("f32", "ld.global.u32 %x, [%out];"),
+        ("f64", "ld.global.f32 %x, [%out];"),
+        ("u64", "ld.global.f32 %x, [%out];"),
+        ("u32", "st.global.f32 [%out], %x;"),
+        ("b16", "ld.global.b32 %x, [%out];"),
+        ("f16", "ld.global.u16 %x, [%out];"),
+        ("b32", "cvt.rn.bf16.f32 %x, %f0;"),
+        ("b64", "cvt.rn.bf16x2.f32 %x, %f0, %f1;"),
+        ("b32", "cvt.rn.satfinite.e4m3x2.f32 %x, %f0, %f1;"),
+        ("b64", "cvt.rna.tf32.f32 %x, %f0;"),
+        ("u32", "cvt.rn.f32.s32 %x, %r0;"),
+        ("f32", "cvt.rn.f16.f32 %x, %f0;"),
+    ] {
+        let body = format!("{PROLOGUE} .reg .{register} %x; {instruction} ret;");
+        let error = lower(&module(1, "", &body)).expect_err(instruction).to_string();
+        assert!(error.contains("a register"), "{register}, {instruction}: {error}");
+    }
 }

@@ -133,3 +133,31 @@ fn launches_that_do_not_fit() {
     let fault = softcuda::exec::launch(&launch).unwrap_err();
     assert!(fault.message.contains("0 bytes of parameters"), "{fault}");
 }
+
+#[test]
+fn a_refusal_names_line_text_and_section() {
+    for (body, section) in [
+        ("tex.2d.v4.f32.s32 {%r0, %r1, %r2, %r3}, [s, {%r0, %r1}];", "9.7.10, Texture Instructions"),
+        ("suld.b.2d.b32.trap %r0, [s, {%r0, %r1}];", "9.7.11, Surface Instructions"),
+        ("vadd.s32.s32.s32 %r0, %r1, %r2;", "9.7.18, Video Instructions"),
+        ("wmma.mma.sync.aligned.row.col.m16n16k16.f32.f32 %r0, %r1, %r2, %r3;", "9.7.14, Warp Level Matrix"),
+        ("tcgen05.wait::ld.sync.aligned;", "9.7.16, TensorCore 5th Generation"),
+        ("cp.async.bulk.tensor.2d.im2col [%rd0], [%rd1];", "9.7.9, Data Movement and Conversion"),
+        ("call nothing;", "9.7.12, Control Flow"),
+        ("setmaxnreg.inc.sync.aligned.u32 20;", "9.7.19, Miscellaneous"),
+        ("add.u32 %r0, %nowhere, 1;", "9.7.1, Integer Arithmetic"),
+        ("atom.global.add.s64 %rd0, [%rd1], %rd2;", "9.7.13, Parallel Synchronization"),
+    ] {
+        let text = error(body).to_string();
+        let (start, end) = ("line 8: ", format!("in `{body}` (PTX ISA {section}"));
+        assert!(text.starts_with(start) && text.contains(&end), "{text}");
+    }
+    // What is no instruction has no section, and directives have theirs.
+    let text = error("nonsense.u32 %r0, %r1;").to_string();
+    assert!(text.ends_with("in `nonsense.u32 %r0, %r1;`"), "{text}");
+    let refused = |text: &str| lower(text).unwrap_err().to_string();
+    let text = refused(".version 8.6\n.target sm_90\n.visible .entry k()\n.maxntid 2048\n{ ret; }\n");
+    assert!(text.contains("(PTX ISA 11.4, Performance-Tuning Directives)"), "{text}");
+    let text = refused(".version 7.0\n.target sm_90\n.visible .entry k() { ret; }\n");
+    assert!(text.starts_with("line 2: ") && text.contains("in `.target sm_90` (PTX ISA 11.1, "), "{text}");
+}

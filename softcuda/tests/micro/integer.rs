@@ -187,6 +187,42 @@ fn carry_chains() {
 }
 
 #[test]
+fn one_condition_code_for_sums_and_differences() {
+    // As `ptxas` compiles them for sm_75 to sm_120 (9.7.2): the carry out of a + !b + 1.
+    for (ty, w, ones) in
+        [("u32", "b32", u64::from(u32::MAX)), ("u64", "b64", u64::MAX), ("s32", "b32", u64::from(u32::MAX))]
+    {
+        let v: &[u64] = &[0, 1, 2, ones - 1, ones, ones / 2, ones / 2 + 1];
+        let keep = |x: u128| x as u64 & ones;
+        let carry = |x: u128| u128::from(x > u128::from(ones));
+        let not = |x: u64| u128::from(!x & ones);
+        let wide = u128::from;
+        sweep(&format!("sub.cc.{ty} %a, %a, %b; addc.{ty} %d, 0, 0;"), w, &[w, w], &[v, v], |x| {
+            u64::from(x[0] >= x[1])
+        });
+        sweep(&format!("add.cc.{ty} %a, %a, %b; subc.{ty} %d, %a, %b;"), w, &[w, w], &[v, v], |x| {
+            let sum = wide(x[0]) + wide(x[1]);
+            keep(wide(keep(sum)) + not(x[1]) + carry(sum))
+        });
+        sweep(
+            &format!("sub.cc.{ty} %a, %a, %b; addc.cc.{ty} %a, %a, %b; subc.{ty} %d, %a, 0;"),
+            w,
+            &[w, w],
+            &[v, v],
+            |x| {
+                let first = wide(x[0]) + not(x[1]) + 1;
+                let second = wide(keep(first)) + wide(x[1]) + carry(first);
+                keep(wide(keep(second)) + not(0) + carry(second))
+            },
+        );
+        sweep(&format!("sub.cc.{ty} %a, %a, %b; madc.lo.{ty} %d, %a, %b, 3;"), w, &[w, w], &[v, v], |x| {
+            let first = wide(x[0]) + not(x[1]) + 1;
+            keep(wide(keep(first)).wrapping_mul(wide(x[1])) + 3 + carry(first))
+        });
+    }
+}
+
+#[test]
 fn pairs_with_relu() {
     let v: &[u64] = &[0x0001_ffff, 0x8000_7fff, 0x0005_0003, 0xfff0_0000];
     for (op, host) in [("min", i16::min as fn(i16, i16) -> i16), ("max", i16::max)] {

@@ -313,6 +313,7 @@ fn fences_and_grid_dependencies_are_accepted() {
         fence.proxy.async::generic.release.sync_restrict::shared::cta.cluster; membar.proxy.alias;
         griddepcontrol.launch_dependents; griddepcontrol.wait; st.global.u32 [%out], 1;";
     assert_eq!(Hopper::default().per_thread(body, &[map.address]).unwrap(), [1; 32]);
-    let f = Hopper::default().fault("fence.proxy.tensormap::generic.acquire.gpu [%out+4096], 128;", &[]);
-    assert_eq!(f.kind, FaultKind::IllegalAddress, "{f}");
+    // No memory is touched at the address.
+    let body = "fence.proxy.tensormap::generic.acquire.gpu [%out+4096], 128; st.global.u32 [%out], 1;";
+    assert_eq!(Hopper::default().per_thread(body, &[]).unwrap(), [1; 32]);
 }

@@ -290,3 +290,31 @@ fn parameters_by_register_and_generic_address() {
     );
     assert_eq!(got, [0]);
 }
+
+#[test]
+fn what_takes_an_address_without_touching_memory() {
+    // A fence and a hint dereference nothing (9.7.9.14 to 9.7.9.19, 9.7.13.4), and of a source of no bytes nothing is read.
+    for address in
+        ["mov.b64 %rd1, 0;", "mov.b64 %rd1, 0xffffffffffff00;", "mov.u64 %rd1, sh; cvta.shared.u64 %rd1, %rd1;"]
+    {
+        for instruction in [
+            "fence.proxy.tensormap::generic.acquire.gpu [%rd1], 128;",
+            "fence.proxy.tensormap::generic.acquire.sys [%rd1], 128;",
+            "prefetch.L1 [%rd1];",
+            "prefetch.global.L2::evict_last [%rd1];",
+            "prefetch.tensormap [%rd1];",
+            "prefetchu.L1 [%rd1];",
+            "discard.global.L2 [%rd1], 128;",
+            "applypriority.global.L2::evict_normal [%rd1], 128;",
+            "createpolicy.range.global.L2::evict_last.b64 %rd2, [%rd1], 128, 128;",
+            "cp.async.bulk.prefetch.L2.global [%rd1], 128;",
+            "cp.async.ca.shared.global [sh], [%rd1], 16, 0; cp.async.wait_all;",
+            "setp.eq.u32 %p, %lane, %lane; cp.async.cg.shared.global [sh], [%rd1], 16, %p; cp.async.wait_all;",
+            "isspacep.global %p, %rd1;",
+            "cvta.to.global.u64 %rd2, %rd1;",
+        ] {
+            let body = format!(".shared .align 128 .b8 sh[128]; {address} {instruction} st.global.u32 [%out], 7;");
+            assert_eq!(Run::default().per_thread(&body), [7; 32], "{address} {instruction}");
+        }
+    }
+}

@@ -2,28 +2,16 @@
 //! `cudarc` on copies of the buffers that its parameters name, and must leave the same bytes in them.
 //!
 //! `MOE_DEVICE=cuda` asks for it, `MOE_DEVICE=soft` forbids it, and without either it happens where a driver is present.
-//! Not compared: approximate functions, which only have error bounds, and what is the device's own choice.
+//! `SOFTCUDA_DIFFERENCES=FILE` lists what differs, one line each, and goes on. Not compared: approximate functions, which only have error bounds, and what is the device's own choice.
 
-use std::sync::{Arc, LazyLock};
-
-use cudarc::driver::{CudaContext, DevicePtr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{DevicePtr, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
 
 use crate::device::Run;
+use crate::nvidia::{context, difference, differs};
 
 /// Words of programs whose results differ from device to device.
 const OWN: [&str; 7] = [".approx", "%clock", "%globaltimer", "%smid", "%nsmid", "%gridid", "_smem_size"];
-
-fn context() -> Option<&'static Arc<CudaContext>> {
-    static CONTEXT: LazyLock<Option<Arc<CudaContext>>> = LazyLock::new(|| {
-        let asked = std::env::var("MOE_DEVICE").unwrap_or_default();
-        // SAFETY: loads the driver's library, as any use of cudarc does.
-        let present = asked != "soft" && unsafe { cudarc::driver::sys::is_culib_present() };
-        assert!(present || asked != "cuda", "MOE_DEVICE=cuda, but no driver loads");
-        present.then(|| CudaContext::new(0).expect("the driver has a device"))
-    });
-    CONTEXT.as_ref()
-}
 
 /// Whether there is a driver to compare with.
 pub fn present() -> bool {
@@ -38,7 +26,10 @@ pub fn compare(text: &str, run: &Run, params: &[u64], before: &[(usize, Vec<u8>)
         return;
     }
     let stream = context.default_stream();
-    let module = context.load_module(Ptx::from_src(text)).unwrap_or_else(|e| panic!("the driver refuses: {e}\n{text}"));
+    let module = match context.load_module(Ptx::from_src(text)) {
+        Ok(module) => module,
+        Err(error) => return differs(&format!("the driver refuses the program: {error}"), text),
+    };
     let function = module.load_function("k").expect("the kernel is there");
     let copies: Vec<_> = before.iter().map(|(_, bytes)| stream.clone_htod(bytes).expect("device memory")).collect();
     let mut values = params.to_vec();
@@ -53,9 +44,14 @@ pub fn compare(text: &str, run: &Run, params: &[u64], before: &[(usize, Vec<u8>)
     });
     // SAFETY: the same program has just run on the executor, which checks every access.
     let launched = unsafe { if run.cooperative { launch.launch_cooperative(config) } else { launch.launch(config) } };
-    launched.unwrap_or_else(|e| panic!("the driver does not launch: {e}\n{text}"));
-    for (copy, want) in copies.iter().zip(after) {
+    if let Err(error) = launched {
+        return differs(&format!("the driver does not launch: {error}"), text);
+    }
+    for ((copy, want), (index, _)) in copies.iter().zip(after).zip(before) {
+        // A fault ends the context, and with it whatever else this process would compare.
         let got = stream.clone_dtoh(copy).unwrap_or_else(|e| panic!("on the driver: {e}\n{text}"));
-        assert_eq!(&got, want, "the driver's result differs from the executor's\n{text}");
+        if let Some(words) = difference(&got, want) {
+            differs(&format!("buffer of p{index}: {words}"), text);
+        }
     }
 }

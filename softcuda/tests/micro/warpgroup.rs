@@ -70,6 +70,11 @@ ret;
     }
 
     pub fn watched(&self, text: &str, watches: Vec<Arc<dyn Watch>>) -> Result<Vec<u32>, Fault> {
+        self.configured(text, |config| config.watches = watches)
+    }
+
+    /// As [`Program64::run_text`], with another configuration.
+    pub fn configured(&self, text: &str, change: impl FnOnce(&mut Config)) -> Result<Vec<u32>, Fault> {
         let program = lower(text).unwrap_or_else(|e| panic!("{e}\n{text}"));
         let mut image = self.image.clone();
         image.resize(image.len().next_multiple_of(4).max(16), 0);
@@ -88,15 +93,15 @@ ret;
         }
         params.extend((image.len() as u32).to_le_bytes());
         params.extend(u32::from(self.scale).to_le_bytes());
-        let config = Config {
+        let mut config = Config {
             threads: 1,
             seed: self.seed,
             isa: self.isa,
-            watches,
             compute_capability: (9, 0),
             timeout: Some(std::time::Duration::from_secs(20)),
             ..Config::default()
         };
+        change(&mut config);
         launch(&Launch {
             kernel: &program.kernels[0],
             grid: [1; 3],

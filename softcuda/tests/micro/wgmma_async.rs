@@ -230,7 +230,7 @@ fn registers_move_between_warpgroups() {
     assert!(f.kind == FaultKind::Deadlock && f.message.contains("setmaxnreg.inc"), "{f}");
     let f = registers("setmaxnreg.dec.sync.aligned.u32 176;").unwrap_err();
     assert!(f.kind == FaultKind::IllegalInstruction && f.message.contains("168 registers"), "{f}");
-    let f = registers("setmaxnreg.inc.sync.aligned.u32 160;").unwrap_err();
+    let f = registers("setmaxnreg.inc.sync.aligned.u32 160; setmaxnreg.inc.sync.aligned.u32 168;").unwrap_err();
     assert!(f.kind == FaultKind::IllegalInstruction && f.message.contains("168 registers"), "{f}");
     let apart = "setp.eq.u32 %p, %warp, 1; @%p bra B; setmaxnreg.dec.sync.aligned.u32 64; bra C; B: setmaxnreg.dec.sync.aligned.u32 72; C:";
     let f = registers(apart).unwrap_err();
@@ -249,4 +249,73 @@ fn registers_move_between_warpgroups() {
     .unwrap();
     // Without a bound at launch it has no effect.
     Program64 { threads: 384, ..program("setmaxnreg.inc.sync.aligned.u32 256;") }.run().unwrap();
+}
+
+/// Whether threads of a block may increase their registers to `count`, which needs no more than the block was launched with.
+fn increases(threads: u32, directives: &str, count: u32) -> bool {
+    let p = Program64 { threads, ..program(&format!("setmaxnreg.inc.sync.aligned.u32 {count};")) };
+    let text = p.text().replace(".param .u32 scale)", &format!(".param .u32 scale) {directives}"));
+    match p.run_text(&text) {
+        Ok(_) => true,
+        Err(f) => {
+            assert_eq!(f.kind, FaultKind::Deadlock, "{f}");
+            false
+        }
+    }
+}
+
+#[test]
+fn registers_at_entry_are_those_that_ptxas_gives() {
+    // What `ptxas -v` says for `.maxntid T .minnctapersm B` with an increase to 248, and for `.maxnreg`.
+    for (threads, blocks, registers) in [
+        (128, 1, 248),
+        (256, 1, 248),
+        (384, 1, 168),
+        (512, 1, 128),
+        (640, 1, 96),
+        (768, 1, 80),
+        (1024, 1, 64),
+        (128, 2, 248),
+        (256, 2, 128),
+        (384, 2, 80),
+        (512, 2, 64),
+        (128, 3, 168),
+        (256, 3, 80),
+        (384, 3, 56),
+        (512, 3, 40),
+        (128, 5, 96),
+        (256, 5, 48),
+    ] {
+        let directives = format!(".maxntid {threads} .minnctapersm {blocks}");
+        assert!(increases(threads, &directives, registers), "{directives} to {registers}");
+        assert_eq!(increases(threads, &directives, 248), registers == 248, "{directives} to 248");
+        assert!(
+            registers == 248 || !increases(threads, &directives, registers + 8),
+            "{directives} to {}",
+            registers + 8
+        );
+    }
+    for (directives, registers) in [
+        (".maxnreg 100", 104),
+        (".maxnreg 128", 128),
+        (".maxnreg 20", 24),
+        (".maxnreg 100 .maxntid 128 .minnctapersm 1", 104),
+    ] {
+        assert!(increases(128, directives, registers), "{directives}");
+        assert!(!increases(128, directives, registers + 8), "{directives}");
+    }
+    // Warps are spread over four partitions: five are as many as eight, nine as twelve.
+    for (directives, registers) in [
+        (".maxntid 160 .minnctapersm 2", 168),
+        (".maxntid 257 .minnctapersm 3", 72),
+        (".maxntid 544 .minnctapersm 1", 96),
+    ] {
+        assert!(increases(128, directives, registers), "{directives}");
+        assert!(!increases(128, directives, registers + 8), "{directives}");
+    }
+    // The count at entry is not known: the instruction has no effect.
+    for directives in [".maxntid 128", ".maxntid 1024 .minnctapersm 3", ".maxnreg 256"] {
+        assert!(increases(128, directives, 256), "{directives}");
+    }
+    assert!(increases(128, ".maxnreg 255", 256));
 }

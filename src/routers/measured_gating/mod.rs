@@ -82,10 +82,10 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, MeasuredGate};
-use crate::routers::gating::{self, GatingDesc, Routing};
+use crate::routers::gating::{self, GatingDesc, Routing, RuleWords};
 use crate::rules::{BalanceRule, LossScore, Score};
 use crate::runtime::builder::settings;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::MeasuredGatingParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
@@ -202,7 +202,7 @@ pub fn forward(
     let choices = tokens * top_k;
     let logits = scope.read("logits", args.logits, tokens * experts, SCALAR)?;
     gating::check_correction_bias(OPERATION, &desc.gating.gating, args.correction_bias.is_some())?;
-    let bias = scope.read_some("correction_bias", args.correction_bias, experts, VECTOR)?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, experts, SCALAR)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let log_sum_exp = scope.write_some("log_sum_exp", args.log_sum_exp, tokens, SCALAR)?;
@@ -278,7 +278,7 @@ fn enqueue(
 ) -> Result<(), Error> {
     let gating = &desc.gating;
     let parts = Parts::new(desc, scope.kernels.device());
-    let [mut flags, groups, groups_kept] = gating::rule_words(&gating.gating);
+    let RuleWords { mut flags, groups, groups_kept, scale, epsilon } = RuleWords::new(&gating.gating);
     if desc.rule.first_choice_only {
         flags |= FIRST_CHOICE_ONLY;
     }
@@ -302,7 +302,8 @@ fn enqueue(
             groups,
             groups_kept,
             flags,
-            scale: gating.gating.scale,
+            scale,
+            epsilon,
             log_sum_exp: at.log_sum_exp.into(),
             probabilities: at.probabilities.into(),
             tokens_per_sequence: parts.sequence as u32,

@@ -2,18 +2,27 @@
 
 use super::*;
 
+/// What the sum of a token's weights is at least, by the model's code. The sum of softmax scores is below it only where a bias
+/// chooses experts that have next to no score.
+const NORM_MIN: f64 = 1e-12;
+
 pub const FAMILY: Family = Family {
     model_types: &["ernie4_5_moe"],
     stacks: &[decoder(sparse)],
     block: |config, _| {
-        if config.flag("use_bias", false)? {
-            return Err(HfError::config("use_bias", "is true: biases of separate experts are not read"));
+        config.require_flag("use_bias", false, "biases of separate experts are not read")?;
+        config.require_text("moe_gate", "topk")?;
+        if config.number("moe_norm_min", NORM_MIN)? > NORM_MIN {
+            return Err(HfError::config("moe_norm_min", format!("is above {NORM_MIN:e}: sums are not bounded below")));
         }
+        let gating = Gating::new(Score::Softmax).renormalise(Some(Renormalise::AtLeast(NORM_MIN as f32)));
         let intermediate = config.size("moe_intermediate_size")?;
-        let experts = config.size("moe_num_experts")?;
-        let layer = gated_layer(config, intermediate, experts, config.size("moe_k")?, softmax(true))?;
+        let (experts, top_k) = experts_and_top_k(config, &["moe_num_experts"], &["moe_k"])?;
+        let layer = gated_layer(config, intermediate, experts, top_k, gating)?;
+        // Without it the model's own code has no bias.
+        let corrected = config.flag("moe_use_aux_free", true)?;
         let block = BlockSpec {
-            correction_bias: Some("moe_statics.e_score_correction_bias"),
+            correction_bias: corrected.then_some("moe_statics.e_score_correction_bias"),
             ..plain_block(layer, PROJECTIONS)
         };
         with_shared_experts(config, intermediate, "moe_num_shared_experts", block)

@@ -7,17 +7,21 @@ pub const FAMILY: Family = Family {
     model_types: &["gpt_oss"],
     stacks: &[decoder(every_layer)],
     block: |config, _| {
-        let experts = config.size_of(&["num_local_experts", "num_experts"])?;
-        let top_k = config.size_of(&["num_experts_per_tok", "experts_per_token"])?;
+        let (experts, top_k) = experts_and_top_k(
+            config,
+            &["num_local_experts", "num_experts"],
+            &["num_experts_per_tok", "experts_per_token"],
+        )?;
+        if activation(config, "hidden_act", "silu")? != Activation::Silu {
+            return Err(HfError::config("hidden_act", "is not \"silu\", which the clamped unit is made of"));
+        }
         let activation = Activation::ClampedSwiglu {
             alpha: config.number("swiglu_alpha", 1.702)? as f32,
             limit: config.number("swiglu_limit", 7.0)? as f32,
         };
         let gating = Gating::new(Score::TopkSoftmax);
-        let layer = LayerDesc {
-            mlp: Mlp { activation, ..Mlp::GPT_OSS },
-            ..gated_layer(config, config.size("intermediate_size")?, experts, top_k, gating)?
-        };
+        let layer = gated_layer(config, config.size("intermediate_size")?, experts, top_k, gating)?
+            .mlp(Mlp::gpt_oss(Dtype::F32).activation(activation));
         Ok(BlockSpec {
             router: "router.weight",
             router_bias: Some("router.bias"),

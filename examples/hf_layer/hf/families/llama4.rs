@@ -16,12 +16,13 @@ pub const FAMILY: Family = Family {
     }],
     block: |config, _| {
         let intermediate = config.size("intermediate_size")?;
-        let experts = config.size_of(&["num_local_experts", "num_experts"])?;
-        let top_k = config.size("num_experts_per_tok")?;
+        let (experts, top_k) =
+            experts_and_top_k(config, &["num_local_experts", "num_experts"], &["num_experts_per_tok"])?;
         let mut layer = gated_layer(config, intermediate, experts, top_k, Gating::new(Score::Sigmoid))?;
         layer.weighting = Weighting::Input;
         layer.shared = shared_expert(intermediate, layer.mlp);
-        layer.mlp = Mlp { gate_up_layout: Layout::Kn, down_layout: Layout::Kn, ..layer.mlp };
+        layer.mlp.gate_up.layout = Layout::Kn;
+        layer.mlp.down.layout = Layout::Kn;
         Ok(BlockSpec {
             router: "router.weight",
             experts: Experts::Packed {

@@ -11,10 +11,12 @@ pub const FAMILY: Family = Family {
         sparse: every_layer,
     }],
     block: |config, _| {
-        let experts = config.size_of(&["num_local_experts", "num_experts"])?;
-        let top_k = config.size("num_experts_per_tok")?;
+        let (experts, top_k) =
+            experts_and_top_k(config, &["num_local_experts", "num_experts"], &["num_experts_per_tok"])?;
         let gating = Gating::new(scoring(config)?).renormalised();
         let layer = gated_layer(config, config.size("intermediate_size")?, experts, top_k, gating)?;
-        Ok(BlockSpec { correction_bias: Some("e_score_correction_bias"), unordered: true, ..plain_block(layer, W123) })
+        let corrected = config.flag("use_routing_bias", true)?;
+        let correction_bias = corrected.then_some("e_score_correction_bias");
+        Ok(BlockSpec { correction_bias, unordered: true, ..plain_block(layer, W123) })
     },
 };

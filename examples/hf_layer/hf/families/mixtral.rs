@@ -11,8 +11,8 @@ pub const FAMILY: Family = Family {
         sparse: every_layer,
     }],
     block: |config, _| {
-        let experts = config.size_of(&["num_local_experts", "num_experts"])?;
-        let top_k = config.size("num_experts_per_tok")?;
+        let (experts, top_k) =
+            experts_and_top_k(config, &["num_local_experts", "num_experts"], &["num_experts_per_tok"])?;
         let layer = gated_layer(config, config.size("intermediate_size")?, experts, top_k, softmax(true))?;
         Ok(plain_block(layer, W123))
     },

@@ -1,9 +1,8 @@
 //! The families, one file each, and what several of them share.
 
+use moe_kernels::Dtype;
 use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc};
-use moe_kernels::rules::Activation;
-use moe_kernels::rules::Dtype;
-use moe_kernels::rules::{Gating, GroupScore, Groups, Score};
+use moe_kernels::rules::{Activation, Gating, Groups, Renormalise, Score};
 
 use super::config::Config;
 use super::error::HfError;
@@ -11,6 +10,7 @@ use super::family::{BlockSpec, Experts, Family, Matrices, Stack};
 
 mod deepseek_v3;
 mod ernie4_5_moe;
+mod foreign;
 mod glm4_moe;
 mod gpt_oss;
 mod granitemoe;
@@ -36,6 +36,13 @@ pub const ALL: [Family; 12] = [
     ernie4_5_moe::FAMILY,
     hunyuan_v1_moe::FAMILY,
 ];
+
+/// How transformers' modules hold the experts of all families that have a tensor for each expert on the hub: one tensor for all,
+/// `[E,2I,H]` with the gate's rows first, and `[E,H,I]`. Some programs write checkpoints in this form.
+pub const MODULE_EXPERTS: Experts =
+    Experts::Packed { gate_up: "experts.gate_up_proj", gate_up_bias: None, down: "experts.down_proj", down_bias: None };
+
+pub use foreign::refuse as refuse_foreign_keys;
 
 /// The family of a configuration.
 pub fn of(config: &Config) -> Result<Family, HfError> {
@@ -87,9 +94,40 @@ fn gated_layer(
     top_k: usize,
     gating: Gating,
 ) -> Result<LayerDesc, HfError> {
-    let mlp = Mlp { activation: activation(config, "hidden_act", "silu")?, ..Mlp::SWIGLU };
+    let mlp = Mlp::swiglu(Dtype::F32).activation(activation(config, "hidden_act", "silu")?);
+    require_groups(experts, top_k, &gating)?;
     let hidden = config.size("hidden_size")?;
-    Ok(LayerDesc { gating, mlp, ..LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k) })
+    Ok(LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k).gating(gating).mlp(mlp))
+}
+
+/// How many experts there are and how many a token gets, each by its spellings.
+fn experts_and_top_k(config: &Config, experts: &[&str], top_k: &[&str]) -> Result<(usize, usize), HfError> {
+    let counts = (config.size_of(experts)?, config.size_of(top_k)?);
+    require_enough((config.spelling(experts), counts.0), (config.spelling(top_k), counts.1))?;
+    Ok(counts)
+}
+
+/// Fails where a token gets more experts than there are, each given by its key and value.
+fn require_enough((experts_key, experts): (&str, usize), (key, top_k): (&str, usize)) -> Result<(), HfError> {
+    if top_k <= experts {
+        return Ok(());
+    }
+    Err(HfError::config(key, format!("is {top_k}, expected at most `{experts_key}`, which is {experts}")))
+}
+
+/// Fails where the groups do not divide the experts, or those that are kept have too few.
+fn require_groups(experts: usize, top_k: usize, gating: &Gating) -> Result<(), HfError> {
+    let Some(Groups { count, kept, .. }) = gating.groups else { return Ok(()) };
+    if !experts.is_multiple_of(count) || experts / count < 2 {
+        let reason = format!("is {count}, expected a number that divides {experts} experts into groups of 2 or more");
+        return Err(HfError::config("n_group", reason));
+    }
+    if !(1..=count).contains(&kept) || kept * (experts / count) < top_k {
+        let size = experts / count;
+        let reason = format!("is {kept} of {count} groups of {size} experts: from them {top_k} are chosen");
+        return Err(HfError::config("topk_group", reason));
+    }
+    Ok(())
 }
 
 /// A block with a router `gate.weight` and separate experts, and nothing else.
@@ -128,24 +166,24 @@ fn with_shared_experts(
 }
 
 fn shared_expert(intermediate: usize, mlp: Mlp) -> Option<SharedDesc> {
-    (intermediate > 0).then_some(SharedDesc { intermediate, mlp })
+    (intermediate > 0).then_some(SharedDesc::new(intermediate, mlp))
 }
 
 /// Softmax over all experts, renormalised or not.
 fn softmax(renormalise: bool) -> Gating {
-    Gating { renormalise, ..Gating::new(Score::Softmax) }
+    Gating::new(Score::Softmax).renormalise(renormalise.then_some(Renormalise::Plus(0.0)))
 }
 
 /// Sigmoid with groups and scaling, as DeepSeek-V3 and GLM-4.5 configure it.
 fn grouped_sigmoid(config: &Config, groups: usize, kept: usize, scale: f64) -> Result<Gating, HfError> {
+    config.require_text("topk_method", "noaux_tc")?;
     let count = config.count("n_group")?.unwrap_or(groups);
     let kept = config.count("topk_group")?.unwrap_or(kept);
-    Ok(Gating {
-        renormalise: config.flag("norm_topk_prob", true)?,
-        scale: config.number("routed_scaling_factor", scale)? as f32,
-        groups: (count > 1).then_some(Groups { count, kept, score: GroupScore::TopTwo }),
-        ..Gating::new(scoring(config)?)
-    })
+    let renormalise = config.flag("norm_topk_prob", true)?;
+    let gating = Gating::new(scoring(config)?)
+        .renormalise(renormalise.then_some(Renormalise::Plus(1e-20)))
+        .scale(config.number("routed_scaling_factor", scale)? as f32);
+    Ok(gating.groups((count > 1).then_some(Groups::new(count, kept))))
 }
 
 fn scoring(config: &Config) -> Result<Score, HfError> {
@@ -158,11 +196,16 @@ fn scoring(config: &Config) -> Result<Score, HfError> {
 
 /// The names of transformers' `ACT2FN`.
 fn activation(config: &Config, key: &str, default: &str) -> Result<Activation, HfError> {
-    match config.text(key, default)? {
-        "silu" | "swish" => Ok(Activation::Silu),
-        "gelu" => Ok(Activation::Gelu),
-        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
-        "relu" => Ok(Activation::Relu),
-        other => Err(HfError::config(key, format!("is {other:?}, an activation that no kernel has"))),
+    let name = config.text(key, default)?;
+    activation_named(name).ok_or_else(|| HfError::config(key, format!("is {name:?}, an activation that no kernel has")))
+}
+
+fn activation_named(name: &str) -> Option<Activation> {
+    match name {
+        "silu" | "swish" => Some(Activation::Silu),
+        "gelu" | "gelu_python" => Some(Activation::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Some(Activation::GeluTanh),
+        "relu" => Some(Activation::Relu),
+        _ => None,
     }
 }

@@ -6,8 +6,8 @@ pub const FAMILY: Family = Family {
     model_types: &["qwen3_moe"],
     stacks: &[decoder(sparse)],
     block: |config, _| {
-        let experts = config.size_of(&["num_experts", "num_local_experts"])?;
-        let top_k = config.size("num_experts_per_tok")?;
+        let (experts, top_k) =
+            experts_and_top_k(config, &["num_experts", "num_local_experts"], &["num_experts_per_tok"])?;
         let gating = softmax(config.flag("norm_topk_prob", false)?);
         let layer = gated_layer(config, config.size("moe_intermediate_size")?, experts, top_k, gating)?;
         Ok(plain_block(layer, PROJECTIONS))

@@ -25,13 +25,18 @@ pub const FAMILY: Family = Family {
     ],
     block: |config, _| {
         let (hidden, intermediate) = (config.size("d_model")?, config.size("d_ff")?);
-        let capacity = Capacity { per_expert: config.size("expert_capacity")?, tokens_per_sequence: 1, padded: false };
-        let layer = LayerDesc {
-            gating: softmax(false),
-            capacity: Some(capacity),
-            mlp: Mlp { activation: activation(config, "dense_act_fn", "relu")?, ..Mlp::RELU },
-            ..LayerDesc::new(Dtype::F32, hidden, intermediate, config.size("num_experts")?, 1)
-        };
+        let capacity = Capacity::new(config.size("expert_capacity")?, 1);
+        config.require_flag("is_gated_act", false, "this family's experts have no gate")?;
+        // The name of T5's configurations; the model's code asks for `dense_act_fn`.
+        let act = config.text("dense_act_fn", "relu")?;
+        let named = config.text("feed_forward_proj", act)?;
+        if named != act {
+            return Err(HfError::config("feed_forward_proj", format!("is {named:?}, and `dense_act_fn` is {act:?}")));
+        }
+        let layer = LayerDesc::new(Dtype::F32, hidden, intermediate, config.size("num_experts")?, 1)
+            .gating(softmax(false))
+            .capacity(Some(capacity))
+            .mlp(Mlp::relu(Dtype::F32).activation(activation(config, "dense_act_fn", "relu")?));
         Ok(BlockSpec {
             router: "router.classifier.weight",
             router_bias: config.flag("router_bias", false)?.then_some("router.classifier.bias"),

@@ -3,6 +3,8 @@
 #[cfg(target_os = "linux")]
 mod arguments;
 #[cfg(target_os = "linux")]
+mod folder;
+#[cfg(target_os = "linux")]
 mod run;
 
 use std::process::ExitCode;
@@ -29,8 +31,9 @@ Options of run:
                    what the modelled L2 cache holds when a launch begins: cold (the default): nothing; warm: what the same launch,
                    run once before, has left; carried: what earlier launches have left
 
-Exit codes: the program's own; 97 if it ends well but a checker found something; 128 plus the number of the signal that
-ended it; 125 if the software device cannot be set up, 126 if the program cannot be run, 127 if there is no such program.
+Exit codes: the program's own; 97 if it ends well but a checker found something, 98 if it ends well but its profile could not
+be written; 128 plus the number of the signal that ended it; 125 if the software device cannot be set up, 126 if the program
+cannot be run, 127 if there is no such program. A program whose `softcuda run` is killed is killed with it.
 ";
 
 /// For mistakes in the command line, and where the software device cannot be set up.

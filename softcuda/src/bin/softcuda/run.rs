@@ -1,22 +1,27 @@
 //! Starting a program with the software device as its CUDA driver.
 
 use std::ffi::OsString;
-use std::os::unix::process::ExitStatusExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, ExitStatus};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::{fs, io};
 
 use crate::NOT_SET_UP;
+use crate::folder::PrivateFolder;
 
 /// A program that ends well but whose checkers found something ends with this.
 const FINDINGS: u8 = 97;
 
-/// Names under which programs load the CUDA driver.
-const NAMES: [&str; 2] = ["libcuda.so.1", "libcuda.so"];
+/// A program that ends well but whose profile could not be written ends with this.
+const NO_PROFILE: u8 = 98;
 
 /// Where the driver appends its findings, one after another.
 const FINDINGS_VARIABLE: &str = "SOFTCUDA_FINDINGS";
+
+/// Where it counts findings, profiles to be written and profiles written: three `u64`.
+const TALLY_VARIABLE: &str = "SOFTCUDA_TALLY";
+const TALLY_BYTES: usize = 24;
 
 /// A program to run, and what the driver is told in its environment.
 #[derive(Debug)]
@@ -55,16 +60,22 @@ impl Run {
         self.check_settings()?;
         let folder = PrivateFolder::with_driver(&softcuda::library()?).map_err(RunError::Folder)?;
         let findings = folder.path.join("findings");
+        let tally = folder.path.join("tally");
+        // Its room is taken now: counting needs none later.
+        fs::write(&tally, [0; TALLY_BYTES]).map_err(RunError::Folder)?;
         let mut command = std::process::Command::new(&self.program);
         command.args(&self.arguments).env("LD_LIBRARY_PATH", folder.library_path());
-        command.env(FINDINGS_VARIABLE, &findings);
+        command.env(FINDINGS_VARIABLE, &findings).env(TALLY_VARIABLE, &tally);
+        end_with_this_process(&mut command);
         command.envs(self.settings.iter().map(|(variable, value)| (variable, value)));
         forward_signals();
         let child = command
             .spawn()
             .map_err(|error| RunError::Program { program: self.program.to_string_lossy().into_owned(), error })?;
         let status = wait(child).map_err(RunError::Folder)?;
-        Ok(exit_code(status, fs::metadata(&findings).is_ok_and(|file| file.len() > 0)))
+        let told = fs::metadata(&findings).is_ok_and(|file| file.len() > 0);
+        let [found, due, written] = read_tally(&tally).map_err(RunError::Folder)?;
+        Ok(exit_code(status, told || found > 0, due > written))
     }
 
     /// Has the driver's own reading of the settings look at them before anything is started.
@@ -78,63 +89,43 @@ impl Run {
     }
 }
 
-fn exit_code(status: ExitStatus, findings: bool) -> u8 {
+fn read_tally(path: &Path) -> io::Result<[u64; 3]> {
+    let bytes: [u8; TALLY_BYTES] = fs::read(path)?.try_into().map_err(|_| io::ErrorKind::UnexpectedEof)?;
+    Ok([0, 8, 16].map(|at| u64::from_ne_bytes(std::array::from_fn(|byte| bytes[at + byte]))))
+}
+
+/// The program is killed when this process is, which then cannot send the signal on.
+fn end_with_this_process(command: &mut std::process::Command) {
+    let parent = std::process::id() as libc::pid_t;
+    // SAFETY: calls of the system that are allowed between fork and exec.
+    unsafe {
+        command.pre_exec(move || {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            // It may be gone already.
+            if libc::getppid() != parent {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+            Ok(())
+        });
+    }
+}
+
+fn exit_code(status: ExitStatus, findings: bool, no_profile: bool) -> u8 {
     let code = match (status.code(), status.signal()) {
         (Some(code), _) => code as u8,
         (None, Some(signal)) => 128 | signal as u8,
         (None, None) => NOT_SET_UP,
     };
-    if code == 0 && findings { FINDINGS } else { code }
-}
-
-/// A folder of this process's own in which the driver has the names that programs load it under, removed when dropped.
-///
-/// Never below `target/`: cargo puts that on the library path of all that it runs, and a `libcuda.so` there would shadow a
-/// real driver.
-struct PrivateFolder {
-    path: PathBuf,
-}
-
-impl PrivateFolder {
-    fn with_driver(library: &Path) -> io::Result<PrivateFolder> {
-        let library = library.canonicalize()?;
-        let folder = PrivateFolder { path: fresh_folder(&std::env::temp_dir().join("softcuda-run-XXXXXX"))? };
-        for name in NAMES {
-            std::os::unix::fs::symlink(&library, folder.path.join(name))?;
+    match code {
+        0 if findings => FINDINGS,
+        0 if no_profile => {
+            eprintln!("softcuda: the program ended without its profile being written");
+            NO_PROFILE
         }
-        Ok(folder)
+        code => code,
     }
-
-    /// The folder in front of what the library path holds already.
-    fn library_path(&self) -> OsString {
-        let mut path = self.path.clone().into_os_string();
-        if let Some(rest) = std::env::var_os("LD_LIBRARY_PATH").filter(|rest| !rest.is_empty()) {
-            path.push(":");
-            path.push(rest);
-        }
-        path
-    }
-}
-
-impl Drop for PrivateFolder {
-    fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.path) {
-            eprintln!("softcuda: {} remains: {error}", self.path.display());
-        }
-    }
-}
-
-/// Makes a folder that only this user can enter, its name's last six letters chosen anew.
-fn fresh_folder(pattern: &Path) -> io::Result<PathBuf> {
-    use std::os::unix::ffi::{OsStrExt, OsStringExt};
-    let mut name = pattern.as_os_str().as_bytes().to_vec();
-    name.push(0);
-    // SAFETY: a NUL-terminated, writable text.
-    if unsafe { libc::mkdtemp(name.as_mut_ptr().cast()) }.is_null() {
-        return Err(io::Error::last_os_error());
-    }
-    name.pop();
-    Ok(PathBuf::from(OsString::from_vec(name)))
 }
 
 /// The program that signals go on to, 0 before there is one.
@@ -185,9 +176,10 @@ mod tests {
     #[test]
     fn exit_codes_tell_what_happened() {
         let exited = |code: i32| ExitStatus::from_raw(code << 8);
-        assert_eq!(exit_code(exited(0), false), 0);
-        assert_eq!(exit_code(exited(0), true), FINDINGS);
-        assert_eq!(exit_code(exited(3), true), 3);
-        assert_eq!(exit_code(ExitStatus::from_raw(libc::SIGSEGV), false), 139);
+        assert_eq!(exit_code(exited(0), false, false), 0);
+        assert_eq!(exit_code(exited(0), true, true), FINDINGS);
+        assert_eq!(exit_code(exited(0), false, true), NO_PROFILE);
+        assert_eq!(exit_code(exited(3), true, true), 3);
+        assert_eq!(exit_code(ExitStatus::from_raw(libc::SIGSEGV), false, false), 139);
     }
 }

@@ -174,6 +174,12 @@ impl Accessor<'_> {
         self.against_slowly(other, me, size)
     }
 
+    /// Whether a stamp tells of a launch that nothing orders before this one.
+    #[inline(always)]
+    fn is_beside(&self, stamp: Stamp) -> bool {
+        stamp.time != 0 && !self.shared && !stamp.same_launch(self.stamp) && (self.beside)(stamp.launch())
+    }
+
     /// As `against`, for an access of another launch.
     #[inline(never)]
     fn against_launch(&self, other: Stamp, me: Stamp) -> Option<Conflict> {
@@ -234,17 +240,26 @@ impl Accessor<'_> {
     }
 }
 
+/// Launches besides the one that reads now whose reads a cell remembers.
+const MOST_OTHERS: usize = 16;
+
 /// Some bytes. `R` readers since the last write are remembered.
 #[derive(Debug, Clone)]
 pub struct Cell<const R: usize> {
     write: Stamp,
     reads: [Stamp; R],
+    /// A read of each launch that nothing orders before those in `reads`.
+    #[expect(
+        clippy::box_collection,
+        reason = "there are many cells, and few have any: a pointer is less than a vector"
+    )]
+    others: Option<Box<Vec<Stamp>>>,
     children: Option<Box<[Cell<R>]>>,
 }
 
 impl<const R: usize> Default for Cell<R> {
     fn default() -> Self {
-        Cell { write: Stamp::default(), reads: [Stamp::default(); R], children: None }
+        Cell { write: Stamp::default(), reads: [Stamp::default(); R], others: None, children: None }
     }
 }
 
@@ -273,10 +288,15 @@ impl<const R: usize> Cell<R> {
             return self.touch(size, by.stamp.with_lanes(lane, shift), by, found);
         }
         let child = child_size(size);
-        let (write, reads) = (self.write, self.reads);
+        let (write, reads, others) = (self.write, self.reads, &mut self.others);
         let children = self.children.get_or_insert_with(|| {
-            let part =
-                |i: u32| Cell { write: write.from(i * child), reads: reads.map(|r| r.from(i * child)), children: None };
+            let others = others.take();
+            let part = |i: u32| Cell {
+                write: write.from(i * child),
+                reads: reads.map(|r| r.from(i * child)),
+                others: others.clone(),
+                children: None,
+            };
             (0..size / child).map(part).collect()
         });
         for i in from / child..to.div_ceil(child) {
@@ -301,11 +321,12 @@ impl<const R: usize> Cell<R> {
             by.note(conflict, me, size, found);
         }
         if by.write {
-            for &read in &self.reads {
+            for &read in self.reads.iter().chain(self.others.iter().flat_map(|others| others.iter())) {
                 if let Some(conflict) = by.against(read, me, size) {
                     by.note(conflict, me, size, found);
                 }
             }
+            self.others = None;
             self.replace(me, by);
         } else {
             self.remember(me, by, size);
@@ -345,7 +366,19 @@ impl<const R: usize> Cell<R> {
         let place = place.or_else(|| self.reads.iter().position(|&r| by.against(r, me, size).is_none()));
         // One of the readers is forgotten: which one is as good as chance.
         let i = place.unwrap_or((me.time.wrapping_mul(0x9e37_79b9) >> 16) as usize % R);
+        if by.is_beside(self.reads[i]) {
+            self.set_aside(self.reads[i]);
+        }
         self.reads[i] = me;
         self.reads.swap(0, i);
+    }
+
+    /// Keeps a reader of another launch that later writes may have to wait for as well, the first of its launch.
+    #[cold]
+    fn set_aside(&mut self, read: Stamp) {
+        let others = self.others.get_or_insert_default();
+        if others.len() < MOST_OTHERS && !others.iter().any(|other| other.same_launch(read)) {
+            others.push(read);
+        }
     }
 }

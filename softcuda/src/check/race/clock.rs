@@ -34,6 +34,9 @@ pub struct Away {
 }
 
 impl Away {
+    /// Of nothing.
+    pub const NONE: Away = Away { entries: Vec::new(), coarse: None };
+
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty() && self.coarse.is_none()
     }

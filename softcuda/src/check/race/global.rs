@@ -50,6 +50,17 @@ impl Global {
         Arc::clone(pages.entry(number).or_insert_with(new))
     }
 
+    /// Pages of a range of addresses that anybody has touched, with their numbers.
+    pub fn touched(&self, address: u64, bytes: u64) -> Vec<(u64, Arc<Page>)> {
+        let numbers = address / PAGE..(address + bytes).div_ceil(PAGE);
+        let mut found = Vec::new();
+        for shard in &self.shards {
+            let pages = shard.read().unwrap_or_else(PoisonError::into_inner);
+            found.extend(pages.iter().filter(|(n, _)| numbers.contains(n)).map(|(&n, page)| (n, Arc::clone(page))));
+        }
+        found
+    }
+
     /// Forgets who touched a range of addresses.
     pub fn forget(&self, address: u64, bytes: u64) {
         let gone = address / PAGE..(address + bytes).div_ceil(PAGE);

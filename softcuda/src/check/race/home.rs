@@ -68,6 +68,11 @@ pub struct Warp {
     /// By level: what a fence of that level or a wider one would acquire, through strong reads before it. Carried through
     /// barriers likewise.
     pub pending: [Away; LEVELS],
+    /// Up to when each warp's initialisations of mbarrier objects are known, where `fence.mbarrier_init` and a barrier handed
+    /// them on without its other accesses; empty for none.
+    pub inits: Vec<u32>,
+    /// The warp's latest `fence.mbarrier_init`.
+    pub init_fence: u32,
     /// Asynchronous copies that have not been waited for.
     pub copies: Vec<Copy>,
     /// Groups of copies committed by each lane.
@@ -98,6 +103,16 @@ pub struct Barrier {
     pending: [Away; LEVELS],
     /// By warp: the lanes that have arrived.
     lanes: Vec<u32>,
+    /// As [`Warp::inits`].
+    inits: Vec<u32>,
+}
+
+/// Joins knowledge of initialisations, which is empty nearly always.
+fn join_inits(to: &mut Vec<u32>, from: &[u32]) {
+    if !from.is_empty() {
+        to.resize(to.len().max(from.len()), 0);
+        join(to, from);
+    }
 }
 
 impl Barrier {
@@ -110,7 +125,24 @@ impl Barrier {
             self.away.join(&w.away);
         }
         carry(&mut self.fenced, &mut self.pending, &w.fenced, &w.pending);
+        join_inits(&mut self.inits, &w.inits);
         self.lanes[index] |= mask;
+    }
+
+    /// A relaxed arrival hands on what fences before it have made ready, those of a level below `least` excepted, and with
+    /// `fence.mbarrier_init` the objects that the warp has initialised (PTX ISA 8.8, 9.7.13.4).
+    fn arrive_relaxed(&mut self, w: &Warp, index: usize, mask: u32, least: usize) {
+        self.known.resize(w.known.len(), 0);
+        self.lanes.resize(w.known.len(), 0);
+        for fenced in w.fenced[least..].iter().filter(|f| !f.is_empty()) {
+            join(&mut self.known, &fenced.times);
+            self.away.join(&fenced.away);
+            self.lanes[index] |= mask;
+        }
+        if w.init_fence != 0 {
+            self.inits.resize(w.known.len(), 0);
+            self.inits[index] = self.inits[index].max(w.init_fence);
+        }
     }
 
     fn complete(&mut self, transfers: usize, total: usize, now: u32) {
@@ -128,12 +160,14 @@ impl Barrier {
             w.away.join(&self.away);
         }
         carry(&mut w.fenced, &mut w.pending, &self.fenced, &self.pending);
+        join_inits(&mut w.inits, &self.inits);
         w.meet(mask, self.lanes[index], self.known[index]);
     }
 
     pub fn clear(&mut self) {
         self.known.fill(0);
         self.lanes.fill(0);
+        self.inits.clear();
         self.away.clear();
         self.fenced.iter_mut().for_each(Known::clear);
         self.pending.iter_mut().for_each(Away::clear);
@@ -224,6 +258,8 @@ pub struct Home {
     /// The cluster's barrier.
     pub cluster: Object,
     pub objects: HashMap<ObjectPlace, Object>,
+    /// Which warp initialised an object, and when.
+    pub inits: HashMap<ObjectPlace, (usize, u32)>,
     /// Bulk copies and arrivals of copies in flight, by their number.
     pub transfers: HashMap<u64, Transfer>,
     pub arrivals: HashMap<u64, CopyArrival>,
@@ -291,14 +327,17 @@ impl Home {
         self.blocks[rank].barriers[id].leave(&mut self.warps[warp], warp, mask);
     }
 
-    /// At the cluster's barrier; a relaxed arrival brings nothing along.
+    /// At the cluster's barrier; a relaxed arrival brings along what was fenced for the cluster or more widely.
     pub fn arrive_cluster(&mut self, warp: usize, mask: u32, release: bool) {
         let now = self.tick();
         let w = &mut self.warps[warp];
         let phase = w.cluster_arrived[mask.trailing_zeros() as usize & 31];
         super::lanes_of(mask).for_each(|i| w.cluster_arrived[i] += 1);
+        let barrier = self.cluster.phase(phase);
         if release {
-            self.cluster.phase(phase).arrive(w, warp, mask, now);
+            barrier.arrive(w, warp, mask, now);
+        } else {
+            barrier.arrive_relaxed(w, warp, mask, level(Scope::Cluster));
         }
     }
 
@@ -324,6 +363,34 @@ impl Home {
     pub fn arrive_object(&mut self, at: ObjectPlace, phase: u64, warp: usize, lane: u32) {
         let now = self.tick();
         self.objects.entry(at).or_default().phase(phase).arrive(&mut self.warps[warp], warp, 1 << lane, now);
+    }
+
+    /// A thread's relaxed arrival at an object, by a thread of its own block or of another one.
+    pub fn arrive_object_relaxed(&mut self, at: ObjectPlace, phase: u64, (warp, lane): (usize, u32), own: bool) {
+        let least = if own { 0 } else { level(Scope::Cluster) };
+        self.objects.entry(at).or_default().phase(phase).arrive_relaxed(&self.warps[warp], warp, 1 << lane, least);
+    }
+
+    /// A relaxed wait: what the arrivals brought along is there for a fence that follows.
+    pub fn wait_object_relaxed(&mut self, at: ObjectPlace, phase: u64, warp: usize, scope: Scope) {
+        let Some((_, barrier)) = self.objects.get(&at).and_then(|o| o.phases.iter().find(|(n, _)| *n == phase)) else {
+            return;
+        };
+        let (stride, warps) = (self.stride, self.warps_per_block);
+        let pending = &mut self.warps[warp].pending[level(scope)];
+        pending.publish(self.id, &barrier.known, |i| (i as u32 % stride) < warps);
+        pending.join(&barrier.away);
+    }
+
+    /// `fence.mbarrier_init.release.cluster`
+    pub fn fence_inits(&mut self, warp: usize) {
+        self.warps[warp].init_fence = self.tick();
+    }
+
+    /// Whether a warp knows of an object's initialisation, made at a time by the warp of an index, through such a fence.
+    pub fn knows_init(&self, at: ObjectPlace, warp: usize, by: (usize, u32)) -> bool {
+        let known = self.warps[warp].inits.get(by.0).copied().unwrap_or(0);
+        self.inits.get(&at) == Some(&by) && known >= by.1
     }
 
     /// A bulk copy's transactions: whoever learns of the phase knows what the copy has written.

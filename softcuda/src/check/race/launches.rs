@@ -1,17 +1,28 @@
-//! Launches that nothing orders: which they are, and what is to be said of their accesses.
+//! Launches, and copies and releases by the driver, that nothing orders: which they are, and what is to be said of their accesses.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use crate::exec::{Launch, LaunchOrder};
+use super::cell::launch_number;
+use crate::exec::{Launch, LaunchOrder, fresh_grid};
 
 /// Launches that are remembered. Older ones count as ordered before.
 const REMEMBERED: usize = 4096;
+
+/// What the driver does with memory in a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    Copy,
+    Set,
+    Free,
+}
 
 /// A launch, after it has begun.
 #[derive(Debug)]
 pub struct Earlier {
     order: Arc<LaunchOrder>,
+    /// Rather than a launch.
+    pub operation: Option<Operation>,
     pub kernel: String,
     pub lines: Arc<Vec<String>>,
     pub grid: [u32; 3],
@@ -25,6 +36,8 @@ type Kept = (HashMap<u32, Arc<Earlier>>, VecDeque<u32>);
 #[derive(Debug, Default)]
 pub struct Launches {
     inner: RwLock<Kept>,
+    /// The driver's latest operation: one that is done piece by piece has one number.
+    latest: Mutex<Option<(Arc<LaunchOrder>, Operation, u32)>>,
 }
 
 impl Launches {
@@ -34,11 +47,39 @@ impl Launches {
         let threads: u32 = launch.block.iter().product();
         let earlier = Earlier {
             order,
+            operation: None,
             kernel: launch.kernel.name.clone(),
             lines: Arc::clone(&launch.kernel.lines),
             grid: launch.grid,
             warps_per_block: threads.div_ceil(32),
         };
+        self.remember(number, earlier);
+    }
+
+    /// The number of an operation of the driver.
+    pub fn operation(&self, operation: Operation, order: &Arc<LaunchOrder>) -> u32 {
+        let mut latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, what, number)) = &*latest
+            && Arc::ptr_eq(known, order)
+            && *what == operation
+        {
+            return *number;
+        }
+        let number = launch_number(fresh_grid());
+        *latest = Some((Arc::clone(order), operation, number));
+        let earlier = Earlier {
+            order: Arc::clone(order),
+            operation: Some(operation),
+            kernel: String::new(),
+            lines: Arc::default(),
+            grid: [1; 3],
+            warps_per_block: 1,
+        };
+        self.remember(number, earlier);
+        number
+    }
+
+    fn remember(&self, number: u32, earlier: Earlier) {
         let mut inner = self.inner.write().unwrap_or_else(PoisonError::into_inner);
         let (map, queue) = &mut *inner;
         map.insert(number, Arc::new(earlier));

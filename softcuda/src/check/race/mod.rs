@@ -16,6 +16,7 @@
 //! - `cp.async.bulk.wait_group`: the thread's warp knows what bulk copies have read and written so far.
 //! - `barrier.cluster`, unless the arrival is relaxed.
 //! - `wgmma` reads at any time from its issue to the end of a wait for it by a warp of its warpgroup.
+//! - copies, sets and releases of memory in streams are accesses too, by an operation of its own that is ordered as a launch is.
 //! - the order of launches: by their streams, by events that a stream or the host waits for, and by the legacy stream. Where
 //!   the order is not told ([`Config::order`](crate::exec::Config::order)), launches are ordered as they were called.
 //!
@@ -33,9 +34,9 @@
 //! - Two `fence.sc` with no access to a common place between them do not order anything here, as `fence.acq_rel` does not.
 //! - Of the readers since the last write, three are remembered for shared memory and two for global memory.
 //! - With more than about 60 blocks that synchronise through one place, knowledge is coarsened: see [`clock`].
-//! - Accesses by the host and copies by the driver. Launches that run beside one another and synchronise through memory: what
-//!   orders them is not seen, so that such a program is reported though it may be correct. Of launches that nothing orders, a read is forgotten when a later launch
-//!   reads the same bytes, and all is forgotten some thousand launches later.
+//! - Accesses by the host, and values that streams write and wait for. Launches that run beside one another and synchronise
+//!   through memory: what orders them is not seen, so that such a program is reported though it may be correct. Of launches that
+//!   nothing orders, a read of each of 16 is remembered for the same bytes, and all is forgotten some thousand launches later.
 //! - Strong accesses of different sizes that overlap, which the manual does not call morally strong, count as such.
 
 mod cell;
@@ -44,10 +45,13 @@ mod global;
 mod home;
 mod launches;
 mod observer;
+mod operations;
 mod report;
 mod variable;
 
 use std::sync::Arc;
+
+pub use launches::Operation;
 
 use super::Findings;
 use crate::exec::Launch;

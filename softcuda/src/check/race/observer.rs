@@ -8,7 +8,8 @@ use super::home::{Block, Copy, CopyArrival, Home, Product, SHARED_CELL, Transfer
 use super::{Race, lanes_of, report};
 use crate::exec::Launch;
 use crate::exec::observe::{
-    AccessKind, BlockEvent, BlockSite, Engine, MemoryEvent, ObjectPlace, Observer, Order, Scope, Site, SyncEvent,
+    AccessKind, BlockEvent, BlockSite, Engine, MemoryEvent, ObjectPlace, Observer, Order, ProxyFence, Scope, Site,
+    SyncEvent,
 };
 use crate::ptx::ast::Space;
 
@@ -33,11 +34,11 @@ pub struct RaceObserver<'a> {
 }
 
 /// Lanes that touch adjacent pieces in order.
-struct Run {
-    lane: u32,
-    from: u64,
-    to: u64,
-    shift: u32,
+pub(super) struct Run {
+    pub lane: u32,
+    pub from: u64,
+    pub to: u64,
+    pub shift: u32,
 }
 
 impl<'a> RaceObserver<'a> {
@@ -246,7 +247,15 @@ impl<'a> RaceObserver<'a> {
             owner: at.owner,
             stored: None,
         };
-        self.check(site, &event);
+        let (h, _, warp) = self.find(site.block, site.warp);
+        if let Some((home, conflict, stamp)) = self.enter(site, &event) {
+            let other = conflict.other;
+            let init = (other.warp() as usize, other.time);
+            let known = kind == AccessKind::Atomic && other.kind() == 1 && other.same_launch(stamp);
+            if !(known && other.home == stamp.home && self.homes[h].knows_init(at, warp, init)) {
+                self.report(home, site, &event, &conflict, stamp);
+            }
+        }
     }
 
     /// A bulk copy has landed: its writes happen now.
@@ -347,7 +356,7 @@ fn each_cell(run: &Run, size: u32, mut each: impl FnMut(u64, (u32, u32), u32)) {
     }
 }
 
-fn global(pages: &mut Pages, run: &Run, by: &Accessor, found: &mut Option<Conflict>) {
+pub(super) fn global(pages: &mut Pages, run: &Run, by: &Accessor, found: &mut Option<Conflict>) {
     let mut at = run.from;
     while at < run.to {
         let end = run.to.min((at / PAGE + 1) * PAGE);
@@ -454,19 +463,25 @@ impl Observer for RaceObserver<'_> {
             }
             SyncEvent::MbarrierInit { at, lane, .. } => {
                 home.objects.remove(&at);
+                home.inits.insert(at, (warp, home.now));
                 self.touch_object(site, at, lane, AccessKind::Write);
             }
+            SyncEvent::ProxyFence { kind: ProxyFence::MbarrierInit, .. } => home.fence_inits(warp),
             SyncEvent::MbarrierInval { at, lane } => self.touch_object(site, at, lane, AccessKind::Write),
             SyncEvent::MbarrierArrive { at, lane, phase, order, scope, .. } => {
                 if order != Order::Relaxed && (scope != Scope::Cta || at.owner == site.block) {
                     home.arrive_object(at, phase, warp, lane);
+                } else if order == Order::Relaxed {
+                    home.arrive_object_relaxed(at, phase, (warp, lane), at.owner == site.block);
                 }
                 self.touch_object(site, at, lane, AccessKind::Atomic);
             }
             SyncEvent::MbarrierPhase { at, phase } => home.objects.entry(at).or_default().current = phase + 1,
-            SyncEvent::MbarrierWait { at, lane, phase, order, .. } => {
+            SyncEvent::MbarrierWait { at, lane, phase, order, scope } => {
                 self.touch_object(site, at, lane, AccessKind::Atomic);
-                if order != Order::Relaxed {
+                if order == Order::Relaxed {
+                    self.homes[h].wait_object_relaxed(at, phase, warp, scope);
+                } else {
                     self.homes[h].wait_object(at, phase, warp, lane);
                 }
             }

@@ -6,5 +6,6 @@ pub(crate) mod float;
 pub(crate) mod int;
 pub(crate) mod rounding;
 pub(crate) mod small;
+pub(crate) mod truncated;
 
 pub use small::{BF16, BF16x2, F16, F16x2};

@@ -28,9 +28,11 @@ use std::collections::VecDeque;
 
 use self::descriptor::CHUNK;
 use self::tiles::{Tiles, WARP_ROWS, padded};
+use super::Products;
 use super::fault::FaultKind;
 use super::interpreter::Isa;
 use super::lanes::{Buffer, FULL, File, LANES};
+use super::numeric::truncated::Adder;
 use super::numeric::{F16, float};
 use super::observe::{AccessKind, Engine, SyncEvent, Touch};
 use super::state::{GroupState, Machine, Outcome, Raw, Shared, Warp, mix};
@@ -382,7 +384,7 @@ pub fn sync(m: &mut Machine, file: File, x: &WgmmaSync, pc: u32) -> Outcome<bool
 /// Lands the warp's oldest product, which all of its warpgroup have issued.
 fn land(m: &mut Machine, file: File) {
     let Some(pending) = m.warp.wgmma.pending.pop_front() else { return };
-    let isa = m.worker.isa;
+    let (isa, products) = (m.worker.isa, m.worker.config.products);
     let warpgroup = &mut m.shared.warpgroups[m.warp.index as usize / WARPS as usize];
     let product = warpgroup.get(pending.number);
     let Extra::Wgmma(x) = &m.worker.body.extras[product.extra as usize] else { unreachable!("it was issued") };
@@ -396,7 +398,7 @@ fn land(m: &mut Machine, file: File) {
     let sums = &mut m.warp.wgmma.sums[pending.sums];
     // SAFETY: the tiles and sums have the extents of this product; slots are this kernel's.
     unsafe {
-        add(isa, file, x, product, m.warp.index % WARPS, sums.values.as_mut_ptr().cast());
+        add((isa, products), file, x, product, m.warp.index % WARPS, sums.values.as_mut_ptr().cast());
         sums.users -= 1;
         if sums.users == 0 {
             deliver(isa, file, &sums.slots, x, sums.values.as_ptr().cast());
@@ -469,7 +471,14 @@ unsafe fn fill_body(product: &mut Product, x: &Wgmma, base: *const u8, isa: Isa)
 ///
 /// # Safety
 /// `sums` must be of this product's extents and `file` of its kernel.
-unsafe fn add(isa: Isa, file: File, x: &Wgmma, product: &mut Product, warp: u32, sums: *mut u32) {
+unsafe fn add(
+    (isa, products): (Isa, Products),
+    file: File,
+    x: &Wgmma,
+    product: &mut Product,
+    warp: u32,
+    sums: *mut u32,
+) {
     let (k, stride) = (x.k as usize, padded(x.n as usize));
     let mut own = [0f32; WARP_ROWS * 32];
     let mut a: *const f32 = product.tiles.a.as_ptr().cast();
@@ -497,6 +506,9 @@ unsafe fn add(isa: Isa, file: File, x: &Wgmma, product: &mut Product, warp: u32,
             std::ptr::write_bytes(added, 0, WARP_ROWS * stride);
             product::accumulate(isa, added, a, b, k, stride);
             add_integers(isa, sums, added, WARP_ROWS * stride, x.saturate);
+        } else if products == Products::Truncated {
+            let adder = Adder::wgmma(x.a_type, x.b_type, x.d_type == Type::F16);
+            product::truncated(&adder, sums.cast(), a, b, k, stride);
         } else {
             product::accumulate(isa, sums.cast(), a, b, k, stride);
             if x.d_type == Type::F16 {

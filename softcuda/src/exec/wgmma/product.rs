@@ -3,6 +3,7 @@
 
 use super::tiles::WARP_ROWS;
 use crate::exec::interpreter::Isa;
+use crate::exec::numeric::truncated::Adder;
 
 /// Adds `a [16][k] * b [k][stride]` to `sums [16][stride]`.
 ///
@@ -17,6 +18,25 @@ pub unsafe fn accumulate(isa: Isa, sums: *mut f32, a: *const f32, b: *const f32,
             Isa::Avx2 => avx2(sums, a, b, k, stride),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512(sums, a, b, k, stride),
+        }
+    }
+}
+
+/// As [`accumulate`], with the sums of an adder.
+///
+/// # Safety
+/// The arrays must have the extents given there.
+pub unsafe fn truncated(adder: &Adder, sums: *mut f32, a: *const f32, b: *const f32, k: usize, stride: usize) {
+    let mut factors = Vec::with_capacity(k);
+    for row in 0..WARP_ROWS {
+        for column in 0..stride {
+            // SAFETY: passed on to the caller.
+            unsafe {
+                factors.clear();
+                factors.extend((0..k).map(|step| (*a.add(row * k + step), *b.add(step * stride + column))));
+                let sum = sums.add(row * stride + column);
+                *sum = adder.dot(&factors, *sum);
+            }
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `setmaxnreg` (PTX ISA 9.7.19.5): the warps' shares of the block's registers.
 //!
-//! A block's registers are those it was launched with, as many for each thread; a warp that decreases its count gives the
+//! A block's registers are those it was launched with, as many for each thread (`lower/entry_registers.rs`); a warp that decreases its count gives the
 //! difference to the block's pool, and one that increases it takes it from there, or waits until there are enough. The pool
 //! is empty at the start, and what an exited warp held stays with it. Whatever the manual leaves undefined is a fault.
 
@@ -8,10 +8,6 @@ use super::WARPS;
 use crate::exec::fault::FaultKind;
 use crate::exec::lanes::FULL;
 use crate::exec::state::{GroupState, Machine, Outcome, Raw, Shared, Warp};
-use crate::lower::Kernel;
-
-/// Registers of a block, for each thread of a warp.
-const BLOCK_REGISTERS: u32 = 65536;
 
 /// What a block's warps share.
 #[derive(Debug, Default)]
@@ -40,17 +36,6 @@ pub struct Share {
     wanted: u32,
 }
 
-/// Registers per thread that a kernel is launched with, where its directives say so: `.maxnreg`, or the most that `.maxntid`
-/// and `.minnctapersm` leave room for.
-fn launched_with(k: &Kernel) -> Option<u32> {
-    if let Some(n) = k.max_registers {
-        return Some(n.next_multiple_of(8).min(256));
-    }
-    let threads = k.max_threads?.next_multiple_of(128);
-    let blocks = k.min_ctas_per_sm.unwrap_or(1).max(1);
-    Some((BLOCK_REGISTERS / (threads * blocks) / 8 * 8).clamp(24, 256))
-}
-
 /// `true` if the warp goes on, `false` if it waits.
 pub fn adjust(m: &mut Machine, count: u32, increase: bool) -> Outcome<bool> {
     let illegal = |message: String| Err(Raw::new(FaultKind::IllegalInstruction, FULL, message));
@@ -62,7 +47,7 @@ pub fn adjust(m: &mut Machine, count: u32, increase: bool) -> Outcome<bool> {
         ));
     }
     // Without a bound at launch the manual lets the instruction have no effect.
-    let Some(launched) = launched_with(m.worker.kernel) else { return Ok(true) };
+    let Some(launched) = m.worker.kernel.entry_registers else { return Ok(true) };
     let share = &mut m.warp.registers;
     let held = share.count.unwrap_or(launched);
     let action = if increase { "inc" } else { "dec" };

@@ -3,7 +3,7 @@
 use super::{Class, unknown};
 use crate::lower::Round;
 use crate::lower::builder::{Builder, Result};
-use crate::lower::ir::{Arith, ArithOp, Extra, FALSE};
+use crate::lower::ir::{Arith, ArithOp, Extra, FALSE, TRUE};
 use crate::lower::isa::Code;
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::count;
@@ -122,7 +122,10 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// `add.cc`, `addc`, `sub.cc`, `subc`.
+    /// `add.cc`, `addc`, `sub.cc`, `subc`. The condition code is one bit for sums and differences. A difference sets it where
+    /// nothing is borrowed and takes one more off where it is clear: the manual (9.7.2) speaks of a borrow, which a chain of
+    /// differences cannot tell apart, and what `ptxas` makes of a chain of both kinds (`IADD3.X` of the complement) shows
+    /// which bit is kept.
     fn carry_add(&mut self, i: &Instruction, mut m: Modifiers) -> Result<()> {
         let subtract = i.opcode.starts_with("sub");
         let ty = m.last_type()?;
@@ -132,7 +135,8 @@ impl Builder<'_> {
         let (value, out) = carry_codes(ty, subtract).ok_or_else(|| unknown(i))?;
         let a = self.source(&i.operands[1], ty)?;
         let b = self.source(&i.operands[2], ty)?;
-        let carry_in = if i.opcode.ends_with('c') { self.carry() } else { FALSE };
+        let none = if subtract { TRUE } else { FALSE };
+        let carry_in = if i.opcode.ends_with('c') { self.carry() } else { none };
         let d = self.dest(&i.operands[0], ty)?;
         self.add_with_carry((value, out), d, [a, b, carry_in], set)
     }
@@ -179,8 +183,8 @@ fn carry_codes(ty: Type, subtract: bool) -> Option<(Code, Code)> {
     Some(match (ty, subtract) {
         (Type::U32 | Type::S32, false) => (Code::AddCarry32, Code::CarryOut32),
         (Type::U64 | Type::S64, false) => (Code::AddCarry64, Code::CarryOut64),
-        (Type::U32 | Type::S32, true) => (Code::SubBorrow32, Code::BorrowOut32),
-        (Type::U64 | Type::S64, true) => (Code::SubBorrow64, Code::BorrowOut64),
+        (Type::U32 | Type::S32, true) => (Code::SubCarry32, Code::SubCarryOut32),
+        (Type::U64 | Type::S64, true) => (Code::SubCarry64, Code::SubCarryOut64),
         _ => return None,
     })
 }

@@ -5,10 +5,10 @@ use super::Class;
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result, Symbol};
 use crate::lower::calls::{Signature, Target, find};
-use crate::lower::ir::{Access, Address, Extra, Order, Reg, Scope};
+use crate::lower::ir::{Access, Address, Extra, HeapOp, Order, Reg, Scope, TRUE};
 use crate::lower::isa::{Code, Width};
 use crate::lower::operands::describe;
-use crate::ptx::ast::{Function, Init, Instruction, Operand, Space, Type};
+use crate::ptx::ast::{Function, Init, Instruction, Operand, Space, Type, Variable};
 
 /// A call's operands by their part.
 struct Parts<'i> {
@@ -46,7 +46,27 @@ impl<'i> Parts<'i> {
     }
 }
 
-impl Builder<'_> {
+/// What is given for one register of a parameter.
+#[derive(Clone)]
+enum Actual {
+    Operand(Operand),
+    /// A half of a `.b128` register.
+    Half(u32),
+}
+
+fn same_place(a: &Symbol, b: &Symbol) -> bool {
+    match (a, b) {
+        (Symbol::Variable { space: s, address: a }, Symbol::Variable { space: t, address: b }) => (s, a) == (t, b),
+        (Symbol::Stack { base: p, offset: a }, Symbol::Stack { base: q, offset: b }) => (p, a) == (q, b),
+        _ => false,
+    }
+}
+
+fn parameter_bytes(v: &Variable) -> Result<u64> {
+    v.bytes().ok_or_else(|| LowerErrorKind::Invalid(format!("the size of `{}` overflows", v.name)))
+}
+
+impl<'a> Builder<'a> {
     pub(super) fn call(&mut self, i: &Instruction) -> Result<()> {
         let parts = Parts::new(i)?;
         let Operand::Name(name) = parts.callee else {
@@ -58,17 +78,20 @@ impl Builder<'_> {
         if parts.targets.is_some() {
             return Err(expected("a register with a function's address", describe(parts.callee)));
         }
-        match name.as_str() {
-            "__assertfail" => return self.assert_fail(parts.args),
-            "vprintf" => return self.print(&parts),
-            _ => {}
-        }
         let module = self.module;
         let Some(found) = find(module, name) else {
             return Err(LowerErrorKind::Undeclared { what: "function", name: name.clone() });
         };
         let function = &module.functions[found as usize];
         if function.body.is_none() {
+            // Those that the system supplies; a module may have functions of these names of its own.
+            match name.as_str() {
+                "__assertfail" => return self.assert_fail(parts.args),
+                "vprintf" => return self.print(&parts),
+                "malloc" => return self.heap(&parts, 1),
+                "free" => return self.heap(&parts, 0),
+                _ => {}
+            }
             return Err(LowerErrorKind::Unsupported(format!("calls of the external function `{name}`")));
         }
         if parts.args.len() != function.params.len() || parts.returns.len() != function.returns.len() {
@@ -82,73 +105,136 @@ impl Builder<'_> {
     }
 
     /// Puts the function's statements in the place of the call.
-    fn expand(&mut self, function: &Function, parts: &Parts) -> Result<()> {
+    fn expand(&mut self, function: &'a Function, parts: &Parts) -> Result<()> {
         let after = self.new_label();
         if let Some((slot, negated)) = self.guard.take() {
             self.guard = Some((slot, !negated));
             self.jump(after);
             self.guard = None;
         }
-        let scope = self.bind(function, parts.args, parts.returns)?;
+        let formals = self.bind(function, parts)?;
         let outer = self.scopes.split_off(1);
         let line = self.line;
-        self.scopes.push(scope);
+        let caller = self.expanded.replace(function);
+        self.scopes.push(Default::default());
+        for (name, symbol) in function.params.iter().chain(&function.returns).map(|f| &f.name).zip(&formals) {
+            self.declare(name, symbol.clone())?;
+        }
         self.returns.push(after);
         // The body's own names must not clash with its parameters' scope.
         self.scopes.push(Default::default());
         self.statements(function.body.as_deref().unwrap_or_default())?;
         self.returns.pop();
-        let inner = self.scopes.split_off(1).swap_remove(0);
+        self.expanded = caller;
+        self.scopes.truncate(1);
         self.scopes.extend(outer);
         self.line = line;
         self.guard = None;
         self.place(after);
-        for (formal, actual) in function.returns.iter().zip(parts.returns) {
-            if formal.space == Space::Reg
-                && let Some(Symbol::Register { slot, ty }) = inner.get(&formal.name)
-            {
-                let d = self.dest(actual, *ty)?;
-                self.emit(move_code(*ty), d, &[*slot]);
+        let results = function.returns.iter().zip(&formals[function.params.len()..]).zip(parts.returns);
+        for ((formal, symbol), actual) in results {
+            if formal.space == Space::Reg {
+                for ((slot, ty), o) in self.registers_of(symbol).into_iter().zip(self.actuals(actual, formal)?) {
+                    let d = match o {
+                        Actual::Half(slot) => slot,
+                        Actual::Operand(o) => self.dest(&o, ty)?,
+                    };
+                    self.emit(move_code(ty), d, &[slot]);
+                }
+            } else if self.param_variable(actual).is_none_or(|s| !same_place(&s, symbol)) {
+                let place = self.symbol_address(symbol);
+                self.copy_argument(actual, place, parameter_bytes(formal)?, false)?;
             }
         }
         Ok(())
     }
 
-    /// The scope of a function's parameters: `.param` ones are the caller's variables, `.reg` ones fresh registers.
-    fn bind(
-        &mut self,
-        function: &Function,
-        args: &[Operand],
-        returns: &[Operand],
-    ) -> Result<std::collections::HashMap<String, Symbol>> {
-        self.scopes.push(Default::default());
-        let inputs = function.params.iter().zip(args).map(|(f, a)| (f, a, true));
-        let outputs = function.returns.iter().zip(returns).map(|(f, a)| (f, a, false));
+    /// What a function's parameters, then its results, stand for in one expansion: `.param` ones the caller's variables, `.reg`
+    /// ones fresh registers. The arguments are read here, in the caller's scope, before any formal has its name.
+    fn bind(&mut self, function: &Function, parts: &Parts) -> Result<Vec<Symbol>> {
+        let inputs = function.params.iter().zip(parts.args).map(|(f, a)| (f, a, true));
+        let outputs = function.returns.iter().zip(parts.returns).map(|(f, a)| (f, a, false));
+        let mut formals = Vec::new();
         for (formal, actual, input) in inputs.chain(outputs) {
             if formal.space == Space::Reg {
-                self.declare_registers(formal)?;
+                let symbol = self.register_symbol(formal)?;
                 if input {
-                    let value = self.source(actual, formal.ty)?;
-                    let d = self.dest(&Operand::Name(formal.name.clone()), formal.ty)?;
-                    self.emit(move_code(formal.ty), d, &[value]);
+                    for ((d, ty), o) in self.registers_of(&symbol).into_iter().zip(self.actuals(actual, formal)?) {
+                        let value = match o {
+                            Actual::Half(slot) => slot,
+                            Actual::Operand(o) => self.source(&o, ty)?,
+                        };
+                        self.emit(move_code(ty), d, &[value]);
+                    }
                 }
+                formals.push(symbol);
                 continue;
             }
-            let symbol = match self.param_variable(actual) {
-                Some(symbol) => symbol,
-                None if input => {
+            let bytes = parameter_bytes(formal)?;
+            // A call is by value: a variable that the call names twice, as argument and result say, is not one place.
+            let shared = |symbol: &Symbol| {
+                let all = parts.args.iter().chain(parts.returns).filter_map(|o| self.param_variable(o));
+                all.filter(|s| same_place(s, symbol)).count() > 1
+            };
+            match self.param_variable(actual) {
+                Some(symbol) if !shared(&symbol) => {
+                    self.check_size(&symbol, actual, bytes)?;
+                    formals.push(symbol);
+                }
+                _ => {
                     let offset = self.layout.place_local(formal)?;
-                    let value = self.wide_source(actual, formal.ty)?;
                     let symbol = self.local_symbol(offset);
                     let to = self.symbol_address(&symbol);
-                    self.transfer(Code::Store, to, value, formal.ty.bytes());
-                    symbol
+                    if input
+                        && formal.dims.is_empty()
+                        && matches!(actual, Operand::Int(_) | Operand::F32(_) | Operand::F64(_))
+                    {
+                        let value = self.source(actual, formal.ty)?;
+                        self.store_word_at(to, value, formal.ty);
+                    } else if input {
+                        self.copy_argument(actual, to, bytes, true)?;
+                    }
+                    formals.push(symbol);
                 }
-                None => return Err(expected(format!("a `.param` variable for `{}`", formal.name), describe(actual))),
-            };
-            self.declare(&formal.name, symbol)?;
+            }
         }
-        Ok(self.scopes.pop().expect("pushed above"))
+        Ok(formals)
+    }
+
+    /// The registers behind a symbol, each with the type in which it is moved.
+    fn registers_of(&self, symbol: &Symbol) -> Vec<(u32, Type)> {
+        match symbol {
+            Symbol::Register { slot, ty } => vec![(*slot, *ty)],
+            Symbol::Vector(slots, ty) => slots.iter().map(|&s| (s, *ty)).collect(),
+            Symbol::Wide(halves) => halves.iter().map(|&s| (s, Type::B64)).collect(),
+            _ => unreachable!("a register's symbol"),
+        }
+    }
+
+    /// What is given for a register parameter, one for each register of it.
+    fn actuals(&self, actual: &Operand, formal: &Variable) -> Result<Vec<Actual>> {
+        if formal.ty == Type::B128 {
+            return Ok(self.halves(actual)?.map(|half| Actual::Half(half.slot)).to_vec());
+        }
+        if formal.vector == 1 {
+            return Ok(vec![Actual::Operand(actual.clone())]);
+        }
+        Ok(self.vector(actual, formal.vector as usize)?.into_iter().map(Actual::Operand).collect())
+    }
+
+    /// The variable given for a parameter must be as large as it is.
+    fn check_size(&self, symbol: &Symbol, actual: &Operand, bytes: u64) -> Result<()> {
+        let offset = match symbol {
+            Symbol::Variable { address, .. } => Some(*address),
+            Symbol::Stack { base, offset } if self.frame.as_ref().is_some_and(|f| f.fp == *base) => Some(*offset),
+            _ => None,
+        };
+        match offset.and_then(|o| self.layout.local_bytes(o)) {
+            Some(have) if have != bytes => {
+                Err(expected(format!("a variable of {bytes} bytes"), format!("{} of {have} bytes", describe(actual))))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// `call (returns), register, (args), prototype or targets`
@@ -219,6 +305,7 @@ impl Builder<'_> {
     /// Between an argument as written, a `.param` variable or a value, and its place in a block.
     fn copy_argument(&mut self, actual: &Operand, place: Address, bytes: u64, into: bool) -> Result<()> {
         if let Some(symbol) = self.param_variable(actual) {
+            self.check_size(&symbol, actual, bytes)?;
             let own = self.symbol_address(&symbol);
             let (from, to) = if into { (own, place) } else { (place, own) };
             let mut at = 0;
@@ -296,6 +383,8 @@ impl Builder<'_> {
     }
 
     fn store_word_at(&mut self, address: Address, value: u32, ty: Type) {
+        let (one, none) = (self.constant32(1), self.constant32(0));
+        let value = if ty == Type::Pred { self.compute(Code::Selp32, &[one, none, value]) } else { value };
         let width = if ty.bytes() == 8 { Width::W64 } else { Width::W32 };
         let value = self.reg(value, width);
         self.transfer(Code::Store, address, value, ty.bytes());
@@ -308,6 +397,15 @@ impl Builder<'_> {
     }
 
     fn load_word_at(&mut self, address: Address, value: Reg, ty: Type) {
+        if ty == Type::Pred {
+            let byte = self.temp(Width::W32);
+            let loaded = self.reg(byte, Width::W32);
+            self.transfer(Code::Load, address, loaded, 1);
+            // byte - 1 borrows nothing where the byte is not zero.
+            let one = self.constant32(1);
+            self.emit(Code::SubCarryOut32, value.slot, &[byte, one, TRUE]);
+            return;
+        }
         self.transfer(Code::Load, address, value, ty.bytes());
     }
 
@@ -316,20 +414,7 @@ impl Builder<'_> {
         if parts.args.len() != 2 || parts.returns.len() != 1 {
             return Err(arity("`vprintf`", 2, 1, parts));
         }
-        let mut values = [0; 2];
-        for (value, o) in values.iter_mut().zip(parts.args) {
-            *value = match self.param_variable(o) {
-                Some(symbol) => {
-                    let from = self.symbol_address(&symbol);
-                    let value = self.temp(Width::W64);
-                    let reg = self.reg(value, Width::W64);
-                    self.transfer(Code::Load, from, reg, 8);
-                    value
-                }
-                None => self.source(o, Type::U64)?,
-            };
-        }
-        let [format, arguments] = values.map(|v| self.reg(v, Width::W64));
+        let [format, arguments] = [self.wide_argument(&parts.args[0])?, self.wide_argument(&parts.args[1])?];
         let count = self.temp(Width::W32);
         let count = self.reg(count, Width::W32);
         self.emit_extra(Code::Print, Extra::Print(format, arguments, count));
@@ -344,6 +429,44 @@ impl Builder<'_> {
             }
         }
         Ok(())
+    }
+
+    /// `malloc(bytes)`, which returns an address, and `free(address)`.
+    fn heap(&mut self, parts: &Parts, returns: usize) -> Result<()> {
+        if parts.args.len() != 1 || parts.returns.len() != returns {
+            return Err(arity(&describe(parts.callee), 1, returns, parts));
+        }
+        let value = self.wide_argument(&parts.args[0])?;
+        self.class = Some(Class::Control);
+        let Some(result) = parts.returns.first() else {
+            self.emit_extra(Code::Heap, Extra::Heap(HeapOp { value, d: None }));
+            return Ok(());
+        };
+        let block = self.temp(Width::W64);
+        let block = self.reg(block, Width::W64);
+        self.emit_extra(Code::Heap, Extra::Heap(HeapOp { value, d: Some(block) }));
+        match self.param_variable(result) {
+            Some(symbol) => {
+                let to = self.symbol_address(&symbol);
+                self.transfer(Code::Store, to, block, 8);
+            }
+            None => {
+                let d = self.dest(result, Type::B64)?;
+                self.emit(Code::Mov64, d, &[block.slot]);
+            }
+        }
+        Ok(())
+    }
+
+    /// A 64-bit argument of a function that the system supplies, as a register.
+    fn wide_argument(&mut self, o: &Operand) -> Result<Reg> {
+        let Some(symbol) = self.param_variable(o) else { return self.source_reg(o, Type::U64) };
+        self.check_size(&symbol, o, 8)?;
+        let from = self.symbol_address(&symbol);
+        let value = self.temp(Width::W64);
+        let value = self.reg(value, Width::W64);
+        self.transfer(Code::Load, from, value, 8);
+        Ok(value)
     }
 
     /// `__assertfail(message, file, line, function, char_size)`

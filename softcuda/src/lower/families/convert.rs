@@ -4,10 +4,10 @@ use super::{Class, unknown};
 use crate::lower::Round;
 use crate::lower::builder::{Builder, Result};
 use crate::lower::ir::{Cvt, Extra};
-use crate::lower::isa::Code;
+use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::count;
-use crate::ptx::ast::{Instruction, Type};
+use crate::ptx::ast::{Instruction, Operand, Type};
 
 const FLOAT_ROUNDINGS: &[(&str, Round)] =
     &[("rn", Round::Nearest), ("rna", Round::NearestAway), ("rz", Round::Zero), ("rm", Round::Down), ("rp", Round::Up)];
@@ -67,7 +67,8 @@ impl Builder<'_> {
             }
             (a, b) if is_integer(a) && is_float(b) => {
                 let rounds = integer_round.is_some() && float_round.is_none();
-                rounds && (!ftz || b == F32) && !satfinite && !relu && !(b == BF16 && (sat || a.bytes() == 1))
+                let allowed = b != BF16 || !sat;
+                rounds && (!ftz || b == F32) && !satfinite && !relu && allowed
             }
             (a, b) if is_float(a) && is_integer(b) => {
                 integer_round.is_none()
@@ -75,7 +76,7 @@ impl Builder<'_> {
                     && (!ftz || a == F32)
                     && !satfinite
                     && !relu
-                    && !(a == BF16 && (sat || b.bytes() == 1))
+                    && !(a == BF16 && sat)
             }
             (a, b) if is_float(a) && is_float(b) => {
                 let narrows = a.bytes() < b.bytes() || a.bytes() == b.bytes() && a != b;
@@ -106,14 +107,24 @@ impl Builder<'_> {
             E4M3x2 | E5M2x2 => B16,
             other => other,
         };
-        let a = self.wide_source(&i.operands[1], storage(from))?;
+        let a = match from {
+            TF32 | E4M3x2 | E5M2x2 => self.source_reg(&i.operands[1], storage(from))?,
+            _ => self.wide_source(&i.operands[1], from)?,
+        };
         let b = if packs { Some(self.wide_source(&i.operands[2], from)?) } else { None };
-        let Some(d) = self.wide_dest(&i.operands[0], storage(to))? else { return Ok(()) };
+        let d = match to {
+            // Types without a relaxed form.
+            TF32 | E4M3x2 | E5M2x2 if !matches!(i.operands[0], Operand::Sink) => {
+                Some(self.dest_reg(&i.operands[0], storage(to))?)
+            }
+            _ => self.wide_dest(&i.operands[0], storage(to))?,
+        };
+        let Some(d) = d else { return Ok(()) };
         let round = float_round.or(integer_round).unwrap_or(Round::Nearest);
         let integral = integer_round.is_some();
         let cvt = Cvt { to, from, round, integral, ftz, sat, satfinite, relu, d, a, b };
         self.emit_extra(Code::Cvt, Extra::Cvt(cvt));
-        Ok(())
+        self.narrow(&i.operands[0], to)
     }
 
     /// `cvt.pack.sat.type.s32{.b32} d, a, b{, c}`: both saturated, b below a below the low bits of c.
@@ -137,7 +148,8 @@ impl Builder<'_> {
         let mask = self.constant32((1 << bits) - 1);
         let mut fields = [0; 2];
         for (field, o) in fields.iter_mut().zip(&i.operands[1..3]) {
-            let a = self.source(o, Type::S32)?;
+            let a = self.wide_source(o, Type::S32)?;
+            let a = if a.width == Width::W64 { self.compute(Code::Trunc32, &[a.slot]) } else { a.slot };
             let above = self.compute(Code::MaxS32, &[a, least]);
             let clamped = self.compute(Code::MinS32, &[above, most]);
             *field = self.compute(Code::And32, &[clamped, mask]);
@@ -151,8 +163,10 @@ impl Builder<'_> {
             let rest = self.compute(Code::Shl32, &[c, twice]);
             packed = self.compute(Code::Or32, &[packed, rest]);
         }
-        let d = self.dest(&i.operands[0], Type::B32)?;
-        self.emit(Code::Mov32, d, &[packed]);
+        // The result is an unsigned integer where the register is wider.
+        if let Some(d) = self.wide_dest(&i.operands[0], Type::U32)? {
+            self.emit(if d.width == Width::W64 { Code::Zext32 } else { Code::Mov32 }, d.slot, &[packed]);
+        }
         Ok(())
     }
 }

@@ -13,14 +13,18 @@ impl Builder<'_> {
     /// Predicates and vectors; the other moves are rows.
     pub(super) fn mov(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
+        let vector = m.one_of(&[("v2", 2), ("v4", 4)]);
         let ty = m.last_type()?;
         m.finish()?;
-        if ty == Type::B128 {
-            return self.mov_wide(i);
-        }
         count(&i.operands, 2..=2)?;
         self.class = Some(Class::Move);
-        let (d, a) = (&i.operands[0], &i.operands[1]);
+        if let Some(n) = vector {
+            return self.mov_vector(i, n, ty);
+        }
+        let (d, a) = (&self.spread(&i.operands[0]), &self.spread(&i.operands[1]));
+        if ty == Type::B128 {
+            return self.mov_wide(i, d, a);
+        }
         match (ty, d, a) {
             (Type::Pred, ..) => {
                 let a = self.source(a, Type::Pred)?;
@@ -45,6 +49,30 @@ impl Builder<'_> {
             }
             _ => Err(unknown(i)),
         }
+    }
+
+    /// `mov.v2` and `mov.v4`: component by component, all read before any is written.
+    fn mov_vector(&mut self, i: &Instruction, n: usize, ty: Type) -> Result<()> {
+        let code = match Width::of(ty) {
+            Some(Width::W64) => Code::Mov64,
+            Some(Width::W32) => Code::Mov32,
+            _ => return Err(unknown(i)),
+        };
+        if n as u32 * ty.bytes() > 16 {
+            return Err(unknown(i));
+        }
+        let mut values = Vec::with_capacity(n);
+        for o in self.vector(&i.operands[1], n)? {
+            let value = self.source(&o, ty)?;
+            values.push(self.compute(code, &[value]));
+        }
+        for (o, value) in self.vector(&i.operands[0], n)?.iter().zip(values) {
+            if !matches!(o, Operand::Sink) {
+                let d = self.dest(o, ty)?;
+                self.emit(code, d, &[value]);
+            }
+        }
+        Ok(())
     }
 
     fn pack(&mut self, parts: &[Operand], ty: Type, i: &Instruction) -> Result<u32> {

@@ -24,8 +24,19 @@ impl Builder<'_> {
     }
 
     fn exchange(&mut self, x: Exchange) {
-        self.class = Some(Class::Exchange);
         self.emit_extra(Code::Exchange, Extra::Exchange(x));
+    }
+
+    /// The mask of lanes that take part: the operand that `.sync` adds, else the lanes that execute the instruction together.
+    fn members(&mut self, mask: Option<&Operand>) -> Result<Reg> {
+        match mask {
+            Some(o) => self.source_reg(o, Type::B32),
+            None => {
+                let d = self.temp(Width::W32);
+                self.push(Op { code: Code::Activemask, guard: 0, d, a: 0, b: 0, c: 0, x: 0 });
+                Ok(self.reg(d, Width::W32))
+            }
+        }
     }
 
     pub(super) fn shfl(&mut self, i: &Instruction) -> Result<()> {
@@ -35,15 +46,17 @@ impl Builder<'_> {
             "a mode",
             &[("up", ShflMode::Up), ("down", ShflMode::Down), ("bfly", ShflMode::Bfly), ("idx", ShflMode::Idx)],
         )?;
-        if m.last_type()? != Type::B32 || !sync {
+        if m.last_type()? != Type::B32 {
             return Err(unknown(i));
         }
         m.finish()?;
-        count(&i.operands, 5..=5)?;
+        let arity = if sync { 5 } else { 4 };
+        count(&i.operands, arity..=arity)?;
+        self.class = Some(Class::Exchange);
         let a = self.source_reg(&i.operands[1], Type::B32)?;
         let b = self.source_reg(&i.operands[2], Type::B32)?;
         let c = self.source_reg(&i.operands[3], Type::B32)?;
-        let members = self.source_reg(&i.operands[4], Type::B32)?;
+        let members = self.members(i.operands.get(4))?;
         let (d, p) = self.pair(&i.operands[0], Type::B32)?;
         if d.is_none() {
             return Err(unknown(i));
@@ -62,13 +75,15 @@ impl Builder<'_> {
         let ty = m.last_type()?;
         m.finish()?;
         let expected = if mode == VoteMode::Ballot { Type::B32 } else { Type::Pred };
-        if ty != expected || !sync {
+        if ty != expected {
             return Err(unknown(i));
         }
-        count(&i.operands, 3..=3)?;
+        let arity = if sync { 3 } else { 2 };
+        count(&i.operands, arity..=arity)?;
+        self.class = Some(Class::Exchange);
         let (a, negated) = self.predicate_source(&i.operands[1])?;
         let a = self.reg(a, Width::Pred);
-        let members = self.source_reg(&i.operands[2], Type::B32)?;
+        let members = self.members(i.operands.get(2))?;
         let d = self.dest_reg(&i.operands[0], ty)?;
         let (d, p) = if mode == VoteMode::Ballot { (Some(d), None) } else { (None, Some(d)) };
         self.exchange(Exchange {
@@ -97,6 +112,7 @@ impl Builder<'_> {
         let a = self.source_reg(&i.operands[1], ty)?;
         let members = self.source_reg(&i.operands[2], Type::B32)?;
         let (d, p) = self.pair(&i.operands[0], Type::B32)?;
+        self.class = Some(Class::Exchange);
         self.exchange(Exchange { kind, members, d, p, a: Some(a), b: None, c: None });
         Ok(())
     }
@@ -126,6 +142,7 @@ impl Builder<'_> {
         let a = self.source_reg(&i.operands[1], ty)?;
         let members = self.source_reg(&i.operands[2], Type::B32)?;
         let d = self.dest_reg(&i.operands[0], ty)?;
+        self.class = Some(Class::Exchange);
         self.exchange(Exchange {
             kind: ExchangeKind::Redux(op, ty),
             members,
@@ -147,6 +164,7 @@ impl Builder<'_> {
         count(&i.operands, 2..=2)?;
         let members = self.source_reg(&i.operands[1], Type::B32)?;
         let (d, p) = self.pair(&i.operands[0], Type::B32)?;
+        self.class = Some(Class::Exchange);
         self.exchange(Exchange { kind: ExchangeKind::Elect, members, d, p, a: None, b: None, c: None });
         Ok(())
     }

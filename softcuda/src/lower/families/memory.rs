@@ -130,6 +130,13 @@ impl Builder<'_> {
         {
             return Err(LowerErrorKind::Invalid(format!("a store to {}", dotted(s))));
         }
+        if let Operand::Address { base: Some(name), .. } | Operand::SymbolOffset { name, .. } | Operand::Name(name) =
+            place
+            && !load
+            && self.is_input(name)
+        {
+            return Err(LowerErrorKind::Invalid(format!("a store to the input parameter `{name}` of a function")));
+        }
         let shared_by_threads = matches!(space, None | Some(Space::Global | Space::Shared | Space::SharedCluster));
         if !shared_by_threads && order != Order::Weak && !i.modifiers.iter().any(|m| m == "volatile") {
             return Err(unknown(i));
@@ -160,6 +167,11 @@ impl Builder<'_> {
         };
         self.emit_extra(if load { Code::Load } else { Code::Store }, Extra::Access(access));
         self.mark_uncached(order != Order::Weak || passes_l1(i));
+        if load && ty == S8 {
+            for o in self.vector(data, n)? {
+                self.narrow(&o, ty)?;
+            }
+        }
         Ok(())
     }
 

@@ -131,7 +131,7 @@ impl Builder<'_> {
     /// Lowers an instruction that is a row, if it is one.
     fn row(&mut self, i: &Instruction) -> Result<bool> {
         let Some(row) = BY_NAME.get(spelling(i).as_str()) else { return Ok(false) };
-        if i.opcode == "mov" && i.operands.iter().any(|o| matches!(o, Operand::Vector(_))) {
+        if i.opcode == "mov" && i.operands.iter().any(|o| matches!(self.spread(o), Operand::Vector(_))) {
             return Ok(false);
         }
         count(&i.operands, row.sources.len() + 1..=row.sources.len() + 1)?;

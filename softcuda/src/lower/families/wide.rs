@@ -1,11 +1,11 @@
 //! 128-bit values (PTX ISA 5.2, 9.7.9.10, 9.7.9.8, 9.7.13.5): moved in halves, exchanged whole.
 
-use super::{Class, unknown};
+use super::unknown;
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result, Symbol};
 use crate::lower::ir::Reg;
 use crate::lower::isa::{Code, Width};
-use crate::lower::operands::{count, describe};
+use crate::lower::operands::describe;
 use crate::ptx::ast::{Instruction, Operand, Type};
 
 impl Builder<'_> {
@@ -20,10 +20,7 @@ impl Builder<'_> {
     }
 
     /// `mov.b128`: a register, or two or four parts to or from one.
-    pub(super) fn mov_wide(&mut self, i: &Instruction) -> Result<()> {
-        count(&i.operands, 2..=2)?;
-        self.class = Some(Class::Move);
-        let (d, a) = (&i.operands[0], &i.operands[1]);
+    pub(super) fn mov_wide(&mut self, i: &Instruction, d: &Operand, a: &Operand) -> Result<()> {
         match (d, a) {
             (d, Operand::Vector(parts)) => {
                 let values = match parts.as_slice() {

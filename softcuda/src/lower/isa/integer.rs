@@ -73,10 +73,11 @@ macro_rules! integer_ops {
         fast Integer "" CarryOut32(a: u32, b: u32, c: bool) -> bool { (u64::from(a) + u64::from(b) + u64::from(c)) >> 32 != 0 }
         fast Integer "" AddCarry64(a: u64, b: u64, c: bool) -> u64 { a.wrapping_add(b).wrapping_add(u64::from(c)) }
         slow Integer "" CarryOut64(a: u64, b: u64, c: bool) -> bool { (u128::from(a) + u128::from(b) + u128::from(c)) >> 64 != 0 }
-        fast Integer "" SubBorrow32(a: u32, b: u32, c: bool) -> u32 { a.wrapping_sub(b).wrapping_sub(u32::from(c)) }
-        fast Integer "" BorrowOut32(a: u32, b: u32, c: bool) -> bool { u64::from(a) < u64::from(b) + u64::from(c) }
-        fast Integer "" SubBorrow64(a: u64, b: u64, c: bool) -> u64 { a.wrapping_sub(b).wrapping_sub(u64::from(c)) }
-        slow Integer "" BorrowOut64(a: u64, b: u64, c: bool) -> bool { u128::from(a) < u128::from(b) + u128::from(c) }
+        // A difference is a sum with the complement: the carry is set where nothing is borrowed.
+        fast Integer "" SubCarry32(a: u32, b: u32, c: bool) -> u32 { a.wrapping_add(!b).wrapping_add(u32::from(c)) }
+        fast Integer "" SubCarryOut32(a: u32, b: u32, c: bool) -> bool { (u64::from(a) + u64::from(!b) + u64::from(c)) >> 32 != 0 }
+        fast Integer "" SubCarry64(a: u64, b: u64, c: bool) -> u64 { a.wrapping_add(!b).wrapping_add(u64::from(c)) }
+        slow Integer "" SubCarryOut64(a: u64, b: u64, c: bool) -> bool { (u128::from(a) + u128::from(!b) + u128::from(c)) >> 64 != 0 }
 
         fast Integer "sad.u16" SadU16(a: u16, b: u16, c: u16) -> u16 { c.wrapping_add(a.abs_diff(b)) }
         fast Integer "sad.s16" SadS16(a: i16, b: i16, c: u16) -> u16 { c.wrapping_add(a.abs_diff(b)) }

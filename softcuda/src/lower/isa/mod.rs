@@ -116,8 +116,8 @@ macro_rules! define_codes {
             Bra,
             /// Calls of functions with a body of their own, and what such a body begins and ends with.
             Call, Frame, Return,
-            /// `vprintf`.
-            Print,
+            /// `vprintf`; `malloc` and `free`.
+            Print, Heap,
             BrxIdx, Exit, Trap, Assert, InvalidPc, Nop,
             /// `cp.async.wait_group` of `x`; `wait_all` is a commit and a wait for all.
             Load, Store, Atom, AtomWide, CopyAsync, CopyCommit, CopyWait,
