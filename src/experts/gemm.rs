@@ -190,6 +190,8 @@ pub struct GemmArgs<'a, T> {
     pub out_scale: Option<In<'a, f32>>,
     /// Drops some of the result, before `out_scale`: [`crate::reference::gemm::dropout`].
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`]. Absent, the dropout's seed and offset are all there is.
+    pub noise_state: Option<In<'a, u64>>,
     /// `[rows, N]`. Rows that no tile covers are left as they are.
     pub out: Out<'a, T>,
 }
@@ -204,6 +206,7 @@ impl<'a, T> GemmArgs<'a, T> {
             row_scale: None,
             out_scale: None,
             dropout: None,
+            noise_state: None,
             out: out.into(),
         }
     }
@@ -221,7 +224,7 @@ impl<'a, T> GemmArgs<'a, T> {
     }
 }
 
-buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32> });
+buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, noise_state: In<u64> });
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
 const BAND: usize = 8;
@@ -262,8 +265,8 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
 /// With no rows or no tiles nothing is launched.
 ///
 /// # Errors
-/// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, and for a
-/// dropout's probability outside its range; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
+/// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, for a
+/// dropout's probability outside its range, and for a noise state without dropout; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
 /// [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
@@ -277,6 +280,9 @@ pub fn forward<T: Element>(
     check_dispatched(desc, args.dispatched)?;
     if let Some(dropout) = args.dropout {
         check_dropout(OPERATION, &dropout)?;
+    } else if args.noise_state.is_some() {
+        let reason = "there is no dropout";
+        return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
     }
     if desc.rows.count() == 0 || selection.grid[0] == 0 {
         return Ok(());
@@ -288,6 +294,7 @@ pub fn forward<T: Element>(
     let dispatched = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let out = scope.write("out", args.out, rows * desc.n, VECTOR)?;
     let at = Addresses {
         a: a.address(),
@@ -296,6 +303,7 @@ pub fn forward<T: Element>(
         rows: dispatched.as_ref().map(|dispatched| dispatched.addresses()),
         row_scale: optional(&row_scale),
         out_scale: optional(&out_scale),
+        noise_state: optional(&noise_state),
     };
     enqueue(&scope, desc, &selection, at, args.dropout)
 }
@@ -329,6 +337,8 @@ pub(crate) struct Addresses<'a> {
     pub(crate) rows: Option<RowAddresses<'a>>,
     pub(crate) row_scale: Option<Address<'a>>,
     pub(crate) out_scale: Option<Address<'a>>,
+    /// Of the dropout.
+    pub(crate) noise_state: Option<Address<'a>>,
 }
 
 pub(crate) fn enqueue(
@@ -372,6 +382,7 @@ pub(crate) fn enqueue(
             seed_hi,
             offset_lo,
             offset_hi,
+            noise_state: at.noise_state.into(),
         },
     )
 }

@@ -162,6 +162,9 @@ impl ExpertsPlan {
         self.check(&scope, args.dispatched)?;
         if let Some(dropout) = &args.dropout {
             gemm::check_dropout(OPERATION, dropout)?;
+        } else if args.noise_state.is_some() {
+            let reason = "there is no dropout";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
         }
         let SlotShape { tokens, slots, .. } = self.rows;
         let hidden = self.desc.hidden;
@@ -173,6 +176,7 @@ impl ExpertsPlan {
         let dispatched = args.dispatched.read(&scope)?;
         let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, VECTOR)?;
         let h = scope.write_some("hidden", args.hidden, slots * self.desc.intermediate, VECTOR)?;
+        let noise_state = scope.read_noise_state(args.noise_state)?;
         let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
         if shared.is_some() != self.shared.is_some() {
             let (operation, argument) = (OPERATION, "shared");
@@ -190,6 +194,7 @@ impl ExpertsPlan {
             y_slots: y_slots.address(),
             addend: optional(&shared),
             dropout: args.dropout,
+            noise_state: optional(&noise_state),
         };
         self.enqueue(&scope, &weights, &at, &mut |_| ())
     }
@@ -224,6 +229,7 @@ impl ExpertsPlan {
             row_scale: weight(Weighting::Input),
             out_scale: weight(Weighting::Activation),
             dropout: at.dropout,
+            noise_state: at.noise_state,
         };
         first.enqueue(scope, &self.gate_up, gate_up)?;
         observer(Stage::GateUp);
@@ -233,6 +239,7 @@ impl ExpertsPlan {
             row_scale: None,
             out_scale: weight(Weighting::Output),
             dropout: None,
+            noise_state: None,
             ..first
         };
         second.enqueue(scope, &self.down, down)?;
@@ -241,7 +248,8 @@ impl ExpertsPlan {
         let (Some(steps), Some([gate_up, down]), Some(addend)) = (&self.shared, &weights.shared, at.addend) else {
             return Ok(());
         };
-        let dense = |a, out| Product { a, out, rows: None, row_scale: None, out_scale: None, dropout: None };
+        let dense =
+            |a, out| Product { a, out, rows: None, row_scale: None, out_scale: None, dropout: None, noise_state: None };
         dense(at.x, at.shared_hidden).enqueue(scope, &steps[0], gate_up)?;
         observer(Stage::SharedGateUp);
         dense(at.shared_hidden, addend).enqueue(scope, &steps[1], down)?;
@@ -279,6 +287,8 @@ pub struct ExpertsArgs<'a, T> {
     pub shared: Option<Out<'a, T>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a, T> ExpertsArgs<'a, T> {
@@ -288,7 +298,15 @@ impl<'a, T> ExpertsArgs<'a, T> {
         dispatched: &'a Dispatched,
         y_slots: impl Into<Out<'a, T>>,
     ) -> ExpertsArgs<'a, T> {
-        ExpertsArgs { x: x.into(), dispatched, y_slots: y_slots.into(), hidden: None, shared: None, dropout: None }
+        ExpertsArgs {
+            x: x.into(),
+            dispatched,
+            y_slots: y_slots.into(),
+            hidden: None,
+            shared: None,
+            dropout: None,
+            noise_state: None,
+        }
     }
 
     /// With dropout inside the experts.
@@ -298,7 +316,7 @@ impl<'a, T> ExpertsArgs<'a, T> {
     }
 }
 
-buffers!(ExpertsArgs<'a, T> { hidden: Out<T>, shared: Out<T> });
+buffers!(ExpertsArgs<'a, T> { hidden: Out<T>, shared: Out<T>, noise_state: In<u64> });
 
 /// Addresses of all products.
 pub(super) struct Products<'a> {
@@ -310,6 +328,7 @@ pub(super) struct Products<'a> {
     /// The shared expert's output.
     pub(super) addend: Option<Address<'a>>,
     pub(super) dropout: Option<Dropout>,
+    pub(super) noise_state: Option<Address<'a>>,
 }
 
 /// Rows in and out of one product.
@@ -321,6 +340,7 @@ struct Product<'a> {
     row_scale: Option<Address<'a>>,
     out_scale: Option<Address<'a>>,
     dropout: Option<Dropout>,
+    noise_state: Option<Address<'a>>,
 }
 
 impl Product<'_> {
@@ -332,6 +352,7 @@ impl Product<'_> {
             rows: self.rows,
             row_scale: self.row_scale,
             out_scale: self.out_scale,
+            noise_state: self.noise_state,
         };
         gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
     }

@@ -122,10 +122,17 @@ impl LayerPlan {
         self.experts.check_device(&scope)?;
         if let Some(dropout) = &args.dropout {
             gemm::check_dropout(OPERATION, dropout)?;
+        } else if args.noise_state.is_some() && !desc.draws() {
+            let reason = "neither dropout nor the admission draws anything";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
         }
         if args.accumulate && args.residual.is_some() {
             let reason = "y accumulates";
             return Err(Error::Unexpected { operation: OPERATION, argument: "residual", reason });
+        }
+        let mut route = args.route;
+        if desc.draws() {
+            route.noise_state = route.noise_state.or(args.noise_state);
         }
         let elements = self.tokens * desc.hidden;
         let router = match args.choices {
@@ -134,7 +141,7 @@ impl LayerPlan {
         };
         let experts = weights.experts.open(&scope, desc)?;
         if self.tokens == 0 {
-            return self.route.without_tokens(&scope, args.route);
+            return self.route.without_tokens(&scope, route);
         }
         let x = scope.read("x", args.x, elements, VECTOR)?;
         let given = self.tokens * self.route.candidates();
@@ -145,8 +152,9 @@ impl LayerPlan {
         let y = scope.write("y", args.y, elements, VECTOR)?;
         let slots = self.experts.rows().slots;
         let hidden = scope.write_some("hidden", args.hidden, slots * desc.intermediate, VECTOR)?;
+        let noise_state = scope.read_noise_state(args.noise_state)?;
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
-        let (held, mut extras) = HeldRoute::open(&scope, &self.route, args.route)?;
+        let (held, mut extras) = HeldRoute::open(&scope, &self.route, route)?;
 
         let lists = self.route.regions.lists(&workspace);
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);
@@ -170,6 +178,7 @@ impl LayerPlan {
             y_slots: workspace.at(self.experts.y_slots),
             addend: self.experts.has_shared().then(|| workspace.at(addend)),
             dropout: args.dropout,
+            noise_state: optional(&noise_state),
         };
         self.experts.enqueue(&scope, &experts, &products, observer)?;
         let sum = combine::Addresses {
@@ -206,6 +215,9 @@ pub struct LayerArgs<'a, T> {
     pub hidden: Option<Out<'a, T>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, of all that the layer draws: dropout, and an admission's second experts (unless
+    /// [`RouteArgs::noise_state`] is given for these). See [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a, T> LayerArgs<'a, T> {
@@ -220,6 +232,7 @@ impl<'a, T> LayerArgs<'a, T> {
             route: RouteArgs::new(),
             hidden: None,
             dropout: None,
+            noise_state: None,
         }
     }
 
@@ -248,4 +261,4 @@ impl<'a, T> LayerArgs<'a, T> {
     }
 }
 
-buffers!(LayerArgs<'a, T> { residual: In<T>, hidden: Out<T> });
+buffers!(LayerArgs<'a, T> { residual: In<T>, hidden: Out<T>, noise_state: In<u64> });
