@@ -1,4 +1,4 @@
-//! Jitter: multiplicative uniform noise on the router's input or on its logits (Fedus et al., *Switch Transformers*, 2021, section 2.2).
+//! Jitter: multiplicative uniform noise on the router's input or on its logits (Fedus et al., *Switch Transformers*, 2021, appendix C).
 //!
 //! `y[i] = x[i] * u`, `u` uniform between `1 - epsilon` and `1 + epsilon`, rounded once to the type of `x`. The router takes `y`, the experts
 //! take `x`. The noise follows from seed, offset and `i` alone ([`NoiseSource`]); jitter shares no random word with the routers that use the
