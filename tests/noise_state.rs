@@ -11,9 +11,12 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use half::{bf16, f16};
 use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
-use moe_kernels::experts::Weight;
+use moe_kernels::experts::combine::CombineArgs;
 use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
-use moe_kernels::layer::{Choices, ExpertWeights, LayerArgs, LayerDesc, LayerWeights, RouteArgs, RouterWeights};
+use moe_kernels::experts::{Dispatched, Weight};
+use moe_kernels::layer::{
+    Choices, ExpertWeights, ExpertsArgs, LayerArgs, LayerDesc, LayerWeights, RouteArgs, RouterWeights,
+};
 use moe_kernels::reference;
 use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
 use moe_kernels::routers::jitter::{self, JitterArgs, JitterDesc};
@@ -340,6 +343,31 @@ impl Step {
     fn read(&self, out: &Outputs) -> (Vec<i32>, Vec<i32>, Vec<bf16>) {
         (read(&self.stream, &out.ids), read(&self.stream, &out.admitted), read(&self.stream, &out.y))
     }
+}
+
+/// Route, experts and combine by a state are the whole layer by that state: bits of `admitted` and `y`.
+#[test]
+fn a_layer_in_parts_by_a_state() {
+    let stream = stream();
+    let own = [0, 1, 2].map(|offset| NoiseSource::new(0, offset));
+    let step = Step::new(&stream, 40).drawing(own[1]);
+    let state = stream.clone_htod(&[21u64, 1 << 40]).unwrap();
+    let mut out = step.outputs();
+    step.enqueue(&mut out, [own[0], own[2]], Some(&state));
+    let whole = step.read(&out);
+
+    let (plan, kernels, slots) = (step.plan(), step.kernels, 2 * step.tokens);
+    let mut dispatched = Dispatched::new(&stream, &plan.route().rows()).unwrap();
+    let choices = Choices::new(&out.ids, &out.weights);
+    let mut admitted = stream.alloc_zeros::<i32>(slots).unwrap();
+    let args = RouteArgs::new().ids(&mut admitted).noise_state(&state);
+    plan.route().forward_choices(kernels, &stream, choices, args, &mut dispatched, &mut out.workspace).unwrap();
+    let mut y_slots = stream.alloc_zeros::<bf16>(slots * step.desc.hidden).unwrap();
+    let dropout = Dropout::new(0.3, own[2]);
+    let args = ExpertsArgs::new(&step.x, &dispatched, &mut y_slots).dropout(dropout).noise_state(&state);
+    plan.experts().forward(kernels, &stream, &step.weights().experts, args, &mut out.workspace).unwrap();
+    plan.experts().combine(kernels, &stream, CombineArgs::new(&y_slots, &dispatched, &mut out.y)).unwrap();
+    assert_eq!((read(&stream, &admitted), read(&stream, &out.y)), (whole.1, whole.2));
 }
 
 #[test]
