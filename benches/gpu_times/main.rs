@@ -4,12 +4,14 @@
 //! On the software device the shapes are scaled down and a time is the software's, so no share of a floor stands beside it.
 
 mod clock;
-#[path = "../fill.rs"]
+#[path = "../common/fill.rs"]
 mod fill;
+#[allow(dead_code)] // each bench uses its own part
+#[path = "../common/model.rs"]
 mod model;
 mod peaks;
 mod report;
-#[path = "../shapes.rs"]
+#[path = "../common/shapes.rs"]
 mod shapes;
 #[path = "../../examples/support/whole_file.rs"]
 mod whole_file;
