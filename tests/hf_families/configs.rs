@@ -125,7 +125,7 @@ fn routers_with_and_without_a_bias() {
 /// A count that cannot be is the configuration's fault, not that of the recorded outputs.
 #[test]
 fn too_many_experts_a_token_beside_recorded_outputs() {
-    let source = data::path("golden/mixtral");
+    let source = crate::data::path("golden/mixtral");
     let folder = Folder::new();
     for name in ["model.safetensors", "golden.safetensors"] {
         std::fs::copy(source.join(name), folder.join(name)).unwrap();
