@@ -1,0 +1,117 @@
+//! What the caller hands to a route.
+
+use crate::capacity::Ids;
+use crate::routers::measured_gating::{RouterStats, Totals};
+use crate::runtime::builder::buffers;
+use crate::{In, Out};
+
+/// What the choice of experts reads and writes beside `x`; what no buffer is given for stays in the workspace.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct RouteArgs<'a> {
+    /// `[T, E]`, written: the router's logits.
+    pub logits: Option<Out<'a, f32>>,
+    /// `[T, k]`, written: chosen experts, after admission.
+    pub ids: Option<Out<'a, i32>>,
+    /// `[T, k]`, written: their weights.
+    pub weights: Option<Out<'a, f32>>,
+    /// `[local experts]`, written: rows of each expert. In parts, the dispatch has them.
+    pub counts: Option<Out<'a, i32>>,
+    /// `[T]`: who comes first, where the admission is prioritised.
+    pub priority: Option<In<'a, f32>>,
+    /// `[2]`, 8-byte aligned, where the admission draws second experts: see [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
+    /// Losses and statistics; exactly where the descriptor measures.
+    pub measured: Option<Measured<'a>>,
+    /// The expert map; exactly where the descriptor has one.
+    pub map: Option<MapTable<'a>>,
+    /// `[T]`, written: the sum of the weights of experts whose output is their input, where there is a map.
+    pub identity_weight: Option<Out<'a, f32>>,
+}
+
+impl<'a> RouteArgs<'a> {
+    /// Nothing beside the rows.
+    pub fn new() -> RouteArgs<'a> {
+        RouteArgs::default()
+    }
+
+    /// With losses and statistics.
+    #[must_use]
+    pub fn measured(self, measured: Measured<'a>) -> RouteArgs<'a> {
+        RouteArgs { measured: Some(measured), ..self }
+    }
+
+    /// With an expert map.
+    #[must_use]
+    pub fn map(self, map: MapTable<'a>) -> RouteArgs<'a> {
+        RouteArgs { map: Some(map), ..self }
+    }
+}
+
+buffers!(RouteArgs<'a> {
+    logits: Out<f32>,
+    ids: Out<i32>,
+    weights: Out<f32>,
+    counts: Out<i32>,
+    priority: In<f32>,
+    noise_state: In<u64>,
+    identity_weight: Out<f32>,
+});
+
+/// What a measured gating writes: see [`measured_gating`].
+#[non_exhaustive]
+pub struct Measured<'a> {
+    /// Sums by expert.
+    pub totals: Totals<'a>,
+    /// `[1]`, written.
+    pub stats: Out<'a, RouterStats>,
+    /// `[T]`, written.
+    pub log_sum_exp: Option<Out<'a, f32>>,
+    /// `[T, E]`, written.
+    pub probabilities: Option<Out<'a, f32>>,
+}
+
+impl<'a> Measured<'a> {
+    /// Sums and losses.
+    pub fn new(totals: Totals<'a>, stats: impl Into<Out<'a, RouterStats>>) -> Measured<'a> {
+        Measured { totals, stats: stats.into(), log_sum_exp: None, probabilities: None }
+    }
+}
+
+buffers!(Measured<'a> { log_sum_exp: Out<f32>, probabilities: Out<f32> });
+
+/// An expert map on the device.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct MapTable<'a> {
+    /// `[E, R]`: local numbers, [`crate::rules::NONE`] or [`crate::rules::IDENTITY`].
+    pub map: In<'a, i32>,
+    /// `[E]`: how many of an expert's row count; absent, the first alone.
+    pub replicas: Option<In<'a, i32>>,
+}
+
+impl<'a> MapTable<'a> {
+    /// One copy of each expert.
+    pub fn new(map: impl Into<In<'a, i32>>) -> MapTable<'a> {
+        MapTable { map: map.into(), replicas: None }
+    }
+}
+
+buffers!(MapTable<'a> { replicas: In<i32> });
+
+/// Choices that another router made.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Choices<'a> {
+    /// `[T, k]`: experts, stored as the descriptor says; one outside `0..E` is a choice of nothing.
+    pub ids: Ids<'a>,
+    /// `[T, k]`.
+    pub weights: In<'a, f32>,
+}
+
+impl<'a> Choices<'a> {
+    /// `ids` with `weights`.
+    pub fn new(ids: impl Into<Ids<'a>>, weights: impl Into<In<'a, f32>>) -> Choices<'a> {
+        Choices { ids: ids.into(), weights: weights.into() }
+    }
+}

@@ -1,0 +1,258 @@
+//! A route's launches.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::args::{Choices, RouteArgs};
+use super::places::{ChoiceAddresses, Extras, HeldRoute, RouteAddresses, format_of};
+use super::{Choice, RoutePlan};
+use crate::capacity::admission::{self, AdmissionArgs};
+use crate::capacity::expert_map::{self, ExpertMapArgs};
+use crate::capacity::{Ids, dispatch};
+use crate::experts::dispatched::Dispatched;
+use crate::layer::experts::check_device;
+use crate::layer::weights::{HeldRouter, RouterWeights};
+use crate::layer::{OPERATION, Stage};
+use crate::routers::gating::{self, GatingArgs, Routing};
+use crate::routers::measured_gating::{self, MeasuredGatingArgs, RouterStats, Totals};
+use crate::routers::{gating_dispatch, router};
+use crate::rules::IdFormat;
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::{Element, Error, In, Kernels, Out, Workspace};
+
+impl RoutePlan {
+    /// Chooses experts for `x` and lays out their rows.
+    ///
+    /// With no tokens nothing is launched, and the dispatch has no rows.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Unexpected`] for weights and buffers against the descriptor; [`Error::Invalid`] for a plan made for
+    /// another device; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
+    /// [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward<'x, T: Element>(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        weights: &RouterWeights<'_>,
+        x: impl Into<In<'x, T>>,
+        args: RouteArgs<'_>,
+        dispatched: &mut Dispatched,
+        workspace: &mut Workspace,
+    ) -> Result<(), Error> {
+        let scope = Scope::begin(OPERATION, kernels, stream)?;
+        check_device(&scope, &self.device)?;
+        scope.check_dtype::<T>("x", self.desc.dtype)?;
+        let weights = weights.open(&scope, &self.desc)?;
+        let lists = dispatched.fill(&scope, &self.rows())?;
+        if self.tokens == 0 {
+            lists.zero(&scope)?;
+            lists.filled();
+            return self.without_tokens(&scope, args);
+        }
+        let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, VECTOR)?;
+        let workspace = workspace.open(&scope, self.workspace_bytes)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
+        self.enqueue_router(&scope, &weights, x.address(), None, &at, &mut |_| ())?;
+        self.enqueue_choice(&scope, &weights, &workspace, &mut extras, &at, &mut |_| ())?;
+        lists.filled();
+        Ok(())
+    }
+
+    /// Lays out the rows of choices that another router made, after admission and map as the descriptor says.
+    ///
+    /// `choices` are `[T, K]` with the admission's `candidates`, else `[T, k]`; ids outside `0..E` are choices of nothing.
+    ///
+    /// # Errors
+    /// Those of [`RoutePlan::forward`].
+    pub fn forward_choices(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        choices: Choices<'_>,
+        args: RouteArgs<'_>,
+        dispatched: &mut Dispatched,
+        workspace: &mut Workspace,
+    ) -> Result<(), Error> {
+        let scope = Scope::begin(OPERATION, kernels, stream)?;
+        check_device(&scope, &self.device)?;
+        let lists = dispatched.fill(&scope, &self.rows())?;
+        if self.tokens == 0 {
+            lists.zero(&scope)?;
+            lists.filled();
+            return self.without_tokens(&scope, args);
+        }
+        let given = self.tokens * self.candidates();
+        let ids = self.open_ids(&scope, choices.ids)?;
+        let weights = scope.read("choices.weights", choices.weights, given, SCALAR)?;
+        let workspace = workspace.open(&scope, self.workspace_bytes)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
+        let choices = ChoiceAddresses { format: self.desc.choices, ids: ids.address(), weights: weights.address() };
+        self.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, &mut |_| ())?;
+        lists.filled();
+        Ok(())
+    }
+
+    /// Opens the ids of choices from elsewhere.
+    pub(in crate::layer) fn open_ids<'b, 'c: 'b>(&self, scope: &Scope<'b>, ids: Ids<'c>) -> Result<Held<'b>, Error> {
+        ids.open(scope, "choices.ids", self.desc.choices, self.tokens * self.candidates())
+    }
+
+    pub(in crate::layer) fn candidates(&self) -> usize {
+        self.desc.admission.map_or(self.desc.top_k, |rule| rule.candidates)
+    }
+
+    /// The result for no tokens: what is summed up over tokens is zero.
+    pub(in crate::layer) fn without_tokens(&self, scope: &Scope<'_>, args: RouteArgs<'_>) -> Result<(), Error> {
+        let (local, experts) = (self.desc.local_experts(), self.desc.experts);
+        if let Some(counts) = scope.write_some("counts", args.counts, local, SCALAR)? {
+            scope.zero(counts.address(), local * size_of::<i32>())?;
+        }
+        let Some(measured) = args.measured else { return Ok(()) };
+        let bytes = experts * size_of::<i32>();
+        let Totals { counts, loss_counts, probability, importance, .. } = measured.totals;
+        scope.zero(scope.write("totals.counts", counts, experts, SCALAR)?.address(), bytes)?;
+        scope.zero(scope.write("totals.loss_counts", loss_counts, experts, SCALAR)?.address(), bytes)?;
+        scope.zero(scope.write("totals.probability", probability, experts, SCALAR)?.address(), bytes)?;
+        scope.zero(scope.write("totals.importance", importance, experts, SCALAR)?.address(), bytes)?;
+        scope.zero(scope.write("stats", measured.stats, 1, SCALAR)?.address(), size_of::<RouterStats>())
+    }
+
+    /// The logits; with `gate`, weight and logits of a shared expert's gate, those too.
+    pub(in crate::layer) fn enqueue_router(
+        &self,
+        scope: &Scope<'_>,
+        weights: &HeldRouter<'_>,
+        x: Address<'_>,
+        gate: Option<(Address<'_>, Address<'_>)>,
+        at: &RouteAddresses<'_>,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<(), Error> {
+        let addresses = router::Addresses {
+            x,
+            weight: Some(weights.matrix.address()),
+            bias: optional(&weights.bias),
+            logits: Some(at.logits),
+            gate,
+        };
+        let step = if gate.is_some() { &self.gated_router } else { &self.router };
+        router::enqueue(scope, &step.desc, &step.selection, addresses)?;
+        observer(Stage::Router);
+        Ok(())
+    }
+
+    /// From logits to rows.
+    pub(in crate::layer) fn enqueue_choice(
+        &self,
+        scope: &Scope<'_>,
+        weights: &HeldRouter<'_>,
+        workspace: &Held<'_>,
+        extras: &mut Extras<'_>,
+        at: &RouteAddresses<'_>,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<(), Error> {
+        let correction_bias = optional(&weights.correction_bias);
+        if let Choice::WithDispatch(step) = &self.choice {
+            let routing = Routing { logits: at.logits, correction_bias, ids: at.ids, weights: at.weights };
+            let lists = dispatch::Outputs::of(at.lists, true);
+            let scratch = workspace.at(self.regions.scratch);
+            gating_dispatch::enqueue(scope, &step.desc, &step.selection, routing, lists, scratch)?;
+            observer(Stage::GateDispatch);
+            return Ok(());
+        }
+        let given = self.tokens * self.candidates();
+        let [ids, chosen_weights] = if self.admission.is_some() {
+            [self.regions.candidates, self.regions.candidate_weights].map(|region| workspace.at(region))
+        } else {
+            [at.ids, at.weights]
+        };
+        let logits = at.logits.input(self.tokens * self.desc.experts);
+        let bias = correction_bias.map(|bias| bias.input(self.desc.experts));
+        let (kernels, stream) = (scope.kernels, scope.stream);
+        match &self.choice {
+            Choice::Measured(step) => {
+                let Some(measured) = extras.measured.as_mut() else {
+                    let reason = "the descriptor measures the batch";
+                    return Err(Error::Missing { operation: OPERATION, argument: "measured", reason });
+                };
+                let mut scratch = workspace.part(self.regions.scratch);
+                let totals = Totals {
+                    counts: measured.totals.counts.reborrow(),
+                    loss_counts: measured.totals.loss_counts.reborrow(),
+                    probability: measured.totals.probability.reborrow(),
+                    importance: measured.totals.importance.reborrow(),
+                };
+                let (ids, weights) = (ids.out(given), chosen_weights.out(given));
+                let mut args =
+                    MeasuredGatingArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch);
+                args.correction_bias = bias;
+                args.log_sum_exp = measured.log_sum_exp.as_mut().map(Out::reborrow);
+                args.probabilities = measured.probabilities.as_mut().map(Out::reborrow);
+                measured_gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
+            }
+            Choice::Gating(step) => {
+                let mut args = GatingArgs::new(logits, ids.out(given), chosen_weights.out(given));
+                args.correction_bias = bias;
+                gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
+            }
+            Choice::WithDispatch(_) => {}
+        }
+        observer(Stage::Gate);
+        let choices = ChoiceAddresses { format: IdFormat::I32, ids, weights: chosen_weights };
+        self.enqueue_rows(scope, workspace, extras, at, choices, observer)
+    }
+
+    /// From choices `[T, candidates]` to rows: admission, map, dispatch.
+    pub(in crate::layer) fn enqueue_rows(
+        &self,
+        scope: &Scope<'_>,
+        workspace: &Held<'_>,
+        extras: &mut Extras<'_>,
+        at: &RouteAddresses<'_>,
+        choices: ChoiceAddresses<'_>,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<(), Error> {
+        let within = |error: Error| error.within(OPERATION);
+        let (kernels, stream) = (scope.kernels, scope.stream);
+        let ChoiceAddresses { mut format, mut ids, mut weights } = choices;
+        let (choices, given) = (self.tokens * self.desc.top_k, self.tokens * self.candidates());
+        if let Some(step) = &self.admission {
+            let mut scratch = workspace.part(self.regions.scratch);
+            let mut args = AdmissionArgs::new(
+                ids.input(given),
+                weights.input(given),
+                at.ids.out(choices),
+                at.weights.out(choices),
+                &mut scratch,
+            );
+            args.priority = extras.priority.take();
+            args.noise_state = extras.noise_state.take();
+            admission::forward(kernels, stream, &step.desc, args).map_err(within)?;
+            observer(Stage::Admission);
+            (format, ids, weights) = (IdFormat::I32, at.ids, at.weights);
+        }
+        if let Some(step) = &self.map {
+            let Some(map) = extras.map.take() else {
+                let reason = "the descriptor maps experts";
+                return Err(Error::Missing { operation: OPERATION, argument: "map", reason });
+            };
+            let (global, local) = (format_of(ids, format, choices), at.local_ids.out(choices));
+            let mut args = ExpertMapArgs::new(global, map.map, local);
+            args.weights = Some(weights.input(choices));
+            args.replicas = map.replicas;
+            args.identity_weight = Some(at.identity_weight.out(self.tokens));
+            expert_map::forward(kernels, stream, &step.desc.ids(format), args).map_err(within)?;
+            observer(Stage::Map);
+            (format, ids) = (IdFormat::I32, at.local_ids);
+        }
+        let (desc, scratch) = (self.dispatch.desc.ids(format), workspace.at(self.regions.scratch));
+        let selection = dispatch::select(&desc, kernels.device()).map_err(within)?;
+        let lists = dispatch::Outputs::of(at.lists, true);
+        dispatch::enqueue(scope, &desc, &selection, ids, Some(weights), lists, scratch)?;
+        observer(Stage::Dispatch);
+        Ok(())
+    }
+}

@@ -1,0 +1,154 @@
+//! Where a route's values lie: the caller's buffers, else the workspace.
+
+use super::RoutePlan;
+use super::args::{MapTable, Measured, RouteArgs};
+use crate::capacity::Ids;
+use crate::experts::dispatched::ListAddresses;
+use crate::layer::OPERATION;
+use crate::rules::IdFormat;
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::workspace::Region;
+use crate::{Error, In};
+
+/// Places in the workspace.
+#[derive(Clone, Copy, Debug, Default)]
+pub(in crate::layer) struct Regions {
+    /// First, at 0: the grid barrier, and what kernels that meet at it or work alone keep behind it.
+    pub(super) scratch: Region,
+    pub(super) logits: Region,
+    /// Candidates and their weights, where admission has a say.
+    pub(super) candidates: Region,
+    pub(super) candidate_weights: Region,
+    pub(super) ids: Region,
+    pub(super) weights: Region,
+    /// Ids as this device knows them, where there is a map.
+    pub(super) local_ids: Region,
+    pub(super) identity_weight: Region,
+    pub(super) counts: Region,
+    pub(super) offsets: Region,
+    pub(super) slot_token: Region,
+    pub(super) token_slot: Region,
+    pub(super) slot_weight: Region,
+    pub(super) tiles: Region,
+    pub(super) num_tiles: Region,
+}
+
+/// Choices `[T, candidates]` and how their ids are stored.
+#[derive(Clone, Copy)]
+pub(in crate::layer) struct ChoiceAddresses<'a> {
+    pub(in crate::layer) format: IdFormat,
+    pub(in crate::layer) ids: Address<'a>,
+    pub(in crate::layer) weights: Address<'a>,
+}
+
+/// Ids at an address as the buffer that they are.
+pub(super) fn format_of(ids: Address<'_>, format: IdFormat, len: usize) -> Ids<'_> {
+    match format {
+        IdFormat::I32 => Ids::I32(ids.input(len)),
+        IdFormat::U32 => Ids::U32(ids.input(len)),
+        IdFormat::I64 => Ids::I64(ids.input(len)),
+    }
+}
+
+/// What is handed on to an operation as it came.
+pub(in crate::layer) struct Extras<'a> {
+    pub(super) priority: Option<In<'a, f32>>,
+    pub(super) noise_state: Option<In<'a, u64>>,
+    pub(super) measured: Option<Measured<'a>>,
+    pub(super) map: Option<MapTable<'a>>,
+}
+
+/// A route's own buffers, opened.
+pub(in crate::layer) struct HeldRoute<'a> {
+    logits: Option<Held<'a>>,
+    ids: Option<Held<'a>>,
+    weights: Option<Held<'a>>,
+    counts: Option<Held<'a>>,
+    identity_weight: Option<Held<'a>>,
+}
+
+impl<'a> HeldRoute<'a> {
+    /// What is opened here, and what is handed on.
+    pub(in crate::layer) fn open<'c: 'a>(
+        scope: &Scope<'a>,
+        plan: &RoutePlan,
+        args: RouteArgs<'c>,
+    ) -> Result<(HeldRoute<'a>, Extras<'c>), Error> {
+        let (tokens, desc) = (plan.tokens, &plan.desc);
+        let choices = tokens * desc.top_k;
+        let unexpected = |argument, reason| Err(Error::Unexpected { operation: OPERATION, argument, reason });
+        if args.measured.is_some() && desc.measure.is_none() {
+            return unexpected("measured", "the descriptor does not measure the batch");
+        }
+        if desc.map.is_none() {
+            if args.map.is_some() {
+                return unexpected("map", "the descriptor has no map");
+            }
+            if args.identity_weight.is_some() {
+                return unexpected("identity_weight", "the descriptor has no map");
+            }
+        }
+        if args.priority.is_some() && desc.admission.is_none() {
+            return unexpected("priority", "the descriptor has no admission");
+        }
+        if args.noise_state.is_some() && !desc.draws() {
+            return unexpected("noise_state", "the descriptor's admission draws nothing");
+        }
+        let held = HeldRoute {
+            logits: scope.write_some("logits", args.logits, tokens * desc.experts, SCALAR)?,
+            ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
+            weights: scope.write_some("weights", args.weights, choices, SCALAR)?,
+            counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,
+            identity_weight: scope.write_some("identity_weight", args.identity_weight, tokens, SCALAR)?,
+        };
+        let RouteArgs { priority, noise_state, measured, map, .. } = args;
+        Ok((held, Extras { priority, noise_state, measured, map }))
+    }
+}
+
+/// Where everything lies: the caller's buffers, else the workspace's regions.
+#[derive(Clone, Copy)]
+pub(in crate::layer) struct RouteAddresses<'a> {
+    pub(in crate::layer) logits: Address<'a>,
+    pub(in crate::layer) ids: Address<'a>,
+    pub(in crate::layer) weights: Address<'a>,
+    pub(super) local_ids: Address<'a>,
+    pub(in crate::layer) identity_weight: Address<'a>,
+    pub(in crate::layer) lists: ListAddresses<'a>,
+}
+
+impl<'a> RouteAddresses<'a> {
+    pub(in crate::layer) fn new(
+        plan: &RoutePlan,
+        workspace: &'a Held<'_>,
+        held: &'a HeldRoute<'_>,
+        lists: ListAddresses<'a>,
+    ) -> RouteAddresses<'a> {
+        let at = |region: Region| workspace.at(region);
+        let regions = &plan.regions;
+        RouteAddresses {
+            logits: optional(&held.logits).unwrap_or_else(|| at(regions.logits)),
+            ids: optional(&held.ids).unwrap_or_else(|| at(regions.ids)),
+            weights: optional(&held.weights).unwrap_or_else(|| at(regions.weights)),
+            local_ids: at(regions.local_ids),
+            identity_weight: optional(&held.identity_weight).unwrap_or_else(|| at(regions.identity_weight)),
+            lists: ListAddresses { counts: optional(&held.counts).unwrap_or(lists.counts), ..lists },
+        }
+    }
+}
+
+impl Regions {
+    /// A dispatch's lists inside the workspace.
+    pub(in crate::layer) fn lists<'a>(&self, workspace: &'a Held<'_>) -> ListAddresses<'a> {
+        ListAddresses {
+            counts: workspace.at(self.counts),
+            offsets: workspace.at(self.offsets),
+            slot_token: workspace.at(self.slot_token),
+            token_slot: workspace.at(self.token_slot),
+            token_offsets: workspace.at(self.offsets),
+            slot_weight: workspace.at(self.slot_weight),
+            tiles: workspace.at(self.tiles),
+            num_tiles: workspace.at(self.num_tiles),
+        }
+    }
+}

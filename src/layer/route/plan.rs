@@ -1,0 +1,188 @@
+//! From a layer's descriptor to kernels, grids and places.
+
+use super::places::Regions;
+use super::{Choice, RoutePlan};
+use crate::capacity::admission::{self, AdmissionDesc};
+use crate::capacity::dispatch::{self, DispatchDesc};
+use crate::capacity::expert_map::{self, ExpertMapDesc};
+use crate::experts::dispatched::SlotShape;
+use crate::experts::tiles::{lowest_tile, max_tiles, select_tile};
+use crate::layer::desc::LayerDesc;
+use crate::layer::{OPERATION, Stage, Step};
+use crate::routers::gating::{self, GatingDesc};
+use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
+use crate::routers::measured_gating::{self, MeasuredGatingDesc};
+use crate::routers::router::{self, RouterDesc};
+use crate::rules::IdFormat;
+use crate::runtime::workspace::Arena;
+use crate::{DeviceInfo, Error, Selection, registry};
+
+impl RoutePlan {
+    pub(in crate::layer) fn new(
+        desc: &LayerDesc,
+        tokens: usize,
+        device: &DeviceInfo,
+    ) -> Result<(RoutePlan, Arena), Error> {
+        let within = |error: Error| error.within(OPERATION);
+        let &LayerDesc { dtype, router_dtype, hidden, experts, top_k, gating, .. } = desc;
+        let router =
+            RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype).batch_invariant(desc.batch_invariant);
+        let step = |desc| Ok::<_, Error>(Step { desc, selection: router::select(&desc, device).map_err(within)? });
+        let (router, gated_router) = (step(router)?, step(router.shared_gate(desc.has_shared_gate()))?);
+
+        // The height of a tile follows from the number of slots, which is checked by `validate` below.
+        let (slots, local_experts) = (tokens.saturating_mul(top_k), desc.local_experts());
+        let tile_m = select_tile(dtype, slots, local_experts, device).map_err(within)?.bm as usize;
+        let dispatch = DispatchDesc::new(tokens, local_experts, top_k, tile_m).capacity(desc.capacity);
+        let dispatch = Step { desc: dispatch, selection: dispatch::select(&dispatch, device).map_err(within)? };
+
+        let candidates = desc.admission.map_or(top_k, |rule| rule.candidates);
+        let gating = GatingDesc::new(tokens, experts, candidates, gating);
+        let alone = desc.measure.is_none() && desc.admission.is_none() && desc.map.is_none();
+        let choice = match desc.measure {
+            // Without blocks that are all resident, one block would do all of the gating: two launches take many for it.
+            None if alone && device.cooperative_launch => {
+                let both = GatingDispatchDesc::new(gating.gating, dispatch.desc);
+                let selection = gating_dispatch::select(&both, device).map_err(within)?;
+                Choice::WithDispatch(Step { desc: both, selection })
+            }
+            None => Choice::Gating(Step { desc: gating, selection: gating::select(&gating, device).map_err(within)? }),
+            Some(rule) => {
+                let mut measured = MeasuredGatingDesc::new(gating);
+                measured.rule = rule;
+                let selection = measured_gating::select(&measured, device).map_err(within)?;
+                Choice::Measured(Step { desc: measured, selection })
+            }
+        };
+        let admission = desc.admission.map(|rule| {
+            if (rule.experts, rule.top_k) != (experts, top_k) {
+                let expected = format!("a rule for {experts} experts and top_k {top_k}");
+                let got = format!("one for {} and {}", rule.experts, rule.top_k);
+                return Err(Error::invalid(OPERATION, "admission", expected, got));
+            }
+            if desc.choices == IdFormat::I64 {
+                let supported = "ids of 32 bits, where an admission looks at them";
+                return Err(Error::unsupported(OPERATION, "choices", supported, "IdFormat::I64"));
+            }
+            let desc = AdmissionDesc::new(tokens, rule);
+            Ok(Step { desc, selection: admission::select(&desc, device).map_err(within)? })
+        });
+        let admission = admission.transpose()?;
+        let map = desc.map.map(|map| {
+            let desc = ExpertMapDesc::new(tokens, experts, top_k).max_replicas(map.max_replicas).seed(map.seed);
+            Ok::<_, Error>(Step { desc, selection: expert_map::select(&desc, device).map_err(within)? })
+        });
+        let map = map.transpose()?;
+
+        // Monotone in the number of tokens, so that a workspace for the largest batch serves all: tiles are bounded as if they were of
+        // the least height, whichever they are.
+        let scratch = [
+            dispatch::workspace_bytes(&dispatch.desc, device).map_err(within)?,
+            gating_dispatch::workspace_bytes(&GatingDispatchDesc::new(gating.gating, dispatch.desc), device)
+                .unwrap_or(0),
+            match &choice {
+                Choice::Measured(step) => measured_gating::workspace_bytes(&step.desc, device).map_err(within)?,
+                _ => 0,
+            },
+            match &admission {
+                Some(step) => admission::workspace_bytes(&step.desc).map_err(within)?,
+                None => 0,
+            },
+        ];
+        let slots = dispatch.desc.slots();
+        let most_tiles = max_tiles(tokens * top_k, local_experts, lowest_tile(dtype, device));
+        let (choices, all) = (tokens * top_k, if admission.is_some() { tokens * candidates } else { 0 });
+        let mut arena = Arena::new(OPERATION);
+        let regions = Regions {
+            scratch: arena.region("workspace", scratch.into_iter().max().unwrap_or(0), 1)?,
+            logits: arena.region("logits", tokens * experts, 4)?,
+            candidates: arena.region("candidates", all, 4)?,
+            candidate_weights: arena.region("candidates", all, 4)?,
+            ids: arena.region("ids", choices, 4)?,
+            weights: arena.region("weights", choices, 4)?,
+            local_ids: arena.region("local_ids", if map.is_some() { choices } else { 0 }, 4)?,
+            identity_weight: arena.region("identity_weight", if map.is_some() { tokens } else { 0 }, 4)?,
+            counts: arena.region("counts", local_experts, 4)?,
+            offsets: arena.region("offsets", local_experts + 1, 4)?,
+            slot_token: arena.region("slot_token", slots, 4)?,
+            token_slot: arena.region("token_slot", choices, 4)?,
+            slot_weight: arena.region("slot_weight", slots, 4)?,
+            tiles: arena.region("tiles", most_tiles, 16)?,
+            num_tiles: arena.region("num_tiles", 1, 4)?,
+        };
+        let workspace_bytes = arena.bytes();
+        let plan = RoutePlan {
+            desc: *desc,
+            device: *device,
+            tokens,
+            router,
+            gated_router,
+            choice,
+            admission,
+            map,
+            dispatch,
+            regions,
+            workspace_bytes,
+        };
+        Ok((plan, arena))
+    }
+
+    /// The shape of the dispatch: what a [`Dispatched`] is made for.
+    pub fn rows(&self) -> SlotShape {
+        self.dispatch.desc.shape()
+    }
+
+    /// Size of the workspace in bytes.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace_bytes
+    }
+
+    /// The stages with their launches, in order. None with no tokens.
+    pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        self.stages_after(self.router)
+    }
+
+    /// [`RoutePlan::stages`] in a whole layer, where the router has a shared expert's gate too.
+    pub(in crate::layer) fn stages_with_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        self.stages_after(self.gated_router)
+    }
+
+    fn stages_after(&self, router: Step<RouterDesc>) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let choice = match self.choice {
+            Choice::WithDispatch(step) => (Stage::GateDispatch, step.selection),
+            Choice::Gating(step) => (Stage::Gate, step.selection),
+            Choice::Measured(step) => (Stage::Gate, step.selection),
+        };
+        let dispatch = (choice.0 == Stage::Gate).then_some((Stage::Dispatch, self.dispatch.selection));
+        let tokens = self.tokens;
+        [(Stage::Router, router.selection), choice]
+            .into_iter()
+            .chain(self.admission.map(|step| (Stage::Admission, step.selection)))
+            .chain(self.map.map(|step| (Stage::Map, step.selection)))
+            .chain(dispatch)
+            .filter(move |_| tokens > 0)
+    }
+
+    /// The stages with their launches where the choices come from elsewhere.
+    pub fn stages_of_choices(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let (mut map, mut dispatch) = (self.map.map(|step| step.selection), self.dispatch.selection);
+        // What looks at ids first takes them as they are stored.
+        if self.admission.is_none() {
+            let ids_bytes = self.desc.choices.bytes();
+            match (&mut map, dispatch.kernel.variant()) {
+                (Some(map), _) => map.kernel = registry::Kernel::ExpertMap { ids_bytes }.into(),
+                (None, registry::Kernel::Dispatch(kernel)) => {
+                    dispatch.kernel = registry::Kernel::Dispatch(registry::Dispatch { ids_bytes, ..kernel }).into();
+                }
+                _ => {}
+            }
+        }
+        let tokens = self.tokens;
+        self.admission
+            .map(|step| (Stage::Admission, step.selection))
+            .into_iter()
+            .chain(map.map(|selection| (Stage::Map, selection)))
+            .chain([(Stage::Dispatch, dispatch)])
+            .filter(move |_| tokens > 0)
+    }
+}
