@@ -33,7 +33,6 @@ fn what_is_not_computed_is_refused() {
         ("deepseek_v3", "topk_group", json!(4), "4 of 3 groups"),
         ("deepseek_v3", "num_experts_per_tok", json!(7), "`n_routed_experts`, which is 6"),
         ("glm4_moe", "topk_method", json!("group_limited_greedy"), "noaux_tc"),
-        ("ernie4_5_moe", "moe_norm_min", json!(1e-3), "1e-12"),
         ("ernie4_5_moe", "moe_gate", json!("top2_fused"), "topk"),
         ("ernie4_5_moe", "moe_gate_act", json!("sigmoid"), "change the block"),
         ("ernie4_5_moe", "moe_k", json!(9), "`moe_num_experts`, which is 6"),

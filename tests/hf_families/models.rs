@@ -144,8 +144,10 @@ pub fn token(family: &str, block: &Block, x: &[f64]) -> Vec<f64> {
         }
         "ernie4_5_moe" => {
             let p = softmax(&block.linear("gate.weight", x));
-            let choice = add(&p, &block.bias("moe_statics.e_score_correction_bias"));
-            let routed = mixture(normalised(&p, &top(&choice, TOP_K), 1.0), |expert| {
+            let chosen = top(&add(&p, &block.bias("moe_statics.e_score_correction_bias")), TOP_K);
+            let sum: f64 = chosen.iter().map(|&expert| p[expert]).sum();
+            let least = block.0.config["moe_norm_min"].as_f64().unwrap();
+            let routed = mixture(normalised(&p, &chosen, sum / sum.max(least)), |expert| {
                 block.projections(&format!("experts.{expert}"), x)
             });
             add(&routed, &block.projections("shared_experts", x))

@@ -278,7 +278,8 @@ impl Builder {
         json!({"model_type": "ernie4_5_moe", "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
             "moe_intermediate_size": INTERMEDIATE, "moe_num_experts": EXPERTS, "moe_k": TOP_K, "moe_num_shared_experts": 2,
             "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1, "num_hidden_layers": 2,
-            "use_bias": false})
+            // Far above the hub's 1e-12, so that it is reached.
+            "moe_norm_min": 0.75, "use_bias": false})
     }
 
     fn hunyuan_v1_moe(&mut self) -> Value {

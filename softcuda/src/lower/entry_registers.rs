@@ -1,5 +1,5 @@
 //! Registers per thread that a kernel with `setmaxnreg` is launched with: what `ptxas` gives it, found by assembling kernels of
-//! 32 to 1024 threads for sm_90a with versions 12.8 to 13.5 of it.
+//! 32 to 1024 threads for sm_90a with its version 13.5.
 //!
 //! - The count at entry is known from `.maxnreg`, or from `.minnctapersm` together with `.maxntid` or `.reqntid`; otherwise
 //!   `ptxas` drops every `setmaxnreg` (its message C7508), as the manual lets it (PTX ISA 9.7.19.5).

@@ -2,8 +2,7 @@
 
 use super::*;
 
-/// What the sum of a token's weights is at least, by the model's code. The sum of softmax scores is below it only where a bias
-/// chooses experts that have next to no score.
+/// What the sum of a token's weights is at least, where the configuration does not say.
 const NORM_MIN: f64 = 1e-12;
 
 pub const FAMILY: Family = Family {
@@ -12,10 +11,8 @@ pub const FAMILY: Family = Family {
     block: |config, _| {
         config.require_flag("use_bias", false, "biases of separate experts are not read")?;
         config.require_text("moe_gate", "topk")?;
-        if config.number("moe_norm_min", NORM_MIN)? > NORM_MIN {
-            return Err(HfError::config("moe_norm_min", format!("is above {NORM_MIN:e}: sums are not bounded below")));
-        }
-        let gating = Gating::new(Score::Softmax).renormalise(Some(Renormalise::AtLeast(NORM_MIN as f32)));
+        let least = config.number("moe_norm_min", NORM_MIN)? as f32;
+        let gating = Gating::new(Score::Softmax).renormalise(Some(Renormalise::AtLeast(least)));
         let intermediate = config.size("moe_intermediate_size")?;
         let (experts, top_k) = experts_and_top_k(config, &["moe_num_experts"], &["moe_k"])?;
         let layer = gated_layer(config, intermediate, experts, top_k, gating)?;
