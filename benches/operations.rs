@@ -3,24 +3,22 @@
 //! On the software device the shapes are scaled down ([`shapes`]) and a time is a time of the software, not of a GPU; what one
 //! launch of each case did is printed before its times.
 
+#[path = "common/fill.rs"]
+mod fill;
+#[allow(dead_code)] // each bench uses its own part
+#[path = "common/model.rs"]
+mod model;
+#[path = "common/shapes.rs"]
 mod shapes;
 #[path = "../tests/support/mod.rs"]
 mod support;
 
+use std::cell::OnceCell;
 use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use half::bf16;
-use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
-use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
-use moe_kernels::experts::{Dispatched, Weight, tiles};
-use moe_kernels::layer::Mlp;
-use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
-use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::rules::{Gating, Score};
-use moe_kernels::{Dtype, Workspace};
-use support::{counters, device, inputs};
+use model::{Model, Operation, Passes};
+use support::{counters, device};
 
 /// Runs every operation of a layer once, each under its own name, on the data that the one before it made.
 fn operations(criterion: &mut Criterion) {
@@ -37,74 +35,38 @@ fn operations(criterion: &mut Criterion) {
 
 fn one_shape(criterion: &mut Criterion, name: &str, shape: shapes::Shape, tokens: usize, suffix: &str) {
     let stream = device::stream();
-    let kernels = device::kernels();
-    let rng = &mut inputs::generator(shape.model);
-    let shapes::Shape { experts, top_k, hidden, intermediate, .. } = shape;
-    let mut bench = |operation: &str, launch: &mut dyn FnMut()| {
-        counters::print(&format!("{operation}{suffix}/{name}"), &mut *launch);
+    // Only what a filter leaves is made, when its turn comes.
+    let model = OnceCell::new();
+    let mut passes = None;
+    let operations: [(&str, Operation<'_>); 6] = [
+        ("router", Passes::router),
+        ("gating", Passes::gating),
+        ("dispatch", Passes::dispatch),
+        ("gate_up", Passes::gate_up),
+        ("down", Passes::down),
+        ("combine", Passes::combine),
+    ];
+    for (operation, pass) in operations {
         let mut group = criterion.benchmark_group(format!("{operation}{suffix}"));
         group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_millis(500));
+        let mut counted = false;
         group.bench_function(name, |bencher| {
+            let passes = passes.get_or_insert_with(|| {
+                let model = model.get_or_init(|| Model::new(&stream, device::kernels(), &shape).expect("weights"));
+                let mut passes = model.passes(tokens, 1).expect("every published shape is supported");
+                passes.sound().expect("the operations agree with the layer");
+                passes
+            });
+            if !std::mem::replace(&mut counted, true) {
+                let launch = || pass(passes, 0).expect("the operation is enqueued");
+                counters::print(&format!("{operation}{suffix}/{name}"), launch);
+            }
             bencher.iter(|| {
-                launch();
+                pass(passes, 0).expect("the operation is enqueued");
                 stream.synchronize().expect("the operation runs to its end");
             })
         });
-    };
-    let mut values = |len: usize| stream.clone_htod(&inputs::normals::<bf16>(rng, len, 0.1)).unwrap();
-    let (x, router_weight) = (values(tokens * hidden), values(experts * hidden));
-    let (gate_up, down) = (values(experts * 2 * intermediate * hidden), values(experts * hidden * intermediate));
-
-    let mut logits = stream.alloc_zeros::<f32>(tokens * experts).unwrap();
-    let desc = RouterDesc::new(Dtype::Bf16, tokens, experts, hidden);
-    bench("router", &mut || {
-        let args = RouterArgs::new(&x, &router_weight, &mut logits);
-        router::forward(kernels, &stream, &desc, args).unwrap()
-    });
-
-    let mut ids = stream.alloc_zeros::<i32>(tokens * top_k).unwrap();
-    let mut weights = stream.alloc_zeros::<f32>(tokens * top_k).unwrap();
-    let desc = GatingDesc::new(tokens, experts, top_k, Gating::new(Score::Softmax).renormalised());
-    bench("gating", &mut || {
-        let args = GatingArgs::new(&logits, &mut ids, &mut weights);
-        gating::forward(kernels, &stream, &desc, args).unwrap()
-    });
-
-    let slots = tokens * top_k;
-    let tile = tiles::select_tile(Dtype::Bf16, slots, experts, kernels.device()).unwrap();
-    let desc = DispatchDesc::new(tokens, experts, top_k, tile.bm as usize);
-    let rows = desc.shape();
-    let mut workspace = Workspace::new(&stream, dispatch::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
-    let mut dispatched = Dispatched::new(&stream, &rows).unwrap();
-    bench("dispatch", &mut || {
-        let args = DispatchArgs::new(&ids, &mut dispatched, &mut workspace);
-        dispatch::forward(kernels, &stream, &desc, args).unwrap()
-    });
-
-    let mlp = Mlp::swiglu(Dtype::Bf16);
-    let mut h = stream.alloc_zeros::<bf16>(slots * intermediate).unwrap();
-    let desc = GemmDesc::new(Dtype::Bf16, Rows::Grouped(rows), intermediate, hidden)
-        .gather(true)
-        .weight(mlp.gate_up)
-        .activation(mlp.activation);
-    bench("gemm 1", &mut || {
-        let args = GemmArgs::new(&x, Weight::new(&gate_up), &mut h).dispatched(&dispatched);
-        gemm::forward(kernels, &stream, &desc, args).unwrap()
-    });
-
-    let mut y_slots = stream.alloc_zeros::<bf16>(slots * hidden).unwrap();
-    let desc = GemmDesc::new(Dtype::Bf16, Rows::Grouped(rows), hidden, intermediate).weight(mlp.down);
-    bench("gemm 2", &mut || {
-        let args = GemmArgs::new(&h, Weight::new(&down), &mut y_slots).dispatched(&dispatched);
-        gemm::forward(kernels, &stream, &desc, args).unwrap()
-    });
-
-    let mut y = stream.alloc_zeros::<bf16>(tokens * hidden).unwrap();
-    let desc = CombineDesc::new(Dtype::Bf16, rows, hidden);
-    bench("combine", &mut || {
-        let args = CombineArgs::new(&y_slots, &dispatched, &mut y).weights(&weights);
-        combine::forward(kernels, &stream, &desc, args).unwrap()
-    });
+    }
 }
 
 criterion_group!(benches, operations);

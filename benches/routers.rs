@@ -3,6 +3,9 @@
 //! On the software device the shapes are scaled down ([`shapes`]) and a time is a time of the software, not of a GPU. There each
 //! time stands below what one launch did by the device's counters.
 
+#[path = "common/fill.rs"]
+mod fill;
+#[path = "common/shapes.rs"]
 mod shapes;
 #[path = "../tests/support/mod.rs"]
 mod support;
@@ -35,7 +38,7 @@ use support::{device, inputs};
 
 fn routers(criterion: &mut Criterion) {
     let soft = device::control().is_some();
-    for &shape in shapes::SHAPES {
+    for &shape in shapes::SHAPES.iter().filter(|shape| shapes::asked_for(shape.model)) {
         for &tokens in shape.tokens {
             let (shape, tokens) = if soft { shape.scaled(tokens) } else { (shape, tokens) };
             one_shape(criterion, shape, tokens, if soft { " on softcuda, scaled" } else { "" });
@@ -77,7 +80,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
             })
         });
     };
-    let logits = stream.clone_htod(&inputs::normals::<f32>(rng, tokens * experts, 1.0)).unwrap();
+    let logits = fill::values::<f32>(&stream, kernels, tokens * experts, 1.0, 1).unwrap();
 
     let score = if model == "deepseek-v3" { Score::Sigmoid } else { Score::Softmax };
     let gated = GatingDesc::new(tokens, experts, top_k, Gating::new(score));
@@ -181,7 +184,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
     });
 
     let noise = NoiseSource::new(1, 0);
-    let raw = stream.clone_htod(&inputs::normals::<f32>(rng, tokens * experts, 1.0)).unwrap();
+    let raw = fill::values::<f32>(&stream, kernels, tokens * experts, 1.0, 2).unwrap();
     let mut chosen = stream.alloc_zeros(tokens * top_k).unwrap();
     let mut chosen_weights = stream.alloc_zeros(tokens * top_k).unwrap();
     let desc = NoisyDesc::new(tokens, experts, NoisyRule::new(top_k, noise));
@@ -203,7 +206,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
     let groups = (experts / 16).max(2);
     let secondary = NoisyRule::new(top_k.div_ceil(2).min(experts / groups), noise);
     let desc = HierarchicalDesc::new(tokens, groups, experts / groups, NoisyRule::new(2, noise), secondary);
-    let group_logits = stream.clone_htod(&inputs::normals::<f32>(rng, tokens * groups * 2, 1.0)).unwrap();
+    let group_logits = fill::values::<f32>(&stream, kernels, tokens * groups * 2, 1.0, 3).unwrap();
     let bytes = hierarchical::workspace_bytes(&desc, kernels.device()).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
     let [group_ids, group_counts, slot_ids, all_counts] =
@@ -231,7 +234,7 @@ fn one_shape(criterion: &mut Criterion, shape: shapes::Shape, tokens: usize, suf
         sampled::forward(kernels, &stream, &desc, args).unwrap()
     });
 
-    let x = stream.clone_htod(&inputs::normals::<half::bf16>(rng, tokens * shape.hidden, 1.0)).unwrap();
+    let x = fill::values::<half::bf16>(&stream, kernels, tokens * shape.hidden, 1.0, 4).unwrap();
     let mut y = stream.alloc_zeros::<half::bf16>(tokens * shape.hidden).unwrap();
     let desc = JitterDesc::new(Dtype::Bf16, tokens * shape.hidden, 0.01, noise);
     bench("jitter", &mut || jitter::forward(kernels, &stream, &desc, JitterArgs::new(&x, &mut y)).unwrap());

@@ -9,7 +9,8 @@
 //!   --gemm, gathers rows of x, activation--> h [S,I] --gemm--> y_slots [S,H] --combine--> y [T,H]
 //! ```
 //!
-//! Each operation stands alone ([`router`], [`gating`], [`dispatch`], [`gemm`], [`combine`]), and [`layer`] composes them.
+//! Each operation stands alone ([`routers::router`], [`routers::gating`], [`capacity::dispatch`], [`experts::gemm`],
+//! [`experts::combine`]), and [`layer`] composes them.
 //! An operation is a descriptor, which is checked; a pure function `select` from descriptor and [`DeviceInfo`] to kernel and
 //! grid; and a function `forward` that checks buffers and enqueues one launch on the caller's stream. Nothing allocates,
 //! frees or waits inside an operation, and no count returns to the host. What is wrong is an [`Error`] that names the

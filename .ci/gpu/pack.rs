@@ -1,13 +1,12 @@
 //! A folder as one small file, and back, on machines that may have neither tar nor a compressor.
 //!
-//! Programs that share a library hold the same kernels, a few MiB each. So files are cut where their content says (a hash of the last
-//! bytes), equal pieces are kept once, and each is deflated.
+//! Programs that share libraries hold much the same code and kernels, at unlike places and further apart than deflate sees. So what stood
+//! anywhere before becomes a copy first (as Tridgell's rzip does it), and the rest is deflated.
 //!
-//! The file, in little-endian numbers: `MAGIC`; a u32 with the number of pieces, and for each a u32 of its bytes here, then these; a u32
-//! with the number of files, and for each a u16 with the bytes of its path, the path, a u8 that is 1 for a program, a u32 with the number of its
-//! pieces, and a u32 for each.
+//! The file: `MAGIC`, then, deflated, three parts, each behind its length, all numbers being of 7 bits a byte, the lowest first, with 128 added
+//! to all but the last. The listing: of each file the length of its path, the path, 1 for a program or 0, its length. The steps that make all
+//! contents, one behind the other: so many literal bytes, then so many bytes copied, from so far back. The literal bytes.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -19,10 +18,10 @@ use flate2::write::ZlibEncoder;
 
 const MAGIC: &[u8] = b"moe-pack 1\n";
 
-/// A piece ends where this many low bits of the hash are zero: 32 KiB on average.
-const CUT_BITS: u32 = 15;
-const LEAST: usize = 4 << 10;
-const MOST: usize = 256 << 10;
+/// Bytes that are looked up, and the fewest that are copied: a step takes about 8 bytes, deflated literals about half of theirs.
+const LOOKED_UP: usize = 16;
+const LEAST_COPY: usize = 20;
+const TABLE_BITS: u32 = 22;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -46,24 +45,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Ends of the pieces of `bytes`: where they lie follows from what stands before them alone, so that the same content is cut the same way
-/// wherever it stands.
-fn cuts(bytes: &[u8]) -> Vec<usize> {
-    // Shifted out after 32 bytes, as the hash has 32 bits.
-    let weight = |byte: u8| u32::from(byte).wrapping_add(1).wrapping_mul(0x9E37_79B1).rotate_left(u32::from(byte) & 31);
-    let (mut ends, mut start, mut hash) = (Vec::new(), 0, 0u32);
-    for (at, &byte) in bytes.iter().enumerate() {
-        hash = (hash << 1).wrapping_add(weight(byte));
-        let len = at + 1 - start;
-        if (len >= LEAST && hash >> (32 - CUT_BITS) == 0) || len == MOST {
-            ends.push(at + 1);
-            start = at + 1;
-        }
+fn put(out: &mut Vec<u8>, mut number: usize) {
+    while number >= 128 {
+        out.push(number as u8 | 128);
+        number >>= 7;
     }
-    if start < bytes.len() {
-        ends.push(bytes.len());
-    }
-    ends
+    out.push(number as u8);
 }
 
 /// Every file below `folder`, by its path from there, sorted.
@@ -92,34 +79,62 @@ fn is_program(path: &Path) -> Result<bool> {
 }
 
 fn pack(folder: &Path) -> Result<Vec<u8>> {
-    let (mut pieces, mut numbers, mut listing) = (Vec::new(), HashMap::<Vec<u8>, u32>::new(), Vec::new());
-    let files = files(folder)?;
-    for (name, path) in &files {
-        let bytes = fs::read(path)?;
-        listing.extend(u16::try_from(name.len())?.to_le_bytes());
+    let (mut listing, mut all) = (Vec::new(), Vec::new());
+    for (name, path) in files(folder)? {
+        let bytes = fs::read(&path)?;
+        put(&mut listing, name.len());
         listing.extend(name.as_bytes());
-        listing.push(is_program(path)?.into());
-        let ends = cuts(&bytes);
-        listing.extend(u32::try_from(ends.len())?.to_le_bytes());
-        let mut start = 0;
-        for end in ends {
-            let piece = &bytes[start..end];
-            let next = u32::try_from(numbers.len())?;
-            let number = *numbers.entry(piece.to_vec()).or_insert(next);
-            if number == next {
-                let mut deflated = ZlibEncoder::new(Vec::new(), Compression::best());
-                deflated.write_all(piece)?;
-                let deflated = deflated.finish()?;
-                pieces.extend(u32::try_from(deflated.len())?.to_le_bytes());
-                pieces.extend(deflated);
-            }
-            listing.extend(number.to_le_bytes());
-            start = end;
-        }
+        put(&mut listing, is_program(&path)?.into());
+        put(&mut listing, bytes.len());
+        all.extend(bytes);
     }
-    let counts = [numbers.len(), files.len()].map(u32::try_from);
-    let [pieces_count, files_count] = counts;
-    Ok([MAGIC, &pieces_count?.to_le_bytes(), &pieces, &files_count?.to_le_bytes(), &listing].concat())
+    let (steps, literals) = steps(&all);
+    let mut packed = MAGIC.to_vec();
+    let mut deflated = ZlibEncoder::new(&mut packed, Compression::best());
+    for part in [listing, steps, literals] {
+        let mut length = Vec::new();
+        put(&mut length, part.len());
+        deflated.write_all(&length)?;
+        deflated.write_all(&part)?;
+    }
+    deflated.finish()?;
+    Ok(packed)
+}
+
+/// Steps and literals that make `all`.
+fn steps(all: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    // Where bytes of this hash stood last, plus one.
+    let mut table = vec![0u32; 1 << TABLE_BITS];
+    let (mut steps, mut literals) = (Vec::new(), Vec::new());
+    let (mut at, mut literal) = (0, 0);
+    while at + LOOKED_UP <= all.len() {
+        let half = |from: usize| u64::from_le_bytes(all[from..][..8].try_into().expect("8 bytes"));
+        let mixed = (half(at).wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ half(at + 8)).wrapping_mul(0xC2B2_AE3D_27D4_EB4F);
+        let place = &mut table[(mixed >> (64 - TABLE_BITS)) as usize];
+        let before = std::mem::replace(place, at as u32 + 1) as usize;
+        if before == 0 {
+            at += 1;
+            continue;
+        }
+        let before = before - 1;
+        let same = |back: usize| all[before - back - 1] == all[at - back - 1];
+        let back = (0..before.min(at - literal)).take_while(|&back| same(back)).count();
+        let ahead = all[before..].iter().zip(&all[at..]).take_while(|(a, b)| a == b).count();
+        if back + ahead < LEAST_COPY {
+            at += 1;
+            continue;
+        }
+        let start = at - back;
+        put(&mut steps, start - literal);
+        put(&mut steps, back + ahead);
+        put(&mut steps, at - before);
+        literals.extend(&all[literal..start]);
+        at += ahead;
+        literal = at;
+    }
+    put(&mut steps, all.len() - literal);
+    literals.extend(&all[literal..]);
+    (steps, literals)
 }
 
 /// What is left of a packed file.
@@ -132,37 +147,59 @@ impl<'a> Rest<'a> {
         Ok(taken)
     }
 
-    fn number(&mut self) -> Result<u32> {
-        Ok(u32::from_le_bytes(self.bytes(4)?.try_into()?))
+    fn number(&mut self) -> Result<usize> {
+        let mut number = 0;
+        for shift in (0..usize::BITS).step_by(7) {
+            let byte = self.bytes(1)?[0];
+            number |= usize::from(byte & 127) << shift;
+            if byte < 128 {
+                return Ok(number);
+            }
+        }
+        Err("the packed file has a number without end".into())
+    }
+
+    fn part(&mut self) -> Result<Rest<'a>> {
+        let len = self.number()?;
+        Ok(Rest(self.bytes(len)?))
     }
 }
 
 fn unpack(packed: &[u8], folder: &Path) -> Result<()> {
-    let mut rest = Rest(packed);
-    if rest.bytes(MAGIC.len())? != MAGIC {
-        return Err("not a packed file of this version".into());
+    let deflated = packed.strip_prefix(MAGIC).ok_or("not a packed file of this version")?;
+    let mut whole = Vec::new();
+    ZlibDecoder::new(deflated).read_to_end(&mut whole).map_err(|_| "the packed file is cut short")?;
+    let mut whole = Rest(&whole);
+    let [mut listing, mut steps, mut literals] = [whole.part()?, whole.part()?, whole.part()?];
+    let mut all: Vec<u8> = Vec::new();
+    loop {
+        let literal = steps.number()?;
+        all.extend(literals.bytes(literal)?);
+        if steps.0.is_empty() {
+            break;
+        }
+        let (len, far) = (steps.number()?, steps.number()?);
+        let from = all.len().checked_sub(far).filter(|_| far > 0).ok_or("a copy from before the beginning")?;
+        // A copy may reach into itself.
+        let mut left = len;
+        while left > 0 {
+            let now = left.min(all.len() - from);
+            all.extend_from_within(from..from + now);
+            left -= now;
+        }
     }
-    let mut pieces = Vec::new();
-    for _ in 0..rest.number()? {
-        let len = rest.number()? as usize;
-        let mut piece = Vec::new();
-        ZlibDecoder::new(rest.bytes(len)?).read_to_end(&mut piece)?;
-        pieces.push(piece);
-    }
-    for _ in 0..rest.number()? {
-        let len = u16::from_le_bytes(rest.bytes(2)?.try_into()?);
-        let name = std::str::from_utf8(rest.bytes(len.into())?)?;
+    let mut all = Rest(&all);
+    while !listing.0.is_empty() {
+        let name = listing.part()?.0;
+        let name = std::str::from_utf8(name)?;
         if Path::new(name).components().any(|part| !matches!(part, std::path::Component::Normal(_))) {
             return Err(format!("{name} leads out of the folder").into());
         }
-        let program = rest.bytes(1)? == [1];
-        let mut content = Vec::new();
-        for _ in 0..rest.number()? {
-            content.extend(pieces.get(rest.number()? as usize).ok_or("a piece is missing")?);
-        }
+        let program = listing.number()? == 1;
+        let len = listing.number()?;
         let path = folder.join(name);
         fs::create_dir_all(path.parent().unwrap_or(folder))?;
-        fs::write(&path, content).map_err(|error| format!("{}: {error}", path.display()))?;
+        fs::write(&path, all.bytes(len)?).map_err(|error| format!("{}: {error}", path.display()))?;
         #[cfg(unix)]
         if program {
             fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
@@ -187,13 +224,15 @@ mod tests {
         let shared = noise(2 << 20, 0);
         fs::create_dir(from.path().join("inner")).unwrap();
         // The shared part stands at unlike places.
-        let contents = [("a", noise(1000, 1)), ("inner/b", noise(77_777, 2)), ("inner/empty", Vec::new())];
+        let runs = [vec![7; 100_000], b"abc".repeat(9999)].concat();
+        let contents =
+            [("a", noise(1000, 1)), ("inner/b", noise(77_777, 2)), ("inner/empty", Vec::new()), ("runs", runs)];
         for (name, own) in &contents {
             let content = if own.is_empty() { Vec::new() } else { [own.clone(), shared.clone(), own.clone()].concat() };
             fs::write(from.path().join(name), content).unwrap();
         }
         let packed = pack(from.path()).unwrap();
-        assert!(packed.len() < 5 << 19, "{} bytes: the shared 2 MiB are there more than once", packed.len());
+        assert!(packed.len() < 9 << 18, "{} bytes: the shared 2 MiB are there more than once", packed.len());
         unpack(&packed, to.path()).unwrap();
         for (name, _) in &contents {
             assert!(fs::read(from.path().join(name)).unwrap() == fs::read(to.path().join(name)).unwrap(), "{name}");

@@ -6,8 +6,7 @@ use serde_json::{Value, json};
 
 use crate::clock::Timing;
 use crate::peaks::Peaks;
-use crate::shapes::Shape;
-use crate::work::Work;
+use crate::work::{Batch, Work};
 
 /// Everything measured in one run.
 pub struct Report {
@@ -34,16 +33,8 @@ impl Report {
     }
 
     /// One operation. `resident`: distinct bytes that the passes of a graph touch.
-    pub fn add(
-        &mut self,
-        name: &str,
-        shape: &Shape,
-        tokens: usize,
-        operation: &str,
-        time: Timing,
-        work: Work,
-        resident: f64,
-    ) {
+    pub fn add(&mut self, name: &str, batch: &Batch, operation: &str, time: Timing, work: Work, resident: f64) {
+        let (shape, tokens) = (&batch.shape, batch.tokens);
         let (tflops, gbs) = (work.flops / time.us / 1e6, work.bytes() / time.us / 1e3);
         // No pass is faster than its bytes at the memory's rate, nor than its operations at the tensor cores'.
         let floor = self.peaks.map(|peaks| (work.bytes() / peaks.gbs / 1e3).max(work.flops / peaks.tflops / 1e6));

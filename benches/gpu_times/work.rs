@@ -5,7 +5,9 @@ use crate::shapes::Shape;
 /// Bytes and operations of one pass, with every input read once and every output written once.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Work {
-    /// Parameters: the same memory in every set, of which a pass touches this much.
+    /// Parameters that every pass touches, all of them.
+    pub fixed: f64,
+    /// Experts' parameters: those of the experts that have rows, which are others in other sets.
     pub weights: f64,
     /// All that a set has of its own.
     pub activations: f64,
@@ -14,7 +16,7 @@ pub struct Work {
 
 impl Work {
     pub fn bytes(&self) -> f64 {
-        self.weights + self.activations
+        self.fixed + self.weights + self.activations
     }
 }
 
@@ -40,7 +42,12 @@ impl Batch {
 
     pub fn router(&self) -> Work {
         let [t, e, h, ..] = self.sizes();
-        Work { weights: HALF * e * h, activations: HALF * t * h + WORD * t * e, flops: 2.0 * t * e * h }
+        Work {
+            fixed: HALF * e * h,
+            activations: HALF * t * h + WORD * t * e,
+            flops: 2.0 * t * e * h,
+            ..Work::default()
+        }
     }
 
     /// Reads logits, writes ids and weights.
@@ -68,6 +75,7 @@ impl Batch {
             weights: HALF * self.live_experts * outputs * h,
             activations: HALF * (t * h + s * i) + WORD * s,
             flops: 2.0 * s * h * outputs,
+            ..Work::default()
         }
     }
 
@@ -77,6 +85,7 @@ impl Batch {
             weights: HALF * self.live_experts * i * h,
             activations: HALF * (s * i + s * h) + WORD * s,
             flops: 2.0 * s * h * i,
+            ..Work::default()
         }
     }
 
@@ -90,9 +99,16 @@ impl Batch {
         let [t, _, h, ..] = self.sizes();
         let parts = [self.router(), self.gate_up(), self.down()];
         Work {
+            fixed: self.router().fixed,
             weights: parts.iter().map(|part| part.weights).sum(),
             activations: 2.0 * HALF * t * h,
             flops: parts.iter().map(|part| part.flops).sum(),
         }
+    }
+
+    /// Distinct bytes that `sets` passes touch.
+    pub fn distinct(&self, work: &Work, sets: usize) -> f64 {
+        let (sets, all_experts) = (sets as f64, work.weights * self.shape.experts as f64 / self.live_experts.max(1.0));
+        work.fixed + (sets * work.weights).min(all_experts) + sets * work.activations
     }
 }

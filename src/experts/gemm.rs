@@ -208,6 +208,8 @@ pub struct GemmArgs<'a, T> {
     pub out_scale: Option<In<'a, f32>>,
     /// Drops some of the result, before `out_scale`: [`crate::reference::gemm::dropout`].
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`]. Absent, the dropout's seed and offset are all there is.
+    pub noise_state: Option<In<'a, u64>>,
     /// `[rows, N]`. Rows that no tile covers are left as they are.
     pub out: Out<'a, T>,
     /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
@@ -226,6 +228,7 @@ impl<'a, T> GemmArgs<'a, T> {
             row_scale: None,
             out_scale: None,
             dropout: None,
+            noise_state: None,
             out: out.into(),
             pre_activation: None,
             shared: None,
@@ -251,7 +254,7 @@ impl<'a, T> GemmArgs<'a, T> {
     }
 }
 
-buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, pre_activation: Out<T> });
+buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, noise_state: In<u64>, pre_activation: Out<T> });
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
 const BAND: usize = 8;
@@ -295,8 +298,8 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
 /// With no rows or no tiles nothing is launched.
 ///
 /// # Errors
-/// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, and for a
-/// dropout's probability outside its range; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
+/// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, for a
+/// dropout's probability outside its range, and for a noise state without dropout; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
 /// [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
@@ -311,6 +314,9 @@ pub fn forward<T: Element>(
     shared_rows::check(desc, args.shared.is_some())?;
     if let Some(dropout) = args.dropout {
         check_dropout(OPERATION, &dropout)?;
+    } else if args.noise_state.is_some() {
+        let reason = "there is no dropout";
+        return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
     }
     if desc.rows.count() + desc.shared_rows == 0 || selection.grid[0] == 0 {
         return Ok(());
@@ -322,6 +328,7 @@ pub fn forward<T: Element>(
     let dispatched = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let out = scope.write("out", args.out, rows * desc.n, VECTOR)?;
     let columns = desc.pre_activation_columns();
     let pre_activation = scope.write_some("pre_activation", args.pre_activation, rows * columns, VECTOR)?;
@@ -335,6 +342,7 @@ pub fn forward<T: Element>(
         row_scale: optional(&row_scale),
         out_scale: optional(&out_scale),
         shared: shared.as_ref().map(HeldShared::addresses),
+        noise_state: optional(&noise_state),
     };
     enqueue(&scope, desc, &selection, at, args.dropout)
 }
@@ -371,6 +379,8 @@ pub(crate) struct Addresses<'a> {
     pub(crate) out_scale: Option<Address<'a>>,
     /// Exactly with [`GemmDesc::shared_rows`].
     pub(crate) shared: Option<SharedAddresses<'a>>,
+    /// Of the dropout.
+    pub(crate) noise_state: Option<Address<'a>>,
 }
 
 pub(crate) fn enqueue(
@@ -424,6 +434,7 @@ pub(crate) fn enqueue(
             seed_hi,
             offset_lo,
             offset_hi,
+            noise_state: at.noise_state.into(),
         },
     )
 }

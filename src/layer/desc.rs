@@ -2,7 +2,8 @@
 
 use super::LayerPlan;
 use crate::rules::{
-    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, WeightDesc,
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, SecondExpert,
+    WeightDesc,
 };
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
@@ -78,6 +79,11 @@ impl LayerDesc {
     /// Experts whose weights are here.
     pub fn local_experts(&self) -> usize {
         self.map.map_or(self.experts, |map| map.local_experts)
+    }
+
+    /// Whether its admission draws second experts.
+    pub(super) fn draws(&self) -> bool {
+        self.admission.is_some_and(|rule| matches!(rule.second, SecondExpert::Random { .. }))
     }
 
     /// Makes every choice for a batch of `tokens` tokens on `device`.

@@ -203,6 +203,9 @@ impl ExpertsPlan {
         self.check(&scope, args.dispatched)?;
         if let Some(dropout) = &args.dropout {
             gemm::check_dropout(OPERATION, dropout)?;
+        } else if args.noise_state.is_some() {
+            let reason = "there is no dropout";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
         }
         let SlotShape { tokens, slots, .. } = self.rows;
         let hidden = self.desc.hidden;
@@ -220,6 +223,7 @@ impl ExpertsPlan {
             shared_pre_activation: args.shared_pre_activation,
         };
         let kept = wanted.open(&scope, &self.desc, &self.rows)?;
+        let noise_state = scope.read_noise_state(args.noise_state)?;
         let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
         router::check_gate(OPERATION, "shared_gate", self.gate.is_some(), args.shared_gate.is_some())?;
         let shared_gate = scope.write_some("shared_gate", args.shared_gate, tokens, SCALAR)?;
@@ -238,6 +242,7 @@ impl ExpertsPlan {
             y_slots: y_slots.address(),
             addend: optional(&shared),
             dropout: args.dropout,
+            noise_state: optional(&noise_state),
         };
         if let Some(logits) = optional(&shared_gate) {
             self.enqueue_gate(&scope, &weights, at.x, logits, &mut |_| ())?;
@@ -301,6 +306,7 @@ impl ExpertsPlan {
                 out: at.kept.shared_hidden,
                 pre_activation: at.kept.shared_pre_activation,
             }),
+            noise_state: at.noise_state,
         };
         first.enqueue(scope, &self.gate_up, gate_up)?;
         observer(Stage::GateUp);
@@ -317,6 +323,7 @@ impl ExpertsPlan {
                 out,
                 pre_activation: None,
             }),
+            noise_state: None,
             ..first
         };
         second.enqueue(scope, &self.down, down)?;
@@ -333,6 +340,7 @@ impl ExpertsPlan {
             row_scale: None,
             out_scale: None,
             dropout: None,
+            noise_state: None,
             shared: None,
         };
         let first = dense(at.x, at.kept.shared_hidden, at.kept.shared_pre_activation);
@@ -373,6 +381,8 @@ pub struct ExpertsArgs<'a, T> {
     pub shared_gate: Option<Out<'a, f32>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a, T> ExpertsArgs<'a, T> {
@@ -393,6 +403,7 @@ impl<'a, T> ExpertsArgs<'a, T> {
             shared: None,
             shared_gate: None,
             dropout: None,
+            noise_state: None,
         }
     }
 
@@ -410,6 +421,7 @@ buffers!(ExpertsArgs<'a, T> {
     shared_pre_activation: Out<T>,
     shared: Out<T>,
     shared_gate: Out<f32>,
+    noise_state: In<u64>,
 });
 
 /// Addresses of all products.
@@ -421,6 +433,7 @@ pub(super) struct Products<'a> {
     /// The shared expert's output.
     pub(super) addend: Option<Address<'a>>,
     pub(super) dropout: Option<Dropout>,
+    pub(super) noise_state: Option<Address<'a>>,
 }
 
 /// Rows in and out of one product.
@@ -434,6 +447,7 @@ struct Product<'a> {
     out_scale: Option<Address<'a>>,
     dropout: Option<Dropout>,
     shared: Option<gemm::SharedAddresses<'a>>,
+    noise_state: Option<Address<'a>>,
 }
 
 impl Product<'_> {
@@ -447,6 +461,7 @@ impl Product<'_> {
             row_scale: self.row_scale,
             out_scale: self.out_scale,
             shared: self.shared,
+            noise_state: self.noise_state,
         };
         gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
     }

@@ -136,10 +136,17 @@ impl LayerPlan {
         self.experts.check_device(&scope)?;
         if let Some(dropout) = &args.dropout {
             gemm::check_dropout(OPERATION, dropout)?;
+        } else if args.noise_state.is_some() && !desc.draws() {
+            let reason = "neither dropout nor the admission draws anything";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
         }
         if args.accumulate && args.residual.is_some() {
             let reason = "y accumulates";
             return Err(Error::Unexpected { operation: OPERATION, argument: "residual", reason });
+        }
+        let mut route = args.route;
+        if desc.draws() {
+            route.noise_state = route.noise_state.or(args.noise_state);
         }
         let elements = self.tokens * desc.hidden;
         let router = match args.choices {
@@ -148,7 +155,7 @@ impl LayerPlan {
         };
         let experts = weights.experts.open(&scope, desc)?;
         if self.tokens == 0 {
-            return self.route.without_tokens(&scope, args.route);
+            return self.route.without_tokens(&scope, route);
         }
         let x = scope.read("x", args.x, elements, VECTOR)?;
         let given = self.tokens * self.route.candidates();
@@ -164,9 +171,10 @@ impl LayerPlan {
             shared_pre_activation: args.shared_pre_activation,
         };
         let kept = wanted.open(&scope, desc, self.experts.rows())?;
+        let noise_state = scope.read_noise_state(args.noise_state)?;
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
         let shared_gate = self.open_gate(&scope, args.shared_gate)?;
-        let (held, mut extras) = HeldRoute::open(&scope, &self.route, args.route)?;
+        let (held, mut extras) = HeldRoute::open(&scope, &self.route, route)?;
 
         let lists = self.route.regions.lists(&workspace);
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);
@@ -192,6 +200,7 @@ impl LayerPlan {
             y_slots: workspace.at(regions.y_slots),
             addend: desc.shared.map(|_| workspace.at(regions.addend)),
             dropout: args.dropout,
+            noise_state: optional(&noise_state),
         };
         self.experts.enqueue(&scope, &experts, &products, observer)?;
         let sum = combine::Addresses {
@@ -238,6 +247,9 @@ pub struct LayerArgs<'a, T> {
     pub shared_gate: Option<Out<'a, f32>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, of all that the layer draws: dropout, and an admission's second experts (unless
+    /// [`RouteArgs::noise_state`] is given for these). See [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a, T> LayerArgs<'a, T> {
@@ -256,6 +268,7 @@ impl<'a, T> LayerArgs<'a, T> {
             shared_pre_activation: None,
             shared_gate: None,
             dropout: None,
+            noise_state: None,
         }
     }
 
@@ -291,4 +304,5 @@ buffers!(LayerArgs<'a, T> {
     shared_hidden: Out<T>,
     shared_pre_activation: Out<T>,
     shared_gate: Out<f32>,
+    noise_state: In<u64>,
 });

@@ -29,6 +29,9 @@
 //! A forward pass can be captured in a CUDA graph, on a stream other than the default one: call
 //! `CudaContext::disable_event_tracking` before the buffers of the graph are allocated, and [`crate::Kernels::preload`] with
 //! [`LayerPlan::kernels`] (or run the layer once) before the capture begins. A step that is missing is [`crate::Error::Capture`].
+//!
+//! What is drawn (dropout, an admission's second experts) is the same at each replay, unless seed and offset lie on the device:
+//! [`LayerArgs::noise_state`].
 
 mod desc;
 mod experts;

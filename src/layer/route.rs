@@ -448,6 +448,7 @@ impl RoutePlan {
                 &mut scratch,
             );
             args.priority = extras.priority.take();
+            args.noise_state = extras.noise_state.take();
             admission::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(Stage::Admission);
             (format, ids, weights) = (IdFormat::I32, at.ids, at.weights);
@@ -489,6 +490,8 @@ pub struct RouteArgs<'a> {
     pub counts: Option<Out<'a, i32>>,
     /// `[T]`: who comes first, where the admission is prioritised.
     pub priority: Option<In<'a, f32>>,
+    /// `[2]`, 8-byte aligned, where the admission draws second experts: see [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
     /// Losses and statistics; exactly where the descriptor measures.
     pub measured: Option<Measured<'a>>,
     /// The expert map; exactly where the descriptor has one.
@@ -522,6 +525,7 @@ buffers!(RouteArgs<'a> {
     weights: Out<f32>,
     counts: Out<i32>,
     priority: In<f32>,
+    noise_state: In<u64>,
     identity_weight: Out<f32>,
 });
 
@@ -603,6 +607,7 @@ fn format_of(ids: Address<'_>, format: IdFormat, len: usize) -> Ids<'_> {
 /// What is handed on to an operation as it came.
 pub(super) struct Extras<'a> {
     priority: Option<In<'a, f32>>,
+    noise_state: Option<In<'a, u64>>,
     measured: Option<Measured<'a>>,
     map: Option<MapTable<'a>>,
 }
@@ -640,6 +645,9 @@ impl<'a> HeldRoute<'a> {
         if args.priority.is_some() && desc.admission.is_none() {
             return unexpected("priority", "the descriptor has no admission");
         }
+        if args.noise_state.is_some() && !desc.draws() {
+            return unexpected("noise_state", "the descriptor's admission draws nothing");
+        }
         let held = HeldRoute {
             logits: scope.write_some("logits", args.logits, tokens * desc.experts, SCALAR)?,
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
@@ -647,7 +655,8 @@ impl<'a> HeldRoute<'a> {
             counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,
             identity_weight: scope.write_some("identity_weight", args.identity_weight, tokens, SCALAR)?,
         };
-        Ok((held, Extras { priority: args.priority, measured: args.measured, map: args.map }))
+        let RouteArgs { priority, noise_state, measured, map, .. } = args;
+        Ok((held, Extras { priority, noise_state, measured, map }))
     }
 }
 

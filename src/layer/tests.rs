@@ -33,8 +33,13 @@ fn in_many_steps() -> LayerDesc {
         prioritised: false,
         second: SecondExpert::Always,
     };
-    let measure =
-        BalanceRule { score: LossScore::Softmax, tokens_per_sequence: 64, first_choice_only: false, capacity: None };
+    let measure = BalanceRule {
+        score: LossScore::Softmax,
+        tokens_per_sequence: 64,
+        first_choice_only: false,
+        unbiased: false,
+        capacity: None,
+    };
     with_everything().admission(Some(admission)).measure(Some(measure)).map(Some(MapDesc::new(4)))
 }
 

@@ -165,7 +165,7 @@ pub fn dense_gemm<A: Real, W: Real>(
 
 /// Dropout of `out [rows,N]`: element i is 0 if its random word is below `2^32 p`, else divided by `1 - p`.
 ///
-/// Expert dropout: Fedus et al. 2021, "Switch Transformers", section 4.1. Rows stand in the order of slots.
+/// Expert dropout: Fedus et al. 2021, "Switch Transformers", section 2.4. Rows stand in the order of slots.
 ///
 /// # Errors
 /// `probability` outside 0 (included) to 1 (excluded).

@@ -22,6 +22,8 @@ use crate::{DeviceInfo, Element, Error, Kernels, Selection, Tensor};
 
 /// Alignment of matrices in bytes: kernels move 16 bytes at a time.
 pub(crate) const VECTOR: u64 = 16;
+/// Alignment of what is read 8 bytes at a time.
+pub(crate) const WIDE: u64 = 8;
 /// Alignment of lists of `i32` and `f32` that are read one by one.
 pub(crate) const SCALAR: u64 = 4;
 
@@ -216,6 +218,14 @@ impl<'a> Scope<'a> {
         'a: 'b,
     {
         buffer.map(|buffer| self.write(argument, buffer, needed, alignment)).transpose()
+    }
+
+    /// [`Scope::read`] of seed and offset on the device, which an operation may be given.
+    pub(crate) fn read_noise_state<'b>(&self, state: Option<In<'b, u64>>) -> Result<Option<Held<'b>>, Error>
+    where
+        'a: 'b,
+    {
+        self.read_some("noise_state", state, 2, WIDE)
     }
 
     fn check_length(&self, argument: &'static str, got: usize, needed: usize) -> Result<(), Error> {

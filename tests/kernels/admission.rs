@@ -38,6 +38,13 @@ pub fn check(variant: Admission, rng: &mut fastrand::Rng) {
             }
         }
     }
+    // Several warps propose to few favourites, who refuse most.
+    for _ in 0..3 {
+        for prioritised in [false, true] {
+            let rule = AdmissionRule::new(most, 1, 3, 400).candidates(3).prioritised(prioritised);
+            case(variant, rng, &AdmissionDesc::new(400, rule));
+        }
+    }
     if small {
         frequency_of_the_second_expert();
         very_many_tokens(rng);

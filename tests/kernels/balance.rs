@@ -10,7 +10,7 @@ use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
 use moe_kernels::{In, Workspace};
 
-use crate::gating::{Logits, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -33,7 +33,7 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                 let gating = Gating::new(variant.score)
                     .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
-                    .groups(groups(rng, experts, top_k));
+                    .groups(groups(rng, variant.score, experts, top_k));
                 let sigmoid = variant.score == Score::Sigmoid && rng.bool();
                 let score = if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
                 let rule = BalanceRule::new(score, sequence)
@@ -86,7 +86,7 @@ pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, 
     let mut stats = Guarded::<RouterStats>::output(&stream, "stats", 1);
     let bytes = measured_gating::workspace_bytes(desc, kernels.device()).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
-    let mut run = |desc: &MeasuredGatingDesc| {
+    let mut run = |desc: &MeasuredGatingDesc, rest: bool| {
         [&mut ids, &mut counts].into_iter().for_each(|buffer| buffer.reset(&stream));
         [&mut weights, &mut lse, &mut shares, &mut importance].into_iter().for_each(|buffer| buffer.reset(&stream));
         stats.reset(&stream);
@@ -103,9 +103,10 @@ pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, 
         let mut stats_to = stats.view_mut();
         let totals = Totals::new(&mut counts_to, &mut loss_counts_to, &mut probability_to, &mut importance_to);
         let (ids_to, weights_to, stats_to) = (&mut ids_to, &mut weights_to, &mut stats_to);
-        let mut args = MeasuredGatingArgs::new(&logits, ids_to, weights_to, totals, stats_to, &mut workspace)
-            .log_sum_exp(&mut lse_to)
-            .probabilities(&mut shares_to);
+        let mut args = MeasuredGatingArgs::new(&logits, ids_to, weights_to, totals, stats_to, &mut workspace);
+        if rest {
+            args = args.log_sum_exp(&mut lse_to).probabilities(&mut shares_to);
+        }
         args.correction_bias = bias.as_ref().map(In::from);
         measured_gating::forward(kernels, &stream, desc, args).unwrap();
         Measured {
@@ -120,11 +121,16 @@ pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, 
             stats: stats.read(&stream)[0],
         }
     };
-    let mut got = run(desc);
-    assert_eq!(run(desc).bits(), got.bits(), "{desc:?}: another run gave other bits");
-    time(&stream, &format!("{desc:?}"), || drop(run(desc)));
+    let mut got = run(desc, true);
+    let mut alone = run(desc, false);
+    for left in [&alone.log_sum_exp, &alone.probabilities] {
+        assert!(left.iter().all(|value| value.to_bits() == u32::MAX), "{desc:?}: wrote what was not asked for");
+    }
+    (alone.log_sum_exp, alone.probabilities) = (got.log_sum_exp.clone(), got.probabilities.clone());
+    assert_eq!(alone.bits(), got.bits(), "{desc:?}: another run, without the rest, gave other bits");
+    time(&stream, &format!("{desc:?}"), || drop(run(desc, true)));
     for layer in 1..times {
-        got = run(&desc.earlier_tokens(layer * tokens));
+        got = run(&desc.earlier_tokens(layer * tokens), true);
     }
     logits.assert_unchanged(&stream);
     got
@@ -140,9 +146,12 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
     let GatingDesc { tokens, experts, top_k, gating, .. } = desc.gating;
     let selection = measured_gating::select(desc, device::kernels().device()).unwrap();
     assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
-    let values = logits(rng, kind, tokens * experts);
+    let mut values = logits(rng, kind, tokens * experts);
     let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
-    // Coarse: see the checks of `gate_*`.
+    if with_bias || gating.groups.is_some() {
+        coarse(&mut values);
+    }
+    // Coarse: see the checks of `gating_*`.
     let bias: Option<Vec<f32>> = with_bias.then(|| (0..experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();

@@ -30,6 +30,10 @@ pub fn check(rng: &mut fastrand::Rng) {
             case(rng, &BaseDesc::new(experts * places, rule), kind);
         }
     }
+    // As many blocks as there may be, each with tokens of its own that the first block gives away.
+    let device = device::kernels().device();
+    let tokens = 2 * (device.multiprocessors as usize * 128 + 100);
+    case(rng, &BaseDesc::new(tokens, AuctionRule::new(2, 0.5, 1)), Scores::Ties);
     every_limit(rng);
 }
 

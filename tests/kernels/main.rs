@@ -23,6 +23,7 @@ mod ids;
 mod jitter;
 mod lists;
 mod mutants;
+mod noise_state;
 mod noisy;
 mod router;
 mod rows;
@@ -93,6 +94,7 @@ fn check(kernel: Kernel) {
         Kernel::CheckLists => lists::check(rng),
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
+        Kernel::NoiseState => noise_state::check(rng),
     }
 }
 

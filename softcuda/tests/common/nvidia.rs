@@ -17,19 +17,19 @@ pub fn context() -> Option<&'static Arc<CudaContext>> {
     CONTEXT.as_ref()
 }
 
-/// A result that is not the executor's: a line of the file that `SOFTCUDA_DIFFERENCES` names, so that one run tells all of them; without
-/// the variable the test ends here.
+/// A result that is not the executor's: a line of the file that `SOFTCUDA_DIFFERENCES` names, with the program behind a tab, so that one run
+/// tells all of them; without the variable the test ends here.
 #[track_caller]
 pub fn differs(what: &str, program: &str) {
     let Some(file) = std::env::var_os("SOFTCUDA_DIFFERENCES").filter(|file| !file.is_empty()) else {
         panic!("{what}\n{program}");
     };
     let test = std::thread::current().name().unwrap_or("?").to_owned();
-    let line = format!("{test}: {}\n", what.replace('\n', " "));
+    let one_line = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = format!("{test}: {}\t{}\n", one_line(what), one_line(program));
     let file = std::fs::OpenOptions::new().create(true).append(true).open(file);
     // One write: tests of one program append side by side.
     file.and_then(|mut file| file.write_all(line.as_bytes())).expect("the list of differences can be written");
-    eprintln!("{line}{program}");
 }
 
 /// Where two results differ, counted in words of 32 bits (bytes where they are no whole words); none where they are the same.

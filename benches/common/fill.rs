@@ -2,11 +2,10 @@
 
 use std::sync::{Arc, OnceLock};
 
-use cudarc::driver::{CudaSlice, CudaStream, DriverError};
-use half::bf16;
+use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, DriverError};
 use moe_kernels::routers::jitter::{self, JitterArgs, JitterDesc};
 use moe_kernels::rules::NoiseSource;
-use moe_kernels::{Dtype, Kernels};
+use moe_kernels::{Element, Kernels};
 
 /// Values that the host draws, once; no multiple of a row, so that rows of a matrix do not repeat one another.
 const DRAWN: usize = (1 << 20) - 3;
@@ -19,19 +18,19 @@ const SPREAD: f32 = 1.154_700_5;
 ///
 /// # Errors
 /// The device's, out of memory included.
-pub fn values(
+pub fn values<T: Element + DeviceRepr>(
     stream: &Arc<CudaStream>,
     kernels: &Kernels,
     len: usize,
     scale: f32,
     seed: u64,
-) -> Result<CudaSlice<bf16>, Box<dyn std::error::Error>> {
-    let block: Vec<bf16> = drawn().iter().take(len).map(|value| bf16::from_f32(value * scale / SPREAD)).collect();
+) -> Result<CudaSlice<T>, Box<dyn std::error::Error>> {
+    let block: Vec<T> = drawn().iter().take(len).map(|value| T::from_f32(value * scale / SPREAD)).collect();
     // SAFETY: everything is written before it is read.
-    let mut out = unsafe { stream.alloc::<bf16>(len)? };
+    let mut out = unsafe { stream.alloc::<T>(len)? };
     stream.memcpy_htod(&block, &mut out.slice_mut(..block.len()))?;
     spread(stream, &mut out, block.len())?;
-    let desc = JitterDesc::new(Dtype::Bf16, len, 1.0, NoiseSource::new(seed, 0));
+    let desc = JitterDesc::new(T::DTYPE, len, 1.0, NoiseSource::new(seed, 0));
     jitter::forward(kernels, stream, &desc, JitterArgs::in_place(&mut out))?;
     Ok(out)
 }
@@ -50,7 +49,11 @@ fn drawn() -> &'static [f32] {
 }
 
 /// Repeats the first `whole` elements to the end: each copy doubles what there is.
-fn spread(stream: &Arc<CudaStream>, out: &mut CudaSlice<bf16>, mut whole: usize) -> Result<(), DriverError> {
+fn spread<T: DeviceRepr>(
+    stream: &Arc<CudaStream>,
+    out: &mut CudaSlice<T>,
+    mut whole: usize,
+) -> Result<(), DriverError> {
     let len = out.len();
     while whole < len {
         let more = whole.min(len - whole);

@@ -14,8 +14,10 @@ use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDisp
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::{Dtype, Kernels, Workspace};
 
+use crate::fill;
 use crate::shapes::Shape;
-use crate::{Result, fill};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
 /// A model's layer with random weights.
 pub struct Model<'a> {
@@ -135,6 +137,10 @@ impl Passes<'_> {
         GatingDispatchDesc::new(self.model.desc.gating, self.dispatch_desc())
     }
 
+    pub fn plan(&self) -> &LayerPlan {
+        &self.plan
+    }
+
     pub fn router(&mut self, i: usize) -> Result<()> {
         let (tokens, Model { stream, kernels, desc, router, .. }) = (self.tokens(), self.model);
         let Set { x, logits, .. } = &mut self.sets[i];
@@ -209,7 +215,8 @@ impl Passes<'_> {
         Ok(live as f64 / self.sets.len() as f64)
     }
 
-    /// Whether the parts and the whole gave the same bits, finite and not all zero: the wrong kernel may be fast.
+    /// Runs set 0, the parts and then the whole, which must give the same bits, finite and not all zero: a wrong kernel may be fast. Each
+    /// operation finds there what it reads.
     pub fn sound(&mut self) -> Result<()> {
         let read = |passes: &Self| passes.model.stream.clone_dtoh(&passes.sets[0].y.slice(..passes.sample()));
         for part in [Self::router, Self::gating_dispatch, Self::gate_up, Self::down, Self::combine] {

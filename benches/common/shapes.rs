@@ -54,3 +54,11 @@ impl Shape {
         (shape, tokens.div_ceil(TOKENS))
     }
 }
+
+/// Whether the command line's filter leaves anything of a model: one that names models leaves no others.
+#[allow(dead_code)] // each bench uses its own part
+pub fn asked_for(model: &str) -> bool {
+    let filters: Vec<String> = std::env::args().skip(1).filter(|argument| !argument.starts_with('-')).collect();
+    let names = |model: &str| filters.iter().any(|filter| filter.contains(model));
+    names(model) || !SHAPES.iter().any(|shape| names(shape.model))
+}
