@@ -22,13 +22,19 @@ fn launches_are_those_of_the_plan() {
     let (gate_up, down) = (zeros(experts * 2 * intermediate * hidden), zeros(experts * hidden * intermediate));
 
     let plain = LayerDesc::new(Dtype::Bf16, hidden, intermediate, experts, 2);
-    let shared = Some(SharedDesc::new(intermediate, Mlp::swiglu(Dtype::Bf16)));
-    for (desc, launches) in [(plain, 5), (plain.shared(shared), 7)] {
+    // Of the others' size in their launches, of another in its own.
+    let shared = |size: usize, gated: bool| Some(SharedDesc::new(size, Mlp::swiglu(Dtype::Bf16)).gated(gated));
+    let [like, other, gated] = [(intermediate, false), (40, false), (intermediate, true)]
+        .map(|(size, gated)| plain.shared(shared(size, gated)));
+    for (desc, launches) in [(plain, 5), (like, 5), (other, 7), (gated, 5)] {
         let plan = desc.plan(tokens, kernels.device()).expect("a valid layer");
         let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).expect("device memory");
         let (gate_up, down) = (Weight::new(&gate_up), Weight::new(&down));
         let mut experts = ExpertWeights::new(gate_up, down);
-        experts.shared = desc.shared.map(|_| SharedWeights::new(gate_up, down));
+        experts.shared = desc.shared.map(|shared| {
+            let weights = SharedWeights::new(gate_up, down);
+            if shared.gated { weights.gate(&router) } else { weights }
+        });
         let weights = LayerWeights::new(RouterWeights::new(&router), experts);
         control.log_launches(true);
         plan.forward(&kernels, &stream, &weights, LayerArgs::new(&x, &mut y), &mut workspace).expect("enqueued");

@@ -244,6 +244,21 @@ mod tests {
     }
 
     #[test]
+    fn before_the_activation_gates_come_first() {
+        let bias = [0.5, 0.25, 0.0, 0.0];
+        let weight = [1.0, 2.0, 3.0, 4.0];
+        let of = |glu| {
+            let matrix = ExpertMatrix { glu, bias: Some(&bias[..]), ..matrix(&weight, 2, 1) };
+            grouped_pre_activation(&[10.0], &matrix, &plan(&[0], 1), true, Some(&[0.1])).unwrap()
+        };
+        assert_eq!(of(Glu::Split), [1.5, 2.25, 3.0, 4.0]);
+        assert_eq!(of(Glu::UpFirst), [3.0, 4.0, 1.5, 2.25]);
+        assert_eq!(of(Glu::Interleaved), [1.5, 3.0, 2.25, 4.0]);
+        let plain = grouped_pre_activation(&[2.0], &matrix(&[3.0], 1, 1), &plan(&[0], 1), true, None);
+        assert_eq!(plain.unwrap(), [6.0]);
+    }
+
+    #[test]
     fn a_short_weight_is_an_error() {
         let error = dense_gemm(&[1.0, 2.0], &matrix(&[1.0; 5], 3, 2), Activation::Identity).unwrap_err();
         assert_eq!(error.to_string(), "reference argument `weight`: expected a slice of [1, 3, 2] elements, found 5");

@@ -36,6 +36,8 @@ struct Results {
     y: Vec<bf16>,
     shared_hidden: Vec<bf16>,
     shared_before: Vec<bf16>,
+    /// What stands before the activation of the routed rows.
+    before: Vec<bf16>,
     /// Logits of the gate.
     gate: Vec<f32>,
 }
@@ -85,7 +87,7 @@ impl Layer {
         let [gate_up, down, shared_up, shared_down] = self.matrices.each_ref().map(upload);
         let (x, router, gate) = (upload(&self.x), upload(&self.router), upload(&self.gate));
         let (gates, ups) = shared_up.split_at(shared_up.len() / 2);
-        let apart = self.desc.shared.unwrap().mlp.gate_up.glu == Glu::Apart;
+        let apart = self.desc.shared.is_some_and(|shared| shared.mlp.gate_up.glu == Glu::Apart);
         let shared_up = if apart { Weight::apart(&gates, &ups) } else { Weight::new(&shared_up) };
         let mut shared = SharedWeights::new(shared_up, Weight::new(&shared_down));
         if self.gated() {
@@ -104,10 +106,12 @@ impl Layer {
         self.on_device(&stream, |plan, x, weights, workspace| {
             let zeros = |columns: usize| stream.alloc_zeros::<bf16>(self.tokens * columns).unwrap();
             let [mut y, mut h, mut before] = [hidden, intermediate, 2 * intermediate].map(zeros);
+            let mut routed = stream.alloc_zeros::<bf16>(self.tokens * top_k * 2 * intermediate).unwrap();
             let mut gate = stream.alloc_zeros::<f32>(self.tokens).unwrap();
             let mut ids = stream.alloc_zeros::<i32>(self.tokens * top_k).unwrap();
             let mut choice_weights = stream.alloc_zeros::<f32>(self.tokens * top_k).unwrap();
             let mut args = LayerArgs::new(x, &mut y).shared_hidden(&mut h).shared_pre_activation(&mut before);
+            args = args.pre_activation(&mut routed);
             if self.gated() {
                 args = args.shared_gate(&mut gate);
             }
@@ -119,7 +123,8 @@ impl Layer {
             };
             plan.forward(kernels, &stream, weights, args, workspace).unwrap();
             let [y, shared_hidden, shared_before] = [&y, &h, &before].map(|values| stream.clone_dtoh(values).unwrap());
-            let results = Results { y, shared_hidden, shared_before, gate: stream.clone_dtoh(&gate).unwrap() };
+            let before = stream.clone_dtoh(&routed).unwrap();
+            let results = Results { y, shared_hidden, shared_before, before, gate: stream.clone_dtoh(&gate).unwrap() };
             (results, (stream.clone_dtoh(&ids).unwrap(), stream.clone_dtoh(&choice_weights).unwrap()))
         })
     }
@@ -189,6 +194,18 @@ impl Layer {
             // Each of both was rounded for itself.
             assert!((h.to_f64() - want).abs() <= 0.03 * want.abs() + 1e-6, "{t}, {column}: {h}, {want}");
         }
+        let up = ExpertMatrix {
+            weight: &self.matrices[0][..],
+            bias: None,
+            n: intermediate,
+            k: hidden,
+            glu: Glu::Split,
+            layout: Layout::Nk,
+        };
+        let scale = want.plan.slot_weight(&want.weights);
+        let scale = (self.desc.weighting == Weighting::Input).then_some(&scale[..]);
+        let before = reference::gemm::grouped_pre_activation(&self.x, &up, &want.plan, true, scale).unwrap();
+        close("before the activation of routed rows", &wide(&got.before), &before, 1e-2);
         let dot = |x: &[bf16], w: &[bf16]| x.iter().zip(w).map(|(x, w)| x.to_f64() * w.to_f64()).sum::<f64>();
         let rows = |x: &[bf16]| self.matrices[2].chunks(hidden).map(|w| dot(x, w)).collect::<Vec<f64>>();
         let sums: Vec<f64> = self.x.chunks(hidden).flat_map(rows).collect();
@@ -223,4 +240,46 @@ fn a_shared_expert_joins_the_others() {
         assert_eq!(apart.desc.plan(apart.tokens, device::kernels().device()).unwrap().launches(), 7);
         assert_eq!(apart.run(None), (whole, choices), "in launches of its own");
     }
+}
+
+/// What contradicts the descriptor is named.
+#[test]
+fn faults_name_their_argument() {
+    let mut rng = generator("faults", Dtype::Bf16);
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let fault = |layer: &Layer, change: &dyn Fn(&mut LayerWeights<'_>), buffers: [bool; 2]| {
+        layer.on_device(&stream, |plan, x, weights, workspace| {
+            let mut weights = *weights;
+            change(&mut weights);
+            let buffer = |len: usize| stream.alloc_zeros::<bf16>(len).unwrap();
+            let [mut y, mut h] =
+                [layer.desc.hidden, layer.desc.intermediate].map(|columns| buffer(layer.tokens * columns));
+            let mut logits = stream.alloc_zeros::<f32>(layer.tokens).unwrap();
+            let mut args = LayerArgs::new(x, &mut y);
+            if buffers[0] {
+                args = args.shared_hidden(&mut h);
+            }
+            if buffers[1] {
+                args = args.shared_gate(&mut logits);
+            }
+            let got = plan.forward(kernels, &stream, &weights, args, workspace);
+            got.map_err(|error| error.argument().map(str::to_owned))
+        })
+    };
+    let (gated, plain) = (Layer::draw(&mut rng, true), Layer::draw(&mut rng, false));
+    let named = |argument: &str| Err(Some(argument.to_owned()));
+    assert_eq!(fault(&gated, &|_| (), [true, true]), Ok(()));
+    let without = |weights: &mut LayerWeights<'_>| weights.experts.shared.as_mut().unwrap().gate = None;
+    assert_eq!(fault(&gated, &without, [false, false]), named("shared.gate"));
+    let with = |weights: &mut LayerWeights<'_>| {
+        let matrix = weights.router.matrix;
+        weights.experts.shared.as_mut().unwrap().gate = Some(matrix);
+    };
+    assert_eq!(fault(&plain, &with, [false, false]), named("shared.gate"));
+    assert_eq!(fault(&plain, &|_| (), [true, false]), Ok(()));
+    assert_eq!(fault(&plain, &|_| (), [false, true]), named("shared_gate"));
+    let mut alone = plain;
+    alone.desc.shared = None;
+    let unshared = |weights: &mut LayerWeights<'_>| weights.experts.shared = None;
+    assert_eq!(fault(&alone, &unshared, [true, false]), named("shared_hidden"));
 }

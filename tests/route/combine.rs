@@ -93,6 +93,7 @@ fn case<T: Element + Real + Pod>([tokens, k, hidden]: [usize; 3], extras: Extras
             optional(&weights),
             optional(&residual),
             optional(&addend),
+            Arg::Null,
             Arg::Out(&y),
             Arg::Null,
             Arg::Null,
@@ -150,6 +151,7 @@ fn rows_past_two_to_the_31_elements() {
         &[
             Arg::Scratch(&y_slots),
             Arg::In(&Input::new(&rows.map(|(row, _)| row as i32))),
+            Arg::Null,
             Arg::Null,
             Arg::Null,
             Arg::Null,

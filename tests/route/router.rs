@@ -36,6 +36,8 @@ fn case<X: Element + Real + Pod, W: Element + Real + Pod>(
                 Arg::In(&weight),
                 optional(&bias),
                 Arg::Out(&logits),
+                Arg::Null,
+                Arg::Null,
                 Arg::U32(tokens as u32),
                 Arg::U32(experts as u32),
                 Arg::U32(hidden as u32),
