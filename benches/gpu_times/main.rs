@@ -155,15 +155,19 @@ fn run(options: &Options) -> Result<usize> {
                 report.skip(&name, &reason);
                 stream.synchronize().map_err(|fault| format!("{name}: {reason}; the device is lost: {fault}"))?;
             }
-            if let Some(path) = &options.json {
-                report.write(path).map_err(|error| format!("{}: {error}", path.display()))?;
-            }
+            write(&report, options)?;
         }
     }
+    write(&report, options)?;
     if failed > 0 {
         return Err(format!("{failed} shapes failed").into());
     }
     Ok(report.skipped())
+}
+
+fn write(report: &Report, options: &Options) -> Result<()> {
+    let Some(path) = &options.json else { return Ok(()) };
+    Ok(report.write(path).map_err(|error| format!("{}: {error}", path.display()))?)
 }
 
 /// Lines for whoever reads the results elsewhere.
