@@ -453,6 +453,8 @@ pub enum Kernel {
     Sampled(Spread),
     /// Multiplicative noise on a matrix.
     Jitter(Dtype),
+    /// A noise state moved on.
+    NoiseState,
 }
 
 impl Kernel {
@@ -486,6 +488,7 @@ impl Kernel {
             Kernel::CheckLists => "check_lists".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
+            Kernel::NoiseState => "noise_state".into(),
         }
     }
 
@@ -515,6 +518,7 @@ impl Kernel {
             Kernel::CheckLists => "CheckLists",
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
+            Kernel::NoiseState => "NoiseState",
         }
     }
 
@@ -543,6 +547,7 @@ impl Kernel {
             }
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) => BLOCK_WARPS * 32,
+            Kernel::NoiseState => 32,
         }
     }
 
@@ -581,6 +586,7 @@ impl Kernel {
             Kernel::CheckLists => "capacity/check_lists.ptx.jinja",
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
+            Kernel::NoiseState => "routers/noise_state.ptx.jinja",
         }
     }
 
@@ -626,7 +632,7 @@ impl Kernel {
             Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
-            Kernel::Affinity | Kernel::Hash | Kernel::CheckLists => vec![],
+            Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
             Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base => vec![("warps", Int(BLOCK_WARPS))],
@@ -705,5 +711,6 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
+    kernels.push(Kernel::NoiseState);
     kernels
 }

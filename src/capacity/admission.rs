@@ -76,6 +76,9 @@ pub struct AdmissionArgs<'a> {
     pub weights: In<'a, f32>,
     /// `[T]`: who comes first, if the rule is prioritised; absent, `weights[t, 0]`.
     pub priority: Option<In<'a, f32>>,
+    /// `[2]`, 8-byte aligned, where a second expert is drawn: see [`crate::routers::noise_state`]. Absent, the rule's seed and offset are all
+    /// there is.
+    pub noise_state: Option<In<'a, u64>>,
     /// `[T, n]` with `n = top_k`, written: experts got, -1 where none. With `n = K` place `j` is choice `j`.
     pub admitted: Out<'a, i32>,
     /// `[T, n]`, written: their weights, 0 where none.
@@ -97,6 +100,7 @@ impl<'a> AdmissionArgs<'a> {
             ids: ids.into(),
             weights: weights.into(),
             priority: None,
+            noise_state: None,
             admitted: admitted.into(),
             admitted_weights: admitted_weights.into(),
             workspace,
@@ -104,7 +108,7 @@ impl<'a> AdmissionArgs<'a> {
     }
 }
 
-buffers!(AdmissionArgs<'a> { priority: In<f32> });
+buffers!(AdmissionArgs<'a> { priority: In<f32>, noise_state: In<u64> });
 
 impl AdmissionDesc {
     /// Checks all that can be checked without buffers.
@@ -177,7 +181,7 @@ const RANDOM: u32 = 8;
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`AdmissionDesc::validate`]; [`Error::Unexpected`] for a priority without `prioritised`; those of a buffer:
+/// Those of [`AdmissionDesc::validate`]; [`Error::Unexpected`] for a priority without `prioritised`, or a noise state where nothing is drawn; those of a buffer:
 /// [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of
 /// the driver.
 pub fn forward(
@@ -192,6 +196,11 @@ pub fn forward(
         let reason = "the rule takes tokens as they come";
         return Err(Error::Unexpected { operation: OPERATION, argument: "priority", reason });
     }
+    let draws = matches!(rule.second, SecondExpert::Random { .. });
+    if args.noise_state.is_some() && !draws {
+        let reason = "the rule draws nothing";
+        return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
+    }
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     if desc.tokens == 0 {
         return Ok(());
@@ -200,6 +209,7 @@ pub fn forward(
     let ids = scope.read("ids", args.ids, choices, SCALAR)?;
     let weights = scope.read("weights", args.weights, choices, SCALAR)?;
     let priority = scope.read_some("priority", args.priority, desc.tokens, SCALAR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let admitted = scope.write("admitted", args.admitted, places, SCALAR)?;
     let admitted_weights = scope.write("admitted_weights", args.admitted_weights, places, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc)?)?;
@@ -242,6 +252,7 @@ pub fn forward(
             seed_hi,
             offset_lo,
             offset_hi,
+            noise_state: optional(&noise_state).into(),
             // The header stays zero for kernels with a barrier that share the workspace.
             token_state: workspace.address().offset(BARRIER_HEADER).into(),
         },

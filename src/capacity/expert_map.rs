@@ -11,7 +11,7 @@
 //!
 //! How a null expert flows: its slot becomes -1, so that it has no row in dispatch, no tile in the grouped GEMM, and adds nothing
 //! of `y_slots` in combine. Identity experts leave the sum of their weights for each token, and
-//! [`crate::experts::combine::forward_with_identity`] adds that times x. Dispatch and GEMMs are told the number of local experts.
+//! [`crate::experts::combine::CombineArgs::identity`] adds that times x. Dispatch and GEMMs are told the number of local experts.
 //!
 //! ```
 //! use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};

@@ -1,7 +1,7 @@
 //! Token slots: the slots of every token, where a token has no expert or many.
 //!
 //! `slots[offsets[t]..offsets[t + 1]]` are the slots whose `slot_token` is `t`, ascending: the inverse of what experts that choose
-//! their tokens yield ([`crate::routers::expert_choice`]), and what [`crate::experts::combine_ragged`] sums over.
+//! their tokens yield ([`crate::routers::expert_choice`]), and what [`crate::experts::combine`] sums over.
 
 use std::sync::Arc;
 

@@ -1,7 +1,7 @@
 //! Combine: each token's sum of its experts' outputs.
 //!
-//! `y[t] = residual[t] + addend[t] + identity_weight[t] * identity[t] + sum of w * y_slots[s]` over the token's rows `s`, added in that
-//! order in f32 and rounded once: the same input gives the same bits. A skipped or dropped slot adds nothing.
+//! `y[t] = residual[t] + gate[t] * addend[t] + identity_weight[t] * identity[t] + sum of w * y_slots[s]` over the token's rows `s`, added in that
+//! order in f32 and rounded once: the same input gives the same bits. `gate[t]` is 1, or the sigmoid of a logit. A skipped or dropped slot adds nothing.
 //!
 //! The rows are those of a dispatch: `k` for each token (rows in the order of its choices), or any number (rows ascending). Their
 //! weights are 1 where the second product has put them into its output ([`crate::experts::gemm::GemmArgs::out_scale`]), which keeps large
@@ -72,6 +72,8 @@ pub struct CombineArgs<'a, T> {
     pub accumulate: bool,
     /// `[T, H]`, added second: a shared expert's output.
     pub addend: Option<In<'a, T>>,
+    /// `[T]`: `addend` is multiplied by the sigmoid of these (the shared expert of Qwen2-MoE).
+    pub addend_gate: Option<In<'a, f32>>,
     /// The part of experts whose output is their input; not for ragged tokens.
     pub identity: Option<Identity<'a, T>>,
     /// `[T, H]`, written.
@@ -92,6 +94,7 @@ impl<'a, T> CombineArgs<'a, T> {
             residual: None,
             accumulate: false,
             addend: None,
+            addend_gate: None,
             identity: None,
             y: y.into(),
         }
@@ -110,7 +113,7 @@ impl<'a, T> CombineArgs<'a, T> {
     }
 }
 
-buffers!(CombineArgs<'a, T> { weights: In<f32>, residual: In<T>, addend: In<T> });
+buffers!(CombineArgs<'a, T> { weights: In<f32>, residual: In<T>, addend: In<T>, addend_gate: In<f32> });
 
 /// The part of experts whose output is their input.
 #[derive(Clone, Copy)]
@@ -159,8 +162,8 @@ pub(crate) fn select_for(
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`select`]; [`Error::Invalid`] for a dispatch of another shape; [`Error::Unexpected`] for a residual that `y` is already, or an
-/// identity for ragged tokens; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// Those of [`select`]; [`Error::Invalid`] for a dispatch of another shape; [`Error::Unexpected`] for a residual that `y` is already, a gate
+/// without an addend, or an identity for ragged tokens; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
 /// [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
@@ -182,6 +185,9 @@ pub fn forward<T: Element>(
     if args.identity.is_some() && rows.top_k.is_none() {
         return Err(Error::Unexpected { operation, argument: "identity", reason: "the tokens are ragged" });
     }
+    if args.addend_gate.is_some() && args.addend.is_none() {
+        return Err(Error::Unexpected { operation, argument: "addend_gate", reason: "there is no addend" });
+    }
     if rows.tokens == 0 {
         return Ok(());
     }
@@ -191,6 +197,7 @@ pub fn forward<T: Element>(
     let weights = scope.read_some("weights", args.weights, rows.token_slots(), SCALAR)?;
     let residual = scope.read_some("residual", args.residual, elements, VECTOR)?;
     let addend = scope.read_some("addend", args.addend, elements, VECTOR)?;
+    let addend_gate = scope.read_some("addend_gate", args.addend_gate, rows.tokens, SCALAR)?;
     let (x, weight) = args.identity.map(|identity| (identity.x, identity.weight)).unzip();
     let identity = scope.read_some("identity.x", x, elements, VECTOR)?;
     let identity_weight = scope.read_some("identity.weight", weight, rows.tokens, SCALAR)?;
@@ -201,6 +208,7 @@ pub fn forward<T: Element>(
         weights: optional(&weights),
         residual: if args.accumulate { Some(y.address()) } else { optional(&residual) },
         addend: optional(&addend),
+        addend_gate: optional(&addend_gate),
         identity: optional(&identity).zip(optional(&identity_weight)),
         y: y.address(),
     };
@@ -215,6 +223,7 @@ pub(crate) struct Addresses<'a> {
     /// May be `y`: each thread reads what it then writes.
     pub(crate) residual: Option<Address<'a>>,
     pub(crate) addend: Option<Address<'a>>,
+    pub(crate) addend_gate: Option<Address<'a>>,
     /// Input and weights of identity experts.
     pub(crate) identity: Option<(Address<'a>, Address<'a>)>,
     pub(crate) y: Address<'a>,
@@ -235,6 +244,7 @@ pub(crate) fn enqueue(
             slot_weight: at.weights.into(),
             residual: at.residual.into(),
             addend: at.addend.into(),
+            addend_gate: at.addend_gate.into(),
             y: at.y.into(),
             tokens,
             hidden,
@@ -250,6 +260,7 @@ pub(crate) fn enqueue(
             weights: at.weights.into(),
             residual: at.residual.into(),
             addend: at.addend.into(),
+            addend_gate: at.addend_gate.into(),
             y: at.y.into(),
             identity: identity.into(),
             identity_weight: identity_weight.into(),

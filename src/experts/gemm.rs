@@ -6,13 +6,16 @@
 //! `v[n] = row_scale[r] * sum_k a[.,k] * b[e,n,k] + bias[e,n]`
 //!
 //! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
-//! keep a relative error of 1e-5.
+//! keep a relative error of 1e-5, up to the largest; an infinite one makes its sums infinite or NaN.
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, RowAddresses, SlotShape};
+pub(crate) use super::shared_rows::SharedAddresses;
+pub use super::shared_rows::SharedRows;
+use super::shared_rows::{self, HeldShared};
 use super::tiles::{select_tile, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
 use crate::registry::{Fold, Gemm, Kernel};
@@ -23,7 +26,7 @@ use crate::runtime::params::GemmParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 
-const OPERATION: &str = "gemm";
+pub(super) const OPERATION: &str = "gemm";
 
 /// Largest depth: the kernel's offsets between rows of one tile of `b` have 32 bits.
 const MAX_K: usize = 1 << 23;
@@ -77,13 +80,16 @@ pub struct GemmDesc {
     pub weight: WeightDesc,
     /// What is applied to the product.
     pub activation: Activation,
+    /// Rows of a shared expert in the same launch ([`GemmArgs::shared`]), of the same `n`, `k`, weight form and activation; 0 without, as
+    /// with dense rows.
+    pub shared_rows: usize,
 }
 
 impl GemmDesc {
     /// `out [rows, N] = a [rows, K] b^T`, nothing else, with a weight `[E, N, K]` of the same type.
     pub const fn new(dtype: Dtype, rows: Rows, n: usize, k: usize) -> GemmDesc {
         let weight = WeightDesc::new(dtype);
-        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity }
+        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity, shared_rows: 0 }
     }
 
     /// Rows of `a`.
@@ -97,6 +103,11 @@ impl GemmDesc {
     /// Outputs of one tensor of the weight.
     pub(crate) fn b_outputs(&self) -> usize {
         self.weight.outputs(self.n)
+    }
+
+    /// Columns of what stands before the activation: `N`, or with a gate `2N`.
+    pub fn pre_activation_columns(&self) -> usize {
+        if self.weight.glu.is_gated() { 2 * self.n } else { self.n }
     }
 
     /// Checks all that can be checked without buffers.
@@ -115,6 +126,10 @@ impl GemmDesc {
         if self.gather && matches!(self.rows, Rows::Dense(_)) {
             return Err(Error::invalid(operation, "gather", "false for dense rows", true));
         }
+        if self.shared_rows > 0 && matches!(self.rows, Rows::Dense(_)) {
+            return Err(Error::invalid(operation, "shared_rows", "0 for dense rows", self.shared_rows));
+        }
+        shape::size(operation, "shared_rows", self.shared_rows)?;
         shape::multiple_of_8(operation, "n", self.n)?;
         shape::multiple_of_8(operation, "k", self.k)?;
         let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
@@ -127,6 +142,9 @@ impl GemmDesc {
         shape::product(operation, "a", &[self.a_rows(), self.k])?;
         shape::product(operation, "weight", &[self.rows.experts(), self.b_outputs(), self.k])?;
         shape::product(operation, "out", &[self.rows.count(), self.n])?;
+        let widest = self.pre_activation_columns().max(self.k);
+        shape::product(operation, "shared_rows", &[self.shared_rows, widest])?;
+        shape::product(operation, "pre_activation", &[self.rows.count(), self.pre_activation_columns()])?;
         let WeightFormat::Plain(weight) = self.weight.format;
         if weight != self.dtype {
             let supported = format!("the type of a ({})", self.dtype);
@@ -136,7 +154,7 @@ impl GemmDesc {
     }
 }
 
-settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation });
+settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation, shared_rows: usize });
 
 /// Whether an activation goes with the presence of a gate.
 pub(crate) fn check_activation(
@@ -190,8 +208,14 @@ pub struct GemmArgs<'a, T> {
     pub out_scale: Option<In<'a, f32>>,
     /// Drops some of the result, before `out_scale`: [`crate::reference::gemm::dropout`].
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`]. Absent, the dropout's seed and offset are all there is.
+    pub noise_state: Option<In<'a, u64>>,
     /// `[rows, N]`. Rows that no tile covers are left as they are.
     pub out: Out<'a, T>,
+    /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
+    pub pre_activation: Option<Out<'a, T>>,
+    /// The shared expert's rows; exactly with [`GemmDesc::shared_rows`].
+    pub shared: Option<SharedRows<'a, T>>,
 }
 
 impl<'a, T> GemmArgs<'a, T> {
@@ -204,7 +228,10 @@ impl<'a, T> GemmArgs<'a, T> {
             row_scale: None,
             out_scale: None,
             dropout: None,
+            noise_state: None,
             out: out.into(),
+            pre_activation: None,
+            shared: None,
         }
     }
 
@@ -219,9 +246,15 @@ impl<'a, T> GemmArgs<'a, T> {
     pub fn dropout(self, dropout: Dropout) -> GemmArgs<'a, T> {
         GemmArgs { dropout: Some(dropout), ..self }
     }
+
+    /// With the rows of a shared expert.
+    #[must_use]
+    pub fn shared(self, shared: SharedRows<'a, T>) -> GemmArgs<'a, T> {
+        GemmArgs { shared: Some(shared), ..self }
+    }
 }
 
-buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32> });
+buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, noise_state: In<u64>, pre_activation: Out<T> });
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
 const BAND: usize = 8;
@@ -243,7 +276,10 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
             let tile = select_tile(desc.dtype, *rows, 1, device)?;
             (tile, rows.div_ceil(tile.bm as usize))
         }
-        Rows::Grouped(shape) => (tile_of_height(desc.dtype, shape.tile_m, device)?, shape.max_tiles),
+        Rows::Grouped(shape) => (
+            tile_of_height(desc.dtype, shape.tile_m, device)?,
+            shape.max_tiles + desc.shared_rows.div_ceil(shape.tile_m),
+        ),
     };
     let fold = match desc.weight.glu {
         Glu::None => Fold::Plain,
@@ -262,8 +298,8 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
 /// With no rows or no tiles nothing is launched.
 ///
 /// # Errors
-/// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, and for a
-/// dropout's probability outside its range; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
+/// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, for a
+/// dropout's probability outside its range, and for a noise state without dropout; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
 /// [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
@@ -275,10 +311,14 @@ pub fn forward<T: Element>(
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<T>("a", desc.dtype)?;
     check_dispatched(desc, args.dispatched)?;
+    shared_rows::check(desc, args.shared.is_some())?;
     if let Some(dropout) = args.dropout {
         check_dropout(OPERATION, &dropout)?;
+    } else if args.noise_state.is_some() {
+        let reason = "there is no dropout";
+        return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
     }
-    if desc.rows.count() == 0 || selection.grid[0] == 0 {
+    if desc.rows.count() + desc.shared_rows == 0 || selection.grid[0] == 0 {
         return Ok(());
     }
     let rows = desc.rows.count();
@@ -288,14 +328,21 @@ pub fn forward<T: Element>(
     let dispatched = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let out = scope.write("out", args.out, rows * desc.n, VECTOR)?;
+    let columns = desc.pre_activation_columns();
+    let pre_activation = scope.write_some("pre_activation", args.pre_activation, rows * columns, VECTOR)?;
+    let shared = args.shared.map(|shared| shared.open(&scope, desc)).transpose()?;
     let at = Addresses {
         a: a.address(),
         weight: weight.addresses(),
         out: out.address(),
+        pre_activation: optional(&pre_activation),
         rows: dispatched.as_ref().map(|dispatched| dispatched.addresses()),
         row_scale: optional(&row_scale),
         out_scale: optional(&out_scale),
+        shared: shared.as_ref().map(HeldShared::addresses),
+        noise_state: optional(&noise_state),
     };
     enqueue(&scope, desc, &selection, at, args.dropout)
 }
@@ -325,10 +372,15 @@ pub(crate) struct Addresses<'a> {
     pub(crate) a: Address<'a>,
     pub(crate) weight: WeightAddresses<'a>,
     pub(crate) out: Address<'a>,
+    pub(crate) pre_activation: Option<Address<'a>>,
     /// Exactly with [`Rows::Grouped`].
     pub(crate) rows: Option<RowAddresses<'a>>,
     pub(crate) row_scale: Option<Address<'a>>,
     pub(crate) out_scale: Option<Address<'a>>,
+    /// Exactly with [`GemmDesc::shared_rows`].
+    pub(crate) shared: Option<SharedAddresses<'a>>,
+    /// Of the dropout.
+    pub(crate) noise_state: Option<Address<'a>>,
 }
 
 pub(crate) fn enqueue(
@@ -345,6 +397,7 @@ pub(crate) fn enqueue(
     let Dropout { probability, noise } = dropout.unwrap_or(Dropout { probability: 0.0, noise: NoiseSource::default() });
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
     let WeightAddresses { b, b_up, bias, bias_up } = at.weight;
+    let shared_weight = at.shared.map(|shared| shared.weight);
     scope.launch(
         selection,
         GemmParams {
@@ -354,11 +407,20 @@ pub(crate) fn enqueue(
             bias: bias.into(),
             bias_up: bias_up.into(),
             out: at.out.into(),
+            pre_activation: at.pre_activation.into(),
             slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
             row_scale: at.row_scale.into(),
             out_scale: at.out_scale.into(),
             tiles: at.rows.map(|rows| rows.tiles).into(),
             num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
+            shared_a: at.shared.map(|shared| shared.a).into(),
+            shared_b: shared_weight.map(|weight| weight.b).into(),
+            shared_b_up: shared_weight.and_then(|weight| weight.b_up).into(),
+            shared_bias: shared_weight.and_then(|weight| weight.bias).into(),
+            shared_bias_up: shared_weight.and_then(|weight| weight.bias_up).into(),
+            shared_out: at.shared.map(|shared| shared.out).into(),
+            shared_pre_activation: at.shared.and_then(|shared| shared.pre_activation).into(),
+            shared_rows: desc.shared_rows as u32,
             m: desc.rows.count() as u32,
             n: desc.n as u32,
             k: desc.k as u32,
@@ -372,6 +434,7 @@ pub(crate) fn enqueue(
             seed_hi,
             offset_lo,
             offset_hi,
+            noise_state: at.noise_state.into(),
         },
     )
 }
@@ -410,6 +473,8 @@ mod tests {
         assert_eq!(fault(dense().activation(clamped).weight(WeightDesc::new(Dtype::Bf16))), "activation");
         let negative = Activation::ClampedSwiglu { alpha: 1.702, limit: -1.0 };
         assert_eq!(fault(dense().activation(negative)), "activation");
+        assert_eq!(fault(dense().shared_rows(1)), "shared_rows");
+        assert_eq!(fault(grouped(64, 10).shared_rows(1 << 31)), "shared_rows");
         assert_eq!(fault(grouped(63, 10)), "tile_m");
         assert_eq!(fault(grouped(0, 10)), "rows.tile_m");
         assert_eq!(fault(GemmDesc { n: 1 << 20, ..grouped(64, 1 << 28) }), "n");
@@ -422,6 +487,7 @@ mod tests {
         let columns = 72_u32.div_ceil(64);
         assert_eq!(select(&grouped(64, 9), &A100).unwrap().grid, [16 * columns, 1, 1]);
         assert_eq!(select(&grouped(64, 0), &A100).unwrap().grid, [0, 1, 1]);
+        assert_eq!(select(&grouped(64, 7).shared_rows(65), &A100).unwrap().grid, [16 * columns, 1, 1]);
         assert_eq!(select(&GemmDesc { rows: Rows::Dense(1), ..dense() }, &A100).unwrap().grid, [8 * columns, 1, 1]);
     }
 }

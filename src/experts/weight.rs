@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::Tensor;
 use crate::rules::{Glu, WeightDesc, WeightFormat};
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
 
 /// Weights of one product, of every expert: the matrices and, where there is one, the bias of each output.
 ///
@@ -14,7 +14,7 @@ pub struct Weight<'a> {
     /// `[E, Nb, K]` or `[E, K, Nb]`, by the layout; `Nb` is twice the columns of the result where gate and up lie together. Begins on 16
     /// bytes.
     pub matrix: Tensor<'a>,
-    /// `[E, Nb]`.
+    /// `[E, Nb]`; may begin on any element.
     pub bias: Option<Tensor<'a>>,
     /// Up's matrix and bias, exactly with [`Glu::Apart`]; `matrix` and `bias` are gate's then.
     pub up: Option<(Tensor<'a>, Option<Tensor<'a>>)>,
@@ -59,7 +59,9 @@ impl<'a> Weight<'a> {
         let outputs = desc.outputs(n);
         let matrix = |name, tensor| scope.read_tensor(name, tensor, dtype, experts * outputs * k, VECTOR);
         let bias = |name, tensor: Option<Tensor<'a>>| {
-            tensor.map(|tensor| scope.read_tensor(name, tensor, dtype, experts * outputs, SCALAR)).transpose()
+            tensor
+                .map(|tensor| scope.read_tensor(name, tensor, dtype, experts * outputs, dtype.bytes().into()))
+                .transpose()
         };
         let (up, up_bias) = match (desc.glu, self.up) {
             (Glu::Apart, None) => {

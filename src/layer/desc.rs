@@ -2,7 +2,8 @@
 
 use super::LayerPlan;
 use crate::rules::{
-    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, WeightDesc,
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, SecondExpert,
+    WeightDesc,
 };
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
@@ -25,7 +26,8 @@ pub struct LayerDesc {
     pub top_k: usize,
     /// How experts are chosen and weighted.
     pub gating: Gating,
-    /// The choice made without regard to the number of tokens in the batch: a token's result has the same bits whatever batch it is in.
+    /// The router's kernel chosen without regard to the number of tokens: a token's result has the same bits whatever batch it is in, and wherever
+    /// (products add in the same order in tiles of every height). Not so where tokens compete: capacity, admission.
     pub batch_invariant: bool,
     /// How the ids of choices from elsewhere are stored ([`super::LayerArgs::choices`]).
     pub choices: IdFormat,
@@ -46,6 +48,11 @@ pub struct LayerDesc {
 }
 
 impl LayerDesc {
+    /// Whether a shared expert has a gate.
+    pub(super) fn has_shared_gate(&self) -> bool {
+        self.shared.is_some_and(|shared| shared.gated)
+    }
+
     /// A layer in the manner of Mixtral, dropless: softmax over all experts, the chosen renormalised, SiLU-gated experts.
     /// Other models differ in a few fields.
     pub const fn new(dtype: Dtype, hidden: usize, intermediate: usize, experts: usize, top_k: usize) -> LayerDesc {
@@ -72,6 +79,11 @@ impl LayerDesc {
     /// Experts whose weights are here.
     pub fn local_experts(&self) -> usize {
         self.map.map_or(self.experts, |map| map.local_experts)
+    }
+
+    /// Whether its admission draws second experts.
+    pub(super) fn draws(&self) -> bool {
+        self.admission.is_some_and(|rule| matches!(rule.second, SecondExpert::Random { .. }))
     }
 
     /// Makes every choice for a batch of `tokens` tokens on `device`.
@@ -165,7 +177,7 @@ impl Mlp {
 
 settings!(Mlp { gate_up: WeightDesc, activation: Activation, down: WeightDesc });
 
-/// A shared expert.
+/// A shared expert. With the intermediate size and inner form of the others it is computed in their launches, else in two of its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SharedDesc {
@@ -173,11 +185,15 @@ pub struct SharedDesc {
     pub intermediate: usize,
     /// Its inner form.
     pub mlp: Mlp,
+    /// Whether its output is multiplied by `sigmoid(x . gate)` (Qwen2-MoE, Qwen3-Next), else by 1.
+    pub gated: bool,
 }
 
 impl SharedDesc {
     /// Added with weight 1.
     pub const fn new(intermediate: usize, mlp: Mlp) -> SharedDesc {
-        SharedDesc { intermediate, mlp }
+        SharedDesc { intermediate, mlp, gated: false }
     }
 }
+
+settings!(SharedDesc { gated: bool });

@@ -4,16 +4,18 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::desc::{LayerDesc, Mlp, Weighting};
+use super::desc::{LayerDesc, Mlp, SharedDesc, Weighting};
+use super::intermediates::{IntermediateAddresses, Intermediates};
 use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::{Dispatched, RowAddresses, SlotShape};
 use crate::experts::gemm::{self, GemmDesc, Rows};
 use crate::experts::weight::HeldWeight;
+use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Activation, Dropout};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -26,13 +28,27 @@ pub struct ExpertsPlan {
     rows: SlotShape,
     gate_up: Step<GemmDesc>,
     down: Step<GemmDesc>,
-    shared: Option<[Step<GemmDesc>; 2]>,
+    /// The shared expert's products, where its form is not that of the others: in launches of its own. Else it has tiles in theirs.
+    apart: Option<[Step<GemmDesc>; 2]>,
+    /// The shared expert's gate, where no router of the layer computes it.
+    gate: Option<Step<RouterDesc>>,
     combine: Step<CombineDesc>,
-    /// `[slots, I]`, afterwards the shared expert's `[T, I_shared]`.
-    hidden: Region,
-    pub(super) y_slots: Region,
-    addend: Region,
+    pub(super) regions: Regions,
     workspace_bytes: usize,
+}
+
+/// Places in the workspace.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Regions {
+    /// `[slots, I]`.
+    pub(super) hidden: Region,
+    /// `[T, I]` of the shared expert: where it has launches of its own, the same place as `hidden`, which is done with then.
+    pub(super) shared_hidden: Region,
+    pub(super) y_slots: Region,
+    /// The shared expert's output.
+    pub(super) addend: Region,
+    /// The logits of its gate.
+    pub(super) shared_gate: Region,
 }
 
 impl ExpertsPlan {
@@ -64,20 +80,29 @@ impl ExpertsPlan {
             return Err(Error::invalid(OPERATION, "rows.experts", desc.local_experts().to_string(), rows.experts));
         }
 
-        let steps = |mlp: &Mlp, rows: Rows, gather: bool, intermediate: usize| {
+        let steps = |mlp: &Mlp, rows: Rows, shared_rows: usize, intermediate: usize| {
             let gate_up = GemmDesc::new(dtype, rows, intermediate, hidden)
-                .gather(gather)
+                .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
-                .activation(mlp.activation);
-            let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down);
+                .activation(mlp.activation)
+                .shared_rows(shared_rows);
+            let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down).shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
-        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), true, intermediate)?;
-        let shared = desc
-            .shared
-            .map(|shared| steps(&shared.mlp, Rows::Dense(rows.tokens), false, shared.intermediate))
-            .transpose()?;
+        let joins = |shared: &SharedDesc| shared.intermediate == intermediate && shared.mlp == desc.mlp;
+        let apart = desc.shared.filter(|shared| !joins(shared));
+        let apart =
+            apart.map(|shared| steps(&shared.mlp, Rows::Dense(rows.tokens), 0, shared.intermediate)).transpose()?;
+        let joined = desc.shared.is_some() && apart.is_none();
+        let joined_rows = if joined { rows.tokens } else { 0 };
+        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, intermediate)?;
+        let gate = desc.has_shared_gate().then(|| {
+            let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
+            let selection = router::select(&desc, device).map_err(|error| error.within(OPERATION))?;
+            Ok::<_, Error>(Step { desc, selection })
+        });
+        let gate = gate.transpose()?;
         let combine = CombineDesc::new(dtype, *rows, hidden);
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
@@ -85,22 +110,31 @@ impl ExpertsPlan {
         let h = shape::product(OPERATION, "intermediate", &[rows.slots, intermediate])?;
         let shared_intermediate = desc.shared.map_or(0, |shared| shared.intermediate);
         let shared_h = shape::product(OPERATION, "shared.intermediate", &[rows.tokens, shared_intermediate])?;
-        let addend = if shared.is_some() { rows.tokens * hidden } else { 0 };
+        let addend = if desc.shared.is_some() { rows.tokens * hidden } else { 0 };
         arena.barrier()?;
-        let hidden_region = arena.region("intermediate", h.max(shared_h), element)?;
-        let y_slots = arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?;
-        let addend = arena.region("addend", addend, element)?;
+        let (intermediates, shared_intermediates) = if joined {
+            (arena.region("intermediate", h, element)?, arena.region("shared.intermediate", shared_h, element)?)
+        } else {
+            let both = arena.region("intermediate", h.max(shared_h), element)?;
+            (both, both)
+        };
+        let regions = Regions {
+            hidden: intermediates,
+            shared_hidden: shared_intermediates,
+            y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?,
+            addend: arena.region("addend", addend, element)?,
+            shared_gate: arena.region("shared_gate", if gate.is_some() { rows.tokens } else { 0 }, 4)?,
+        };
         Ok(ExpertsPlan {
             desc: *desc,
             device: *device,
             rows: *rows,
             gate_up,
             down,
-            shared,
+            apart,
+            gate,
             combine,
-            hidden: hidden_region,
-            y_slots,
-            addend,
+            regions,
             workspace_bytes: arena.bytes(),
         })
     }
@@ -117,8 +151,15 @@ impl ExpertsPlan {
 
     /// The stages with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        let (rows, shared) = (self.rows, self.shared);
-        let shared = shared.into_iter().flat_map(|[gate_up, down]| {
+        let tokens = self.rows.tokens;
+        let gate = self.gate.filter(|_| tokens > 0).map(|step| (Stage::SharedGate, step.selection));
+        gate.into_iter().chain(self.stages_after_gate())
+    }
+
+    /// [`ExpertsPlan::stages`] where a router of the layer has computed the shared expert's gate.
+    pub(super) fn stages_after_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let rows = self.rows;
+        let shared = self.apart.into_iter().flat_map(|[gate_up, down]| {
             [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
         });
         [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)]
@@ -162,6 +203,9 @@ impl ExpertsPlan {
         self.check(&scope, args.dispatched)?;
         if let Some(dropout) = &args.dropout {
             gemm::check_dropout(OPERATION, dropout)?;
+        } else if args.noise_state.is_some() {
+            let reason = "there is no dropout";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
         }
         let SlotShape { tokens, slots, .. } = self.rows;
         let hidden = self.desc.hidden;
@@ -172,11 +216,20 @@ impl ExpertsPlan {
         let x = scope.read("x", args.x, tokens * hidden, VECTOR)?;
         let dispatched = args.dispatched.read(&scope)?;
         let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, VECTOR)?;
-        let h = scope.write_some("hidden", args.hidden, slots * self.desc.intermediate, VECTOR)?;
+        let wanted = Intermediates {
+            hidden: args.hidden,
+            pre_activation: args.pre_activation,
+            shared_hidden: args.shared_hidden,
+            shared_pre_activation: args.shared_pre_activation,
+        };
+        let kept = wanted.open(&scope, &self.desc, &self.rows)?;
+        let noise_state = scope.read_noise_state(args.noise_state)?;
         let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
-        if shared.is_some() != self.shared.is_some() {
+        router::check_gate(OPERATION, "shared_gate", self.gate.is_some(), args.shared_gate.is_some())?;
+        let shared_gate = scope.write_some("shared_gate", args.shared_gate, tokens, SCALAR)?;
+        if shared.is_some() != self.desc.shared.is_some() {
             let (operation, argument) = (OPERATION, "shared");
-            return Err(match self.shared {
+            return Err(match self.desc.shared {
                 Some(_) => Error::Missing { operation, argument, reason: "the descriptor has a shared expert" },
                 None => Error::Unexpected { operation, argument, reason: "the descriptor has no shared expert" },
             });
@@ -185,13 +238,32 @@ impl ExpertsPlan {
         let at = Products {
             x: x.address(),
             rows: dispatched.addresses(),
-            hidden: optional(&h).unwrap_or_else(|| workspace.at(self.hidden)),
-            shared_hidden: workspace.at(self.hidden),
+            kept: kept.addresses(&workspace, self.regions),
             y_slots: y_slots.address(),
             addend: optional(&shared),
             dropout: args.dropout,
+            noise_state: optional(&noise_state),
         };
+        if let Some(logits) = optional(&shared_gate) {
+            self.enqueue_gate(&scope, &weights, at.x, logits, &mut |_| ())?;
+        }
         self.enqueue(&scope, &weights, &at, &mut |_| ())
+    }
+
+    /// The shared expert's gate alone; nothing where there is none.
+    pub(super) fn enqueue_gate(
+        &self,
+        scope: &Scope<'_>,
+        weights: &HeldExperts<'_>,
+        x: Address<'_>,
+        logits: Address<'_>,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<(), Error> {
+        let Some((step, weight)) = self.gate.as_ref().zip(weights.shared_gate()) else { return Ok(()) };
+        let at = router::Addresses { x, weight: None, bias: None, logits: None, gate: Some((weight, logits)) };
+        router::enqueue(scope, &step.desc, &step.selection, at)?;
+        observer(Stage::SharedGate);
+        Ok(())
     }
 
     /// Adds up each token's rows.
@@ -217,34 +289,64 @@ impl ExpertsPlan {
     ) -> Result<(), Error> {
         let weight = |weighting| (self.desc.weighting == weighting).then_some(at.rows.slot_weight);
         let [gate_up, down] = &weights.mlp;
+        // The shared expert's weights, and where its outputs go.
+        let shared = weights.shared.as_ref().map(|shared| &shared.mlp).zip(at.addend);
+        let joined = shared.filter(|_| self.apart.is_none());
         let first = Product {
             a: at.x,
-            out: at.hidden,
+            out: at.kept.hidden,
+            pre_activation: at.kept.pre_activation,
             rows: Some(at.rows),
             row_scale: weight(Weighting::Input),
             out_scale: weight(Weighting::Activation),
             dropout: at.dropout,
+            shared: joined.map(|([weight, _], _)| gemm::SharedAddresses {
+                a: at.x,
+                weight: weight.addresses(),
+                out: at.kept.shared_hidden,
+                pre_activation: at.kept.shared_pre_activation,
+            }),
+            noise_state: at.noise_state,
         };
         first.enqueue(scope, &self.gate_up, gate_up)?;
         observer(Stage::GateUp);
         let second = Product {
-            a: at.hidden,
+            a: at.kept.hidden,
             out: at.y_slots,
+            pre_activation: None,
             row_scale: None,
             out_scale: weight(Weighting::Output),
             dropout: None,
+            shared: joined.map(|([_, weight], out)| gemm::SharedAddresses {
+                a: at.kept.shared_hidden,
+                weight: weight.addresses(),
+                out,
+                pre_activation: None,
+            }),
+            noise_state: None,
             ..first
         };
         second.enqueue(scope, &self.down, down)?;
         observer(Stage::Down);
 
-        let (Some(steps), Some([gate_up, down]), Some(addend)) = (&self.shared, &weights.shared, at.addend) else {
+        let Some((steps, ([gate_up, down], addend))) = self.apart.as_ref().zip(shared) else {
             return Ok(());
         };
-        let dense = |a, out| Product { a, out, rows: None, row_scale: None, out_scale: None, dropout: None };
-        dense(at.x, at.shared_hidden).enqueue(scope, &steps[0], gate_up)?;
+        let dense = |a, out, pre_activation| Product {
+            a,
+            out,
+            pre_activation,
+            rows: None,
+            row_scale: None,
+            out_scale: None,
+            dropout: None,
+            noise_state: None,
+            shared: None,
+        };
+        let first = dense(at.x, at.kept.shared_hidden, at.kept.shared_pre_activation);
+        first.enqueue(scope, &steps[0], gate_up)?;
         observer(Stage::SharedGateUp);
-        dense(at.shared_hidden, addend).enqueue(scope, &steps[1], down)?;
+        dense(at.kept.shared_hidden, addend, None).enqueue(scope, &steps[1], down)?;
         observer(Stage::SharedDown);
         Ok(())
     }
@@ -252,15 +354,6 @@ impl ExpertsPlan {
     /// The sum of each token's rows.
     pub(super) fn enqueue_combine(&self, scope: &Scope<'_>, at: combine::Addresses<'_>) -> Result<(), Error> {
         combine::enqueue(scope, &self.combine.desc, &self.combine.selection, at)
-    }
-
-    /// Where the intermediate of both kinds of experts, and the shared expert's output, lie in the workspace.
-    pub(super) fn regions(&self) -> (Region, Region) {
-        (self.hidden, self.addend)
-    }
-
-    pub(super) fn has_shared(&self) -> bool {
-        self.shared.is_some()
     }
 }
 
@@ -275,10 +368,21 @@ pub struct ExpertsArgs<'a, T> {
     pub y_slots: Out<'a, T>,
     /// `[slots, I]`, written: what stands between the products.
     pub hidden: Option<Out<'a, T>>,
-    /// `[T, H]`, written: the shared expert's output; exactly where there is one.
+    /// `[slots, 2I]` (`[slots, I]` without a gate), written: what stands before the activation, gates before ups whatever the weight's
+    /// order.
+    pub pre_activation: Option<Out<'a, T>>,
+    /// `[T, I_shared]`, written: [`ExpertsArgs::hidden`] of the shared expert.
+    pub shared_hidden: Option<Out<'a, T>>,
+    /// `[T, 2 I_shared]` (`[T, I_shared]`), written: [`ExpertsArgs::pre_activation`] of the shared expert.
+    pub shared_pre_activation: Option<Out<'a, T>>,
+    /// `[T, H]`, written: the shared expert's output; exactly where there is one. [`combine::CombineArgs::addend`].
     pub shared: Option<Out<'a, T>>,
+    /// `[T]`, written: logits of the shared expert's gate; exactly where there is one. [`combine::CombineArgs::addend_gate`].
+    pub shared_gate: Option<Out<'a, f32>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a, T> ExpertsArgs<'a, T> {
@@ -288,7 +392,19 @@ impl<'a, T> ExpertsArgs<'a, T> {
         dispatched: &'a Dispatched,
         y_slots: impl Into<Out<'a, T>>,
     ) -> ExpertsArgs<'a, T> {
-        ExpertsArgs { x: x.into(), dispatched, y_slots: y_slots.into(), hidden: None, shared: None, dropout: None }
+        ExpertsArgs {
+            x: x.into(),
+            dispatched,
+            y_slots: y_slots.into(),
+            hidden: None,
+            pre_activation: None,
+            shared_hidden: None,
+            shared_pre_activation: None,
+            shared: None,
+            shared_gate: None,
+            dropout: None,
+            noise_state: None,
+        }
     }
 
     /// With dropout inside the experts.
@@ -298,18 +414,26 @@ impl<'a, T> ExpertsArgs<'a, T> {
     }
 }
 
-buffers!(ExpertsArgs<'a, T> { hidden: Out<T>, shared: Out<T> });
+buffers!(ExpertsArgs<'a, T> {
+    hidden: Out<T>,
+    pre_activation: Out<T>,
+    shared_hidden: Out<T>,
+    shared_pre_activation: Out<T>,
+    shared: Out<T>,
+    shared_gate: Out<f32>,
+    noise_state: In<u64>,
+});
 
 /// Addresses of all products.
 pub(super) struct Products<'a> {
     pub(super) x: Address<'a>,
     pub(super) rows: RowAddresses<'a>,
-    pub(super) hidden: Address<'a>,
-    pub(super) shared_hidden: Address<'a>,
+    pub(super) kept: IntermediateAddresses<'a>,
     pub(super) y_slots: Address<'a>,
     /// The shared expert's output.
     pub(super) addend: Option<Address<'a>>,
     pub(super) dropout: Option<Dropout>,
+    pub(super) noise_state: Option<Address<'a>>,
 }
 
 /// Rows in and out of one product.
@@ -317,10 +441,13 @@ pub(super) struct Products<'a> {
 struct Product<'a> {
     a: Address<'a>,
     out: Address<'a>,
+    pre_activation: Option<Address<'a>>,
     rows: Option<RowAddresses<'a>>,
     row_scale: Option<Address<'a>>,
     out_scale: Option<Address<'a>>,
     dropout: Option<Dropout>,
+    shared: Option<gemm::SharedAddresses<'a>>,
+    noise_state: Option<Address<'a>>,
 }
 
 impl Product<'_> {
@@ -329,9 +456,12 @@ impl Product<'_> {
             a: self.a,
             weight: weight.addresses(),
             out: self.out,
+            pre_activation: self.pre_activation,
             rows: self.rows,
             row_scale: self.row_scale,
             out_scale: self.out_scale,
+            shared: self.shared,
+            noise_state: self.noise_state,
         };
         gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
     }

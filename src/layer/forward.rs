@@ -5,13 +5,14 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::experts::{ExpertsPlan, Products};
+use super::intermediates::Intermediates;
 use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RoutePlan};
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::{combine, gemm};
 use crate::rules::Dropout;
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Held, SCALAR, Scope, VECTOR, optional};
 use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, Workspace};
 
 /// Every choice for a layer and a number of tokens: kernels, grids, and where each intermediate lies in the workspace.
@@ -66,7 +67,7 @@ impl LayerPlan {
 
     /// The stages of a forward pass with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        self.route.stages().chain(self.experts.stages())
+        self.route.stages_with_gate().chain(self.experts.stages_after_gate())
     }
 
     /// The stages with their launches where the choices come from elsewhere ([`LayerArgs::choices`]).
@@ -82,6 +83,19 @@ impl LayerPlan {
     /// The kernels of a forward pass, for [`crate::Kernels::preload`].
     pub fn kernels(&self) -> impl Iterator<Item = Kernel> + use<> {
         self.stages().map(|(_, selection)| selection.kernel)
+    }
+
+    /// Opens a buffer for the logits of the shared expert's gate.
+    fn open_gate<'b, 'c: 'b>(
+        &self,
+        scope: &Scope<'b>,
+        logits: Option<Out<'c, f32>>,
+    ) -> Result<Option<Held<'b>>, Error> {
+        if logits.is_some() && !self.desc().has_shared_gate() {
+            let reason = "the descriptor has no gated shared expert";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "shared_gate", reason });
+        }
+        scope.write_some("shared_gate", logits, self.tokens, SCALAR)
     }
 
     /// Enqueues the layer on `stream`.
@@ -122,10 +136,17 @@ impl LayerPlan {
         self.experts.check_device(&scope)?;
         if let Some(dropout) = &args.dropout {
             gemm::check_dropout(OPERATION, dropout)?;
+        } else if args.noise_state.is_some() && !desc.draws() {
+            let reason = "neither dropout nor the admission draws anything";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
         }
         if args.accumulate && args.residual.is_some() {
             let reason = "y accumulates";
             return Err(Error::Unexpected { operation: OPERATION, argument: "residual", reason });
+        }
+        let mut route = args.route;
+        if desc.draws() {
+            route.noise_state = route.noise_state.or(args.noise_state);
         }
         let elements = self.tokens * desc.hidden;
         let router = match args.choices {
@@ -134,7 +155,7 @@ impl LayerPlan {
         };
         let experts = weights.experts.open(&scope, desc)?;
         if self.tokens == 0 {
-            return self.route.without_tokens(&scope, args.route);
+            return self.route.without_tokens(&scope, route);
         }
         let x = scope.read("x", args.x, elements, VECTOR)?;
         let given = self.tokens * self.route.candidates();
@@ -143,33 +164,43 @@ impl LayerPlan {
         let given_weights = scope.read_some("choices.weights", choice_weights, given, SCALAR)?;
         let residual = scope.read_some("residual", args.residual, elements, VECTOR)?;
         let y = scope.write("y", args.y, elements, VECTOR)?;
-        let slots = self.experts.rows().slots;
-        let hidden = scope.write_some("hidden", args.hidden, slots * desc.intermediate, VECTOR)?;
+        let wanted = Intermediates {
+            hidden: args.hidden,
+            pre_activation: args.pre_activation,
+            shared_hidden: args.shared_hidden,
+            shared_pre_activation: args.shared_pre_activation,
+        };
+        let kept = wanted.open(&scope, desc, self.experts.rows())?;
+        let noise_state = scope.read_noise_state(args.noise_state)?;
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
-        let (held, mut extras) = HeldRoute::open(&scope, &self.route, args.route)?;
+        let shared_gate = self.open_gate(&scope, args.shared_gate)?;
+        let (held, mut extras) = HeldRoute::open(&scope, &self.route, route)?;
 
         let lists = self.route.regions.lists(&workspace);
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);
+        let regions = self.experts.regions;
+        let gate_logits = optional(&shared_gate).unwrap_or_else(|| workspace.at(regions.shared_gate));
         match (&router, optional(&given_ids).zip(optional(&given_weights))) {
             (Some(router), _) => {
-                self.route.enqueue_router(&scope, router, x.address(), &at, observer)?;
+                let gate = experts.shared_gate().map(|weight| (weight, gate_logits));
+                self.route.enqueue_router(&scope, router, x.address(), gate, &at, observer)?;
                 self.route.enqueue_choice(&scope, router, &workspace, &mut extras, &at, observer)?;
             }
             (None, Some((ids, weights))) => {
                 let choices = ChoiceAddresses { format: desc.choices, ids, weights };
                 self.route.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, observer)?;
+                self.experts.enqueue_gate(&scope, &experts, x.address(), gate_logits, observer)?;
             }
             (None, None) => {}
         }
-        let (h, addend) = self.experts.regions();
         let products = Products {
             x: x.address(),
             rows: at.lists.rows(),
-            hidden: optional(&hidden).unwrap_or_else(|| workspace.at(h)),
-            shared_hidden: workspace.at(h),
-            y_slots: workspace.at(self.experts.y_slots),
-            addend: self.experts.has_shared().then(|| workspace.at(addend)),
+            kept: kept.addresses(&workspace, regions),
+            y_slots: workspace.at(regions.y_slots),
+            addend: desc.shared.map(|_| workspace.at(regions.addend)),
             dropout: args.dropout,
+            noise_state: optional(&noise_state),
         };
         self.experts.enqueue(&scope, &experts, &products, observer)?;
         let sum = combine::Addresses {
@@ -178,6 +209,7 @@ impl LayerPlan {
             weights: None,
             residual: if args.accumulate { Some(y.address()) } else { optional(&residual) },
             addend: products.addend,
+            addend_gate: desc.has_shared_gate().then_some(gate_logits),
             identity: desc.map.map(|_| (x.address(), at.identity_weight)),
             y: y.address(),
         };
@@ -204,8 +236,20 @@ pub struct LayerArgs<'a, T> {
     pub route: RouteArgs<'a>,
     /// `[slots, I]`, written: what stands between the products, for a backward pass.
     pub hidden: Option<Out<'a, T>>,
+    /// `[slots, 2I]` (`[slots, I]` without a gate), written: what stands before the activation, gates before ups whatever the weight's
+    /// order.
+    pub pre_activation: Option<Out<'a, T>>,
+    /// `[T, I_shared]`, written: [`LayerArgs::hidden`] of the shared expert.
+    pub shared_hidden: Option<Out<'a, T>>,
+    /// `[T, 2 I_shared]` (`[T, I_shared]`), written: [`LayerArgs::pre_activation`] of the shared expert.
+    pub shared_pre_activation: Option<Out<'a, T>>,
+    /// `[T]`, written: logits of the shared expert's gate, where it has one.
+    pub shared_gate: Option<Out<'a, f32>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
+    /// `[2]`, 8-byte aligned, of all that the layer draws: dropout, and an admission's second experts (unless
+    /// [`RouteArgs::noise_state`] is given for these). See [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a, T> LayerArgs<'a, T> {
@@ -219,7 +263,12 @@ impl<'a, T> LayerArgs<'a, T> {
             choices: None,
             route: RouteArgs::new(),
             hidden: None,
+            pre_activation: None,
+            shared_hidden: None,
+            shared_pre_activation: None,
+            shared_gate: None,
             dropout: None,
+            noise_state: None,
         }
     }
 
@@ -248,4 +297,12 @@ impl<'a, T> LayerArgs<'a, T> {
     }
 }
 
-buffers!(LayerArgs<'a, T> { residual: In<T>, hidden: Out<T> });
+buffers!(LayerArgs<'a, T> {
+    residual: In<T>,
+    hidden: Out<T>,
+    pre_activation: Out<T>,
+    shared_hidden: Out<T>,
+    shared_pre_activation: Out<T>,
+    shared_gate: Out<f32>,
+    noise_state: In<u64>,
+});

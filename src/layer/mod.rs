@@ -2,13 +2,14 @@
 //!
 //! With `g = gating(router(x))`:
 //!
-//! `y[t] = residual[t] + shared(x[t]) + sum_{e in g.ids[t]} g.weight[t,e] * W_down[e] act(W_gate_up[e] x[t])`
+//! `y[t] = residual[t] + s[t] * shared(x[t]) + sum_{e in g.ids[t]} g.weight[t,e] * W_down[e] act(W_gate_up[e] x[t])`
 //!
-//! or, where the weights scale the experts' input (Llama 4), `W_down[e] act(W_gate_up[e] (g.weight[t,e] x[t]))`; see [`Weighting`].
+//! with `s[t]` 1 or the sigmoid of a gate of its own; or, where the weights scale the experts' input (Llama 4), `W_down[e] act(W_gate_up[e] (g.weight[t,e] x[t]))`; see [`Weighting`].
 //!
 //! A [`LayerDesc`] describes a model's layer once; a [`LayerPlan`] holds every choice for a number of tokens, is a plain
 //! value made without touching the device, and can be used again for every batch of that size. [`LayerPlan::forward`]
-//! enqueues five launches (seven with a shared expert), allocates nothing and waits for nothing.
+//! enqueues five launches, allocates nothing and waits for nothing. A shared expert of the others' form and size is computed in their
+//! launches, another one in two more; its gate in the router's.
 //!
 //! # Parts
 //!
@@ -28,10 +29,14 @@
 //! A forward pass can be captured in a CUDA graph, on a stream other than the default one: call
 //! `CudaContext::disable_event_tracking` before the buffers of the graph are allocated, and [`crate::Kernels::preload`] with
 //! [`LayerPlan::kernels`] (or run the layer once) before the capture begins. A step that is missing is [`crate::Error::Capture`].
+//!
+//! What is drawn (dropout, an admission's second experts) is the same at each replay, unless seed and offset lie on the device:
+//! [`LayerArgs::noise_state`].
 
 mod desc;
 mod experts;
 mod forward;
+mod intermediates;
 mod route;
 #[cfg(test)]
 mod tests;
@@ -58,8 +63,10 @@ struct Step<D> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Stage {
-    /// Logits.
+    /// Logits, and those of a shared expert's gate.
     Router,
+    /// Logits of a shared expert's gate alone, where the layer's router is not asked.
+    SharedGate,
     /// Gating and dispatch in one launch.
     GateDispatch,
     /// Gating, measured or not.
@@ -87,6 +94,7 @@ impl Stage {
     pub const fn name(self) -> &'static str {
         match self {
             Stage::Router => "router",
+            Stage::SharedGate => "shared gate",
             Stage::GateDispatch => "gate+dispatch",
             Stage::Gate => "gate",
             Stage::Admission => "admission",

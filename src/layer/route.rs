@@ -32,6 +32,8 @@ pub struct RoutePlan {
     device: DeviceInfo,
     tokens: usize,
     router: Step<RouterDesc>,
+    /// The same with a shared expert's gate, in a whole layer that has one.
+    gated_router: Step<RouterDesc>,
     choice: Choice,
     admission: Option<Step<AdmissionDesc>>,
     map: Option<Step<ExpertMapDesc>>,
@@ -80,7 +82,8 @@ impl RoutePlan {
         let &LayerDesc { dtype, router_dtype, hidden, experts, top_k, gating, .. } = desc;
         let router =
             RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype).batch_invariant(desc.batch_invariant);
-        let router = Step { desc: router, selection: router::select(&router, device).map_err(within)? };
+        let step = |desc| Ok::<_, Error>(Step { desc, selection: router::select(&desc, device).map_err(within)? });
+        let (router, gated_router) = (step(router)?, step(router.shared_gate(desc.has_shared_gate()))?);
 
         // The height of a tile follows from the number of slots, which is checked by `validate` below.
         let (slots, local_experts) = (tokens.saturating_mul(top_k), desc.local_experts());
@@ -168,6 +171,7 @@ impl RoutePlan {
             device: *device,
             tokens,
             router,
+            gated_router,
             choice,
             admission,
             map,
@@ -190,6 +194,15 @@ impl RoutePlan {
 
     /// The stages with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        self.stages_after(self.router)
+    }
+
+    /// [`RoutePlan::stages`] in a whole layer, where the router has a shared expert's gate too.
+    pub(super) fn stages_with_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        self.stages_after(self.gated_router)
+    }
+
+    fn stages_after(&self, router: Step<RouterDesc>) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         let choice = match self.choice {
             Choice::WithDispatch(step) => (Stage::GateDispatch, step.selection),
             Choice::Gating(step) => (Stage::Gate, step.selection),
@@ -197,7 +210,7 @@ impl RoutePlan {
         };
         let dispatch = (choice.0 == Stage::Gate).then_some((Stage::Dispatch, self.dispatch.selection));
         let tokens = self.tokens;
-        [(Stage::Router, self.router.selection), choice]
+        [(Stage::Router, router.selection), choice]
             .into_iter()
             .chain(self.admission.map(|step| (Stage::Admission, step.selection)))
             .chain(self.map.map(|step| (Stage::Map, step.selection)))
@@ -261,7 +274,7 @@ impl RoutePlan {
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
         let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
-        self.enqueue_router(&scope, &weights, x.address(), &at, &mut |_| ())?;
+        self.enqueue_router(&scope, &weights, x.address(), None, &at, &mut |_| ())?;
         self.enqueue_choice(&scope, &weights, &workspace, &mut extras, &at, &mut |_| ())?;
         lists.filled();
         Ok(())
@@ -327,17 +340,25 @@ impl RoutePlan {
         scope.zero(scope.write("stats", measured.stats, 1, SCALAR)?.address(), size_of::<RouterStats>())
     }
 
+    /// The logits; with `gate`, weight and logits of a shared expert's gate, those too.
     pub(super) fn enqueue_router(
         &self,
         scope: &Scope<'_>,
         weights: &HeldRouter<'_>,
         x: Address<'_>,
+        gate: Option<(Address<'_>, Address<'_>)>,
         at: &RouteAddresses<'_>,
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
-        let addresses =
-            router::Addresses { x, weight: weights.matrix.address(), bias: optional(&weights.bias), logits: at.logits };
-        router::enqueue(scope, &self.router.desc, &self.router.selection, addresses)?;
+        let addresses = router::Addresses {
+            x,
+            weight: Some(weights.matrix.address()),
+            bias: optional(&weights.bias),
+            logits: Some(at.logits),
+            gate,
+        };
+        let step = if gate.is_some() { &self.gated_router } else { &self.router };
+        router::enqueue(scope, &step.desc, &step.selection, addresses)?;
         observer(Stage::Router);
         Ok(())
     }
@@ -427,6 +448,7 @@ impl RoutePlan {
                 &mut scratch,
             );
             args.priority = extras.priority.take();
+            args.noise_state = extras.noise_state.take();
             admission::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(Stage::Admission);
             (format, ids, weights) = (IdFormat::I32, at.ids, at.weights);
@@ -468,6 +490,8 @@ pub struct RouteArgs<'a> {
     pub counts: Option<Out<'a, i32>>,
     /// `[T]`: who comes first, where the admission is prioritised.
     pub priority: Option<In<'a, f32>>,
+    /// `[2]`, 8-byte aligned, where the admission draws second experts: see [`crate::routers::noise_state`].
+    pub noise_state: Option<In<'a, u64>>,
     /// Losses and statistics; exactly where the descriptor measures.
     pub measured: Option<Measured<'a>>,
     /// The expert map; exactly where the descriptor has one.
@@ -501,6 +525,7 @@ buffers!(RouteArgs<'a> {
     weights: Out<f32>,
     counts: Out<i32>,
     priority: In<f32>,
+    noise_state: In<u64>,
     identity_weight: Out<f32>,
 });
 
@@ -582,6 +607,7 @@ fn format_of(ids: Address<'_>, format: IdFormat, len: usize) -> Ids<'_> {
 /// What is handed on to an operation as it came.
 pub(super) struct Extras<'a> {
     priority: Option<In<'a, f32>>,
+    noise_state: Option<In<'a, u64>>,
     measured: Option<Measured<'a>>,
     map: Option<MapTable<'a>>,
 }
@@ -619,6 +645,9 @@ impl<'a> HeldRoute<'a> {
         if args.priority.is_some() && desc.admission.is_none() {
             return unexpected("priority", "the descriptor has no admission");
         }
+        if args.noise_state.is_some() && !desc.draws() {
+            return unexpected("noise_state", "the descriptor's admission draws nothing");
+        }
         let held = HeldRoute {
             logits: scope.write_some("logits", args.logits, tokens * desc.experts, SCALAR)?,
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
@@ -626,7 +655,8 @@ impl<'a> HeldRoute<'a> {
             counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,
             identity_weight: scope.write_some("identity_weight", args.identity_weight, tokens, SCALAR)?,
         };
-        Ok((held, Extras { priority: args.priority, measured: args.measured, map: args.map }))
+        let RouteArgs { priority, noise_state, measured, map, .. } = args;
+        Ok((held, Extras { priority, noise_state, measured, map }))
     }
 }
 

@@ -17,6 +17,11 @@ fn with_everything() -> LayerDesc {
         .shared(Some(SharedDesc::new(1024, Mlp::swiglu(Dtype::Bf16))))
 }
 
+/// A shared expert like the others.
+fn with_alike() -> LayerDesc {
+    mixtral().shared(Some(SharedDesc::new(14336, Mlp::swiglu(Dtype::Bf16))))
+}
+
 fn in_many_steps() -> LayerDesc {
     let admission = AdmissionRule {
         experts: 8,
@@ -28,15 +33,21 @@ fn in_many_steps() -> LayerDesc {
         prioritised: false,
         second: SecondExpert::Always,
     };
-    let measure =
-        BalanceRule { score: LossScore::Softmax, tokens_per_sequence: 64, first_choice_only: false, capacity: None };
+    let measure = BalanceRule {
+        score: LossScore::Softmax,
+        tokens_per_sequence: 64,
+        first_choice_only: false,
+        unbiased: false,
+        capacity: None,
+    };
     with_everything().admission(Some(admission)).measure(Some(measure)).map(Some(MapDesc::new(4)))
 }
 
 #[test]
-fn five_launches_seven_with_a_shared_expert() {
+fn five_launches_seven_with_a_shared_expert_of_another_form() {
     assert_eq!(mixtral().plan(64, &A100).unwrap().launches(), 5);
     assert_eq!(with_everything().plan(64, &A100).unwrap().launches(), 7);
+    assert_eq!(with_alike().plan(64, &A100).unwrap().launches(), 5);
     assert_eq!(mixtral().plan(0, &A100).unwrap().launches(), 0);
     assert_eq!(in_many_steps().plan(64, &A100).unwrap().launches(), 10, "router, gate, admission, map, dispatch first");
 }
@@ -70,7 +81,7 @@ fn both_products_follow_the_dispatch() {
 fn a_workspace_for_the_largest_batch_serves_all() {
     let small = LayerDesc::new(Dtype::Bf16, 8, 8, 256, 6);
     for device in [&A100, &H100, &DeviceInfo { cooperative_launch: false, ..A100 }] {
-        for desc in [small, mixtral(), with_everything(), in_many_steps()] {
+        for desc in [small, mixtral(), with_everything(), with_alike(), in_many_steps()] {
             let bytes = |tokens: usize| desc.plan(tokens, device).unwrap().workspace_bytes();
             let mut most = 0;
             for tokens in (0..1500).chain((1500..60_000).step_by(977)) {

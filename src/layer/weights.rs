@@ -3,9 +3,9 @@
 use super::desc::{LayerDesc, Mlp};
 use crate::experts::Weight;
 use crate::experts::weight::{HeldWeight, WeightNames};
-use crate::routers::gating;
+use crate::routers::{gating, router};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Held, SCALAR, Scope, VECTOR};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
 use crate::{Error, In, Tensor};
 
 /// Weights of a layer.
@@ -106,8 +106,13 @@ impl<'a> ExpertWeights<'a> {
                 return Err(Error::Unexpected { operation, argument: "shared", reason });
             }
             (Some(shared), Some(weights)) => {
+                router::check_gate(operation, "shared.gate", shared.gated, weights.gate.is_some())?;
                 let sizes = [1, shared.intermediate, desc.hidden];
-                Some(open_mlp(scope, &SHARED, &shared.mlp, [weights.gate_up, weights.down], sizes)?)
+                let gate = |tensor| scope.read_tensor("shared.gate", tensor, desc.router_dtype, desc.hidden, VECTOR);
+                Some(HeldShared {
+                    mlp: open_mlp(scope, &SHARED, &shared.mlp, [weights.gate_up, weights.down], sizes)?,
+                    gate: weights.gate.map(gate).transpose()?,
+                })
             }
         };
         let sizes = [desc.local_experts(), desc.intermediate, desc.hidden];
@@ -123,19 +128,40 @@ pub struct SharedWeights<'a> {
     pub gate_up: Weight<'a>,
     /// Second product.
     pub down: Weight<'a>,
+    /// `[1, H]`, of the type of the router's matrix; exactly where the descriptor has a gated shared expert.
+    pub gate: Option<Tensor<'a>>,
 }
 
 impl<'a> SharedWeights<'a> {
     /// Both products.
     pub const fn new(gate_up: Weight<'a>, down: Weight<'a>) -> SharedWeights<'a> {
-        SharedWeights { gate_up, down }
+        SharedWeights { gate_up, down, gate: None }
+    }
+
+    /// With a gate.
+    #[must_use]
+    pub fn gate(self, gate: impl Into<Tensor<'a>>) -> SharedWeights<'a> {
+        SharedWeights { gate: Some(gate.into()), ..self }
     }
 }
 
 /// The experts' weights opened for reading.
 pub(super) struct HeldExperts<'a> {
     pub(super) mlp: [HeldWeight<'a>; 2],
-    pub(super) shared: Option<[HeldWeight<'a>; 2]>,
+    pub(super) shared: Option<HeldShared<'a>>,
+}
+
+/// A shared expert's.
+pub(super) struct HeldShared<'a> {
+    pub(super) mlp: [HeldWeight<'a>; 2],
+    pub(super) gate: Option<Held<'a>>,
+}
+
+impl HeldExperts<'_> {
+    /// The weight of a shared expert's gate.
+    pub(super) fn shared_gate(&self) -> Option<Address<'_>> {
+        self.shared.as_ref().and_then(|shared| optional(&shared.gate))
+    }
 }
 
 const ROUTED: [WeightNames; 2] = [

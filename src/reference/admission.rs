@@ -19,6 +19,17 @@ pub struct Admitted {
 
 /// Admits the choices `ids [T,K]` with `weights [T,K]`, group by group.
 ///
+/// What is left open between papers and codes, and what stands here:
+///
+/// - The weights are taken as given: GShard's are normalised over the two choices before anything is dropped (algorithm 1, lines 6 and 16; lingvo
+///   normalises over what is left), V-MoE's are not normalised, and its priority is the largest of them: with normalised weights
+///   give `priority`.
+/// - A second expert that GShard's policy does not draw takes no place, as in the authors' code (Mesh TensorFlow, lingvo), where
+///   algorithm 1, line 22, counts it.
+/// - V-MoE gives all first choices, by priority, before all second ones: `prioritised` with [`Order::ByChoice`].
+/// - Switch passes overflow on in stages, all tokens' first choices first: [`Order::ByChoice`]. With [`Order::ByToken`] a token takes its
+///   next choice before the next token has had its first.
+///
 /// `priority` is `[T]`; absent, the weight of the first choice counts. NaN has the least priority. Ids outside `0..E` ask for
 /// nothing.
 ///

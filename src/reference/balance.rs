@@ -2,12 +2,14 @@
 
 use super::activation::sigmoid;
 use super::gating::softmax;
+use super::noisy::top;
 use super::sampled::{entropy, log_sum_exp};
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{BalanceRule, LossScore};
 
 /// `CV(v)^2 = variance(v) / mean(v)^2`, the squared coefficient of variation (Shazeer et al. 2017, section 4), with 1e-10 added to
-/// the divisor as in the authors' published code.
+/// the divisor as in the authors' published code (tensor2tensor; which adds it to the number of experts too, 1e-10 of it). The variance
+/// is the population's, as there.
 pub fn cv_squared(values: &[f64]) -> f64 {
     let count = values.len() as f64;
     let mean = values.iter().sum::<f64>() / count;
@@ -56,7 +58,9 @@ pub struct Balance {
     /// `[E]`, sums of weights (Shazeer et al. 2017, eq. 6).
     pub importance: Vec<f64>,
     /// Mean over sequences of `sum_e f_e P_e`, where f_e is `E / (k T)` times the expert's slots in the sequence of T tokens and P_e its
-    /// mean probability there (DeepSeek-V3, eq. 17 to 20, without alpha).
+    /// mean probability there (DeepSeek-V3, eq. 17 to 20, without alpha). Eq. 18 counts the k largest scores, without the bias that the
+    /// choice is made by: that is [`BalanceRule::unbiased`]; else the slots are those chosen. The report has one sequence; the mean over
+    /// several, each of equal weight, is ours.
     pub sequence_loss: f64,
     /// Mean of `(ln sum exp l)^2` (Zoph et al. 2022, "ST-MoE", eq. 5, without its factor).
     pub z_loss: f64,
@@ -75,6 +79,9 @@ impl Balance {
 }
 
 /// Measures the choice `ids [T,k]`, `weights [T,k]` made from `logits [T,E]`. Ids outside `0..E` count nowhere.
+///
+/// Every loss is of the router's own choice, before experts turn tokens away: Switch counts the argmax of p (eq. 5), and GShard's c_e grows
+/// also where the expert is full (algorithm 1, lines 7 to 11). So `ids` are those of gating, not of admission.
 ///
 /// # Errors
 /// Lengths that do not fit, no tokens, sequences of no tokens.
@@ -104,7 +111,8 @@ pub fn balance<L: Real>(
     };
     for first in (0..tokens).step_by(rule.tokens_per_sequence) {
         let length = rule.tokens_per_sequence.min(tokens - first);
-        let (mut chosen, mut probability) = (vec![0u64; experts], vec![0.0; experts]);
+        let [mut chosen, mut counted] = [(); 2].map(|()| vec![0u64; experts]);
+        let mut probability = vec![0.0; experts];
         for t in first..first + length {
             let row: Vec<f64> = logits[t * experts..][..experts].iter().map(|&l| l.into()).collect();
             let p = probabilities(&row, rule.score);
@@ -115,11 +123,19 @@ pub fn balance<L: Real>(
                 let Some(e) = usize::try_from(ids[t * top_k + j]).ok().filter(|&e| e < experts) else { continue };
                 chosen[e] += 1;
                 result.importance[e] += weights[t * top_k + j];
+                if !rule.unbiased {
+                    counted[e] += 1;
+                    result.totals.counts[e] += u64::from(j == 0 || !rule.first_choice_only);
+                }
+            }
+            // Every score rises with its logit.
+            for (j, e) in top(&row, if rule.unbiased { top_k } else { 0 }).into_iter().enumerate() {
+                counted[e] += 1;
                 result.totals.counts[e] += u64::from(j == 0 || !rule.first_choice_only);
             }
         }
         let f = experts as f64 / (top_k * length) as f64;
-        let dot: f64 = chosen.iter().zip(&probability).map(|(&c, p)| f * c as f64 * (p / length as f64)).sum();
+        let dot: f64 = counted.iter().zip(&probability).map(|(&c, p)| f * c as f64 * (p / length as f64)).sum();
         result.sequence_loss += dot / tokens.div_ceil(rule.tokens_per_sequence) as f64;
         for e in 0..experts {
             result.counts[e] += chosen[e] as i32;
@@ -161,8 +177,13 @@ pub fn update_bias(bias: &[f32], counts: &[i32], rate: f32) -> Result<Vec<f32>, 
 mod tests {
     use super::*;
 
-    const RULE: BalanceRule =
-        BalanceRule { score: LossScore::Softmax, tokens_per_sequence: 2, first_choice_only: false, capacity: None };
+    const RULE: BalanceRule = BalanceRule {
+        score: LossScore::Softmax,
+        tokens_per_sequence: 2,
+        first_choice_only: false,
+        unbiased: false,
+        capacity: None,
+    };
 
     fn near(got: f64, want: f64) {
         assert!((got - want).abs() < 1e-12, "{got} is not {want}");

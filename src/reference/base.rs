@@ -1,11 +1,15 @@
 //! BASE layers: a balanced assignment of tokens to experts.
 //!
-//! Lewis et al. 2021, "BASE Layers: Simplifying Training of Large, Sparse Models" (arXiv:2103.16716), section 3.1:
+//! Lewis et al. 2021, "BASE Layers: Simplifying Training of Large, Sparse Models" (arXiv:2103.16716), "Assignment During
+//! Training":
 //!
 //! maximise `sum_t s[t, a_t]` over assignments `a` in which each of the E experts gets exactly `T/E` tokens.
 //!
 //! The assignment is found by an auction (Bertsekas 1992, "Auction algorithms for network flow problems"): experts have a price,
 //! tokens bid for the expert they gain most from, and experts keep the T/E highest bids.
+//!
+//! That is for training. "Assignment During Testing" sends each token to the expert of its largest score, with the same gate: gating with
+//! [`crate::rules::Score::Sigmoid`], `top_k` 1.
 
 use super::activation::sigmoid;
 use super::{ReferenceError, require};
@@ -108,7 +112,7 @@ pub fn auction(scores: &[f32], rule: &AuctionRule) -> Result<Assigned, Reference
     Ok(Assigned { ids: owner, rounds, converged: false })
 }
 
-/// `weights[t] = sigmoid(s[t, ids[t]])`, the gate on the expert's output (section 3.2); 0 for an id that is no expert.
+/// `weights[t] = sigmoid(s[t, ids[t]])`, the gate on the expert's output ("Parameterization"); 0 for an id that is no expert.
 ///
 /// # Errors
 /// Lengths that do not fit.

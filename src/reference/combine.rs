@@ -1,5 +1,6 @@
 //! Combine: every token's sum of its experts' outputs.
 
+use super::activation::sigmoid;
 use super::parallel::for_each_row;
 use super::{Real, ReferenceError, require, require_shape};
 
@@ -50,6 +51,21 @@ pub fn combine<Y: Real, A: Real>(
     Ok(y)
 }
 
+/// `addend[t] *= sigmoid(logits[t])`: the gate of a shared expert, one logit for each token (Qwen2-MoE: `F.sigmoid(shared_expert_gate(x)) *
+/// shared_expert(x)`). `addend` is `[T,H]`, `logits` `[T]`.
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn gate_addend(addend: &mut [f64], logits: &[f64]) -> Result<(), ReferenceError> {
+    let fits = addend.len().is_multiple_of(logits.len().max(1)) && (addend.is_empty() || !logits.is_empty());
+    require("logits", fits, || "a logit a token".into(), logits.len())?;
+    let hidden = (addend.len() / logits.len().max(1)).max(1);
+    for (row, &logit) in addend.chunks_mut(hidden).zip(logits) {
+        row.iter_mut().for_each(|value| *value *= sigmoid(logit));
+    }
+    Ok(())
+}
+
 /// `y[t] += weight[t] * x[t]` where `weight[t]` is not 0: what experts contribute whose output is their input (LongCat-Flash; see
 /// [`super::expert_map`]). `y` and `x` are `[T,H]`, `weight` is `[T]`.
 ///
@@ -93,6 +109,15 @@ mod tests {
     #[test]
     fn a_slot_out_of_range_is_an_error() {
         assert_eq!(combine::<f64, f64>(&[1.0], &[1], None, None, None, 1, 1).unwrap_err().argument, "token_slot");
+    }
+
+    #[test]
+    fn a_gate_is_a_factor_of_its_token() {
+        let mut addend = [2.0, -4.0, 8.0, 16.0];
+        gate_addend(&mut addend, &[0.0, 3f64.ln()]).unwrap();
+        assert_eq!(addend[..2], [1.0, -2.0]);
+        assert!((addend[2] - 6.0).abs() < 1e-12 && (addend[3] - 12.0).abs() < 1e-12);
+        assert_eq!(gate_addend(&mut addend, &[0.0; 3]).unwrap_err().argument, "logits");
     }
 
     #[test]

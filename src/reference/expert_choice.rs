@@ -31,7 +31,7 @@ pub fn affinities<L: Real>(logits: &[L], experts: usize, affinity: Affinity) -> 
 /// The tokens of every expert.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Chosen<S> {
-    /// `[E,c]`: the tokens that the expert chose (the paper's I), ascending: rows `e*c` to `(e+1)*c` are its slots.
+    /// `[E,c]`: the tokens that the expert chose (the paper's I), ascending (in the paper by falling affinity, which no sum depends on): rows `e*c` to `(e+1)*c` are its slots.
     pub slot_token: Vec<i32>,
     /// `[E,c]`: their affinities (the paper's G).
     pub slot_weight: Vec<S>,

@@ -43,14 +43,22 @@ impl<W: Real> ExpertMatrix<'_, W> {
         scale * sum + self.bias.map_or(0.0, |bias| bias[expert * rows + row].into())
     }
 
+    /// Rows of the weight that a column of the result comes from: its only one, or gate's and up's.
+    fn rows_of(&self, column: usize) -> (usize, Option<usize>) {
+        match self.glu {
+            Glu::None => (column, None),
+            Glu::Split | Glu::Apart => (column, Some(self.n + column)),
+            Glu::UpFirst => (self.n + column, Some(column)),
+            Glu::Interleaved => (2 * column, Some(2 * column + 1)),
+        }
+    }
+
     /// One output element.
     fn element<A: Real>(&self, a: &[A], scale: f64, expert: usize, column: usize, activation: Activation) -> f64 {
         let at = |row| self.product(a, scale, expert, row);
-        match self.glu {
-            Glu::None => activate(activation, at(column)),
-            Glu::Split | Glu::Apart => activate_glu(activation, at(column), at(self.n + column)),
-            Glu::UpFirst => activate_glu(activation, at(self.n + column), at(column)),
-            Glu::Interleaved => activate_glu(activation, at(2 * column), at(2 * column + 1)),
+        match self.rows_of(column) {
+            (row, None) => activate(activation, at(row)),
+            (gate, Some(up)) => activate_glu(activation, at(gate), at(up)),
         }
     }
 }
@@ -71,15 +79,56 @@ pub fn grouped_gemm<A: Real, W: Real>(
     row_scale: Option<&[f64]>,
     activation: Activation,
 ) -> Result<Vec<f64>, ReferenceError> {
-    let (experts, rows) = (plan.counts.len(), plan.slot_token.len());
-    check(matrix, experts, activation)?;
-    require("a", a.len().is_multiple_of(matrix.k), || format!("rows of {} elements", matrix.k), a.len())?;
-    let rows_a = a.len() / matrix.k;
+    check(matrix, plan.counts.len(), activation)?;
+    let each = |a: &[A], scale: f64, expert: usize, out: &mut [f64]| {
+        out.iter_mut().enumerate().for_each(|(c, value)| *value = matrix.element(a, scale, expert, c, activation));
+    };
+    rows_of_experts(a, [matrix.n, matrix.k], plan, gather, row_scale, each)
+}
+
+/// What stands before the activation in [`grouped_gemm`], scaled and biased: `[rows, N]`, or with a gate `[rows, 2N]`, where each row has
+/// its gates first, then its ups, whatever the order of the weight's rows. What a backward pass takes the activation's slope at (SonicMoE
+/// keeps just this of the intermediates: Guo et al. 2025, arXiv:2512.14080, section 3).
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn grouped_pre_activation<A: Real, W: Real>(
+    a: &[A],
+    matrix: &ExpertMatrix<W>,
+    plan: &Dispatched,
+    gather: bool,
+    row_scale: Option<&[f64]>,
+) -> Result<Vec<f64>, ReferenceError> {
+    check(matrix, plan.counts.len(), Activation::Identity)?;
+    let each = |a: &[A], scale: f64, expert: usize, out: &mut [f64]| {
+        for column in 0..matrix.n {
+            let (first, up) = matrix.rows_of(column);
+            out[column] = matrix.product(a, scale, expert, first);
+            if let Some(up) = up {
+                out[matrix.n + column] = matrix.product(a, scale, expert, up);
+            }
+        }
+    };
+    rows_of_experts(a, [matrix.weight_rows(), matrix.k], plan, gather, row_scale, each)
+}
+
+/// `each(row of a, its scale, its expert, row of the result)` for every row that `plan` gives to an expert; NaN elsewhere.
+fn rows_of_experts<A: Real>(
+    a: &[A],
+    [width, k]: [usize; 2],
+    plan: &Dispatched,
+    gather: bool,
+    row_scale: Option<&[f64]>,
+    each: impl Fn(&[A], f64, usize, &mut [f64]) + Sync,
+) -> Result<Vec<f64>, ReferenceError> {
+    let rows = plan.slot_token.len();
+    require("a", a.len().is_multiple_of(k), || format!("rows of {k} elements"), a.len())?;
+    let rows_a = a.len() / k;
     if gather {
         let last = plan.slot_token.iter().copied().max().unwrap_or(-1);
         require("a", (last as i64) < rows_a as i64, || format!("a row for token {last}"), rows_a)?;
     } else {
-        require_shape("a", a, &[rows, matrix.k])?;
+        require_shape("a", a, &[rows, k])?;
     }
     if let Some(scale) = row_scale {
         require_shape("row_scale", scale, &[rows])?;
@@ -89,15 +138,11 @@ pub fn grouped_gemm<A: Real, W: Real>(
     for (expert, (&first, &count)) in plan.offsets.iter().zip(&plan.counts).enumerate() {
         expert_of[first as usize..][..count as usize].fill(Some(expert));
     }
-    let mut out = vec![f64::NAN; rows * matrix.n];
-    for_each_row(&mut out, matrix.n, |row, out| {
+    let mut out = vec![f64::NAN; rows * width];
+    for_each_row(&mut out, width, |row, out| {
         let Some(expert) = expert_of[row] else { return };
         let source = if gather { plan.slot_token[row] as usize } else { row };
-        let a = &a[source * matrix.k..][..matrix.k];
-        let scale = row_scale.map_or(1.0, |scale| scale[row]);
-        for (column, value) in out.iter_mut().enumerate() {
-            *value = matrix.element(a, scale, expert, column, activation);
-        }
+        each(&a[source * k..][..k], row_scale.map_or(1.0, |scale| scale[row]), expert, out);
     });
     Ok(out)
 }
@@ -120,7 +165,7 @@ pub fn dense_gemm<A: Real, W: Real>(
 
 /// Dropout of `out [rows,N]`: element i is 0 if its random word is below `2^32 p`, else divided by `1 - p`.
 ///
-/// Expert dropout: Fedus et al. 2021, "Switch Transformers", section 4.1. Rows stand in the order of slots.
+/// Expert dropout: Fedus et al. 2021, "Switch Transformers", section 2.4. Rows stand in the order of slots.
 ///
 /// # Errors
 /// `probability` outside 0 (included) to 1 (excluded).

@@ -31,7 +31,9 @@ pub fn hash(token_id: i32, j: u32, seed: u64) -> u32 {
     mix32(mix32(token_id as u32 ^ low).wrapping_add(high).wrapping_add(j.wrapping_mul(0x9e37_79b9)))
 }
 
-/// Ids `[T,k]` of the experts of `token_ids [T]`: several hashes a token are the paper's MultiHash (section 3.2).
+/// Ids `[T,k]` of the experts of `token_ids [T]`: several hashes a token are the paper's MultiHash (section 3.2), whose
+/// pieces of one feed-forward layer, side by side, add up as experts of weight 1 do. That a token's experts differ is ours: the paper's
+/// hashes choose each for itself.
 ///
 /// A table's entry is taken as it is if it is an expert, else -1, as for a token id outside the table. The mixing hash
 /// gives expert `floor(hash E / 2^32)`; one that the token already has moves on to the next free expert (upwards, from the last to the

@@ -1,7 +1,8 @@
 //! Jitter: multiplicative noise on the router's input.
 //!
-//! Fedus et al. 2021, "Switch Transformers", section 2.2 and table 11 (input jitter): the router sees `x U(1 - epsilon, 1 + epsilon)`, the
-//! experts see x.
+//! Fedus et al. 2021, "Switch Transformers", appendix C and table 11 (input jitter): the router sees `x U(1 - epsilon, 1 + epsilon)`, the
+//! experts see x. (The pseudo code of appendix F adds such a number to the logits instead; models and text multiply.) transformers' Mixtral
+//! multiplies in place, so that its experts see the noise too: give them y for that.
 
 use super::{Real, ReferenceError, require};
 use crate::rules::NoiseSource;

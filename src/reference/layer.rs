@@ -1,6 +1,6 @@
 //! The whole layer: router, gating, dispatch, two expert matrices, combine.
 
-use super::combine::combine;
+use super::combine::{combine, gate_addend};
 use super::dispatch::{DispatchRule, Dispatched, dispatch};
 use super::gating::{Gated, gate};
 use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
@@ -37,6 +37,8 @@ pub struct Layer<'a, R, W> {
     pub down: ExpertMatrix<'a, W>,
     /// The two matrices of the expert that every token passes, with their own intermediate size.
     pub shared: Option<(ExpertMatrix<'a, W>, ExpertMatrix<'a, W>)>,
+    /// `[1,H]`: the shared expert's output times `sigmoid(x . gate)` (Qwen2-MoE).
+    pub shared_gate: Option<&'a [R]>,
 }
 
 /// Everything that the layer computes on its way.
@@ -54,13 +56,16 @@ pub struct Forward {
     pub hidden: Vec<f64>,
     /// `[rows,H]`.
     pub y_slots: Vec<f64>,
-    /// `[T,H]`, output of the shared expert.
+    /// `[T,H]`, output of the shared expert, before its gate.
     pub shared: Option<Vec<f64>>,
+    /// `[T]`, logits of the shared expert's gate.
+    pub shared_gate: Option<Vec<f64>>,
     /// `[T,H]`.
     pub y: Vec<f64>,
 }
 
-/// `y = shared(x) + sum_j weights[j] down(act(up(x)))` over the chosen experts, each stage as its own module defines it.
+/// `y = s shared(x) + sum_j weights[j] down(act(up(x)))` over the chosen experts, each stage as its own module defines it; `s` is 1, or the
+/// sigmoid of the shared expert's gate.
 ///
 /// `x` is `[T,H]`.
 ///
@@ -99,9 +104,14 @@ pub fn forward_gated<X: Real, R: Real, W: Real>(
         }
         None => None,
     };
+    let shared_gate = layer.shared_gate.map(|gate| router(x, gate, None::<&[R]>, layer.hidden)).transpose()?;
+    let mut addend = shared.clone();
+    if let Some((addend, logits)) = addend.as_mut().zip(shared_gate.as_ref()) {
+        gate_addend(addend, logits)?;
+    }
     let weights = (!layer.weigh_input).then_some(gated.weights.as_slice());
-    let y = combine(&y_slots, &plan.token_slot, weights, None, shared.as_deref(), layer.top_k, layer.hidden)?;
-    Ok(Forward { logits, ids: gated.ids, weights: gated.weights, plan, hidden, y_slots, shared, y })
+    let y = combine(&y_slots, &plan.token_slot, weights, None, addend.as_deref(), layer.top_k, layer.hidden)?;
+    Ok(Forward { logits, ids: gated.ids, weights: gated.weights, plan, hidden, y_slots, shared, shared_gate, y })
 }
 
 fn chain<W>(
@@ -141,6 +151,7 @@ mod tests {
             activation: Activation::Relu,
             down: plain(&[10.0, 10.0]),
             shared: shared.then_some((plain(&[1.0]), plain(&[7.0]))),
+            shared_gate: None,
         }
     }
 
@@ -154,6 +165,13 @@ mod tests {
         assert_eq!(got.ids, [0, 1]);
         assert_eq!(got.hidden, [8.0, 0.0]);
         assert_eq!(got.y, [28.0 + 80.0 * sigmoid(4.0), 0.0]);
+    }
+
+    #[test]
+    fn a_gate_scales_the_shared_expert() {
+        let got = forward(&[4.0], &Layer { shared_gate: Some(&[-0.5]), ..layer(true) }).unwrap();
+        assert_eq!((&got.shared, &got.shared_gate), (&Some(vec![28.0]), &Some(vec![-2.0])));
+        assert_eq!(got.y, [28.0 * sigmoid(-2.0) + 80.0 * sigmoid(4.0)]);
     }
 
     #[test]

@@ -37,7 +37,10 @@ impl NoisyGated {
     }
 }
 
-/// The deviation of the noise: `softplus(raw) + noise_epsilon`, in f32, at least the smallest normal number.
+/// The deviation of the noise: `softplus(raw) + noise_epsilon`, in f32.
+///
+/// Eq. 4 has no epsilon; the authors' code (tensor2tensor) adds it outside the softplus. At least the smallest normal number, which is ours:
+/// eq. 9 divides by it.
 pub fn noise_deviation(raw: f32, noise_epsilon: f32) -> f32 {
     let deviation = softplus(raw) + noise_epsilon;
     // A comparison that NaN fails.
@@ -49,7 +52,8 @@ pub fn noise_deviation(raw: f32, noise_epsilon: f32) -> f32 {
 /// `H(x)_i = clean_i + StandardNormal() * softplus(raw_i)` (eq. 4), `raw [T,E]` being `x Wnoise`; the k largest are kept (eq. 5),
 /// and the gate is their softmax (eq. 3). H is computed in f32 with one fused rounding, so that choices are those of a
 /// kernel bit for bit. `Load(X)_i` sums over tokens the chance that expert i is kept if its noise alone is drawn again:
-/// `P(x,i) = Phi((clean_i - kth_excluding(H,k,i)) / softplus(raw_i))` (eq. 8, 9).
+/// `P(x,i) = Phi((clean_i - kth_excluding(H,k,i)) / softplus(raw_i))` (eq. 8, 9), with the epsilon where H has it. Where k is the number of
+/// experts there is no k-th other one, and P is 1: the authors' code counts tokens then.
 ///
 /// # Errors
 /// Lengths that do not fit `experts`, `top_k` of 0 or above `experts`.

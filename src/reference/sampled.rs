@@ -29,6 +29,10 @@ pub struct Sampled {
 /// `perturbed_i = beta l_i + Gumbel()`, in f32 with one fused rounding; the k largest in falling order are distributed as k draws
 /// without replacement: `P(i_1, .., i_k) = prod_j p_ij / (1 - p_i1 - .. - p_i(j-1))` (Kool et al., section 2.4).
 ///
+/// The policy's own logits are the products `beta l` rounded to f32, as a framework has them that scales its f32 logits: that moves a
+/// probability by some `2^-24 beta |l|` of itself. The weight is the policy's probability; Routing Networks apply the chosen module
+/// unweighted.
+///
 /// # Errors
 /// Lengths that do not fit `experts`, `top_k` of 0 or above `experts`.
 pub fn gumbel_top_k(logits: &[f32], experts: usize, rule: &SamplingRule) -> Result<Sampled, ReferenceError> {

@@ -5,6 +5,9 @@
 //! maximise `sum_te plan[t,e] l[t,e] + entropy(plan)` where every token's row sums to 1 and every expert's column to `T/E`.
 //!
 //! The plan is `exp(l[t,e] + u[t] + v[e])` (Sinkhorn; Cuturi 2013), and a token goes to the experts of its largest entries.
+//!
+//! That is for training; at evaluation the largest logits choose (gating with [`crate::rules::Score::Softmax`]). Megatron-LM weighs a single
+//! choice by the sigmoid of its logit; the paper, and this, by the softmax.
 
 use super::gating::{descending, softmax};
 use super::{Real, ReferenceError, require, require_shape};

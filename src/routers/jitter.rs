@@ -1,4 +1,4 @@
-//! Jitter: multiplicative uniform noise on the router's input or on its logits (Fedus et al., *Switch Transformers*, 2021, section 2.2).
+//! Jitter: multiplicative uniform noise on the router's input or on its logits (Fedus et al., *Switch Transformers*, 2021, appendix C).
 //!
 //! `y[i] = x[i] * u`, `u` uniform between `1 - epsilon` and `1 + epsilon`, rounded once to the type of `x`. The router takes `y`, the experts
 //! take `x`. The noise follows from seed, offset and `i` alone ([`NoiseSource`]); jitter shares no random word with the routers that use the
@@ -32,6 +32,7 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::Kernel;
 use crate::rules::{Dtype, NoiseSource};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Scope, VECTOR, optional};
 use crate::runtime::params::JitterParams;
 use crate::runtime::shape;
@@ -63,26 +64,30 @@ impl JitterDesc {
     }
 }
 
-/// Buffers of a jitter, 16-byte aligned.
+/// Buffers of a jitter, `x` and `y` 16-byte aligned.
 #[non_exhaustive]
 pub struct JitterArgs<'a, T> {
     /// `[elements]`; absent, `y` itself gets the noise.
     pub x: Option<In<'a, T>>,
     /// `[elements]`, written.
     pub y: Out<'a, T>,
+    /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Absent, the descriptor's seed and offset are all there is.
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a, T> JitterArgs<'a, T> {
     /// `x` with noise to `y`.
     pub fn new(x: impl Into<In<'a, T>>, y: impl Into<Out<'a, T>>) -> JitterArgs<'a, T> {
-        JitterArgs { x: Some(x.into()), y: y.into() }
+        JitterArgs { x: Some(x.into()), y: y.into(), noise_state: None }
     }
 
     /// Noise on `y` itself: on logits, say, before gating.
     pub fn in_place(y: impl Into<Out<'a, T>>) -> JitterArgs<'a, T> {
-        JitterArgs { x: None, y: y.into() }
+        JitterArgs { x: None, y: y.into(), noise_state: None }
     }
 }
+
+buffers!(JitterArgs<'a, T> { noise_state: In<u64> });
 
 impl JitterDesc {
     /// Checks all that can be checked without buffers.
@@ -134,11 +139,12 @@ pub fn forward<T: Element>(
     }
     let x = scope.read_some("x", args.x, desc.elements, VECTOR)?;
     let y = scope.write("y", args.y, desc.elements, VECTOR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let from = optional(&x).unwrap_or_else(|| y.address());
-    scope.launch(&selection, params(desc, from, y.address()))
+    scope.launch(&selection, params(desc, from, y.address(), optional(&noise_state)))
 }
 
-fn params<'a>(desc: &JitterDesc, x: Address<'a>, y: Address<'a>) -> JitterParams<'a> {
+fn params<'a>(desc: &JitterDesc, x: Address<'a>, y: Address<'a>, noise_state: Option<Address<'a>>) -> JitterParams<'a> {
     let JitterDesc { elements, epsilon, noise, .. } = *desc;
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
     JitterParams {
@@ -153,6 +159,7 @@ fn params<'a>(desc: &JitterDesc, x: Address<'a>, y: Address<'a>) -> JitterParams
         seed_hi,
         offset_lo,
         offset_hi,
+        noise_state: noise_state.into(),
     }
 }
 

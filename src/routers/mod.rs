@@ -10,6 +10,7 @@ pub mod hash;
 pub mod hierarchical;
 pub mod jitter;
 pub mod measured_gating;
+pub mod noise_state;
 pub mod noisy;
 pub mod router;
 pub mod sampled;

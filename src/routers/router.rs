@@ -2,6 +2,9 @@
 //!
 //! `logits[t,e] = sum_h x[t,h] * weight[e,h] + bias[e]`, in f32 arithmetic whatever the type of `x` (selective precision of
 //! Fedus et al., *Switch Transformers*, 2021, section 2.4), summed in a fixed order.
+//!
+//! A shared expert's gate is one more row of the same product, `gate[t] = sum_h x[t,h] * gate_weight[h]`: the layer multiplies the shared
+//! expert's output by its sigmoid (Qwen2-MoE). Its bits do not depend on the kernel.
 
 use std::sync::Arc;
 
@@ -27,23 +30,25 @@ pub struct RouterDesc {
     pub weight: Dtype,
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
-    /// Experts `E`, 1 to 4096.
+    /// Experts `E`, 1 to 4096; 0 with a shared gate: that alone.
     pub experts: usize,
     /// Hidden size `H`, a multiple of 8.
     pub hidden: usize,
     /// One kernel for any number of tokens, so that a token's logits have the same bits in every batch. For few tokens the other
     /// reads its weight with more multiprocessors.
     pub batch_invariant: bool,
+    /// Whether there is a shared expert's gate ([`RouterArgs::shared_gate`]).
+    pub shared_gate: bool,
 }
 
 impl RouterDesc {
     /// Logits of `experts` experts for `tokens` rows of `hidden` elements of type `x`, with a weight of the same type.
     pub const fn new(x: Dtype, tokens: usize, experts: usize, hidden: usize) -> RouterDesc {
-        RouterDesc { x, weight: x, tokens, experts, hidden, batch_invariant: false }
+        RouterDesc { x, weight: x, tokens, experts, hidden, batch_invariant: false, shared_gate: false }
     }
 }
 
-settings!(RouterDesc { weight: Dtype, batch_invariant: bool });
+settings!(RouterDesc { weight: Dtype, batch_invariant: bool, shared_gate: bool });
 
 /// Buffers of a router.
 #[non_exhaustive]
@@ -56,6 +61,24 @@ pub struct RouterArgs<'a, X, W> {
     pub bias: Option<In<'a, f32>>,
     /// `[T, E]`, written.
     pub logits: Out<'a, f32>,
+    /// Exactly with [`RouterDesc::shared_gate`].
+    pub shared_gate: Option<SharedGate<'a, W>>,
+}
+
+/// The gate of a shared expert.
+#[non_exhaustive]
+pub struct SharedGate<'a, W> {
+    /// `[H]`.
+    pub weight: In<'a, W>,
+    /// `[T]`, written: before the sigmoid.
+    pub logits: Out<'a, f32>,
+}
+
+impl<'a, W> SharedGate<'a, W> {
+    /// The products of `x` with `weight` to `logits`.
+    pub fn new(weight: impl Into<In<'a, W>>, logits: impl Into<Out<'a, f32>>) -> SharedGate<'a, W> {
+        SharedGate { weight: weight.into(), logits: logits.into() }
+    }
 }
 
 impl<'a, X, W> RouterArgs<'a, X, W> {
@@ -65,7 +88,13 @@ impl<'a, X, W> RouterArgs<'a, X, W> {
         weight: impl Into<In<'a, W>>,
         logits: impl Into<Out<'a, f32>>,
     ) -> RouterArgs<'a, X, W> {
-        RouterArgs { x: x.into(), weight: weight.into(), bias: None, logits: logits.into() }
+        RouterArgs { x: x.into(), weight: weight.into(), bias: None, logits: logits.into(), shared_gate: None }
+    }
+
+    /// With a shared expert's gate.
+    #[must_use]
+    pub fn shared_gate(self, gate: SharedGate<'a, W>) -> RouterArgs<'a, X, W> {
+        RouterArgs { shared_gate: Some(gate), ..self }
     }
 }
 
@@ -78,7 +107,9 @@ impl RouterDesc {
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
-        shape::experts(OPERATION, self.experts)?;
+        if self.experts > 0 || !self.shared_gate {
+            shape::experts(OPERATION, self.experts)?;
+        }
         shape::multiple_of_8(OPERATION, "hidden", self.hidden)?;
         if self.weight != self.x && self.weight != Dtype::F32 {
             let supported = format!("the type of x ({}) or f32", self.x);
@@ -94,18 +125,25 @@ impl RouterDesc {
 /// Chooses kernel and grid.
 ///
 /// A block of the tiled kernel computes 64 x 64 logits and takes about 16 times as long as a block of the other, where
-/// each warp computes one expert's logits for 4 tokens; the fewer waves of blocks, weighed so, the better.
+/// each warp computes one expert's logits for 4 tokens; the fewer waves of blocks, weighed so, the better. A shared gate has no say in
+/// it, so that the logits have the same bits with and without.
 ///
 /// # Errors
 /// Those of [`RouterDesc::validate`].
 pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let grid = |shape: RouterShape| {
-        let (tokens, experts) = shape.block();
-        [(desc.tokens as u32).div_ceil(tokens), (desc.experts as u32).div_ceil(experts), 1]
+    let gates = u32::from(desc.shared_gate);
+    let blocks = |shape: RouterShape, gates: u32| {
+        let ((tokens, experts), rows) = (shape.block(), desc.experts as u32);
+        let across = match shape {
+            // The gate has blocks of its own.
+            RouterShape::Tile => rows.div_ceil(experts) + gates,
+            RouterShape::Warp => (rows + gates).div_ceil(experts),
+        };
+        [(desc.tokens as u32).div_ceil(tokens), across, 1]
     };
     let waves = |shape: RouterShape| {
-        let [x, y, _] = grid(shape);
+        let [x, y, _] = blocks(shape, if desc.experts == 0 { gates } else { 0 });
         (u64::from(x) * u64::from(y)).div_ceil(device.multiprocessors.into())
     };
     let shape = if desc.batch_invariant {
@@ -116,7 +154,7 @@ pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error
         RouterShape::Tile
     };
     let kernel = Kernel::Router(Router { x: desc.x, weight: desc.weight, shape });
-    Ok(Selection::new(kernel, grid(shape)))
+    Ok(Selection::new(kernel, blocks(shape, gates)))
 }
 
 /// Computes the logits.
@@ -124,7 +162,7 @@ pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`RouterDesc::validate`]; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
+/// Those of [`RouterDesc::validate`]; [`Error::Missing`] or [`Error::Unexpected`] for a shared gate against the descriptor; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
 /// [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<X: Element, W: Element>(
     kernels: &Kernels,
@@ -136,23 +174,49 @@ pub fn forward<X: Element, W: Element>(
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<X>("x", desc.x)?;
     scope.check_dtype::<W>("weight", desc.weight)?;
+    check_gate(OPERATION, "shared_gate", desc.shared_gate, args.shared_gate.is_some())?;
     if desc.tokens == 0 {
         return Ok(());
     }
     let x = scope.read("x", args.x, desc.tokens * desc.hidden, VECTOR)?;
     let weight = scope.read("weight", args.weight, desc.experts * desc.hidden, VECTOR)?;
-    let bias = scope.read_some("bias", args.bias, desc.experts, VECTOR)?;
+    let bias = scope.read_some("bias", args.bias, desc.experts, SCALAR)?;
     let logits = scope.write("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
-    let addresses =
-        Addresses { x: x.address(), weight: weight.address(), bias: optional(&bias), logits: logits.address() };
+    let (gate_weight, gate_logits) = args.shared_gate.map(|gate| (gate.weight, gate.logits)).unzip();
+    let gate_weight = scope.read_some("shared_gate.weight", gate_weight, desc.hidden, VECTOR)?;
+    let gate_logits = scope.write_some("shared_gate.logits", gate_logits, desc.tokens, SCALAR)?;
+    let addresses = Addresses {
+        x: x.address(),
+        weight: Some(weight.address()),
+        bias: optional(&bias),
+        logits: Some(logits.address()),
+        gate: optional(&gate_weight).zip(optional(&gate_logits)),
+    };
     enqueue(&scope, desc, &selection, addresses)
 }
 
+/// Whether a shared expert's gate is given where there is one, and only there.
+pub(crate) fn check_gate(
+    operation: &'static str,
+    argument: &'static str,
+    described: bool,
+    given: bool,
+) -> Result<(), Error> {
+    match (described, given) {
+        (true, false) => Err(Error::Missing { operation, argument, reason: "the descriptor has a gate" }),
+        (false, true) => Err(Error::Unexpected { operation, argument, reason: "the descriptor has no gate" }),
+        _ => Ok(()),
+    }
+}
+
+/// What a router reads and writes. Without experts there is the gate alone.
 pub(crate) struct Addresses<'a> {
     pub(crate) x: Address<'a>,
-    pub(crate) weight: Address<'a>,
+    pub(crate) weight: Option<Address<'a>>,
     pub(crate) bias: Option<Address<'a>>,
-    pub(crate) logits: Address<'a>,
+    pub(crate) logits: Option<Address<'a>>,
+    /// Weight and logits of a shared expert's gate.
+    pub(crate) gate: Option<(Address<'a>, Address<'a>)>,
 }
 
 pub(crate) fn enqueue(
@@ -161,6 +225,7 @@ pub(crate) fn enqueue(
     selection: &Selection,
     at: Addresses<'_>,
 ) -> Result<(), Error> {
+    let (gate_weight, gate_logits) = at.gate.unzip();
     scope.launch(
         selection,
         RouterParams {
@@ -168,6 +233,8 @@ pub(crate) fn enqueue(
             weight: at.weight.into(),
             bias: at.bias.into(),
             logits: at.logits.into(),
+            gate_weight: gate_weight.into(),
+            gate_logits: gate_logits.into(),
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             hidden: desc.hidden as u32,
@@ -193,6 +260,7 @@ mod tests {
         assert_eq!(fault(RouterDesc { x: Dtype::F32, ..desc() }), "weight");
         assert_eq!(fault(RouterDesc { hidden: 2047, ..desc() }), "hidden");
         assert_eq!(fault(RouterDesc { experts: 0, ..desc() }), "experts");
+        assert_eq!(RouterDesc { experts: 0, ..desc() }.shared_gate(true).validate(), Ok(()));
         assert_eq!(fault(RouterDesc { tokens: 1 << 31, ..desc() }), "tokens");
         assert_eq!(fault(RouterDesc { tokens: i32::MAX as usize, hidden: 1 << 30, ..desc() }), "x");
     }
@@ -207,6 +275,10 @@ mod tests {
             assert_eq!(selection.grid[0], (tokens as u32).div_ceil(block_tokens));
             assert_eq!(selection.grid[1], (experts as u32).div_ceil(block_experts));
         }
+        let rows = |tokens, experts| {
+            select(&RouterDesc { tokens, experts, ..desc() }.shared_gate(true), &A100).unwrap().grid[1]
+        };
+        assert_eq!([rows(1, 0), rows(1, 7), rows(1, 8), rows(8192, 0), rows(8192, 64)], [1, 1, 2, 1, 2]);
         let shape = |tokens| match select(&RouterDesc { tokens, ..desc() }, &A100).unwrap().kernel.variant() {
             Kernel::Router(router) => router.shape,
             _ => unreachable!(),

@@ -80,6 +80,8 @@ pub struct SampledArgs<'a> {
     pub entropy: Option<Out<'a, f32>>,
     /// `[T, E]`, written: the numbers that experts are chosen by.
     pub perturbed: Option<Out<'a, f32>>,
+    /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Absent, the rule's seed and offset are all there is.
+    pub noise_state: Option<In<'a, u64>>,
 }
 
 impl<'a> SampledArgs<'a> {
@@ -96,11 +98,17 @@ impl<'a> SampledArgs<'a> {
             log_probabilities: None,
             entropy: None,
             perturbed: None,
+            noise_state: None,
         }
     }
 }
 
-buffers!(SampledArgs<'a> { log_probabilities: Out<f32>, entropy: Out<f32>, perturbed: Out<f32> });
+buffers!(SampledArgs<'a> {
+    log_probabilities: Out<f32>,
+    entropy: Out<f32>,
+    perturbed: Out<f32>,
+    noise_state: In<u64>,
+});
 
 impl SampledDesc {
     /// Checks all that can be checked without buffers.
@@ -164,6 +172,7 @@ pub fn forward(
     let log_probabilities = scope.write_some("log_probabilities", args.log_probabilities, choices, SCALAR)?;
     let entropy = scope.write_some("entropy", args.entropy, tokens, SCALAR)?;
     let perturbed = scope.write_some("perturbed", args.perturbed, tokens * experts, SCALAR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let [seed_lo, seed_hi, offset_lo, offset_hi] = rule.noise.words_of_source();
     scope.launch(
         &selection,
@@ -182,6 +191,7 @@ pub fn forward(
             seed_hi,
             offset_lo,
             offset_hi,
+            noise_state: optional(&noise_state).into(),
         },
     )
 }

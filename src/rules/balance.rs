@@ -20,8 +20,11 @@ pub struct BalanceRule {
     pub score: LossScore,
     /// Tokens of a sequence; the last may be shorter.
     pub tokens_per_sequence: usize,
-    /// The loss counts each token's first choice only (GShard, algorithm 1).
+    /// The loss counts each token's first choice only (GShard, algorithm 1, whose loss this is times `E^2`).
     pub first_choice_only: bool,
+    /// Losses count each token's k experts of largest score, whatever a correction bias and groups chose (DeepSeek-V3, eq. 18). Counts,
+    /// importance and what is dropped remain those of the choice. Not with `first_choice_only`.
+    pub unbiased: bool,
     /// Slots that an expert takes of each sequence; others are dropped.
     pub capacity: Option<usize>,
 }
@@ -29,8 +32,8 @@ pub struct BalanceRule {
 impl BalanceRule {
     /// Probabilities by `score`, all choices of sequences of `tokens_per_sequence`, of which none is dropped.
     pub const fn new(score: LossScore, tokens_per_sequence: usize) -> BalanceRule {
-        BalanceRule { score, tokens_per_sequence, first_choice_only: false, capacity: None }
+        BalanceRule { score, tokens_per_sequence, first_choice_only: false, unbiased: false, capacity: None }
     }
 }
 
-settings!(BalanceRule { first_choice_only: bool, capacity: Option<usize> });
+settings!(BalanceRule { first_choice_only: bool, unbiased: bool, capacity: Option<usize> });

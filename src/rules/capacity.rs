@@ -68,7 +68,7 @@ pub struct AdmissionRule {
     /// Choices of a token, `K`, best first.
     pub candidates: usize,
     /// Experts that a token gets at most, `n <= K`. If fewer, a choice whose expert is full is passed on to the next one
-    /// (Switch Transformers, appendix B, "no token left behind"); if equal, it is dropped.
+    /// (Switch Transformers, appendix B, "no token left behind": with [`Order::ByChoice`]); if equal, it is dropped.
     pub top_k: usize,
     /// Tokens that an expert takes of each group.
     pub capacity: usize,
@@ -77,7 +77,7 @@ pub struct AdmissionRule {
     /// Whose turn it is.
     pub order: Order,
     /// Take the tokens of a group by falling priority, equal ones by token (batch-prioritised routing: Riquelme et al. 2021,
-    /// "Scaling Vision with Sparse Mixture of Experts", section 4.1).
+    /// "Scaling Vision with Sparse Mixture of Experts", section 4.1: with [`Order::ByChoice`]).
     pub prioritised: bool,
     /// The second expert's chance; needs `top_k` of 2 unless it is [`SecondExpert::Always`].
     pub second: SecondExpert,
@@ -111,7 +111,8 @@ impl AdmissionRule {
 settings!(AdmissionRule { candidates: usize, order: Order, prioritised: bool, second: SecondExpert });
 
 /// Tokens that an expert takes of a group of `tokens`: `max(1, ceil(top_k * tokens * factor / experts))` (GShard's `2N/E`
-/// with factor 1; Switch and GLaM call the factor "capacity factor").
+/// with factor 1; Switch and GLaM call the factor "capacity factor"). Rounding up is ours: V-MoE rounds to nearest, Mesh TensorFlow down, but
+/// to at least 4.
 pub fn capacity(tokens: usize, experts: usize, top_k: usize, factor: f64) -> usize {
     let wanted = (top_k as f64 * tokens as f64 * factor / experts as f64).ceil();
     // A float that is not a number or negative becomes 0.

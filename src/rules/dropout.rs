@@ -2,7 +2,7 @@
 
 use super::noise::NoiseSource;
 
-/// Dropout inside experts (Fedus et al., *Switch Transformers*, 2021, section 4.1: 0.4 where other layers have 0.1).
+/// Dropout inside experts (Fedus et al., *Switch Transformers*, 2021, section 2.4: 0.4 where other layers have 0.1).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Dropout {

@@ -34,6 +34,12 @@ impl NoiseSource {
         NoiseSource { seed, offset }
     }
 
+    /// The words of this source where a launch is also given a noise state `{seed, offset}` on the device: the state's seed, the sum of
+    /// both offsets modulo 2^64.
+    pub const fn with_state(self, [seed, offset]: [u64; 2]) -> NoiseSource {
+        NoiseSource { seed, offset: offset.wrapping_add(self.offset) }
+    }
+
     /// Low and high halves of seed and offset, as kernels take them.
     pub(crate) const fn words_of_source(self) -> [u32; 4] {
         [self.seed as u32, (self.seed >> 32) as u32, self.offset as u32, (self.offset >> 32) as u32]

@@ -6,7 +6,7 @@ use cudarc::driver::CudaContext;
 use cudarc::driver::sys::CUdevice_attribute;
 
 use crate::Error;
-use crate::runtime::launch;
+use crate::runtime::driver;
 
 /// Properties of a device that decide which kernel runs and how wide.
 ///
@@ -16,7 +16,8 @@ use crate::runtime::launch;
 pub struct DeviceInfo {
     /// Major and minor compute capability.
     pub compute_capability: (u32, u32),
-    /// Streaming multiprocessors.
+    /// Streaming multiprocessors that work of the context may run on: all of the device's, or the context's share of them (a green context's
+    /// partition, an execution affinity under MPS).
     pub multiprocessors: u32,
     /// Shared memory in bytes that one block may use after opting in.
     pub shared_bytes_per_block: u32,
@@ -39,7 +40,10 @@ impl DeviceInfo {
                 attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             ),
-            multiprocessors: attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1),
+            multiprocessors: driver::multiprocessors(
+                context,
+                attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+            )?,
             shared_bytes_per_block: attribute(
                 CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
             )?,
@@ -48,18 +52,23 @@ impl DeviceInfo {
     }
 }
 
+const OPENING: &str = "opening the device";
+
 /// Opens CUDA device `ordinal`, counted from 0, with its primary context.
 ///
 /// The same as [`CudaContext::new`], except that a machine without CUDA yields an error where cudarc panics.
 ///
 /// # Errors
-/// [`Error::NoCuda`] without a driver library, [`Error::NoDevice`] without that device, [`Error::Driver`] otherwise.
+/// [`Error::NoCuda`] without a driver library, [`Error::NoDevice`] without that device, [`Error::Driver`] otherwise: also where the
+/// primary context is there but a kernel's fault has broken it (see the crate's documentation for the way back).
 pub fn open(ordinal: usize) -> Result<Arc<CudaContext>, Error> {
     let count = count()?;
     if ordinal >= count {
         return Err(Error::NoDevice { ordinal, count });
     }
-    CudaContext::new(ordinal).map_err(Error::driver("opening the device"))
+    let context = CudaContext::new(ordinal).map_err(Error::driver(OPENING))?;
+    driver::check_health(&context, OPENING)?;
+    Ok(context)
 }
 
 /// Number of CUDA devices.
@@ -67,7 +76,7 @@ pub fn open(ordinal: usize) -> Result<Arc<CudaContext>, Error> {
 /// # Errors
 /// [`Error::NoCuda`] without a driver library; [`Error::Driver`] where the driver cannot start.
 pub fn count() -> Result<usize, Error> {
-    launch::device_count()
+    driver::device_count()
 }
 
 /// An A100, for tests of pure functions.

@@ -2,8 +2,9 @@
 
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::CudaContext;
+use cudarc::driver::{CudaContext, CudaStream, DriverError};
 
+use super::driver;
 pub use super::embedded::{Embedded, Image, embedded};
 use super::launch::{Loaded, Scope};
 use super::selection::Kernel;
@@ -14,12 +15,18 @@ use crate::{DeviceInfo, Error};
 ///
 /// Make one for a context and share it: it is `Sync`, and a launch of a loaded kernel takes no lock. During the capture
 /// of a CUDA graph no module may be loaded, so call [`Kernels::preload`] or run the operations once before. Modules are
-/// unloaded with the value; a graph that was captured from them must not be launched after that.
+/// unloaded with the value, after the context's work; a graph that was captured from them must not be launched after that. Where
+/// several streams are in use the value keeps cudarc ordering them, also after some are dropped.
 pub struct Kernels {
     context: Arc<CudaContext>,
     device: DeviceInfo,
+    // Before `order`: dropping a loaded kernel waits for the context's work.
     loaded: Vec<OnceLock<Loaded>>,
     loading: Mutex<()>,
+    order: OnceLock<Arc<CudaStream>>,
+    /// Blocks that count as resident at most: a device that is shared.
+    #[cfg(test)]
+    resident_limit: u32,
 }
 
 impl Kernels {
@@ -29,8 +36,10 @@ impl Kernels {
     /// An empty cache for `context`. Loads nothing yet.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] on a device older than [`Kernels::MIN_COMPUTE_CAPABILITY`]; [`Error::Driver`].
+    /// [`Error::Unsupported`] on a device older than [`Kernels::MIN_COMPUTE_CAPABILITY`]; [`Error::Driver`], also where a fault of an
+    /// earlier kernel has broken the context.
     pub fn new(context: &Arc<CudaContext>) -> Result<Kernels, Error> {
+        driver::check_health(context, "kernels")?;
         let device = DeviceInfo::of(context)?;
         if device.compute_capability < Self::MIN_COMPUTE_CAPABILITY {
             let (major, minor) = device.compute_capability;
@@ -46,7 +55,16 @@ impl Kernels {
             device,
             loaded: embedded().iter().map(|_| OnceLock::new()).collect(),
             loading: Mutex::new(()),
+            order: OnceLock::new(),
+            #[cfg(test)]
+            resident_limit: u32::MAX,
         })
+    }
+
+    /// The same, nothing loaded, where no more than `blocks` are resident at once.
+    #[cfg(test)]
+    pub(crate) fn with_resident_limit(self, blocks: u32) -> Kernels {
+        Kernels { resident_limit: blocks, ..self }
     }
 
     /// The context that the kernels belong to.
@@ -87,6 +105,18 @@ impl Kernels {
         }
     }
 
+    /// Makes cudarc go on ordering streams as long as these kernels live.
+    ///
+    /// It does so while it counts a stream of its own making, and a dropped one no longer counts, though its work may be under way:
+    /// when the last is gone, nothing waits for it. A stream of ours, on which nothing is ever put, keeps the count above zero.
+    pub(crate) fn keep_order(&self) -> Result<(), DriverError> {
+        if self.order.get().is_none() {
+            // Of two threads that come here at once, one drops its stream again.
+            let _ = self.order.set(self.context.new_stream()?);
+        }
+        Ok(())
+    }
+
     #[cold]
     fn load_kernel(&self, kernel: Kernel) -> Result<&Loaded, Error> {
         let index = index(kernel);
@@ -95,6 +125,8 @@ impl Kernels {
             return Ok(loaded);
         }
         let loaded = Loaded::new(&self.context, &embedded()[index], &self.device, &kernel)?;
+        #[cfg(test)]
+        let loaded = loaded.with_resident_limit(self.resident_limit);
         Ok(self.loaded[index].get_or_init(|| loaded))
     }
 }

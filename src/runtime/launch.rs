@@ -1,4 +1,5 @@
-//! The driver boundary: everything `unsafe` in the crate, but for the constructors of raw buffers and the promise that
+//! The driver boundary: everything `unsafe` in the crate, but for what other libraries made (the constructors of raw buffers,
+//! [`super::interop`]), questions to the driver ([`super::driver`]) and the promise that
 //! [`crate::routers::measured_gating::RouterStats`] is plain data.
 //!
 //! Soundness rests on three points. An [`Address`] is only made here, from a buffer whose context, alignment and length
@@ -21,8 +22,13 @@ use crate::{DeviceInfo, Element, Error, Kernels, Selection, Tensor};
 
 /// Alignment of matrices in bytes: kernels move 16 bytes at a time.
 pub(crate) const VECTOR: u64 = 16;
+/// Alignment of what is read 8 bytes at a time.
+pub(crate) const WIDE: u64 = 8;
 /// Alignment of lists of `i32` and `f32` that are read one by one.
 pub(crate) const SCALAR: u64 = 4;
+
+/// The handle that means the calling thread's own stream (`CU_STREAM_PER_THREAD`).
+const PER_THREAD: sys::CUstream = 2 as sys::CUstream;
 
 /// A checked device address, alive as long as the access it was made for.
 #[derive(Clone, Copy)]
@@ -54,7 +60,7 @@ impl<'a> Address<'a> {
 }
 
 /// An access to a buffer on a stream: earlier work on other streams is waited for before, and later work of other
-/// streams waits for this one once the value is dropped.
+/// streams waits for this one once the value is dropped; as far as cudarc orders streams, see the crate's documentation.
 pub(crate) struct Held<'a> {
     value: sys::CUdeviceptr,
     /// None for memory that somebody else manages.
@@ -93,9 +99,17 @@ impl<'a> Scope<'a> {
         }
         stream.context().bind_to_thread().map_err(Error::driver(operation))?;
         let scope = Scope { operation, kernels, stream };
-        if stream.context().is_managing_stream_synchronization() && scope.is_capturing()? {
-            let missing = "unsafe { context.disable_event_tracking() } before the buffers of the graph were allocated";
-            return Err(Error::Capture { operation, missing });
+        let context = stream.context();
+        if context.is_managing_stream_synchronization() {
+            if scope.is_capturing()? {
+                let missing =
+                    "unsafe { context.disable_event_tracking() } before the buffers of the graph were allocated";
+                return Err(Error::Capture { operation, missing });
+            }
+            kernels.keep_order().map_err(Error::driver(operation))?;
+        } else if stream.cu_stream() == PER_THREAD && context.is_event_tracking() && !scope.is_capturing()? {
+            // One stream a thread, of which cudarc counts none.
+            kernels.keep_order().map_err(Error::driver(operation))?;
         }
         Ok(scope)
     }
@@ -206,6 +220,14 @@ impl<'a> Scope<'a> {
         buffer.map(|buffer| self.write(argument, buffer, needed, alignment)).transpose()
     }
 
+    /// [`Scope::read`] of seed and offset on the device, which an operation may be given.
+    pub(crate) fn read_noise_state<'b>(&self, state: Option<In<'b, u64>>) -> Result<Option<Held<'b>>, Error>
+    where
+        'a: 'b,
+    {
+        self.read_some("noise_state", state, 2, WIDE)
+    }
+
     fn check_length(&self, argument: &'static str, got: usize, needed: usize) -> Result<(), Error> {
         if got < needed {
             return Err(Error::BufferTooShort { operation: self.operation, argument, needed, got });
@@ -247,7 +269,22 @@ impl<'a> Scope<'a> {
         let kernel = selection.kernel;
         assert_eq!(kernel.variant().entry(), P::ENTRY, "{kernel} is launched with another entry's parameters");
         let loaded = self.kernels.function(self, kernel)?;
-        let mut pointers = params.pointers();
+        // SAFETY: the pointers are those of the entry's parameters; the module's documentation says why the kernel touches only what was
+        // checked.
+        unsafe { self.enqueue(loaded, selection, params.pointers().as_mut()) }
+    }
+
+    /// Puts a loaded function on the stream, with the grid and the attributes of `selection`.
+    ///
+    /// # Safety
+    /// `loaded` is of the stream's context, and `pointers` point to the values of its parameters, in order, with which it touches
+    /// only memory that is open.
+    unsafe fn enqueue(
+        &self,
+        loaded: &Loaded,
+        selection: &Selection,
+        pointers: &mut [*mut c_void],
+    ) -> Result<(), Error> {
         let mut grid = selection.grid;
         if selection.cooperative {
             grid[0] = grid[0].min(loaded.resident_blocks);
@@ -255,20 +292,18 @@ impl<'a> Scope<'a> {
         let launch = Launch {
             function: loaded.function,
             grid,
-            threads: kernel.threads(),
-            shared_bytes: kernel.shared_bytes(),
+            threads: loaded.threads,
+            shared_bytes: loaded.shared_bytes,
             stream: self.stream.cu_stream(),
         };
-        // SAFETY: the function belongs to the stream's context (`begin`) and stays loaded as long as `self.kernels`; the
-        // driver copies the parameters out of `params` before it returns, which are those of the entry; the module's
-        // documentation says why the kernel touches only what was checked.
+        // SAFETY: as the caller says. The driver copies the parameters before it returns.
         unsafe {
             if selection.cluster != [1; 3] || selection.programmatic {
-                launch.with_attributes(selection, pointers.as_mut())
+                launch.with_attributes(selection, pointers)
             } else if selection.cooperative && grid != [1; 3] {
-                launch.cooperative(pointers.as_mut())
+                launch.cooperative(pointers)
             } else {
-                launch.plain(pointers.as_mut())
+                launch.plain(pointers)
             }
         }
         .map_err(Error::driver(self.operation))
@@ -364,6 +399,8 @@ pub(crate) struct Loaded {
     context: Arc<CudaContext>,
     module: sys::CUmodule,
     function: sys::CUfunction,
+    threads: u32,
+    shared_bytes: u32,
     /// Blocks that the driver keeps on the device at once, at least 1.
     resident_blocks: u32,
 }
@@ -381,14 +418,26 @@ impl Loaded {
         device: &DeviceInfo,
         kernel: &crate::Kernel,
     ) -> Result<Loaded, Error> {
-        let (threads, shared_bytes) = (kernel.threads(), kernel.shared_bytes());
-        let failed = |source| Error::ModuleLoad { kernel: entry.name.into(), source };
+        let shape = (kernel.threads(), kernel.shared_bytes());
+        Loaded::of_module(context, entry.name, device, shape, || load_module(entry, device))
+    }
+
+    /// The function `name` of the module that `load` loads, for blocks of so many threads and bytes of dynamic shared memory.
+    fn of_module(
+        context: &Arc<CudaContext>,
+        name: &str,
+        device: &DeviceInfo,
+        (threads, shared_bytes): (u32, u32),
+        load: impl FnOnce() -> Result<sys::CUmodule, DriverError>,
+    ) -> Result<Loaded, Error> {
+        let failed = |source| Error::ModuleLoad { kernel: name.into(), source };
         context.bind_to_thread().map_err(failed)?;
-        let module = load_module(entry, device).map_err(failed)?;
+        let module = load().map_err(failed)?;
         // From here on `drop` unloads the module on any error.
+        let function = std::ptr::null_mut();
         let mut loaded =
-            Loaded { context: context.clone(), module, function: std::ptr::null_mut(), resident_blocks: 1 };
-        let name = CString::new(entry.name).expect("kernel names hold no zero byte");
+            Loaded { context: context.clone(), module, function, threads, shared_bytes, resident_blocks: 1 };
+        let name = CString::new(name).expect("kernel names hold no zero byte");
         // SAFETY: the module was loaded just now into the current context.
         loaded.function = unsafe { result::module::get_function(module, name) }.map_err(failed)?;
         if shared_bytes > DEFAULT_SHARED_BYTES {
@@ -419,6 +468,14 @@ impl Loaded {
     }
 }
 
+#[cfg(test)]
+impl Loaded {
+    pub(crate) fn with_resident_limit(mut self, blocks: u32) -> Loaded {
+        self.resident_blocks = self.resident_blocks.min(blocks);
+        self
+    }
+}
+
 impl Drop for Loaded {
     fn drop(&mut self) {
         self.context.record_err(self.context.bind_to_thread());
@@ -443,27 +500,7 @@ fn load_module(entry: &Embedded, device: &DeviceInfo) -> Result<sys::CUmodule, D
     unsafe { result::module::load_data(text.as_ptr().cast()) }
 }
 
-/// Whether there is a library to ask. cudarc's calls panic where there is none, and its own look does not exist where
-/// another crate has chosen to link.
-fn library_is_present() -> bool {
-    const NAMES: [&str; 3] = if cfg!(windows) {
-        ["nvcuda.dll", "cuda.dll", "nvcuda64.dll"]
-    } else {
-        ["libcuda.so", "libcuda.so.1", "libnvcuda.so"]
-    };
-    // SAFETY: opens the driver library, as any call of cudarc would.
-    NAMES.into_iter().any(|name| unsafe { libloading::Library::new(name) }.is_ok())
-}
-
-/// Number of devices; an error where cudarc's own calls would panic for want of a driver library.
-pub(crate) fn device_count() -> Result<usize, Error> {
-    if !library_is_present() {
-        return Err(Error::NoCuda);
-    }
-    match result::init() {
-        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(0),
-        other => other.map_err(Error::driver("starting the driver"))?,
-    }
-    let count = result::device::get_count().map_err(Error::driver("counting devices"))?;
-    Ok(usize::try_from(count).unwrap_or(0))
-}
+#[cfg(test)]
+mod fewer_blocks;
+#[cfg(test)]
+mod tests;

@@ -4,9 +4,13 @@
 pub(crate) mod buffer;
 pub(crate) mod builder;
 pub mod device;
+#[allow(unsafe_code)]
+mod driver;
 pub(crate) mod element;
 pub(crate) mod embedded;
 pub(crate) mod error;
+#[allow(unsafe_code)]
+pub mod interop;
 pub mod kernels;
 #[allow(unsafe_code)]
 pub(crate) mod launch;

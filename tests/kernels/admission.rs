@@ -1,11 +1,10 @@
 //! Checks of `admission_*`: GShard, GLaM, V-MoE and Switch orders, overflow, the random second expert.
 
-use moe_kernels::Workspace;
-use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc, capacity};
-use moe_kernels::reference;
+use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use moe_kernels::reference::admission::Admitted;
 use moe_kernels::registry::{Admission, Dispatch, Kernel};
-use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
+use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert, capacity};
+use moe_kernels::{In, Workspace, reference};
 
 use crate::support::buffer::Guarded;
 use crate::support::device;
@@ -22,25 +21,28 @@ pub fn check(variant: Admission, rng: &mut fastrand::Rng) {
             {
                 let candidates = candidates.min(experts);
                 let top_k = if passed_on { 1 + rng.usize(..candidates) } else { candidates };
-                let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
+                let noise = NoiseSource::new(rng.u64(..), rng.u64(..));
                 let threshold = [0.0, 0.25, 0.5, 1.0][rng.usize(..4)];
                 let second = match (top_k, rng.u32(..3)) {
                     (2, 1) => SecondExpert::Above(threshold),
                     (2, 2) => SecondExpert::Random { threshold, noise },
                     _ => SecondExpert::Always,
                 };
-                let rule = AdmissionRule {
-                    experts,
-                    candidates,
-                    top_k,
-                    capacity: capacity(group.min(tokens), experts, top_k, [0.5, 1.0, 2.0][rng.usize(..3)]),
-                    tokens_per_group: group,
-                    order,
-                    prioritised: rng.bool(),
-                    second,
-                };
-                case(variant, rng, &AdmissionDesc { tokens, rule });
+                let capacity = capacity(group.min(tokens), experts, top_k, [0.5, 1.0, 2.0][rng.usize(..3)]);
+                let rule = AdmissionRule::new(experts, top_k, capacity, group)
+                    .candidates(candidates)
+                    .order(order)
+                    .prioritised(rng.bool())
+                    .second(second);
+                case(variant, rng, &AdmissionDesc::new(tokens, rule));
             }
+        }
+    }
+    // Several warps propose to few favourites, who refuse most.
+    for _ in 0..3 {
+        for prioritised in [false, true] {
+            let rule = AdmissionRule::new(most, 1, 3, 400).candidates(3).prioritised(prioritised);
+            case(variant, rng, &AdmissionDesc::new(400, rule));
         }
     }
     if small {
@@ -81,15 +83,11 @@ fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&
     let mut run = || {
         admitted.reset(&stream);
         admitted_weights.reset(&stream);
-        let view = input_priority.as_ref().map(Guarded::view);
-        let args = AdmissionArgs {
-            ids: &input_ids.view(),
-            weights: &input_weights.view(),
-            priority: view.as_ref().map(|view| view as _),
-            admitted: &mut admitted.view_mut(),
-            admitted_weights: &mut admitted_weights.view_mut(),
-            workspace: &mut workspace,
-        };
+        let (ids, weights, priority) =
+            (input_ids.view(), input_weights.view(), input_priority.as_ref().map(Guarded::view));
+        let (mut to, mut weights_to) = (admitted.view_mut(), admitted_weights.view_mut());
+        let mut args = AdmissionArgs::new(&ids, &weights, &mut to, &mut weights_to, &mut workspace);
+        args.priority = priority.as_ref().map(In::from);
         admission::forward(kernels, &stream, desc, args).unwrap();
         Admitted { ids: admitted.read(&stream), weights: admitted_weights.read(&stream) }
     };
@@ -110,7 +108,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn case(variant: Admission, rng: &mut fastrand::Rng, desc: &AdmissionDesc) {
     let rule = &desc.rule;
     let selection = admission::select(desc, device::kernels().device()).unwrap();
-    assert_eq!(selection.kernel, Kernel::Admission(variant));
+    assert_eq!(selection.kernel.variant(), Kernel::Admission(variant));
     let ids = choices(rng, desc);
     // Few distinct values, so that priorities tie; some are not numbers.
     let mut values = |len: usize| -> Vec<f32> {
@@ -150,18 +148,9 @@ fn very_many_tokens(rng: &mut fastrand::Rng) {
         .collect();
     let weights = vec![1.0; ids.len()];
     for order in [Order::ByToken, Order::ByChoice] {
-        let rule = AdmissionRule {
-            experts: 4,
-            candidates: 2,
-            top_k: 1,
-            capacity: capacity(TOKENS, 4, 1, 1.0),
-            tokens_per_group: TOKENS,
-            order,
-            prioritised: false,
-            second: SecondExpert::Always,
-        };
+        let rule = AdmissionRule::new(4, 1, capacity(TOKENS, 4, 1, 1.0), TOKENS).candidates(2).order(order);
         let want = reference::admission::admit(&ids, &weights, None, &rule).unwrap();
-        let got = launch(&AdmissionDesc { tokens: TOKENS, rule }, &ids, &weights, None);
+        let got = launch(&AdmissionDesc::new(TOKENS, rule), &ids, &weights, None);
         assert!(got.ids == want.ids && bits(&got.weights) == bits(&want.weights), "{rule:?}");
         assert!(want.ids.contains(&-1), "some token finds both its experts full");
     }
@@ -174,21 +163,13 @@ fn very_many_tokens(rng: &mut fastrand::Rng) {
 fn frequency_of_the_second_expert() {
     const DRAWS: usize = 4096;
     const WEIGHTS: [f32; 5] = [0.05, 0.125, 0.25, 0.375, 0.6];
-    let noise = NoiseSource { seed: crate::support::inputs::run_seed(), offset: 3 };
-    let rule = AdmissionRule {
-        experts: 2,
-        candidates: 2,
-        top_k: 2,
-        capacity: DRAWS,
-        tokens_per_group: DRAWS,
-        order: Order::ByChoice,
-        prioritised: false,
-        second: SecondExpert::Random { threshold: 0.5, noise },
-    };
+    let noise = NoiseSource::new(crate::support::inputs::run_seed(), 3);
+    let second = SecondExpert::Random { threshold: 0.5, noise };
+    let rule = AdmissionRule::new(2, 2, DRAWS, DRAWS).order(Order::ByChoice).second(second);
     let tokens = DRAWS * WEIGHTS.len();
     let ids: Vec<i32> = (0..tokens).flat_map(|_| [0, 1]).collect();
     let weights: Vec<f32> = (0..tokens).flat_map(|t| [1.0, WEIGHTS[t / DRAWS]]).collect();
-    let got = launch(&AdmissionDesc { tokens, rule }, &ids, &weights, None);
+    let got = launch(&AdmissionDesc::new(tokens, rule), &ids, &weights, None);
     for (of_weight, weight) in got.ids.chunks(2 * DRAWS).zip(WEIGHTS) {
         let sent = of_weight.iter().filter(|&&id| id == 1).count() as f64;
         let p = (f64::from(weight) / 0.5).min(1.0);

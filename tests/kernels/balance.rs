@@ -1,18 +1,16 @@
-//! Checks of `gate_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
+//! Checks of `gating_*_measured`, `balance_loss` and `update_bias`: choices, losses and statistics against the reference.
 
-use moe_kernels::Workspace;
-use moe_kernels::reference::balance::{Balance, cv_squared, probabilities, update_bias};
+use moe_kernels::reference::balance::{Balance, cv_squared, probabilities};
 use moe_kernels::reference::{self, sampled::log_sum_exp};
 use moe_kernels::registry::{Gate, Kernel, MeasuredGate};
-use moe_kernels::routers::balance::{
-    self, BiasDesc, MeasureDesc, MeasuredArgs, RouterStats, Totals, TotalsDesc, TotalsIn,
-};
+use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
 use moe_kernels::routers::gating::GatingDesc;
-use moe_kernels::rules::Gating;
-use moe_kernels::rules::Score;
-use moe_kernels::rules::{BalanceRule, LossScore};
+use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
+use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
+use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
+use moe_kernels::{In, Workspace};
 
-use crate::gate::{Logits, groups, logits};
+use crate::gating::{Logits, coarse, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -32,21 +30,17 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                     continue;
                 }
                 let top_k = top_k.min(experts);
-                let gating = Gating {
-                    score: variant.score,
-                    renormalise: rng.bool(),
-                    scale: if rng.bool() { 1.0 } else { 2.5 },
-                    groups: groups(rng, experts, top_k),
-                };
+                let gating = Gating::new(variant.score)
+                    .renormalise(renormalise(rng))
+                    .scale(if rng.bool() { 1.0 } else { 2.5 })
+                    .groups(groups(rng, variant.score, experts, top_k));
                 let sigmoid = variant.score == Score::Sigmoid && rng.bool();
-                let rule = BalanceRule {
-                    score: if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax },
-                    tokens_per_sequence: sequence,
-                    first_choice_only: rng.bool(),
-                    capacity: rng.bool().then(|| 1 + rng.usize(..4)),
-                };
-                let gating = GatingDesc { tokens, experts, top_k, gating };
-                case(variant, rng, &MeasureDesc { gating, rule, earlier_tokens: 0 }, kind);
+                let score = if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
+                let rule = BalanceRule::new(score, sequence)
+                    .first_choice_only(rng.bool())
+                    .capacity(rng.bool().then(|| 1 + rng.usize(..4)));
+                let gating = GatingDesc::new(tokens, experts, top_k, gating);
+                case(variant, rng, &MeasuredGatingDesc::new(gating).rule(rule), kind);
             }
         }
     }
@@ -76,7 +70,7 @@ impl Measured {
 }
 
 /// Runs `desc` `times` times, the later ones onto the totals of the earlier, which must each give the same bits if they start anew.
-pub fn measure(desc: &MeasureDesc, values: &[f32], bias: Option<&[f32]>, times: usize) -> Measured {
+pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, times: usize) -> Measured {
     let (kernels, stream) = (device::kernels(), device::stream());
     let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
     let logits = Guarded::input(&stream, "logits", values);
@@ -90,9 +84,9 @@ pub fn measure(desc: &MeasureDesc, values: &[f32], bias: Option<&[f32]>, times: 
     let mut probability = Guarded::output(&stream, "probability", experts);
     let mut importance = Guarded::output(&stream, "importance", experts);
     let mut stats = Guarded::<RouterStats>::output(&stream, "stats", 1);
-    let bytes = balance::workspace_bytes(desc, kernels.device()).unwrap();
+    let bytes = measured_gating::workspace_bytes(desc, kernels.device()).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
-    let mut run = |desc: &MeasureDesc| {
+    let mut run = |desc: &MeasuredGatingDesc, rest: bool| {
         [&mut ids, &mut counts].into_iter().for_each(|buffer| buffer.reset(&stream));
         [&mut weights, &mut lse, &mut shares, &mut importance].into_iter().for_each(|buffer| buffer.reset(&stream));
         stats.reset(&stream);
@@ -101,25 +95,20 @@ pub fn measure(desc: &MeasureDesc, values: &[f32], bias: Option<&[f32]>, times: 
             loss_counts.reset(&stream);
             probability.reset(&stream);
         }
-        let bias = bias.as_ref().map(Guarded::view);
-        let (mut lse_view, mut shares_view) = (lse.view_mut(), shares.view_mut());
-        let args = MeasuredArgs {
-            logits: &logits.view(),
-            correction_bias: bias.as_ref().map(|view| view as _),
-            ids: &mut ids.view_mut(),
-            weights: &mut weights.view_mut(),
-            log_sum_exp: Some(&mut lse_view),
-            probabilities: Some(&mut shares_view),
-            totals: Totals {
-                counts: &mut counts.view_mut(),
-                loss_counts: &mut loss_counts.view_mut(),
-                probability: &mut probability.view_mut(),
-                importance: &mut importance.view_mut(),
-            },
-            stats: &mut stats.view_mut(),
-            workspace: &mut workspace,
-        };
-        balance::forward(kernels, &stream, desc, args).unwrap();
+        let (logits, bias) = (logits.view(), bias.as_ref().map(Guarded::view));
+        let (mut ids_to, mut weights_to, mut lse_to, mut shares_to) =
+            (ids.view_mut(), weights.view_mut(), lse.view_mut(), shares.view_mut());
+        let (mut counts_to, mut loss_counts_to, mut probability_to, mut importance_to) =
+            (counts.view_mut(), loss_counts.view_mut(), probability.view_mut(), importance.view_mut());
+        let mut stats_to = stats.view_mut();
+        let totals = Totals::new(&mut counts_to, &mut loss_counts_to, &mut probability_to, &mut importance_to);
+        let (ids_to, weights_to, stats_to) = (&mut ids_to, &mut weights_to, &mut stats_to);
+        let mut args = MeasuredGatingArgs::new(&logits, ids_to, weights_to, totals, stats_to, &mut workspace);
+        if rest {
+            args = args.log_sum_exp(&mut lse_to).probabilities(&mut shares_to);
+        }
+        args.correction_bias = bias.as_ref().map(In::from);
+        measured_gating::forward(kernels, &stream, desc, args).unwrap();
         Measured {
             ids: ids.read(&stream),
             weights: weights.read(&stream),
@@ -132,11 +121,16 @@ pub fn measure(desc: &MeasureDesc, values: &[f32], bias: Option<&[f32]>, times: 
             stats: stats.read(&stream)[0],
         }
     };
-    let mut got = run(desc);
-    assert_eq!(run(desc).bits(), got.bits(), "{desc:?}: another run gave other bits");
-    time(&stream, &format!("{desc:?}"), || drop(run(desc)));
+    let mut got = run(desc, true);
+    let mut alone = run(desc, false);
+    for left in [&alone.log_sum_exp, &alone.probabilities] {
+        assert!(left.iter().all(|value| value.to_bits() == u32::MAX), "{desc:?}: wrote what was not asked for");
+    }
+    (alone.log_sum_exp, alone.probabilities) = (got.log_sum_exp.clone(), got.probabilities.clone());
+    assert_eq!(alone.bits(), got.bits(), "{desc:?}: another run, without the rest, gave other bits");
+    time(&stream, &format!("{desc:?}"), || drop(run(desc, true)));
     for layer in 1..times {
-        got = run(&MeasureDesc { earlier_tokens: layer * tokens, ..*desc });
+        got = run(&desc.earlier_tokens(layer * tokens), true);
     }
     logits.assert_unchanged(&stream);
     got
@@ -148,13 +142,16 @@ fn near(name: &str, got: f32, want: f64, tolerance: f64, scale: f64) {
     assert!(close || (got.is_nan() && want.is_nan()), "{name}: got {got:e}, want {want:e}");
 }
 
-fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind: Logits) {
-    let GatingDesc { tokens, experts, top_k, gating } = desc.gating;
-    let selection = balance::select(desc, device::kernels().device()).unwrap();
-    assert_eq!(selection.kernel, Kernel::MeasuredGating(variant));
-    let values = logits(rng, kind, tokens * experts);
+fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDesc, kind: Logits) {
+    let GatingDesc { tokens, experts, top_k, gating, .. } = desc.gating;
+    let selection = measured_gating::select(desc, device::kernels().device()).unwrap();
+    assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
+    let mut values = logits(rng, kind, tokens * experts);
     let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
-    // Coarse: see the checks of `gate_*`.
+    if with_bias || gating.groups.is_some() {
+        coarse(&mut values);
+    }
+    // Coarse: see the checks of `gating_*`.
     let bias: Option<Vec<f32>> = with_bias.then(|| (0..experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();
@@ -162,7 +159,7 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind
     let got = measure(desc, &values, bias.as_deref(), layers);
     assert_eq!(got.ids, gated.ids, "{name}: ids");
     let shares = Shares::of(gating.score, experts, top_k);
-    assert_weights(&name, &got.weights, &gated.weights, shares, if gating.renormalise { top_k } else { 0 });
+    assert_weights(&name, &got.weights, &gated.weights, shares, if gating.renormalise.is_some() { top_k } else { 0 });
 
     let weights = to_f64(&got.weights);
     let want = reference::balance::balance(&values, &got.ids, &weights, experts, top_k, &desc.rule).unwrap();
@@ -191,6 +188,7 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind
         let (of, divided) = match desc.rule.score {
             LossScore::Softmax => (Shares::Softmax(experts), 0),
             LossScore::Sigmoid => (Shares::Sigmoid, experts),
+            other => unreachable!("no case has {other:?}"),
         };
         assert_weights(
             &format!("{name}: probabilities[{t}]"),
@@ -203,7 +201,7 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasureDesc, kind
     check_stats(&name, &got.stats, &want, desc, layers);
 }
 
-fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasureDesc, layers: usize) {
+fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasuredGatingDesc, layers: usize) {
     let GatingDesc { tokens, top_k, .. } = desc.gating;
     assert_eq!(got.tokens as usize, tokens, "{name}");
     assert_eq!(got.slots as usize, tokens * top_k, "{name}");
@@ -231,18 +229,16 @@ pub fn check_losses(rng: &mut fastrand::Rng) {
         let loss_counts: Vec<i32> = (0..experts).map(|_| rng.i32(0..i32::MAX)).collect();
         let probability: Vec<f32> = (0..experts).map(|_| 1e5 * rng.f32()).collect();
         let importance: Vec<f32> = (0..experts).map(|_| 1e3 * rng.f32()).collect();
-        let desc = TotalsDesc { experts, tokens: 1 + rng.usize(..1 << 30) };
+        let desc = BalanceLossDesc::new(1 + rng.usize(..1 << 30), experts);
         let at = [&counts, &loss_counts].map(|values| Guarded::input(&stream, "totals", values));
         let sums = [&probability, &importance].map(|values| Guarded::input(&stream, "totals", values));
         let mut stats = Guarded::<RouterStats>::output(&stream, "stats", 1);
         let before = stats.read(&stream)[0];
-        let totals = TotalsIn {
-            counts: &at[0].view(),
-            loss_counts: &at[1].view(),
-            probability: &sums[0].view(),
-            importance: &sums[1].view(),
-        };
-        balance::losses_of_totals(kernels, &stream, &desc, totals, &mut stats.view_mut()).unwrap();
+        let [counts_in, loss_counts_in] = at.each_ref().map(Guarded::view);
+        let [probability_in, importance_in] = sums.each_ref().map(Guarded::view);
+        let mut to = stats.view_mut();
+        let args = BalanceLossArgs::new(&counts_in, &loss_counts_in, &probability_in, &importance_in, &mut to);
+        balance_loss::forward(kernels, &stream, &desc, args).unwrap();
         let got = stats.read(&stream)[0];
         at.iter().for_each(|input| input.assert_unchanged(&stream));
         let name = format!("{desc:?}");
@@ -278,10 +274,11 @@ pub fn check_bias(rng: &mut fastrand::Rng) {
             let rate = [0.001, 0.0, -0.5][rng.usize(..3)];
             let input = Guarded::input(&stream, "counts", &counts);
             let mut updated = Guarded::input(&stream, "bias", &bias);
-            let desc = BiasDesc { experts, rate };
-            balance::update_bias(kernels, &stream, &desc, &input.view(), &mut updated.view_mut()).unwrap();
+            let desc = UpdateBiasDesc::new(experts, rate);
+            let (counts_in, mut to) = (input.view(), updated.view_mut());
+            update_bias::forward(kernels, &stream, &desc, UpdateBiasArgs::new(&counts_in, &mut to)).unwrap();
             let got = updated.read(&stream);
-            let want = update_bias(&bias, &counts, rate).unwrap();
+            let want = reference::balance::update_bias(&bias, &counts, rate).unwrap();
             let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&got), bits(&want), "{desc:?}");
             let mean = counts.iter().map(|&count| f64::from(count)).sum::<f64>() / experts as f64;

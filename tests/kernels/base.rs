@@ -1,9 +1,9 @@
 //! Checks of `auction`: BASE layers.
 
-use moe_kernels::Workspace;
 use moe_kernels::reference::base::{auction, optimum, weights};
 use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};
 use moe_kernels::rules::AuctionRule;
+use moe_kernels::{Out, Workspace};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
@@ -14,8 +14,8 @@ use crate::timing::time;
 pub fn check(rng: &mut fastrand::Rng) {
     for (experts, places) in [(1, 5), (2, 1), (4, 16), (7, 9)] {
         for kind in [Scores::Skewed, Scores::Ties, Scores::NotFinite] {
-            let rule = AuctionRule { experts, epsilon: [0.25, 0.01][rng.usize(..2)], max_rounds: 4096 };
-            case(rng, &BaseDesc { tokens: experts * places, rule }, kind);
+            let rule = AuctionRule::new(experts, [0.25, 0.01][rng.usize(..2)], 4096);
+            case(rng, &BaseDesc::new(experts * places, rule), kind);
         }
     }
     // Several blocks bid and choose; a lane compares several experts, a warp bids for several tokens, a block keeps for several experts, and
@@ -26,20 +26,24 @@ pub fn check(rng: &mut fastrand::Rng) {
         [(70, 2, 0.5, 9), (40, 7, 0.002, 6), (3, 250, 0.01, 6), (3, 250, 0.5, 1), (33, 1, 0.5, 8), (9, 2, 0.5, 40)]
     {
         for kind in [Scores::Skewed, Scores::Ties, Scores::NotFinite] {
-            let rule = AuctionRule { experts, epsilon, max_rounds };
-            case(rng, &BaseDesc { tokens: experts * places, rule }, kind);
+            let rule = AuctionRule::new(experts, epsilon, max_rounds);
+            case(rng, &BaseDesc::new(experts * places, rule), kind);
         }
     }
+    // As many blocks as there may be, each with tokens of its own that the first block gives away.
+    let device = device::kernels().device();
+    let tokens = 2 * (device.multiprocessors as usize * 128 + 100);
+    case(rng, &BaseDesc::new(tokens, AuctionRule::new(2, 0.5, 1)), Scores::Ties);
     every_limit(rng);
 }
 
 /// Every limit from none to more rounds than are needed: before any bid, within a step, and with a step's last round.
 fn every_limit(rng: &mut fastrand::Rng) {
-    let rule = |max_rounds| AuctionRule { experts: 3, epsilon: 0.5, max_rounds };
+    let rule = |max_rounds| AuctionRule::new(3, 0.5, max_rounds);
     let scores = Scores::Skewed.draw(rng, 9 * 3, 3);
     let needed = auction(&scores, &rule(4096)).unwrap().rounds;
     for max_rounds in 0..=needed + 1 {
-        launch(&BaseDesc { tokens: 9, rule: rule(max_rounds) }, &scores, "every limit", &[]);
+        launch(&BaseDesc::new(9, rule(max_rounds)), &scores, "every limit", &[]);
     }
 }
 
@@ -108,13 +112,10 @@ fn launch(desc: &BaseDesc, scores: &[f32], name: &str, earlier: &[f32]) -> (Vec<
         ids.reset(&stream);
         gates.reset(&stream);
         status.reset(&stream);
-        let args = BaseArgs {
-            scores: &scores.view(),
-            ids: &mut ids.view_mut(),
-            weights: if weighted { Some(&mut gates.view_mut()) } else { None },
-            status: &mut status.view_mut(),
-            workspace: &mut workspace,
-        };
+        let (scores, mut to, mut weights_to, mut status_to) =
+            (scores.view(), ids.view_mut(), gates.view_mut(), status.view_mut());
+        let mut args = BaseArgs::new(&scores, &mut to, &mut status_to, &mut workspace);
+        args.weights = weighted.then(|| Out::from(&mut weights_to));
         base::forward(kernels, &stream, desc, args).unwrap();
         if !weighted {
             gates.assert_unchanged(&stream);
@@ -122,8 +123,9 @@ fn launch(desc: &BaseDesc, scores: &[f32], name: &str, earlier: &[f32]) -> (Vec<
         (ids.read(&stream), gates.read(&stream), status.read(&stream))
     };
     if !earlier.is_empty() {
-        let rule = AuctionRule { max_rounds: 2, ..desc.rule };
-        run(&BaseDesc { rule, ..*desc }, &Guarded::input(&stream, "earlier scores", earlier), false);
+        let mut desc = *desc;
+        desc.rule.max_rounds = 2;
+        run(&desc, &Guarded::input(&stream, "earlier scores", earlier), false);
     }
     let (got, gates, status) = run(desc, &input, true);
     assert_eq!(status, [want.rounds, want.converged as u32], "{name}: status");

@@ -1,11 +1,12 @@
 //! Checks of `combine_*`.
 
 use half::{bf16, f16};
+use moe_kernels::experts::SlotShape;
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc, Identity};
-use moe_kernels::reference;
 use moe_kernels::registry::{Combine, Kernel};
-use moe_kernels::rules::Dtype;
+use moe_kernels::{Dtype, In, reference};
 
+use crate::rows::Rows;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Storage, assert_sums, to_f64};
 use crate::support::device;
@@ -17,6 +18,7 @@ pub fn check(variant: Combine, rng: &mut fastrand::Rng) {
         Dtype::Bf16 => check_as::<bf16>(variant, rng),
         Dtype::F16 => check_as::<f16>(variant, rng),
         Dtype::F32 => check_as::<f32>(variant, rng),
+        other => unreachable!("no kernel has {other}"),
     }
 }
 
@@ -81,44 +83,45 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let (want, magnitudes) = (sum(|v| v), sum(f64::abs));
     let bounds: Vec<f64> = magnitudes.iter().map(|&m| Arithmetic::Fma.sum_bound(top_k + 3, m, m, m)).collect();
 
-    let desc = CombineDesc { dtype: variant.dtype, tokens, top_k, hidden, slots };
-    assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel, Kernel::Combine(variant));
+    let shape = SlotShape::new(tokens, 1, Some(top_k), slots, 16, 0);
+    let desc = CombineDesc::new(variant.dtype, shape, hidden);
+    assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel.variant(), Kernel::Combine(variant));
     let y_slots = Guarded::input(&stream, "y_slots", &y_slots);
-    let token_slot = Guarded::input(&stream, "token_slot", &token_slot);
+    let dispatched = Rows { token_slot, ..Rows::default() }.dispatched(&stream, &shape);
     let weights = weights.map(|values| Guarded::input(&stream, "weights", &values));
+    // A residual that the sum replaces.
+    let mut accumulated = residual.as_ref().map(|values| Guarded::input(&stream, "y", values));
     let residual = residual.map(|values| Guarded::input(&stream, "residual", &values));
     let addend = addend.map(|values| Guarded::input(&stream, "addend", &values));
     let identity = identity.map(|values| Guarded::input(&stream, "identity", &values));
     let identity_weight = Guarded::input(&stream, "identity_weight", &identity_weight);
     let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
-    let views =
-        (weights.as_ref().map(Guarded::view), residual.as_ref().map(Guarded::view), addend.as_ref().map(Guarded::view));
-    let launch = |y: &mut Guarded<T>| {
-        let mut y = y.view_mut();
-        let args = CombineArgs {
-            y_slots: &y_slots.view(),
-            token_slot: &token_slot.view(),
-            weights: views.0.as_ref().map(|view| view as _),
-            residual: views.1.as_ref().map(|view| view as _),
-            addend: views.2.as_ref().map(|view| view as _),
-            y: &mut y,
-        };
-        match &identity {
-            None => combine::forward(kernels, &stream, &desc, args),
-            Some(x) => {
-                let identity = Identity { x: &x.view(), weight: &identity_weight.view() };
-                combine::forward_with_identity(kernels, &stream, &desc, args, identity)
-            }
+    let launch = |y: &mut Guarded<T>, accumulate: bool| {
+        let (rows, identity_weight, mut y) = (y_slots.view(), identity_weight.view(), y.view_mut());
+        let weights = weights.as_ref().map(Guarded::view);
+        let [residual, addend, identity] =
+            [&residual, &addend, &identity].map(|buffer| buffer.as_ref().map(Guarded::view));
+        let mut args = CombineArgs::new(&rows, &dispatched, &mut y);
+        args.weights = weights.as_ref().map(In::from);
+        args.addend = addend.as_ref().map(In::from);
+        args.identity = identity.as_ref().map(|x| Identity::new(x, &identity_weight));
+        if accumulate {
+            args = args.accumulate();
+        } else {
+            args.residual = residual.as_ref().map(In::from);
         }
-        .unwrap()
+        combine::forward(kernels, &stream, &desc, args).unwrap()
     };
-    launch(&mut y);
+    launch(&mut y, false);
     let first = y.read(&stream);
     assert_sums(&name, &to_f64(&first), &want, &bounds, variant.dtype);
     y_slots.assert_unchanged(&stream);
-    token_slot.assert_unchanged(&stream);
-    time(&stream, &name, || launch(&mut y));
+    time(&stream, &name, || launch(&mut y, false));
     y.reset(&stream);
-    launch(&mut y);
+    launch(&mut y, false);
     assert!(y.read(&stream) == first, "{name}: another run gave other bits");
+    if let Some(y) = &mut accumulated {
+        launch(y, true);
+        assert!(y.read(&stream) == first, "{name}: onto the residual other bits");
+    }
 }

@@ -1,17 +1,19 @@
 //! Checks of `affinity`, `expert_choice`, `token_slots` and `combine_ragged_*`.
 
 use half::{bf16, f16};
+use moe_kernels::capacity::token_slots::{self, TokenSlotsArgs, TokenSlotsDesc};
+use moe_kernels::experts::SlotShape;
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
 use moe_kernels::reference::expert_choice as reference;
-use moe_kernels::reference::expert_choice::TokenSlots;
-use moe_kernels::registry::CombineRagged;
-use moe_kernels::routers::expert_choice::{
-    self, ChoiceArgs, CombineRaggedArgs, CombineRaggedDesc, ExpertChoiceDesc, TokenSlotsArgs, TokenSlotsDesc,
-};
+use moe_kernels::reference::expert_choice::{Chosen, TokenSlots};
+use moe_kernels::registry::{CombineRagged, Kernel};
+use moe_kernels::routers::affinity::{self, AffinityArgs, AffinityDesc};
+use moe_kernels::routers::expert_choice::{self, ExpertChoiceArgs, ExpertChoiceDesc};
 use moe_kernels::rules::Affinity;
-use moe_kernels::rules::Dtype;
-use moe_kernels::{Element, Workspace};
+use moe_kernels::{Dtype, Workspace};
 
 use crate::noisy::assert_same_bits;
+use crate::rows::{self, Rows};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Shares, Storage, assert_sums, assert_weights, to_f64};
 use crate::support::device;
@@ -51,21 +53,23 @@ fn bits(values: &[f32]) -> Vec<u32> {
 pub fn check_affinity(rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
     for (tokens, experts) in [(1, 1), (31, 5), (33, 64), (100, 33), (7, 4096)] {
-        for affinity in [Affinity::Softmax, Affinity::Sigmoid, Affinity::Logit] {
+        for kind_of in [Affinity::Softmax, Affinity::Sigmoid, Affinity::Logit] {
             for kind in VALUES {
-                let name = format!("{tokens} tokens, {experts} experts, {affinity:?}, {kind:?}");
-                let desc = ExpertChoiceDesc { tokens, experts, capacity: 1 };
+                let name = format!("{tokens} tokens, {experts} experts, {kind_of:?}, {kind:?}");
+                let desc = AffinityDesc::new(tokens, experts, kind_of);
                 let logits = values(rng, kind, tokens * experts);
                 let input = Guarded::input(&stream, "logits", &logits);
                 let mut output = Guarded::output(&stream, "affinities", logits.len());
-                let (view, mut out) = (input.view(), output.view_mut());
-                expert_choice::affinity(kernels, &stream, &desc, affinity, &view, &mut out).unwrap();
-                let want = reference::affinities(&logits, experts, affinity).unwrap();
+                {
+                    let (logits, mut to) = (input.view(), output.view_mut());
+                    affinity::forward(kernels, &stream, &desc, AffinityArgs::new(&logits, &mut to)).unwrap();
+                }
+                let want = reference::affinities(&logits, experts, kind_of).unwrap();
                 let got = output.read(&stream);
-                match affinity {
+                match kind_of {
                     Affinity::Softmax => assert_weights(&name, &got, &want, Shares::Softmax(experts), 0),
                     Affinity::Sigmoid => assert_weights(&name, &got, &want, Shares::Sigmoid, 0),
-                    Affinity::Logit => {
+                    _ => {
                         let want: Vec<f32> = want.iter().map(|&w| w as f32).collect();
                         assert_same_bits(&name, &got, &want);
                     }
@@ -82,7 +86,7 @@ pub fn check_choice(rng: &mut fastrand::Rng) {
         [(1, 3, 1), (40, 5, 7), (300, 4, 299), (257, 3, 257), (1000, 2, 1), (2049, 1, 1024)]
     {
         for kind in VALUES {
-            let desc = ExpertChoiceDesc { tokens, experts, capacity };
+            let desc = ExpertChoiceDesc::new(tokens, experts, capacity);
             let name = format!("{desc:?} {kind:?}");
             let affinities = values(rng, kind, tokens * experts);
             let input = Guarded::input(&stream, "affinities", &affinities);
@@ -91,12 +95,10 @@ pub fn check_choice(rng: &mut fastrand::Rng) {
             let mut run = || {
                 slot_token.reset(&stream);
                 slot_weight.reset(&stream);
-                let args = ChoiceArgs {
-                    affinities: &input.view(),
-                    slot_token: &mut slot_token.view_mut(),
-                    slot_weight: Some(&mut slot_weight.view_mut()),
-                };
-                expert_choice::choose(kernels, &stream, &desc, args).unwrap();
+                let (affinities, mut to, mut weights_to) =
+                    (input.view(), slot_token.view_mut(), slot_weight.view_mut());
+                let args = ExpertChoiceArgs::new(&affinities, &mut to).slot_weight(&mut weights_to);
+                expert_choice::forward(kernels, &stream, &desc, args).unwrap();
                 (slot_token.read(&stream), slot_weight.read(&stream))
             };
             let want = reference::choose(&affinities, experts, capacity).unwrap();
@@ -112,16 +114,49 @@ pub fn check_choice(rng: &mut fastrand::Rng) {
             assert_eq!(tokens_of, again.0, "{name}: another run chose otherwise");
             assert_eq!(bits(&weights), bits(&again.1), "{name}: another run gave other bits");
             time(&stream, &name, || drop(run()));
+            lists(&name, &desc, &input, &want, [16, 64, 128][rng.usize(..3)]);
             input.assert_unchanged(&stream);
         }
     }
+}
+
+/// The same choice as a dispatch of `capacity` rows an expert.
+fn lists(name: &str, desc: &ExpertChoiceDesc, affinities: &Guarded<f32>, want: &Chosen<f32>, tile_m: usize) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let ExpertChoiceDesc { tokens, experts, capacity, .. } = *desc;
+    let shape = expert_choice::rows(desc, tile_m);
+    let mut dispatched = rows::junk(&stream, &shape);
+    let bytes = expert_choice::workspace_bytes(desc, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let affinities = affinities.view();
+    let (to, workspace) = (&mut dispatched, &mut workspace);
+    expert_choice::dispatch(kernels, &stream, desc, tile_m, (&affinities).into(), to, workspace).unwrap();
+    let name = format!("{name} in tiles of {tile_m}");
+    let read = |what: &str, list, len| rows::read::<i32>(&stream, &format!("{name}: {what}"), list, len);
+    let slots = desc.slots();
+    assert_eq!(read("counts", dispatched.counts(), experts), vec![capacity as i32; experts], "{name}: counts");
+    let offsets: Vec<i32> = (0..=experts).map(|e| (e * capacity) as i32).collect();
+    assert_eq!(read("offsets", dispatched.offsets(), experts + 1), offsets, "{name}: offsets");
+    assert_eq!(read("slot_token", dispatched.slot_token(), slots), want.slot_token, "{name}: slot_token");
+    let slot_weight = rows::read(&stream, &format!("{name}: slot_weight"), dispatched.slot_weight(), slots);
+    assert_eq!(bits(&slot_weight), bits(&want.slot_weight), "{name}: slot_weight");
+    let of_tokens = reference::token_slots(&want.slot_token, tokens).unwrap();
+    let token_offsets = read("token_offsets", dispatched.token_offsets(), tokens + 1);
+    assert_eq!(token_offsets, of_tokens.offsets, "{name}: token_offsets");
+    assert_eq!(read("token_slot", dispatched.token_slot(), slots), of_tokens.slots, "{name}: token_slot");
+    let tiles: Vec<[i32; 4]> = (0..experts)
+        .flat_map(|e| (0..capacity).step_by(tile_m).map(move |row| (e, row)))
+        .map(|(e, row)| [e, e * capacity + row, e * capacity + capacity.min(row + tile_m), 0].map(|value| value as i32))
+        .collect();
+    assert_eq!(read("num_tiles", dispatched.num_tiles(), 1), [tiles.len() as i32], "{name}: num_tiles");
+    assert_eq!(rows::read(&stream, &name, dispatched.tiles(), tiles.len()), tiles, "{name}: tiles");
 }
 
 pub fn check_token_slots(rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
     for (tokens, slots) in [(1, 0), (1, 70), (5, 3), (33, 500), (700, 64), (600, 5000)] {
         for skew in [1, 4] {
-            let desc = TokenSlotsDesc { tokens, slots };
+            let desc = TokenSlotsDesc::new(tokens, slots);
             let name = format!("{desc:?} skew {skew}");
             // Some slots are nobody's; with skew few tokens have most.
             let slot_token: Vec<i32> = (0..slots)
@@ -137,18 +172,16 @@ pub fn check_token_slots(rng: &mut fastrand::Rng) {
             let input = Guarded::input(&stream, "slot_token", &slot_token);
             let mut offsets = Guarded::<i32>::output(&stream, "offsets", tokens + 1);
             let mut output = Guarded::<i32>::output(&stream, "slots", slots);
-            let bytes = expert_choice::token_slots_workspace_bytes(&desc, kernels.device()).unwrap();
+            let bytes = token_slots::workspace_bytes(&desc, kernels.device()).unwrap();
             let mut workspace = Workspace::new(&stream, bytes).unwrap();
             for run in 0..2 {
                 offsets.reset(&stream);
                 output.reset(&stream);
-                let args = TokenSlotsArgs {
-                    slot_token: &input.view(),
-                    offsets: &mut offsets.view_mut(),
-                    slots: &mut output.view_mut(),
-                    workspace: &mut workspace,
-                };
-                expert_choice::token_slots(kernels, &stream, &desc, args).unwrap();
+                {
+                    let (tokens_of, mut offsets_to, mut to) = (input.view(), offsets.view_mut(), output.view_mut());
+                    let args = TokenSlotsArgs::new(&tokens_of, &mut offsets_to, &mut to, &mut workspace);
+                    token_slots::forward(kernels, &stream, &desc, args).unwrap();
+                }
                 assert_eq!(offsets.read(&stream), want.offsets, "{name}, run {run}: offsets");
                 let got = output.read(&stream);
                 assert_eq!(got[..want.slots.len()], want.slots, "{name}, run {run}: slots");
@@ -161,15 +194,16 @@ pub fn check_token_slots(rng: &mut fastrand::Rng) {
 
 pub fn check_combine(variant: CombineRagged, rng: &mut fastrand::Rng) {
     match variant.dtype {
-        Dtype::Bf16 => combine::<bf16>(rng),
-        Dtype::F16 => combine::<f16>(rng),
-        Dtype::F32 => combine::<f32>(rng),
+        Dtype::Bf16 => combine_ragged::<bf16>(rng),
+        Dtype::F16 => combine_ragged::<f16>(rng),
+        Dtype::F32 => combine_ragged::<f32>(rng),
+        other => unreachable!("no kernel has {other}"),
     }
 }
 
-fn combine<T: Storage>(rng: &mut fastrand::Rng) {
+fn combine_ragged<T: Storage>(rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let dtype = <T as Element>::DTYPE;
+    let dtype = T::DTYPE;
     let shapes = [(1, 1, 8), (9, 40, 72), (50, 30, 256), (3, 100, 2056), (4, 0, 8)];
     for ((tokens, slots, hidden), options) in shapes.into_iter().flat_map(|shape| (0..8).map(move |o| (shape, o))) {
         let [weighted, with_residual, with_addend] = [1, 2, 4].map(|bit| options & bit != 0);
@@ -203,26 +237,27 @@ fn combine<T: Storage>(rng: &mut fastrand::Rng) {
             .collect();
 
         let rows = Guarded::input(&stream, "y_slots", &y_slots);
-        let offsets = Guarded::input(&stream, "offsets", &of.offsets);
-        let lists = Guarded::input(&stream, "token_slots", &of.slots);
+        let shape = SlotShape::new(tokens, 1, None, slots, 16, 0);
+        let lists = Rows { token_offsets: of.offsets.clone(), token_slot: of.slots.clone(), ..Rows::default() };
+        let dispatched = lists.dispatched(&stream, &shape);
         let weights = Guarded::input(&stream, "slot_weight", &weights);
         let (residual, addend) =
             (Guarded::input(&stream, "residual", &residual), Guarded::input(&stream, "addend", &addend));
         let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
-        let desc = CombineRaggedDesc { dtype, tokens, slots, hidden };
+        let desc = CombineDesc::new(dtype, shape, hidden);
+        let selected = combine::select(&desc, kernels.device()).unwrap().kernel.variant();
+        assert_eq!(selected, Kernel::CombineRagged(CombineRagged { dtype }));
         let mut run = || {
             y.reset(&stream);
-            let (weights, residual, addend) = (weights.view(), residual.view(), addend.view());
-            let args = CombineRaggedArgs {
-                y_slots: &rows.view(),
-                offsets: &offsets.view(),
-                token_slots: &lists.view(),
-                slot_weight: weighted.then_some(&weights as _),
-                residual: with_residual.then_some(&residual as _),
-                addend: with_addend.then_some(&addend as _),
-                y: &mut y.view_mut(),
-            };
-            expert_choice::combine(kernels, &stream, &desc, args).unwrap();
+            {
+                let (rows, weights, residual, addend) = (rows.view(), weights.view(), residual.view(), addend.view());
+                let mut to = y.view_mut();
+                let mut args = CombineArgs::new(&rows, &dispatched, &mut to);
+                args.weights = weighted.then_some((&weights).into());
+                args.residual = with_residual.then_some((&residual).into());
+                args.addend = with_addend.then_some((&addend).into());
+                combine::forward(kernels, &stream, &desc, args).unwrap();
+            }
             y.read(&stream)
         };
         let got = run();

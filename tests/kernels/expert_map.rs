@@ -1,38 +1,47 @@
-//! Checks of `expert_map`: expert parallelism, replicas, null experts.
+//! Checks of `expert_map` and `expert_map_i64`: expert parallelism, replicas, null experts.
 
 use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
-use moe_kernels::reference;
 use moe_kernels::registry::Kernel;
 use moe_kernels::rules::{IDENTITY, NONE};
+use moe_kernels::{Out, reference};
 
+use crate::ids::{Stored, format};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, to_f64};
 use crate::support::device;
 use crate::timing::time;
 
-pub fn check(rng: &mut fastrand::Rng) {
+pub fn check(ids_bytes: u32, rng: &mut fastrand::Rng) {
     for experts in [1, 8, 60, 512, 4096] {
         for (tokens, top_k) in [(1, 1), (37, 2), (100, 8), (13, 3), (9, 32), (2000, 10)] {
             for max_replicas in [1, 3] {
                 for options in 0..4 {
-                    let desc = ExpertMapDesc { tokens, experts, top_k, max_replicas, seed: rng.u32(..) };
+                    let desc = ExpertMapDesc::new(tokens, experts, top_k)
+                        .ids(format(rng, ids_bytes))
+                        .max_replicas(max_replicas)
+                        .seed(rng.u32(..));
                     case(rng, &desc, options);
                 }
             }
         }
     }
-    replicas_take_turns();
+    if ids_bytes == 4 {
+        replicas_take_turns();
+    }
 }
 
 /// Bits of `options`: replicas, weights and their sums.
 fn case(rng: &mut fastrand::Rng, desc: &ExpertMapDesc, options: u32) {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let ExpertMapDesc { tokens, experts, top_k, max_replicas, seed } = *desc;
+    let ExpertMapDesc { tokens, experts, top_k, max_replicas, seed, .. } = *desc;
     let name = format!("{desc:?} options={options:02b}");
-    assert_eq!(expert_map::select(desc, kernels.device()).unwrap().kernel, Kernel::ExpertMap);
+    assert_eq!(
+        expert_map::select(desc, kernels.device()).unwrap().kernel.variant(),
+        Kernel::ExpertMap { ids_bytes: desc.ids.bytes() }
+    );
     let ids: Vec<i32> = (0..tokens * top_k)
         .map(|_| match rng.u32(..12) {
-            0 => [-1, i32::MIN, i32::MAX, experts as i32][rng.usize(..4)],
+            0 => -1,
             _ => rng.usize(..experts) as i32,
         })
         .collect();
@@ -57,23 +66,22 @@ fn case(rng: &mut fastrand::Rng, desc: &ExpertMapDesc, options: u32) {
     )
     .unwrap();
 
-    let device_ids = Guarded::input(&stream, "ids", &ids);
+    let device_ids = Stored::new(&stream, rng, desc.ids, &ids, experts);
     let device_map = Guarded::input(&stream, "map", &map);
     let device_replicas = Guarded::input(&stream, "replicas", &replicas);
     let device_weights = Guarded::input(&stream, "weights", &weights);
     let mut local_ids = Guarded::<i32>::output(&stream, "local_ids", ids.len());
     let mut sums = Guarded::<f32>::output(&stream, "identity_weight", tokens);
     let mut launch = || {
-        let (replicas, weights, mut sums) = (device_replicas.view(), device_weights.view(), sums.view_mut());
-        let args = ExpertMapArgs {
-            ids: &device_ids.view(),
-            weights: weighted.then_some(&weights as _),
-            map: &device_map.view(),
-            replicas: with_replicas.then_some(&replicas as _),
-            local_ids: &mut local_ids.view_mut(),
-            identity_weight: if options == 1 { None } else { Some(&mut sums) },
-        };
-        expert_map::forward(kernels, &stream, desc, args).unwrap();
+        let (map, replicas, weights) = (device_map.view(), device_replicas.view(), device_weights.view());
+        let (mut local_ids, mut sums) = (local_ids.view_mut(), sums.view_mut());
+        device_ids.with(|ids| {
+            let mut args = ExpertMapArgs::new(ids, &map, &mut local_ids);
+            args.weights = weighted.then_some((&weights).into());
+            args.replicas = with_replicas.then_some((&replicas).into());
+            args.identity_weight = (options != 1).then(|| Out::from(&mut sums));
+            expert_map::forward(kernels, &stream, desc, args).unwrap();
+        });
     };
     launch();
     time(&stream, &name, &mut launch);
@@ -94,20 +102,13 @@ fn case(rng: &mut fastrand::Rng, desc: &ExpertMapDesc, options: u32) {
 /// Of 30000 slots of an expert with three copies each gets a third, within 5 standard deviations (false alarm below 1 in 500 000).
 fn replicas_take_turns() {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let desc = ExpertMapDesc { tokens: 30_000, experts: 1, top_k: 1, max_replicas: 3, seed: 9 };
+    let desc = ExpertMapDesc::new(30_000, 1, 1).max_replicas(3).seed(9);
     let ids = Guarded::input(&stream, "ids", &vec![0i32; desc.tokens]);
     let map = Guarded::input(&stream, "map", &[7i32, 8, 9]);
     let replicas = Guarded::input(&stream, "replicas", &[3i32]);
     let mut local_ids = Guarded::<i32>::output(&stream, "local_ids", desc.tokens);
-    let replicas = replicas.view();
-    let args = ExpertMapArgs {
-        ids: &ids.view(),
-        weights: None,
-        map: &map.view(),
-        replicas: Some(&replicas),
-        local_ids: &mut local_ids.view_mut(),
-        identity_weight: None,
-    };
+    let (ids, map, replicas, mut to) = (ids.view(), map.view(), replicas.view(), local_ids.view_mut());
+    let args = ExpertMapArgs::new(&ids, &map, &mut to).replicas(&replicas);
     expert_map::forward(kernels, &stream, &desc, args).unwrap();
     let got = local_ids.read(&stream);
     let deviation = (30_000.0f64 / 3.0 * 2.0 / 3.0).sqrt();

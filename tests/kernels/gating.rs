@@ -1,12 +1,11 @@
-//! Checks of `gate_*`, alone and fused with dispatch.
+//! Checks of `gating_*`, alone and fused with dispatch.
 
-use moe_kernels::capacity::dispatch::{self, DispatchDesc, GateDispatchArgs};
-use moe_kernels::reference;
+use moe_kernels::capacity::dispatch::DispatchDesc;
 use moe_kernels::registry::{Gate, Kernel};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
-use moe_kernels::rules::Capacity;
-use moe_kernels::rules::Score;
-use moe_kernels::rules::{Gating, GroupScore, Groups};
+use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
+use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Masked, Renormalise, Score};
+use moe_kernels::{In, reference};
 
 use crate::dispatch::{Outputs, rule_of};
 use crate::support::buffer::Guarded;
@@ -24,14 +23,12 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
             let tokens = if variant.dispatch && tokens == 70 { 300 } else { tokens };
             let top_k = top_k.min(experts);
             for logits in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
-                let gating = Gating {
-                    score: variant.score,
-                    renormalise: rng.bool(),
-                    scale: if rng.bool() { 1.0 } else { 2.5 },
-                    groups: groups(rng, experts, top_k),
-                };
+                let gating = Gating::new(variant.score)
+                    .renormalise(renormalise(rng))
+                    .scale(if rng.bool() { 1.0 } else { 2.5 })
+                    .groups(groups(rng, variant.score, experts, top_k));
                 let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
-                let desc = GatingDesc { tokens, experts, top_k, gating };
+                let desc = GatingDesc::new(tokens, experts, top_k, gating);
                 case(variant, rng, &desc, logits, with_bias);
             }
         }
@@ -40,14 +37,14 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
     if !variant.dispatch && variant.values <= 32 {
         let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
         let gating = Gating::new(variant.score);
-        let desc = GatingDesc { tokens: warps as usize + 5, experts: least.max(2), top_k: 2, gating };
+        let desc = GatingDesc::new(warps as usize + 5, least.max(2), 2, gating);
         case(variant, rng, &desc, Logits::Normal, variant.score != Score::TopkSoftmax);
         case(variant, rng, &desc, Logits::Ties, false);
     }
 }
 
 /// Groups that divide the experts and leave enough of them, half of the time.
-pub fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<Groups> {
+pub fn groups(rng: &mut fastrand::Rng, scores: Score, experts: usize, top_k: usize) -> Option<Groups> {
     let counts: Vec<usize> = (2..=16).filter(|count| experts.is_multiple_of(*count) && experts / count >= 2).collect();
     if counts.is_empty() || rng.bool() {
         return None;
@@ -55,7 +52,25 @@ pub fn groups(rng: &mut fastrand::Rng, experts: usize, top_k: usize) -> Option<G
     let count = counts[rng.usize(..counts.len())];
     let fewest = top_k.div_ceil(experts / count);
     let kept = fewest + rng.usize(..=count - fewest);
-    Some(Groups { count, kept, score: if rng.bool() { GroupScore::TopTwo } else { GroupScore::Max } })
+    let score = match rng.usize(..3) {
+        0 => GroupScore::Max,
+        1 => GroupScore::TOP_TWO,
+        _ => GroupScore::TopSum(1 + rng.usize(..(experts / count).min(8))),
+    };
+    let zero = scores != Score::TopkSoftmax && rng.u8(..4) == 0;
+    Some(Groups::new(count, kept).score(score).masked(if zero { Masked::Zero } else { Masked::Out }))
+}
+
+/// A way to divide by the sum of weights, half of the time. Sums are above 0 in each.
+pub fn renormalise(rng: &mut fastrand::Rng) -> Option<Renormalise> {
+    let ways =
+        [Renormalise::Plus(1e-20), Renormalise::Plus(1e-6), Renormalise::AtLeast(1e-12), Renormalise::AtLeast(0.25)];
+    rng.bool().then(|| ways[rng.usize(..ways.len())])
+}
+
+/// Rounded so that scores are either equal or far apart in f32: for rules that compare scores, whose last bit is the exponential's.
+pub fn coarse(logits: &mut [f32]) {
+    logits.iter_mut().for_each(|logit| *logit = (64.0 * *logit).round() / 64.0);
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +101,10 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     let kernels = device::kernels();
     let stream = device::stream();
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
-    let logits = logits(rng, kind, desc.tokens * desc.experts);
+    let mut logits = logits(rng, kind, desc.tokens * desc.experts);
+    if with_bias || desc.gating.groups.is_some() {
+        coarse(&mut logits);
+    }
     // Coarse enough that sums with a score are either equal or far apart in f32: a choice cannot hang on the last bit of an
     // exponential.
     let bias: Option<Vec<f32>> = with_bias.then(|| (0..desc.experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
@@ -97,44 +115,48 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     let choices = desc.tokens * desc.top_k;
     let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
-    let capacities = [
-        None,
-        Some(Capacity { per_expert: 2, tokens_per_sequence: 13, padded: false }),
-        Some(Capacity { per_expert: 2, tokens_per_sequence: desc.tokens, padded: true }),
-    ];
+    let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, desc.tokens).padded(true))];
     let capacity = capacities[rng.usize(..3)];
-    let order = DispatchDesc { tokens: desc.tokens, experts: desc.experts, top_k: desc.top_k, capacity, tile_m: 16 };
+    let order = DispatchDesc::new(desc.tokens, desc.experts, desc.top_k, 16).capacity(capacity);
+    let fused = GatingDispatchDesc::new(desc.gating, order);
     let selection = if variant.dispatch {
-        dispatch::select_fused(&desc.gating, &order, kernels.device())
+        gating_dispatch::select(&fused, kernels.device())
     } else {
         gating::select(desc, kernels.device())
     };
-    assert_eq!(selection.unwrap().kernel, Kernel::Gating(variant));
-    let mut outputs = Outputs::new(&stream, &order);
+    assert_eq!(selection.unwrap().kernel.variant(), Kernel::Gating(variant));
+    let bytes = gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap();
+    let mut outputs = Outputs::new(&stream, order.shape(), bytes);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
         let logits = device_logits.view();
         let bias = bias.as_ref().map(Guarded::view);
-        let correction_bias = bias.as_ref().map(|view| view as _);
+        let correction_bias = bias.as_ref().map(In::from);
         let (mut ids, mut weights) = (ids.view_mut(), weights.view_mut());
         if !variant.dispatch {
-            let args = GatingArgs { logits: &logits, correction_bias, ids: &mut ids, weights: &mut weights };
+            let mut args = GatingArgs::new(&logits, &mut ids, &mut weights);
+            args.correction_bias = correction_bias;
             return gating::forward(kernels, &stream, desc, args).unwrap();
         }
-        let (mut views, workspace) = outputs.views();
-        let outputs = views.outputs();
-        let (ids, weights) = (&mut ids, &mut weights);
-        let args = GateDispatchArgs { logits: &logits, correction_bias, ids, weights, outputs, workspace };
-        dispatch::gate_and_dispatch(kernels, &stream, &desc.gating, &order, args).unwrap()
+        let Outputs { dispatched, workspace, .. } = outputs;
+        let mut args = GatingDispatchArgs::new(&logits, &mut ids, &mut weights, dispatched, workspace);
+        args.correction_bias = correction_bias;
+        gating_dispatch::forward(kernels, &stream, &fused, args).unwrap()
     };
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
     assert_eq!(got_ids, want.ids, "{name}: ids");
     let shares = Shares::of(variant.score, desc.experts, desc.top_k);
-    assert_weights(&name, &got_weights, &want.weights, shares, if desc.gating.renormalise { desc.top_k } else { 0 });
+    assert_weights(
+        &name,
+        &got_weights,
+        &want.weights,
+        shares,
+        if desc.gating.renormalise.is_some() { desc.top_k } else { 0 },
+    );
     device_logits.assert_unchanged(&stream);
     let sorted = variant.dispatch.then(|| reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap());
     if let Some(sorted) = &sorted {
-        outputs.assert_equal(&stream, &name, sorted, &got_weights);
+        outputs.assert_equal(&stream, &name, sorted, Some(&got_weights));
     }
     time(&stream, &name, || launch(&mut ids, &mut weights, &mut outputs));
     ids.reset(&stream);
@@ -145,6 +167,6 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
     assert_eq!(bits(weights.read(&stream)), bits(got_weights.clone()), "{name}: another run gave other bits");
     if let Some(sorted) = &sorted {
-        outputs.assert_equal(&stream, &format!("{name}: another run"), sorted, &got_weights);
+        outputs.assert_equal(&stream, &format!("{name}: another run"), sorted, Some(&got_weights));
     }
 }

@@ -1,16 +1,17 @@
 //! Checks of `gemm_*`.
 
 use half::{bf16, f16};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Schedule, Tiles};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
 use moe_kernels::experts::tiles::max_tiles;
-use moe_kernels::reference;
-use moe_kernels::reference::dispatch::{Dispatched, dispatch};
+use moe_kernels::experts::{SlotShape, Weight};
+use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::registry::{Gemm, Kernel};
-use moe_kernels::rules::{Activation, Dropout, NoiseSource};
-use moe_kernels::rules::{Dtype, Glu};
+use moe_kernels::registry::{Fold, Gemm, Kernel};
+use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource, WeightDesc, drop_below};
+use moe_kernels::{Dtype, In, reference};
 
 use crate::dispatch::rule;
+use crate::rows::Rows as Lists;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, rounding, to_f64};
 use crate::support::device;
@@ -22,17 +23,25 @@ pub fn check(variant: Gemm, rng: &mut fastrand::Rng) {
         Dtype::Bf16 => check_as::<bf16>(variant, rng),
         Dtype::F16 => check_as::<f16>(variant, rng),
         Dtype::F32 => check_as::<f32>(variant, rng),
+        other => unreachable!("no kernel has {other}"),
     }
 }
 
-fn activations(glu: Glu) -> Vec<Activation> {
+fn activations(fold: Fold) -> Vec<Activation> {
     let gated = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
-    match glu {
-        Glu::None => [&[Activation::Identity][..], &gated].concat(),
+    match fold {
+        Fold::Plain => [&[Activation::Identity][..], &gated].concat(),
         // The limit is low enough that values of unit scale are clamped.
-        Glu::Split | Glu::Interleaved => {
-            [&gated[..], &[Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 }]].concat()
-        }
+        Fold::Glu | Fold::Iglu => [&gated[..], &[Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 }]].concat(),
+    }
+}
+
+/// The forms of a weight that the variant takes.
+fn forms(fold: Fold) -> &'static [Glu] {
+    match fold {
+        Fold::Plain => &[Glu::None],
+        Fold::Glu => &[Glu::Split, Glu::UpFirst, Glu::Apart],
+        Fold::Iglu => &[Glu::Interleaved],
     }
 }
 
@@ -43,48 +52,52 @@ fn loads(bm: usize) -> Vec<usize> {
 
 fn check_as<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng) {
     let bm = variant.tile.bm as usize;
-    for (index, activation) in activations(variant.glu).into_iter().enumerate() {
+    let forms = forms(variant.fold);
+    let form = |index: usize| forms[index % forms.len()];
+    for (index, activation) in activations(variant.fold).into_iter().enumerate() {
         // K: less than a stage, ragged, several stages; N: less than a tile, ragged, two tiles.
         let k = [40, 8, 200, 328, 72][index];
         let n = [24, 72, 8, 136, 40][index];
-        let case = Case { k, n, activation, gather: index % 2 == 0, bias: index % 3 != 1, scale: index % 2 == 0 };
+        let (gather, bias) = (index % 2 == 0, index % 3 != 1);
+        let (scale, out_scale) = (index % 2 == 0, index % 2 == 1);
+        let case = Case { k, n, glu: form(index), activation, gather, bias, scale, out_scale };
         grouped::<T>(variant, rng, &loads(bm), &case);
-        dense::<T>(variant, rng, &case);
+        // Every form with a bias and without, every activation with a factor of the result and without.
+        dense::<T>(variant, rng, &Case { glu: form(index + 1), out_scale: !out_scale, ..case });
     }
     // The largest depth in use, some hundred stages: few rows and columns, so that it is cheap.
     for (index, loads) in [[2, 0, 3].as_slice(), &[bm + 1]].into_iter().enumerate() {
-        let activation = activations(variant.glu)[[0, 2][index]];
-        let case = Case { k: 16384, n: 8, activation, gather: index == 0, bias: index == 1, scale: index == 0 };
+        let activation = activations(variant.fold)[[0, 2][index]];
+        let (glu, first) = (form(index + 1), index == 0);
+        let case =
+            Case { k: 16384, n: 8, glu, activation, gather: first, bias: !first, scale: first, out_scale: first };
         grouped::<T>(variant, rng, loads, &case);
     }
     // Nothing at all to do: no tile.
-    let case = Case { k: 16, n: 16, activation: activations(variant.glu)[0], gather: true, bias: false, scale: false };
+    let activation = activations(variant.fold)[0];
+    let (gather, bias, scale, out_scale) = (true, false, false, false);
+    let case = Case { k: 16, n: 16, glu: form(0), activation, gather, bias, scale, out_scale };
     grouped::<T>(variant, rng, &[0, 0, 0], &case);
 }
 
+#[derive(Clone, Copy, Debug)]
 struct Case {
     k: usize,
     n: usize,
+    glu: Glu,
     activation: Activation,
     gather: bool,
     bias: bool,
     scale: bool,
+    out_scale: bool,
 }
 
 impl Case {
-    fn desc(&self, variant: Gemm, rows: usize, a_rows: usize, experts: usize, schedule: Schedule) -> GemmDesc {
-        GemmDesc {
-            dtype: variant.dtype,
-            rows,
-            a_rows,
-            experts,
-            n: self.n,
-            k: self.k,
-            glu: variant.glu,
-            activation: self.activation,
-            layout: variant.layout,
-            schedule,
-        }
+    fn desc(&self, variant: Gemm, rows: Rows) -> GemmDesc {
+        GemmDesc::new(variant.dtype, rows, self.n, self.k)
+            .gather(self.gather && matches!(rows, Rows::Grouped(_)))
+            .weight(WeightDesc::new(variant.dtype).layout(variant.layout).glu(self.glu))
+            .activation(self.activation)
     }
 }
 
@@ -99,96 +112,95 @@ fn grouped<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, loads: &[usize], 
     rng.shuffle(&mut ids);
     let tokens = ids.len();
     let plan = dispatch(&ids, &rule(experts, 1, tile_m)).unwrap();
-    let rows = tokens;
-    let max_tiles = max_tiles(rows, experts, tile_m);
-    let a_rows = if case.gather { tokens } else { rows };
-    let desc = case.desc(variant, rows, a_rows, experts, Schedule::Grouped { tile_m, max_tiles });
-    run::<T>(variant, rng, &desc, case, Some(&plan));
+    let shape = SlotShape::new(tokens, experts, Some(1), tokens, tile_m, max_tiles(tokens, experts, tile_m));
+    run::<T>(variant, rng, &case.desc(variant, Rows::Grouped(shape)), case, &plan);
 }
 
 /// One expert for all rows, in a number, not a multiple of the tile's, for which the selection takes the variant.
 fn dense<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, case: &Case) {
     let device = device::kernels().device();
     let bm = variant.tile.bm as usize;
-    let desc = |rows| case.desc(variant, rows, rows, 1, Schedule::Dense);
+    let desc = |rows| case.desc(variant, Rows::Dense(rows));
     let rows = [1, bm - 1, bm + 5, 2 * bm + 5, 4 * bm + 5]
         .into_iter()
-        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel == Kernel::Gemm(variant));
+        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel.variant() == Kernel::Gemm(variant));
     let rows = rows.expect("some number of rows takes each variant");
-    run::<T>(variant, rng, &desc(rows), case, None);
+    let plan = dispatch(&vec![0; rows], &rule(1, 1, bm)).unwrap();
+    run::<T>(variant, rng, &desc(rows), case, &plan);
 }
 
-fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case: &Case, plan: Option<&Dispatched>) {
+/// Gate and up of each expert, out of a tensor that has gate's outputs first.
+fn apart<T: Storage>(both: &[T], layout: Layout, outputs: usize, k: usize) -> [Vec<T>; 2] {
+    // What lies together of either: a matrix, or a row of a matrix.
+    let run = if layout == Layout::Nk { outputs * k } else { outputs };
+    [0, 1].map(|part| both.chunks(run).skip(part).step_by(2).flatten().copied().collect())
+}
+
+/// `plan` says which rows go to which expert; dense rows have one of a single expert.
+fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case: &Case, plan: &Plan) {
     let kernels = device::kernels();
     let stream = device::stream();
-    let GemmDesc { rows, a_rows, experts, n, k, activation, .. } = *desc;
-    let name = format!(
-        "{} rows={rows} E={experts} N={n} K={k} {activation:?} gather={} bias={} scale={}",
-        if plan.is_some() { "grouped" } else { "dense" },
-        case.gather,
-        case.bias,
-        case.scale
-    );
-    let columns = desc.b_columns();
+    let Case { k, n, glu, activation, .. } = *case;
+    let (rows, a_rows, experts, gather) = (desc.rows.count(), desc.a_rows(), desc.rows.experts(), desc.gather);
+    let form = if matches!(desc.rows, Rows::Grouped(_)) { "grouped" } else { "dense" };
+    let name = format!("{form} rows={rows} E={experts} {case:?}");
+    let columns = if glu.is_gated() { 2 * n } else { n };
     let a: Vec<T> = normals(rng, a_rows * k, 1.0);
     // Products of unit scale.
     let b: Vec<T> = normals(rng, experts * columns * k, (k as f64).powf(-0.5));
     let bias: Option<Vec<T>> = case.bias.then(|| normals(rng, experts * columns, 1.0));
     let scale: Option<Vec<f32>> = case.scale.then(|| normals(rng, rows, 1.0));
+    let out_scale: Option<Vec<f32>> = case.out_scale.then(|| normals(rng, rows, 1.0));
 
-    let matrix = ExpertMatrix { weight: &b, bias: bias.as_deref(), n, k, glu: variant.glu, layout: variant.layout };
+    let matrix = ExpertMatrix { weight: &b, bias: bias.as_deref(), n, k, glu, layout: variant.layout };
     let scale64 = scale.as_deref().map(to_f64);
-    let whole;
-    let (plan, gather) = match plan {
-        Some(plan) => (plan, case.gather),
-        None => {
-            whole = dispatch(&vec![0; rows], &rule(1, 1, variant.tile.bm as usize)).unwrap();
-            (&whole, false)
-        }
-    };
     let live = plan.slot_token.len();
     let scale_live = scale64.as_ref().map(|scale| &scale[..live]);
     let a_live = if gather { &a[..] } else { &a[..live * k] };
-    let want = reference::gemm::grouped_gemm(a_live, &matrix, plan, gather, scale_live, activation).unwrap();
-    let bounds = bounds(a_live, &matrix, plan, gather, scale_live, activation, arithmetic(variant.dtype));
+    let mut want = reference::gemm::grouped_gemm(a_live, &matrix, plan, gather, scale_live, activation).unwrap();
+    let mut bounds = bounds(a_live, &matrix, plan, gather, scale_live, activation, arithmetic(variant.dtype));
+    // The factor of the result, and its own rounding.
+    for (i, (want, bound)) in want.iter_mut().zip(&mut bounds).enumerate() {
+        let factor = out_scale.as_ref().map_or(1.0, |scale| f64::from(scale[i / n]));
+        *want *= factor;
+        *bound = *bound * factor.abs() + if case.out_scale { UNIT * want.abs() } else { 0.0 };
+    }
 
-    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel, Kernel::Gemm(variant));
+    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel.variant(), Kernel::Gemm(variant));
     let a = Guarded::input(&stream, "a", &a);
-    let b = Guarded::input(&stream, "b", &b);
-    let bias = bias.map(|values| Guarded::input(&stream, "bias", &values));
+    let (weights, biases) = if glu == Glu::Apart {
+        (apart(&b, variant.layout, n, k).to_vec(), bias.map_or(vec![], |bias| apart(&bias, Layout::Nk, n, 1).to_vec()))
+    } else {
+        (vec![b], bias.into_iter().collect())
+    };
+    let input = |name| move |values: &Vec<T>| Guarded::input(&device::stream(), name, values);
+    let weights: Vec<_> = weights.iter().map(input("weight")).collect();
+    let biases: Vec<_> = biases.iter().map(input("bias")).collect();
     let scale = scale.map(|values| Guarded::input(&stream, "row_scale", &values));
-    let grouped = matches!(desc.schedule, Schedule::Grouped { .. });
-    let slot_token = gather.then(|| {
-        let mut padded = plan.slot_token.clone();
-        padded.resize(rows, i32::MAX);
-        Guarded::input(&stream, "slot_token", &padded)
-    });
-    let tiles = grouped.then(|| {
-        let mut list = plan.tiles.clone();
-        // Entries past the count must not be looked at.
-        list.resize(max_tiles(rows, experts, variant.tile.bm as usize), [i32::MAX; 4]);
-        let count = Guarded::input(&stream, "num_tiles", &[plan.tiles.len() as i32]);
-        (Guarded::input(&stream, "tiles", &list), count)
-    });
+    let out_scale = out_scale.map(|values| Guarded::input(&stream, "out_scale", &values));
+    let dispatched = match &desc.rows {
+        Rows::Grouped(shape) => Some(Lists::of(plan).dispatched(&stream, shape)),
+        _ => None,
+    };
     let mut out = Guarded::<T>::output(&stream, "out", rows * n);
     let junk = out.read(&stream);
     let launch = |out: &mut Guarded<T>, dropout: Option<Dropout>| {
-        let (bias, scale) = (bias.as_ref().map(Guarded::view), scale.as_ref().map(Guarded::view));
-        let slot_token = slot_token.as_ref().map(Guarded::view);
-        let tiles = tiles.as_ref().map(|(tiles, count)| (tiles.view(), count.view()));
-        let args = GemmArgs {
-            a: &a.view(),
-            b: &b.view(),
-            bias: bias.as_ref().map(|view| view as _),
-            slot_token: slot_token.as_ref().map(|view| view as _),
-            row_scale: scale.as_ref().map(|view| view as _),
-            tiles: tiles.as_ref().map(|(tiles, num_tiles)| Tiles { tiles, num_tiles }),
-            out: &mut out.view_mut(),
+        let (a, mut out) = (a.view(), out.view_mut());
+        let [weights, biases] = [&weights, &biases].map(|all| all.iter().map(Guarded::view).collect::<Vec<_>>());
+        let [scale, out_scale] = [&scale, &out_scale].map(|scale| scale.as_ref().map(Guarded::view));
+        let mut weight = match weights.as_slice() {
+            [gate, up] => Weight::apart(gate, up),
+            all => Weight::new(&all[0]),
         };
-        match dropout {
-            None => gemm::forward(kernels, &stream, desc, args).unwrap(),
-            Some(dropout) => gemm::forward_with_dropout(kernels, &stream, desc, args, dropout).unwrap(),
+        for (index, bias) in biases.iter().enumerate() {
+            weight = if index == 0 { weight.bias(bias) } else { weight.up_bias(bias) };
         }
+        let mut args = GemmArgs::new(&a, weight, &mut out);
+        args.dispatched = dispatched.as_ref();
+        args.row_scale = scale.as_ref().map(In::from);
+        args.out_scale = out_scale.as_ref().map(In::from);
+        args.dropout = dropout;
+        gemm::forward(kernels, &stream, desc, args).unwrap()
     };
     launch(&mut out, None);
     let first = out.read(&stream);
@@ -196,7 +208,7 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     let same = bytemuck::cast_slice::<T, u8>(&first[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
     assert!(same, "{name}: a row that no tile covers was written");
     a.assert_unchanged(&stream);
-    b.assert_unchanged(&stream);
+    weights.iter().chain(&biases).for_each(|input| input.assert_unchanged(&stream));
     time(&stream, &name, || launch(&mut out, None));
     out.reset(&stream);
     launch(&mut out, None);
@@ -205,9 +217,8 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     assert!(same, "{name}: another run gave other bits");
 
     // The mask is the host's, exactly; what is kept is scaled before the one rounding.
-    let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
-    let dropout = Dropout { probability: [0.1, 0.4, 0.75][rng.usize(..3)], noise };
-    let (mut want, mut bounds) = (want, bounds);
+    let noise = NoiseSource::new(rng.u64(..), rng.u64(..));
+    let dropout = Dropout::new([0.1, 0.4, 0.75][rng.usize(..3)], noise);
     reference::gemm::dropout(&mut want, dropout.probability, noise).unwrap();
     reference::gemm::dropout(&mut bounds, dropout.probability, noise).unwrap();
     // The scale is one more f32 product.
@@ -217,7 +228,7 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     let got = out.read(&stream);
     let name = format!("{name} {dropout:?}");
     assert_sums(&name, &to_f64(&got[..live * n]), &want, &bounds, variant.dtype);
-    let below = reference::gemm::drop_below(dropout.probability);
+    let below = drop_below(dropout.probability);
     for (i, value) in to_f64(&got[..live * n]).into_iter().enumerate() {
         let kept = noise.dropout_word(i as u64) >= below;
         assert!(kept || value == 0.0, "{name}: output {i} is {value}, dropped");
@@ -239,7 +250,7 @@ fn arithmetic(dtype: Dtype) -> Arithmetic {
 fn bounds<T: Storage>(
     a: &[T],
     matrix: &ExpertMatrix<T>,
-    plan: &Dispatched,
+    plan: &Plan,
     gather: bool,
     scale: Option<&[f64]>,
     activation: Activation,
@@ -265,8 +276,10 @@ fn bounds<T: Storage>(
             let (row, c) = (i / n * columns, i % n);
             let (gate, up) = match matrix.glu {
                 Glu::None => (at(row + c), None),
-                Glu::Split => (at(row + c), Some(at(row + n + c))),
+                Glu::Split | Glu::Apart => (at(row + c), Some(at(row + n + c))),
+                Glu::UpFirst => (at(row + n + c), Some(at(row + c))),
                 Glu::Interleaved => (at(row + 2 * c), Some(at(row + 2 * c + 1))),
+                other => unreachable!("no case has {other:?}"),
             };
             Bounded::activated(activation, gate, up).error
         })

@@ -1,5 +1,6 @@
 //! Checks of `hash`.
 
+use moe_kernels::In;
 use moe_kernels::reference::hash::{Hash, route};
 use moe_kernels::routers::hash::{self, HashArgs, HashBy, HashDesc};
 
@@ -10,8 +11,8 @@ use crate::timing::time;
 pub fn check(rng: &mut fastrand::Rng) {
     for (tokens, experts, top_k) in [(1, 1, 1), (300, 7, 3), (257, 64, 1), (100, 32, 32), (1000, 4096, 2)] {
         let seed = rng.u64(..);
-        case(rng, &HashDesc { tokens, experts, top_k, hash: HashBy::Mix { seed } });
-        case(rng, &HashDesc { tokens, experts, top_k, hash: HashBy::Table { vocabulary: 50 } });
+        case(rng, &HashDesc::new(tokens, experts, top_k, HashBy::Mix { seed }));
+        case(rng, &HashDesc::new(tokens, experts, top_k, HashBy::Table { vocabulary: 50 }));
     }
     balance(rng);
 }
@@ -23,9 +24,9 @@ fn launch(desc: &HashDesc, token_ids: &[i32], table: Option<&[i32]>) -> Vec<i32>
     let mut ids = Guarded::output(&stream, "ids", desc.tokens * desc.top_k);
     let mut run = || {
         ids.reset(&stream);
-        let view = table.as_ref().map(Guarded::view);
-        let args =
-            HashArgs { token_ids: &words.view(), table: view.as_ref().map(|view| view as _), ids: &mut ids.view_mut() };
+        let (words, table, mut to) = (words.view(), table.as_ref().map(Guarded::view), ids.view_mut());
+        let mut args = HashArgs::new(&words, &mut to);
+        args.table = table.as_ref().map(In::from);
         hash::forward(kernels, &stream, desc, args).unwrap();
         ids.read(&stream)
     };
@@ -51,6 +52,7 @@ fn case(rng: &mut fastrand::Rng, desc: &HashDesc) {
     let (by, table) = match desc.hash {
         HashBy::Mix { seed } => (Hash::Mix { seed }, None),
         HashBy::Table { .. } => (Hash::Table(&table), Some(table.as_slice())),
+        other => unreachable!("no case has {other:?}"),
     };
     let want = route(&token_ids, by, desc.experts, desc.top_k).unwrap();
     assert_eq!(launch(desc, &token_ids, table), want, "{desc:?}");
@@ -59,7 +61,7 @@ fn case(rng: &mut fastrand::Rng, desc: &HashDesc) {
 /// Different words spread evenly: chi-square of 64 experts over 8192 words, 63 degrees of freedom, stays below 150; a
 /// truly random function exceeds it for fewer than 1 of 10^7 seeds (Wilson-Hilferty: 6.3 standard deviations).
 fn balance(rng: &mut fastrand::Rng) {
-    let desc = HashDesc { tokens: 8192, experts: 64, top_k: 1, hash: HashBy::Mix { seed: rng.u64(..) } };
+    let desc = HashDesc::new(8192, 64, 1, HashBy::Mix { seed: rng.u64(..) });
     let token_ids: Vec<i32> = (0..8192).collect();
     let mut counts = [0.0f64; 64];
     launch(&desc, &token_ids, None).into_iter().for_each(|id| counts[id as usize] += 1.0);

@@ -4,7 +4,7 @@ use moe_kernels::Workspace;
 use moe_kernels::reference::noisy::{hierarchical as reference, noise_deviation};
 use moe_kernels::registry::{Kernel, Noisy, Spread};
 use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
-use moe_kernels::routers::noisy::NoisyLogits;
+use moe_kernels::routers::noisy::{NoisyLogits, NoisySums};
 use moe_kernels::rules::{NoiseSource, NoisyRule};
 
 use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums};
@@ -24,13 +24,12 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
             let groups = groups.min(fit);
             let tokens = if experts > 512 { tokens.min(40) } else { tokens };
             for kind in Logits::ALL {
-                let mut rule = |top_k: usize, of: usize| NoisyRule {
-                    top_k: top_k.min(of),
-                    noise_epsilon: if rng.bool() { 1e-2 } else { 0.0 },
-                    noise: NoiseSource { seed: rng.u64(..), offset: rng.u64(..) },
+                let mut rule = |top_k: usize, of: usize| {
+                    let epsilon = if rng.bool() { 1e-2 } else { 0.0 };
+                    NoisyRule::new(top_k.min(of), NoiseSource::new(rng.u64(..), rng.u64(..))).noise_epsilon(epsilon)
                 };
                 let (primary, secondary) = (rule(primary_k, groups), rule(k, experts));
-                case(variant, rng, &HierarchicalDesc { tokens, groups, experts, primary, secondary }, kind);
+                case(variant, rng, &HierarchicalDesc::new(tokens, groups, experts, primary, secondary), kind);
             }
         }
     }
@@ -49,7 +48,7 @@ struct Inputs {
 /// Both levels; the first is itself a noisy gating.
 fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let HierarchicalDesc { tokens, groups, experts, primary, secondary } = *desc;
+    let HierarchicalDesc { tokens, groups, experts, primary, secondary, .. } = *desc;
     let (all, slots) = (groups * experts, tokens * primary.top_k);
     let input = |name, values: &[f32]| Guarded::input(&stream, name, values);
     let (primary_clean, primary_raw) =
@@ -84,29 +83,23 @@ fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
             &mut first.each_mut().map(|buffer| buffer.view_mut());
         let [weights, noisy, thresholds, importance, load, losses] =
             &mut second.each_mut().map(|buffer| buffer.view_mut());
-        let args = HierarchicalArgs {
-            primary_logits: NoisyLogits::Apart { clean: &primary_clean.view(), raw: &primary_raw.view() },
-            logits: NoisyLogits::Apart { clean: &clean.view(), raw: &raw.view() },
-            primary: PrimaryOutputs {
-                ids: &mut first_ids.view_mut(),
-                weights: primary_weights,
-                counts: &mut first_counts.view_mut(),
-                importance: primary_importance,
-                load: primary_load,
-                losses: primary_losses,
-                noisy: Some(primary_noisy),
-                thresholds: Some(primary_thresholds),
-            },
-            ids: &mut ids.view_mut(),
+        let inputs = [&primary_clean, &primary_raw, &clean, &raw].map(Guarded::view);
+        let [first_ids_to, first_counts_to, ids_to, counts_to] =
+            &mut [&mut first_ids, &mut first_counts, &mut ids, &mut counts].map(Guarded::view_mut);
+        let sums = NoisySums::new(first_counts_to, primary_importance, primary_load, primary_losses);
+        let primary = PrimaryOutputs::new(first_ids_to, primary_weights, sums)
+            .noisy(primary_noisy)
+            .thresholds(primary_thresholds);
+        let args = HierarchicalArgs::new(
+            NoisyLogits::apart(&inputs[0], &inputs[1]),
+            NoisyLogits::apart(&inputs[2], &inputs[3]),
+            primary,
+            ids_to,
             weights,
-            noisy: Some(noisy),
-            thresholds: Some(thresholds),
-            counts: &mut counts.view_mut(),
-            importance,
-            load,
-            losses,
-            workspace: &mut workspace,
-        };
+            NoisySums::new(counts_to, importance, load, losses),
+            &mut workspace,
+        );
+        let args = args.noisy(noisy).thresholds(thresholds);
         hierarchical::forward(kernels, &stream, desc, args).unwrap();
         let read = |ids: &Guarded<i32>, counts: &Guarded<i32>, rest: &[Guarded<f32>; 6]| {
             let [weights, noisy, thresholds, importance, load, losses] =
@@ -126,9 +119,9 @@ fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
 
 fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: Logits) {
     let selection = hierarchical::select(desc, device::kernels().device()).unwrap();
-    assert_eq!(selection.secondary.kernel, Kernel::Noisy(variant));
+    assert_eq!(selection.secondary.kernel.variant(), Kernel::Noisy(variant));
     let name = format!("{desc:?} {kind:?}");
-    let HierarchicalDesc { tokens, groups, experts, primary, secondary } = *desc;
+    let HierarchicalDesc { tokens, groups, experts, primary, secondary, .. } = *desc;
     let inputs = Inputs {
         primary: kind.draw(rng, tokens * groups, groups),
         secondary: kind.draw(rng, tokens * groups * experts, experts),
@@ -173,8 +166,8 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: 
 
 /// Each token prefers one group and one expert in it, evenly: all four losses vanish.
 fn balanced() {
-    let rule = NoisyRule { top_k: 1, noise_epsilon: 0.0, noise: NoiseSource { seed: 5, offset: 6 } };
-    let desc = HierarchicalDesc { tokens: 96, groups: 6, experts: 4, primary: rule, secondary: rule };
+    let rule = NoisyRule::new(1, NoiseSource::new(5, 6)).noise_epsilon(0.0);
+    let desc = HierarchicalDesc::new(96, 6, 4, rule, rule);
     let prefers = |e: usize, of: usize| if e == of { 4.0f32 } else { 0.0 };
     let primary: Vec<f32> = (0..96 * 6).map(|i| prefers(i % 6, i / 6 % 6)).collect();
     let secondary: Vec<f32> = (0..96 * 24).map(|i| prefers(i % 4, i / 24 / 6 % 4)).collect();
@@ -188,8 +181,8 @@ fn balanced() {
 }
 
 fn no_tokens() {
-    let rule = NoisyRule { top_k: 1, noise_epsilon: 0.0, noise: NoiseSource { seed: 5, offset: 6 } };
-    let desc = HierarchicalDesc { tokens: 0, groups: 6, experts: 4, primary: rule, secondary: rule };
+    let rule = NoisyRule::new(1, NoiseSource::new(5, 6)).noise_epsilon(0.0);
+    let desc = HierarchicalDesc::new(0, 6, 4, rule, rule);
     let (kernels, stream) = (device::kernels(), device::stream());
     let nothing = stream.alloc_zeros::<f32>(1).unwrap();
     let mut ids = [stream.alloc_zeros::<i32>(1).unwrap(), stream.alloc_zeros::<i32>(1).unwrap()];
@@ -203,29 +196,17 @@ fn no_tokens() {
         let [primary_counts, all_counts] = &mut counts.each_mut().map(|buffer| buffer.view_mut());
         let [primary_ids, ids] = &mut ids;
         let [primary_weights, weights] = &mut weights;
-        let args = HierarchicalArgs {
-            primary_logits: NoisyLogits::Together(&nothing),
-            logits: NoisyLogits::Together(&nothing),
-            primary: PrimaryOutputs {
-                ids: primary_ids,
-                weights: primary_weights,
-                counts: primary_counts,
-                importance,
-                load,
-                losses,
-                noisy: None,
-                thresholds: None,
-            },
+        let mut workspace = Workspace::new(&stream, bytes).unwrap();
+        let sums = NoisySums::new(primary_counts, importance, load, losses);
+        let args = HierarchicalArgs::new(
+            NoisyLogits::together(&nothing),
+            NoisyLogits::together(&nothing),
+            PrimaryOutputs::new(primary_ids, primary_weights, sums),
             ids,
             weights,
-            noisy: None,
-            thresholds: None,
-            counts: all_counts,
-            importance: all_importance,
-            load: all_load,
-            losses: all_losses,
-            workspace: &mut Workspace::new(&stream, bytes).unwrap(),
-        };
+            NoisySums::new(all_counts, all_importance, all_load, all_losses),
+            &mut workspace,
+        );
         hierarchical::forward(kernels, &stream, &desc, args).unwrap();
     }
     assert!(counts.iter().all(|counts| counts.read(&stream).iter().all(|&count| count == 0)));

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use moe_kernels::reference;
-use moe_kernels::routers::jitter::{self, JitterDesc};
+use moe_kernels::routers::jitter::{self, JitterArgs, JitterDesc};
 use moe_kernels::rules::Dtype;
 use moe_kernels::rules::NoiseSource;
 
@@ -17,6 +17,7 @@ pub fn check(dtype: Dtype, rng: &mut fastrand::Rng) {
         Dtype::Bf16 => typed::<bf16>(rng),
         Dtype::F16 => typed::<f16>(rng),
         Dtype::F32 => typed::<f32>(rng),
+        other => unreachable!("no kernel has {other}"),
     }
 }
 
@@ -24,11 +25,11 @@ fn typed<T: Storage>(rng: &mut fastrand::Rng) {
     // Every length of the last part, and whole blocks.
     for elements in (1..=17).chain([2047, 2048, 2049, 40_003]) {
         for epsilon in [0.01, 0.0, 1.0] {
-            let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
-            case::<T>(rng, &JitterDesc { dtype: T::DTYPE, elements, epsilon, noise });
+            let noise = NoiseSource::new(rng.u64(..), rng.u64(..));
+            case::<T>(rng, &JitterDesc::new(T::DTYPE, elements, epsilon, noise));
         }
     }
-    case::<T>(rng, &JitterDesc { dtype: T::DTYPE, elements: 0, epsilon: 0.5, noise: NoiseSource::default() });
+    case::<T>(rng, &JitterDesc::new(T::DTYPE, 0, 0.5, NoiseSource::default()));
     factors_fill_the_interval::<T>();
 }
 
@@ -37,15 +38,15 @@ fn launch<T: Storage>(desc: &JitterDesc, x: &[T]) -> Vec<T> {
     let (kernels, stream) = (device::kernels(), device::stream());
     let input = Guarded::input(&stream, "x", x);
     let mut y = Guarded::<T>::output(&stream, "y", x.len());
-    jitter::forward(kernels, &stream, desc, &input.view(), &mut y.view_mut()).unwrap();
+    jitter::forward(kernels, &stream, desc, JitterArgs::new(&input.view(), &mut y.view_mut())).unwrap();
     input.assert_unchanged(&stream);
     let got = y.read(&stream);
     let mut same = Guarded::input(&stream, "x", x);
-    jitter::forward_in_place(kernels, &stream, desc, &mut same.view_mut()).unwrap();
+    jitter::forward(kernels, &stream, desc, JitterArgs::in_place(&mut same.view_mut())).unwrap();
     let bytes = |values: &[T]| bytemuck::cast_slice::<T, u8>(values).to_vec();
     assert!(bytes(&got) == bytes(&same.read(&stream)), "{desc:?}: in place other bits");
     time(&stream, &format!("{desc:?}"), || {
-        jitter::forward(kernels, &stream, desc, &input.view(), &mut y.view_mut()).unwrap();
+        jitter::forward(kernels, &stream, desc, JitterArgs::new(&input.view(), &mut y.view_mut())).unwrap();
     });
     got
 }
@@ -79,8 +80,8 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &JitterDesc) {
 /// 2.5e-7). Parts end between two numbers of the type.
 fn factors_fill_the_interval<T: Storage>() {
     const ELEMENTS: usize = 1 << 15;
-    let noise = NoiseSource { seed: run_seed(), offset: 4 };
-    let desc = JitterDesc { dtype: T::DTYPE, elements: ELEMENTS, epsilon: 0.5, noise };
+    let noise = NoiseSource::new(run_seed(), 4);
+    let desc = JitterDesc::new(T::DTYPE, ELEMENTS, 0.5, noise);
     let y = launch(&desc, &[T::from_f64(1.0); ELEMENTS]);
     let mut counts = [0.0f64; 16];
     for y in y {

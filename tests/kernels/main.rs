@@ -19,10 +19,14 @@ mod gating;
 mod gemm;
 mod hash;
 mod hierarchical;
+mod ids;
 mod jitter;
+mod lists;
 mod mutants;
+mod noise_state;
 mod noisy;
 mod router;
+mod rows;
 mod sampled;
 mod sinkhorn;
 mod timing;
@@ -86,9 +90,11 @@ fn check(kernel: Kernel) {
         Kernel::MeasuredGating(variant) => balance::check(variant, rng),
         Kernel::BalanceLoss => balance::check_losses(rng),
         Kernel::UpdateBias => balance::check_bias(rng),
-        Kernel::ExpertMap => expert_map::check(rng),
+        Kernel::ExpertMap { ids_bytes } => expert_map::check(ids_bytes, rng),
+        Kernel::CheckLists => lists::check(rng),
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
+        Kernel::NoiseState => noise_state::check(rng),
     }
 }
 

@@ -268,7 +268,7 @@ fn harmless(m: &Mutant) -> Option<&'static str> {
 
 /// Rows of `harmless.txt` that fit no place in any kernel.
 fn stale_rows() -> Vec<&'static str> {
-    let all: Vec<Mutant> = embedded().iter().flat_map(|e| mutants(e.name, e.ptx, usize::MAX)).collect();
+    let all: Vec<Mutant> = embedded().iter().flat_map(|e| mutants(e.name, &e.ptx(), usize::MAX)).collect();
     harmless_rows().into_iter().filter(|row| !all.iter().any(|m| row.fits(m))).map(|row| row.row).collect()
 }
 
@@ -283,8 +283,8 @@ fn patience(kernel: &str, id: usize) -> Duration {
 /// The mutants of `kernel`.
 fn of(kernel: &Kernel, limit: usize) -> Vec<Mutant> {
     let name = kernel.name();
-    let ptx = embedded().iter().find(|e| e.name == name).expect("every kernel is embedded").ptx;
-    mutants(&name, ptx, limit)
+    let ptx = embedded().iter().find(|e| e.name == name).expect("every kernel is embedded").ptx();
+    mutants(&name, &ptx, limit)
 }
 
 /// Breaks the kernels and prints what became of it: `limit` places of each kind, `all`, or for a number of seconds (`120s`) places that the

@@ -24,17 +24,17 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
         for (tokens, top_k) in [(1, 1), (37, 2), (300, 4), (70, 8), (3, 32)] {
             let tokens = if experts > 512 { tokens.min(40) } else { tokens };
             for kind in Logits::ALL {
-                let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
+                let noise = NoiseSource::new(rng.u64(..), rng.u64(..));
                 let noise_epsilon = if rng.bool() { 1e-2 } else { 0.0 };
-                let rule = NoisyRule { top_k: top_k.min(experts), noise_epsilon, noise };
-                case(variant, rng, &NoisyDesc { tokens, experts, rule }, kind);
+                let rule = NoisyRule::new(top_k.min(experts), noise).noise_epsilon(noise_epsilon);
+                case(variant, rng, &NoisyDesc::new(tokens, experts, rule), kind);
             }
         }
     }
     if variant.spread.team == 2 {
         // More tokens than blocks, so that a block goes from one to the next.
         let blocks = (variant.spread.resident_blocks() * device::kernels().device().multiprocessors) as usize;
-        case(variant, rng, &NoisyDesc { tokens: blocks + 70, experts: least, rule: rule(3, 1e-2) }, Logits::Skewed);
+        case(variant, rng, &NoisyDesc::new(blocks + 70, least, rule(3, 1e-2)), Logits::Skewed);
     }
     if most == 32 {
         pairs_come_as_often_as_the_formula_says();
@@ -97,7 +97,7 @@ impl Got {
 
 fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool) -> Got {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let NoisyDesc { tokens, experts, rule } = *desc;
+    let NoisyDesc { tokens, experts, rule, .. } = *desc;
     let both: Vec<f32> = clean.chunks(experts).zip(raw.chunks(experts)).flat_map(|(c, r)| [c, r].concat()).collect();
     let inputs = if together {
         vec![Guarded::input(&stream, "logits", &both)]
@@ -122,28 +122,19 @@ fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool) -> Got {
             .for_each(|buffer| buffer.reset(&stream));
         let views: Vec<_> = inputs.iter().map(Guarded::view).collect();
         let logits = match views.as_slice() {
-            [both] => NoisyLogits::Together(both),
-            [clean, raw] => NoisyLogits::Apart { clean, raw },
+            [both] => NoisyLogits::together(both),
+            [clean, raw] => NoisyLogits::apart(clean, raw),
             _ => unreachable!(),
         };
-        let args = NoisyArgs {
-            logits,
-            ids: &mut ids.view_mut(),
-            weights: &mut weights.view_mut(),
-            noisy: if rest { Some(&mut noisy.view_mut()) } else { None },
-            thresholds: if rest { Some(&mut thresholds.view_mut()) } else { None },
-            sums: if rest {
-                Some(NoisySums {
-                    counts: &mut counts.view_mut(),
-                    importance: &mut importance.view_mut(),
-                    load: &mut load.view_mut(),
-                    losses: &mut losses.view_mut(),
-                    workspace: &mut workspace,
-                })
-            } else {
-                None
-            },
-        };
+        let (mut to, mut weights_to) = (ids.view_mut(), weights.view_mut());
+        let (mut noisy_to, mut thresholds_to) = (noisy.view_mut(), thresholds.view_mut());
+        let (mut counts_to, mut importance_to, mut load_to, mut losses_to) =
+            (counts.view_mut(), importance.view_mut(), load.view_mut(), losses.view_mut());
+        let mut args = NoisyArgs::new(logits, &mut to, &mut weights_to);
+        if rest {
+            let sums = NoisySums::new(&mut counts_to, &mut importance_to, &mut load_to, &mut losses_to);
+            args = args.noisy(&mut noisy_to).thresholds(&mut thresholds_to).sums(sums, &mut workspace);
+        }
         noisy::forward(kernels, &stream, desc, args).unwrap();
         if !rest {
             counts.assert_unchanged(&stream);
@@ -198,7 +189,7 @@ pub fn assert_loss(name: &str, got: f32, of: &[f32]) {
 
 fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &NoisyDesc, kind: Logits) {
     let selection = noisy::select(desc, device::kernels().device(), true).unwrap();
-    assert_eq!(selection.kernel, Kernel::Noisy(variant));
+    assert_eq!(selection.kernel.variant(), Kernel::Noisy(variant));
     let name = format!("{desc:?} {kind:?}");
     let (clean, raw) = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
     let want = noisy_top_k(&clean, &raw, desc.experts, &desc.rule).unwrap();
@@ -217,7 +208,7 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &NoisyDesc, kind: Logits)
 }
 
 fn rule(top_k: usize, noise_epsilon: f32) -> NoisyRule {
-    NoisyRule { top_k, noise_epsilon, noise: NoiseSource { seed: run_seed(), offset: 17 } }
+    NoisyRule::new(top_k, NoiseSource::new(run_seed(), 17)).noise_epsilon(noise_epsilon)
 }
 
 /// Of two experts the first wins with chance `Phi((c0 - c1) / sqrt(d0^2 + d1^2))`, and so say both counts and loads.
@@ -236,7 +227,7 @@ fn pairs_come_as_often_as_the_formula_says() {
         (3.0, [2.0, 2.0]),
         (0.01, [-4.0, -4.0]),
     ] {
-        let desc = NoisyDesc { tokens: DRAWS, experts: 2, rule: rule(1, 1e-2) };
+        let desc = NoisyDesc::new(DRAWS, 2, rule(1, 1e-2));
         let got = launch(&desc, &[difference, 0.0].repeat(DRAWS), &raw.repeat(DRAWS), false);
         let [d0, d1] = raw.map(|raw| f64::from(raw).exp().ln_1p() + 1e-2);
         let p = normal_cdf(f64::from(difference) / (d0 * d0 + d1 * d1).sqrt());
@@ -251,7 +242,7 @@ fn pairs_come_as_often_as_the_formula_says() {
 /// (its tail there is 1.2e-7). Mean and variance likewise within 5 standard errors.
 fn noise_is_normal() {
     const TOKENS: usize = 4096;
-    let desc = NoisyDesc { tokens: TOKENS, experts: 32, rule: rule(1, 0.0) };
+    let desc = NoisyDesc::new(TOKENS, 32, rule(1, 0.0));
     let n = TOKENS * 32;
     // softplus(ln(e - 1)) = 1
     let raw = (std::f64::consts::E - 1.0).ln() as f32;
@@ -282,7 +273,7 @@ fn noise_is_normal() {
 /// The paper's losses vanish when all experts get the same, and reach E - 1 when one gets everything.
 fn losses_of_a_balanced_and_of_a_one_sided_router() {
     for experts in [4, 12, 30] {
-        let desc = NoisyDesc { tokens: 10 * experts, experts, rule: rule(1, 0.0) };
+        let desc = NoisyDesc::new(10 * experts, experts, rule(1, 0.0));
         let n = desc.tokens * experts;
         let prefers =
             |t: usize, e: usize, balanced: bool| if e == if balanced { t % experts } else { 3 } { 4.0 } else { 0.0 };
@@ -302,7 +293,7 @@ fn losses_of_a_balanced_and_of_a_one_sided_router() {
 
 fn no_tokens() {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let desc = NoisyDesc { tokens: 0, experts: 5, rule: rule(2, 0.0) };
+    let desc = NoisyDesc::new(0, 5, rule(2, 0.0));
     let nothing: CudaSlice<f32> = stream.alloc_zeros(1).unwrap();
     let mut ids = Guarded::<i32>::output(&stream, "ids", 1);
     let mut weights = Guarded::<f32>::output(&stream, "weights", 1);
@@ -311,20 +302,13 @@ fn no_tokens() {
     let mut load = Guarded::<f32>::output(&stream, "load", 5);
     let mut losses = Guarded::<f32>::output(&stream, "losses", 2);
     let bytes = noisy::workspace_bytes(&desc, kernels.device()).unwrap();
-    let args = NoisyArgs {
-        logits: NoisyLogits::Together(&nothing),
-        ids: &mut ids.view_mut(),
-        weights: &mut weights.view_mut(),
-        noisy: None,
-        thresholds: None,
-        sums: Some(NoisySums {
-            counts: &mut counts.view_mut(),
-            importance: &mut importance.view_mut(),
-            load: &mut load.view_mut(),
-            losses: &mut losses.view_mut(),
-            workspace: &mut Workspace::new(&stream, bytes).unwrap(),
-        }),
-    };
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let (mut to, mut weights_to) = (ids.view_mut(), weights.view_mut());
+    let (mut counts_to, mut importance_to, mut load_to, mut losses_to) =
+        (counts.view_mut(), importance.view_mut(), load.view_mut(), losses.view_mut());
+    let sums = NoisySums::new(&mut counts_to, &mut importance_to, &mut load_to, &mut losses_to);
+    let logits = NoisyLogits::together(&nothing);
+    let args = NoisyArgs::new(logits, &mut to, &mut weights_to).sums(sums, &mut workspace);
     noisy::forward(kernels, &stream, &desc, args).unwrap();
     ids.assert_unchanged(&stream);
     assert_eq!(counts.read(&stream), [0; 5]);
@@ -334,7 +318,7 @@ fn no_tokens() {
 
 /// Close to 2^20 tokens: the first and the last are those of the reference, and every token is counted.
 fn many_tokens(rng: &mut fastrand::Rng) {
-    let desc = NoisyDesc { tokens: (1 << 20) - 3, experts: 4, rule: rule(1, 1e-2) };
+    let desc = NoisyDesc::new((1 << 20) - 3, 4, rule(1, 1e-2));
     let (kernels, stream) = (device::kernels(), device::stream());
     let (clean, raw) = Logits::Skewed.draw(rng, desc.tokens * 4, 4);
     let (device_clean, device_raw) = (stream.clone_htod(&clean).unwrap(), stream.clone_htod(&raw).unwrap());
@@ -345,20 +329,13 @@ fn many_tokens(rng: &mut fastrand::Rng) {
     let mut load = Guarded::<f32>::output(&stream, "load", 4);
     let mut losses = Guarded::<f32>::output(&stream, "losses", 2);
     let bytes = noisy::workspace_bytes(&desc, kernels.device()).unwrap();
-    let args = NoisyArgs {
-        logits: NoisyLogits::Apart { clean: &device_clean, raw: &device_raw },
-        ids: &mut ids.view_mut(),
-        weights: &mut weights.view_mut(),
-        noisy: None,
-        thresholds: None,
-        sums: Some(NoisySums {
-            counts: &mut counts.view_mut(),
-            importance: &mut importance.view_mut(),
-            load: &mut load.view_mut(),
-            losses: &mut losses.view_mut(),
-            workspace: &mut Workspace::new(&stream, bytes).unwrap(),
-        }),
-    };
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let (mut to, mut weights_to) = (ids.view_mut(), weights.view_mut());
+    let (mut counts_to, mut importance_to, mut load_to, mut losses_to) =
+        (counts.view_mut(), importance.view_mut(), load.view_mut(), losses.view_mut());
+    let sums = NoisySums::new(&mut counts_to, &mut importance_to, &mut load_to, &mut losses_to);
+    let logits = NoisyLogits::apart(&device_clean, &device_raw);
+    let args = NoisyArgs::new(logits, &mut to, &mut weights_to).sums(sums, &mut workspace);
     noisy::forward(kernels, &stream, &desc, args).unwrap();
     let want = noisy_top_k(&clean, &raw, 4, &desc.rule).unwrap();
     assert!(ids.read(&stream) == want.ids, "ids of many tokens");

@@ -1,10 +1,10 @@
 //! Checks of `router_*`.
 
 use half::{bf16, f16};
-use moe_kernels::reference;
 use moe_kernels::registry::{Kernel, Router, RouterShape};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::rules::Dtype;
+use moe_kernels::{In, reference};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Storage, assert_sums, to_f64};
@@ -19,6 +19,7 @@ pub fn check(variant: Router, rng: &mut fastrand::Rng) {
         (Dtype::F16, Dtype::F16) => check_as::<f16, f16>(variant, rng),
         (Dtype::F16, _) => check_as::<f16, f32>(variant, rng),
         (Dtype::F32, _) => check_as::<f32, f32>(variant, rng),
+        (other, _) => unreachable!("no kernel has {other}"),
     }
 }
 
@@ -58,21 +59,18 @@ fn case<X: Storage, W: Storage>(
     let bound = |i: usize| Arithmetic::Fma.sum_bound(hidden + 1, want[i], magnitudes[i], squares[i].sqrt());
     let bounds: Vec<f64> = (0..want.len()).map(bound).collect();
 
-    let desc = RouterDesc { x: variant.x, weight: variant.weight, tokens, experts, hidden };
-    let selected = router::select(&desc, kernels.device()).unwrap().kernel;
+    let desc = RouterDesc::new(variant.x, tokens, experts, hidden).weight(variant.weight);
+    let selected = router::select(&desc, kernels.device()).unwrap().kernel.variant();
     assert_eq!(selected, Kernel::Router(variant), "{name}: the shape does not test this variant");
     let x = Guarded::input(&stream, "x", &x);
     let weight = Guarded::input(&stream, "weight", &weight);
     let bias = bias.map(|values| Guarded::input(&stream, "bias", &values));
     let mut logits = Guarded::<f32>::output(&stream, "logits", tokens * experts);
     let launch = |logits: &mut Guarded<f32>| {
-        let bias = bias.as_ref().map(Guarded::view);
-        let args = RouterArgs {
-            x: &x.view(),
-            weight: &weight.view(),
-            bias: bias.as_ref().map(|view| view as _),
-            logits: &mut logits.view_mut(),
-        };
+        let (x, weight, bias, mut logits) =
+            (x.view(), weight.view(), bias.as_ref().map(Guarded::view), logits.view_mut());
+        let mut args = RouterArgs::new(&x, &weight, &mut logits);
+        args.bias = bias.as_ref().map(In::from);
         router::forward(kernels, &stream, &desc, args).unwrap()
     };
     launch(&mut logits);

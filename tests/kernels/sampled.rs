@@ -19,17 +19,17 @@ pub fn check(variant: Spread, rng: &mut fastrand::Rng) {
         for (tokens, top_k) in [(1, 1), (37, 2), (300, 3), (70, 8), (20, 32)] {
             let tokens = if experts > 512 { tokens.min(40) } else { tokens };
             for kind in Logits::ALL {
-                let noise = NoiseSource { seed: rng.u64(..), offset: rng.u64(..) };
+                let noise = NoiseSource::new(rng.u64(..), rng.u64(..));
                 let inverse_temperature = [1.0, 0.5, 40.0, 0.0][rng.usize(..4)];
-                let rule = SamplingRule { top_k: top_k.min(experts), inverse_temperature, noise };
-                case(variant, rng, &SampledDesc { tokens, experts, rule }, kind);
+                let rule = SamplingRule::new(top_k.min(experts), noise).inverse_temperature(inverse_temperature);
+                case(variant, rng, &SampledDesc::new(tokens, experts, rule), kind);
             }
         }
     }
     if variant.team == 2 {
         // More tokens than blocks, so that a block goes from one to the next.
         let blocks = 4 * (variant.resident_blocks() * device::kernels().device().multiprocessors) as usize;
-        case(variant, rng, &SampledDesc { tokens: blocks + 70, experts: least, rule: rule(3, 1.0) }, Logits::Skewed);
+        case(variant, rng, &SampledDesc::new(blocks + 70, least, rule(3, 1.0)), Logits::Skewed);
     }
     if most == 32 {
         pairs_come_as_often_as_the_formula_says();
@@ -66,14 +66,13 @@ fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
     let mut run = |rest: bool| {
         ids.reset(&stream);
         [&mut weights, &mut logs, &mut entropy, &mut perturbed].into_iter().for_each(|buffer| buffer.reset(&stream));
-        let args = SampledArgs {
-            logits: &input.view(),
-            ids: &mut ids.view_mut(),
-            weights: &mut weights.view_mut(),
-            log_probabilities: if rest { Some(&mut logs.view_mut()) } else { None },
-            entropy: if rest { Some(&mut entropy.view_mut()) } else { None },
-            perturbed: if rest { Some(&mut perturbed.view_mut()) } else { None },
-        };
+        let (logits, mut to, mut weights_to) = (input.view(), ids.view_mut(), weights.view_mut());
+        let (mut logs_to, mut entropy_to, mut perturbed_to) =
+            (logs.view_mut(), entropy.view_mut(), perturbed.view_mut());
+        let mut args = SampledArgs::new(&logits, &mut to, &mut weights_to);
+        if rest {
+            args = args.log_probabilities(&mut logs_to).entropy(&mut entropy_to).perturbed(&mut perturbed_to);
+        }
         sampled::forward(kernels, &stream, desc, args).unwrap();
         if !rest {
             [&logs, &entropy, &perturbed].into_iter().for_each(|buffer| buffer.assert_unchanged(&stream));
@@ -105,7 +104,7 @@ fn assert_logarithms(name: &str, got: &[f32], want: &[f64]) {
 
 fn case(variant: Spread, rng: &mut fastrand::Rng, desc: &SampledDesc, kind: Logits) {
     let selection = sampled::select(desc, device::kernels().device()).unwrap();
-    assert_eq!(selection.kernel, Kernel::Sampled(variant));
+    assert_eq!(selection.kernel.variant(), Kernel::Sampled(variant));
     let name = format!("{desc:?} {kind:?}");
     let (logits, _) = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
     let want = gumbel_top_k(&logits, desc.experts, &desc.rule).unwrap();
@@ -118,7 +117,7 @@ fn case(variant: Spread, rng: &mut fastrand::Rng, desc: &SampledDesc, kind: Logi
 }
 
 fn rule(top_k: usize, inverse_temperature: f32) -> SamplingRule {
-    SamplingRule { top_k, inverse_temperature, noise: NoiseSource { seed: run_seed(), offset: 23 } }
+    SamplingRule::new(top_k, NoiseSource::new(run_seed(), 23)).inverse_temperature(inverse_temperature)
 }
 
 /// Ordered pairs of 4 experts: `P(a, b) = p_a p_b / (1 - p_a)`. Chi-square of 11 degrees of freedom exceeds 52 for fewer than 1 of 10^6 seeds
@@ -127,7 +126,7 @@ fn pairs_come_as_often_as_the_formula_says() {
     const DRAWS: usize = 16384;
     let p = [0.4f64, 0.3, 0.2, 0.1];
     let logits: Vec<f32> = p.iter().map(|p| (p.ln() / 2.0) as f32).collect();
-    let desc = SampledDesc { tokens: DRAWS, experts: 4, rule: rule(2, 2.0) };
+    let desc = SampledDesc::new(DRAWS, 4, rule(2, 2.0));
     let got = launch(&desc, &logits.repeat(DRAWS));
     let mut chi_square = 0.0;
     for a in 0..4 {
@@ -148,35 +147,28 @@ fn pairs_come_as_often_as_the_formula_says() {
 }
 
 fn certain_and_even_policies() {
-    let certain =
-        launch(&SampledDesc { tokens: 1, experts: 4, rule: rule(2, 1e3) }, &[0.0, 5.0, 1.0, f32::NEG_INFINITY]);
+    let certain = launch(&SampledDesc::new(1, 4, rule(2, 1e3)), &[0.0, 5.0, 1.0, f32::NEG_INFINITY]);
     assert_eq!((certain.ids, certain.weights), (vec![1, 2], vec![1.0, 0.0]));
     // What is left after the first draw is as certain, though the policy gives it nothing.
     assert_eq!((certain.log_probabilities, certain.entropy), (vec![0.0, 0.0], vec![0.0]));
-    let even = launch(&SampledDesc { tokens: 1, experts: 4, rule: rule(4, 0.0) }, &[0.0, 5.0, 1.0, 2.0]);
+    let even = launch(&SampledDesc::new(1, 4, rule(4, 0.0)), &[0.0, 5.0, 1.0, 2.0]);
     for (log, left) in even.log_probabilities.iter().zip([4f32, 3.0, 2.0, 1.0]) {
         assert!(f64::from((log + left.ln()).abs()) <= LOGARITHMS, "{log}");
     }
-    let desc = SampledDesc { tokens: 0, experts: 4, rule: rule(2, 1.0) };
+    let desc = SampledDesc::new(0, 4, rule(2, 1.0));
     assert!(launch(&desc, &[]).ids.is_empty());
 }
 
 /// Close to 2^20 tokens.
 fn many_tokens(rng: &mut fastrand::Rng) {
-    let desc = SampledDesc { tokens: (1 << 20) - 5, experts: 3, rule: rule(1, 1.0) };
+    let desc = SampledDesc::new((1 << 20) - 5, 3, rule(1, 1.0));
     let (logits, _) = Logits::Skewed.draw(rng, desc.tokens * 3, 3);
     let stream = device::stream();
     let input = stream.clone_htod(&logits).unwrap();
     let mut ids = Guarded::<i32>::output(&stream, "ids", desc.tokens);
     let mut weights = Guarded::<f32>::output(&stream, "weights", desc.tokens);
-    let args = SampledArgs {
-        logits: &input,
-        ids: &mut ids.view_mut(),
-        weights: &mut weights.view_mut(),
-        log_probabilities: None,
-        entropy: None,
-        perturbed: None,
-    };
+    let (mut to, mut weights_to) = (ids.view_mut(), weights.view_mut());
+    let args = SampledArgs::new(&input, &mut to, &mut weights_to);
     sampled::forward(device::kernels(), &stream, &desc, args).unwrap();
     let want = gumbel_top_k(&logits, 3, &desc.rule).unwrap();
     assert!(ids.read(&stream) == want.ids, "ids of many tokens");

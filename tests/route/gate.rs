@@ -79,7 +79,7 @@ impl Case {
         let mut flags = u32::from(rule.renormalise.is_some());
         if groups.count > 1 {
             let by_score = terms > 1 && rule.score != Score::TopkSoftmax;
-            flags |= u32::from(by_score) * BY_SCORE | terms << GROUP_TERMS;
+            flags |= (u32::from(by_score) * BY_SCORE) | (terms << GROUP_TERMS);
         }
         let mut args = vec![
             Arg::In(&logits),

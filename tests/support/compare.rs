@@ -146,8 +146,8 @@ impl Arithmetic {
     /// n additions whose partial sums grow as a random walk does, to `root` if nothing is known of it, or straight to `value`,
     /// each off by `UNIT / sqrt(3)`, have `sqrt(n / 6) UNIT` times that. Neither asks whether the terms cancel.
     ///
-    /// - 3xTF32: of `a b` is lost `small small`, 2^-22, and the last bit of either small part, 2^-23 each: 8 units at most, and at
-    ///   uniformly distributed mantissas below 2 in the root mean square. A stage adds 32 products from zero, then one sum for each
+    /// - 3xTF32: of `a b` is lost `small small`, 2^-20, and the last bits of either small part, 2^-22 each: 24 units at most, and at
+    ///   uniformly distributed mantissas below 3.5 in the root mean square. A stage adds 32 products from zero, then one sum for each
     ///   stage joins the accumulator.
     /// - Tensor cores cut where f32 rounds: a unit for each instruction (a depth of 16, or 8 of TF32), towards zero. Of a
     ///   stage that starts from zero signs are random, of one accumulator they are not.
@@ -156,7 +156,7 @@ impl Arithmetic {
         let (product, product_root, additions, cut) = match self {
             Arithmetic::Fma => (0.0, 0.0, n, 0.0),
             Arithmetic::Mma16 => (0.0, 0.0, n, (n / 16.0).ceil()),
-            Arithmetic::Tf32x3 => (8.0, 2.0, 32f64.min(n) + n / 32.0, 4.0),
+            Arithmetic::Tf32x3 => (24.0, 3.5, 32f64.min(n) + n / 32.0, 4.0),
         };
         let never = (product + additions + cut) * magnitude;
         let walk = root.hypot(value);
@@ -194,11 +194,16 @@ impl Bounded {
             }
         }
         let own = value.abs() * UNIT * (1.0 + activation_units(activation, gate.value));
+        let tail = if activation == Activation::Gelu && gate.value - gate.error < -6.0 { GELU_TAIL } else { 0.0 };
+        let own = own + tail * up.map_or(1.0, |up| up.value.abs() + up.error);
         // The reference's 1 + erf and 1 + tanh keep no more of a small value than f64 has beside 1.
         let reference = f64::EPSILON * gate.value.abs() * up.map_or(1.0, |up| 1.0 + up.value.abs());
         Bounded { value, error: moved + own + reference }
     }
 }
+
+/// Most by which gelu is off below -6, where its polynomial was not fitted: largest at -6.4, of a value of -5e-10.
+const GELU_TAIL: f64 = 2e-14;
 
 /// By how many units relative to its value an activation of `kernels/common/activation` is off.
 ///

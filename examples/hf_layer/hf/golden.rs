@@ -163,5 +163,6 @@ fn reference_layer<'a, T: Element + reference::Real>(
         activation: mlp.activation,
         down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down.layout),
         shared,
+        shared_gate: None,
     }
 }

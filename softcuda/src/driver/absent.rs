@@ -46,8 +46,6 @@ absent! {
     cuCtxAttach
     cuCtxDetach
     cuCtxFromGreenCtx
-    cuCtxGetDevResource
-    cuCtxGetExecAffinity
     cuCtxGetSharedMemConfig
     cuCtxRecordEvent
     cuCtxResetPersistingL2Cache

@@ -57,6 +57,7 @@ mod proc_address;
 mod profile;
 mod queue;
 mod registered;
+mod share;
 mod status;
 mod stream;
 mod tally;

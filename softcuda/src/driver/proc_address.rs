@@ -9,7 +9,7 @@ use super::{
     api, capture, context, copy, event, export_table, function, graph, graph_nodes, init, launch, managed, memory,
     module, occupancy, out,
 };
-use super::{library, link, memops, peer, pitched, pool, registered, status, stream};
+use super::{library, link, memops, peer, pitched, pool, registered, share, status, stream};
 
 /// Name without version suffix, the CUDA version (1000 * major + 10 * minor) from which that name means this entry point,
 /// and the entry point.
@@ -134,6 +134,10 @@ entries! {
         "cuCtxSetLimit" 2000 cuCtxSetLimit,
         "cuCtxGetCacheConfig" 2000 cuCtxGetCacheConfig,
         "cuCtxSetCacheConfig" 2000 cuCtxSetCacheConfig,
+    }
+    share {
+        "cuCtxGetDevResource" 12040 cuCtxGetDevResource,
+        "cuCtxGetExecAffinity" 11040 cuCtxGetExecAffinity,
     }
     stream {
         "cuStreamCreate" 2000 cuStreamCreate,

@@ -2,7 +2,7 @@
 
 use crate::routers::noisy::{NoisyLogits, NoisySums};
 use crate::runtime::builder::buffers;
-use crate::{Out, Workspace};
+use crate::{In, Out, Workspace};
 
 /// Which groups tokens go to, and the sums of it.
 #[non_exhaustive]
@@ -52,6 +52,8 @@ pub struct HierarchicalArgs<'a> {
     /// `[G, E]` each, and `[2]`, written: slots of each expert, `Importance_H(X)`, `Load_H(X)`, and the squares of their coefficients of
     /// variation.
     pub sums: NoisySums<'a>,
+    /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Both levels take it. Absent, seed and offset of the two rules are all there is.
+    pub noise_state: Option<In<'a, u64>>,
     /// At least [`super::workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
@@ -76,9 +78,10 @@ impl<'a> HierarchicalArgs<'a> {
             noisy: None,
             thresholds: None,
             sums,
+            noise_state: None,
             workspace,
         }
     }
 }
 
-buffers!(HierarchicalArgs<'a> { noisy: Out<f32>, thresholds: Out<f32> });
+buffers!(HierarchicalArgs<'a> { noisy: Out<f32>, thresholds: Out<f32>, noise_state: In<u64> });

@@ -268,6 +268,7 @@ pub fn forward(
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let noisy = scope.write_some("noisy", args.noisy, slots * experts, SCALAR)?;
     let thresholds = scope.write_some("thresholds", args.thresholds, slots * 2, SCALAR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let workspace = args.workspace.open(&scope, regions.bytes)?;
     let place = |region: Region| workspace.address().offset(region.offset);
     let at = noisy::Addresses {
@@ -276,6 +277,7 @@ pub fn forward(
         weights: primary_weights.address(),
         noisy: optional(&primary_noisy),
         thresholds: optional(&primary_thresholds),
+        noise_state: optional(&noise_state),
         sums: Some(sum_addresses(&primary_sums, place(regions.shared))),
     };
     noisy::enqueue(&scope, &desc.primary_desc(), &selection.primary, at)?;
@@ -299,6 +301,7 @@ pub fn forward(
         weights: weights.address(),
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
+        noise_state: optional(&noise_state),
         sums: None,
     };
     let [_, _, primary_load, _] = &primary_sums;
@@ -356,6 +359,7 @@ fn params<'a>(
         seed_hi,
         offset_lo,
         offset_hi,
+        noise_state: at.noise_state.into(),
         counts: sums.counts.into(),
         importance: sums.importance.into(),
         load: sums.load.into(),

@@ -9,7 +9,7 @@ use crate::{In, Out, Workspace};
 pub struct Totals<'a> {
     /// `[E]`, written: slots that chose the expert.
     pub counts: Out<'a, i32>,
-    /// `[E]`, written or added to: slots that count for the loss, all or first choices.
+    /// `[E]`, written or added to: slots that count for the loss: all, first choices, or those of largest score.
     pub loss_counts: Out<'a, i32>,
     /// `[E]`, written or added to: sums of probabilities.
     pub probability: Out<'a, f32>,

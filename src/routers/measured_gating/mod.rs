@@ -137,6 +137,10 @@ impl MeasuredGatingDesc {
             let supported = "LossScore::Softmax, or Score::Sigmoid for the gating too";
             return Err(Error::unsupported(OPERATION, "rule.score", supported, "LossScore::Sigmoid"));
         }
+        if self.rule.unbiased && self.rule.first_choice_only {
+            let supported = "one of it and first_choice_only";
+            return Err(Error::unsupported(OPERATION, "rule.unbiased", supported, true));
+        }
         let tokens = self.earlier_tokens.saturating_add(self.gating.tokens);
         shape::size(OPERATION, "earlier_tokens", tokens).map(drop)
     }
@@ -268,6 +272,7 @@ struct Addresses<'a> {
 const FIRST_CHOICE_ONLY: u32 = 4;
 const SIGMOID: u32 = 8;
 const ADDS: u32 = 16;
+const UNBIASED: u32 = 128;
 
 fn enqueue(
     scope: &Scope<'_>,
@@ -281,6 +286,9 @@ fn enqueue(
     let RuleWords { mut flags, groups, groups_kept, scale, epsilon } = RuleWords::new(&gating.gating);
     if desc.rule.first_choice_only {
         flags |= FIRST_CHOICE_ONLY;
+    }
+    if desc.rule.unbiased {
+        flags |= UNBIASED;
     }
     if desc.rule.score == LossScore::Sigmoid {
         flags |= SIGMOID;
@@ -348,6 +356,7 @@ mod tests {
         assert_eq!(fault(&|d| d.rule.tokens_per_sequence = 0), "rule.tokens_per_sequence");
         assert_eq!(fault(&|d| d.rule.capacity = Some(0)), "rule.capacity");
         assert_eq!(fault(&|d| d.rule.score = LossScore::Sigmoid), "rule.score");
+        assert_eq!(fault(&|d| d.rule = d.rule.unbiased(true).first_choice_only(true)), "rule.unbiased");
         assert_eq!(fault(&|d| d.earlier_tokens = i32::MAX as usize), "earlier_tokens");
         let small = DeviceInfo { shared_bytes_per_block: 64 << 10, ..A100 };
         let wide = MeasuredGatingDesc { gating: GatingDesc { experts: 4096, ..desc().gating }, ..desc() };

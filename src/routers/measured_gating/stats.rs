@@ -17,7 +17,8 @@ pub struct RouterStats {
     pub max_load: u32,
     /// `E sum_e f_e P_e` of the totals (Switch Transformers, eq. 4 to 6; Mixtral over all layers): 1 for balanced first choices.
     pub balance_loss: f32,
-    /// Mean over sequences of `sum_e f_e P_e` (DeepSeek-V3, eq. 17 to 20): 1 when balanced.
+    /// Mean over sequences of `sum_e f_e P_e` (DeepSeek-V3, eq. 17 to 20; with [`crate::rules::BalanceRule::unbiased`] where a correction bias
+    /// has a say in the choice): 1 when balanced.
     pub sequence_loss: f32,
     /// Mean of the squared log-sum-exp (ST-MoE, eq. 5).
     pub z_loss: f32,
@@ -25,7 +26,7 @@ pub struct RouterStats {
     pub entropy: f32,
     /// Squared coefficient of variation of the sums of weights (Shazeer et al. 2017, eq. 6 and 7).
     pub importance_cv2: f32,
-    /// The same of the counts.
+    /// The same of the counts, which stand for Shazeer et al.'s smooth load where there is no noise.
     pub load_cv2: f32,
     /// Slots of the fullest expert over the mean: 1 when balanced.
     pub max_over_mean: f32,

@@ -68,6 +68,8 @@ pub struct NoisyArgs<'a> {
     /// `[T, 2]`, written: the k-th and the k+1-th largest `H`, -Inf where there is none; a kept expert's load compares with the second,
     /// another's with the first.
     pub thresholds: Option<Out<'a, f32>>,
+    /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Absent, the rule's seed and offset are all there is.
+    pub noise_state: Option<In<'a, u64>>,
     /// Sums and losses, with a workspace of at least [`super::workspace_bytes`]. Without them nothing is summed, and more blocks run at once.
     pub sums: Option<(NoisySums<'a>, &'a mut Workspace)>,
 }
@@ -79,7 +81,15 @@ impl<'a> NoisyArgs<'a> {
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
     ) -> NoisyArgs<'a> {
-        NoisyArgs { logits, ids: ids.into(), weights: weights.into(), noisy: None, thresholds: None, sums: None }
+        NoisyArgs {
+            logits,
+            ids: ids.into(),
+            weights: weights.into(),
+            noisy: None,
+            thresholds: None,
+            noise_state: None,
+            sums: None,
+        }
     }
 
     /// With [`sums`](Self#structfield.sums).
@@ -90,4 +100,4 @@ impl<'a> NoisyArgs<'a> {
     }
 }
 
-buffers!(NoisyArgs<'a> { noisy: Out<f32>, thresholds: Out<f32> });
+buffers!(NoisyArgs<'a> { noisy: Out<f32>, thresholds: Out<f32>, noise_state: In<u64> });

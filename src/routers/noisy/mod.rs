@@ -176,12 +176,14 @@ pub fn forward(
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let noisy = scope.write_some("noisy", args.noisy, tokens * experts, SCALAR)?;
     let thresholds = scope.write_some("thresholds", args.thresholds, tokens * 2, SCALAR)?;
+    let noise_state = scope.read_noise_state(args.noise_state)?;
     let at = Addresses {
         logits: logits.addresses(),
         ids: ids.address(),
         weights: weights.address(),
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
+        noise_state: optional(&noise_state),
         sums: sums.as_ref().map(HeldSums::addresses),
     };
     enqueue(&scope, desc, &selection, at)
@@ -275,6 +277,7 @@ pub(crate) struct Addresses<'a> {
     pub(crate) weights: Address<'a>,
     pub(crate) noisy: Option<Address<'a>>,
     pub(crate) thresholds: Option<Address<'a>>,
+    pub(crate) noise_state: Option<Address<'a>>,
     pub(crate) sums: Option<SumAddresses<'a>>,
 }
 
@@ -309,6 +312,7 @@ fn params<'a>(desc: &NoisyDesc, parts: u32, at: Addresses<'a>) -> NoisyParams<'a
         seed_hi,
         offset_lo,
         offset_hi,
+        noise_state: at.noise_state.into(),
         counts: at.sums.map(|sums| sums.counts).into(),
         importance: at.sums.map(|sums| sums.importance).into(),
         load: at.sums.map(|sums| sums.load).into(),

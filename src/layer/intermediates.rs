@@ -1,0 +1,80 @@
+//! What stands between the products: in the caller's buffers, which a backward pass reads, else in the workspace.
+
+use super::OPERATION;
+use super::desc::{LayerDesc, Mlp};
+use super::experts::Regions;
+use crate::experts::dispatched::SlotShape;
+use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
+use crate::{Error, Out};
+
+/// The caller's buffers.
+pub(super) struct Intermediates<'a, T> {
+    pub(super) hidden: Option<Out<'a, T>>,
+    pub(super) pre_activation: Option<Out<'a, T>>,
+    pub(super) shared_hidden: Option<Out<'a, T>>,
+    pub(super) shared_pre_activation: Option<Out<'a, T>>,
+}
+
+impl<'a, T> Intermediates<'a, T> {
+    /// Opens what is given, for the rows of a dispatch.
+    pub(super) fn open<'b>(
+        self,
+        scope: &Scope<'b>,
+        desc: &LayerDesc,
+        rows: &SlotShape,
+    ) -> Result<HeldIntermediates<'b>, Error>
+    where
+        'a: 'b,
+    {
+        if desc.shared.is_none() {
+            let given =
+                [("shared_hidden", &self.shared_hidden), ("shared_pre_activation", &self.shared_pre_activation)];
+            if let Some((argument, _)) = given.into_iter().find(|(_, buffer)| buffer.is_some()) {
+                let reason = "the descriptor has no shared expert";
+                return Err(Error::Unexpected { operation: OPERATION, argument, reason });
+            }
+        }
+        let write = |argument, buffer, elements| scope.write_some(argument, buffer, elements, VECTOR);
+        let before = |mlp: &Mlp, hidden: usize| if mlp.gate_up.glu.is_gated() { 2 * hidden } else { hidden };
+        let hidden = rows.slots * desc.intermediate;
+        let (shared_hidden, shared_before) = desc.shared.map_or((0, 0), |shared| {
+            let hidden = rows.tokens * shared.intermediate;
+            (hidden, before(&shared.mlp, hidden))
+        });
+        Ok(HeldIntermediates {
+            hidden: write("hidden", self.hidden, hidden)?,
+            pre_activation: write("pre_activation", self.pre_activation, before(&desc.mlp, hidden))?,
+            shared_hidden: write("shared_hidden", self.shared_hidden, shared_hidden)?,
+            shared_pre_activation: write("shared_pre_activation", self.shared_pre_activation, shared_before)?,
+        })
+    }
+}
+
+/// [`Intermediates`] opened for writing.
+pub(super) struct HeldIntermediates<'a> {
+    hidden: Option<Held<'a>>,
+    pre_activation: Option<Held<'a>>,
+    shared_hidden: Option<Held<'a>>,
+    shared_pre_activation: Option<Held<'a>>,
+}
+
+impl HeldIntermediates<'_> {
+    /// Where each lies; what the products need and nobody gave, in the workspace.
+    pub(super) fn addresses<'a>(&'a self, workspace: &'a Held<'_>, regions: Regions) -> IntermediateAddresses<'a> {
+        IntermediateAddresses {
+            hidden: optional(&self.hidden).unwrap_or_else(|| workspace.at(regions.hidden)),
+            pre_activation: optional(&self.pre_activation),
+            shared_hidden: optional(&self.shared_hidden).unwrap_or_else(|| workspace.at(regions.shared_hidden)),
+            shared_pre_activation: optional(&self.shared_pre_activation),
+        }
+    }
+}
+
+/// Addresses of what stands between the products.
+#[derive(Clone, Copy)]
+pub(super) struct IntermediateAddresses<'a> {
+    pub(super) hidden: Address<'a>,
+    pub(super) pre_activation: Option<Address<'a>>,
+    pub(super) shared_hidden: Address<'a>,
+    pub(super) shared_pre_activation: Option<Address<'a>>,
+}
