@@ -206,7 +206,7 @@ def one_shape(model, tokens, weights, cache):
     router, gate_up, down = weights
     number, k, hidden, width = (model[name] for name in ("experts", "top_k", "hidden", "intermediate"))
     slots = tokens * k
-    touched = 2 * (min(number, slots) * 3 * hidden * width + slots * (hidden + width))
+    touched = 2 * (min(number, slots) * hidden * width + slots * (hidden + width))
     sets = max(2, min(MOST_SETS, -(-CACHES_OF_A_ROUND * cache // touched)))
     inputs = [torch.empty(tokens, hidden, dtype=BF16, device=DEVICE).normal_() for _ in range(sets)]
     choices = [route(x, router, k) for x in inputs]

@@ -37,7 +37,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 /// Timed first, whatever else is asked for.
 const FIRST: [&str; 5] = ["qwen3-30b-a3b", "mixtral-8x7b", "sonic-n1024", "deepseek-v3", "gpt-oss-20b"];
 
-/// A pass's share of the second cache, so that what one set leaves there is gone when its turn comes again.
+/// Sizes of the second cache that one product of all sets touches, so that what one set leaves there is gone when its turn comes again.
 const CACHES_OF_A_ROUND: f64 = 4.0;
 const MOST_SETS: usize = 32;
 
@@ -155,15 +155,19 @@ fn run(options: &Options) -> Result<usize> {
                 report.skip(&name, &reason);
                 stream.synchronize().map_err(|fault| format!("{name}: {reason}; the device is lost: {fault}"))?;
             }
-            if let Some(path) = &options.json {
-                report.write(path).map_err(|error| format!("{}: {error}", path.display()))?;
-            }
+            write(&report, options)?;
         }
     }
+    write(&report, options)?;
     if failed > 0 {
         return Err(format!("{failed} shapes failed").into());
     }
     Ok(report.skipped())
+}
+
+fn write(report: &Report, options: &Options) -> Result<()> {
+    let Some(path) = &options.json else { return Ok(()) };
+    Ok(report.write(path).map_err(|error| format!("{}: {error}", path.display()))?)
 }
 
 /// Lines for whoever reads the results elsewhere.
@@ -220,7 +224,8 @@ fn one<'a>(
     let l2 = f64::from(stream.context().attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?);
     let most = shape.experts.min(tokens * shape.top_k) as f64;
     let mut batch = Batch { shape: *shape, tokens, gated: model.gated() as f64, live_experts: most };
-    let touched = batch.gate_up().bytes() + batch.down().bytes();
+    // By the lesser of the two products, so that both find a cold cache.
+    let touched = batch.down().bytes();
     let sets =
         if report.of_software() { 1 } else { ((CACHES_OF_A_ROUND * l2 / touched).ceil() as usize).clamp(2, MOST_SETS) };
     let mut passes = model.passes(tokens, sets)?;
