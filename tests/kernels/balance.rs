@@ -36,8 +36,11 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                     .groups(groups(rng, variant.score, experts, top_k));
                 let sigmoid = variant.score == Score::Sigmoid && rng.bool();
                 let score = if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
+                // All choices, first ones, or those of largest score.
+                let loss_counts = rng.u32(..3);
                 let rule = BalanceRule::new(score, sequence)
-                    .first_choice_only(rng.bool())
+                    .first_choice_only(loss_counts == 1)
+                    .unbiased(loss_counts == 2)
                     .capacity(rng.bool().then(|| 1 + rng.usize(..4)));
                 let gating = GatingDesc::new(tokens, experts, top_k, gating);
                 case(variant, rng, &MeasuredGatingDesc::new(gating).rule(rule), kind);
