@@ -6,6 +6,7 @@ use moe_kernels::registry::{Admission, Dispatch, Kernel};
 use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, SecondExpert, capacity};
 use moe_kernels::{In, Workspace, reference};
 
+use crate::noise_state::State;
 use crate::support::buffer::Guarded;
 use crate::support::device;
 use crate::timing::time;
@@ -71,7 +72,7 @@ fn choices(rng: &mut fastrand::Rng, desc: &AdmissionDesc) -> Vec<i32> {
     ids
 }
 
-fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&[f32]>) -> Admitted {
+fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&[f32]>, state: &State) -> Admitted {
     let (kernels, stream) = (device::kernels(), device::stream());
     let input_ids = Guarded::input(&stream, "ids", ids);
     let input_weights = Guarded::input(&stream, "weights", weights);
@@ -88,6 +89,8 @@ fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&
         let (mut to, mut weights_to) = (admitted.view_mut(), admitted_weights.view_mut());
         let mut args = AdmissionArgs::new(&ids, &weights, &mut to, &mut weights_to, &mut workspace);
         args.priority = priority.as_ref().map(In::from);
+        let state = state.view();
+        args.noise_state = state.as_ref().map(In::from);
         admission::forward(kernels, &stream, desc, args).unwrap();
         Admitted { ids: admitted.read(&stream), weights: admitted_weights.read(&stream) }
     };
@@ -98,6 +101,7 @@ fn launch(desc: &AdmissionDesc, ids: &[i32], weights: &[f32], priority: Option<&
     time(&stream, &format!("{desc:?}"), || drop(run()));
     input_ids.assert_unchanged(&stream);
     input_weights.assert_unchanged(&stream);
+    state.assert_unchanged();
     got
 }
 
@@ -124,10 +128,15 @@ fn case(variant: Admission, rng: &mut fastrand::Rng, desc: &AdmissionDesc) {
     let weights = values(ids.len());
     let own = values(desc.tokens);
     let priority = (rule.prioritised && desc.tokens % 2 == 1).then_some(own.as_slice());
-    let want = reference::admission::admit(&ids, &weights, priority, rule).unwrap();
-    let got = launch(desc, &ids, &weights, priority);
-    assert_eq!(got.ids, want.ids, "{desc:?}: ids");
-    assert_eq!(bits(&got.weights), bits(&want.weights), "{desc:?}: weights");
+    let (mut drawn, mut state) = (*rule, State::NONE);
+    if let SecondExpert::Random { noise, .. } = &mut drawn.second {
+        state = State::draw(rng);
+        *noise = state.of(*noise);
+    }
+    let want = reference::admission::admit(&ids, &weights, priority, &drawn).unwrap();
+    let got = launch(desc, &ids, &weights, priority, &state);
+    assert_eq!(got.ids, want.ids, "{desc:?} {state:?}: ids");
+    assert_eq!(bits(&got.weights), bits(&want.weights), "{desc:?} {state:?}: weights");
     // GShard's promise, of the device's own output.
     for group in got.ids.chunks(rule.tokens_per_group * rule.top_k) {
         let mut taken = vec![0; rule.experts];
@@ -150,7 +159,7 @@ fn very_many_tokens(rng: &mut fastrand::Rng) {
     for order in [Order::ByToken, Order::ByChoice] {
         let rule = AdmissionRule::new(4, 1, capacity(TOKENS, 4, 1, 1.0), TOKENS).candidates(2).order(order);
         let want = reference::admission::admit(&ids, &weights, None, &rule).unwrap();
-        let got = launch(&AdmissionDesc::new(TOKENS, rule), &ids, &weights, None);
+        let got = launch(&AdmissionDesc::new(TOKENS, rule), &ids, &weights, None, &State::NONE);
         assert!(got.ids == want.ids && bits(&got.weights) == bits(&want.weights), "{rule:?}");
         assert!(want.ids.contains(&-1), "some token finds both its experts full");
     }
@@ -169,7 +178,7 @@ fn frequency_of_the_second_expert() {
     let tokens = DRAWS * WEIGHTS.len();
     let ids: Vec<i32> = (0..tokens).flat_map(|_| [0, 1]).collect();
     let weights: Vec<f32> = (0..tokens).flat_map(|t| [1.0, WEIGHTS[t / DRAWS]]).collect();
-    let got = launch(&AdmissionDesc::new(tokens, rule), &ids, &weights, None);
+    let got = launch(&AdmissionDesc::new(tokens, rule), &ids, &weights, None, &State::NONE);
     for (of_weight, weight) in got.ids.chunks(2 * DRAWS).zip(WEIGHTS) {
         let sent = of_weight.iter().filter(|&&id| id == 1).count() as f64;
         let p = (f64::from(weight) / 0.5).min(1.0);

@@ -1,16 +1,18 @@
 //! Checks of `gemm_*`.
 
+use cudarc::driver::CudaView;
 use half::{bf16, f16};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows, SharedRows};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::experts::{SlotShape, Weight};
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::registry::{Fold, Gemm, Kernel};
 use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource, WeightDesc, drop_below};
-use moe_kernels::{Dtype, In, reference};
+use moe_kernels::{Dtype, In, Out, reference};
 
 use crate::dispatch::rule;
+use crate::noise_state::State;
 use crate::rows::Rows as Lists;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, rounding, to_f64};
@@ -146,19 +148,18 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     let name = format!("{form} rows={rows} E={experts} {case:?}");
     let columns = if glu.is_gated() { 2 * n } else { n };
     let a: Vec<T> = normals(rng, a_rows * k, 1.0);
-    // Products of unit scale.
-    let b: Vec<T> = normals(rng, experts * columns * k, (k as f64).powf(-0.5));
-    let bias: Option<Vec<T>> = case.bias.then(|| normals(rng, experts * columns, 1.0));
+    let values = Values::draw(rng, case, experts);
     let scale: Option<Vec<f32>> = case.scale.then(|| normals(rng, rows, 1.0));
     let out_scale: Option<Vec<f32>> = case.out_scale.then(|| normals(rng, rows, 1.0));
 
-    let matrix = ExpertMatrix { weight: &b, bias: bias.as_deref(), n, k, glu, layout: variant.layout };
+    let matrix = values.matrix(variant, case);
     let scale64 = scale.as_deref().map(to_f64);
     let live = plan.slot_token.len();
     let scale_live = scale64.as_ref().map(|scale| &scale[..live]);
     let a_live = if gather { &a[..] } else { &a[..live * k] };
     let mut want = reference::gemm::grouped_gemm(a_live, &matrix, plan, gather, scale_live, activation).unwrap();
-    let mut bounds = bounds(a_live, &matrix, plan, gather, scale_live, activation, arithmetic(variant.dtype));
+    let Products { before, after: mut bounds } =
+        products(a_live, &matrix, plan, gather, scale_live, activation, arithmetic(variant.dtype));
     // The factor of the result, and its own rounding.
     for (i, (want, bound)) in want.iter_mut().zip(&mut bounds).enumerate() {
         let factor = out_scale.as_ref().map_or(1.0, |scale| f64::from(scale[i / n]));
@@ -168,14 +169,7 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
 
     assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel.variant(), Kernel::Gemm(variant));
     let a = Guarded::input(&stream, "a", &a);
-    let (weights, biases) = if glu == Glu::Apart {
-        (apart(&b, variant.layout, n, k).to_vec(), bias.map_or(vec![], |bias| apart(&bias, Layout::Nk, n, 1).to_vec()))
-    } else {
-        (vec![b], bias.into_iter().collect())
-    };
-    let input = |name| move |values: &Vec<T>| Guarded::input(&device::stream(), name, values);
-    let weights: Vec<_> = weights.iter().map(input("weight")).collect();
-    let biases: Vec<_> = biases.iter().map(input("bias")).collect();
+    let weight = values.on_device(variant, case);
     let scale = scale.map(|values| Guarded::input(&stream, "row_scale", &values));
     let out_scale = out_scale.map(|values| Guarded::input(&stream, "out_scale", &values));
     let dispatched = match &desc.rows {
@@ -184,49 +178,78 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     };
     let mut out = Guarded::<T>::output(&stream, "out", rows * n);
     let junk = out.read(&stream);
-    let launch = |out: &mut Guarded<T>, dropout: Option<Dropout>| {
-        let (a, mut out) = (a.view(), out.view_mut());
-        let [weights, biases] = [&weights, &biases].map(|all| all.iter().map(Guarded::view).collect::<Vec<_>>());
+    let mut kept = Guarded::<T>::output(&stream, "pre_activation", rows * columns);
+    let mut shared = (dispatched.is_some() && k < 1000).then(|| Shared::<T>::new(variant, rng, case));
+    // What is kept and the shared expert's rows are in the launch, or neither is.
+    let launch = |out: &mut Guarded<T>,
+                  dropout: Option<(Dropout, &State)>,
+                  more: Option<(&mut Guarded<T>, &mut Option<Shared<T>>)>| {
+        let (a, mut out, weight) = (a.view(), out.view_mut(), weight.views());
         let [scale, out_scale] = [&scale, &out_scale].map(|scale| scale.as_ref().map(Guarded::view));
-        let mut weight = match weights.as_slice() {
-            [gate, up] => Weight::apart(gate, up),
-            all => Weight::new(&all[0]),
-        };
-        for (index, bias) in biases.iter().enumerate() {
-            weight = if index == 0 { weight.bias(bias) } else { weight.up_bias(bias) };
-        }
-        let mut args = GemmArgs::new(&a, weight, &mut out);
+        let (mut desc, mut more) = (*desc, more.map(|(kept, shared)| (kept.view_mut(), shared.as_mut())));
+        let mut shared = more.as_mut().and_then(|(_, shared)| shared.take()).map(|shared| {
+            desc.shared_rows = shared.rows;
+            (shared.a.view(), shared.weight.views(), shared.out.view_mut(), shared.kept.view_mut())
+        });
+        assert_eq!(gemm::select(&desc, kernels.device()).unwrap().kernel.variant(), Kernel::Gemm(variant));
+        let mut args = GemmArgs::new(&a, weight.weight(), &mut out);
+        args.pre_activation = more.as_mut().map(|(kept, _)| Out::from(kept));
+        args.shared = shared
+            .as_mut()
+            .map(|(a, weight, out, kept)| SharedRows::new(&*a, weight.weight(), out).pre_activation(kept));
         args.dispatched = dispatched.as_ref();
         args.row_scale = scale.as_ref().map(In::from);
         args.out_scale = out_scale.as_ref().map(In::from);
-        args.dropout = dropout;
-        gemm::forward(kernels, &stream, desc, args).unwrap()
+        args.dropout = dropout.map(|(dropout, _)| dropout);
+        let state = dropout.and_then(|(_, state)| state.view());
+        args.noise_state = state.as_ref().map(In::from);
+        gemm::forward(kernels, &stream, &desc, args).unwrap()
     };
-    launch(&mut out, None);
+    launch(&mut out, None, None);
     let first = out.read(&stream);
     assert_sums(&name, &to_f64(&first[..live * n]), &want, &bounds, variant.dtype);
     let same = bytemuck::cast_slice::<T, u8>(&first[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
     assert!(same, "{name}: a row that no tile covers was written");
     a.assert_unchanged(&stream);
-    weights.iter().chain(&biases).for_each(|input| input.assert_unchanged(&stream));
-    time(&stream, &name, || launch(&mut out, None));
+    weight.assert_unchanged();
+    time(&stream, &name, || launch(&mut out, None, None));
     out.reset(&stream);
-    launch(&mut out, None);
+    launch(&mut out, None, Some((&mut kept, &mut shared)));
     let again = out.read(&stream);
     let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
-    assert!(same, "{name}: another run gave other bits");
+    assert!(same, "{name}: another run, with more in the launch, gave other bits");
+    let values = kept.read(&stream);
+    assert_products(&format!("{name}: before the activation"), &values[..live * columns], &before);
+    let untouched = bytemuck::cast_slice::<T, u8>(&values[live * columns..]).iter().all(|&byte| byte == 0xff);
+    assert!(untouched, "{name}: before the activation: a row that no tile covers was written");
+    shared.iter().for_each(|shared| shared.check(&name));
 
     // The mask is the host's, exactly; what is kept is scaled before the one rounding.
     let noise = NoiseSource::new(rng.u64(..), rng.u64(..));
     let dropout = Dropout::new([0.1, 0.4, 0.75][rng.usize(..3)], noise);
+    let state = State::draw(rng);
+    let noise = state.of(noise);
     reference::gemm::dropout(&mut want, dropout.probability, noise).unwrap();
     reference::gemm::dropout(&mut bounds, dropout.probability, noise).unwrap();
     // The scale is one more f32 product.
     bounds.iter_mut().zip(&want).for_each(|(bound, w)| *bound += UNIT * w.abs());
     out.reset(&stream);
-    launch(&mut out, Some(dropout));
+    kept.reset(&stream);
+    shared.iter_mut().for_each(Shared::reset);
+    let more = rng.bool();
+    launch(&mut out, Some((dropout, &state)), more.then_some((&mut kept, &mut shared)));
+    if more {
+        // Nothing is dropped of them.
+        assert_products(
+            &format!("{name}: before the activation and dropout"),
+            &kept.read(&stream)[..live * columns],
+            &before,
+        );
+        shared.iter().for_each(|shared| shared.check(&format!("{name} {dropout:?}")));
+    }
+    state.assert_unchanged();
     let got = out.read(&stream);
-    let name = format!("{name} {dropout:?}");
+    let name = format!("{name} {dropout:?} {state:?}");
     assert_sums(&name, &to_f64(&got[..live * n]), &want, &bounds, variant.dtype);
     let below = drop_below(dropout.probability);
     for (i, value) in to_f64(&got[..live * n]).into_iter().enumerate() {
@@ -246,8 +269,16 @@ fn arithmetic(dtype: Dtype) -> Arithmetic {
     if dtype == Dtype::F32 { Arithmetic::Tf32x3 } else { Arithmetic::Mma16 }
 }
 
-/// By how much each output `[rows, N]` may be off before it is rounded: each product's bound, carried through scale, bias and activation.
-fn bounds<T: Storage>(
+/// Expected products, and by how much each may be off before it is rounded.
+struct Products {
+    /// Before the activation: `[rows, N]`, or `[rows, 2N]` with gates first.
+    before: Vec<Bounded>,
+    /// Bounds of the outputs `[rows, N]`.
+    after: Vec<f64>,
+}
+
+/// Each product's bound, carried through scale, bias and activation.
+fn products<T: Storage>(
     a: &[T],
     matrix: &ExpertMatrix<T>,
     plan: &Plan,
@@ -255,7 +286,7 @@ fn bounds<T: Storage>(
     scale: Option<&[f64]>,
     activation: Activation,
     arithmetic: Arithmetic,
-) -> Vec<f64> {
+) -> Products {
     let (columns, n) = (matrix.weight_rows(), matrix.n);
     let plain = |a: &[f64], weight: &[f64], bias: Option<&[f64]>, scale: Option<&[f64]>| {
         let plain = ExpertMatrix { weight, bias, n: columns, k: matrix.k, glu: Glu::None, layout: matrix.layout };
@@ -271,17 +302,144 @@ fn bounds<T: Storage>(
         let error = arithmetic.sum_bound(matrix.k, products[i], magnitudes[i], squares[i].sqrt());
         Bounded { value: sums[i], error }.scaled(scale.map_or(1.0, |scale| scale[i / columns]))
     };
-    (0..plan.slot_token.len() * n)
-        .map(|i| {
-            let (row, c) = (i / n * columns, i % n);
-            let (gate, up) = match matrix.glu {
-                Glu::None => (at(row + c), None),
-                Glu::Split | Glu::Apart => (at(row + c), Some(at(row + n + c))),
-                Glu::UpFirst => (at(row + n + c), Some(at(row + c))),
-                Glu::Interleaved => (at(row + 2 * c), Some(at(row + 2 * c + 1))),
-                other => unreachable!("no case has {other:?}"),
-            };
-            Bounded::activated(activation, gate, up).error
-        })
-        .collect()
+    let (mut before, mut after) = (vec![], vec![]);
+    for row in (0..plan.slot_token.len()).map(|row| row * columns) {
+        let gate_and_up = |c: usize| match matrix.glu {
+            Glu::None => (at(row + c), None),
+            Glu::Split | Glu::Apart => (at(row + c), Some(at(row + n + c))),
+            Glu::UpFirst => (at(row + n + c), Some(at(row + c))),
+            Glu::Interleaved => (at(row + 2 * c), Some(at(row + 2 * c + 1))),
+            other => unreachable!("no case has {other:?}"),
+        };
+        let pairs: Vec<(Bounded, Option<Bounded>)> = (0..n).map(gate_and_up).collect();
+        before.extend(pairs.iter().map(|(gate, _)| *gate));
+        before.extend(pairs.iter().filter_map(|(_, up)| *up));
+        after.extend(pairs.iter().map(|&(gate, up)| Bounded::activated(activation, gate, up).error));
+    }
+    Products { before, after }
+}
+
+fn assert_products<T: Storage>(name: &str, got: &[T], want: &[Bounded]) {
+    let values: Vec<f64> = want.iter().map(|want| want.value).collect();
+    let bounds: Vec<f64> = want.iter().map(|want| want.error).collect();
+    assert_sums(name, &to_f64(got), &values, &bounds, T::DTYPE);
+}
+
+/// A weight of `experts` matrices, and its bias.
+struct Values<T> {
+    b: Vec<T>,
+    bias: Option<Vec<T>>,
+}
+
+impl<T: Storage> Values<T> {
+    /// For products of unit scale.
+    fn draw(rng: &mut fastrand::Rng, case: &Case, experts: usize) -> Values<T> {
+        let columns = experts * if case.glu.is_gated() { 2 * case.n } else { case.n };
+        Values {
+            b: normals(rng, columns * case.k, (case.k as f64).powf(-0.5)),
+            bias: case.bias.then(|| normals(rng, columns, 1.0)),
+        }
+    }
+
+    fn matrix(&self, variant: Gemm, case: &Case) -> ExpertMatrix<'_, T> {
+        let Case { k, n, glu, .. } = *case;
+        ExpertMatrix { weight: &self.b, bias: self.bias.as_deref(), n, k, glu, layout: variant.layout }
+    }
+
+    fn on_device(&self, variant: Gemm, case: &Case) -> OnDevice<T> {
+        let Case { k, n, .. } = *case;
+        let input = |name| move |values: &Vec<T>| Guarded::input(&device::stream(), name, values);
+        let parts = |values: &Vec<T>, layout, depth| match case.glu {
+            Glu::Apart => apart(values, layout, n, depth).to_vec(),
+            _ => vec![values.clone()],
+        };
+        let biases = self.bias.as_ref().map_or(vec![], |bias| parts(bias, Layout::Nk, 1));
+        OnDevice {
+            weights: parts(&self.b, variant.layout, k).iter().map(input("weight")).collect(),
+            biases: biases.iter().map(input("bias")).collect(),
+        }
+    }
+}
+
+/// A weight in one tensor, or gate and up each in its own.
+struct OnDevice<T> {
+    weights: Vec<Guarded<T>>,
+    biases: Vec<Guarded<T>>,
+}
+
+struct Views<'a, T> {
+    weights: Vec<CudaView<'a, T>>,
+    biases: Vec<CudaView<'a, T>>,
+}
+
+impl<T: Storage> OnDevice<T> {
+    fn views(&self) -> Views<'_, T> {
+        let [weights, biases] = [&self.weights, &self.biases].map(|all| all.iter().map(Guarded::view).collect());
+        Views { weights, biases }
+    }
+
+    fn assert_unchanged(&self) {
+        self.weights.iter().chain(&self.biases).for_each(|input| input.assert_unchanged(&device::stream()));
+    }
+}
+
+impl<T: Storage> Views<'_, T> {
+    fn weight(&self) -> Weight<'_> {
+        let weight = match self.weights.as_slice() {
+            [gate, up] => Weight::apart(gate, up),
+            all => Weight::new(&all[0]),
+        };
+        self.biases.iter().enumerate().fold(
+            weight,
+            |weight, (index, bias)| {
+                if index == 0 { weight.bias(bias) } else { weight.up_bias(bias) }
+            },
+        )
+    }
+}
+
+/// Rows of a shared expert, neither scaled nor dropped, of a weight like the others'.
+struct Shared<T> {
+    rows: usize,
+    a: Guarded<T>,
+    weight: OnDevice<T>,
+    out: Guarded<T>,
+    kept: Guarded<T>,
+    want: Vec<f64>,
+    products: Products,
+}
+
+impl<T: Storage> Shared<T> {
+    /// One row, or a tile and one more.
+    fn new(variant: Gemm, rng: &mut fastrand::Rng, case: &Case) -> Shared<T> {
+        let stream = device::stream();
+        let rows = [1, variant.tile.bm as usize + 1][rng.usize(..2)];
+        let (a, values) = (normals(rng, rows * case.k, 1.0), Values::draw(rng, case, 1));
+        let plan = dispatch(&vec![0; rows], &rule(1, 1, 16)).unwrap();
+        let matrix = values.matrix(variant, case);
+        let want = reference::gemm::grouped_gemm(&a, &matrix, &plan, false, None, case.activation).unwrap();
+        let products = products(&a, &matrix, &plan, false, None, case.activation, arithmetic(variant.dtype));
+        Shared {
+            rows,
+            a: Guarded::input(&stream, "shared.a", &a),
+            weight: values.on_device(variant, case),
+            out: Guarded::output(&stream, "shared.out", want.len()),
+            kept: Guarded::output(&stream, "shared.pre_activation", products.before.len()),
+            want,
+            products,
+        }
+    }
+
+    fn reset(&mut self) {
+        [&mut self.out, &mut self.kept].into_iter().for_each(|buffer| buffer.reset(&device::stream()));
+    }
+
+    fn check(&self, name: &str) {
+        let stream = device::stream();
+        let (name, out) = (format!("{name}: shared expert"), to_f64(&self.out.read(&stream)));
+        assert_sums(&name, &out, &self.want, &self.products.after, T::DTYPE);
+        assert_products(&format!("{name}, before the activation"), &self.kept.read(&stream), &self.products.before);
+        self.a.assert_unchanged(&stream);
+        self.weight.assert_unchanged();
+    }
 }

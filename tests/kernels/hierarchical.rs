@@ -1,12 +1,13 @@
 //! Checks of `noisy_grouped_*`: the hierarchical mixture of experts, all three launches of it.
 
-use moe_kernels::Workspace;
 use moe_kernels::reference::noisy::{hierarchical as reference, noise_deviation};
 use moe_kernels::registry::{Kernel, Noisy, Spread};
 use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
 use moe_kernels::routers::noisy::{NoisyLogits, NoisySums};
 use moe_kernels::rules::{NoiseSource, NoisyRule};
+use moe_kernels::{In, Workspace};
 
+use crate::noise_state::State;
 use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
@@ -46,7 +47,7 @@ struct Inputs {
 }
 
 /// Both levels; the first is itself a noisy gating.
-fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
+fn launch(desc: &HierarchicalDesc, inputs: &Inputs, state: &State) -> (Got, Got) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let HierarchicalDesc { tokens, groups, experts, primary, secondary, .. } = *desc;
     let (all, slots) = (groups * experts, tokens * primary.top_k);
@@ -99,7 +100,9 @@ fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
             NoisySums::new(counts_to, importance, load, losses),
             &mut workspace,
         );
-        let args = args.noisy(noisy).thresholds(thresholds);
+        let state = state.view();
+        let mut args = args.noisy(noisy).thresholds(thresholds);
+        args.noise_state = state.as_ref().map(In::from);
         hierarchical::forward(kernels, &stream, desc, args).unwrap();
         let read = |ids: &Guarded<i32>, counts: &Guarded<i32>, rest: &[Guarded<f32>; 6]| {
             let [weights, noisy, thresholds, importance, load, losses] =
@@ -114,19 +117,22 @@ fn launch(desc: &HierarchicalDesc, inputs: &Inputs) -> (Got, Got) {
     assert!(bits(&got) == bits(&again), "{desc:?}: another run gave other bits");
     time(&stream, &format!("{desc:?}"), || drop(run()));
     [&primary_clean, &primary_raw, &clean, &raw].iter().for_each(|input| input.assert_unchanged(&stream));
+    state.assert_unchanged();
     got
 }
 
 fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: Logits) {
     let selection = hierarchical::select(desc, device::kernels().device()).unwrap();
     assert_eq!(selection.secondary.kernel.variant(), Kernel::Noisy(variant));
-    let name = format!("{desc:?} {kind:?}");
-    let HierarchicalDesc { tokens, groups, experts, primary, secondary, .. } = *desc;
+    let state = State::draw(rng);
+    let name = format!("{desc:?} {kind:?} {state:?}");
+    let HierarchicalDesc { tokens, groups, experts, mut primary, mut secondary, .. } = *desc;
+    [&mut primary, &mut secondary].into_iter().for_each(|rule| rule.noise = state.of(rule.noise));
     let inputs = Inputs {
         primary: kind.draw(rng, tokens * groups, groups),
         secondary: kind.draw(rng, tokens * groups * experts, experts),
     };
-    let (first, got) = launch(desc, &inputs);
+    let (first, got) = launch(desc, &inputs, &state);
     let (clean, raw) = &inputs.secondary;
     let want =
         reference(&inputs.primary.0, &inputs.primary.1, groups, &primary, clean, raw, experts, &secondary).unwrap();
@@ -174,7 +180,7 @@ fn balanced() {
     let quiet = |like: &Vec<f32>| vec![-200.0; like.len()];
     let inputs =
         Inputs { primary: (primary.clone(), quiet(&primary)), secondary: (secondary.clone(), quiet(&secondary)) };
-    let (first, got) = launch(&desc, &inputs);
+    let (first, got) = launch(&desc, &inputs, &State::NONE);
     assert_eq!((first.counts, got.counts), (vec![16; 6], vec![4; 24]));
     assert_eq!((first.losses, got.losses), (vec![0.0; 2], vec![0.0; 2]));
     assert_eq!((got.importance, got.load), (vec![4.0; 24], vec![4.0; 24]));

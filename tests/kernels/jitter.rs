@@ -1,11 +1,13 @@
 //! Checks of `jitter_*`.
 
+use cudarc::driver::CudaView;
 use half::{bf16, f16};
-use moe_kernels::reference;
 use moe_kernels::routers::jitter::{self, JitterArgs, JitterDesc};
 use moe_kernels::rules::Dtype;
 use moe_kernels::rules::NoiseSource;
+use moe_kernels::{In, reference};
 
+use crate::noise_state::State;
 use crate::support::buffer::Guarded;
 use crate::support::compare::Storage;
 use crate::support::device;
@@ -33,21 +35,25 @@ fn typed<T: Storage>(rng: &mut fastrand::Rng) {
     factors_fill_the_interval::<T>();
 }
 
+fn run<'a, T: Storage>(desc: &JitterDesc, mut args: JitterArgs<'a, T>, state: &'a Option<CudaView<'_, u64>>) {
+    args.noise_state = state.as_ref().map(In::from);
+    jitter::forward(device::kernels(), &device::stream(), desc, args).unwrap();
+}
+
 /// To `y`, and in place.
-fn launch<T: Storage>(desc: &JitterDesc, x: &[T]) -> Vec<T> {
-    let (kernels, stream) = (device::kernels(), device::stream());
+fn launch<T: Storage>(desc: &JitterDesc, x: &[T], state: &State) -> Vec<T> {
+    let (stream, on_device) = (device::stream(), state.view());
     let input = Guarded::input(&stream, "x", x);
     let mut y = Guarded::<T>::output(&stream, "y", x.len());
-    jitter::forward(kernels, &stream, desc, JitterArgs::new(&input.view(), &mut y.view_mut())).unwrap();
+    run(desc, JitterArgs::new(&input.view(), &mut y.view_mut()), &on_device);
     input.assert_unchanged(&stream);
     let got = y.read(&stream);
     let mut same = Guarded::input(&stream, "x", x);
-    jitter::forward(kernels, &stream, desc, JitterArgs::in_place(&mut same.view_mut())).unwrap();
+    run(desc, JitterArgs::in_place(&mut same.view_mut()), &on_device);
     let bytes = |values: &[T]| bytemuck::cast_slice::<T, u8>(values).to_vec();
     assert!(bytes(&got) == bytes(&same.read(&stream)), "{desc:?}: in place other bits");
-    time(&stream, &format!("{desc:?}"), || {
-        jitter::forward(kernels, &stream, desc, JitterArgs::new(&input.view(), &mut y.view_mut())).unwrap();
-    });
+    time(&stream, &format!("{desc:?}"), || run(desc, JitterArgs::new(&input.view(), &mut y.view_mut()), &on_device));
+    state.assert_unchanged();
     got
 }
 
@@ -66,12 +72,13 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &JitterDesc) {
             })
         })
         .collect();
-    let want = reference::jitter::jitter::<T, T>(&x, desc.epsilon, desc.noise).unwrap();
-    for (i, (got, want)) in launch(desc, &x).iter().zip(want).enumerate() {
+    let state = State::draw(rng);
+    let want = reference::jitter::jitter::<T, T>(&x, desc.epsilon, state.of(desc.noise)).unwrap();
+    for (i, (got, want)) in launch(desc, &x, &state).iter().zip(want).enumerate() {
         let got: f64 = (*got).into();
         assert!(
             got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan()),
-            "{desc:?}: y[{i}] is {got:e}, want {want:e}"
+            "{desc:?} {state:?}: y[{i}] is {got:e}, want {want:e}"
         );
     }
 }
@@ -82,7 +89,7 @@ fn factors_fill_the_interval<T: Storage>() {
     const ELEMENTS: usize = 1 << 15;
     let noise = NoiseSource::new(run_seed(), 4);
     let desc = JitterDesc::new(T::DTYPE, ELEMENTS, 0.5, noise);
-    let y = launch(&desc, &[T::from_f64(1.0); ELEMENTS]);
+    let y = launch(&desc, &[T::from_f64(1.0); ELEMENTS], &State::NONE);
     let mut counts = [0.0f64; 16];
     for y in y {
         let y: f64 = y.into();

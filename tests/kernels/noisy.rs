@@ -1,13 +1,14 @@
 //! Checks of `noisy_*`: noisy top-k gating.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::Workspace;
 use moe_kernels::reference::balance::cv_squared;
 use moe_kernels::reference::noisy::noisy_top_k;
 use moe_kernels::registry::{Kernel, Noisy, Spread};
 use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
 use moe_kernels::rules::{NoiseSource, NoisyRule};
+use moe_kernels::{In, Workspace};
 
+use crate::noise_state::State;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{LOSS_OF_SUMS, LOSSES, NOISY_SUMS, NOISY_SUMS_OF_MANY, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -95,7 +96,7 @@ impl Got {
     }
 }
 
-fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool) -> Got {
+fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool, state: &State) -> Got {
     let (kernels, stream) = (device::kernels(), device::stream());
     let NoisyDesc { tokens, experts, rule, .. } = *desc;
     let both: Vec<f32> = clean.chunks(experts).zip(raw.chunks(experts)).flat_map(|(c, r)| [c, r].concat()).collect();
@@ -130,7 +131,9 @@ fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool) -> Got {
         let (mut noisy_to, mut thresholds_to) = (noisy.view_mut(), thresholds.view_mut());
         let (mut counts_to, mut importance_to, mut load_to, mut losses_to) =
             (counts.view_mut(), importance.view_mut(), load.view_mut(), losses.view_mut());
+        let state = state.view();
         let mut args = NoisyArgs::new(logits, &mut to, &mut weights_to);
+        args.noise_state = state.as_ref().map(In::from);
         if rest {
             let sums = NoisySums::new(&mut counts_to, &mut importance_to, &mut load_to, &mut losses_to);
             args = args.noisy(&mut noisy_to).thresholds(&mut thresholds_to).sums(sums, &mut workspace);
@@ -160,6 +163,7 @@ fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool) -> Got {
     assert_same_bits(&format!("{desc:?}: weights without the rest"), &alone.weights, &got.weights);
     time(&stream, &format!("{desc:?}"), || drop(run(true)));
     inputs.iter().for_each(|input| input.assert_unchanged(&stream));
+    state.assert_unchanged();
     got
 }
 
@@ -190,10 +194,13 @@ pub fn assert_loss(name: &str, got: f32, of: &[f32]) {
 fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &NoisyDesc, kind: Logits) {
     let selection = noisy::select(desc, device::kernels().device(), true).unwrap();
     assert_eq!(selection.kernel.variant(), Kernel::Noisy(variant));
-    let name = format!("{desc:?} {kind:?}");
+    let state = State::draw(rng);
+    let name = format!("{desc:?} {kind:?} {state:?}");
     let (clean, raw) = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
-    let want = noisy_top_k(&clean, &raw, desc.experts, &desc.rule).unwrap();
-    let got = launch(desc, &clean, &raw, rng.bool());
+    let mut drawn = desc.rule;
+    drawn.noise = state.of(drawn.noise);
+    let want = noisy_top_k(&clean, &raw, desc.experts, &drawn).unwrap();
+    let got = launch(desc, &clean, &raw, rng.bool(), &state);
     assert_same_bits(&format!("{name}: H"), &got.noisy, &want.noisy);
     assert_eq!(got.ids, want.ids, "{name}: ids");
     // Keys make zeros positive.
@@ -228,7 +235,7 @@ fn pairs_come_as_often_as_the_formula_says() {
         (0.01, [-4.0, -4.0]),
     ] {
         let desc = NoisyDesc::new(DRAWS, 2, rule(1, 1e-2));
-        let got = launch(&desc, &[difference, 0.0].repeat(DRAWS), &raw.repeat(DRAWS), false);
+        let got = launch(&desc, &[difference, 0.0].repeat(DRAWS), &raw.repeat(DRAWS), false, &State::NONE);
         let [d0, d1] = raw.map(|raw| f64::from(raw).exp().ln_1p() + 1e-2);
         let p = normal_cdf(f64::from(difference) / (d0 * d0 + d1 * d1).sqrt());
         let deviation = (DRAWS as f64 * p * (1.0 - p)).sqrt();
@@ -246,7 +253,7 @@ fn noise_is_normal() {
     let n = TOKENS * 32;
     // softplus(ln(e - 1)) = 1
     let raw = (std::f64::consts::E - 1.0).ln() as f32;
-    let got = launch(&desc, &vec![0.0; n], &vec![raw; n], false);
+    let got = launch(&desc, &vec![0.0; n], &vec![raw; n], false, &State::NONE);
     let mut counts = [0.0f64; 32];
     let (mut sum, mut squares) = (0.0, 0.0);
     for &h in &got.noisy {
@@ -279,7 +286,7 @@ fn losses_of_a_balanced_and_of_a_one_sided_router() {
             |t: usize, e: usize, balanced: bool| if e == if balanced { t % experts } else { 3 } { 4.0 } else { 0.0 };
         for balanced in [true, false] {
             let clean: Vec<f32> = (0..n).map(|i| prefers(i / experts, i % experts, balanced)).collect();
-            let got = launch(&desc, &clean, &vec![-200.0; n], true);
+            let got = launch(&desc, &clean, &vec![-200.0; n], true, &State::NONE);
             for loss in got.losses {
                 let want = if balanced { 0.0 } else { experts as f32 - 1.0 };
                 assert!(

@@ -1,10 +1,12 @@
 //! Checks of `sampled_*`: experts drawn from the router's distribution.
 
+use moe_kernels::In;
 use moe_kernels::reference::sampled::gumbel_top_k;
 use moe_kernels::registry::{Kernel, Spread};
 use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
 use moe_kernels::rules::{NoiseSource, SamplingRule};
 
+use crate::noise_state::State;
 use crate::noisy::{Logits, assert_same_bits};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{LOGARITHMS, Shares, assert_weights};
@@ -54,7 +56,7 @@ impl Got {
     }
 }
 
-fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
+fn launch(desc: &SampledDesc, logits: &[f32], state: &State) -> Got {
     let (kernels, stream) = (device::kernels(), device::stream());
     let choices = desc.tokens * desc.rule.top_k;
     let input = Guarded::input(&stream, "logits", logits);
@@ -69,7 +71,9 @@ fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
         let (logits, mut to, mut weights_to) = (input.view(), ids.view_mut(), weights.view_mut());
         let (mut logs_to, mut entropy_to, mut perturbed_to) =
             (logs.view_mut(), entropy.view_mut(), perturbed.view_mut());
+        let state = state.view();
         let mut args = SampledArgs::new(&logits, &mut to, &mut weights_to);
+        args.noise_state = state.as_ref().map(In::from);
         if rest {
             args = args.log_probabilities(&mut logs_to).entropy(&mut entropy_to).perturbed(&mut perturbed_to);
         }
@@ -92,6 +96,7 @@ fn launch(desc: &SampledDesc, logits: &[f32]) -> Got {
     assert_same_bits(&format!("{desc:?}: weights without the rest"), &alone.weights, &got.weights);
     time(&stream, &format!("{desc:?}"), || drop(run(true)));
     input.assert_unchanged(&stream);
+    state.assert_unchanged();
     got
 }
 
@@ -105,10 +110,13 @@ fn assert_logarithms(name: &str, got: &[f32], want: &[f64]) {
 fn case(variant: Spread, rng: &mut fastrand::Rng, desc: &SampledDesc, kind: Logits) {
     let selection = sampled::select(desc, device::kernels().device()).unwrap();
     assert_eq!(selection.kernel.variant(), Kernel::Sampled(variant));
-    let name = format!("{desc:?} {kind:?}");
+    let state = State::draw(rng);
+    let name = format!("{desc:?} {kind:?} {state:?}");
     let (logits, _) = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
-    let want = gumbel_top_k(&logits, desc.experts, &desc.rule).unwrap();
-    let got = launch(desc, &logits);
+    let mut drawn = desc.rule;
+    drawn.noise = state.of(drawn.noise);
+    let want = gumbel_top_k(&logits, desc.experts, &drawn).unwrap();
+    let got = launch(desc, &logits, &state);
     assert_same_bits(&format!("{name}: perturbed"), &got.perturbed, &want.perturbed);
     assert_eq!(got.ids, want.ids, "{name}: ids");
     assert_weights(&name, &got.weights, &want.weights, Shares::Softmax(desc.experts), 0);
@@ -127,7 +135,7 @@ fn pairs_come_as_often_as_the_formula_says() {
     let p = [0.4f64, 0.3, 0.2, 0.1];
     let logits: Vec<f32> = p.iter().map(|p| (p.ln() / 2.0) as f32).collect();
     let desc = SampledDesc::new(DRAWS, 4, rule(2, 2.0));
-    let got = launch(&desc, &logits.repeat(DRAWS));
+    let got = launch(&desc, &logits.repeat(DRAWS), &State::NONE);
     let mut chi_square = 0.0;
     for a in 0..4 {
         for b in (0..4).filter(|&b| b != a) {
@@ -147,16 +155,16 @@ fn pairs_come_as_often_as_the_formula_says() {
 }
 
 fn certain_and_even_policies() {
-    let certain = launch(&SampledDesc::new(1, 4, rule(2, 1e3)), &[0.0, 5.0, 1.0, f32::NEG_INFINITY]);
+    let certain = launch(&SampledDesc::new(1, 4, rule(2, 1e3)), &[0.0, 5.0, 1.0, f32::NEG_INFINITY], &State::NONE);
     assert_eq!((certain.ids, certain.weights), (vec![1, 2], vec![1.0, 0.0]));
     // What is left after the first draw is as certain, though the policy gives it nothing.
     assert_eq!((certain.log_probabilities, certain.entropy), (vec![0.0, 0.0], vec![0.0]));
-    let even = launch(&SampledDesc::new(1, 4, rule(4, 0.0)), &[0.0, 5.0, 1.0, 2.0]);
+    let even = launch(&SampledDesc::new(1, 4, rule(4, 0.0)), &[0.0, 5.0, 1.0, 2.0], &State::NONE);
     for (log, left) in even.log_probabilities.iter().zip([4f32, 3.0, 2.0, 1.0]) {
         assert!(f64::from((log + left.ln()).abs()) <= LOGARITHMS, "{log}");
     }
     let desc = SampledDesc::new(0, 4, rule(2, 1.0));
-    assert!(launch(&desc, &[]).ids.is_empty());
+    assert!(launch(&desc, &[], &State::NONE).ids.is_empty());
 }
 
 /// Close to 2^20 tokens.
