@@ -3,7 +3,6 @@
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
-mod shared_rows;
 pub mod tiles;
 pub(crate) mod weight;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::desc::{LayerDesc, Mlp, SharedDesc, Weighting};
-use super::intermediates::{IntermediateAddresses, Intermediates};
+use super::intermediates::{IntermediateAddresses, Intermediates, Regions};
 use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
 use crate::experts::combine::{self, CombineDesc};
@@ -17,7 +17,7 @@ use crate::rules::{Activation, Dropout};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::shape;
-use crate::runtime::workspace::{Arena, Region};
+use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
 
 /// The products of a layer's experts over the rows of a dispatch, and the sum for each token: kernels, grids, and places in the workspace.
@@ -35,20 +35,6 @@ pub struct ExpertsPlan {
     combine: Step<CombineDesc>,
     pub(super) regions: Regions,
     workspace_bytes: usize,
-}
-
-/// Places in the workspace.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Regions {
-    /// `[slots, I]`.
-    pub(super) hidden: Region,
-    /// `[T, I]` of the shared expert: where it has launches of its own, the same place as `hidden`, which is done with then.
-    pub(super) shared_hidden: Region,
-    pub(super) y_slots: Region,
-    /// The shared expert's output.
-    pub(super) addend: Region,
-    /// The logits of its gate.
-    pub(super) shared_gate: Region,
 }
 
 impl ExpertsPlan {

@@ -2,10 +2,24 @@
 
 use super::OPERATION;
 use super::desc::{LayerDesc, Mlp};
-use super::experts::Regions;
 use crate::experts::dispatched::SlotShape;
 use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
+use crate::runtime::workspace::Region;
 use crate::{Error, Out};
+
+/// Places in the workspace.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Regions {
+    /// `[slots, I]`.
+    pub(super) hidden: Region,
+    /// `[T, I]` of the shared expert: where it has launches of its own, the same place as `hidden`, which is done with then.
+    pub(super) shared_hidden: Region,
+    pub(super) y_slots: Region,
+    /// The shared expert's output.
+    pub(super) addend: Region,
+    /// The logits of its gate.
+    pub(super) shared_gate: Region,
+}
 
 /// The caller's buffers.
 pub(super) struct Intermediates<'a, T> {

@@ -1,8 +1,7 @@
 //! Balancing losses and router statistics, from the router's logits and the experts it chose.
 
 use super::activation::sigmoid;
-use super::gating::softmax;
-use super::noisy::top;
+use super::gating::{softmax, top};
 use super::sampled::{entropy, log_sum_exp};
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{BalanceRule, LossScore};

@@ -125,6 +125,14 @@ pub(super) fn descending(a: f64, b: f64) -> std::cmp::Ordering {
     b.partial_cmp(&a).unwrap_or_else(|| a.is_nan().cmp(&b.is_nan()))
 }
 
+/// The first `k` of the numbers of `values`, by descending value: equal ones by rising number, NaN last.
+pub(super) fn top(values: &[f64], k: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|&a, &b| descending(values[a], values[b]).then(a.cmp(&b)));
+    order.truncate(k);
+    order
+}
+
 /// `exp(v - max) / sum exp(v - max)`.
 pub fn softmax(values: &[f64]) -> Vec<f64> {
     let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);

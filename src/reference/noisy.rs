@@ -5,7 +5,7 @@
 
 use super::activation::erf;
 use super::balance::cv_squared;
-use super::gating::{descending, softmax};
+use super::gating::{softmax, top};
 use super::{ReferenceError, require, require_shape};
 use crate::rules::NoisyRule;
 use crate::rules::noise::{softplus, standard_normal};
@@ -205,14 +205,6 @@ fn level(
     result
 }
 
-/// The first `k` of the numbers of `values`, by descending value: equal ones by rising number, NaN last.
-pub(super) fn top(values: &[f64], k: usize) -> Vec<usize> {
-    let mut order: Vec<usize> = (0..values.len()).collect();
-    order.sort_by(|&a, &b| descending(values[a], values[b]).then(a.cmp(&b)));
-    order.truncate(k);
-    order
-}
-
 /// `Phi(z)`.
 fn normal_cdf(z: f64) -> f64 {
     0.5 * (1.0 + erf(z * std::f64::consts::FRAC_1_SQRT_2))
@@ -222,8 +214,25 @@ fn normal_cdf(z: f64) -> f64 {
 mod tests {
     use super::*;
     use crate::rules::NoiseSource;
+    use crate::rules::noise::uniform;
 
     const NOISE: NoiseSource = NoiseSource { seed: 3, offset: 0 };
+
+    #[test]
+    fn normal_is_the_inverse_of_its_distribution() {
+        // Both ends, where it is steep, and the middle.
+        let ends = (0..64).flat_map(|i| [i << 9, u32::MAX - (i << 9), (1 << 31) + (i << 9), (1 << 31) - (i << 9) - 1]);
+        for word in ends.chain((0..20_000u32).map(|i| i.wrapping_mul(0x9E37_79B9))) {
+            let u = f64::from(uniform(word));
+            let z = f64::from(standard_normal(word));
+            let density = (-z * z / 2.0).exp() / (2.0 * std::f64::consts::PI).sqrt();
+            // erf loses the tails: there only the order of magnitude of the tail is checked.
+            let got = 0.5 * (1.0 + erf(z * std::f64::consts::FRAC_1_SQRT_2));
+            assert!((got - u).abs() <= 2e-6 * z.abs() * density + 1e-12, "{u}: {z} has {got}");
+            assert_eq!(standard_normal(!word), -standard_normal(word));
+        }
+        assert!(f64::from(standard_normal(0)) < -5.29 && f64::from(standard_normal(0)) > -5.31);
+    }
 
     #[test]
     fn without_noise_it_is_topk_softmax_and_load_counts() {

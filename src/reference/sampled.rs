@@ -3,8 +3,7 @@
 //! Rosenbaum et al. 2018, "Routing Networks" (one expert from a policy trained by its reward); Kool et al. 2019, "Stochastic Beams
 //! and Where to Find Them" (Gumbel top-k: k experts without replacement).
 
-use super::gating::softmax;
-use super::noisy::top;
+use super::gating::{softmax, top};
 use super::{ReferenceError, require};
 use crate::rules::SamplingRule;
 use crate::rules::noise::gumbel;

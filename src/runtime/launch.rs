@@ -17,7 +17,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, SyncOnDrop, result};
 
 use super::buffer::{In, Out, Sink, Source};
 use super::embedded::Embedded;
-use super::params::Params;
+use super::params::{Params, Pointer};
 use crate::{DeviceInfo, Element, Error, Kernels, Selection, Tensor};
 
 /// Alignment of matrices in bytes: kernels move 16 bytes at a time.
@@ -56,6 +56,18 @@ impl<'a> Address<'a> {
     /// The address `bytes` further on, within the same buffer.
     pub(crate) fn offset(self, bytes: usize) -> Address<'a> {
         Address { value: self.value + bytes as u64, _held: PhantomData }
+    }
+}
+
+impl<'a> From<Address<'a>> for Pointer<'a> {
+    fn from(address: Address<'a>) -> Self {
+        Pointer::new(address.value())
+    }
+}
+
+impl<'a> From<Option<Address<'a>>> for Pointer<'a> {
+    fn from(address: Option<Address<'a>>) -> Self {
+        address.map_or(Pointer::NULL, Pointer::from)
     }
 }
 

@@ -3,8 +3,6 @@
 
 use std::ffi::c_void;
 
-use super::launch::Address;
-
 /// The parameters of one entry.
 pub(crate) trait Params {
     /// The entry, as [`crate::registry::Kernel::entry`] calls it.
@@ -25,20 +23,13 @@ pub(crate) struct Pointer<'a> {
 }
 
 impl Pointer<'_> {
+    /// `address`, in a buffer that is held for as long as the value lives.
+    pub(super) fn new(address: u64) -> Self {
+        Pointer { address, _held: std::marker::PhantomData }
+    }
+
     /// No buffer.
     pub(crate) const NULL: Pointer<'static> = Pointer { address: 0, _held: std::marker::PhantomData };
-}
-
-impl<'a> From<Address<'a>> for Pointer<'a> {
-    fn from(address: Address<'a>) -> Self {
-        Pointer { address: address.value(), _held: std::marker::PhantomData }
-    }
-}
-
-impl<'a> From<Option<Address<'a>>> for Pointer<'a> {
-    fn from(address: Option<Address<'a>>) -> Self {
-        address.map_or(Pointer::NULL, Pointer::from)
-    }
 }
 
 /// A tensor map as a kernel's parameter, by value: `.param .align 64 .b8 name[128]`. What `cuTensorMapEncodeTiled` makes.

@@ -10,7 +10,7 @@ use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
 use moe_kernels::{In, Workspace};
 
-use crate::gating::{Logits, coarse, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, correction_bias, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -154,8 +154,7 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
     if with_bias || gating.groups.is_some() {
         coarse(&mut values);
     }
-    // Coarse: see the checks of `gating_*`.
-    let bias: Option<Vec<f32>> = with_bias.then(|| (0..experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
+    let bias = with_bias.then(|| correction_bias(rng, experts, &gating));
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();
     let layers = 1 + rng.usize(..3);

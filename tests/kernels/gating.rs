@@ -68,6 +68,15 @@ pub fn renormalise(rng: &mut fastrand::Rng) -> Option<Renormalise> {
     rng.bool().then(|| ways[rng.usize(..ways.len())])
 }
 
+/// Coarse enough that sums with a score are either equal or far apart in f32: a choice cannot hang on the last bit of an exponential. Where
+/// groups are ranked by sums, the same in all of a group: else the sum of two groups may be the same number, rounded differently.
+pub fn correction_bias(rng: &mut fastrand::Rng, experts: usize, gating: &Gating) -> Vec<f32> {
+    let alike =
+        gating.groups.filter(|groups| groups.score != GroupScore::Max).map_or(1, |groups| experts / groups.count);
+    let values: Vec<f32> = (0..experts / alike).map(|_| rng.i32(-8..8) as f32 / 16.0).collect();
+    (0..experts).map(|e| values[e / alike]).collect()
+}
+
 /// Rounded so that scores are either equal or far apart in f32: for rules that compare scores, whose last bit is the exponential's.
 pub fn coarse(logits: &mut [f32]) {
     logits.iter_mut().for_each(|logit| *logit = (64.0 * *logit).round() / 64.0);
@@ -105,9 +114,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     if with_bias || desc.gating.groups.is_some() {
         coarse(&mut logits);
     }
-    // Coarse enough that sums with a score are either equal or far apart in f32: a choice cannot hang on the last bit of an
-    // exponential.
-    let bias: Option<Vec<f32>> = with_bias.then(|| (0..desc.experts).map(|_| rng.i32(-8..8) as f32 / 16.0).collect());
+    let bias = with_bias.then(|| correction_bias(rng, desc.experts, &desc.gating));
     let want = reference::gating::gate(&logits, bias.as_deref(), desc.experts, desc.top_k, &desc.gating).unwrap();
 
     let device_logits = Guarded::input(&stream, "logits", &logits);

@@ -6,7 +6,7 @@ use cudarc::driver::CudaStream;
 
 use super::args::{Choices, RouteArgs};
 use super::places::{ChoiceAddresses, Extras, HeldRoute, RouteAddresses, format_of};
-use super::{Choice, RoutePlan};
+use super::plan::{Choice, RoutePlan};
 use crate::capacity::admission::{self, AdmissionArgs};
 use crate::capacity::expert_map::{self, ExpertMapArgs};
 use crate::capacity::{Ids, dispatch};

@@ -1,7 +1,7 @@
 //! Where a route's values lie: the caller's buffers, else the workspace.
 
-use super::RoutePlan;
 use super::args::{MapTable, Measured, RouteArgs};
+use super::plan::RoutePlan;
 use crate::capacity::Ids;
 use crate::experts::dispatched::ListAddresses;
 use crate::layer::OPERATION;
@@ -9,29 +9,6 @@ use crate::rules::IdFormat;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::workspace::Region;
 use crate::{Error, In};
-
-/// Places in the workspace.
-#[derive(Clone, Copy, Debug, Default)]
-pub(in crate::layer) struct Regions {
-    /// First, at 0: the grid barrier, and what kernels that meet at it or work alone keep behind it.
-    pub(super) scratch: Region,
-    pub(super) logits: Region,
-    /// Candidates and their weights, where admission has a say.
-    pub(super) candidates: Region,
-    pub(super) candidate_weights: Region,
-    pub(super) ids: Region,
-    pub(super) weights: Region,
-    /// Ids as this device knows them, where there is a map.
-    pub(super) local_ids: Region,
-    pub(super) identity_weight: Region,
-    pub(super) counts: Region,
-    pub(super) offsets: Region,
-    pub(super) slot_token: Region,
-    pub(super) token_slot: Region,
-    pub(super) slot_weight: Region,
-    pub(super) tiles: Region,
-    pub(super) num_tiles: Region,
-}
 
 /// Choices `[T, candidates]` and how their ids are stored.
 #[derive(Clone, Copy)]
@@ -133,22 +110,6 @@ impl<'a> RouteAddresses<'a> {
             local_ids: at(regions.local_ids),
             identity_weight: optional(&held.identity_weight).unwrap_or_else(|| at(regions.identity_weight)),
             lists: ListAddresses { counts: optional(&held.counts).unwrap_or(lists.counts), ..lists },
-        }
-    }
-}
-
-impl Regions {
-    /// A dispatch's lists inside the workspace.
-    pub(in crate::layer) fn lists<'a>(&self, workspace: &'a Held<'_>) -> ListAddresses<'a> {
-        ListAddresses {
-            counts: workspace.at(self.counts),
-            offsets: workspace.at(self.offsets),
-            slot_token: workspace.at(self.slot_token),
-            token_slot: workspace.at(self.token_slot),
-            token_offsets: workspace.at(self.offsets),
-            slot_weight: workspace.at(self.slot_weight),
-            tiles: workspace.at(self.tiles),
-            num_tiles: workspace.at(self.num_tiles),
         }
     }
 }

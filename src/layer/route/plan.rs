@@ -1,7 +1,6 @@
 //! From a layer's descriptor to kernels, grids and places.
 
-use super::places::Regions;
-use super::{Choice, RoutePlan};
+use super::regions::Regions;
 use crate::capacity::admission::{self, AdmissionDesc};
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::capacity::expert_map::{self, ExpertMapDesc};
@@ -16,6 +15,34 @@ use crate::routers::router::{self, RouterDesc};
 use crate::rules::IdFormat;
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
+
+/// A layer's way from tokens to rows: kernels, grids, and places in the workspace.
+#[derive(Clone, Copy, Debug)]
+pub struct RoutePlan {
+    pub(in crate::layer) desc: LayerDesc,
+    pub(super) device: DeviceInfo,
+    pub(super) tokens: usize,
+    pub(super) router: Step<RouterDesc>,
+    /// The same with a shared expert's gate, in a whole layer that has one.
+    pub(super) gated_router: Step<RouterDesc>,
+    pub(super) choice: Choice,
+    pub(super) admission: Option<Step<AdmissionDesc>>,
+    pub(super) map: Option<Step<ExpertMapDesc>>,
+    pub(super) dispatch: Step<DispatchDesc>,
+    pub(in crate::layer) regions: Regions,
+    pub(super) workspace_bytes: usize,
+}
+
+/// How experts are chosen.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Choice {
+    /// In one launch with the dispatch.
+    WithDispatch(Step<GatingDispatchDesc>),
+    /// In a launch of its own.
+    Gating(Step<GatingDesc>),
+    /// In a launch of its own that measures the batch.
+    Measured(Step<MeasuredGatingDesc>),
+}
 
 impl RoutePlan {
     pub(in crate::layer) fn new(

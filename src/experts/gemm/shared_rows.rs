@@ -1,7 +1,7 @@
 //! Rows of a shared expert as part of the others' products.
 
-use super::gemm::{GemmDesc, OPERATION};
-use super::weight::{HeldWeight, Weight, WeightAddresses, WeightNames};
+use super::desc::{GemmDesc, OPERATION};
+use crate::experts::weight::{HeldWeight, Weight, WeightAddresses, WeightNames};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
 use crate::{Error, In, Out};
@@ -15,7 +15,7 @@ pub struct SharedRows<'a, T> {
     pub weight: Weight<'a>,
     /// `[shared_rows, N]`, written.
     pub out: Out<'a, T>,
-    /// As [`GemmArgs::pre_activation`], of these rows.
+    /// As that of the others' products, of these rows.
     pub pre_activation: Option<Out<'a, T>>,
 }
 

@@ -8,178 +8,29 @@
 //! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
 //! keep a relative error of 1e-5, up to the largest; an infinite one makes its sums infinite or NaN.
 
+mod desc;
+mod shared_rows;
+
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::dispatched::{Dispatched, RowAddresses, SlotShape};
-pub(crate) use super::shared_rows::SharedAddresses;
-pub use super::shared_rows::SharedRows;
-use super::shared_rows::{self, HeldShared};
+use self::desc::OPERATION;
+pub(crate) use self::desc::check_activation;
+pub use self::desc::{GemmDesc, Rows};
+use self::shared_rows::HeldShared;
+pub(crate) use self::shared_rows::SharedAddresses;
+pub use self::shared_rows::SharedRows;
+use super::dispatched::{Dispatched, RowAddresses};
 use super::tiles::{select_tile, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
 use crate::registry::{Fold, Gemm, Kernel};
-use crate::rules::{Activation, Dropout, Dtype, Glu, NoiseSource, WeightDesc, WeightFormat, drop_below, keep_scale};
-use crate::runtime::builder::{buffers, settings};
+use crate::rules::{Activation, Dropout, Glu, NoiseSource, drop_below, keep_scale};
+use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::GemmParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
-
-pub(super) const OPERATION: &str = "gemm";
-
-/// Largest depth: the kernel's offsets between rows of one tile of `b` have 32 bits.
-const MAX_K: usize = 1 << 23;
-
-/// Most weight outputs per expert, for the same reason where they are contiguous.
-const MAX_B_OUTPUTS: usize = 1 << 26;
-
-/// Which rows go to which expert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Rows {
-    /// So many rows, all to one matrix: a shared expert, a plain linear layer.
-    Dense(usize),
-    /// The rows of a dispatch of this shape.
-    Grouped(SlotShape),
-}
-
-impl Rows {
-    /// Rows of the output.
-    pub fn count(&self) -> usize {
-        match self {
-            Rows::Dense(rows) => *rows,
-            Rows::Grouped(shape) => shape.slots,
-        }
-    }
-
-    /// Experts that have a matrix.
-    pub fn experts(&self) -> usize {
-        match self {
-            Rows::Dense(_) => 1,
-            Rows::Grouped(shape) => shape.experts,
-        }
-    }
-}
-
-/// Shapes and type of a product.
-#[derive(Clone, Copy, Debug, PartialEq)]
-#[non_exhaustive]
-pub struct GemmDesc {
-    /// Type of `a` and `out`.
-    pub dtype: Dtype,
-    /// Which rows go to which expert.
-    pub rows: Rows,
-    /// Whether a row reads its token's row of `a`, else its own.
-    pub gather: bool,
-    /// Columns `N` of `out`, a multiple of 8.
-    pub n: usize,
-    /// Columns `K` of `a`, a multiple of 8.
-    pub k: usize,
-    /// Form of the weight.
-    pub weight: WeightDesc,
-    /// What is applied to the product.
-    pub activation: Activation,
-    /// Rows of a shared expert in the same launch ([`GemmArgs::shared`]), of the same `n`, `k`, weight form and activation; 0 without, as
-    /// with dense rows.
-    pub shared_rows: usize,
-}
-
-impl GemmDesc {
-    /// `out [rows, N] = a [rows, K] b^T`, nothing else, with a weight `[E, N, K]` of the same type.
-    pub const fn new(dtype: Dtype, rows: Rows, n: usize, k: usize) -> GemmDesc {
-        let weight = WeightDesc::new(dtype);
-        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity, shared_rows: 0 }
-    }
-
-    /// Rows of `a`.
-    pub fn a_rows(&self) -> usize {
-        match self.rows {
-            Rows::Grouped(shape) if self.gather => shape.tokens,
-            rows => rows.count(),
-        }
-    }
-
-    /// Outputs of one tensor of the weight.
-    pub(crate) fn b_outputs(&self) -> usize {
-        self.weight.outputs(self.n)
-    }
-
-    /// Columns of what stands before the activation: `N`, or with a gate `2N`.
-    pub fn pre_activation_columns(&self) -> usize {
-        if self.weight.glu.is_gated() { 2 * self.n } else { self.n }
-    }
-
-    /// Checks all that can be checked without buffers.
-    ///
-    /// # Errors
-    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
-    pub fn validate(&self) -> Result<(), Error> {
-        self.check(OPERATION)
-    }
-
-    fn check(&self, operation: &'static str) -> Result<(), Error> {
-        match &self.rows {
-            Rows::Dense(rows) => shape::size(operation, "rows", *rows).map(drop)?,
-            Rows::Grouped(shape) => shape.validate(operation)?,
-        }
-        if self.gather && matches!(self.rows, Rows::Dense(_)) {
-            return Err(Error::invalid(operation, "gather", "false for dense rows", true));
-        }
-        if self.shared_rows > 0 && matches!(self.rows, Rows::Dense(_)) {
-            return Err(Error::invalid(operation, "shared_rows", "0 for dense rows", self.shared_rows));
-        }
-        shape::size(operation, "shared_rows", self.shared_rows)?;
-        shape::multiple_of_8(operation, "n", self.n)?;
-        shape::multiple_of_8(operation, "k", self.k)?;
-        let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
-        for (argument, value, limit) in [("k", self.k, MAX_K), ("n", outputs, MAX_B_OUTPUTS)] {
-            if value > limit {
-                let (value, limit) = (value.to_string(), limit as u64);
-                return Err(Error::Overflow { operation, argument, value, limit });
-            }
-        }
-        shape::product(operation, "a", &[self.a_rows(), self.k])?;
-        shape::product(operation, "weight", &[self.rows.experts(), self.b_outputs(), self.k])?;
-        shape::product(operation, "out", &[self.rows.count(), self.n])?;
-        let widest = self.pre_activation_columns().max(self.k);
-        shape::product(operation, "shared_rows", &[self.shared_rows, widest])?;
-        shape::product(operation, "pre_activation", &[self.rows.count(), self.pre_activation_columns()])?;
-        let WeightFormat::Plain(weight) = self.weight.format;
-        if weight != self.dtype {
-            let supported = format!("the type of a ({})", self.dtype);
-            return Err(Error::unsupported(operation, "weight.format", supported, weight));
-        }
-        check_activation(operation, "activation", self.activation, self.weight.glu)
-    }
-}
-
-settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation, shared_rows: usize });
-
-/// Whether an activation goes with the presence of a gate.
-pub(crate) fn check_activation(
-    operation: &'static str,
-    argument: &'static str,
-    activation: Activation,
-    glu: Glu,
-) -> Result<(), Error> {
-    match activation {
-        Activation::Identity if glu.is_gated() => {
-            Err(Error::unsupported(operation, argument, "a gated unit needs an activation", "Activation::Identity"))
-        }
-        Activation::ClampedSwiglu { .. } if !glu.is_gated() => Err(Error::unsupported(
-            operation,
-            argument,
-            "clamped SwiGLU needs a gated unit",
-            "Activation::ClampedSwiglu",
-        )),
-        Activation::ClampedSwiglu { alpha, limit } if !alpha.is_finite() || limit.is_nan() || limit < 0.0 => {
-            let expected = "a finite alpha and a limit of at least 0";
-            Err(Error::invalid(operation, argument, expected, format!("{activation:?}")))
-        }
-        _ => Ok(()),
-    }
-}
 
 /// The kernel's number of an activation.
 fn code(activation: Activation) -> u32 {
@@ -442,6 +293,8 @@ pub(crate) fn enqueue(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::experts::dispatched::SlotShape;
+    use crate::rules::{Dtype, WeightDesc};
     use crate::runtime::device::A100;
 
     fn swiglu() -> WeightDesc {
