@@ -259,8 +259,11 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
     let dropout = [0, 1f32.to_bits(), 0, 0, 0, 0];
     let scalars = [0, total as u32, n as u32, k as u32, nb as u32, case.activation, ALPHA.to_bits(), LIMIT.to_bits()];
     let scalars = scalars.into_iter().chain(dropout);
-    let params: Vec<u8> =
-        pointers.flat_map(|p: u64| p.to_le_bytes()).chain(scalars.flat_map(|s: u32| s.to_le_bytes())).collect();
+    let noise_state = 0_u64;
+    let params: Vec<u8> = (pointers.flat_map(|p: u64| p.to_le_bytes()))
+        .chain(scalars.flat_map(|s: u32| s.to_le_bytes()))
+        .chain(noise_state.to_le_bytes())
+        .collect();
     let max_tiles = if case.grouped { count + 2 } else { total.div_ceil(tile.bm as usize) };
     let grid = max_tiles.next_multiple_of(8) * n.div_ceil(gemm.out_columns() as usize);
 
