@@ -1,6 +1,6 @@
 //! Every kernel variant that exists, listed once.
 //!
-//! `build.rs` renders a PTX module for each entry of [`all`]; `src/` selects entries, and takes launch geometry from the
+//! `build.rs` renders a PTX module for each entry of `all`; `src/` selects entries, and takes launch geometry from the
 //! same values that the template was rendered with. The file is compiled into both, so it depends on nothing but the kinds.
 
 use crate::rules::kinds::{Dtype, Layout, Score};

@@ -69,6 +69,7 @@ fn noisy(experts: usize, tokens: usize, blocks: u32, seed: u64, sums: bool) -> (
     args.extend([tokens as u32, experts as u32, k as u32, blocks].map(Arg::U32));
     args.push(Arg::F32(0.01));
     args.extend([5, 6, 7, 8].map(Arg::U32));
+    args.push(Arg::Null); // noise_state
     if sums {
         args.extend(vectors.iter().map(Arg::Out));
         args.push(Arg::Scratch(&workspace));
@@ -131,6 +132,7 @@ fn grouped(experts: usize, blocks: u32, parts: u32, seed: u64) -> (Counters, Vec
     args.extend([TOKENS as u32, experts as u32, k as u32, parts].map(Arg::U32));
     args.push(Arg::F32(0.01));
     args.extend([5, 6, 7, 8].map(Arg::U32));
+    args.push(Arg::Null); // noise_state
     args.extend(vectors.iter().map(Arg::Out));
     args.extend([GROUPS as u32, 1].map(Arg::U32));
     args.extend(chosen.iter().chain(&lists).map(Arg::In));
@@ -168,6 +170,7 @@ fn sampled(experts: usize, tokens: usize, blocks: u32, seed: u64) -> (Counters, 
     args.extend([tokens as u32, experts as u32, k as u32].map(Arg::U32));
     args.push(Arg::F32(0.75));
     args.extend([5, 6, 7, 8].map(Arg::U32));
+    args.push(Arg::Null); // noise_state
     let counters = launch(Kernel::Sampled(spread(experts)), [blocks, 1, 1], seed, &args);
     (counters, outputs.iter().map(Output::read).collect())
 }
@@ -200,6 +203,7 @@ fn jitter_reads_and_writes_whole_sectors() {
         let mut args = vec![Arg::In(&x), Arg::Out(&y), Arg::U32(elements as u32), Arg::U32(0)];
         args.extend([Arg::F32(0.02), Arg::F32(0.99)]);
         args.extend([5, 6, 7, 8].map(Arg::U32));
+        args.push(Arg::Null); // noise_state
         let counters = launch(Kernel::Jitter(dtype), [5, 1, 1], 0, &args);
         assert_traffic(Kernel::Jitter(dtype), &counters, |text| text.contains("ld.global"), bytes / 4);
     }

@@ -33,7 +33,7 @@ impl CarriedCaches {
     }
 }
 
-/// What L2 holds when a launch begins: [`Caches`], with those that are carried.
+/// What L2 holds when a launch begins: [`super::Caches`], with those that are carried.
 #[derive(Debug, Clone, Default)]
 pub enum Start {
     #[default]

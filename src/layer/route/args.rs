@@ -58,7 +58,7 @@ buffers!(RouteArgs<'a> {
     identity_weight: Out<f32>,
 });
 
-/// What a measured gating writes: see [`measured_gating`].
+/// What a measured gating writes: see [`crate::routers::measured_gating`].
 #[non_exhaustive]
 pub struct Measured<'a> {
     /// Sums by expert.

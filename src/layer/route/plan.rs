@@ -154,7 +154,7 @@ impl RoutePlan {
         Ok((plan, arena))
     }
 
-    /// The shape of the dispatch: what a [`Dispatched`] is made for.
+    /// The shape of the dispatch: what a [`crate::experts::Dispatched`] is made for.
     pub fn rows(&self) -> SlotShape {
         self.dispatch.desc.shape()
     }
