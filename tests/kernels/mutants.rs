@@ -231,10 +231,10 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration) -> Verd
     }
 }
 
-/// A row of `harmless.txt`: kernel glob, kind, line glob, place and reason, separated by ` | `.
+/// A row of `harmless.txt`: kernel globs, kind, line glob, place and reason, separated by ` | `.
 struct Harmless {
     row: &'static str,
-    kernel: WildMatch,
+    kernels: Vec<WildMatch>,
     kind: &'static str,
     text: WildMatch,
     place: &'static str,
@@ -248,7 +248,8 @@ fn harmless_rows() -> Vec<Harmless> {
         let [kernel, kind, text, place, reason] = fields[..] else {
             panic!("harmless.txt: expected kernel | kind | line | place | reason, found `{row}`")
         };
-        Harmless { row, kernel: WildMatch::new(kernel), kind, text: WildMatch::new(text), place, reason }
+        let kernels = kernel.split(',').map(|glob| WildMatch::new(glob.trim())).collect();
+        Harmless { row, kernels, kind, text: WildMatch::new(text), place, reason }
     })
     .collect()
 }
@@ -256,7 +257,8 @@ fn harmless_rows() -> Vec<Harmless> {
 impl Harmless {
     fn fits(&self, m: &Mutant) -> bool {
         let kind = self.kind.eq_ignore_ascii_case(&format!("{:?}", m.kind));
-        kind && self.kernel.matches(&m.kernel) && self.text.matches(&m.old) && m.place.fits(self.place, &m.new)
+        let kernel = self.kernels.iter().any(|glob| glob.matches(&m.kernel));
+        kind && kernel && self.text.matches(&m.old) && m.place.fits(self.place, &m.new)
     }
 }
 
