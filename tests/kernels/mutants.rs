@@ -372,7 +372,8 @@ fn sample(mut kernels: Vec<Kernel>, end: Instant) -> impl Iterator<Item = (Mutan
 
 /// Prints counts by kind and by kernel, and the survivors; how many were caught, and how many missed without a reason.
 fn print_table(done: &[(Mutant, Verdict)]) -> (usize, usize) {
-    let (mut kinds, mut kernels): (BTreeMap<Kind, [usize; 5]>, BTreeMap<&str, [usize; 5]>) = Default::default();
+    let mut kinds: BTreeMap<Kind, [usize; 5]> = BTreeMap::new();
+    let mut kernels: BTreeMap<&str, [usize; 5]> = BTreeMap::new();
     let mut total = [0; 5];
     for (m, verdict) in done {
         let column = match verdict {
