@@ -75,6 +75,12 @@ pub fn every_group_rule(scores: Score, most: usize) -> Vec<(usize, usize, Groups
             rules.extend(masks.iter().map(|&masked| (experts, 4, Groups::new(count, 2).score(score).masked(masked))));
         }
     }
+    // As many groups as there may be, which end in other places.
+    for (size, score) in [(most / 32, GroupScore::Max), (most / 32 - 1, GroupScore::TOP_TWO)] {
+        if size >= 2 && 32 * size > most / 2 {
+            rules.push((32 * size, 4, Groups::new(32, 4).score(score)));
+        }
+    }
     rules
 }
 
