@@ -8,7 +8,7 @@ use moe_kernels::rules::{NoiseSource, NoisyRule};
 use moe_kernels::{In, Workspace};
 
 use crate::noise_state::State;
-use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums};
+use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums, tokens_of_parts};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
@@ -35,6 +35,10 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
             }
         }
     }
+    // More than 16 parts of one group, of which a warp adds up 16 at a time.
+    let rule = |top_k| NoisyRule::new(top_k, NoiseSource::new(3, 4)).noise_epsilon(1e-2);
+    let desc = HierarchicalDesc::new(tokens_of_parts(variant.spread), 1, least, rule(1), rule(2.min(least)));
+    case(variant, rng, &desc, Logits::Skewed);
     if most == 32 {
         balanced();
         no_tokens();

@@ -33,6 +33,10 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
             }
         }
     }
+    // More than 16 parts, of which a warp adds up 16 at a time.
+    let desc = NoisyDesc::new(tokens_of_parts(variant.spread), least, rule(2.min(least), 1e-2));
+    assert!(noisy::select(&desc, device::kernels().device(), true).unwrap().grid[0] > 16, "{desc:?}: few parts");
+    case(variant, rng, &desc, Logits::Skewed);
     if variant.spread.team == 2 {
         // More tokens than blocks, so that a block goes from one to the next.
         let blocks = (variant.spread.resident_blocks() * device::kernels().device().multiprocessors) as usize;
@@ -45,6 +49,11 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
         no_tokens();
         many_tokens(rng);
     }
+}
+
+/// Tokens that make 17 to 20 parts.
+pub fn tokens_of_parts(spread: Spread) -> usize {
+    if spread.team == 1 { 550 } else { 70 }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
