@@ -26,7 +26,16 @@ pub fn check(variant: Router, rng: &mut fastrand::Rng) {
 fn check_as<X: Storage, W: Storage>(variant: Router, rng: &mut fastrand::Rng) {
     // Shapes at which the selection takes the variant: `case` checks that it does.
     let shapes: &[[usize; 3]] = match variant.shape {
-        RouterShape::Warp => &[[3, 1, 40], [1, 8, 2048], [3, 60, 72], [4, 257, 136], [5, 9, 1000], [33, 31, 264]],
+        RouterShape::Warp => &[
+            [3, 1, 40],
+            [1, 8, 2048],
+            [3, 60, 72],
+            [4, 257, 136],
+            [5, 9, 1000],
+            [33, 31, 264],
+            [2, 7, 72],
+            [6, 9, 1000],
+        ],
         RouterShape::Tile => &[[4095, 96, 8], [2050, 129, 24], [701, 500, 72], [150, 4096, 8]],
     };
     for &shape in shapes {
