@@ -10,7 +10,7 @@ use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
 use moe_kernels::{In, Workspace};
 
-use crate::gating::{Logits, coarse, correction_bias, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, correction_bias, every_group_rule, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -46,6 +46,10 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                 case(variant, rng, &MeasuredGatingDesc::new(gating).rule(rule), kind);
             }
         }
+    }
+    for (experts, top_k, groups) in every_group_rule(variant.score, most) {
+        let gating = GatingDesc::new(23, experts, top_k, Gating::new(variant.score).groups(Some(groups)));
+        case(variant, rng, &MeasuredGatingDesc::new(gating), Logits::Normal);
     }
 }
 

@@ -8,7 +8,7 @@ use moe_kernels::{Dtype, In, reference};
 
 use crate::rows::Rows;
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Arithmetic, Storage, assert_sums, to_f64};
+use crate::support::compare::{Arithmetic, FEW_ROUNDINGS, Storage, assert_sums, to_f64};
 use crate::support::device;
 use crate::support::inputs::{normal, normals};
 use crate::timing::time;
@@ -49,6 +49,8 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         (options & 1 != 0).then(|| (0..tokens * top_k).map(|_| normal(rng) as f32).collect());
     let mut rows = |bit: u32| (options & bit != 0).then(|| normals::<T>(rng, tokens * hidden, 1.0));
     let (residual, addend, mut identity) = (rows(2), rows(4), rows(8));
+    // A shared expert's gate, of either sign.
+    let gate: Option<Vec<f32>> = (addend.is_some() && rng.bool()).then(|| normals(rng, tokens, 2.0));
     // A third of the tokens have no identity expert: their x is not read.
     let identity_weight: Vec<f32> =
         (0..tokens).map(|_| if rng.u32(..3) == 0 { 0.0 } else { normal(rng) as f32 }).collect();
@@ -65,6 +67,10 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         let [weights, residual, addend] =
             [weights.as_deref().map(to_f64), residual.as_deref().map(to_f64), addend.as_deref().map(to_f64)]
                 .map(|values| values.map(of));
+        let addend = addend.map(|mut addend| {
+            gate.iter().for_each(|gate| reference::combine::gate_addend(&mut addend, &to_f64(gate)).unwrap());
+            addend
+        });
         let mut sum = reference::combine::combine(
             &of(to_f64(&y_slots)),
             &token_slot,
@@ -81,7 +87,9 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         sum
     };
     let (want, magnitudes) = (sum(|v| v), sum(f64::abs));
-    let bounds: Vec<f64> = magnitudes.iter().map(|&m| Arithmetic::Fma.sum_bound(top_k + 3, m, m, m)).collect();
+    let sigmoid = if gate.is_some() { FEW_ROUNDINGS } else { 0.0 };
+    let bounds: Vec<f64> =
+        magnitudes.iter().map(|&m| Arithmetic::Fma.sum_bound(top_k + 3, m, m, m) + sigmoid * m).collect();
 
     let shape = SlotShape::new(tokens, 1, Some(top_k), slots, 16, 0);
     let desc = CombineDesc::new(variant.dtype, shape, hidden);
@@ -93,6 +101,7 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let mut accumulated = residual.as_ref().map(|values| Guarded::input(&stream, "y", values));
     let residual = residual.map(|values| Guarded::input(&stream, "residual", &values));
     let addend = addend.map(|values| Guarded::input(&stream, "addend", &values));
+    let gate = gate.map(|values| Guarded::input(&stream, "addend_gate", &values));
     let identity = identity.map(|values| Guarded::input(&stream, "identity", &values));
     let identity_weight = Guarded::input(&stream, "identity_weight", &identity_weight);
     let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
@@ -101,7 +110,9 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         let weights = weights.as_ref().map(Guarded::view);
         let [residual, addend, identity] =
             [&residual, &addend, &identity].map(|buffer| buffer.as_ref().map(Guarded::view));
+        let gate = gate.as_ref().map(Guarded::view);
         let mut args = CombineArgs::new(&rows, &dispatched, &mut y);
+        args.addend_gate = gate.as_ref().map(In::from);
         args.weights = weights.as_ref().map(In::from);
         args.addend = addend.as_ref().map(In::from);
         args.identity = identity.as_ref().map(|x| Identity::new(x, &identity_weight));

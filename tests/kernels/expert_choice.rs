@@ -4,6 +4,7 @@ use half::{bf16, f16};
 use moe_kernels::capacity::token_slots::{self, TokenSlotsArgs, TokenSlotsDesc};
 use moe_kernels::experts::SlotShape;
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::reference::combine::gate_addend;
 use moe_kernels::reference::expert_choice as reference;
 use moe_kernels::reference::expert_choice::{Chosen, TokenSlots};
 use moe_kernels::registry::{CombineRagged, Kernel};
@@ -15,7 +16,7 @@ use moe_kernels::{Dtype, Workspace};
 use crate::noisy::assert_same_bits;
 use crate::rows::{self, Rows};
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Arithmetic, Shares, Storage, assert_sums, assert_weights, to_f64};
+use crate::support::compare::{Arithmetic, FEW_ROUNDINGS, Shares, Storage, assert_sums, assert_weights, to_f64};
 use crate::support::device;
 use crate::support::inputs::{normal, normals};
 use crate::timing::time;
@@ -215,10 +216,15 @@ fn combine_ragged<T: Storage>(rng: &mut fastrand::Rng) {
         let y_slots = normals::<T>(rng, slots * hidden, 1.0);
         let (residual, addend) = (normals::<T>(rng, tokens * hidden, 1.0), normals::<T>(rng, tokens * hidden, 1.0));
         let weights: Vec<f32> = (0..slots).map(|_| rng.f32()).collect();
+        // A shared expert's gate, of either sign.
+        let (gated, gate) = (with_addend && rng.bool(), normals::<f32>(rng, tokens, 2.0));
         let sum = |f: fn(f64) -> f64| {
             let of_f64 = |values: &[T]| to_f64(values).into_iter().map(f).collect::<Vec<_>>();
             let weights: Vec<f32> = weights.iter().map(|&w| f(w.into()) as f32).collect();
-            let (residual, addend) = (of_f64(&residual), of_f64(&addend));
+            let (residual, mut addend) = (of_f64(&residual), of_f64(&addend));
+            if gated {
+                gate_addend(&mut addend, &to_f64(&gate)).unwrap();
+            }
             reference::combine_ragged(
                 &of_f64(&y_slots),
                 &of,
@@ -230,10 +236,11 @@ fn combine_ragged<T: Storage>(rng: &mut fastrand::Rng) {
             .unwrap()
         };
         let (want, magnitudes) = (sum(|v| v), sum(f64::abs));
+        let sigmoid = if gated { FEW_ROUNDINGS } else { 0.0 };
         let terms = of.offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize + 2);
         let bounds: Vec<f64> = terms
             .zip(magnitudes.chunks(hidden))
-            .flat_map(|(terms, row)| row.iter().map(move |&m| Arithmetic::Fma.sum_bound(terms, m, m, m)))
+            .flat_map(|(terms, row)| row.iter().map(move |&m| Arithmetic::Fma.sum_bound(terms, m, m, m) + sigmoid * m))
             .collect();
 
         let rows = Guarded::input(&stream, "y_slots", &y_slots);
@@ -243,6 +250,7 @@ fn combine_ragged<T: Storage>(rng: &mut fastrand::Rng) {
         let weights = Guarded::input(&stream, "slot_weight", &weights);
         let (residual, addend) =
             (Guarded::input(&stream, "residual", &residual), Guarded::input(&stream, "addend", &addend));
+        let gate = Guarded::input(&stream, "addend_gate", &gate);
         let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
         let desc = CombineDesc::new(dtype, shape, hidden);
         let selected = combine::select(&desc, kernels.device()).unwrap().kernel.variant();
@@ -251,11 +259,12 @@ fn combine_ragged<T: Storage>(rng: &mut fastrand::Rng) {
             y.reset(&stream);
             {
                 let (rows, weights, residual, addend) = (rows.view(), weights.view(), residual.view(), addend.view());
-                let mut to = y.view_mut();
+                let (gate, mut to) = (gate.view(), y.view_mut());
                 let mut args = CombineArgs::new(&rows, &dispatched, &mut to);
                 args.weights = weighted.then_some((&weights).into());
                 args.residual = with_residual.then_some((&residual).into());
                 args.addend = with_addend.then_some((&addend).into());
+                args.addend_gate = gated.then_some((&gate).into());
                 combine::forward(kernels, &stream, &desc, args).unwrap();
             }
             y.read(&stream)

@@ -33,6 +33,10 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
             }
         }
     }
+    for (experts, top_k, groups) in every_group_rule(variant.score, most) {
+        let desc = GatingDesc::new(23, experts, top_k, Gating::new(variant.score).groups(Some(groups)));
+        case(variant, rng, &desc, Logits::Normal, false);
+    }
     // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
     if !variant.dispatch && variant.values <= 32 {
         let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
@@ -45,7 +49,7 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
 
 /// Groups that divide the experts and leave enough of them, half of the time.
 pub fn groups(rng: &mut fastrand::Rng, scores: Score, experts: usize, top_k: usize) -> Option<Groups> {
-    let counts: Vec<usize> = (2..=16).filter(|count| experts.is_multiple_of(*count) && experts / count >= 2).collect();
+    let counts: Vec<usize> = (2..=32).filter(|count| experts.is_multiple_of(*count) && experts / count >= 2).collect();
     if counts.is_empty() || rng.bool() {
         return None;
     }
@@ -59,6 +63,25 @@ pub fn groups(rng: &mut fastrand::Rng, scores: Score, experts: usize, top_k: usi
     };
     let zero = scores != Score::TopkSoftmax && rng.u8(..4) == 0;
     Some(Groups::new(count, kept).score(score).masked(if zero { Masked::Zero } else { Masked::Out }))
+}
+
+/// `(experts, k, groups)`: every score of groups and what becomes of the others, where each decides; groups that end with 32 experts, between,
+/// and several in 32.
+pub fn every_group_rule(scores: Score, most: usize) -> Vec<(usize, usize, Groups)> {
+    let masks: &[Masked] = if scores == Score::TopkSoftmax { &[Masked::Out] } else { &[Masked::Out, Masked::Zero] };
+    let mut rules = Vec::new();
+    for (experts, count) in [(most, 4), (most - 8, 8)] {
+        for score in [GroupScore::Max, GroupScore::TOP_TWO, GroupScore::TopSum(3)] {
+            rules.extend(masks.iter().map(|&masked| (experts, 4, Groups::new(count, 2).score(score).masked(masked))));
+        }
+    }
+    // As many groups as there may be, which end in other places.
+    for (size, score) in [(most / 32, GroupScore::Max), (most / 32 - 1, GroupScore::TOP_TWO)] {
+        if size >= 2 && 32 * size > most / 2 {
+            rules.push((32 * size, 4, Groups::new(32, 4).score(score)));
+        }
+    }
+    rules
 }
 
 /// A way to divide by the sum of weights, half of the time. Sums are above 0 in each.

@@ -1,7 +1,8 @@
 //! Would a broken kernel be noticed? Takes barriers, fences, waits, predicates, bounds, memory orders and scopes out of the kernels'
 //! PTX, one at a time, and runs each broken kernel's case in a process of its own, with all of the software device's checkers on.
 //!
-//! A mutant is caught by the case (a wrong result, a fault, no end) or by a checker (a finding). One that survives is either a
+//! A mutant is caught by the case (a wrong result, a fault, no end) or by a checker (a finding). It runs on one host thread, block after block,
+//! and where nothing is noticed on four, where blocks run side by side. One that survives is either a
 //! gap in the tests or no mistake at all: `harmless.txt` lists those with the reason, by kernel, text and place.
 //!
 //! `MOE_MUTANTS=8` breaks up to 8 places of each kind in each kernel, `MOE_MUTANTS=all` every place, `MOE_MUTANTS=120s` places drawn from
@@ -178,8 +179,17 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
     by_kind.into_values().flat_map(spread).collect()
 }
 
+/// Host threads of the software device: on one, blocks come after one another, and what is not ordered between them may be in order.
+const HOST_THREADS: [u32; 2] = [1, 4];
+
+/// What becomes of a mutant.
+fn verdict(mutant: &Mutant, id: usize, limit: Duration) -> Verdict {
+    let mut verdicts = HOST_THREADS.iter().map(|&threads| run(&mutant.kernel, Some(mutant), id, limit, threads));
+    verdicts.find(|verdict| *verdict != Verdict::Survived).unwrap_or(Verdict::Survived)
+}
+
 /// Runs a kernel's case in a process of its own, with the patch if there is one.
-fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration) -> Verdict {
+fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, threads: u32) -> Verdict {
     let folder = std::env::temp_dir().join(format!("moe-mutants-{}", std::process::id()));
     let _ = std::fs::create_dir_all(&folder);
     let path = |what: &str| -> PathBuf { folder.join(format!("{id}.{what}")) };
@@ -192,7 +202,7 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration) -> Verd
         .env(ALONE, kernel)
         .env("MOE_DEVICE", "soft")
         .env("SOFTCUDA_CHECKS", "all")
-        .env("SOFTCUDA_THREADS", "1")
+        .env("SOFTCUDA_THREADS", threads.to_string())
         // The order in which warps run.
         .env("SOFTCUDA_SEED", super::support::inputs::run_seed().to_string())
         .env("SOFTCUDA_TIMEOUT_MS", limit.as_millis().to_string())
@@ -231,10 +241,10 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration) -> Verd
     }
 }
 
-/// A row of `harmless.txt`: kernel glob, kind, line glob, place and reason, separated by ` | `.
+/// A row of `harmless.txt`: kernel globs, kind, line glob, place and reason, separated by ` | `.
 struct Harmless {
     row: &'static str,
-    kernel: WildMatch,
+    kernels: Vec<WildMatch>,
     kind: &'static str,
     text: WildMatch,
     place: &'static str,
@@ -248,7 +258,8 @@ fn harmless_rows() -> Vec<Harmless> {
         let [kernel, kind, text, place, reason] = fields[..] else {
             panic!("harmless.txt: expected kernel | kind | line | place | reason, found `{row}`")
         };
-        Harmless { row, kernel: WildMatch::new(kernel), kind, text: WildMatch::new(text), place, reason }
+        let kernels = kernel.split(',').map(|glob| WildMatch::new(glob.trim())).collect();
+        Harmless { row, kernels, kind, text: WildMatch::new(text), place, reason }
     })
     .collect()
 }
@@ -256,7 +267,8 @@ fn harmless_rows() -> Vec<Harmless> {
 impl Harmless {
     fn fits(&self, m: &Mutant) -> bool {
         let kind = self.kind.eq_ignore_ascii_case(&format!("{:?}", m.kind));
-        kind && self.kernel.matches(&m.kernel) && self.text.matches(&m.old) && m.place.fits(self.place, &m.new)
+        let kernel = self.kernels.iter().any(|glob| glob.matches(&m.kernel));
+        kind && kernel && self.text.matches(&m.old) && m.place.fits(self.place, &m.new)
     }
 }
 
@@ -275,7 +287,7 @@ fn stale_rows() -> Vec<&'static str> {
 /// How long a broken kernel may take, by how long the unbroken one did.
 fn patience(kernel: &str, id: usize) -> Duration {
     let started = Instant::now();
-    let healthy = run(kernel, None, id, Duration::from_secs(600));
+    let healthy = run(kernel, None, id, Duration::from_secs(600), HOST_THREADS[0]);
     assert_eq!(healthy, Verdict::Survived, "{kernel} fails unbroken");
     started.elapsed() * 3 + Duration::from_secs(2)
 }
@@ -320,7 +332,7 @@ pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
                 loop {
                     let Some((id, (mutant, patience))) = queue.lock().expect("no panic").next() else { return };
                     let patience = patience.unwrap_or_else(|| self::patience(&mutant.kernel, id));
-                    let verdict = run(&mutant.kernel, Some(&mutant), id, patience);
+                    let verdict = self::verdict(&mutant, id, patience);
                     if std::env::var_os("MOE_MUTANTS_VERBOSE").is_some() {
                         println!("{} {:?} {}: `{}` {verdict:?}", mutant.kernel, mutant.kind, mutant.line, mutant.old);
                     }
@@ -358,27 +370,26 @@ fn sample(mut kernels: Vec<Kernel>, end: Instant) -> impl Iterator<Item = (Mutan
     })
 }
 
-/// Prints counts by kind and the survivors; how many were caught, and how many missed without a reason.
+/// Prints counts by kind and by kernel, and the survivors; how many were caught, and how many missed without a reason.
 fn print_table(done: &[(Mutant, Verdict)]) -> (usize, usize) {
-    let mut table: BTreeMap<Kind, [usize; 5]> = BTreeMap::new();
+    let mut kinds: BTreeMap<Kind, [usize; 5]> = BTreeMap::new();
+    let mut kernels: BTreeMap<&str, [usize; 5]> = BTreeMap::new();
+    let mut total = [0; 5];
     for (m, verdict) in done {
-        let row = table.entry(m.kind).or_default();
-        row[0] += 1;
-        match verdict {
-            Verdict::Case(_) => row[1] += 1,
-            Verdict::Checker(_) => row[2] += 1,
-            Verdict::Survived => match harmless(m) {
-                Some(_) => row[3] += 1,
-                None => row[4] += 1,
-            },
+        let column = match verdict {
+            Verdict::Case(_) => 1,
+            Verdict::Checker(_) => 2,
+            Verdict::Survived if harmless(m).is_some() => 3,
+            Verdict::Survived => 4,
+        };
+        for row in [kinds.entry(m.kind).or_default(), kernels.entry(&m.kernel).or_default(), &mut total] {
+            row[0] += 1;
+            row[column] += 1;
         }
     }
-    println!("\n{:<12}{:>9}{:>9}{:>9}{:>10}{:>9}", "", "mutants", "by case", "checker", "harmless", "missed");
-    let mut total = [0; 5];
-    for (kind, row) in &table {
-        print_row(&format!("{kind:?}").to_lowercase(), row);
-        total.iter_mut().zip(row).for_each(|(t, n)| *t += n);
-    }
+    println!("\n{:<28}{:>9}{:>9}{:>9}{:>10}{:>9}", "", "mutants", "by case", "checker", "harmless", "missed");
+    kernels.iter().for_each(|(kernel, row)| print_row(kernel, row));
+    kinds.iter().for_each(|(kind, row)| print_row(&format!("{kind:?}").to_lowercase(), row));
     print_row("all", &total);
     let (caught, missed) = (total[1] + total[2], total[4]);
     let share = |of: usize| 100.0 * caught as f64 / of.max(1) as f64;
@@ -406,5 +417,5 @@ fn print_table(done: &[(Mutant, Verdict)]) -> (usize, usize) {
 
 fn print_row(name: &str, row: &[usize; 5]) {
     let [all, case, checker, harmless, missed] = row;
-    println!("{name:<12}{all:>9}{case:>9}{checker:>9}{harmless:>10}{missed:>9}");
+    println!("{name:<28}{all:>9}{case:>9}{checker:>9}{harmless:>10}{missed:>9}");
 }

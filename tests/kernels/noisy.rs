@@ -21,7 +21,8 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
     }
     let most = variant.spread.max_experts() as usize;
     let least = Spread::ALL.iter().map(|s| s.max_experts() as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
-    for experts in [least, (least + most) / 2, most - 1, most] {
+    // Somewhere between: over the seeds every register holds some lanes' experts and not the others'.
+    for experts in [least, rng.usize(least..=most), most - 1, most] {
         for (tokens, top_k) in [(1, 1), (37, 2), (300, 4), (70, 8), (3, 32)] {
             let tokens = if experts > 512 { tokens.min(40) } else { tokens };
             for kind in Logits::ALL {
@@ -32,6 +33,10 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
             }
         }
     }
+    // More than 16 parts, of which a warp adds up 16 at a time.
+    let desc = NoisyDesc::new(tokens_of_parts(variant.spread), least, rule(2.min(least), 1e-2));
+    assert!(noisy::select(&desc, device::kernels().device(), true).unwrap().grid[0] > 16, "{desc:?}: few parts");
+    case(variant, rng, &desc, Logits::Skewed);
     if variant.spread.team == 2 {
         // More tokens than blocks, so that a block goes from one to the next.
         let blocks = (variant.spread.resident_blocks() * device::kernels().device().multiprocessors) as usize;
@@ -44,6 +49,11 @@ pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
         no_tokens();
         many_tokens(rng);
     }
+}
+
+/// Tokens that make 17 to 20 parts.
+pub fn tokens_of_parts(spread: Spread) -> usize {
+    if spread.team == 1 { 550 } else { 70 }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
