@@ -345,9 +345,9 @@ pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
     let _ = std::fs::remove_dir_all(std::env::temp_dir().join(format!("moe-mutants-{}", std::process::id())));
     let (caught, missed) = print_table(&done);
     let _ = std::io::stdout().flush();
-    // A sample of n misses more than its share by chance: three standard deviations are allowed to it.
+    // A sample of n misses more than its share by chance: four standard deviations are allowed to it.
     let n = (caught + missed) as f64;
-    let chance = if seconds.is_some() { 3.0 * (n * MISSED * (1.0 - MISSED)).sqrt() } else { 0.0 };
+    let chance = if seconds.is_some() { 4.0 * (n * MISSED * (1.0 - MISSED)).sqrt() } else { 0.0 };
     let enough = missed as f64 <= n * MISSED + chance;
     if enough && stale.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
