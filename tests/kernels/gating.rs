@@ -134,6 +134,10 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     let stream = device::stream();
     let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let mut logits = logits(rng, kind, desc.tokens * desc.experts);
+    // A token with nothing but NaN: what is no expert would come before its experts.
+    if matches!(kind, Logits::NotFinite) && desc.tokens > 1 {
+        logits[(desc.tokens - 1) * desc.experts..].fill(f32::NAN);
+    }
     if with_bias || desc.gating.groups.is_some() {
         coarse(&mut logits);
     }
