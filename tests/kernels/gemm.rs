@@ -42,8 +42,9 @@ const SWIGLUS: [Swiglu; 5] = [
     Swiglu::clamped(0.75).alpha(1.702).offset(1.0),
     Swiglu::clamped(0.25).clamp_after(true).factor(-0.5),
     Swiglu::softcapped(0.75, 1.5),
-    Swiglu::new().gate(Bound::Softcap(2.0)).up(Bound::Clamp(0.5)).alpha(0.5).offset(-1.0),
-    Swiglu::new().up(Bound::Softcap(0.5)).factor(2.0).offset(0.25),
+    // A large cap: what cancels in its hyperbolic tangent would be seen.
+    Swiglu::new().gate(Bound::Softcap(1e4)).up(Bound::Clamp(0.5)).alpha(0.5).offset(-1.0),
+    Swiglu::new().up(Bound::Softcap(1e4)).factor(2.0).offset(0.25),
 ];
 
 /// Numbers of a SwiGLU that an expert has in place of the descriptor's: alpha, bound of the gate, of the up value, offset.
