@@ -315,6 +315,15 @@ impl Admission {
 /// Tokens that a block of the affinity kernel transposes.
 pub const AFFINITY_TOKENS: u32 = 32;
 
+/// Threads of a block of the RMS normalisation, and so most that share a row.
+pub const RMS_NORM_THREADS: u32 = 512;
+
+/// Keys of each of the two lists of product keys.
+pub const MAX_PRODUCT_KEYS: u32 = 128;
+
+/// Choices of a token by product keys, and experts of one unit that a token has: two for each lane.
+pub const MAX_UNIT_TOP_K: u32 = 64;
+
 /// Warps of the kernels that work by whole blocks of 256 threads.
 pub const BLOCK_WARPS: u32 = 8;
 
@@ -455,6 +464,17 @@ pub enum Kernel {
     Jitter(Dtype),
     /// A noise state moved on.
     NoiseState,
+    /// Rows divided by their root mean square.
+    RmsNorm(Dtype),
+    /// Experts by the best pairs of keys.
+    ProductKeys,
+    /// Experts of one hidden unit.
+    UnitExperts(Dtype),
+    /// One expert for the tokens of a sequence.
+    BySequence {
+        /// Bytes of an index: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -489,6 +509,10 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
+            Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
+            Kernel::ProductKeys => "product_keys".into(),
+            Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
         }
     }
 
@@ -519,6 +543,10 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
+            Kernel::RmsNorm(_) => "RmsNorm",
+            Kernel::ProductKeys => "ProductKeys",
+            Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::BySequence { .. } => "BySequence",
         }
     }
 
@@ -548,6 +576,8 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::RmsNorm(_) => RMS_NORM_THREADS,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
         }
     }
 
@@ -587,6 +617,10 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
+            Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
+            Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
+            Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
         }
     }
 
@@ -642,7 +676,10 @@ impl Kernel {
                 constants
             }
             Kernel::Sampled(spread) => spread.constants(),
-            Kernel::Jitter(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
+            Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -712,5 +749,9 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);
+    kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
+    kernels.push(Kernel::ProductKeys);
+    kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels
 }
