@@ -63,6 +63,12 @@ impl Tile {
         self.warps_m * self.warps_n * 32
     }
 
+    fn constants(&self) -> [(&'static str, Constant); 6] {
+        let Tile { bm, bn, bk, warps_m, warps_n, stages } = *self;
+        [("bm", bm), ("bn", bn), ("bk", bk), ("warps_m", warps_m), ("warps_n", warps_n), ("stages", stages)]
+            .map(|(name, value)| (name, Constant::Int(value)))
+    }
+
     /// `bm x bn x bk`, the word in kernel names.
     pub fn name(&self) -> String {
         format!("{}x{}x{}", self.bm, self.bn, self.bk)
@@ -269,6 +275,41 @@ impl Gemm {
     }
 }
 
+/// One GEMM for all experts over rows of any width, address and stride.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemmAny {
+    /// Type of all matrices.
+    pub dtype: Dtype,
+    /// Whether gate and up, which have an address each, fold into a column.
+    pub gated: bool,
+}
+
+impl GemmAny {
+    /// A block's share.
+    pub const fn tile(&self) -> Tile {
+        match self.dtype {
+            Dtype::Bf16 | Dtype::F16 => Tile::new(64, 128, 64, 2, 2, 1),
+            Dtype::F32 => Tile::new(64, 64, 32, 2, 2, 1),
+        }
+    }
+
+    /// Output columns that one block writes.
+    pub const fn out_columns(&self) -> u32 {
+        if self.gated { self.tile().bn / 2 } else { self.tile().bn }
+    }
+
+    /// Dynamic shared memory in bytes: the stage, and after it the f32 tile in its place.
+    pub const fn shared_bytes(&self) -> u32 {
+        let t = self.tile();
+        let (stage, tile) = ((t.bm + t.bn) * t.bk * self.dtype.bytes(), t.bm * t.bn * 4);
+        if stage > tile { stage } else { tile }
+    }
+
+    const fn fold(&self) -> Fold {
+        if self.gated { Fold::Glu } else { Fold::Plain }
+    }
+}
+
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {
@@ -425,6 +466,8 @@ pub enum Kernel {
     Dispatch(Dispatch),
     /// The experts' products.
     Gemm(Gemm),
+    /// The experts' products, whatever the rows' width.
+    GemmAny(GemmAny),
     /// Sums over a token's experts.
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
@@ -489,6 +532,7 @@ impl Kernel {
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
+            Kernel::GemmAny(k) => format!("gemm_{}_any_{}", k.dtype, k.fold().name()),
             Kernel::Combine(k) => format!("combine_{}", k.dtype),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
@@ -523,7 +567,7 @@ impl Kernel {
             Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
             Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
             Kernel::Dispatch(_) => "Dispatch",
-            Kernel::Gemm(_) => "Gemm",
+            Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::Affinity => "Affinity",
@@ -562,6 +606,7 @@ impl Kernel {
             Kernel::Gating(k) => k.warps() * 32,
             Kernel::Dispatch(k) => k.warps() * 32,
             Kernel::Gemm(k) => k.tile.threads(),
+            Kernel::GemmAny(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
@@ -585,6 +630,7 @@ impl Kernel {
     pub const fn shared_bytes(&self) -> u32 {
         match self {
             Kernel::Gemm(k) => k.shared_bytes(),
+            Kernel::GemmAny(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
@@ -599,6 +645,7 @@ impl Kernel {
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
             Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
+            Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -651,17 +698,15 @@ impl Kernel {
             Kernel::Dispatch(k) => {
                 vec![("max_experts", Int(k.max_experts)), ("ids_bytes", Int(k.ids_bytes)), ("warps", Int(k.warps()))]
             }
-            Kernel::Gemm(k) => vec![
-                ("dtype", Text(k.dtype.name())),
-                ("bm", Int(k.tile.bm)),
-                ("bn", Int(k.tile.bn)),
-                ("bk", Int(k.tile.bk)),
-                ("warps_m", Int(k.tile.warps_m)),
-                ("warps_n", Int(k.tile.warps_n)),
-                ("stages", Int(k.tile.stages)),
-                ("glu", Text(k.fold.name())),
-                ("layout", Text(k.layout.name())),
-            ],
+            Kernel::Gemm(k) => {
+                let own =
+                    [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
+                own.into_iter().chain(k.tile.constants()).collect()
+            }
+            Kernel::GemmAny(k) => {
+                let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
+                own.into_iter().chain(k.tile().constants()).collect()
+            }
             Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
             Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
@@ -726,6 +771,9 @@ pub fn all() -> Vec<Kernel> {
                 }
             }
         }
+    }
+    for dtype in Dtype::ALL {
+        kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
     }
     for dtype in Dtype::ALL {
         kernels.push(Kernel::Combine(Combine { dtype }));

@@ -2,7 +2,7 @@
 
 use super::desc::{LayerDesc, Mlp};
 use crate::experts::Weight;
-use crate::experts::weight::{HeldWeight, WeightNames};
+use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::routers::{gating, router};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
@@ -193,8 +193,7 @@ fn open_mlp<'a, 'b>(
 where
     'a: 'b,
 {
-    Ok([
-        gate_up.open(scope, names[0], &mlp.gate_up, [experts, intermediate, hidden])?,
-        down.open(scope, names[1], &mlp.down, [experts, hidden, intermediate])?,
-    ])
+    let first = WeightPlace::packed(&mlp.gate_up, [experts, intermediate, hidden]);
+    let second = WeightPlace::packed(&mlp.down, [experts, hidden, intermediate]);
+    Ok([gate_up.open(scope, names[0], &mlp.gate_up, first)?, down.open(scope, names[1], &mlp.down, second)?])
 }

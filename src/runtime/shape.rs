@@ -17,6 +17,19 @@ pub(crate) fn product(operation: &'static str, argument: &'static str, factors: 
     })
 }
 
+/// Elements from the first to behind the last of a tensor with dimensions `(size, stride)`; none if a size is 0.
+pub(crate) fn reach(dimensions: &[(usize, usize)]) -> usize {
+    if dimensions.iter().any(|&(size, _)| size == 0) {
+        return 0;
+    }
+    1 + dimensions.iter().map(|&(size, stride)| (size - 1) * stride).sum::<usize>()
+}
+
+/// Boundary in bytes that a packed matrix with rows of `width` elements begins on: 16 where each row then does, else an element.
+pub(crate) fn row_alignment(dtype: crate::Dtype, width: usize) -> u64 {
+    if width.is_multiple_of(8) { super::launch::VECTOR } else { dtype.bytes().into() }
+}
+
 /// A product that the kernel holds in an `i32`.
 pub(crate) fn product_i32(operation: &'static str, argument: &'static str, factors: &[usize]) -> Result<usize, Error> {
     let overflow = || Error::Overflow {

@@ -18,6 +18,7 @@ mod expert_choice;
 mod expert_map;
 mod gating;
 mod gemm;
+mod gemm_any;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -32,6 +33,7 @@ mod router;
 mod rows;
 mod sampled;
 mod sinkhorn;
+mod strides;
 mod timing;
 mod unit_experts;
 
@@ -81,6 +83,7 @@ fn check(kernel: Kernel) {
         Kernel::Gating(variant) => gating::check(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
+        Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
