@@ -373,6 +373,11 @@ impl<'a> ListAddresses<'a> {
         }
     }
 
+    /// Of `experts` experts: the number of rows, and each row's token.
+    pub(crate) fn live(self, experts: usize) -> (Address<'a>, Address<'a>) {
+        (self.offsets.offset(experts * size_of::<i32>()), self.slot_token)
+    }
+
     /// The result for no tokens.
     pub(crate) fn zero(self, scope: &Scope<'_>, shape: &SlotShape) -> Result<(), Error> {
         scope.zero(self.counts, shape.experts * size_of::<i32>())?;

@@ -210,8 +210,7 @@ pub fn forward<T: Element>(
         return Ok(());
     }
     let (dtype, elements, width) = (desc.dtype, desc.rows * desc.width, desc.width);
-    let bytes = u64::from(dtype.bytes());
-    let align = if (width as u64 * bytes).is_multiple_of(VECTOR) { VECTOR } else { bytes };
+    let align = alignment(dtype, width);
     let x = scope.read_some("x", args.x, elements, align)?;
     let list = |argument| move |list| scope.read_tensor(argument, list, dtype, width, align);
     let weight = args.weight.map(list("weight")).transpose()?;
@@ -233,6 +232,12 @@ pub fn forward<T: Element>(
         ..Addresses::new(optional(&x).unwrap_or_else(|| y.address()), y.address())
     };
     enqueue(&scope, desc, &selection, at)
+}
+
+/// What rows of `width` elements begin on.
+pub(crate) fn alignment(dtype: Dtype, width: usize) -> u64 {
+    let bytes = u64::from(dtype.bytes());
+    if (width as u64 * bytes).is_multiple_of(VECTOR) { VECTOR } else { bytes }
 }
 
 /// Whether a weight is given where the gain has one, and only there.

@@ -1,6 +1,6 @@
 //! What a layer is.
 
-use super::LayerPlan;
+use super::{LatentDesc, LayerPlan, Norms};
 use crate::rules::{
     Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, SecondExpert,
     WeightDesc,
@@ -45,6 +45,10 @@ pub struct LayerDesc {
     pub mlp: Mlp,
     /// An expert that every token goes to.
     pub shared: Option<SharedDesc>,
+    /// RMS norms of what router and experts see, and of what experts and the whole layer yield.
+    pub norms: Norms,
+    /// Routed experts of a width of their own, between two projections.
+    pub latent: Option<LatentDesc>,
 }
 
 impl LayerDesc {
@@ -73,7 +77,14 @@ impl LayerDesc {
             weighting: Weighting::Output,
             mlp: Mlp::swiglu(dtype),
             shared: None,
+            norms: Norms::new(),
+            latent: None,
         }
+    }
+
+    /// Width of the routed experts' inputs and outputs: `H`, or the latent one.
+    pub fn expert_width(&self) -> usize {
+        self.latent.map_or(self.hidden, |latent| latent.width)
     }
 
     /// Experts whose weights are here.
@@ -107,6 +118,8 @@ settings!(LayerDesc {
     weighting: Weighting,
     mlp: Mlp,
     shared: Option<SharedDesc>,
+    norms: Norms,
+    latent: Option<LatentDesc>,
 });
 
 /// What the weights of the choices scale.
