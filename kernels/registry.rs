@@ -93,16 +93,18 @@ pub enum RouterShape {
     Tile,
     /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
     Warp,
+    /// 64 tokens by 64 experts a block, of rows of any width that begin on any element.
+    Any,
 }
 
 impl RouterShape {
     /// Every cut.
-    pub const ALL: [RouterShape; 2] = [RouterShape::Tile, RouterShape::Warp];
+    pub const ALL: [RouterShape; 3] = [RouterShape::Tile, RouterShape::Warp, RouterShape::Any];
 
     /// Tokens and experts that one block covers.
     pub const fn block(self) -> (u32, u32) {
         match self {
-            RouterShape::Tile => (64, 64),
+            RouterShape::Tile | RouterShape::Any => (64, 64),
             RouterShape::Warp => (4, 8),
         }
     }
@@ -117,6 +119,7 @@ impl RouterShape {
         match self {
             RouterShape::Tile => "tile",
             RouterShape::Warp => "warp",
+            RouterShape::Any => "any",
         }
     }
 }
@@ -516,7 +519,7 @@ impl Kernel {
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
-            Kernel::GemmAny(k) => format!("gemm_{}_any_{}", k.dtype, k.fold().name()),
+            Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
@@ -613,7 +616,9 @@ impl Kernel {
     /// File below `kernels/` that this variant is rendered from.
     pub const fn template(&self) -> &'static str {
         match self {
-            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "routers/router_tile.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Tile | RouterShape::Any, .. }) => {
+                "routers/router_tile.ptx.jinja"
+            }
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
@@ -648,6 +653,7 @@ impl Kernel {
             Kernel::Router(k) => vec![
                 ("x_dtype", Text(k.x.name())),
                 ("w_dtype", Text(k.weight.name())),
+                ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
                 ("block_tokens", Int(k.shape.block().0)),
                 ("block_experts", Int(k.shape.block().1)),
             ],
