@@ -93,16 +93,18 @@ pub enum RouterShape {
     Tile,
     /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
     Warp,
+    /// 64 tokens by 64 experts a block, of rows of any width that begin on any element.
+    Any,
 }
 
 impl RouterShape {
     /// Every cut.
-    pub const ALL: [RouterShape; 2] = [RouterShape::Tile, RouterShape::Warp];
+    pub const ALL: [RouterShape; 3] = [RouterShape::Tile, RouterShape::Warp, RouterShape::Any];
 
     /// Tokens and experts that one block covers.
     pub const fn block(self) -> (u32, u32) {
         match self {
-            RouterShape::Tile => (64, 64),
+            RouterShape::Tile | RouterShape::Any => (64, 64),
             RouterShape::Warp => (4, 8),
         }
     }
@@ -117,6 +119,7 @@ impl RouterShape {
         match self {
             RouterShape::Tile => "tile",
             RouterShape::Warp => "warp",
+            RouterShape::Any => "any",
         }
     }
 }
@@ -315,6 +318,8 @@ impl GemmAny {
 pub struct Combine {
     /// Type of all matrices.
     pub dtype: Dtype,
+    /// Whether rows have any width and begin on any element.
+    pub any: bool,
 }
 
 impl Combine {
@@ -328,7 +333,7 @@ impl Combine {
     }
 
     const fn vectors(self, hidden: u32) -> u32 {
-        hidden / (16 / self.dtype.bytes())
+        hidden.div_ceil(16 / self.dtype.bytes())
     }
 
     /// Blocks for `tokens` > 0 rows of `hidden` > 0 elements: x over tokens, of which a block takes several where a row
@@ -373,6 +378,8 @@ pub const BLOCK_WARPS: u32 = 8;
 pub struct CombineRagged {
     /// Type of the rows.
     pub dtype: Dtype,
+    /// Whether rows have any width and begin on any element.
+    pub any: bool,
 }
 
 /// Balanced routing by Sinkhorn's iteration.
@@ -532,13 +539,13 @@ impl Kernel {
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
-            Kernel::GemmAny(k) => format!("gemm_{}_any_{}", k.dtype, k.fold().name()),
-            Kernel::Combine(k) => format!("combine_{}", k.dtype),
+            Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
             Kernel::ExpertChoice => "expert_choice".into(),
             Kernel::TokenSlots => "token_slots".into(),
-            Kernel::CombineRagged(k) => format!("combine_ragged_{}", k.dtype),
+            Kernel::CombineRagged(k) => format!("combine_ragged_{}{}", k.dtype, any_width(k.any)),
             Kernel::Base => "base".into(),
             Kernel::Sinkhorn(k) => format!("sinkhorn_e{}", k.max_experts),
             Kernel::Hash => "hash".into(),
@@ -639,7 +646,9 @@ impl Kernel {
     /// File below `kernels/` that this variant is rendered from.
     pub const fn template(&self) -> &'static str {
         match self {
-            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "routers/router_tile.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Tile | RouterShape::Any, .. }) => {
+                "routers/router_tile.ptx.jinja"
+            }
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
@@ -678,6 +687,7 @@ impl Kernel {
             Kernel::Router(k) => vec![
                 ("x_dtype", Text(k.x.name())),
                 ("w_dtype", Text(k.weight.name())),
+                ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
                 ("block_tokens", Int(k.shape.block().0)),
                 ("block_experts", Int(k.shape.block().1)),
             ],
@@ -707,8 +717,9 @@ impl Kernel {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
             }
-            Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
-            Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
+            Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
+            }
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
@@ -732,6 +743,11 @@ impl Kernel {
 /// The end of the name of a kernel that takes wide ids.
 fn wide(ids_bytes: u32) -> &'static str {
     if ids_bytes == 8 { "_i64" } else { "" }
+}
+
+/// The end of the name of a kernel for rows of any width.
+fn any_width(any: bool) -> &'static str {
+    if any { "_any" } else { "" }
 }
 
 /// A constant of a template.
@@ -776,8 +792,10 @@ pub fn all() -> Vec<Kernel> {
         kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
     }
     for dtype in Dtype::ALL {
-        kernels.push(Kernel::Combine(Combine { dtype }));
-        kernels.push(Kernel::CombineRagged(CombineRagged { dtype }));
+        for any in [false, true] {
+            kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
+        }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
         kernels.push(Kernel::Admission(Admission { max_experts }));

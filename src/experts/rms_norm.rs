@@ -32,7 +32,7 @@ use super::dispatched::Dispatched;
 use crate::registry::{Kernel, RMS_NORM_THREADS};
 use crate::rules::{Dtype, Gain, RmsNorm};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::RmsNormParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Tensor};
@@ -91,7 +91,7 @@ impl RmsNormDesc {
     }
 }
 
-/// Buffers of a normalisation. Where the width is a multiple of 8 (of 4 in f32) all rows are 16-byte aligned, else by their elements.
+/// Buffers of a normalisation. Where the width is a multiple of 8 all rows are 16-byte aligned, else by their elements.
 #[non_exhaustive]
 pub struct RmsNormArgs<'a, T> {
     /// `[R, W]`; absent, `y` itself is normalised.
@@ -210,7 +210,7 @@ pub fn forward<T: Element>(
         return Ok(());
     }
     let (dtype, elements, width) = (desc.dtype, desc.rows * desc.width, desc.width);
-    let align = alignment(dtype, width);
+    let align = shape::row_alignment(dtype, width);
     let x = scope.read_some("x", args.x, elements, align)?;
     let list = |argument| move |list| scope.read_tensor(argument, list, dtype, width, align);
     let weight = args.weight.map(list("weight")).transpose()?;
@@ -232,12 +232,6 @@ pub fn forward<T: Element>(
         ..Addresses::new(optional(&x).unwrap_or_else(|| y.address()), y.address())
     };
     enqueue(&scope, desc, &selection, at)
-}
-
-/// What rows of `width` elements begin on.
-pub(crate) fn alignment(dtype: Dtype, width: usize) -> u64 {
-    let bytes = u64::from(dtype.bytes());
-    if (width as u64 * bytes).is_multiple_of(VECTOR) { VECTOR } else { bytes }
 }
 
 /// Whether a weight is given where the gain has one, and only there.

@@ -48,7 +48,10 @@ impl UnitExpertsDesc {
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
-        shape::multiple_of_8(OPERATION, "hidden", self.hidden)?;
+        shape::positive(OPERATION, "hidden", self.hidden)?;
+        if !self.hidden.is_multiple_of(8) {
+            return Err(Error::unsupported(OPERATION, "hidden", "a multiple of 8", self.hidden));
+        }
         shape::positive(OPERATION, "experts", self.experts)?;
         shape::positive(OPERATION, "top_k", self.top_k)?;
         if self.top_k > MAX_UNIT_TOP_K as usize {

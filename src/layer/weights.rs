@@ -6,7 +6,8 @@ use crate::experts::Weight;
 use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::routers::{gating, router};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::shape;
 use crate::{Error, In, Tensor};
 
 /// Weights of a layer.
@@ -63,7 +64,8 @@ impl<'a> RouterWeights<'a> {
     {
         let LayerDesc { hidden, experts, router_dtype, gating, .. } = *desc;
         gating::check_correction_bias(scope.operation, &gating, self.correction_bias.is_some())?;
-        let matrix = |tensor| scope.read_tensor("router.matrix", tensor, router_dtype, experts * hidden, VECTOR);
+        let alignment = shape::row_alignment(router_dtype, hidden);
+        let matrix = |tensor| scope.read_tensor("router.matrix", tensor, router_dtype, experts * hidden, alignment);
         Ok(HeldRouter {
             matrix: self.matrix.map(matrix).transpose()?,
             norm: open_norm(scope, "router.norm", desc.norms.router, self.norm, desc, hidden)?,
@@ -141,7 +143,8 @@ impl<'a> ExpertWeights<'a> {
             (Some(shared), Some(weights)) => {
                 router::check_gate(operation, "shared.gate", shared.gated, weights.gate.is_some())?;
                 let sizes = [1, shared.intermediate, desc.hidden];
-                let gate = |tensor| scope.read_tensor("shared.gate", tensor, desc.router_dtype, desc.hidden, VECTOR);
+                let alignment = shape::row_alignment(desc.router_dtype, desc.hidden);
+                let gate = |tensor| scope.read_tensor("shared.gate", tensor, desc.router_dtype, desc.hidden, alignment);
                 Some(HeldShared {
                     mlp: open_mlp(scope, &SHARED, &shared.mlp, [weights.gate_up, weights.down], sizes)?,
                     gate: weights.gate.map(gate).transpose()?,

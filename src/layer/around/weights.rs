@@ -1,11 +1,12 @@
 //! Weights of norms and projections.
 
 use crate::experts::Weight;
-use crate::experts::rms_norm::{alignment, check_weight};
+use crate::experts::rms_norm::check_weight;
 use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::layer::LayerDesc;
 use crate::rules::{Gain, RmsNorm};
 use crate::runtime::launch::{Held, Scope};
+use crate::runtime::shape::row_alignment;
 use crate::{Error, Tensor};
 
 /// Weights of the norms round the experts, of the type of activations; exactly where a norm's gain has one.
@@ -110,7 +111,7 @@ where
     'a: 'b,
 {
     check_weight(scope.operation, argument, norm.map_or(Gain::One, |norm| norm.gain), weight.is_some())?;
-    let alignment = alignment(desc.dtype, width);
+    let alignment = row_alignment(desc.dtype, width);
     weight.map(|weight| scope.read_tensor(argument, weight, desc.dtype, width, alignment)).transpose()
 }
 
