@@ -93,16 +93,18 @@ pub enum RouterShape {
     Tile,
     /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
     Warp,
+    /// 64 tokens by 64 experts a block, of rows of any width that begin on any element.
+    Any,
 }
 
 impl RouterShape {
     /// Every cut.
-    pub const ALL: [RouterShape; 2] = [RouterShape::Tile, RouterShape::Warp];
+    pub const ALL: [RouterShape; 3] = [RouterShape::Tile, RouterShape::Warp, RouterShape::Any];
 
     /// Tokens and experts that one block covers.
     pub const fn block(self) -> (u32, u32) {
         match self {
-            RouterShape::Tile => (64, 64),
+            RouterShape::Tile | RouterShape::Any => (64, 64),
             RouterShape::Warp => (4, 8),
         }
     }
@@ -117,6 +119,7 @@ impl RouterShape {
         match self {
             RouterShape::Tile => "tile",
             RouterShape::Warp => "warp",
+            RouterShape::Any => "any",
         }
     }
 }
@@ -358,6 +361,15 @@ impl Admission {
 /// Tokens that a block of the affinity kernel transposes.
 pub const AFFINITY_TOKENS: u32 = 32;
 
+/// Threads of a block of the RMS normalisation, and so most that share a row.
+pub const RMS_NORM_THREADS: u32 = 512;
+
+/// Keys of each of the two lists of product keys.
+pub const MAX_PRODUCT_KEYS: u32 = 128;
+
+/// Choices of a token by product keys, and experts of one unit that a token has: two for each lane.
+pub const MAX_UNIT_TOP_K: u32 = 64;
+
 /// Warps of the kernels that work by whole blocks of 256 threads.
 pub const BLOCK_WARPS: u32 = 8;
 
@@ -502,6 +514,17 @@ pub enum Kernel {
     Jitter(Dtype),
     /// A noise state moved on.
     NoiseState,
+    /// Rows divided by their root mean square.
+    RmsNorm(Dtype),
+    /// Experts by the best pairs of keys.
+    ProductKeys,
+    /// Experts of one hidden unit.
+    UnitExperts(Dtype),
+    /// One expert for the tokens of a sequence.
+    BySequence {
+        /// Bytes of an index: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -516,7 +539,7 @@ impl Kernel {
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
-            Kernel::GemmAny(k) => format!("gemm_{}_any_{}", k.dtype, k.fold().name()),
+            Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
@@ -537,6 +560,10 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
+            Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
+            Kernel::ProductKeys => "product_keys".into(),
+            Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
         }
     }
 
@@ -567,6 +594,10 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
+            Kernel::RmsNorm(_) => "RmsNorm",
+            Kernel::ProductKeys => "ProductKeys",
+            Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::BySequence { .. } => "BySequence",
         }
     }
 
@@ -597,6 +628,8 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::RmsNorm(_) => RMS_NORM_THREADS,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
         }
     }
 
@@ -613,7 +646,9 @@ impl Kernel {
     /// File below `kernels/` that this variant is rendered from.
     pub const fn template(&self) -> &'static str {
         match self {
-            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "routers/router_tile.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Tile | RouterShape::Any, .. }) => {
+                "routers/router_tile.ptx.jinja"
+            }
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
@@ -638,6 +673,10 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
+            Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
+            Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
+            Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
         }
     }
 
@@ -648,6 +687,7 @@ impl Kernel {
             Kernel::Router(k) => vec![
                 ("x_dtype", Text(k.x.name())),
                 ("w_dtype", Text(k.weight.name())),
+                ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
                 ("block_tokens", Int(k.shape.block().0)),
                 ("block_experts", Int(k.shape.block().1)),
             ],
@@ -692,7 +732,10 @@ impl Kernel {
                 constants
             }
             Kernel::Sampled(spread) => spread.constants(),
-            Kernel::Jitter(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
+            Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -772,5 +815,9 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);
+    kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
+    kernels.push(Kernel::ProductKeys);
+    kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels
 }

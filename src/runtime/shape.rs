@@ -58,14 +58,6 @@ pub(crate) fn positive(operation: &'static str, argument: &'static str, value: u
     size(operation, argument, value)
 }
 
-/// A row length: kernels move 8 elements at a time.
-pub(crate) fn multiple_of_8(operation: &'static str, argument: &'static str, value: usize) -> Result<u32, Error> {
-    if value == 0 || !value.is_multiple_of(8) {
-        return Err(Error::invalid(operation, argument, "a positive multiple of 8", value));
-    }
-    size(operation, argument, value)
-}
-
 /// Number of experts.
 pub(crate) fn experts(operation: &'static str, value: usize) -> Result<u32, Error> {
     if value > crate::MAX_EXPERTS {
@@ -105,6 +97,18 @@ pub(crate) fn grid_y(operation: &'static str, argument: &'static str, blocks: u3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Dtype;
+
+    #[test]
+    fn tensors_reach_as_far_as_their_last_element() {
+        assert_eq!(reach(&[(3, 10), (4, 1)]), 24);
+        assert_eq!(reach(&[(3, 0), (1, 7)]), 1);
+        assert_eq!(reach(&[(3, 10), (0, 1)]), 0);
+        assert_eq!(
+            [row_alignment(Dtype::Bf16, 16), row_alignment(Dtype::Bf16, 12), row_alignment(Dtype::F32, 4)],
+            [16, 2, 4]
+        );
+    }
 
     #[test]
     fn products_do_not_wrap() {
@@ -126,8 +130,7 @@ mod tests {
         assert!(matches!(experts("op", 4097), Err(Error::Unsupported { argument: "experts", .. })));
         assert!(matches!(top_k("op", 9, 8), Err(Error::Invalid { argument: "top_k", .. })));
         assert!(matches!(top_k("op", 33, 64), Err(Error::Unsupported { argument: "top_k", .. })));
-        assert!(matches!(multiple_of_8("op", "hidden", 12), Err(Error::Invalid { argument: "hidden", .. })));
-        assert!(matches!(multiple_of_8("op", "hidden", 0), Err(Error::Invalid { argument: "hidden", .. })));
+        assert!(matches!(positive("op", "hidden", 0), Err(Error::Invalid { argument: "hidden", .. })));
         assert!(grid_x("op", "n", 1 << 31).is_err());
     }
 }

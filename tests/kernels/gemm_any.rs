@@ -1,4 +1,4 @@
-//! Checks of `gemm_*_any_*`: widths that are no multiples of 8, buffers that begin on any element, lists of tiles of every height.
+//! Checks of `gemm_*_any`: widths that are no multiples of 8, buffers that begin on any element, lists of tiles of every height.
 
 use half::{bf16, f16};
 use moe_kernels::Dtype;

@@ -11,6 +11,7 @@ mod support;
 mod admission;
 mod balance;
 mod base;
+mod by_sequence;
 mod combine;
 mod dispatch;
 mod expert_choice;
@@ -26,12 +27,15 @@ mod lists;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod product_keys;
+mod rms_norm;
 mod router;
 mod rows;
 mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod unit_experts;
 
 use std::process::{Command, ExitCode};
 
@@ -98,6 +102,10 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::ProductKeys => product_keys::check(rng),
+        Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
     }
 }
 
