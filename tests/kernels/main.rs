@@ -27,6 +27,7 @@ mod mutants;
 mod noise_state;
 mod noisy;
 mod router;
+mod row_groups;
 mod rows;
 mod sampled;
 mod sinkhorn;
@@ -95,6 +96,7 @@ fn check(kernel: Kernel) {
         Kernel::UpdateBias => balance::check_bias(rng),
         Kernel::ExpertMap { ids_bytes } => expert_map::check(ids_bytes, rng),
         Kernel::CheckLists => lists::check(rng),
+        Kernel::RowGroups => row_groups::check(rng),
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
