@@ -28,6 +28,7 @@ mod parallel;
 pub mod product_keys;
 pub mod rms_norm;
 pub mod router;
+pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
 pub mod unit_experts;
