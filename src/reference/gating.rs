@@ -1,5 +1,6 @@
 //! Gating: from logits to the ids and weights of the chosen experts.
 
+mod backward;
 mod scores;
 #[cfg(test)]
 mod tests;
@@ -9,6 +10,7 @@ use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, Masked, Score};
 
+pub use backward::gate_backward;
 pub use scores::{softmax, sqrt_softplus};
 
 /// The chosen experts of every token.

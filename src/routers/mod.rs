@@ -6,6 +6,7 @@ pub mod base;
 pub mod by_sequence;
 pub mod expert_choice;
 pub mod gating;
+pub mod gating_backward;
 pub mod gating_dispatch;
 pub mod hash;
 pub mod hierarchical;

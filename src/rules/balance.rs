@@ -37,3 +37,24 @@ impl BalanceRule {
 }
 
 settings!(BalanceRule { first_choice_only: bool, unbiased: bool, capacity: Option<usize> });
+
+/// Losses whose gradient joins that of a gating's weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LossGradient {
+    /// Where the balancing loss's probabilities come from.
+    pub score: LossScore,
+    /// Factor of `E sum_e f_e P_e` (Switch Transformers' alpha), 0 for none. Counts are constant.
+    pub balance: f32,
+    /// Factor of the mean squared log-sum-exp (ST-MoE's z-loss), 0 for none.
+    pub z: f32,
+}
+
+impl LossGradient {
+    /// No loss yet.
+    pub const fn new(score: LossScore) -> LossGradient {
+        LossGradient { score, balance: 0.0, z: 0.0 }
+    }
+}
+
+settings!(LossGradient { balance: f32, z: f32 });

@@ -15,7 +15,7 @@ pub(crate) mod settings;
 mod weight;
 
 pub use activation::{Activation, Bound, Swiglu};
-pub use balance::{BalanceRule, LossScore};
+pub use balance::{BalanceRule, LossGradient, LossScore};
 pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
 
 pub use dropout::{Dropout, drop_below, keep_scale};

@@ -18,6 +18,7 @@ mod dispatch;
 mod expert_choice;
 mod expert_map;
 mod gating;
+mod gating_backward;
 mod gemm;
 mod gemm_any;
 mod hash;
@@ -105,6 +106,7 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::GatingBackward => gating_backward::check(rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),

@@ -77,6 +77,10 @@ pub const LAYER_LOGITS: f64 = 1e-6;
 /// In the norm, of a layer's gate weights: a logit's error is a weight's relative error, and logits are of the order of 10.
 pub const LAYER_WEIGHTS: f64 = 1e-5;
 
+/// Of a gradient of logits, relative to the token's own terms: scores good to a few 1e-7 and a dozen operations on them; ln and exp of a
+/// p-norm carry the error of an exponent of some tens.
+pub const GATING_GRADIENT: f64 = 4e-6;
+
 /// In the norm, of a layer's output: the roundings of the intermediate and of each expert's output to the storage type, two or three
 /// units roundoff; f32: the weights' error.
 pub fn layer(dtype: Dtype) -> f64 {
