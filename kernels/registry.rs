@@ -534,6 +534,8 @@ pub enum Kernel {
     NoiseState,
     /// The gradient of a gating's logits.
     GatingBackward,
+    /// Back through the activation between the products.
+    ActivationBackward(Dtype),
     /// Rows divided by their root mean square.
     RmsNorm(Dtype),
     /// Experts by the best pairs of keys.
@@ -582,6 +584,7 @@ impl Kernel {
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
             Kernel::GatingBackward => "gating_backward".into(),
+            Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
@@ -621,6 +624,7 @@ impl Kernel {
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
             Kernel::GatingBackward => "GatingBackward",
+            Kernel::ActivationBackward(_) => "ActivationBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
@@ -653,7 +657,9 @@ impl Kernel {
                 BLOCK_WARPS * 32
             }
             Kernel::Sampled(spread) => spread.warps() * 32,
-            Kernel::Jitter(_) | Kernel::RowGroups | Kernel::GatingBackward => BLOCK_WARPS * 32,
+            Kernel::Jitter(_) | Kernel::RowGroups | Kernel::GatingBackward | Kernel::ActivationBackward(_) => {
+                BLOCK_WARPS * 32
+            }
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
@@ -702,6 +708,7 @@ impl Kernel {
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
             Kernel::GatingBackward => "routers/gating_backward.ptx.jinja",
+            Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
@@ -764,6 +771,7 @@ impl Kernel {
             }
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
             Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
@@ -852,6 +860,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);
+    kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));

@@ -1,5 +1,6 @@
 //! The experts' products, and the sum of their outputs.
 
+pub mod activation_backward;
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;

@@ -28,6 +28,71 @@ pub fn activate_glu(activation: Activation, gate: f64, up: f64) -> f64 {
     activate(activation, gate) * up
 }
 
+/// The slopes of [`activate_glu`] in gate and up value: beyond a clamp's limit 0, at it 1; of [`Activation::Relu`] 0 at 0.
+pub fn slopes_glu(activation: Activation, gate: f64, up: f64) -> (f64, f64) {
+    let (bounded_up, up_slope) = match activation {
+        Activation::Swiglu(unit) => {
+            let factor = f64::from(unit.factor);
+            let slope = match unit.up {
+                Bound::None => 1.0,
+                Bound::Clamp(limit) => within(up.abs(), limit),
+                Bound::Softcap(cap) => 1.0 - (up / f64::from(cap)).tanh().powi(2),
+            };
+            (factor * bounded(unit.up, up) + f64::from(unit.offset), factor * slope)
+        }
+        _ => (up, 1.0),
+    };
+    (slope(activation, gate) * bounded_up, activate(activation, gate) * up_slope)
+}
+
+/// The slope of [`activate`].
+pub fn slope(activation: Activation, v: f64) -> f64 {
+    match activation {
+        Activation::Identity => 1.0,
+        Activation::Relu => f64::from(v > 0.0),
+        Activation::ReluSquared => 2.0 * relu(v),
+        // Phi(v) + v phi(v)
+        Activation::Gelu => {
+            let density = (-0.5 * v * v).exp() * FRAC_1_SQRT_2 * FRAC_2_SQRT_PI / 2.0;
+            0.5 * (1.0 + erf(v * FRAC_1_SQRT_2)) + if density == 0.0 { 0.0 } else { v * density }
+        }
+        Activation::GeluTanh => {
+            let inner = |v: f64| FRAC_2_PI.sqrt() * (v + 0.044715 * v * v * v);
+            let tanh = inner(v).tanh();
+            let inner_slope = FRAC_2_PI.sqrt() * (1.0 + 3.0 * 0.044715 * v * v);
+            let rest = 1.0 - tanh * tanh;
+            0.5 * (1.0 + tanh) + if rest == 0.0 { 0.0 } else { 0.5 * v * rest * inner_slope }
+        }
+        Activation::Silu => silu_slope(v, 1.0, 1.0, v),
+        Activation::Swiglu(unit) => {
+            let alpha = f64::from(unit.alpha);
+            match unit.gate {
+                Bound::None => silu_slope(v, 1.0, alpha, v),
+                Bound::Clamp(limit) if unit.clamp_after => {
+                    silu_slope(v, 1.0, alpha, v) * within(v * sigmoid(alpha * v), limit)
+                }
+                Bound::Clamp(limit) => silu_slope(v, 1.0, alpha, v) * within(v, limit),
+                Bound::Softcap(cap) => {
+                    let tanh = (v / f64::from(cap)).tanh();
+                    silu_slope(f64::from(cap) * tanh, 1.0 - tanh * tanh, alpha, v)
+                }
+            }
+        }
+    }
+}
+
+/// The slope of `linear sigmoid(alpha v)`, where `linear` has the slope `linear_slope`.
+fn silu_slope(linear: f64, linear_slope: f64, alpha: f64, v: f64) -> f64 {
+    let (s, rest) = (sigmoid(alpha * v), sigmoid(-alpha * v));
+    let falling = s * rest;
+    linear_slope * s + if falling == 0.0 { 0.0 } else { alpha * linear * falling }
+}
+
+/// The slope of a clamp: 1 up to its limit.
+fn within(value: f64, limit: f32) -> f64 {
+    f64::from(value <= limit.into())
+}
+
 /// NaN stays NaN, which f64::max would drop.
 fn relu(value: f64) -> f64 {
     if value < 0.0 { 0.0 } else { value }
@@ -158,6 +223,43 @@ mod tests {
         close(activate_glu(act, f64::INFINITY, f64::NEG_INFINITY), -100.0);
         let gate_alone = Swiglu::softcapped(4.0, 1.0).up(Bound::None).factor(2.0).offset(-1.0).into();
         close(activate_glu(gate_alone, -8.0, 50.0), 4.0 * -(2f64.tanh()) * sigmoid(-8.0) * 99.0);
+    }
+
+    #[test]
+    fn slopes_by_finite_differences() {
+        let units = [
+            Swiglu::new().alpha(1.3).factor(0.5).offset(-0.25),
+            Swiglu::GPT_OSS.gate(Bound::Clamp(1.5)).up(Bound::Clamp(1.2)),
+            Swiglu::clamped(0.7).clamp_after(true),
+            Swiglu::softcapped(2.0, 3.0).alpha(0.8),
+        ];
+        let plain = [
+            Activation::Relu,
+            Activation::ReluSquared,
+            Activation::Gelu,
+            Activation::GeluTanh,
+            Activation::Silu,
+            Activation::Identity,
+        ];
+        let step = 1e-6;
+        for activation in units.map(Activation::from).into_iter().chain(plain) {
+            for gate in [-3.1, -0.4, 0.3, 1.4, 2.6] {
+                for up in [-2.3, -0.9, 0.6, 1.9] {
+                    let at = |dg: f64, du: f64| activate_glu(activation, gate + dg, up + du);
+                    let want = [
+                        (at(step, 0.0) - at(-step, 0.0)) / (2.0 * step),
+                        (at(0.0, step) - at(0.0, -step)) / (2.0 * step),
+                    ];
+                    let got = slopes_glu(activation, gate, up);
+                    for (got, want) in [got.0, got.1].into_iter().zip(want) {
+                        assert!(
+                            (got - want).abs() <= 1e-8 * want.abs().max(1.0),
+                            "{activation:?} {gate} {up}: {got}, {want}"
+                        );
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -81,6 +81,9 @@ pub const LAYER_WEIGHTS: f64 = 1e-5;
 /// p-norm carry the error of an exponent of some tens.
 pub const GATING_GRADIENT: f64 = 4e-6;
 
+/// Of a gradient through an activation, relative to its terms: functions good to a few 1e-7 and half a dozen roundings; Phi is off by 3e-7.
+pub const ACTIVATION_GRADIENT: f64 = 2e-6;
+
 /// In the norm, of a layer's output: the roundings of the intermediate and of each expert's output to the storage type, two or three
 /// units roundoff; f32: the weights' error.
 pub fn layer(dtype: Dtype) -> f64 {
