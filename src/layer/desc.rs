@@ -40,6 +40,8 @@ pub struct LayerDesc {
     pub admission: Option<AdmissionRule>,
     /// From experts as the router knows them to those that are here.
     pub map: Option<MapDesc>,
+    /// The last of the `E` experts compute nothing. Not with a map, which can say so of any expert, nor with an admission or appended experts.
+    pub null: Option<NullExperts>,
     /// Limit on the rows of an expert; none is dropless. Dropped slots add nothing to `y`.
     pub capacity: Option<Capacity>,
     /// What the weights of the choices scale.
@@ -80,6 +82,7 @@ impl LayerDesc {
             measure: None,
             admission: None,
             map: None,
+            null: None,
             capacity: None,
             weighting: Weighting::Output,
             mlp: Mlp::swiglu(dtype),
@@ -102,7 +105,8 @@ impl LayerDesc {
 
     /// Experts whose weights are here.
     pub fn local_experts(&self) -> usize {
-        self.map.map_or(self.all_experts(), |map| map.local_experts)
+        let null = self.null.map_or(0, |null| null.count);
+        self.map.map_or(self.all_experts().saturating_sub(null), |map| map.local_experts)
     }
 
     /// Experts with those that are appended.
@@ -143,6 +147,7 @@ settings!(LayerDesc {
     measure: Option<BalanceRule>,
     admission: Option<AdmissionRule>,
     map: Option<MapDesc>,
+    null: Option<NullExperts>,
     capacity: Option<Capacity>,
     weighting: Weighting,
     mlp: Mlp,
@@ -162,6 +167,39 @@ pub enum Weighting {
     Input,
     /// What the activation yields.
     Activation,
+}
+
+/// Experts that a router may choose and that compute nothing. Their slots are -1, as those of dropped choices: they have no row, and nothing of
+/// them is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NullExperts {
+    /// How many of the layer's experts, the last ones; less than all.
+    pub count: usize,
+    /// What they yield.
+    pub output: NullOutput,
+}
+
+impl NullExperts {
+    /// Experts that skip the token (ZAYA).
+    pub const fn zero(count: usize) -> NullExperts {
+        NullExperts { count, output: NullOutput::Zero }
+    }
+
+    /// Experts whose output is their input (LongCat-Flash, arXiv:2509.01322, section 2.1).
+    pub const fn identity(count: usize) -> NullExperts {
+        NullExperts { count, output: NullOutput::Input }
+    }
+}
+
+/// What an expert yields that computes nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum NullOutput {
+    /// Nothing.
+    Zero,
+    /// Its input, which is weighted as any expert's output is.
+    Input,
 }
 
 /// An expert map between choice and dispatch: see [`crate::capacity::expert_map`].

@@ -44,7 +44,7 @@ mod tests;
 mod weights;
 
 pub use around::{LatentDesc, LatentWeights, NormWeights, Norms};
-pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc, Weighting};
+pub use desc::{LayerDesc, MapDesc, Mlp, NullExperts, NullOutput, SharedDesc, Weighting};
 pub use experts::{ExpertsArgs, ExpertsPlan};
 pub use forward::{LayerArgs, LayerPlan};
 pub use route::{Choices, MapTable, Measured, RouteArgs, RoutePlan};
