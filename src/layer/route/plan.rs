@@ -7,13 +7,13 @@ use crate::capacity::expert_map::{self, ExpertMapDesc};
 use crate::experts::dispatched::SlotShape;
 use crate::experts::rms_norm::{self, RmsNormDesc};
 use crate::experts::tiles::{lowest_tile, max_tiles, select_tile};
-use crate::layer::desc::{LayerDesc, NullOutput};
+use crate::layer::desc::LayerDesc;
 use crate::layer::{OPERATION, Stage, Step};
 use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::IdFormat;
+use crate::rules::{IdFormat, NullOutput};
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
 
