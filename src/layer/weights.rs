@@ -3,6 +3,7 @@
 use super::around::{HeldAround, LatentWeights, NormWeights, open_norm};
 use super::desc::{LayerDesc, Mlp};
 use crate::experts::Weight;
+use crate::experts::gemm::{HeldByExpert, SwigluByExpert};
 use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::routers::{gating, router};
 use crate::runtime::builder::buffers;
@@ -95,6 +96,8 @@ pub struct ExpertWeights<'a> {
     pub down: Weight<'a>,
     /// The shared expert's; exactly where the descriptor has one.
     pub shared: Option<SharedWeights<'a>>,
+    /// Numbers of the activation that differ from expert to expert.
+    pub swiglu: SwigluByExpert<'a>,
     /// Those of norms.
     pub norms: NormWeights<'a>,
     /// Those of projections round the experts; exactly where the descriptor has a latent width.
@@ -104,7 +107,14 @@ pub struct ExpertWeights<'a> {
 impl<'a> ExpertWeights<'a> {
     /// Without a shared expert.
     pub const fn new(gate_up: Weight<'a>, down: Weight<'a>) -> ExpertWeights<'a> {
-        ExpertWeights { gate_up, down, shared: None, norms: NormWeights::new(), latent: None }
+        let (swiglu, norms) = (SwigluByExpert::new(), NormWeights::new());
+        ExpertWeights { gate_up, down, shared: None, swiglu, norms, latent: None }
+    }
+
+    /// With numbers of the activation that differ from expert to expert.
+    #[must_use]
+    pub const fn swiglu(self, swiglu: SwigluByExpert<'a>) -> ExpertWeights<'a> {
+        ExpertWeights { swiglu, ..self }
     }
 
     /// With a shared expert.
@@ -155,6 +165,7 @@ impl<'a> ExpertWeights<'a> {
         Ok(HeldExperts {
             mlp: open_mlp(scope, &ROUTED, &desc.mlp, [self.gate_up, self.down], sizes)?,
             shared,
+            swiglu: self.swiglu.open(scope, desc.mlp.activation, desc.local_experts())?,
             around: HeldAround::open(scope, desc, self.norms, self.latent)?,
         })
     }
@@ -189,6 +200,7 @@ impl<'a> SharedWeights<'a> {
 pub(super) struct HeldExperts<'a> {
     pub(super) mlp: [HeldWeight<'a>; 2],
     pub(super) shared: Option<HeldShared<'a>>,
+    pub(super) swiglu: HeldByExpert<'a>,
     pub(super) around: HeldAround<'a>,
 }
 
