@@ -5,8 +5,8 @@
 //! logits = W_out act(W_2 act(W_1 norm(state) + b_1) + b_2)       [T, E]
 //! ```
 //!
-//! Everything but the logits is kept in the type of `x`, as the model keeps it. The logits go to a gating, or a layer
-//! ([`crate::layer::RouteArgs::given_logits`]).
+//! State and network are in the type of `x`, as the model keeps them, or in f32, where rounding does not move a choice
+//! ([`NetworkDesc::state`]). The logits go to a gating, or a layer ([`crate::layer::RouteArgs::given_logits`]).
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use cudarc::driver::CudaStream;
 
 use super::router::{self, RouterDesc};
 use crate::experts::Weight;
-use crate::experts::gemm::{self, GemmDesc, Rows};
+use crate::experts::gemm::{self, GemmDesc, Output, Rows};
 use crate::experts::rms_norm::{self, RmsNormDesc, check_weight};
 use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::rules::{Activation, Dtype, RmsNorm, WeightDesc};
@@ -30,8 +30,10 @@ const OPERATION: &str = "network";
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct NetworkDesc {
-    /// Type of `x`, of the state and of all weights.
+    /// Type of `x` and of the projection of it.
     pub dtype: Dtype,
+    /// Type of the state and of all other weights: `dtype`, or f32.
+    pub state: Dtype,
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
     /// Hidden size `H`.
@@ -59,7 +61,7 @@ impl NetworkDesc {
         norm: RmsNorm,
     ) -> NetworkDesc {
         let activation = Activation::Gelu;
-        NetworkDesc { dtype, tokens, hidden, width, experts, norm, activation, batch_invariant: false }
+        NetworkDesc { dtype, state: dtype, tokens, hidden, width, experts, norm, activation, batch_invariant: false }
     }
 
     /// Chooses kernels and places.
@@ -71,13 +73,13 @@ impl NetworkDesc {
     }
 }
 
-settings!(NetworkDesc { activation: Activation, batch_invariant: bool });
+settings!(NetworkDesc { state: Dtype, activation: Activation, batch_invariant: bool });
 
 /// Weights of a router's network.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct NetworkWeights<'a> {
-    /// `[D, H]`, with its bias `[D]`.
+    /// `[D, H]`, with its bias `[D]`, of the type of `x`.
     pub down: Weight<'a>,
     /// `[D]`: factors of the previous layer's state; 1 where absent.
     pub state_scale: Option<Tensor<'a>>,
@@ -110,25 +112,25 @@ impl<'a> NetworkWeights<'a> {
 
 /// Inputs and outputs of a router's network.
 #[non_exhaustive]
-pub struct NetworkArgs<'a, T> {
+pub struct NetworkArgs<'a, T, S> {
     /// `[T, H]`.
     pub x: In<'a, T>,
     /// `[T, D]`: the state of the previous layer's router. Absent in the first layer.
-    pub previous: Option<In<'a, T>>,
+    pub previous: Option<In<'a, S>>,
     /// `[T, D]`, written: this layer's state.
-    pub state: Option<Out<'a, T>>,
+    pub state: Option<Out<'a, S>>,
     /// `[T, E]`, written.
     pub logits: Out<'a, f32>,
 }
 
-impl<'a, T> NetworkArgs<'a, T> {
+impl<'a, T, S> NetworkArgs<'a, T, S> {
     /// `x` to `logits`, as a first layer does.
-    pub fn new(x: impl Into<In<'a, T>>, logits: impl Into<Out<'a, f32>>) -> NetworkArgs<'a, T> {
+    pub fn new(x: impl Into<In<'a, T>>, logits: impl Into<Out<'a, f32>>) -> NetworkArgs<'a, T, S> {
         NetworkArgs { x: x.into(), previous: None, state: None, logits: logits.into() }
     }
 }
 
-buffers!(NetworkArgs<'a, T> { previous: In<T>, state: Out<T> });
+buffers!(NetworkArgs<'a, T, S> { previous: In<S>, state: Out<S> });
 
 /// Every choice for a router's network and a number of tokens: five launches.
 #[derive(Clone, Copy, Debug)]
@@ -149,27 +151,30 @@ impl NetworkPlan {
     /// # Errors
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn new(desc: &NetworkDesc, device: &DeviceInfo) -> Result<NetworkPlan, Error> {
-        let &NetworkDesc { dtype, tokens, hidden, width, experts, norm, activation, batch_invariant } = desc;
+        let &NetworkDesc { dtype, state, tokens, hidden, width, experts, norm, activation, batch_invariant } = desc;
         shape::positive(OPERATION, "hidden", hidden)?;
         shape::positive(OPERATION, "width", width)?;
+        if state != dtype && state != Dtype::F32 {
+            let supported = format!("the type of x ({dtype}) or f32");
+            return Err(Error::unsupported(OPERATION, "state", supported, state));
+        }
         gemm::check_activation(OPERATION, "activation", activation, WeightDesc::new(dtype).glu)?;
-        let product = |k, activation| {
-            let desc = GemmDesc::new(dtype, Rows::Dense(tokens), width, k).activation(activation);
-            Ok::<_, Error>((desc, gemm::select_for(OPERATION, &desc, device)?))
-        };
-        let norm = RmsNormDesc::new(dtype, tokens, width, norm);
-        let output = RouterDesc::new(dtype, tokens, experts, width).batch_invariant(batch_invariant);
+        let product = |desc: GemmDesc| Ok::<_, Error>((desc, gemm::select_for(OPERATION, &desc, device)?));
+        let rows = Rows::Dense(tokens);
+        let form = if state == dtype { Output::Rounded } else { Output::F32 };
+        let norm = RmsNormDesc::new(state, tokens, width, norm);
+        let output = RouterDesc::new(state, tokens, experts, width).batch_invariant(batch_invariant);
         let within = |error: Error| error.within(OPERATION);
         let mut arena = Arena::new(OPERATION);
         arena.barrier()?;
         let elements = shape::product(OPERATION, "width", &[tokens, width])?;
-        let mut region = || arena.region("width", elements, dtype.bytes() as usize);
+        let mut region = || arena.region("width", elements, state.bytes() as usize);
         let regions = [region()?, region()?, region()?];
         Ok(NetworkPlan {
             desc: *desc,
-            down: product(hidden, Activation::Identity)?,
+            down: product(GemmDesc::new(dtype, rows, width, hidden).output(form))?,
             norm: (norm, rms_norm::select_for(OPERATION, &norm, device)?),
-            layer: product(width, activation)?,
+            layer: product(GemmDesc::new(state, rows, width, width).activation(activation))?,
             output: (output, router::select(&output, device).map_err(within)?),
             regions,
             workspace_bytes: arena.bytes(),
@@ -198,30 +203,31 @@ impl NetworkPlan {
     /// # Errors
     /// [`Error::Missing`] or [`Error::Unexpected`] for a norm's weight against the descriptor; those of a buffer: [`Error::WrongDtype`],
     /// [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
-    pub fn forward<T: Element>(
+    pub fn forward<T: Element, S: Element>(
         &self,
         kernels: &Kernels,
         stream: &Arc<CudaStream>,
         weights: &NetworkWeights<'_>,
-        args: NetworkArgs<'_, T>,
+        args: NetworkArgs<'_, T, S>,
         workspace: &mut Workspace,
     ) -> Result<(), Error> {
         let scope = Scope::begin(OPERATION, kernels, stream)?;
-        let NetworkDesc { dtype, tokens, hidden, width, experts, norm, .. } = self.desc;
+        let NetworkDesc { dtype, state: kept, tokens, hidden, width, experts, norm, .. } = self.desc;
         scope.check_dtype::<T>("x", dtype)?;
+        scope.check_dtype::<S>("state", kept)?;
         check_weight(OPERATION, "norm", norm.gain, weights.norm.is_some())?;
         if tokens == 0 {
             return Ok(());
         }
-        let [wide, narrow] = [hidden, width].map(|width| shape::row_alignment(dtype, width));
+        let [wide, narrow] = [(dtype, hidden), (kept, width)].map(|(dtype, width)| shape::row_alignment(dtype, width));
         let down = open(&scope, "down", "down.bias", weights.down, &self.down.0)?;
         let [first, second] = weights.layers;
         let first = open(&scope, "layers[0]", "layers[0].bias", first, &self.layer.0)?;
         let second = open(&scope, "layers[1]", "layers[1].bias", second, &self.layer.0)?;
-        let list = |argument| move |list| scope.read_tensor(argument, list, dtype, width, narrow);
+        let list = |argument| move |list| scope.read_tensor(argument, list, kept, width, narrow);
         let state_scale = weights.state_scale.map(list("state_scale")).transpose()?;
         let gain = weights.norm.map(list("norm")).transpose()?;
-        let output = scope.read_tensor("output", weights.output, dtype, experts * width, narrow)?;
+        let output = scope.read_tensor("output", weights.output, kept, experts * width, narrow)?;
         let x = scope.read("x", args.x, tokens * hidden, wide)?;
         let previous = scope.read_some("previous", args.previous, tokens * width, narrow)?;
         let state = scope.write_some("state", args.state, tokens * width, narrow)?;

@@ -13,7 +13,7 @@ use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::IdFormat;
+use crate::rules::{Dtype, IdFormat};
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
 
@@ -55,8 +55,11 @@ impl RoutePlan {
     ) -> Result<(RoutePlan, Arena), Error> {
         let within = |error: Error| error.within(OPERATION);
         let &LayerDesc { dtype, router_dtype, hidden, experts, top_k, gating, .. } = desc;
-        let router =
-            RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype).batch_invariant(desc.batch_invariant);
+        // What a norm hands to a router in f32 is not rounded in between.
+        let router_x = if desc.norms.router.is_some() && router_dtype == Dtype::F32 { Dtype::F32 } else { dtype };
+        let router = RouterDesc::new(router_x, tokens, experts, hidden)
+            .weight(router_dtype)
+            .batch_invariant(desc.batch_invariant);
         let step = |desc| Ok::<_, Error>(Step { desc, selection: router::select(&desc, device).map_err(within)? });
         let (router, gated_router) = (step(router)?, step(router.shared_gate(desc.has_shared_gate()))?);
 
@@ -65,7 +68,7 @@ impl RoutePlan {
             return Err(Error::unsupported(OPERATION, "norms.router", supported, "one"));
         }
         let norm = desc.norms.router.map(|norm| {
-            let desc = RmsNormDesc::new(dtype, tokens, hidden, norm);
+            let desc = RmsNormDesc::new(dtype, tokens, hidden, norm).output(router_x);
             Ok::<_, Error>(Step { desc, selection: rms_norm::select_for(OPERATION, &desc, device)? })
         });
         let norm = norm.transpose()?;
@@ -138,7 +141,7 @@ impl RoutePlan {
             router_x: arena.region(
                 "norms.router",
                 if norm.is_some() { tokens * hidden } else { 0 },
-                dtype.bytes() as usize,
+                router_x.bytes() as usize,
             )?,
             logits: arena.region("logits", tokens * experts, 4)?,
             candidates: arena.region("candidates", all, 4)?,
