@@ -190,6 +190,6 @@ mod tests {
         assert_eq!(fault(UnitExpertsDesc { top_k: 65, ..desc }), "top_k");
         assert_eq!(fault(UnitExpertsDesc { experts: 0, ..desc }), "experts");
         assert_eq!(fault(UnitExpertsDesc { tokens: 1 << 30, ..desc }), "ids");
-        assert_eq!(fault(desc.activation(Activation::ReluSquared)), "activation");
+        assert_eq!(fault(desc.activation(crate::rules::Swiglu::new().into())), "activation");
     }
 }

@@ -70,40 +70,41 @@ impl ExpertsPlan {
         }
 
         let width = desc.expert_width();
-        // Their inputs and outputs have `width` columns.
-        let steps = |mlp: &Mlp,
-                     rows: Rows,
-                     shared_rows: usize,
-                     shared: Option<Activation>,
-                     [intermediate, width]: [usize; 2]| {
+        let steps = |mlp: &Mlp, rows: Rows, shared: Option<(usize, Activation)>, [intermediate, width]: [usize; 2]| {
+            let (shared_rows, shared_activation) = shared.unzip();
+            let shared_rows = shared_rows.unwrap_or(0);
             let gate_up = GemmDesc::new(dtype, rows, intermediate, width)
                 .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
                 .activation(mlp.activation)
                 .shared_rows(shared_rows)
-                .shared_activation(shared);
+                .shared_activation(shared_activation);
             let down = GemmDesc::new(dtype, rows, width, intermediate).weight(mlp.down).shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
-            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity).shared_activation(None))?])
+            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
         let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {
             Some(shared) if shared.joins(desc) => (Some(shared), None),
             shared => (None, shared),
         };
         let apart =
-            |shared: SharedDesc| steps(&shared.mlp, Rows::Dense(rows.tokens), 0, None, [shared.intermediate, hidden]);
+            |shared: SharedDesc| steps(&shared.mlp, Rows::Dense(rows.tokens), None, [shared.intermediate, hidden]);
         let apart = alone.map(apart).transpose()?;
         let joined = together.is_some();
-        let joined_rows = if joined { rows.tokens } else { 0 };
-        let activation = together.map(|shared| shared.mlp.activation).filter(|_| rows.tokens > 0);
-        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, activation, [intermediate, width])?;
+        let together = together.map(|shared| (rows.tokens, shared.mlp.activation)).filter(|_| rows.tokens > 0);
+        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), together, [intermediate, width])?;
         let gate = desc.has_shared_gate().then(|| {
             let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
             let selection = router::select(&desc, device).map_err(|error| error.within(OPERATION))?;
             Ok::<_, Error>(Step { desc, selection })
         });
         let gate = gate.transpose()?;
-        let combine = CombineDesc::new(dtype, *rows, width);
+        for (argument, factor) in [("routed_scale", desc.routed_scale), ("shared.scale", desc.shared_scale())] {
+            if !factor.is_finite() {
+                return Err(Error::invalid(OPERATION, argument, "a finite number", factor));
+            }
+        }
+        let combine = CombineDesc::new(dtype, *rows, width).scale(desc.routed_scale).addend_scale(desc.shared_scale());
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
         let element = dtype.bytes() as usize;
