@@ -3,6 +3,7 @@
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
+pub mod k_grouped;
 pub mod tiles;
 pub(crate) mod weight;
 
