@@ -352,6 +352,11 @@ pub(crate) struct Reading<'a> {
 }
 
 impl Reading<'_> {
+    /// Of `experts` experts: the number of rows, and each row's token.
+    pub(crate) fn live(&self, experts: usize) -> (Address<'_>, Address<'_>) {
+        (self.offsets.address().offset(experts * size_of::<i32>()), self.slot_token.address())
+    }
+
     pub(crate) fn addresses(&self) -> RowAddresses<'_> {
         RowAddresses {
             counts: self.counts.address(),
@@ -392,6 +397,11 @@ impl<'a> ListAddresses<'a> {
             tiles: self.tiles,
             num_tiles: self.num_tiles,
         }
+    }
+
+    /// Of `experts` experts: the number of rows, and each row's token.
+    pub(crate) fn live(self, experts: usize) -> (Address<'a>, Address<'a>) {
+        (self.offsets.offset(experts * size_of::<i32>()), self.slot_token)
     }
 
     /// The result for no tokens.

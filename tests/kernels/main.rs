@@ -9,8 +9,10 @@
 mod support;
 
 mod admission;
+mod any_rule;
 mod balance;
 mod base;
+mod by_sequence;
 mod combine;
 mod dispatch;
 mod expert_choice;
@@ -27,6 +29,8 @@ mod lists;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod product_keys;
+mod rms_norm;
 mod router;
 mod row_groups;
 mod rows;
@@ -34,6 +38,7 @@ mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod unit_experts;
 
 use std::process::{Command, ExitCode};
 
@@ -102,6 +107,10 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::ProductKeys => product_keys::check(rng),
+        Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
     }
 }
 
