@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use crate::experts::Dispatched;
 use crate::registry::{BLOCK_WARPS, Kernel};
 use crate::rules::{ChoiceBy, Gating, LossGradient, LossScore, Renormalise, Score};
 use crate::runtime::builder::{buffers, settings};
@@ -111,8 +112,12 @@ pub struct GatingBackwardArgs<'a> {
     pub logits: In<'a, f32>,
     /// `[T, k]`: what was chosen. One that is no expert's is no choice; a token of which none is an expert's is padding, without a gradient.
     pub ids: In<'a, i32>,
-    /// `[T, k]`: gradients of the weights; those of no choice are not used.
+    /// `[T, k]`: gradients of the weights; those of no choice are not used. With `dispatched` `[slots]`, by slot.
     pub d_weights: In<'a, f32>,
+    /// The dispatch that `ids` went through, whose slots `d_weights` are of
+    /// ([`crate::experts::activation_backward::ActivationBackwardArgs::d_slot_weight`]). A choice without a slot has no gradient of its own; its score
+    /// is in the sums that others were divided by.
+    pub dispatched: Option<&'a Dispatched>,
     /// `[E]`: the slots that the balancing loss counts, exactly where it has a factor.
     pub counts: Option<In<'a, i32>>,
     /// `[1]`: tokens of which the losses are means, T if absent. The first word of [`crate::routers::measured_gating::RouterStats`].
@@ -133,10 +138,19 @@ impl<'a> GatingBackwardArgs<'a> {
             logits: logits.into(),
             ids: ids.into(),
             d_weights: d_weights.into(),
+            dispatched: None,
             counts: None,
             counted: None,
             d_logits: d_logits.into(),
         }
+    }
+}
+
+impl<'a> GatingBackwardArgs<'a> {
+    /// With `d_weights` by the slots of `dispatched`.
+    #[must_use]
+    pub fn dispatched(self, dispatched: &'a Dispatched) -> GatingBackwardArgs<'a> {
+        GatingBackwardArgs { dispatched: Some(dispatched), ..self }
     }
 }
 
@@ -191,13 +205,21 @@ pub fn forward(
         let reason = "there are no losses";
         return Err(Error::Unexpected { operation, argument: "counted", reason });
     }
+    if let Some(shape) = args.dispatched.map(Dispatched::shape)
+        && (shape.tokens, shape.top_k) != (desc.tokens, Some(desc.top_k))
+    {
+        let expected = format!("a dispatch of {} tokens with {} choices each", desc.tokens, desc.top_k);
+        return Err(Error::invalid(OPERATION, "dispatched", expected, format!("{shape:?}")));
+    }
     if desc.tokens == 0 {
         return Ok(());
     }
     let (elements, choices) = (desc.tokens * desc.experts, desc.tokens * desc.top_k);
     let logits = scope.read("logits", args.logits, elements, SCALAR)?;
     let ids = scope.read("ids", args.ids, choices, SCALAR)?;
-    let d_weights = scope.read("d_weights", args.d_weights, choices, SCALAR)?;
+    let gradients = args.dispatched.map_or(choices, |dispatched| dispatched.shape().slots);
+    let d_weights = scope.read("d_weights", args.d_weights, gradients, SCALAR)?;
+    let lists = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
     let counts = scope.read_some("counts", args.counts, desc.experts, SCALAR)?;
     let counted = scope.read_some("counted", args.counted, 1, SCALAR)?;
     let d_logits = scope.write("d_logits", args.d_logits, elements, SCALAR)?;
@@ -222,6 +244,7 @@ pub fn forward(
             logits: logits.address().into(),
             ids: ids.address().into(),
             d_weights: d_weights.address().into(),
+            token_slot: lists.as_ref().map(|lists| lists.addresses().token_slot).into(),
             counts: optional(&counts).into(),
             counted: optional(&counted).into(),
             d_logits: d_logits.address().into(),

@@ -1,0 +1,171 @@
+//! A layer's backward pass put together from operations, against gradients that torch's autograd recorded of the same checkpoint.
+//!
+//! Nine launches behind a forward pass that keeps x, the pre-activations, logits, ids and the dispatch; nothing is read back between them.
+
+#[path = "support/data.rs"]
+mod data;
+#[path = "support/device.rs"]
+#[allow(dead_code)]
+mod device;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream};
+use moe_kernels::capacity::row_groups::{self, RowGroupsArgs, RowGroupsDesc, RowLayout};
+use moe_kernels::experts::activation_backward::{self, ActivationBackwardArgs, ActivationBackwardDesc};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, ProductOut, Rows};
+use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc};
+use moe_kernels::experts::{Dispatched, Weight};
+use moe_kernels::layer::{ExpertWeights, ExpertsArgs, ExpertsPlan, LayerDesc, LayerPlan, RouteArgs, RouterWeights};
+use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBackwardDesc};
+use moe_kernels::rules::{Activation, Layout, WeightDesc};
+use moe_kernels::{Dtype, Workspace};
+use safetensors::{Dtype as Stored, SafeTensors};
+
+/// In the norm: f32 sums of a few hundred terms behind one another.
+const TOLERANCE: f64 = 1e-5;
+
+/// Tensors of a file as f32.
+fn tensors(path: &Path) -> impl Fn(&str) -> Vec<f32> + use<> {
+    let bytes = std::fs::read(path).unwrap();
+    move |name| {
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let tensor = file.tensor(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+        match tensor.dtype() {
+            Stored::F32 => tensor.data().chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect(),
+            Stored::BF16 => {
+                let word = |b: &[u8]| u32::from(u16::from_le_bytes(b.try_into().unwrap())) << 16;
+                tensor.data().chunks_exact(2).map(|b| f32::from_bits(word(b))).collect()
+            }
+            other => panic!("{name} is {other:?}"),
+        }
+    }
+}
+
+fn near(stream: &Arc<CudaStream>, name: &str, got: &CudaSlice<f32>, want: &[f32]) {
+    let got = stream.clone_dtoh(got).unwrap();
+    assert_eq!(got.len(), want.len(), "{name}");
+    let square = |v: f64| v * v;
+    let error: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
+    let norm: f64 = want.iter().map(|&w| square(w.into())).sum();
+    let error = (error / norm).sqrt();
+    println!("{name}: {error:.1e}");
+    assert!(error <= TOLERANCE, "{name}: relative error {error:e}");
+}
+
+#[test]
+fn mixtral_by_torch() {
+    let folder = data::path("golden/mixtral");
+    let (model, golden, grads) = (
+        tensors(&folder.join("model.safetensors")),
+        tensors(&folder.join("golden.safetensors")),
+        tensors(&folder.join("golden_grads.safetensors")),
+    );
+    let (experts, top_k, hidden, width) = (8, 2, 128, 128);
+    let (x, dy) = (golden("x"), grads("dy"));
+    let tokens = x.len() / hidden;
+    let block = |name: &str| model(&format!("model.layers.0.block_sparse_moe.{name}.weight"));
+    let by_expert = |part: &str| (0..experts).map(|e| block(&format!("experts.{e}.{part}"))).collect::<Vec<_>>();
+    let (gate, up, down) = (by_expert("w1"), by_expert("w3"), by_expert("w2"));
+    let gate_up: Vec<f32> = gate.iter().zip(&up).flat_map(|(gate, up)| [&gate[..], &up[..]].concat()).collect();
+
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let to = |values: &[f32]| stream.clone_htod(values).unwrap();
+    let zeros = |len: usize| stream.alloc_zeros::<f32>(len).unwrap();
+    let (x, dy, gate_up, down, router) = (to(&x), to(&dy), to(&gate_up), to(&down.concat()), to(&block("gate")));
+
+    // Forward, keeping what the way back needs.
+    let desc = LayerDesc::new(Dtype::F32, hidden, width, experts, top_k);
+    let plan: LayerPlan = desc.plan(tokens, kernels.device()).unwrap();
+    let route = plan.route();
+    let shape = route.rows();
+    let rows = shape.slots;
+    let products = ExpertsPlan::new(&desc, &shape, kernels.device()).unwrap();
+    let mut dispatched = Dispatched::new(&stream, &shape).unwrap();
+    let bytes = route.workspace_bytes().max(products.workspace_bytes());
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let (mut logits, mut weights) = (zeros(tokens * experts), zeros(tokens * top_k));
+    let mut ids = stream.alloc_zeros::<i32>(tokens * top_k).unwrap();
+    let mut kept = RouteArgs::new();
+    kept.logits = Some((&mut logits).into());
+    kept.ids = Some((&mut ids).into());
+    kept.weights = Some((&mut weights).into());
+    route.forward(kernels, &stream, &RouterWeights::new(&router), &x, kept, &mut dispatched, &mut workspace).unwrap();
+    let (mut y_slots, mut pre_activation) = (zeros(rows * hidden), zeros(rows * 2 * width));
+    let expert_weights = ExpertWeights::new(Weight::new(&gate_up), Weight::new(&down));
+    let mut args = ExpertsArgs::new(&x, &dispatched, &mut y_slots);
+    args.pre_activation = Some((&mut pre_activation).into());
+    products.forward(kernels, &stream, &expert_weights, args, &mut workspace).unwrap();
+
+    // 1. The gradient of the second product's input: dy, gathered, times the weight in its other layout.
+    let transposed = WeightDesc::new(Dtype::F32).layout(Layout::Kn);
+    let product = |n, k, gather, a: &CudaSlice<f32>, weight: &CudaSlice<f32>, out: &mut CudaSlice<f32>| {
+        let desc = GemmDesc::new(Dtype::F32, Rows::Grouped(shape), n, k)
+            .gather(gather)
+            .weight(transposed)
+            .activation(Activation::Identity);
+        let args = GemmArgs::new(a, Weight::new(weight), out).dispatched(&dispatched);
+        gemm::forward(kernels, &stream, &desc, args).unwrap();
+    };
+    let mut d_hidden = zeros(rows * width);
+    product(width, hidden, true, &dy, &down, &mut d_hidden);
+
+    // 2. Back through the activation.
+    let (mut d_pre, mut weighted, mut d_slot_weight) = (zeros(rows * 2 * width), zeros(rows * width), zeros(rows));
+    let live = dispatched.offsets().slice(experts..experts + 1);
+    let through = ActivationBackwardDesc::new(Dtype::F32, rows, width, desc.mlp.activation);
+    let mut args = ActivationBackwardArgs::new(&pre_activation, &d_hidden, &mut d_pre);
+    args.slot_weight = Some(dispatched.slot_weight().into());
+    args.live = Some((&live).into());
+    args.hidden = Some((&mut weighted).into());
+    args.d_slot_weight = Some((&mut d_slot_weight).into());
+    activation_backward::forward(kernels, &stream, &through, args).unwrap();
+
+    // 3, 4. Both weights' gradients: sums over each expert's rows.
+    let sums = |m, n, gathered, a: &CudaSlice<f32>, b: &CudaSlice<f32>, out: &mut CudaSlice<f32>| {
+        let desc = KGroupedDesc::new(Dtype::F32, shape, m, n).gathered(gathered);
+        let args = KGroupedArgs::new(a, b, &dispatched, ProductOut::Rounded(out.into()));
+        k_grouped::forward(kernels, &stream, &desc, args).unwrap();
+    };
+    let (mut d_down, mut d_gate_up) = (zeros(experts * hidden * width), zeros(experts * 2 * width * hidden));
+    sums(hidden, width, Gathered::A, &dy, &weighted, &mut d_down);
+    sums(2 * width, hidden, Gathered::B, &d_pre, &x, &mut d_gate_up);
+
+    // 5. Through the gating.
+    let mut d_logits = zeros(tokens * experts);
+    let gating = GatingBackwardDesc::new(tokens, experts, top_k, desc.gating);
+    let args = GatingBackwardArgs::new(&logits, &ids, &d_slot_weight, &mut d_logits).dispatched(&dispatched);
+    gating_backward::forward(kernels, &stream, &gating, args).unwrap();
+
+    // 6, 7. The router's product: one group of all tokens.
+    let mut all = stream.alloc_zeros::<i32>(1).unwrap();
+    stream.memcpy_htod(&[tokens as i32], &mut all).unwrap();
+    let groups = RowGroupsDesc::new(RowLayout::Ends { rows: tokens }, 1, 16);
+    let mut one = Dispatched::new(&stream, &groups.shape()).unwrap();
+    let args = RowGroupsArgs::new(&all, &mut one);
+    row_groups::forward(kernels, &stream, &groups, args).unwrap();
+    let mut d_router = zeros(experts * hidden);
+    let outer = KGroupedDesc::new(Dtype::F32, groups.shape(), experts, hidden);
+    let args = KGroupedArgs::new(&d_logits, &x, &one, ProductOut::Rounded((&mut d_router).into()));
+    k_grouped::forward(kernels, &stream, &outer, args).unwrap();
+    let mut dx_router = zeros(tokens * hidden);
+    let back = GemmDesc::new(Dtype::F32, Rows::Dense(tokens), hidden, experts)
+        .weight(transposed)
+        .activation(Activation::Identity);
+    gemm::forward(kernels, &stream, &back, GemmArgs::new(&d_logits, Weight::new(&router), &mut dx_router)).unwrap();
+
+    // 8, 9. Back to the tokens, onto what came through the router.
+    let (mut dx_slots, mut dx) = (zeros(rows * hidden), zeros(tokens * hidden));
+    product(hidden, 2 * width, false, &d_pre, &gate_up, &mut dx_slots);
+    let sum = CombineDesc::new(Dtype::F32, shape, hidden);
+    let mut args = CombineArgs::new(&dx_slots, &dispatched, &mut dx);
+    args.residual = Some((&dx_router).into());
+    combine::forward(kernels, &stream, &sum, args).unwrap();
+
+    near(&stream, "dx", &dx, &grads("dx"));
+    near(&stream, "d.gate.weight", &d_router, &grads("d.gate.weight"));
+    near(&stream, "d.experts.gate_up_proj", &d_gate_up, &grads("d.experts.gate_up_proj"));
+    near(&stream, "d.experts.down_proj", &d_down, &grads("d.experts.down_proj"));
+}
