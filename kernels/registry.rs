@@ -315,6 +315,27 @@ impl Admission {
 /// Tokens that a block of the affinity kernel transposes.
 pub const AFFINITY_TOKENS: u32 = 32;
 
+/// Most experts whose slots are counted alone.
+pub const MAX_COUNTED: u32 = 8192;
+
+/// Most chunks of rows that change places at once.
+pub const MAX_CHUNKS: u32 = 4096;
+
+/// Bytes that a thread of a permutation moves at once, falling: the largest that divides a row is taken.
+pub const PERMUTE_UNITS: [u32; 4] = [16, 8, 4, 2];
+
+/// Units that a thread of a permutation moves.
+pub const PERMUTE_BATCH: u32 = 4;
+
+/// Blocks of a permutation of `rows` > 0 rows of `units` > 0 units: x over rows, of which a block takes several where a row does not fill
+/// it, y over parts of a row.
+pub const fn permute_grid(rows: u32, units: u32) -> [u32; 3] {
+    let threads = BLOCK_WARPS * 32;
+    let across = units.div_ceil(PERMUTE_BATCH).next_power_of_two();
+    let across = if across < threads { across } else { threads };
+    [rows.div_ceil(threads / across), units.div_ceil(threads * PERMUTE_BATCH), 1]
+}
+
 /// Warps of the kernels that work by whole blocks of 256 threads.
 pub const BLOCK_WARPS: u32 = 8;
 
@@ -414,6 +435,27 @@ pub enum Kernel {
     Gating(Gate),
     /// Slots sorted by expert.
     Dispatch(Dispatch),
+    /// The same with each expert's rows rounded up to a multiple, and a limit on all rows.
+    DispatchRows(Dispatch),
+    /// Slots of each expert counted, and the sums of the counts.
+    ExpertCounts {
+        /// Bytes of an id: 4 or 8.
+        ids_bytes: u32,
+    },
+    /// Expert numbers of each token from its row of a map of all experts.
+    MapToIds,
+    /// The other way.
+    IdsToMap {
+        /// Bytes of an id: 4 or 8.
+        ids_bytes: u32,
+    },
+    /// Where rows come from when chunks of rows change places.
+    ChunkRows,
+    /// Rows of one matrix as another, by number.
+    Permute {
+        /// Bytes that a thread moves at once.
+        unit: u32,
+    },
     /// The experts' products.
     Gemm(Gemm),
     /// Sums over a token's experts.
@@ -466,6 +508,12 @@ impl Kernel {
                 format!("gating_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
+            Kernel::DispatchRows(k) => format!("dispatch_rows_e{}{}", k.max_experts, wide(k.ids_bytes)),
+            Kernel::ExpertCounts { ids_bytes } => format!("expert_counts{}", wide(*ids_bytes)),
+            Kernel::MapToIds => "map_to_ids".into(),
+            Kernel::IdsToMap { ids_bytes } => format!("ids_to_map{}", wide(*ids_bytes)),
+            Kernel::ChunkRows => "chunk_rows".into(),
+            Kernel::Permute { unit } => format!("permute_b{unit}"),
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
@@ -499,6 +547,12 @@ impl Kernel {
             Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
             Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
             Kernel::Dispatch(_) => "Dispatch",
+            Kernel::DispatchRows(_) => "DispatchRows",
+            Kernel::ExpertCounts { .. } => "ExpertCounts",
+            Kernel::MapToIds => "MapToIds",
+            Kernel::IdsToMap { .. } => "IdsToMap",
+            Kernel::ChunkRows => "ChunkRows",
+            Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) => "Gemm",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
@@ -532,7 +586,12 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
-            Kernel::Dispatch(k) => k.warps() * 32,
+            Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
+            Kernel::ExpertCounts { .. }
+            | Kernel::MapToIds
+            | Kernel::IdsToMap { .. }
+            | Kernel::ChunkRows
+            | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
@@ -567,7 +626,12 @@ impl Kernel {
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
-            Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
+            Kernel::Dispatch(_) | Kernel::DispatchRows(_) => "capacity/dispatch.ptx.jinja",
+            Kernel::ExpertCounts { .. } => "capacity/expert_counts.ptx.jinja",
+            Kernel::MapToIds => "capacity/map_to_ids.ptx.jinja",
+            Kernel::IdsToMap { .. } => "capacity/ids_to_map.ptx.jinja",
+            Kernel::ChunkRows => "capacity/chunk_rows.ptx.jinja",
+            Kernel::Permute { .. } => "experts/permute.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
@@ -617,6 +681,18 @@ impl Kernel {
             Kernel::Dispatch(k) => {
                 vec![("max_experts", Int(k.max_experts)), ("ids_bytes", Int(k.ids_bytes)), ("warps", Int(k.warps()))]
             }
+            Kernel::DispatchRows(k) => {
+                let mut constants = Kernel::Dispatch(*k).constants();
+                constants.push(("row_layout", Int(1)));
+                constants
+            }
+            Kernel::ExpertCounts { ids_bytes } => {
+                vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes)), ("max_experts", Int(MAX_COUNTED))]
+            }
+            Kernel::MapToIds => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::IdsToMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
+            Kernel::ChunkRows => vec![("warps", Int(BLOCK_WARPS)), ("max_chunks", Int(MAX_CHUNKS))],
+            Kernel::Permute { unit } => vec![("unit", Int(*unit))],
             Kernel::Gemm(k) => vec![
                 ("dtype", Text(k.dtype.name())),
                 ("bm", Int(k.tile.bm)),
@@ -679,7 +755,10 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
-        kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::Dispatch(Dispatch { max_experts, ids_bytes })));
+        for ids_bytes in IDS_BYTES {
+            let dispatch = Dispatch { max_experts, ids_bytes };
+            kernels.extend([Kernel::Dispatch(dispatch), Kernel::DispatchRows(dispatch)]);
+        }
     }
     for dtype in Dtype::ALL {
         for &tile in Gemm::tiles(dtype) {
@@ -712,5 +791,10 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);
+    for ids_bytes in IDS_BYTES {
+        kernels.extend([Kernel::ExpertCounts { ids_bytes }, Kernel::IdsToMap { ids_bytes }]);
+    }
+    kernels.extend([Kernel::MapToIds, Kernel::ChunkRows]);
+    kernels.extend(PERMUTE_UNITS.map(|unit| Kernel::Permute { unit }));
     kernels
 }

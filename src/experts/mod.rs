@@ -3,6 +3,7 @@
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
+pub mod permute;
 pub mod tiles;
 pub(crate) mod weight;
 

@@ -11,9 +11,11 @@ pub mod activation;
 pub mod admission;
 pub mod balance;
 pub mod base;
+pub mod chunks;
 pub mod combine;
 pub mod dispatch;
 pub mod expert_choice;
+pub mod expert_counts;
 pub mod expert_map;
 pub mod gating;
 pub mod gemm;
@@ -23,8 +25,9 @@ pub mod layer;
 pub mod noise_state;
 pub mod noisy;
 mod parallel;
-
+pub mod permute;
 pub mod router;
+pub mod routing_map;
 pub mod sampled;
 pub mod sinkhorn;
 

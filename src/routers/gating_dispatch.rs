@@ -40,6 +40,11 @@ impl GatingDispatchDesc {
     pub fn validate(&self) -> Result<(), Error> {
         let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
         self.dispatch.validate()?;
+        if self.dispatch.lays_rows() {
+            let argument = if self.dispatch.row_multiple > 1 { "dispatch.row_multiple" } else { "dispatch.max_rows" };
+            let reason = "only a dispatch in a launch of its own lays rows";
+            return Err(Error::Unexpected { operation: OPERATION, argument, reason });
+        }
         GatingDesc::new(tokens, experts, top_k, self.gating).validate()
     }
 }

@@ -11,9 +11,11 @@ mod support;
 mod admission;
 mod balance;
 mod base;
+mod chunks;
 mod combine;
 mod dispatch;
 mod expert_choice;
+mod expert_counts;
 mod expert_map;
 mod gating;
 mod gemm;
@@ -25,7 +27,9 @@ mod lists;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod permute;
 mod router;
+mod routing_map;
 mod rows;
 mod sampled;
 mod sinkhorn;
@@ -76,6 +80,12 @@ fn check(kernel: Kernel) {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
+        Kernel::DispatchRows(variant) => dispatch::check_rows(variant, rng),
+        Kernel::ExpertCounts { ids_bytes } => expert_counts::check(ids_bytes, rng),
+        Kernel::MapToIds => routing_map::check_to_ids(rng),
+        Kernel::IdsToMap { ids_bytes } => routing_map::check_from_ids(ids_bytes, rng),
+        Kernel::ChunkRows => chunks::check(rng),
+        Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
