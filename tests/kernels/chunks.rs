@@ -25,7 +25,7 @@ pub fn check(rng: &mut fastrand::Rng) {
 /// `spoilt`: negative sizes, and an order with repeats and numbers of no chunk.
 fn case(rng: &mut fastrand::Rng, count: usize, largest: i32, rows: usize, spoilt: bool) {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let mut sizes: Vec<i32> = (0..count).map(|_| if rng.u32(..3) == 0 { 0 } else { rng.i32(..=largest) }).collect();
+    let mut sizes: Vec<i32> = (0..count).map(|_| if rng.u32(..3) == 0 { 0 } else { rng.i32(0..=largest) }).collect();
     let mut order: Vec<i32> = (0..count as i32).collect();
     rng.shuffle(&mut order);
     if spoilt {

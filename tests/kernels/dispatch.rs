@@ -131,7 +131,7 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
         .map(|_| match (rng.u32(..10), skew) {
             (0, _) => -1,
             (_, 1) => favourite,
-            (_, 2) => (favourite + rng.i32(..3)) % desc.experts as i32,
+            (_, 2) => (favourite + rng.i32(0..3)) % desc.experts as i32,
             _ => rng.usize(..desc.experts) as i32,
         })
         .collect();

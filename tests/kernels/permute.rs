@@ -56,7 +56,7 @@ fn case<T: Storage>(unit: u32, rng: &mut fastrand::Rng, desc: &PermuteDesc, by: 
     let source: Vec<i32> = (0..desc.rows)
         .map(|_| match rng.u32(..6) {
             0 => [-1, desc.from_rows as i32, i32::MAX, i32::MIN][rng.usize(..4)],
-            _ => rng.i32(..=desc.from_rows as i32),
+            _ => rng.i32(0..=desc.from_rows as i32),
         })
         .collect();
     // Less, all, and what no row reaches.
