@@ -19,6 +19,7 @@ mod expert_counts;
 mod expert_map;
 mod gating;
 mod gemm;
+mod gemm_any;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -33,6 +34,7 @@ mod routing_map;
 mod rows;
 mod sampled;
 mod sinkhorn;
+mod strides;
 mod timing;
 
 use std::process::{Command, ExitCode};
@@ -87,6 +89,7 @@ fn check(kernel: Kernel) {
         Kernel::ChunkRows => chunks::check(rng),
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
+        Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
