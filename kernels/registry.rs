@@ -541,6 +541,8 @@ pub enum Kernel {
     },
     /// What is wrong with lists from elsewhere.
     CheckLists,
+    /// Lists of rows that lie by expert.
+    RowGroups,
     /// Experts drawn from the router's distribution.
     Sampled(Spread),
     /// Multiplicative noise on a matrix.
@@ -585,6 +587,7 @@ impl Kernel {
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
             Kernel::CheckLists => "check_lists".into(),
+            Kernel::RowGroups => "row_groups".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
@@ -621,6 +624,7 @@ impl Kernel {
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
             Kernel::CheckLists => "CheckLists",
+            Kernel::RowGroups => "RowGroups",
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
@@ -657,7 +661,7 @@ impl Kernel {
                 BLOCK_WARPS * 32
             }
             Kernel::Sampled(spread) => spread.warps() * 32,
-            Kernel::Jitter(_) => BLOCK_WARPS * 32,
+            Kernel::Jitter(_) | Kernel::RowGroups => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
         }
     }
@@ -704,6 +708,7 @@ impl Kernel {
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
             Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
             Kernel::CheckLists => "capacity/check_lists.ptx.jinja",
+            Kernel::RowGroups => "capacity/row_groups.ptx.jinja",
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
@@ -767,7 +772,9 @@ impl Kernel {
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
-            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::RowGroups => {
+                vec![("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
                 constants.push(("grouped", Int(k.grouped as u32)));
@@ -853,7 +860,7 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::MeasuredGating(MeasuredGate { score, values }));
         }
     }
-    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists]);
+    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);

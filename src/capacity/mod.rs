@@ -8,6 +8,7 @@ pub mod expert_map;
 mod ids;
 pub mod lists;
 pub mod routing_map;
+pub mod row_groups;
 pub mod token_slots;
 
 pub use ids::Ids;

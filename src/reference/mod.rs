@@ -28,6 +28,7 @@ mod parallel;
 pub mod permute;
 pub mod router;
 pub mod routing_map;
+pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
 

@@ -31,6 +31,7 @@ mod noisy;
 mod permute;
 mod router;
 mod routing_map;
+mod row_groups;
 mod rows;
 mod sampled;
 mod sinkhorn;
@@ -105,6 +106,7 @@ fn check(kernel: Kernel) {
         Kernel::UpdateBias => balance::check_bias(rng),
         Kernel::ExpertMap { ids_bytes } => expert_map::check(ids_bytes, rng),
         Kernel::CheckLists => lists::check(rng),
+        Kernel::RowGroups => row_groups::check(rng),
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
