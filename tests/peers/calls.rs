@@ -233,13 +233,20 @@ pub fn sort_chunks<T: Storage>(x: &[T], width: usize, sizes: &[i32], order: &[i3
 
 /// Who of `chosen` is admitted by `rule`.
 pub fn admit(chosen: &Chosen, rule: AdmissionRule) -> Chosen {
+    admit_by(chosen, rule, None)
+}
+
+/// The same, tokens by their `priority`.
+pub fn admit_by(chosen: &Chosen, rule: AdmissionRule, priority: Option<&[f32]>) -> Chosen {
     let (kernels, stream) = gpu();
     let desc = AdmissionDesc::new(chosen.ids.len() / rule.candidates, rule);
     let admitted = desc.tokens * rule.top_k;
     let (ids, weights) = (up(&stream, &chosen.ids), up(&stream, &chosen.weights));
     let (mut to, mut to_weights) = (junk::<i32>(&stream, admitted), junk::<f32>(&stream, admitted));
     let mut workspace = Workspace::new(&stream, admission::workspace_bytes(&desc).unwrap()).unwrap();
-    let args = AdmissionArgs::new(&ids, &weights, &mut to, &mut to_weights, &mut workspace);
+    let priority = priority.map(|priority| up(&stream, priority));
+    let mut args = AdmissionArgs::new(&ids, &weights, &mut to, &mut to_weights, &mut workspace);
+    args.priority = priority.as_ref().map(In::from);
     admission::forward(kernels, &stream, &desc, args).unwrap();
     Chosen { ids: down(&stream, &to, admitted), weights: down(&stream, &to_weights, admitted) }
 }

@@ -13,12 +13,18 @@ mod support;
 mod calls;
 mod close;
 mod data;
+mod fastmoe;
 mod formulas;
+mod grouped_gemm;
 mod megablocks;
 mod megatron;
+mod products;
+mod pytorch;
+mod scattermoe;
 mod sglang;
 mod suite;
 mod transformer_engine;
+mod tutel;
 mod vllm;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,7 +35,18 @@ use suite::{Peer, Section};
 use wildmatch::WildMatch;
 
 fn peers() -> Vec<Peer> {
-    vec![vllm::peer(), sglang::peer(), transformer_engine::peer(), megatron::peer(), megablocks::peer()]
+    vec![
+        vllm::peer(),
+        sglang::peer(),
+        transformer_engine::peer(),
+        megatron::peer(),
+        megablocks::peer(),
+        pytorch::peer(),
+        scattermoe::peer(),
+        fastmoe::peer(),
+        tutel::peer(),
+        grouped_gemm::peer(),
+    ]
 }
 
 fn main() -> ExitCode {
