@@ -128,8 +128,8 @@ impl RouterShape {
 /// sorts the slots by expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gate {
-    /// From logits to scores.
-    pub score: Score,
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
     /// Logits a lane holds: experts up to `32 * values`.
     pub values: u32,
     /// Whether the slots are sorted too.
@@ -140,28 +140,44 @@ impl Gate {
     /// Every number of logits a lane may hold.
     pub const VALUES: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 
+    /// The same where the rule is said at run time.
+    pub const ANY_VALUES: [u32; 2] = [8, 32];
+
     /// Experts of a token: a lane holds one choice.
     pub const MAX_TOP_K: u32 = 32;
 
     /// Expert groups: a lane holds the score of one.
     pub const MAX_GROUPS: u32 = 32;
 
-    /// Most experts.
+    /// Most experts that a choice is among.
     pub const fn max_experts(&self) -> u32 {
         32 * self.values
+    }
+
+    /// Most experts whose slots are counted: those, and where the rule may append any, as many as a token has.
+    pub const fn max_counted(&self) -> u32 {
+        self.max_experts() + if self.score.is_none() { Gate::MAX_TOP_K } else { 0 }
     }
 
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts())
     }
+
+    /// The word in kernel names.
+    pub const fn score_name(&self) -> &'static str {
+        match self.score {
+            Some(score) => score.name(),
+            None => "any",
+        }
+    }
 }
 
 /// Top-k gating that also measures the batch: balancing losses and router statistics from the same logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MeasuredGate {
-    /// From logits to scores.
-    pub score: Score,
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
     /// Logits a lane holds: experts up to `32 * values`.
     pub values: u32,
 }
@@ -382,6 +398,15 @@ pub const fn permute_grid(rows: u32, units: u32) -> [u32; 3] {
     [rows.div_ceil(threads / across), units.div_ceil(threads * PERMUTE_BATCH), 1]
 }
 
+/// Threads of a block of the RMS normalisation, and so most that share a row.
+pub const RMS_NORM_THREADS: u32 = 512;
+
+/// Keys of each of the two lists of product keys.
+pub const MAX_PRODUCT_KEYS: u32 = 128;
+
+/// Choices of a token by product keys, and experts of one unit that a token has: two for each lane.
+pub const MAX_UNIT_TOP_K: u32 = 64;
+
 /// Warps of the kernels that work by whole blocks of 256 threads.
 pub const BLOCK_WARPS: u32 = 8;
 
@@ -549,6 +574,17 @@ pub enum Kernel {
     Jitter(Dtype),
     /// A noise state moved on.
     NoiseState,
+    /// Rows divided by their root mean square.
+    RmsNorm(Dtype),
+    /// Experts by the best pairs of keys.
+    ProductKeys,
+    /// Experts of one hidden unit.
+    UnitExperts(Dtype),
+    /// One expert for the tokens of a sequence.
+    BySequence {
+        /// Bytes of an index: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -557,7 +593,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => format!("router_{}_{}_{}", k.x, k.weight, k.shape.name()),
             Kernel::Gating(k) => {
-                format!("gating_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
+                format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::DispatchRows(k) => format!("dispatch_rows_e{}{}", k.max_experts, wide(k.ids_bytes)),
@@ -591,6 +627,10 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
+            Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
+            Kernel::ProductKeys => "product_keys".into(),
+            Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
         }
     }
 
@@ -598,8 +638,10 @@ impl Kernel {
     pub const fn entry(&self) -> &'static str {
         match self {
             Kernel::Router(_) => "Router",
-            Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
-            Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Gating(Gate { score: Some(_), dispatch: false, .. }) => "Gating",
+            Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
+            Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::DispatchRows(_) => "DispatchRows",
             Kernel::ExpertCounts { .. } => "ExpertCounts",
@@ -619,7 +661,8 @@ impl Kernel {
             Kernel::Hash => "Hash",
             Kernel::Noisy(Noisy { grouped: false, .. }) => "Noisy",
             Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
-            Kernel::MeasuredGating(_) => "MeasuredGating",
+            Kernel::MeasuredGating(MeasuredGate { score: Some(_), .. }) => "MeasuredGating",
+            Kernel::MeasuredGating(MeasuredGate { score: None, .. }) => "MeasuredGatingAny",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
@@ -628,6 +671,10 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
+            Kernel::RmsNorm(_) => "RmsNorm",
+            Kernel::ProductKeys => "ProductKeys",
+            Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::BySequence { .. } => "BySequence",
         }
     }
 
@@ -663,6 +710,8 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) | Kernel::RowGroups => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::RmsNorm(_) => RMS_NORM_THREADS,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
         }
     }
 
@@ -712,6 +761,10 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
+            Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
+            Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
+            Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
         }
     }
 
@@ -727,14 +780,14 @@ impl Kernel {
                 ("block_experts", Int(k.shape.block().1)),
             ],
             Kernel::Gating(k) => vec![
-                ("score", Text(k.score.name())),
+                ("score", Text(k.score_name())),
                 ("ids_bytes", Int(4)),
                 ("values", Int(k.values)),
-                ("max_experts", Int(k.max_experts())),
+                ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
             ],
             Kernel::MeasuredGating(k) => vec![
-                ("score", Text(k.score.name())),
+                ("score", Text(k.gate().score_name())),
                 ("values", Int(k.values)),
                 ("max_experts", Int(k.gate().max_experts())),
                 ("warps", Int(k.gate().warps())),
@@ -781,7 +834,10 @@ impl Kernel {
                 constants
             }
             Kernel::Sampled(spread) => spread.constants(),
-            Kernel::Jitter(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
+            Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -815,11 +871,16 @@ pub fn all() -> Vec<Kernel> {
             }
         }
     }
-    for score in Score::ALL {
+    for score in Score::COMMON {
         for values in Gate::VALUES {
             for dispatch in [false, true] {
-                kernels.push(Kernel::Gating(Gate { score, values, dispatch }));
+                kernels.push(Kernel::Gating(Gate { score: Some(score), values, dispatch }));
             }
+        }
+    }
+    for values in Gate::ANY_VALUES {
+        for dispatch in [false, true] {
+            kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
         }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
@@ -855,11 +916,12 @@ pub fn all() -> Vec<Kernel> {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
         kernels.push(Kernel::Sampled(spread));
     }
-    for score in Score::ALL {
+    for score in Score::COMMON {
         for values in Gate::VALUES {
-            kernels.push(Kernel::MeasuredGating(MeasuredGate { score, values }));
+            kernels.push(Kernel::MeasuredGating(MeasuredGate { score: Some(score), values }));
         }
     }
+    kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
@@ -869,5 +931,9 @@ pub fn all() -> Vec<Kernel> {
     }
     kernels.extend([Kernel::MapToIds, Kernel::ChunkRows]);
     kernels.extend(PERMUTE_UNITS.map(|unit| Kernel::Permute { unit }));
+    kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
+    kernels.push(Kernel::ProductKeys);
+    kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels
 }

@@ -11,6 +11,7 @@ pub mod activation;
 pub mod admission;
 pub mod balance;
 pub mod base;
+pub mod by_sequence;
 pub mod chunks;
 pub mod combine;
 pub mod dispatch;
@@ -26,11 +27,15 @@ pub mod noise_state;
 pub mod noisy;
 mod parallel;
 pub mod permute;
+
+pub mod product_keys;
+pub mod rms_norm;
 pub mod router;
 pub mod routing_map;
 pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod unit_experts;
 
 /// A storage type whose every value is an f64.
 pub trait Real: Copy + Into<f64> + Send + Sync {

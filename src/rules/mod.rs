@@ -8,19 +8,23 @@ mod expert_map;
 mod gating;
 pub(crate) mod kinds;
 pub mod noise;
+mod norm;
+mod product_keys;
 mod routing;
 pub(crate) mod settings;
 mod weight;
 
-pub use activation::Activation;
+pub use activation::{Activation, Bound, Swiglu};
 pub use balance::{BalanceRule, LossScore};
 pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
 
 pub use dropout::{Dropout, drop_below, keep_scale};
 pub use expert_map::{IDENTITY, NONE};
-pub use gating::{Gating, GroupScore, Groups, Masked, Renormalise};
+pub use gating::{Appended, AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, LogitRule, Masked, Renormalise};
 pub use kinds::{Dtype, Glu, IdFormat, Layout, Score};
 pub use noise::NoiseSource;
+pub use norm::{Gain, RmsNorm};
+pub use product_keys::KeySplit;
 pub(crate) use routing::units;
 pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule};
 pub use weight::{WeightDesc, WeightFormat};

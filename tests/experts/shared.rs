@@ -274,7 +274,7 @@ fn faults_name_their_argument() {
     let without = |weights: &mut LayerWeights<'_>| weights.experts.shared.as_mut().unwrap().gate = None;
     assert_eq!(fault(&gated, &without, [false, false]), named("shared.gate"));
     let with = |weights: &mut LayerWeights<'_>| {
-        let matrix = weights.router.matrix;
+        let matrix = weights.router.matrix.unwrap();
         weights.experts.shared.as_mut().unwrap().gate = Some(matrix);
     };
     assert_eq!(fault(&plain, &with, [false, false]), named("shared.gate"));

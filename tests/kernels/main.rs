@@ -9,8 +9,10 @@
 mod support;
 
 mod admission;
+mod any_rule;
 mod balance;
 mod base;
+mod by_sequence;
 mod chunks;
 mod combine;
 mod dispatch;
@@ -29,6 +31,8 @@ mod mutants;
 mod noise_state;
 mod noisy;
 mod permute;
+mod product_keys;
+mod rms_norm;
 mod router;
 mod routing_map;
 mod row_groups;
@@ -37,6 +41,7 @@ mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod unit_experts;
 
 use std::process::{Command, ExitCode};
 
@@ -110,6 +115,10 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::ProductKeys => product_keys::check(rng),
+        Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
     }
 }
 

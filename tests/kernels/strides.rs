@@ -105,8 +105,15 @@ fn grouped<T: Storage>(
     let a_live = if case.gather { &a[..] } else { &a[..live * k] };
     let product =
         reference::gemm::grouped_gemm(a_live, &matrix, &plan, case.gather, scale_live, case.activation).unwrap();
-    let Products { after, .. } =
-        products(a_live, &matrix, &plan, case.gather, scale_live, case.activation, arithmetic(variant.dtype));
+    let Products { after, .. } = products(
+        a_live,
+        &matrix,
+        &plan,
+        case.gather,
+        scale_live,
+        &vec![case.activation; experts],
+        arithmetic(variant.dtype),
+    );
     let old: Vec<f32> = normals(rng, live * n, 1.0);
     let (mut want, mut bounds) = (vec![], vec![]);
     for (i, (value, error)) in product.into_iter().zip(after).enumerate() {
