@@ -56,18 +56,18 @@ pub struct Chosen {
     pub weights: Vec<f32>,
 }
 
-/// `logits [T, E]`, widened where the peer has 16 bits: gating's arithmetic is f32.
+/// `logits [T, E]`, widened where the peer has 16 bits: gating's arithmetic is f32. Appended experts stand behind each token's `top_k`.
 pub fn gate(logits: &[f32], experts: usize, top_k: usize, rule: Gating, bias: Option<&[f32]>) -> Chosen {
     let (kernels, stream) = gpu();
     let tokens = logits.len() / experts;
     let logits = up(&stream, logits);
     let bias = bias.map(|bias| up(&stream, bias));
-    let mut ids = junk::<i32>(&stream, tokens * top_k);
-    let mut weights = junk::<f32>(&stream, tokens * top_k);
+    let slots = tokens * (top_k + rule.appended_experts());
+    let (mut ids, mut weights) = (junk::<i32>(&stream, slots), junk::<f32>(&stream, slots));
     let mut args = GatingArgs::new(&logits, &mut ids, &mut weights);
     args.correction_bias = bias.as_ref().map(In::from);
     gating::forward(kernels, &stream, &GatingDesc::new(tokens, experts, top_k, rule), args).unwrap();
-    Chosen { ids: down(&stream, &ids, tokens * top_k), weights: down(&stream, &weights, tokens * top_k) }
+    Chosen { ids: down(&stream, &ids, slots), weights: down(&stream, &weights, slots) }
 }
 
 /// Slots sorted by expert.

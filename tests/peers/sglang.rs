@@ -4,9 +4,9 @@
 
 use moe_kernels::Dtype;
 use moe_kernels::capacity::dispatch::DispatchDesc;
-use moe_kernels::rules::{Gating, Groups, Renormalise, Score};
+use moe_kernels::rules::{Appended, AppendedWeight, Gating, Groups, Renormalise, Score};
 
-use crate::calls;
+use crate::calls::{self, Chosen};
 use crate::close::assert_choice;
 use crate::data::{random_ids, rng, rounded, scores, wide32};
 use crate::formulas::{bincount, cumulative, group_limited, sigmoid, softmax};
@@ -125,16 +125,13 @@ fn biased() -> Section {
 const LENGTHS: [usize; 22] =
     [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536];
 
-/// Uniform logits and bias, the experts of the best groups by their two largest, weights over their sum, times 2.5 or not.
+/// Uniform logits and bias, the experts of the best groups by their two largest, weights over their sum, times 2.5 or not; and shared experts
+/// behind each token's choices, whose weight is the sum of the others over 2.5.
 fn fused_gate() -> Section {
     let mut section = Section::new("fused_gate");
     for tokens in LENGTHS {
         for [experts, groups, kept, top_k] in [[128, 4, 2, 4], [256, 8, 4, 8], [512, 16, 8, 16]] {
             for (shared, scaled_output) in product(&[0, 1, 2], &[false, true]) {
-                if shared > 0 {
-                    section.refuse(1, "pending");
-                    continue;
-                }
                 let name = format!("n={tokens} e={experts} shared={shared} scale={scaled_output}");
                 let point = name.clone();
                 let tokens = scaled(tokens, 96);
@@ -143,11 +140,25 @@ fn fused_gate() -> Section {
                     let logits: Vec<f32> = (0..tokens * experts).map(|_| rng.f32()).collect();
                     let bias: Vec<f32> = (0..experts).map(|_| rng.f32()).collect();
                     let scale = if scaled_output { 2.5 } else { 1.0 };
+                    // Of weights that add to `scale`.
+                    let of_shared = if scaled_output { 1.0 } else { 0.4 };
+                    let appended = (shared > 0).then(|| Appended::new(shared, AppendedWeight::Fixed(of_shared)));
                     let rule = Gating::new(Score::Sigmoid)
                         .renormalise(Some(Renormalise::Plus(0.0)))
                         .scale(scale)
-                        .groups(Some(Groups::new(groups, kept)));
-                    let chosen = calls::gate(&logits, experts, top_k, rule, Some(&bias));
+                        .groups(Some(Groups::new(groups, kept)))
+                        .appended(appended);
+                    let all = calls::gate(&logits, experts, top_k, rule, Some(&bias));
+                    let mut chosen = Chosen { ids: vec![], weights: vec![] };
+                    let rows = all.ids.chunks(top_k + shared).zip(all.weights.chunks(top_k + shared));
+                    for (ids, weights) in rows {
+                        chosen.ids.extend_from_slice(&ids[..top_k]);
+                        chosen.weights.extend_from_slice(&weights[..top_k]);
+                        let behind: Vec<i32> = (experts..experts + shared).map(|e| e as i32).collect();
+                        assert_eq!(ids[top_k..], behind);
+                        let sum: f32 = weights[..top_k].iter().sum();
+                        weights[top_k..].iter().for_each(|w| assert!((w - sum / 2.5).abs() < 1e-5, "shared weight {w}"));
+                    }
                     let (logits, bias) = (wide32(&logits), wide32(&bias));
                     let share = |t: usize, e: usize| sigmoid(logits[t * experts + e]);
                     let value = |t: usize| {
