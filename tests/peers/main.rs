@@ -13,6 +13,7 @@ mod support;
 mod calls;
 mod close;
 mod data;
+mod deepgemm;
 mod fastmoe;
 mod formulas;
 mod grouped_gemm;
@@ -38,6 +39,7 @@ fn peers() -> Vec<Peer> {
     vec![
         vllm::peer(),
         sglang::peer(),
+        deepgemm::peer(),
         transformer_engine::peer(),
         megatron::peer(),
         megablocks::peer(),

@@ -157,7 +157,9 @@ fn fused_gate() -> Section {
                         let behind: Vec<i32> = (experts..experts + shared).map(|e| e as i32).collect();
                         assert_eq!(ids[top_k..], behind);
                         let sum: f32 = weights[..top_k].iter().sum();
-                        weights[top_k..].iter().for_each(|w| assert!((w - sum / 2.5).abs() < 1e-5, "shared weight {w}"));
+                        weights[top_k..]
+                            .iter()
+                            .for_each(|w| assert!((w - sum / 2.5).abs() < 1e-5, "shared weight {w}"));
                     }
                     let (logits, bias) = (wide32(&logits), wide32(&bias));
                     let share = |t: usize, e: usize| sigmoid(logits[t * experts + e]);

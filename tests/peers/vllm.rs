@@ -58,7 +58,9 @@ fn fused_moe() -> Section {
                 let name =
                     format!("m={tokens} n={inner} k={hidden} e={experts} topk={top_k} ep={ep_size} pad={padded}");
                 let point = name.clone();
-                section.point(name, move || fused_moe_point(&point, [tokens, inner, hidden], [experts, top_k, ep_size], padded));
+                section.point(name, move || {
+                    fused_moe_point(&point, [tokens, inner, hidden], [experts, top_k, ep_size], padded)
+                });
             }
         }
     }
