@@ -329,6 +329,33 @@ impl GemmAny {
     }
 }
 
+/// A product for each expert over its rows: groups along K.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KGrouped {
+    /// Type of both operands.
+    pub dtype: Dtype,
+    /// Whether matrices have any width, address and stride.
+    pub any: bool,
+}
+
+impl KGrouped {
+    /// A block's share: rows of a stage hold 256 bytes of either operand.
+    pub const fn tile(&self) -> Tile {
+        let stages = if self.any { 1 } else { 3 };
+        match self.dtype {
+            Dtype::Bf16 | Dtype::F16 => Tile::new(128, 128, 64, 2, 2, stages),
+            Dtype::F32 => Tile::new(64, 64, 32, 2, 2, stages),
+        }
+    }
+
+    /// Dynamic shared memory in bytes: the stages, and after them the f32 tile in their place.
+    pub const fn shared_bytes(&self) -> u32 {
+        let t = self.tile();
+        let (stages, tile) = (t.stages * (t.bm + t.bn) * t.bk * self.dtype.bytes(), t.bm * t.bn * 4);
+        if stages > tile { stages } else { tile }
+    }
+}
+
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {
@@ -533,6 +560,8 @@ pub enum Kernel {
     Gemm(Gemm),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
+    /// Products over the experts' rows.
+    KGrouped(KGrouped),
     /// Sums over a token's experts.
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
@@ -606,6 +635,7 @@ impl Kernel {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
@@ -650,6 +680,7 @@ impl Kernel {
             Kernel::ChunkRows => "ChunkRows",
             Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
+            Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::Affinity => "Affinity",
@@ -696,6 +727,7 @@ impl Kernel {
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::GemmAny(k) => k.tile().threads(),
+            Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
@@ -720,6 +752,7 @@ impl Kernel {
         match self {
             Kernel::Gemm(k) => k.shared_bytes(),
             Kernel::GemmAny(k) => k.shared_bytes(),
+            Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
@@ -742,6 +775,8 @@ impl Kernel {
             Kernel::Permute { .. } => "experts/permute.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
+            Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
+            Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -816,6 +851,9 @@ impl Kernel {
             Kernel::GemmAny(k) => {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
+            }
+            Kernel::KGrouped(k) => {
+                std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
             }
             Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
@@ -903,6 +941,7 @@ pub fn all() -> Vec<Kernel> {
     }
     for dtype in Dtype::ALL {
         for any in [false, true] {
+            kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }

@@ -22,6 +22,7 @@ pub mod gating;
 pub mod gemm;
 pub mod hash;
 pub mod jitter;
+pub mod k_grouped;
 pub mod layer;
 pub mod noise_state;
 pub mod noisy;

@@ -26,6 +26,7 @@ mod hash;
 mod hierarchical;
 mod ids;
 mod jitter;
+mod k_grouped;
 mod lists;
 mod mutants;
 mod noise_state;
@@ -96,6 +97,7 @@ fn check(kernel: Kernel) {
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
+        Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
