@@ -3,7 +3,7 @@
 use super::activation::sigmoid;
 use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
-use crate::rules::{Gating, GroupScore, Groups, Masked, Renormalise, Score};
+use crate::rules::{Garbage, Gating, GroupScore, Groups, Masked, Renormalise, Score};
 
 /// The chosen experts of every token.
 #[derive(Clone, Debug, PartialEq)]
@@ -12,6 +12,19 @@ pub struct Gated {
     pub ids: Vec<i32>,
     /// `[T,k]`.
     pub weights: Vec<f64>,
+}
+
+impl Gated {
+    /// Padding, where `valid [T]` does not hold, goes to no expert: ids -1, weights 0.
+    #[must_use]
+    pub fn without_padding(mut self, valid: &[bool]) -> Gated {
+        let top_k = if valid.is_empty() { 1 } else { self.ids.len() / valid.len() };
+        for (t, _) in valid.iter().enumerate().filter(|(_, valid)| !**valid) {
+            self.ids[t * top_k..][..top_k].fill(-1);
+            self.weights[t * top_k..][..top_k].fill(0.0);
+        }
+        self
+    }
 }
 
 /// Chooses `k` of `E` experts for each row of `logits [T,E]`.
@@ -25,8 +38,8 @@ pub struct Gated {
 /// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report), or the choice value of others is 0
 /// ([`Masked`]).
 ///
-/// The weight is p without the bias, divided as [`Renormalise`] says, times `scale`. NaN
-/// and infinite logits reach weights as the arithmetic of the formula has it, never ids.
+/// The weight is p without the bias, divided as [`Renormalise`] says, times `scale`; 0 where that is NaN, unless the rule lets it
+/// through ([`Garbage`]). NaN and infinite logits never reach ids.
 ///
 /// Choice values and group scores are rounded to `L`: with f32 logits they are what f32 arithmetic gives, up to the
 /// rounding of p itself.
@@ -94,6 +107,9 @@ fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, top_k: usize, rule: &
             Renormalise::AtLeast(_) => sum,
         };
         weights.iter_mut().for_each(|weight| *weight /= divisor);
+    }
+    if rule.garbage == Garbage::Zero {
+        weights.iter_mut().filter(|weight| weight.is_nan()).for_each(|weight| *weight = 0.0);
     }
     candidates.into_iter().zip(weights).map(|(id, weight)| (id, weight * f64::from(rule.scale))).collect()
 }
@@ -213,18 +229,41 @@ mod tests {
     #[test]
     fn nan_comes_last_and_ids_stay_distinct() {
         let (nan, inf) = (f32::NAN, f32::INFINITY);
-        let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, Gating::new(Score::Sigmoid));
+        let seen = |score| Gating::new(score).garbage(Garbage::Propagate);
+        let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, seen(Score::Sigmoid));
         assert_eq!(gated.ids, [2, 1, 0, 3]);
         near(&gated.weights, &[sigmoid(1.0), 0.0, f64::NAN, f64::NAN]);
         let gated = gate_f32(&[nan; 4], None, 4, 2, Gating::new(Score::TopkSoftmax));
         assert_eq!(gated.ids, [0, 1]);
-        let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, 2, Gating::new(Score::TopkSoftmax));
+        let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, 2, seen(Score::TopkSoftmax));
         assert_eq!(gated.ids, [3, 2]);
         near(&gated.weights, &[f64::NAN, f64::NAN]);
         // A number's weight is lost only through the sum over all experts.
-        let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, 2, Gating::new(Score::Softmax));
+        let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, 2, seen(Score::Softmax));
         assert_eq!(gated.ids, [2, 0]);
         near(&gated.weights, &[f64::NAN, f64::NAN]);
+    }
+
+    #[test]
+    fn garbage_weighs_nothing() {
+        let (nan, inf) = (f32::NAN, f32::INFINITY);
+        for score in Score::ALL {
+            for row in [[nan; 3], [0.0, nan, inf], [-inf; 3]] {
+                for rule in [Gating::new(score), Gating::new(score).renormalised()] {
+                    let gated = gate_f32(&row, None, 3, 3, rule);
+                    assert!(gated.weights.iter().all(|weight| weight.is_finite()), "{score:?} {row:?}: {gated:?}");
+                }
+            }
+        }
+        let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, Gating::new(Score::Sigmoid));
+        near(&gated.weights, &[sigmoid(1.0), 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn padding_goes_nowhere() {
+        let gated = gate_f32(&[1.0, 2.0, 2.0, 1.0], None, 2, 1, Gating::new(Score::Softmax).renormalised());
+        let gated = gated.without_padding(&[false, true]);
+        assert_eq!((gated.ids, gated.weights), (vec![-1, 0], vec![0.0, 1.0]));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::rules::{Gating, Score};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::GatingDispatchParams;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Tensor, TokenMask, Workspace};
 
 const OPERATION: &str = "gating_dispatch";
 
@@ -47,10 +47,12 @@ impl GatingDispatchDesc {
 /// Buffers of gating and dispatch in one launch.
 #[non_exhaustive]
 pub struct GatingDispatchArgs<'a> {
-    /// `[T, E]`.
-    pub logits: In<'a, f32>,
+    /// `[T, E]`, of any [`crate::Element`].
+    pub logits: Tensor<'a>,
     /// `[E]`; see [`gating::GatingArgs`].
     pub correction_bias: Option<In<'a, f32>>,
+    /// Which tokens count: the others take no slot.
+    pub mask: TokenMask<'a>,
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
@@ -64,7 +66,7 @@ pub struct GatingDispatchArgs<'a> {
 impl<'a> GatingDispatchArgs<'a> {
     /// `logits` to `ids`, `weights` and `dispatched`, without a correction bias.
     pub fn new(
-        logits: impl Into<In<'a, f32>>,
+        logits: impl Into<Tensor<'a>>,
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
         dispatched: &'a mut Dispatched,
@@ -73,11 +75,18 @@ impl<'a> GatingDispatchArgs<'a> {
         GatingDispatchArgs {
             logits: logits.into(),
             correction_bias: None,
+            mask: TokenMask::all(),
             ids: ids.into(),
             weights: weights.into(),
             dispatched,
             workspace,
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> GatingDispatchArgs<'a> {
+        GatingDispatchArgs { mask, ..self }
     }
 }
 
@@ -133,15 +142,19 @@ pub fn forward(
         return Ok(());
     }
     let choices = dispatch.tokens * dispatch.top_k;
-    let logits = scope.read("logits", args.logits, dispatch.tokens * dispatch.experts, SCALAR)?;
+    let dtype = args.logits.dtype();
+    let logits = scope.read_any("logits", args.logits, dispatch.tokens * dispatch.experts, dtype.bytes().into())?;
     gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, dispatch.experts, SCALAR)?;
+    let mask = args.mask.open(&scope, dispatch.tokens)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let routing = Routing {
         logits: logits.address(),
+        dtype,
         correction_bias: optional(&bias),
+        mask: mask.addresses(),
         ids: ids.address(),
         weights: weights.address(),
     };
@@ -177,6 +190,9 @@ pub(crate) fn enqueue(
             flags,
             scale,
             epsilon,
+            mask: routing.mask.mask.into(),
+            valid_tokens: routing.mask.valid_tokens.into(),
+            token_flags: routing.token_flags(gating.garbage),
             capacity,
             tokens_per_sequence,
             padded_rows,

@@ -15,12 +15,14 @@ pub struct Gating {
     pub scale: f32,
     /// Choose among the experts of the best groups only.
     pub groups: Option<Groups>,
+    /// What becomes of weights that are no numbers.
+    pub garbage: Garbage,
 }
 
 impl Gating {
     /// `score`, not renormalised, not scaled, no groups.
     pub const fn new(score: Score) -> Gating {
-        Gating { score, renormalise: None, scale: 1.0, groups: None }
+        Gating { score, renormalise: None, scale: 1.0, groups: None, garbage: Garbage::Zero }
     }
 
     /// The same, renormalised without an epsilon (Mixtral).
@@ -29,7 +31,19 @@ impl Gating {
     }
 }
 
-settings!(Gating { renormalise: Option<Renormalise>, scale: f32, groups: Option<Groups> });
+settings!(Gating { renormalise: Option<Renormalise>, scale: f32, groups: Option<Groups>, garbage: Garbage });
+
+/// What becomes of a token whose logits are garbage, as the rows behind a batch in a CUDA graph may be. Its ids are in range and distinct
+/// in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Garbage {
+    /// A weight whose formula gives NaN is 0 (vLLM). A token counts in no loss and no statistic where the log-sum-exp of its logits is not finite
+    /// (NaN or +Inf among them, nothing but -Inf), or where the losses' probabilities are not.
+    Zero,
+    /// As the arithmetic of the formula has it: NaN is seen, in the weights and in whatever they and the probabilities enter (torch).
+    Propagate,
+}
 
 /// What a token's weights are divided by, of which `sum` is the sum.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -30,6 +30,7 @@ mod rows;
 mod sampled;
 mod sinkhorn;
 mod timing;
+mod tokens;
 
 use std::process::{Command, ExitCode};
 
