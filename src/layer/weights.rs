@@ -29,18 +29,28 @@ impl<'a> LayerWeights<'a> {
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct RouterWeights<'a> {
-    /// `[E, H]`.
+    /// `[E, H]`; `[E + appended, H]` where appended experts have columns.
     pub matrix: Tensor<'a>,
-    /// `[E]`, added to the logits.
+    /// `[E]`, added to the logits; as many as the matrix has rows.
     pub bias: Option<In<'a, f32>>,
     /// `[E]`, added to the scores for the choice only.
     pub correction_bias: Option<In<'a, f32>>,
+    /// `[E]`: a factor of each expert's weight; exactly with [`crate::rules::Gating::expert_scale`].
+    pub expert_scale: Option<In<'a, f32>>,
+    /// `[1]`: a factor of all weights; exactly with [`crate::rules::Gating::global_scale`].
+    pub global_scale: Option<In<'a, f32>>,
 }
 
 impl<'a> RouterWeights<'a> {
     /// Without biases.
     pub fn new(matrix: impl Into<Tensor<'a>>) -> RouterWeights<'a> {
-        RouterWeights { matrix: matrix.into(), bias: None, correction_bias: None }
+        RouterWeights {
+            matrix: matrix.into(),
+            bias: None,
+            correction_bias: None,
+            expert_scale: None,
+            global_scale: None,
+        }
     }
 
     pub(super) fn open<'b>(self, scope: &Scope<'b>, desc: &LayerDesc) -> Result<HeldRouter<'b>, Error>
@@ -49,21 +59,32 @@ impl<'a> RouterWeights<'a> {
     {
         let LayerDesc { hidden, experts, router_dtype, gating, .. } = *desc;
         gating::check_correction_bias(scope.operation, &gating, self.correction_bias.is_some())?;
+        gating::check_scales(scope.operation, &gating, self.expert_scale.is_some(), self.global_scale.is_some())?;
+        let columns = desc.logit_columns();
         Ok(HeldRouter {
-            matrix: scope.read_tensor("router.matrix", self.matrix, router_dtype, experts * hidden, VECTOR)?,
-            bias: scope.read_some("router.bias", self.bias, experts, SCALAR)?,
+            matrix: scope.read_tensor("router.matrix", self.matrix, router_dtype, columns * hidden, VECTOR)?,
+            bias: scope.read_some("router.bias", self.bias, columns, SCALAR)?,
             correction_bias: scope.read_some("router.correction_bias", self.correction_bias, experts, SCALAR)?,
+            expert_scale: scope.read_some("router.expert_scale", self.expert_scale, experts, SCALAR)?,
+            global_scale: scope.read_some("router.global_scale", self.global_scale, 1, SCALAR)?,
         })
     }
 }
 
-buffers!(RouterWeights<'a> { bias: In<f32>, correction_bias: In<f32> });
+buffers!(RouterWeights<'a> {
+    bias: In<f32>,
+    correction_bias: In<f32>,
+    expert_scale: In<f32>,
+    global_scale: In<f32>,
+});
 
 /// A router's weights opened for reading.
 pub(super) struct HeldRouter<'a> {
     pub(super) matrix: Held<'a>,
     pub(super) bias: Option<Held<'a>>,
     pub(super) correction_bias: Option<Held<'a>>,
+    pub(super) expert_scale: Option<Held<'a>>,
+    pub(super) global_scale: Option<Held<'a>>,
 }
 
 /// Weights of the experts that are here.

@@ -8,11 +8,11 @@ use cudarc::driver::CudaStream;
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::Dispatched;
 use crate::registry::Kernel;
-use crate::routers::gating::{self, GatingDesc, Routing, RuleWords};
+use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs, RuleWords, launch_rule};
 use crate::rules::{Gating, Score};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::GatingDispatchParams;
+use crate::runtime::params::{GatingAnyDispatchParams, GatingDispatchParams};
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Tensor, TokenMask, Workspace};
 
 const OPERATION: &str = "gating_dispatch";
@@ -23,7 +23,8 @@ const OPERATION: &str = "gating_dispatch";
 pub struct GatingDispatchDesc {
     /// The rule by which experts are chosen.
     pub gating: Gating,
-    /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts.
+    /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts. Appended experts count among
+    /// both.
     pub dispatch: DispatchDesc,
 }
 
@@ -38,21 +39,29 @@ impl GatingDispatchDesc {
     /// # Errors
     /// Those of [`DispatchDesc::validate`] and [`GatingDesc::validate`].
     pub fn validate(&self) -> Result<(), Error> {
-        let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
         self.dispatch.validate()?;
-        GatingDesc::new(tokens, experts, top_k, self.gating).validate()
+        self.choice().validate()
+    }
+
+    /// The gating alone: without appended experts.
+    fn choice(&self) -> GatingDesc {
+        let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
+        let appended = self.gating.appended_experts();
+        GatingDesc::new(tokens, experts.saturating_sub(appended), top_k.saturating_sub(appended), self.gating)
     }
 }
 
 /// Buffers of gating and dispatch in one launch.
 #[non_exhaustive]
 pub struct GatingDispatchArgs<'a> {
-    /// `[T, E]`, of any [`crate::Element`].
+    /// `[T, E]`, of any [`crate::Element`]; see [`gating::GatingArgs`].
     pub logits: Tensor<'a>,
     /// `[E]`; see [`gating::GatingArgs`].
     pub correction_bias: Option<In<'a, f32>>,
     /// Which tokens count: the others take no slot.
     pub mask: TokenMask<'a>,
+    /// What else the rule asks for.
+    pub rule: RuleInputs<'a>,
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
@@ -76,6 +85,7 @@ impl<'a> GatingDispatchArgs<'a> {
             logits: logits.into(),
             correction_bias: None,
             mask: TokenMask::all(),
+            rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
             dispatched,
@@ -87,6 +97,12 @@ impl<'a> GatingDispatchArgs<'a> {
     #[must_use]
     pub fn mask(self, mask: TokenMask<'a>) -> GatingDispatchArgs<'a> {
         GatingDispatchArgs { mask, ..self }
+    }
+
+    /// With what else the rule asks for.
+    #[must_use]
+    pub fn rule(self, rule: RuleInputs<'a>) -> GatingDispatchArgs<'a> {
+        GatingDispatchArgs { rule, ..self }
     }
 }
 
@@ -103,7 +119,7 @@ pub fn workspace_bytes(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result
 
 /// The instructions of a token are those that the gate kernel's header states.
 fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    let gate = gating::kernel(Score::Softmax, desc.experts, true);
+    let gate = gating::kernel(&Gating::new(Score::Softmax), desc.experts, true);
     let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
     dispatch::blocks(desc, gate.warps(), work, device)
 }
@@ -114,7 +130,7 @@ fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
 /// Those of [`GatingDispatchDesc::validate`].
 pub fn select(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let gate = gating::kernel(desc.gating.score, desc.dispatch.experts, true);
+    let gate = gating::kernel(&desc.gating, desc.choice().experts, true);
     Ok(Selection::cooperative(Kernel::Gating(gate), blocks(&desc.dispatch, device)))
 }
 
@@ -142,11 +158,13 @@ pub fn forward(
         return Ok(());
     }
     let choices = dispatch.tokens * dispatch.top_k;
+    let choice = desc.choice();
     let dtype = args.logits.dtype();
-    let logits = scope.read_any("logits", args.logits, dispatch.tokens * dispatch.experts, dtype.bytes().into())?;
+    let logits = scope.read_any("logits", args.logits, dispatch.tokens * choice.columns(), dtype.bytes().into())?;
     gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
-    let bias = scope.read_some("correction_bias", args.correction_bias, dispatch.experts, SCALAR)?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, choice.experts, SCALAR)?;
     let mask = args.mask.open(&scope, dispatch.tokens)?;
+    let inputs = HeldInputs::open(&scope, gating, [dispatch.tokens, choice.experts, choice.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
@@ -155,6 +173,7 @@ pub fn forward(
         dtype,
         correction_bias: optional(&bias),
         mask: mask.addresses(),
+        inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
     };
@@ -175,27 +194,30 @@ pub(crate) fn enqueue(
     let GatingDispatchDesc { gating, dispatch } = desc;
     let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(gating);
     let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
-    scope.launch(
+    launch_rule!(
+        scope,
         selection,
-        GatingDispatchParams {
+        gating,
+        routing.inputs,
+        GatingDispatchParams or GatingAnyDispatchParams {
             logits: routing.logits.into(),
             correction_bias: routing.correction_bias.into(),
             ids: routing.ids.into(),
             weights: routing.weights.into(),
             tokens: dispatch.tokens as u32,
             experts: dispatch.experts as u32,
-            top_k: dispatch.top_k as u32,
-            groups,
-            groups_kept,
-            flags,
-            scale,
-            epsilon,
+            top_k: desc.choice().top_k as u32,
+            groups: groups,
+            groups_kept: groups_kept,
+            flags: flags,
+            scale: scale,
+            epsilon: epsilon,
             mask: routing.mask.mask.into(),
             valid_tokens: routing.mask.valid_tokens.into(),
             token_flags: routing.token_flags(gating.garbage),
-            capacity,
-            tokens_per_sequence,
-            padded_rows,
+            capacity: capacity,
+            tokens_per_sequence: tokens_per_sequence,
+            padded_rows: padded_rows,
             tile_m: dispatch.tile_m as u32,
             counts: outputs.counts.into(),
             offsets: outputs.offsets.into(),
@@ -205,7 +227,7 @@ pub(crate) fn enqueue(
             tiles: outputs.tiles.into(),
             num_tiles: outputs.num_tiles.into(),
             workspace: workspace.into(),
-        },
+        }
     )
 }
 

@@ -14,7 +14,7 @@ use crate::experts::dispatched::Dispatched;
 use crate::layer::experts::check_device;
 use crate::layer::weights::{HeldRouter, RouterWeights};
 use crate::layer::{OPERATION, Stage};
-use crate::routers::gating::{self, GatingArgs, Routing};
+use crate::routers::gating::{self, GatingArgs, InputAddresses, Routing};
 use crate::routers::measured_gating::{self, MeasuredGatingArgs, RouterStats, Totals};
 use crate::routers::{gating_dispatch, router};
 use crate::rules::IdFormat;
@@ -53,7 +53,7 @@ impl RoutePlan {
         }
         let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, VECTOR)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
-        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, true, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
         self.enqueue_router(&scope, &weights, x.address(), None, &at, &mut |_| ())?;
         self.enqueue_choice(&scope, &weights, &workspace, &mut extras, &at, &mut |_| ())?;
@@ -89,7 +89,7 @@ impl RoutePlan {
         let ids = self.open_ids(&scope, choices.ids)?;
         let weights = scope.read("choices.weights", choices.weights, given, SCALAR)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
-        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, false, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
         let choices = ChoiceAddresses { format: self.desc.choices, ids: ids.address(), weights: weights.address() };
         self.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, &mut |_| ())?;
@@ -111,8 +111,14 @@ impl RoutePlan {
         ids.open(scope, "choices.ids", self.desc.choices, self.tokens * self.candidates())
     }
 
+    /// Ids of a token before admission.
     pub(in crate::layer) fn candidates(&self) -> usize {
-        self.desc.admission.map_or(self.desc.top_k, |rule| rule.candidates)
+        self.desc.admission.map_or(self.desc.all_choices(), |rule| rule.candidates)
+    }
+
+    /// The same without those of appended experts.
+    pub(super) fn chosen(&self) -> usize {
+        self.candidates() - self.desc.gating.appended_experts()
     }
 
     /// The result for no tokens: what is summed up over tokens is zero.
@@ -168,12 +174,15 @@ impl RoutePlan {
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
         let correction_bias = optional(&weights.correction_bias);
+        let (expert_scale, global_scale) = (optional(&weights.expert_scale), optional(&weights.global_scale));
+        let inputs = InputAddresses { expert_scale, global_scale, given: at.given };
         if let Choice::WithDispatch(step) = &self.choice {
             let routing = Routing {
                 logits: at.logits,
                 dtype: Dtype::F32,
                 correction_bias,
                 mask: at.mask,
+                inputs,
                 ids: at.ids,
                 weights: at.weights,
             };
@@ -189,8 +198,9 @@ impl RoutePlan {
         } else {
             [at.ids, at.weights]
         };
-        let logits = at.logits.input::<f32>(self.tokens * self.desc.experts);
+        let logits = at.logits.input::<f32>(self.tokens * self.desc.logit_columns());
         let mask = at.mask.input(self.tokens);
+        let rule = inputs.inputs([self.tokens, self.desc.experts, self.chosen()]);
         let bias = correction_bias.map(|bias| bias.input(self.desc.experts));
         let (kernels, stream) = (scope.kernels, scope.stream);
         match &self.choice {
@@ -206,6 +216,7 @@ impl RoutePlan {
                     MeasuredGatingArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch)
                         .mask(mask);
                 args.correction_bias = bias;
+                args.rule = rule;
                 args.log_sum_exp = measured.log_sum_exp.as_mut().map(Out::reborrow);
                 args.probabilities = measured.probabilities.as_mut().map(Out::reborrow);
                 measured_gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
@@ -213,6 +224,7 @@ impl RoutePlan {
             Choice::Gating(step) => {
                 let mut args = GatingArgs::new(logits, ids.out(given), chosen_weights.out(given)).mask(mask);
                 args.correction_bias = bias;
+                args.rule = rule;
                 gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
             }
             Choice::WithDispatch(_) => {}
@@ -235,7 +247,7 @@ impl RoutePlan {
         let within = |error: Error| error.within(OPERATION);
         let (kernels, stream) = (scope.kernels, scope.stream);
         let ChoiceAddresses { mut format, mut ids, mut weights } = choices;
-        let (choices, given) = (self.tokens * self.desc.top_k, self.tokens * self.candidates());
+        let (choices, given) = (self.tokens * self.desc.all_choices(), self.tokens * self.candidates());
         if let Some(step) = &self.admission {
             let mut scratch = workspace.part(self.regions.scratch);
             let mut args = AdmissionArgs::new(

@@ -1,6 +1,7 @@
 //! Buffers of a measured gating.
 
 use super::RouterStats;
+use crate::routers::gating::RuleInputs;
 use crate::runtime::builder::buffers;
 use crate::{In, Out, Tensor, TokenMask, Workspace};
 
@@ -60,6 +61,8 @@ pub struct MeasuredGatingArgs<'a> {
     pub correction_bias: Option<In<'a, f32>>,
     /// Which tokens count: the others are in no sum, loss or mean.
     pub mask: TokenMask<'a>,
+    /// What else the rule asks for.
+    pub rule: RuleInputs<'a>,
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
@@ -90,6 +93,7 @@ impl<'a> MeasuredGatingArgs<'a> {
             logits: logits.into(),
             correction_bias: None,
             mask: TokenMask::all(),
+            rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
             log_sum_exp: None,
@@ -104,6 +108,12 @@ impl<'a> MeasuredGatingArgs<'a> {
     #[must_use]
     pub fn mask(self, mask: TokenMask<'a>) -> MeasuredGatingArgs<'a> {
         MeasuredGatingArgs { mask, ..self }
+    }
+
+    /// With what else the rule asks for.
+    #[must_use]
+    pub fn rule(self, rule: RuleInputs<'a>) -> MeasuredGatingArgs<'a> {
+        MeasuredGatingArgs { rule, ..self }
     }
 }
 
