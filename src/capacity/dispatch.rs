@@ -25,8 +25,9 @@ use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{DispatchParams, DispatchRowsParams};
 use crate::runtime::shape;
+use crate::runtime::token_mask::MaskAddresses;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, TokenMask, Workspace};
 
 const OPERATION: &str = "dispatch";
 
@@ -166,6 +167,8 @@ pub struct DispatchArgs<'a> {
     pub ids: Ids<'a>,
     /// `[T, k]`: become [`Dispatched::slot_weight`].
     pub weights: Option<In<'a, f32>>,
+    /// Which tokens count: the others take no slot, whatever their ids.
+    pub mask: TokenMask<'a>,
     /// Filled; made for at least [`DispatchDesc::shape`].
     pub dispatched: &'a mut Dispatched,
     /// `[1]`, written: slots that stand past [`DispatchDesc::max_rows`]; with it only.
@@ -181,7 +184,13 @@ impl<'a> DispatchArgs<'a> {
         dispatched: &'a mut Dispatched,
         workspace: &'a mut Workspace,
     ) -> DispatchArgs<'a> {
-        DispatchArgs { ids: ids.into(), weights: None, dispatched, dropped: None, workspace }
+        DispatchArgs { ids: ids.into(), weights: None, mask: TokenMask::all(), dispatched, dropped: None, workspace }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> DispatchArgs<'a> {
+        DispatchArgs { mask, ..self }
     }
 }
 
@@ -279,13 +288,14 @@ pub fn forward(
     let choices = desc.tokens * desc.top_k;
     let ids = args.ids.open(&scope, "ids", desc.ids, choices)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let to = Outputs::of(lists.addresses(), weights.is_some());
-    let (weights, workspace) = (optional(&weights), workspace.address());
+    let from = Choices { ids: ids.address(), weights: optional(&weights), mask: mask.addresses() };
     if desc.lays_rows() {
-        enqueue_rows(&scope, desc, &selection, ids.address(), weights, to, optional(&dropped), workspace)?;
+        enqueue_rows(&scope, desc, &selection, from, to, optional(&dropped), workspace.address())?;
     } else {
-        enqueue(&scope, desc, &selection, ids.address(), weights, to, workspace)?;
+        enqueue(&scope, desc, &selection, from, to, workspace.address())?;
     }
     lists.filled();
     Ok(())
@@ -295,8 +305,7 @@ pub(crate) fn enqueue(
     scope: &Scope<'_>,
     desc: &DispatchDesc,
     selection: &Selection,
-    ids: Address<'_>,
-    weights: Option<Address<'_>>,
+    from: Choices<'_>,
     to: Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
@@ -304,11 +313,14 @@ pub(crate) fn enqueue(
     scope.launch(
         selection,
         DispatchParams {
-            ids: ids.into(),
-            weights: weights.into(),
+            ids: from.ids.into(),
+            weights: from.weights.into(),
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             top_k: desc.top_k as u32,
+            mask: from.mask.mask.into(),
+            valid_tokens: from.mask.valid_tokens.into(),
+            token_flags: from.mask.flags(),
             capacity,
             tokens_per_sequence,
             padded_rows,
@@ -326,13 +338,11 @@ pub(crate) fn enqueue(
 }
 
 /// [`enqueue`] with rows rounded up, or ended.
-#[allow(clippy::too_many_arguments)] // those of `enqueue`, and one more
 fn enqueue_rows(
     scope: &Scope<'_>,
     desc: &DispatchDesc,
     selection: &Selection,
-    ids: Address<'_>,
-    weights: Option<Address<'_>>,
+    from: Choices<'_>,
     to: Outputs<'_>,
     dropped: Option<Address<'_>>,
     workspace: Address<'_>,
@@ -341,11 +351,14 @@ fn enqueue_rows(
     scope.launch(
         selection,
         DispatchRowsParams {
-            ids: ids.into(),
-            weights: weights.into(),
+            ids: from.ids.into(),
+            weights: from.weights.into(),
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             top_k: desc.top_k as u32,
+            mask: from.mask.mask.into(),
+            valid_tokens: from.mask.valid_tokens.into(),
+            token_flags: from.mask.flags(),
             capacity,
             tokens_per_sequence,
             padded_rows,
@@ -363,6 +376,13 @@ fn enqueue_rows(
             workspace: workspace.into(),
         },
     )
+}
+
+/// What dispatch reads.
+pub(crate) struct Choices<'a> {
+    pub(crate) ids: Address<'a>,
+    pub(crate) weights: Option<Address<'a>>,
+    pub(crate) mask: MaskAddresses<'a>,
 }
 
 /// What dispatch writes.

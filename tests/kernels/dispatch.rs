@@ -15,6 +15,7 @@ use crate::rows;
 use crate::support::buffer::Guarded;
 use crate::support::device;
 use crate::timing::time;
+use crate::tokens::Padding;
 
 /// The reference's rule without a capacity.
 pub fn rule(experts: usize, top_k: usize, tile_m: usize) -> DispatchRule {
@@ -136,7 +137,12 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
         })
         .collect();
     let weights: Vec<f32> = ids.iter().map(|_| rng.f32()).collect();
-    let mut want = reference::dispatch::dispatch(&ids, &rule_of(desc)).unwrap();
+    let padding = Padding::draw(&stream, rng, desc.tokens);
+    let name = format!("{name} {}", padding.name());
+    // The ids of padding are not looked at.
+    let counted: Vec<i32> =
+        ids.iter().enumerate().map(|(at, &id)| if padding.valid[at / desc.top_k] { id } else { -1 }).collect();
+    let mut want = reference::dispatch::dispatch(&counted, &rule_of(desc)).unwrap();
     let mut want_dropped = 0;
     let mut kernel = Kernel::Dispatch(variant);
     if desc.row_multiple > 1 || desc.max_rows.is_some() {
@@ -155,10 +161,12 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
         let weights = device_weights.view();
         let Outputs { dispatched, workspace, .. } = outputs;
         ids.with(|ids| {
-            let mut args = DispatchArgs::new(ids, dispatched, workspace);
-            args.weights = weighted.then_some((&weights).into());
-            args.dropped = dropped.as_mut().map(Out::from);
-            dispatch::forward(kernels, &stream, desc, args).unwrap();
+            padding.with(|mask| {
+                let mut args = DispatchArgs::new(ids, dispatched, workspace).mask(mask);
+                args.weights = weighted.then_some((&weights).into());
+                args.dropped = dropped.as_mut().map(Out::from);
+                dispatch::forward(kernels, &stream, desc, args).unwrap();
+            });
         });
     };
     launch(&mut outputs, desc.max_rows.map(|_| &mut dropped), true);
@@ -172,5 +180,6 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
     outputs.assert_equal(&stream, &name, &want, None);
     ids.assert_unchanged(&stream);
     device_weights.assert_unchanged(&stream);
+    padding.assert_unchanged(&stream);
     time(&stream, &name, || launch(&mut outputs, None, true));
 }

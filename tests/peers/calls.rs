@@ -21,8 +21,9 @@ use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGa
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{AdmissionRule, BalanceRule, Gating, IdFormat};
-use moe_kernels::{In, Kernels, Workspace};
+use moe_kernels::{Dtype, In, Kernels, TokenMask, Workspace};
 
+use crate::data::with_type;
 use crate::support::compare::Storage;
 use crate::support::device;
 
@@ -56,8 +57,35 @@ pub struct Chosen {
     pub weights: Vec<f32>,
 }
 
-/// `logits [T, E]`, widened where the peer has 16 bits: gating's arithmetic is f32. Appended experts stand behind each token's `top_k`.
+/// `logits [T, E]` of f32.
 pub fn gate(logits: &[f32], experts: usize, top_k: usize, rule: Gating, bias: Option<&[f32]>) -> Chosen {
+    gate_as(Dtype::F32, logits, experts, top_k, rule, bias, None)
+}
+
+/// `logits [T, E]`, stored as `dtype`. Appended experts stand behind each token's `top_k`. Tokens of which `padding` is 1 do not count.
+pub fn gate_as(
+    dtype: Dtype,
+    logits: &[f32],
+    experts: usize,
+    top_k: usize,
+    rule: Gating,
+    bias: Option<&[f32]>,
+    padding: Option<&[u8]>,
+) -> Chosen {
+    with_type!(dtype, T => {
+        let logits: Vec<T> = logits.iter().map(|&l| T::from_f64(l.into())).collect();
+        gate_stored(&logits, experts, top_k, rule, bias, padding)
+    })
+}
+
+fn gate_stored<T: Storage>(
+    logits: &[T],
+    experts: usize,
+    top_k: usize,
+    rule: Gating,
+    bias: Option<&[f32]>,
+    padding: Option<&[u8]>,
+) -> Chosen {
     let (kernels, stream) = gpu();
     let tokens = logits.len() / experts;
     let logits = up(&stream, logits);
@@ -66,6 +94,10 @@ pub fn gate(logits: &[f32], experts: usize, top_k: usize, rule: Gating, bias: Op
     let (mut ids, mut weights) = (junk::<i32>(&stream, slots), junk::<f32>(&stream, slots));
     let mut args = GatingArgs::new(&logits, &mut ids, &mut weights);
     args.correction_bias = bias.as_ref().map(In::from);
+    let padding = padding.map(|padding| up(&stream, padding));
+    if let Some(padding) = &padding {
+        args.mask = TokenMask::padding(padding);
+    }
     gating::forward(kernels, &stream, &GatingDesc::new(tokens, experts, top_k, rule), args).unwrap();
     Chosen { ids: down(&stream, &ids, slots), weights: down(&stream, &weights, slots) }
 }

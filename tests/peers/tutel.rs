@@ -5,7 +5,9 @@
 
 use moe_kernels::Dtype;
 use moe_kernels::layer::{LayerDesc, Mlp};
-use moe_kernels::rules::{Activation, AdmissionRule, BalanceRule, Gating, LossScore, Order, Renormalise, Score};
+use moe_kernels::rules::{
+    Activation, AdmissionRule, BalanceRule, Gating, LossCounts, LossScore, Order, Renormalise, Score,
+};
 
 use crate::calls::{self, Experts};
 use crate::close::assert_layer;
@@ -117,7 +119,7 @@ fn losses() -> Section {
         section.point(name, move || {
             let tokens = 64;
             let logits = scores(&mut rng(&point), tokens * experts, Dtype::F32);
-            let rule = BalanceRule::new(LossScore::Softmax, tokens).first_choice_only(true);
+            let rule = BalanceRule::new(LossScore::Softmax, tokens).counts(LossCounts::FirstChoice);
             let got = calls::measure(&logits, experts, top_k, Gating::new(Score::Softmax), rule, None);
             let gates: Vec<Vec<f64>> = wide32(&logits).chunks(experts).map(softmax).collect();
             let (mut sums, mut firsts) = (vec![0.0; experts], vec![0.0; experts]);
