@@ -8,6 +8,7 @@ use moe_kernels::Dtype;
 use moe_kernels::capacity::dispatch::DispatchDesc;
 use moe_kernels::capacity::row_groups::RowLayout;
 use moe_kernels::experts::gemm::{GemmDesc, Output, Rows, Strides};
+use moe_kernels::experts::k_grouped::{KGroupedDesc, KGroupedStrides};
 
 use crate::calls;
 use crate::close::assert_rounded;
@@ -81,6 +82,20 @@ fn plain(name: &str, [m, n, k]: [usize; 3], [a_depth_first, b_depth_first]: [boo
     assert_rounded(&got, &want, if output == Output::Rounded { Dtype::Bf16 } else { Dtype::F32 });
 }
 
+/// `d = c + a b^T`, all bf16: as a product of one group along K, whose sums are added before they are rounded.
+fn onto_bf16(name: &str, [m, n, k]: [usize; 3]) {
+    let rng = &mut rng(name);
+    let (a, b) = (Operand::new(rng, m, k, true), Operand::new(rng, n, k, true));
+    let onto: Vec<bf16> = normals(rng, m * n, 8.0);
+    let lists = groups(RowLayout::Batched { height: k }, 1, 16, &[]);
+    let strides = KGroupedStrides::packed(m, n).a([1, k]).b([1, k]);
+    let desc = KGroupedDesc::new(Dtype::Bf16, lists.desc.shape(), m, n).strides(Some(strides)).accumulate(true);
+    let got = lists.k_grouped(&desc, &a.data, &b.data, Some(&onto));
+    let sum = |i: usize| (0..k).map(|d| a.at(i / n, d) * b.at(i % n, d)).sum::<f64>();
+    let want: Vec<f64> = (0..m * n).map(|i| sum(i) + onto[i].to_f64()).collect();
+    assert_rounded(&wide(&got), &want, Dtype::Bf16);
+}
+
 fn forward() -> Section {
     let mut section = Section::new("forward");
     for rows in [1, 128, 4096] {
@@ -90,10 +105,14 @@ fn forward() -> Section {
                 let point = name.clone();
                 let m = [(128, 16), (4096, 72)].iter().find(|(from, _)| *from == rows).map_or(rows, |to| to.1);
                 section.point(name, move || plain(&point, [m, smaller(n), smaller(k)], [true, true], output));
+                if output == Output::Rounded {
+                    let name = format!("m={rows} n={n} k={k} onto bf16");
+                    let point = name.clone();
+                    section.point(name, move || onto_bf16(&point, [m, smaller(n), smaller(k)]));
+                }
             }
         }
     }
-    section.refuse(3 * TO_BF16.len(), "results added onto bf16: a sum that goes on is f32 here");
     section
 }
 
@@ -222,9 +241,56 @@ fn masked_point(name: &str, [count, expected, n, k]: [usize; 4]) {
     past.for_each(|row| assert!(got[row * n..][..n].iter().all(|v| v.to_bits() == 0xffff), "row {row} is nobody's"));
 }
 
-/// Seven shapes with the depths of groups as drawn, some of them 0, all but one 0: as on sm_90.
+/// `d[g] += a_g^T b_g` in f32, depths outermost: with depths as drawn, some of them 0, all but one 0; the grid of sm_90, whose depths are multiples of 128 there,
+/// of 16 here.
 fn depths() -> Section {
     let mut section = Section::new("k_grouped");
-    section.refuse(21, "pending");
+    let shapes = [
+        (8, 768, 2048, 128),
+        (4, 4096, 7168, 8192),
+        (4, 7168, 2048, 8192),
+        (8, 4096, 7168, 4096),
+        (8, 7168, 2048, 4096),
+        (16, 4096, 7168, 2048),
+        (16, 7168, 2048, 2048),
+    ];
+    for ((count, m, n, expected), empty) in product(&shapes, &["drawn", "some empty", "all but one empty"]) {
+        let name = format!("groups={count} m={m} n={n} k={expected} {empty}");
+        let point = name.clone();
+        section.point(name, move || {
+            let rng = &mut rng(&point);
+            let (m, n) = (smaller(m), smaller(n));
+            let depth = (expected / 128).max(4);
+            let mut depths: Vec<usize> =
+                heights(rng, count, depth).iter().map(|k| k.next_multiple_of(ALIGNMENT)).collect();
+            match empty {
+                "drawn" => {}
+                "some empty" => {
+                    let last = depths[count - 1];
+                    depths.iter_mut().for_each(|k| *k = if rng.f32() < 0.25 { 0 } else { *k });
+                    (depths[0], depths[count - 1]) = (0, last);
+                }
+                _ => depths.iter_mut().enumerate().for_each(|(g, k)| *k = if g == count / 2 { *k } else { 0 }),
+            }
+            let rows = depths.iter().sum();
+            let (a, b): (Vec<bf16>, Vec<bf16>) = (values(rng, rows * m), values(rng, rows * n));
+            let onto: Vec<f32> = normals(rng, count * m * n, 1.0);
+            let numbers: Vec<i32> = depths.iter().map(|&k| k as i32).collect();
+            let lists = groups(RowLayout::Counts { rows }, count, 16, &numbers);
+            let desc = KGroupedDesc::new(Dtype::Bf16, lists.desc.shape(), m, n).f32_out(true).accumulate(true);
+            let got = lists.k_grouped_f32(&desc, &a, &b, Some(&onto));
+            let (a, b) = (wide(&a), wide(&b));
+            let mut want = wide32(&onto);
+            let mut first = 0;
+            for (g, &k) in depths.iter().enumerate() {
+                for (d, i) in product(&(first..first + k).collect::<Vec<_>>(), &(0..m).collect::<Vec<_>>()) {
+                    let to = &mut want[(g * m + i) * n..][..n];
+                    to.iter_mut().zip(&b[d * n..]).for_each(|(sum, b)| *sum += a[d * m + i] * b);
+                }
+                first += k;
+            }
+            assert_rounded(&wide32(&got), &want, Dtype::F32);
+        });
+    }
     section
 }

@@ -131,8 +131,32 @@ fn routers() -> Section {
             assert_choice(&chosen, top_k, |t| form.values(row(t)), |t, ids| form.weights(row(t), ids));
         });
     }
-    // Padding masks, and choices that are drawn to balance whatever the logits say.
-    section.refuse(2, "pending");
+    // The last quarter of each sequence is padding: no experts, no weights, no counts; the others are as without.
+    section.point("padding mask", || {
+        let (length, sequences, experts, top_k) = (32, 2, 4, 2);
+        let logits = logits(&mut rng("padding"), length * sequences, experts);
+        let padding: Vec<u8> = (0..length * sequences).map(|t| u8::from(t % length >= length * 3 / 4)).collect();
+        let rule = Form::After.rule();
+        let masked = calls::gate_as(Dtype::F32, &logits, experts, top_k, rule, None, Some(&padding));
+        let all = calls::gate(&logits, experts, top_k, rule, None);
+        for (t, &padding) in padding.iter().enumerate() {
+            let of = t * top_k..(t + 1) * top_k;
+            if padding == 1 {
+                assert_eq!((&masked.ids[of.clone()], &masked.weights[of]), (&[-1; 2][..], &[0.0; 2][..]), "token {t}");
+            } else {
+                assert_eq!(masked.ids[of.clone()], all.ids[of.clone()], "token {t}");
+                assert_eq!(masked.weights[of.clone()], all.weights[of], "token {t}");
+            }
+        }
+        let (map, probs) = calls::ids_to_map(&masked.ids, &masked.weights, experts, top_k);
+        for (t, &padding) in padding.iter().enumerate() {
+            let chosen: u8 = map[t * experts..][..experts].iter().sum();
+            assert_eq!(chosen, if padding == 1 { 0 } else { 2 });
+            assert!(padding == 0 || probs[t * experts..][..experts].iter().all(|&p| p == 0.0));
+        }
+    });
+    // Choices that are drawn to balance whatever the logits say.
+    section.refuse(1, "pending");
     section
 }
 

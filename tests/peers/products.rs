@@ -5,7 +5,8 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 use moe_kernels::In;
 use moe_kernels::capacity::row_groups::{self, RowGroupsArgs, RowGroupsDesc, RowLayout};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, ProductOut};
+use moe_kernels::experts::k_grouped::{self, KGroupedArgs, KGroupedDesc};
 use moe_kernels::experts::{Dispatched, Weight};
 
 use crate::calls::{down, junk, up};
@@ -31,6 +32,28 @@ pub fn groups(layout: RowLayout, experts: usize, tile_m: usize, numbers: &[i32])
     };
     row_groups::forward(device::kernels(), &stream, &desc, args).unwrap();
     Groups { stream, dispatched, desc }
+}
+
+impl Groups {
+    /// `out[g] = a^T b` over the rows of each group, in the type of `a` and added to `onto` if the descriptor says so.
+    pub fn k_grouped<T: Storage>(&self, desc: &KGroupedDesc, a: &[T], b: &[T], onto: Option<&[T]>) -> Vec<T> {
+        let stream = &self.stream;
+        let (a, b, len) = (up(stream, a), up(stream, b), desc.rows.experts * desc.m * desc.n);
+        let mut out = onto.map_or_else(|| junk::<T>(stream, len), |onto| up(stream, onto));
+        let args = KGroupedArgs::new(&a, &b, &self.dispatched, ProductOut::Rounded((&mut out).into()));
+        k_grouped::forward(device::kernels(), stream, desc, args).unwrap();
+        down(stream, &out, len)
+    }
+
+    /// The same in f32.
+    pub fn k_grouped_f32<T: Storage>(&self, desc: &KGroupedDesc, a: &[T], b: &[T], onto: Option<&[f32]>) -> Vec<f32> {
+        let stream = &self.stream;
+        let (a, b, len) = (up(stream, a), up(stream, b), desc.rows.experts * desc.m * desc.n);
+        let mut out = onto.map_or_else(|| junk::<f32>(stream, len), |onto| up(stream, onto));
+        let args = KGroupedArgs::new(&a, &b, &self.dispatched, ProductOut::F32((&mut out).into()));
+        k_grouped::forward(device::kernels(), stream, desc, args).unwrap();
+        down(stream, &out, len)
+    }
 }
 
 /// One product.

@@ -5,6 +5,7 @@
 use moe_kernels::Dtype;
 use moe_kernels::capacity::row_groups::RowLayout;
 use moe_kernels::experts::gemm::{GemmDesc, Rows, Strides};
+use moe_kernels::experts::k_grouped::{KGroupedDesc, KGroupedStrides};
 
 use crate::close::assert_rounded;
 use crate::data::{rng, values, wide, with_type};
@@ -67,11 +68,62 @@ fn line(elements: usize, strided: bool, dtype: Dtype, aligned: bool) -> usize {
     if aligned { length.next_multiple_of(vector) } else { length }
 }
 
-/// Depths of each group along K: a product of slices of both.
+/// A group's columns of `a [M, K]` between ends times those of `b [N, K]`; a group without any has a product of zeros.
 fn ragged_depths() -> Section {
     let mut section = Section::new("2d_2d");
-    section.refuse(24 + 4, "pending");
+    for (dtype, strided) in product(&Dtype::ALL, &[false, true]) {
+        for (a_rows, b_rows) in product(&[false, true], &[false, true]) {
+            let name = format!("{dtype} strided={strided} a_row_major={a_rows} b_row_major={b_rows}");
+            let point = name.clone();
+            let ends: Vec<i32> = (1..=4).map(|g| 64 * g).collect();
+            section.point(name, move || {
+                with_type!(dtype, T => {
+                    ragged_depths_point::<T>(&point, [PLAIN.m, PLAIN.n], &ends, [a_rows, b_rows], strided, false)
+                })
+            });
+        }
+    }
+    for (a_rows, b_rows) in product(&[false, true], &[false, true]) {
+        let name = format!("odd a_row_major={a_rows} b_row_major={b_rows}");
+        let point = name.clone();
+        let ends = if a_rows || b_rows { [0, 8, 16, 16, 27] } else { [0, 1, 6, 6, 7] };
+        section.point(name, move || {
+            ragged_depths_point::<half::bf16>(&point, [3, 7], &ends, [a_rows, b_rows], false, true)
+        });
+    }
     section
+}
+
+fn ragged_depths_point<T: Storage>(
+    name: &str,
+    [m, n]: [usize; 2],
+    ends: &[i32],
+    [a_rows, b_rows]: [bool; 2],
+    strided: bool,
+    odd: bool,
+) {
+    let depth = *ends.last().unwrap() as usize;
+    let rng = &mut rng(name);
+    let mut operand = |lines: usize, row_major: bool| {
+        let length = line(if row_major { depth } else { lines }, strided, T::DTYPE, odd);
+        View::<T>::new(rng, 1, [lines, depth], row_major, length, 1)
+    };
+    let (a, b) = (operand(m, a_rows), operand(n, b_rows));
+    let lists = groups(RowLayout::Ends { rows: depth }, ends.len(), 16, ends);
+    // The library's rows are the depths.
+    let strides = KGroupedStrides::packed(m, n).a([a.strides[2], a.strides[1]]).b([b.strides[2], b.strides[1]]);
+    let desc = KGroupedDesc::new(T::DTYPE, lists.desc.shape(), m, n).strides(Some(strides));
+    let got = lists.k_grouped(&desc, &a.data, &b.data, None);
+    let mut want = vec![];
+    let mut first = 0;
+    for &end in ends {
+        let depths = first..end as usize;
+        for row in 0..m {
+            want.extend((0..n).map(|c| depths.clone().map(|d| a.at(0, row, d) * b.at(0, c, d)).sum::<f64>()));
+        }
+        first = end as usize;
+    }
+    assert_rounded(&wide(&got), &want, T::DTYPE);
 }
 
 /// Rows of `a [M, K]` between ends times the group's `b [K, N]`.

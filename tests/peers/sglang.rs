@@ -72,7 +72,7 @@ fn gate_point(name: &str, [tokens, experts, top_k]: [usize; 3], dtype: Dtype, ru
     let tokens = scaled(tokens, 96);
     let logits = scores(rng, tokens * experts, dtype);
     let bias = biased.then(|| normals::<f32>(rng, experts, 1.0));
-    let chosen = calls::gate(&logits, experts, top_k, rule, bias.as_deref());
+    let chosen = calls::gate_as(dtype, &logits, experts, top_k, rule, bias.as_deref(), None);
     let logits = wide32(&logits);
     let bias = bias.map_or(vec![0.0; experts], |bias| wide32(&bias));
     let share = |t: usize| -> Vec<f64> {
@@ -192,7 +192,7 @@ fn kimi() -> Section {
             let (logits, bias) = (uniform(tokens * experts), uniform(experts));
             let scale = if scaled_output { 2.872 } else { 1.0 };
             let rule = Gating::new(Score::Sigmoid).renormalised().scale(scale);
-            let chosen = calls::gate(&logits, experts, top_k, rule, Some(&bias));
+            let chosen = calls::gate_as(dtype, &logits, experts, top_k, rule, Some(&bias), None);
             let (logits, bias) = (wide32(&logits), wide32(&bias));
             let share = |t: usize, e: usize| sigmoid(logits[t * experts + e]);
             let value = |t: usize| (0..experts).map(|e| share(t, e) + bias[e]).collect();

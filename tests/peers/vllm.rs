@@ -78,7 +78,8 @@ fn fused_moe_point(
     let mut gate_up: Vec<bf16> = normals(rng, experts * 2 * inner * hidden, 0.1);
     let mut down: Vec<bf16> = normals(rng, experts * hidden * inner, 0.1);
     let logits = scores(rng, tokens * experts, Dtype::Bf16);
-    let chosen = calls::gate(&logits, experts, top_k, Gating::new(Score::Softmax), None);
+    let rule = Gating::new(Score::Softmax);
+    let chosen = calls::gate_as(Dtype::Bf16, &logits, experts, top_k, rule, None, None);
     let logits = wide32(&logits);
     let share = |t: usize| softmax(&logits[t * experts..][..experts]);
     assert_choice(&chosen, top_k, share, |t, ids| ids.iter().map(|&e| share(t)[e]).collect());
@@ -192,7 +193,8 @@ fn permute_point(name: &str, [tokens, hidden, experts, top_k, ep_size]: [usize; 
     let rng = &mut rng(name);
     let x: Vec<bf16> = values(rng, tokens * hidden);
     let logits = scores(rng, tokens * experts, Dtype::Bf16);
-    let chosen = calls::gate(&logits, experts, top_k, Gating::new(Score::Softmax), None);
+    let rule = Gating::new(Score::Softmax);
+    let chosen = calls::gate_as(Dtype::Bf16, &logits, experts, top_k, rule, None, None);
     let local = experts / ep_size;
     let first = rng.usize(..ep_size) * local;
     let map: Vec<i32> =
@@ -347,7 +349,7 @@ fn fused_topk() -> Section {
                         let bias = biased.then(|| normals::<f32>(rng, experts, 1.0));
                         let rule = Gating::new(if sigmoids { Score::Sigmoid } else { Score::Softmax });
                         let rule = if renormalise { rule.renormalised() } else { rule };
-                        let chosen = calls::gate(&logits, experts, top_k, rule, bias.as_deref());
+                        let chosen = calls::gate_as(dtype, &logits, experts, top_k, rule, bias.as_deref(), None);
                         let logits = wide32(&logits);
                         let bias = bias.map_or(vec![0.0; experts], |bias| wide32(&bias));
                         let share = |t: usize| shares(&logits[t * experts..][..experts], sigmoids);
@@ -362,9 +364,37 @@ fn fused_topk() -> Section {
             }
         }
     }
-    // Rows of nothing but NaN or Inf: (6, 8, 16 experts) x (3, 4 choices) x scores x values x types x bias.
-    section.refuse(144, "pending");
+    for (experts, top_k) in product(&[6, 8, 16], &[3, 4]) {
+        for (sigmoids, value) in product(&[false, true], &[f32::NAN, f32::INFINITY]) {
+            for (dtype, biased) in product(&Dtype::ALL, &[false, true]) {
+                let name = format!("e={experts} topk={top_k} sigmoid={sigmoids} all {value} {dtype} bias={biased}");
+                let point = name.clone();
+                section.point(name, move || garbage_point(&point, [experts, top_k], sigmoids, value, dtype, biased));
+            }
+        }
+    }
     section
+}
+
+/// A row of nothing but NaN or Inf among others has different experts that there are, and no weight that is NaN; the others are as ever.
+fn garbage_point(name: &str, [experts, top_k]: [usize; 2], sigmoids: bool, value: f32, dtype: Dtype, biased: bool) {
+    let rng = &mut rng(name);
+    let tokens = 3;
+    let mut logits = scores(rng, tokens * experts, dtype);
+    logits[experts..2 * experts].fill(value);
+    let bias = biased.then(|| normals::<f32>(rng, experts, 1.0));
+    let rule = Gating::new(if sigmoids { Score::Sigmoid } else { Score::Softmax }).renormalised();
+    let chosen = calls::gate_as(dtype, &logits, experts, top_k, rule, bias.as_deref(), None);
+    for (t, ids) in chosen.ids.chunks(top_k).enumerate() {
+        let fine = |(j, id): (usize, &i32)| (0..experts as i32).contains(id) && !ids[..j].contains(id);
+        assert!(ids.iter().enumerate().all(fine), "token {t}: {ids:?}");
+    }
+    assert!(chosen.weights.iter().all(|w| w.is_finite()), "{:?}", chosen.weights);
+    // The row before and the row behind, as if it were not there.
+    let keep = |values: &[f32], width: usize| [&values[..width], &values[2 * width..]].concat();
+    let without = calls::gate_as(dtype, &keep(&logits, experts), experts, top_k, rule, bias.as_deref(), None);
+    assert_eq!([&chosen.ids[..top_k], &chosen.ids[2 * top_k..]].concat(), without.ids);
+    assert_eq!(keep(&chosen.weights, top_k), without.weights);
 }
 
 fn shares(logits: &[f64], sigmoids: bool) -> Vec<f64> {
@@ -389,7 +419,7 @@ fn grouped_topk() -> Section {
                         .renormalise(renormalise.then_some(Renormalise::Plus(0.0)))
                         .scale(scale)
                         .groups(Some(Groups::new(groups, kept)));
-                    let chosen = calls::gate(&logits, experts, top_k, rule, Some(&bias));
+                    let chosen = calls::gate_as(dtype, &logits, experts, top_k, rule, Some(&bias), None);
                     let (logits, bias) = (wide32(&logits), wide32(&bias));
                     let share = |t: usize| shares(&logits[t * experts..][..experts], sigmoids);
                     let value = |t: usize| {
