@@ -10,6 +10,7 @@ use moe_kernels::capacity::expert_counts::{self, ExpertCountsArgs, ExpertCountsD
 use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
 use moe_kernels::capacity::routing_map::{self, FromIdsArgs, RoutingMapDesc, ToIdsArgs};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::experts::gemm::SwigluByExpert;
 use moe_kernels::experts::permute::{self, PermuteArgs, PermuteDesc, Unfilled};
 use moe_kernels::experts::{Dispatched, SlotShape, Weight};
 use moe_kernels::layer::{
@@ -298,6 +299,11 @@ pub struct Experts<'a, T> {
 
 impl<T: Storage> Experts<'_, T> {
     pub fn run(&self) -> Vec<T> {
+        self.run_with([None; 4])
+    }
+
+    /// With numbers of a SwiGLU by expert: alpha, limits of gate and up value, offset.
+    pub fn run_with(&self, swiglu: [Option<&[f32]>; 4]) -> Vec<T> {
         let (kernels, stream) = gpu();
         let tokens = self.x.len() / self.desc.hidden;
         let plan = self.desc.plan(tokens, kernels.device()).unwrap();
@@ -305,7 +311,12 @@ impl<T: Storage> Experts<'_, T> {
         let buffers = [self.x, self.gate_up, self.down].map(|values| up(&stream, values));
         let [x, gate_up, down_weight] = &buffers;
         let biases = [self.gate_up_bias, self.down_bias].map(|bias| bias.map(|bias| up(&stream, bias)));
-        let experts = ExpertWeights::new(weight(gate_up, &biases[0]), weight(down_weight, &biases[1]));
+        let swiglu = swiglu.map(|values| values.map(|values| up(&stream, values)));
+        let [alpha, gate, up_limit, offset] = swiglu.each_ref().map(|values| values.as_ref().map(In::from));
+        let mut by_expert = SwigluByExpert::new();
+        (by_expert.alpha, by_expert.gate, by_expert.up, by_expert.offset) = (alpha, gate, up_limit, offset);
+        let experts =
+            ExpertWeights::new(weight(gate_up, &biases[0]), weight(down_weight, &biases[1])).swiglu(by_expert);
         // Choices come from elsewhere, so nobody looks at the router's weight.
         let weights = LayerWeights::new(RouterWeights::new(In::from(x)), experts);
         let (ids, choice_weights) = (up(&stream, &self.chosen.ids), up(&stream, &self.chosen.weights));
@@ -322,10 +333,7 @@ impl<T: Storage> Experts<'_, T> {
 
 /// What a measured gating says of a batch.
 pub struct MeasuredBatch {
-    pub chosen: Chosen,
-    pub counts: Vec<i32>,
     pub loss_counts: Vec<i32>,
-    pub probability: Vec<f32>,
     pub probabilities: Vec<f32>,
     pub stats: RouterStats,
 }
@@ -338,6 +346,19 @@ pub fn measure(
     gating: Gating,
     rule: BalanceRule,
     bias: Option<&[f32]>,
+) -> MeasuredBatch {
+    measure_padded(logits, experts, top_k, gating, rule, bias, None)
+}
+
+/// The same with tokens of which `padding` is 1 left out.
+pub fn measure_padded(
+    logits: &[f32],
+    experts: usize,
+    top_k: usize,
+    gating: Gating,
+    rule: BalanceRule,
+    bias: Option<&[f32]>,
+    padding: Option<&[u8]>,
 ) -> MeasuredBatch {
     let (kernels, stream) = gpu();
     let tokens = logits.len() / experts;
@@ -354,12 +375,13 @@ pub fn measure(
     let mut args = MeasuredGatingArgs::new(&logits, &mut ids, &mut weights, totals, &mut stats, &mut workspace)
         .probabilities(&mut probabilities);
     args.correction_bias = bias.as_ref().map(In::from);
+    let padding = padding.map(|padding| up(&stream, padding));
+    if let Some(padding) = &padding {
+        args.mask = TokenMask::padding(padding);
+    }
     measured_gating::forward(kernels, &stream, &desc, args).unwrap();
     MeasuredBatch {
-        chosen: Chosen { ids: down(&stream, &ids, tokens * top_k), weights: down(&stream, &weights, tokens * top_k) },
-        counts: down(&stream, &counts, experts),
         loss_counts: down(&stream, &loss_counts, experts),
-        probability: down(&stream, &probability, experts),
         probabilities: down(&stream, &probabilities, tokens * experts),
         stats: down(&stream, &stats, 1)[0],
     }
@@ -398,7 +420,7 @@ pub fn router<T: Storage>(x: &[T], weight: &[T], bias: Option<&[f32]>, hidden: u
 }
 
 /// A matrix with its bias, if there is one.
-fn weight<'a, T: Storage>(matrix: &'a CudaSlice<T>, bias: &'a Option<CudaSlice<T>>) -> Weight<'a> {
+pub fn weight<'a, T: Storage>(matrix: &'a CudaSlice<T>, bias: &'a Option<CudaSlice<T>>) -> Weight<'a> {
     match bias {
         Some(bias) => Weight::new(In::from(matrix)).bias(In::from(bias)),
         None => Weight::new(In::from(matrix)),

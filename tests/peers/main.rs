@@ -15,6 +15,7 @@ mod close;
 mod data;
 mod deepgemm;
 mod fastmoe;
+mod flashinfer;
 mod formulas;
 mod grouped_gemm;
 mod megablocks;
@@ -25,6 +26,7 @@ mod scattermoe;
 mod sglang;
 mod suite;
 mod transformer_engine;
+mod transformers;
 mod tutel;
 mod vllm;
 
@@ -39,6 +41,7 @@ fn peers() -> Vec<Peer> {
     vec![
         vllm::peer(),
         sglang::peer(),
+        flashinfer::peer(),
         deepgemm::peer(),
         transformer_engine::peer(),
         megatron::peer(),
@@ -48,6 +51,7 @@ fn peers() -> Vec<Peer> {
         fastmoe::peer(),
         tutel::peer(),
         grouped_gemm::peer(),
+        transformers::peer(),
     ]
 }
 
