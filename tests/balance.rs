@@ -157,7 +157,8 @@ proptest! {
         // Entropy between none and an even choice; a fraction is one; no expert has less than the mean of the fullest.
         prop_assert!(got.entropy.is_nan() || (-BATCH_SUMS..=f64::from(experts as f32).ln() * (1.0 + BATCH_SUMS) + BATCH_SUMS).contains(&got.entropy.into()));
         prop_assert!((0.0..=1.0).contains(&got.dropped_fraction));
-        prop_assert!(got.max_over_mean >= if got.tokens > 0 { 1.0 } else { 0.0 } && got.load_cv2 >= 0.0);
+        let least = if got.tokens > 0 { 1.0 } else { 0.0 };
+        prop_assert!(got.max_over_mean >= least && got.load_cv2 >= 0.0);
         prop_assert!(propagate || got.balance_loss.is_finite() && got.entropy.is_finite());
     }
 }

@@ -279,6 +279,7 @@ pub fn forward(
         noisy: optional(&primary_noisy),
         thresholds: optional(&primary_thresholds),
         noise_state: optional(&noise_state),
+        mask: MaskAddresses::default(),
         sums: Some(sum_addresses(&primary_sums, place(regions.shared))),
     };
     noisy::enqueue(&scope, &desc.primary_desc(), &selection.primary, at)?;
@@ -303,6 +304,7 @@ pub fn forward(
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
         noise_state: optional(&noise_state),
+        mask: MaskAddresses::default(),
         sums: None,
     };
     let [_, _, primary_load, _] = &primary_sums;
