@@ -40,7 +40,8 @@ impl GatingDispatchDesc {
     /// Those of [`DispatchDesc::validate`] and [`GatingDesc::validate`].
     pub fn validate(&self) -> Result<(), Error> {
         self.dispatch.validate()?;
-        self.choice().validate()
+        self.choice().validate()?;
+        self.choice().validate_lanes(OPERATION, "in one launch with the dispatch")
     }
 
     /// The gating alone: without appended experts.
