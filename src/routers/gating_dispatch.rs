@@ -45,7 +45,8 @@ impl GatingDispatchDesc {
             let reason = "only a dispatch in a launch of its own lays rows";
             return Err(Error::Unexpected { operation: OPERATION, argument, reason });
         }
-        self.choice().validate()
+        self.choice().validate()?;
+        self.choice().validate_lanes(OPERATION, "in one launch with the dispatch")
     }
 
     /// The gating alone: without appended experts.

@@ -89,6 +89,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::DispatchRows(variant) => dispatch::check_rows(variant, rng),
         Kernel::ExpertCounts { ids_bytes } => expert_counts::check(ids_bytes, rng),

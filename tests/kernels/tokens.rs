@@ -18,9 +18,14 @@ pub struct Padding {
 }
 
 impl Padding {
+    /// None.
+    pub fn none(tokens: usize) -> Padding {
+        Padding { valid: vec![true; tokens], attention: None, padding: None, first: None }
+    }
+
     /// No padding in half of the cases.
     pub fn draw(stream: &Arc<CudaStream>, rng: &mut fastrand::Rng, tokens: usize) -> Padding {
-        let mut drawn = Padding { valid: vec![true; tokens], attention: None, padding: None, first: None };
+        let mut drawn = Padding::none(tokens);
         if rng.bool() {
             return drawn;
         }
@@ -61,6 +66,21 @@ impl Padding {
             Some(first) => mask.valid_tokens(first),
             None => mask,
         })
+    }
+
+    /// The rows of tokens that count, of `width` elements each.
+    pub fn of_tokens<T: Copy>(&self, rows: &[T], width: usize) -> Vec<T> {
+        self.rows(rows, width, true)
+    }
+
+    /// The rows of padding.
+    pub fn of_padding<T: Copy>(&self, rows: &[T], width: usize) -> Vec<T> {
+        self.rows(rows, width, false)
+    }
+
+    fn rows<T: Copy>(&self, rows: &[T], width: usize, valid: bool) -> Vec<T> {
+        let tokens = (0..self.valid.len()).filter(|&t| self.valid[t] == valid);
+        tokens.flat_map(|t| &rows[t * width..][..width]).copied().collect()
     }
 
     pub fn name(&self) -> String {
