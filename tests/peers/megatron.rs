@@ -248,9 +248,9 @@ fn token_dropping() -> Section {
             let x: Vec<bf16> = values(rng, tokens * 16);
             let moved = sorted.permute(&x, 16, Unfilled::ZeroGaps);
             let mut expected = vec![];
-            for e in 0..experts {
+            for (e, &count) in want.iter().enumerate() {
                 let of = (0..tokens).filter(|&t| chosen.ids[t * top_k..][..top_k].contains(&(e as i32)));
-                let mut kept: Vec<bf16> = of.take(want[e] as usize).flat_map(|t| x[t * 16..][..16].to_vec()).collect();
+                let mut kept: Vec<bf16> = of.take(count as usize).flat_map(|t| x[t * 16..][..16].to_vec()).collect();
                 if padded {
                     kept.resize(capacity.unwrap() * 16, bf16::ZERO);
                 }
