@@ -20,6 +20,7 @@ use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc}
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
+use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{AdmissionRule, BalanceRule, Gating, IdFormat};
 use moe_kernels::{Dtype, In, Kernels, TokenMask, Workspace};
@@ -405,6 +406,20 @@ pub fn update_bias(counts: &[i32], bias: &[f32], rate: f32) -> Vec<f32> {
     let args = UpdateBiasArgs::new(&counts_up, &mut bias_up);
     update_bias::forward(kernels, &stream, &UpdateBiasDesc::new(counts.len(), rate), args).unwrap();
     down(&stream, &bias_up, bias.len())
+}
+
+/// Potentials of experts that make a balanced plan of `logits [T, E]`.
+pub fn sinkhorn(logits: &[f32], experts: usize, iterations: u32, tolerance: f32) -> Vec<f32> {
+    let (kernels, stream) = gpu();
+    let tokens = logits.len() / experts;
+    let desc = SinkhornDesc::new(tokens, experts, 1, iterations, tolerance);
+    let logits = up(&stream, logits);
+    let (mut ids, mut potentials) = (junk::<i32>(&stream, tokens), junk::<f32>(&stream, experts));
+    let mut status = junk::<u32>(&stream, 2);
+    let mut workspace = Workspace::new(&stream, sinkhorn::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
+    let args = SinkhornArgs::new(&logits, &mut ids, &mut potentials, &mut status, &mut workspace);
+    sinkhorn::forward(kernels, &stream, &desc, args).unwrap();
+    down(&stream, &potentials, experts)
 }
 
 /// A router's logits.

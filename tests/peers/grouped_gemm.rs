@@ -12,15 +12,15 @@ use moe_kernels::rules::{Layout, WeightDesc};
 use crate::calls;
 use crate::close::assert_rounded;
 use crate::data::{probabilities, random_ids, rng, values, wide, wide32, with_type};
-use crate::formulas::{bincount, sorted_slots};
+use crate::formulas::{bincount, softmax, sorted_slots};
 use crate::products::{Product, groups};
 use crate::suite::{Peer, Section};
 use crate::support::compare::Storage;
 use crate::support::inputs::normals;
 
 pub fn peer() -> Peer {
-    let suite = "`tests`: test_permuteTopK, test_torch_ops";
-    Peer { name: "grouped_gemm", suite, sections: vec![permute_top_k(), permute_twice(), products()] }
+    let suite = "`tests`: test_permuteTopK, test_torch_ops, test_sinkhorn";
+    Peer { name: "grouped_gemm", suite, sections: vec![permute_top_k(), permute_twice(), products(), sinkhorn()] }
 }
 
 const WIDTH: usize = 64;
@@ -136,4 +136,45 @@ fn product_point<T: Storage>(name: &str, rows: usize, transposed: bool) {
         .map(|(r, n)| (0..width).map(|k| x[r * width + k] * at(ids[r] as usize, n, k)).sum())
         .collect();
     assert_rounded(&wide(&got), &want, T::DTYPE);
+}
+
+/// The plan `d0_t exp(c_te) d1_e` whose rows add to 1/T and whose columns add to 1/E: that of ours is `softmax(c + v) / T`. The suite ends where `d1`
+/// moves by less than 1e-4 on average; ours once columns are as equal as f32 tells.
+fn sinkhorn() -> Section {
+    let mut section = Section::new("sinkhorn");
+    for (tokens, experts) in [(4096, 8), (8192, 8), (8192, 16)] {
+        let name = format!("{tokens} x {experts}");
+        let point = name.clone();
+        section.point(name, move || {
+            let rng = &mut rng(&point);
+            let costs: Vec<f32> = (0..tokens * experts).map(|_| rng.f32()).collect();
+            let potentials = wide32(&calls::sinkhorn(&costs, experts, 100, 1e-6));
+            let costs = wide32(&costs);
+            let exps: Vec<f64> = costs.iter().map(|c| c.exp()).collect();
+            let (mut d0, mut d1) = (vec![1.0; tokens], vec![1.0; experts]);
+            loop {
+                for (row, d0) in exps.chunks(experts).zip(&mut d0) {
+                    let sum: f64 = row.iter().zip(&d1).map(|(c, d)| c * d).sum();
+                    *d0 = 1.0 / tokens as f64 / (sum + 1e-8);
+                }
+                let old = d1.clone();
+                for (e, d1) in d1.iter_mut().enumerate() {
+                    let sum: f64 = exps.chunks(experts).zip(&d0).map(|(row, d0)| row[e] * d0).sum();
+                    *d1 = 1.0 / experts as f64 / (sum + 1e-8);
+                }
+                let moved: f64 = old.iter().zip(&d1).map(|(a, b)| (a - b).abs()).sum();
+                if moved / experts as f64 <= 1e-4 {
+                    break;
+                }
+            }
+            for (t, row) in costs.chunks(experts).enumerate() {
+                let moved: Vec<f64> = row.iter().zip(&potentials).map(|(c, v)| c + v).collect();
+                for (e, share) in softmax(&moved).into_iter().enumerate() {
+                    let (got, want) = (share / tokens as f64, d0[t] * exps[t * experts + e] * d1[e]);
+                    assert!((got - want).abs() <= 1e-5 * want + 1e-8, "token {t}, expert {e}: {got:e}, want {want:e}");
+                }
+            }
+        });
+    }
+    section
 }
