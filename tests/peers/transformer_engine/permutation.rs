@@ -1,36 +1,15 @@
-//! TransformerEngine, `tests/pytorch/test_permutation.py` and `test_fused_router.py`: the forward halves.
-//!
-//! Scaled down: 4096 tokens to 96, hidden 4096 to 64 and others in proportion, 2039 output rows to 47; tokens of the router above 96. Runs under
-//! `torch.compile` are the same computations and not counted again.
+//! Permutations by ids and by maps, with padding, and chunks.
 
 use moe_kernels::Dtype;
 use moe_kernels::capacity::dispatch::DispatchDesc;
 use moe_kernels::experts::permute::Unfilled;
-use moe_kernels::rules::{BalanceRule, Gating, GroupScore, Groups, LossScore, Renormalise, Score};
 
 use crate::calls::{self, Sorted};
-use crate::close::{assert_choice, assert_rounded};
+use crate::close::assert_rounded;
 use crate::data::{probabilities, random_ids, rng, values, wide, wide32, with_type};
-use crate::formulas::{group_limited, order, sigmoid, softmax, sorted_slots};
-use crate::suite::{Peer, Section, product, scaled};
+use crate::formulas::sorted_slots;
+use crate::suite::{Section, product};
 use crate::support::compare::Storage;
-
-pub fn peer() -> Peer {
-    let suite = "`tests/pytorch`: test_permutation, test_fused_router";
-    let sections = vec![
-        index_map(),
-        mask_map(),
-        capacity_drop(),
-        padding(),
-        alongside_probs(),
-        chunk_sort(),
-        topk_sigmoid(),
-        topk_softmax(),
-        scores_for_aux_loss(),
-        aux_loss(),
-    ];
-    Peer { name: "TransformerEngine", suite, sections }
-}
 
 const TOKENS: usize = 96;
 const HIDDEN: usize = 64;
@@ -47,7 +26,7 @@ fn unpermuted(rows: &[f64], slots: &[usize], weights: &[f64], top_k: usize, toke
 }
 
 /// `argsort` of ids, cut to the output rows; back with probabilities or without.
-fn index_map() -> Section {
+pub fn index_map() -> Section {
     let mut section = Section::new("index_map");
     let mut add = |dtype: Dtype, tokens: usize, experts: usize, top_k: usize, rows: Option<usize>, weighted: bool| {
         let name = format!("{dtype} n={tokens} e={experts} topk={top_k} rows={rows:?} probs={weighted}");
@@ -140,7 +119,7 @@ fn back<T: Storage>(
     y
 }
 
-fn mask_map() -> Section {
+pub fn mask_map() -> Section {
     let mut section = Section::new("mask_map");
     let mut add = |dtype: Dtype, tokens: usize, experts: usize, top_k: usize, rows: Option<usize>, weighted: bool| {
         let name = format!("{dtype} n={tokens} e={experts} topk={top_k} rows={rows:?} probs={weighted}");
@@ -179,7 +158,7 @@ fn mask_map_point<T: Storage>(name: &str, [tokens, experts, top_k]: [usize; 3], 
 }
 
 /// 17 rows fewer than the map has: those past the last are dropped, in the rows and in the sums.
-fn capacity_drop() -> Section {
+pub fn capacity_drop() -> Section {
     let mut section = Section::new("capacity_drop");
     for dtype in Dtype::ALL {
         section.point(format!("{dtype}"), move || with_type!(dtype, T => capacity_drop_point::<T>()));
@@ -205,7 +184,7 @@ fn capacity_drop_point<T: Storage>() {
 }
 
 /// Rows of each expert on multiples of 16, gaps zero; sums with probabilities merged and without.
-fn padding() -> Section {
+pub fn padding() -> Section {
     let mut section = Section::new("padding");
     const SHAPES: [[usize; 3]; 4] = [[8, 24, 2], [64, 64, 6], [256, 112, 6], [512, 144, 8]];
     for (dtype, [experts, width, top_k]) in product(&Dtype::ALL, &SHAPES) {
@@ -251,7 +230,7 @@ fn padding_point<T: Storage>(name: &str, [experts, width, top_k]: [usize; 3], me
 }
 
 /// Rows and probabilities permuted, sorted by chunks of `tp` times the experts, multiplied, and both ways back.
-fn alongside_probs() -> Section {
+pub fn alongside_probs() -> Section {
     let mut section = Section::new("alongside_probs");
     let mut add = |dtype: Dtype, tokens: usize, experts: usize, top_k: usize, rows: Option<usize>, tp: usize| {
         let name = format!("{dtype} n={tokens} e={experts} topk={top_k} rows={rows:?} tp={tp}");
@@ -327,7 +306,7 @@ fn moved_chunks<T: Copy>(x: &[T], width: usize, sizes: &[i32], order: &[i32]) ->
     order.iter().flat_map(|&c| x[first(c as usize)..][..sizes[c as usize] as usize * width].to_vec()).collect()
 }
 
-fn chunk_sort() -> Section {
+pub fn chunk_sort() -> Section {
     let mut section = Section::new("chunk_sort");
     let mut add = |dtype: Dtype, tokens: usize, experts: usize, tp: usize| {
         let name = format!("{dtype} n={tokens} e={experts} tp={tp}");
@@ -348,173 +327,6 @@ fn chunk_sort() -> Section {
             add(dtype, TOKENS, experts, tp);
         }
         add(dtype, 0, 8, 2);
-    }
-    section
-}
-
-/// The suite's logits: rising by 1e-2 within a token and by 1e-4 from token to token (sigmoid), or by 1e-4 through all.
-fn pattern(tokens: usize, experts: usize, sigmoids: bool) -> Vec<f32> {
-    let value = |t: usize, e: usize| {
-        if sigmoids {
-            (e as f32 - (experts / 2) as f32) * 1e-2 + (t as f32 - (tokens / 2) as f32) * 1e-4
-        } else {
-            ((t * experts + e) as f32 - (tokens * experts / 2) as f32) * 1e-4
-        }
-    };
-    (0..tokens).flat_map(|t| (0..experts).map(move |e| value(t, e)).collect::<Vec<_>>()).collect()
-}
-
-/// Gates and map `[T, E]` of a choice, as the suite has them.
-fn check_maps(chosen: &calls::Chosen, experts: usize, top_k: usize) {
-    let (map, gates) = calls::ids_to_map(&chosen.ids, &chosen.weights, experts, top_k);
-    let rows = chosen.ids.chunks(top_k).zip(chosen.weights.chunks(top_k));
-    for ((ids, weights), (map, gates)) in rows.zip(map.chunks(experts).zip(gates.chunks(experts))) {
-        for e in 0..experts {
-            let place = ids.iter().position(|&id| id as usize == e);
-            assert_eq!(map[e] != 0, place.is_some());
-            assert_eq!(gates[e], place.map_or(0.0, |j| weights[j]));
-        }
-    }
-}
-
-/// 4 of 8 groups, ranked by the sum of their `topk / 4` best.
-fn groups(grouped: bool, top_k: usize) -> Option<Groups> {
-    grouped.then(|| Groups::new(8, 4).score(GroupScore::TopSum(top_k / 4)))
-}
-
-fn limited(values: Vec<f64>, grouped: bool, top_k: usize) -> Vec<f64> {
-    if grouped { group_limited(&values, 8, 4, top_k / 4, f64::NEG_INFINITY) } else { values }
-}
-
-fn topk_sigmoid() -> Section {
-    let mut section = Section::new("topk_sigmoid");
-    for (tokens, experts) in product(&[2048, 7168, 8992], &[128, 32]) {
-        for (top_k, grouped) in product(&[4, 8], &[false, true]) {
-            for (scale, biased) in product(&[None, Some(1.2f32)], &[true, false]) {
-                let name =
-                    format!("n={tokens} e={experts} topk={top_k} groups={grouped} scale={scale:?} bias={biased}");
-                section.point(name, move || {
-                    let tokens = scaled(tokens, 96) + tokens / 1024;
-                    let logits = pattern(tokens, experts, true);
-                    let bias = biased.then(|| (0..experts).rev().map(|e| e as f32 * 0.1).collect::<Vec<_>>());
-                    let rule = Gating::new(Score::Sigmoid)
-                        .renormalise(Some(Renormalise::Plus(1e-20)))
-                        .scale(scale.unwrap_or(1.0))
-                        .groups(groups(grouped, top_k));
-                    let chosen = calls::gate(&logits, experts, top_k, rule, bias.as_deref());
-                    let logits = wide32(&logits);
-                    let bias = bias.map_or(vec![0.0; experts], |bias| wide32(&bias));
-                    let share = |t: usize, e: usize| sigmoid(logits[t * experts + e]);
-                    let value = |t| limited((0..experts).map(|e| share(t, e) + bias[e]).collect(), grouped, top_k);
-                    let factor = f64::from(scale.unwrap_or(1.0));
-                    assert_choice(&chosen, top_k, value, |t, ids| {
-                        let sum: f64 = ids.iter().map(|&e| share(t, e)).sum();
-                        ids.iter().map(|&e| factor * share(t, e) / (sum + 1e-20)).collect()
-                    });
-                    check_maps(&chosen, experts, top_k);
-                });
-            }
-        }
-    }
-    section
-}
-
-fn topk_softmax() -> Section {
-    let mut section = Section::new("topk_softmax");
-    for (tokens, experts) in product(&[2048, 7168, 14234], &[128, 32]) {
-        for (top_k, grouped) in product(&[4, 8], &[false, true]) {
-            for (scale, before) in product(&[None, Some(1.2f32)], &[true, false]) {
-                let name = format!("n={tokens} e={experts} topk={top_k} groups={grouped} scale={scale:?} pre={before}");
-                section.point(name, move || {
-                    let tokens = scaled(tokens, 96) + tokens / 1024;
-                    let logits = pattern(tokens, experts, false);
-                    let score = if before { Score::Softmax } else { Score::TopkSoftmax };
-                    let factor = scale.unwrap_or(1.0);
-                    let rule = Gating::new(score).scale(factor).groups(groups(grouped, top_k));
-                    let chosen = calls::gate(&logits, experts, top_k, rule, None);
-                    let logits = wide32(&logits);
-                    let row = |t: usize| logits[t * experts..][..experts].to_vec();
-                    let value = |t| limited(if before { softmax(&row(t)) } else { row(t) }, grouped, top_k);
-                    assert_choice(&chosen, top_k, value, |t, ids| {
-                        let of: Vec<f64> = if before {
-                            ids.iter().map(|&e| softmax(&row(t))[e]).collect()
-                        } else {
-                            softmax(&ids.iter().map(|&e| row(t)[e]).collect::<Vec<_>>())
-                        };
-                        of.iter().map(|p| f64::from(factor) * p).collect()
-                    });
-                    check_maps(&chosen, experts, top_k);
-                });
-            }
-        }
-    }
-    section
-}
-
-/// The scores that the auxiliary loss adds up, and the experts that it counts: those of the largest plain scores.
-fn scores_for_aux_loss() -> Section {
-    let mut section = Section::new("scores_for_aux_loss");
-    for (tokens, experts) in product(&[2048, 7168, 14234], &[256, 128, 32]) {
-        for (top_k, sigmoids) in product(&[4, 8], &[false, true]) {
-            let name = format!("n={tokens} e={experts} topk={top_k} sigmoid={sigmoids}");
-            section.point(name, move || {
-                let tokens = scaled(tokens, 96) + tokens / 1024;
-                let logits = pattern(tokens, experts, sigmoids);
-                let (score, loss) =
-                    if sigmoids { (Score::Sigmoid, LossScore::Sigmoid) } else { (Score::Softmax, LossScore::Softmax) };
-                let rule = BalanceRule::new(loss, tokens);
-                let got = calls::measure(&logits, experts, top_k, Gating::new(score), rule, None);
-                let logits = wide32(&logits);
-                let mut counts = vec![0; experts];
-                for t in 0..tokens {
-                    let row = &logits[t * experts..][..experts];
-                    let of: Vec<f64> = if sigmoids {
-                        let all: Vec<f64> = row.iter().map(|&l| sigmoid(l)).collect();
-                        let sum: f64 = all.iter().sum::<f64>() + 1e-20;
-                        all.iter().map(|s| s / sum).collect()
-                    } else {
-                        softmax(row)
-                    };
-                    for (e, want) in of.iter().enumerate() {
-                        let p = f64::from(got.probabilities[t * experts + e]);
-                        assert!((p - want).abs() <= 2e-5 * want, "token {t}, expert {e}: {p}, want {want}");
-                    }
-                    order(row)[..top_k].iter().for_each(|&e| counts[e] += 1);
-                }
-                assert_eq!(got.loss_counts, counts, "experts that the loss counts");
-            });
-        }
-    }
-    section
-}
-
-/// `E c / (k T^2) sum_e n_e sum_t p[t,e]` of counts and probabilities that somebody else has.
-fn aux_loss() -> Section {
-    let mut section = Section::new("aux_loss");
-    let (top_k, coefficient) = (4, 0.01);
-    for (tokens, experts) in product(&[2048usize, 7168, 14234], &[256, 128, 32]) {
-        let name = format!("n={tokens} e={experts} topk={top_k}");
-        let point = name.clone();
-        section.point(name, move || {
-            let rng = &mut rng(&point);
-            let counts: Vec<i32> = (0..experts).map(|_| rng.i32(1..1000)).collect();
-            let probs = pattern(tokens, experts, true);
-            let sums: Vec<f64> =
-                (0..experts).map(|e| (0..tokens).map(|t| f64::from(probs[t * experts + e])).sum()).collect();
-            let sums: Vec<f32> = sums.iter().map(|&sum| sum as f32).collect();
-            let (t, k) = (tokens as f64, top_k as f64);
-            let want: f64 = counts.iter().zip(&sums).map(|(&n, &p)| f64::from(n) * f64::from(p)).sum::<f64>()
-                * experts as f64
-                * coefficient
-                / (k * t * t);
-            // Ours counts slots by token, the suite by slot.
-            let got = f64::from(calls::balance_loss(&counts, &sums, tokens)) * coefficient / k;
-            let size: f64 = counts.iter().zip(&sums).map(|(&n, &p)| f64::from(n) * f64::from(p).abs()).sum::<f64>()
-                * experts as f64
-                * coefficient
-                / (k * t * t);
-            assert!((got - want).abs() <= 1e-5 * size, "{got}, want {want}");
-        });
     }
     section
 }
