@@ -35,6 +35,14 @@ pub fn check_wide(variant: WideGate, rng: &mut fastrand::Rng) {
             }
         }
     }
+    for (experts, _, groups) in every_group_rule(variant.score, most) {
+        let eligible = if groups.masked == Masked::Zero { experts } else { experts / groups.count * groups.kept };
+        if eligible >= 33 {
+            let gating = Gating::new(variant.score).groups(Some(groups));
+            let desc = GatingDesc::new(23, experts, eligible.min(40), gating);
+            case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, false);
+        }
+    }
     let warps = 8 * device::kernels().device().multiprocessors * variant.gate().warps();
     if variant.values == 8 {
         let desc = GatingDesc::new(warps as usize + 5, 70, 35, Gating::new(variant.score));
@@ -197,8 +205,7 @@ fn case(variant: Kernel, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logit
         gating::select(desc, kernels.device())
     };
     assert_eq!(selection.unwrap().kernel.variant(), variant);
-    let bytes =
-        if dispatches { gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap() } else { 16 };
+    let bytes = if dispatches { gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap() } else { 16 };
     let mut outputs = Outputs::new(&stream, order.shape(), bytes);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
         let bias = bias.as_ref().map(Guarded::view);
