@@ -35,6 +35,14 @@ pub fn check_wide(variant: WideGate, rng: &mut fastrand::Rng) {
             }
         }
     }
+    for (experts, _, groups) in every_group_rule(variant.score, most) {
+        let eligible = if groups.masked == Masked::Zero { experts } else { experts / groups.count * groups.kept };
+        if eligible >= 33 {
+            let gating = Gating::new(variant.score).groups(Some(groups));
+            let desc = GatingDesc::new(23, experts, eligible.min(40), gating);
+            case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, false);
+        }
+    }
     let warps = 8 * device::kernels().device().multiprocessors * variant.gate().warps();
     if variant.values == 8 {
         let desc = GatingDesc::new(warps as usize + 5, 70, 35, Gating::new(variant.score));
