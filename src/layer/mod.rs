@@ -44,13 +44,14 @@ mod tests;
 mod weights;
 
 pub use around::{LatentDesc, LatentWeights, NormWeights, Norms};
-pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc, Weighting};
+pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc};
 pub use experts::{ExpertsArgs, ExpertsPlan};
 pub use forward::{LayerArgs, LayerPlan};
 pub use route::{Choices, MapTable, Measured, RouteArgs, RoutePlan};
 pub use weights::{ExpertWeights, LayerWeights, RouterWeights, SharedWeights};
 
 use crate::Selection;
+pub use crate::rules::Weighting;
 
 const OPERATION: &str = "layer";
 

@@ -16,7 +16,7 @@ use moe_kernels::{In, reference};
 
 use crate::balance;
 use crate::dispatch::{Outputs, rule_of};
-use crate::gating::{Logits, coarse, correction_bias, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, correction_bias, every_group_rule, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_bounded, to_f64, weight_bounds};
 use crate::support::device;
@@ -32,7 +32,7 @@ fn sizes(values: u32) -> [usize; 4] {
 pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
     for experts in sizes(variant.values) {
         for (tokens, top_k) in [(1, 1), (37, 2), (9, 8), (60, 5), (3, 30)] {
-            let tokens = if variant.dispatch && tokens == 60 { 200 } else { tokens };
+            let tokens = if variant.dispatch && tokens == 60 { 300 } else { tokens };
             for kind in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
                 for score in Score::ALL {
                     let case = Case::draw(rng, score, tokens, experts, top_k.min(experts), kind);
@@ -40,6 +40,21 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
                 }
             }
         }
+    }
+    for score in [Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus] {
+        for (experts, top_k, groups) in every_group_rule(score, 32 * variant.values as usize) {
+            let rule = Gating::new(score).groups(Some(groups)).expert_scale(true);
+            let case = Case::new(rng, rule, [23, experts, top_k], Logits::Normal);
+            run(variant, rng, &case);
+        }
+    }
+    // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
+    if !variant.dispatch {
+        let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
+        let rule = Gating::new(Score::SqrtSoftplus).renormalised();
+        let experts = sizes(variant.values)[0].max(2);
+        let case = Case::new(rng, rule, [warps as usize + 5, experts, 2], Logits::Normal);
+        run(variant, rng, &case);
     }
 }
 
@@ -49,7 +64,8 @@ pub fn check_measured(variant: MeasuredGate, rng: &mut fastrand::Rng) {
             for kind in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
                 for score in Score::ALL {
                     let case = Case::draw(rng, score, tokens, experts, top_k.min(experts), kind);
-                    let by_sigmoid = score == Score::Sigmoid && rng.bool();
+                    // Of sigmoids that all vanish there is no distribution.
+                    let by_sigmoid = score == Score::Sigmoid && !case.low && rng.bool();
                     let loss = if by_sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
                     let counts = rng.u32(..3);
                     let rule = BalanceRule::new(loss, sequence)
@@ -74,6 +90,8 @@ pub struct Case {
     pub expert_scale: Option<Vec<f32>>,
     pub global_scale: Option<f32>,
     pub given: Option<Drawn>,
+    /// Whether all logits are far below 0.
+    low: bool,
     name: String,
 }
 
@@ -127,11 +145,24 @@ impl Case {
             }
             _ => rule,
         };
+        Case::new(rng, rule, [tokens, experts, top_k], kind)
+    }
+
+    /// A rule's inputs.
+    fn new(rng: &mut fastrand::Rng, rule: Gating, [tokens, experts, top_k]: [usize; 3], kind: Logits) -> Case {
+        let Gating { score, choice, .. } = rule;
         let mut logits = logits(rng, kind, tokens * (experts + rule.appended_columns()));
-        if score == Score::SqrtSoftplus || mixes {
+        if matches!(score, Score::SqrtSoftplus | Score::SparseMixer) {
             logits.iter_mut().for_each(|logit| *logit = (8.0 * *logit).round() / 8.0);
         } else {
             coarse(&mut logits);
+        }
+        // Scores near the end of f32, and joint ones beyond it, which are still shares.
+        let low = matches!(score, Score::Sigmoid | Score::SqrtSoftplus) && rng.u8(..4) == 0;
+        if low {
+            let jointly = rule.appended_columns() > 0 && rule.renormalise == Some(Renormalise::Plus(0.0));
+            let down = if jointly && score == Score::Sigmoid { 150.0 } else { 70.0 };
+            logits.iter_mut().for_each(|logit| *logit -= down);
         }
         let biased = choice == ChoiceBy::Logit || score.precedes_choice();
         let given = (choice == ChoiceBy::Given).then(|| Drawn::draw(rng, tokens, experts, top_k));
@@ -146,6 +177,7 @@ impl Case {
             rule,
             logits,
             given,
+            low,
         }
     }
 
@@ -218,7 +250,7 @@ fn numbers(rng: &mut fastrand::Rng, len: usize, limit: usize, format: IdFormat) 
     };
     let number = |rng: &mut fastrand::Rng| match rng.u32(..12) {
         0 => wrong[rng.usize(..4)],
-        _ => rng.i64(..limit as i64),
+        _ => rng.i64(0..limit as i64),
     };
     (0..len).map(|_| number(rng)).collect()
 }
