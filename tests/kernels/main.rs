@@ -38,6 +38,7 @@ mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod tokens;
 mod unit_experts;
 
 use std::process::{Command, ExitCode};
