@@ -8,6 +8,7 @@ mod support;
 
 mod composed;
 mod doge;
+mod ernie_vl;
 mod folder;
 mod gemma4;
 mod muse_spark;
@@ -40,5 +41,6 @@ in_every_type! {
     zaya_network_and_state => zaya::block;
     doge_product_keys => doge::block;
     nllb_top_two_with_capacity => nllb::block;
+    ernie_vl_banks_by_token_type => ernie_vl::block;
     vitpose_expert_of_the_dataset => vitpose::block;
 }
