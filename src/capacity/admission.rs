@@ -131,7 +131,7 @@ impl AdmissionDesc {
         shape::positive(OPERATION, "capacity", rule.capacity)?;
         shape::positive(OPERATION, "tokens_per_group", rule.tokens_per_group)?;
         match rule.renormalise {
-            Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) if !(epsilon >= 0.0) => {
+            Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) if epsilon < 0.0 || epsilon.is_nan() => {
                 return Err(Error::invalid(OPERATION, "renormalise", "an epsilon of at least 0", epsilon));
             }
             Some(Renormalise::PNorm(p)) => {

@@ -14,6 +14,7 @@ mod gemma4;
 mod muse_spark;
 mod nemotron_h;
 mod nllb;
+mod refusals;
 mod run;
 mod vitpose;
 mod zaya;
