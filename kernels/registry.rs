@@ -649,6 +649,11 @@ pub enum Kernel {
         /// Bytes of an index: 4 or 8.
         ids_bytes: u32,
     },
+    /// The tokens of each bank of experts, by their types.
+    TokenBanks {
+        /// Bytes of a type: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -697,6 +702,7 @@ impl Kernel {
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
+            Kernel::TokenBanks { ids_bytes } => format!("token_banks{}", wide(*ids_bytes)),
         }
     }
 
@@ -743,6 +749,7 @@ impl Kernel {
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
             Kernel::BySequence { .. } => "BySequence",
+            Kernel::TokenBanks { .. } => "TokenBanks",
         }
     }
 
@@ -781,7 +788,9 @@ impl Kernel {
             Kernel::Jitter(_) | Kernel::RowGroups => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
-            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
+                BLOCK_WARPS * 32
+            }
         }
     }
 
@@ -839,6 +848,7 @@ impl Kernel {
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
+            Kernel::TokenBanks { .. } => "routers/token_banks.ptx.jinja",
         }
     }
 
@@ -920,7 +930,7 @@ impl Kernel {
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
-            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
+            Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -1022,5 +1032,6 @@ pub fn all() -> Vec<Kernel> {
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::TokenBanks { ids_bytes }));
     kernels
 }

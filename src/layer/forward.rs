@@ -11,7 +11,7 @@ use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RouteP
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::{combine, gemm};
-use crate::rules::Dropout;
+use crate::rules::{Dropout, NullOutput};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
@@ -202,7 +202,8 @@ impl LayerPlan {
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);
         let regions = self.experts.regions;
         let gate_logits = optional(&shared_gate).unwrap_or_else(|| workspace.at(regions.shared_gate));
-        match (&router, optional(&given_ids).zip(optional(&given_weights))) {
+        let given_choices = optional(&given_ids).zip(optional(&given_weights));
+        match (&router, given_choices) {
             (Some(router), _) if given_logits => {
                 self.route.enqueue_choice(&scope, router, &workspace, &mut extras, &at, observer)?;
                 self.experts.enqueue_gate(&scope, &experts, x.address(), gate_logits, observer)?;
@@ -247,11 +248,17 @@ impl LayerPlan {
             bias: experts.bias(),
             addend: products.addend.filter(|_| sums_shared),
             addend_gate: shared_gate.filter(|_| sums_shared),
-            identity: desc.map.map(|_| combine::IdentityAddresses {
-                x: input,
-                weight: at.identity_weight,
-                choices: None,
-            }),
+            identity: match (desc.map, desc.null.map(|null| null.output)) {
+                (Some(_), _) => {
+                    Some(combine::IdentityAddresses { x: input, weight: at.identity_weight, choices: None })
+                }
+                (None, Some(NullOutput::Input)) => {
+                    let (ids, weight) = given_choices.unwrap_or((at.ids, at.weights));
+                    let identities = (desc.local_experts() as u32, desc.experts as u32);
+                    Some(combine::IdentityAddresses { x: input, weight, choices: Some((ids, identities)) })
+                }
+                _ => None,
+            },
             y: elsewhere.unwrap_or_else(|| y.address()),
         };
         self.experts.enqueue_combine(&scope, sum)?;

@@ -34,6 +34,7 @@ fn in_many_steps() -> LayerDesc {
         order: Order::ByChoice,
         prioritised: false,
         second: SecondExpert::Always,
+        renormalise: None,
     };
     let measure = BalanceRule {
         score: LossScore::Softmax,

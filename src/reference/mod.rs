@@ -36,6 +36,7 @@ pub mod routing_map;
 pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod token_banks;
 pub mod unit_experts;
 
 /// A storage type whose every value is an f64.

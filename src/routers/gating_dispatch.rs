@@ -10,7 +10,7 @@ use crate::experts::Dispatched;
 use crate::registry::Kernel;
 use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs, RuleWords, launch_rule};
 use crate::rules::{Gating, Score};
-use crate::runtime::builder::buffers;
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{GatingAnyDispatchParams, GatingDispatchParams};
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Tensor, TokenMask, Workspace};
@@ -26,12 +26,14 @@ pub struct GatingDispatchDesc {
     /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts. Appended experts count among
     /// both.
     pub dispatch: DispatchDesc,
+    /// Experts behind those of `dispatch` that may be chosen too and have no rows: their slots are -1. Not with appended experts.
+    pub null_experts: usize,
 }
 
 impl GatingDispatchDesc {
     /// Choices by the rule `gating`, laid out as `dispatch` says.
     pub const fn new(gating: Gating, dispatch: DispatchDesc) -> GatingDispatchDesc {
-        GatingDispatchDesc { gating, dispatch }
+        GatingDispatchDesc { gating, dispatch, null_experts: 0 }
     }
 
     /// Checks all that can be checked without buffers.
@@ -45,6 +47,9 @@ impl GatingDispatchDesc {
             let reason = "only a dispatch in a launch of its own lays rows";
             return Err(Error::Unexpected { operation: OPERATION, argument, reason });
         }
+        if self.null_experts > 0 && self.gating.appended.is_some() {
+            return Err(Error::invalid(OPERATION, "null_experts", "0 with appended experts", self.null_experts));
+        }
         self.choice().validate()?;
         self.choice().validate_lanes(OPERATION, "in one launch with the dispatch")
     }
@@ -53,9 +58,12 @@ impl GatingDispatchDesc {
     fn choice(&self) -> GatingDesc {
         let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
         let appended = self.gating.appended_experts();
-        GatingDesc::new(tokens, experts.saturating_sub(appended), top_k.saturating_sub(appended), self.gating)
+        let own = experts.saturating_sub(appended).saturating_add(self.null_experts);
+        GatingDesc::new(tokens, own, top_k.saturating_sub(appended), self.gating)
     }
 }
+
+settings!(GatingDispatchDesc { null_experts: usize });
 
 /// Buffers of gating and dispatch in one launch.
 #[non_exhaustive]
@@ -120,12 +128,14 @@ buffers!(GatingDispatchArgs<'a> { correction_bias: In<f32> });
 /// Those of [`GatingDispatchDesc::validate`].
 pub fn workspace_bytes(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<usize, Error> {
     desc.validate()?;
-    Ok(dispatch::barrier_bytes(&desc.dispatch, blocks(&desc.dispatch, device)))
+    Ok(dispatch::barrier_bytes(&desc.dispatch, blocks(desc, device)))
 }
 
 /// The instructions of a token are those that the gate kernel's header states.
-fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    let gate = gating::kernel(&Gating::new(Score::Softmax), desc.experts, true);
+fn blocks(both: &GatingDispatchDesc, device: &DeviceInfo) -> u32 {
+    let desc = &both.dispatch;
+    let experts = desc.experts.saturating_add(both.null_experts);
+    let gate = gating::kernel(&Gating::new(Score::Softmax), experts, true);
     let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
     dispatch::blocks(desc, gate.warps(), work, device)
 }
@@ -137,7 +147,7 @@ fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
 pub fn select(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let gate = gating::kernel(&desc.gating, desc.choice().experts, true);
-    Ok(Selection::cooperative(Kernel::Gating(gate), blocks(&desc.dispatch, device)))
+    Ok(Selection::cooperative(Kernel::Gating(gate), blocks(desc, device)))
 }
 
 /// Chooses experts and sorts the slots.
@@ -155,7 +165,7 @@ pub fn forward(
     args: GatingDispatchArgs<'_>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
-    let GatingDispatchDesc { gating, dispatch } = desc;
+    let GatingDispatchDesc { gating, dispatch, .. } = desc;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     let lists = args.dispatched.fill(&scope, &dispatch.shape())?;
     if dispatch.tokens == 0 {
@@ -197,7 +207,7 @@ pub(crate) fn enqueue(
     outputs: dispatch::Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
-    let GatingDispatchDesc { gating, dispatch } = desc;
+    let GatingDispatchDesc { gating, dispatch, null_experts } = desc;
     let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(gating);
     let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
     launch_rule!(
@@ -211,7 +221,7 @@ pub(crate) fn enqueue(
             ids: routing.ids.into(),
             weights: routing.weights.into(),
             tokens: dispatch.tokens as u32,
-            experts: dispatch.experts as u32,
+            experts: (dispatch.experts + null_experts) as u32,
             top_k: desc.choice().top_k as u32,
             groups: groups,
             groups_kept: groups_kept,
@@ -225,6 +235,7 @@ pub(crate) fn enqueue(
             tokens_per_sequence: tokens_per_sequence,
             padded_rows: padded_rows,
             tile_m: dispatch.tile_m as u32,
+            row_experts: dispatch.experts as u32,
             counts: outputs.counts.into(),
             offsets: outputs.offsets.into(),
             slot_token: outputs.slot_token.into(),

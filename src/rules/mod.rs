@@ -9,10 +9,12 @@ mod gating;
 pub(crate) mod kinds;
 pub mod noise;
 mod norm;
+mod null_experts;
 mod product_keys;
 mod routing;
 pub(crate) mod settings;
 mod weight;
+mod weighting;
 
 pub use activation::{Activation, Bound, Swiglu};
 pub use balance::{BalanceRule, LossCounts, LossScore, Sequences};
@@ -26,7 +28,9 @@ pub use gating::{
 pub use kinds::{Dtype, Glu, IdFormat, Layout, Score};
 pub use noise::NoiseSource;
 pub use norm::{Gain, RmsNorm};
+pub use null_experts::{NullExperts, NullOutput};
 pub use product_keys::KeySplit;
 pub(crate) use routing::units;
 pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule};
 pub use weight::{WeightDesc, WeightFormat};
+pub use weighting::Weighting;

@@ -42,6 +42,7 @@ mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod token_banks;
 mod tokens;
 mod unit_experts;
 
@@ -123,6 +124,7 @@ fn check(kernel: Kernel) {
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
+        Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }
 }
 

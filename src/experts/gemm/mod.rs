@@ -5,7 +5,7 @@
 //!
 //! `v[n] = row_scale[r] * sum_k a[.,k] * b[e,n,k] + bias[e,n]`
 //!
-//! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
+//! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`](crate::rules::Activation). Products are summed in f32; f32 inputs
 //! keep a relative error of 1e-5, up to the largest; an infinite one makes its sums infinite or NaN.
 
 mod activation;
@@ -298,6 +298,24 @@ pub(crate) struct Addresses<'a> {
     /// Of the dropout.
     pub(crate) noise_state: Option<Address<'a>>,
     pub(crate) swiglu: ByExpertAddresses<'a>,
+}
+
+impl<'a> Addresses<'a> {
+    /// Of a dense product.
+    pub(crate) fn dense(a: Address<'a>, weight: WeightAddresses<'a>, out: Address<'a>) -> Addresses<'a> {
+        Addresses {
+            a,
+            weight,
+            out,
+            pre_activation: None,
+            rows: None,
+            row_scale: None,
+            out_scale: None,
+            shared: None,
+            noise_state: None,
+            swiglu: ByExpertAddresses::default(),
+        }
+    }
 }
 
 pub(crate) fn enqueue(

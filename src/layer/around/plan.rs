@@ -67,7 +67,6 @@ impl AroundPlan {
             norm.map(step).transpose()
         };
         let latent = desc.latent.map(|latent| {
-            shape::positive(OPERATION, "latent.width", latent.width)?;
             let product = |n, k, weight| {
                 let desc = GemmDesc::new(dtype, Rows::Dense(tokens), n, k).weight(weight);
                 Ok::<_, Error>(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })
@@ -282,17 +281,6 @@ fn project(
     a: Address<'_>,
     out: Address<'_>,
 ) -> Result<(), Error> {
-    let at = gemm::Addresses {
-        a,
-        weight: weight.addresses(),
-        out,
-        pre_activation: None,
-        rows: None,
-        row_scale: None,
-        out_scale: None,
-        shared: None,
-        noise_state: None,
-        swiglu: gemm::ByExpertAddresses::default(),
-    };
+    let at = gemm::Addresses::dense(a, weight.addresses(), out);
     gemm::enqueue(scope, &step.desc, &step.selection, at, None)
 }

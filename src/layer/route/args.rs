@@ -42,6 +42,24 @@ impl<'a> RouteArgs<'a> {
         RouteArgs::default()
     }
 
+    /// The same for a shorter time.
+    pub fn reborrow(&mut self) -> RouteArgs<'_> {
+        RouteArgs {
+            logits: self.logits.as_mut().map(Out::reborrow),
+            given_logits: self.given_logits,
+            given: self.given,
+            ids: self.ids.as_mut().map(Out::reborrow),
+            weights: self.weights.as_mut().map(Out::reborrow),
+            counts: self.counts.as_mut().map(Out::reborrow),
+            priority: self.priority,
+            noise_state: self.noise_state,
+            measured: self.measured.as_mut().map(Measured::reborrow),
+            map: self.map,
+            identity_weight: self.identity_weight.as_mut().map(Out::reborrow),
+            mask: self.mask,
+        }
+    }
+
     /// With ids that are given.
     #[must_use]
     pub fn given(self, given: Given<'a>) -> RouteArgs<'a> {
@@ -95,6 +113,15 @@ impl<'a> Measured<'a> {
     /// Sums and losses.
     pub fn new(totals: Totals<'a>, stats: impl Into<Out<'a, RouterStats>>) -> Measured<'a> {
         Measured { totals, stats: stats.into(), log_sum_exp: None, probabilities: None }
+    }
+
+    fn reborrow(&mut self) -> Measured<'_> {
+        Measured {
+            totals: self.totals.reborrow(),
+            stats: self.stats.reborrow(),
+            log_sum_exp: self.log_sum_exp.as_mut().map(Out::reborrow),
+            probabilities: self.probabilities.as_mut().map(Out::reborrow),
+        }
     }
 }
 
