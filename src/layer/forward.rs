@@ -13,7 +13,7 @@ use crate::experts::{combine, gemm};
 use crate::rules::Dropout;
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Held, SCALAR, Scope, VECTOR, optional};
-use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, TokenMask, Workspace};
 
 /// Every choice for a layer and a number of tokens: kernels, grids, and where each intermediate lies in the workspace.
 #[derive(Clone, Copy, Debug)]
@@ -151,7 +151,10 @@ impl LayerPlan {
         let elements = self.tokens * desc.hidden;
         let router = match args.choices {
             None => Some(weights.router.open(&scope, desc)?),
-            Some(_) => None,
+            Some(_) => {
+                self.route.check_mask_of_choices(&route.mask)?;
+                None
+            }
         };
         let experts = weights.experts.open(&scope, desc)?;
         if self.tokens == 0 {
@@ -288,6 +291,13 @@ impl<'a, T> LayerArgs<'a, T> {
     #[must_use]
     pub fn route(self, route: RouteArgs<'a>) -> LayerArgs<'a, T> {
         LayerArgs { route, ..self }
+    }
+
+    /// With padding among the tokens: its `y` is the residual, plus what shared experts make of its `x`.
+    #[must_use]
+    pub fn mask(mut self, mask: TokenMask<'a>) -> LayerArgs<'a, T> {
+        self.route.mask = mask;
+        self
     }
 
     /// With dropout inside the experts.

@@ -3,7 +3,9 @@
 use super::*;
 use crate::DeviceInfo;
 use crate::registry::Kernel;
-use crate::rules::{Activation, AdmissionRule, BalanceRule, Capacity, Dtype, LossScore, Order, SecondExpert};
+use crate::rules::{
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, LossCounts, LossScore, Order, SecondExpert, Sequences,
+};
 use crate::runtime::device::{A100, H100};
 
 fn mixtral() -> LayerDesc {
@@ -36,8 +38,8 @@ fn in_many_steps() -> LayerDesc {
     let measure = BalanceRule {
         score: LossScore::Softmax,
         tokens_per_sequence: 64,
-        first_choice_only: false,
-        unbiased: false,
+        counts: LossCounts::Choice,
+        sequences: Sequences::Following,
         capacity: None,
     };
     with_everything().admission(Some(admission)).measure(Some(measure)).map(Some(MapDesc::new(4)))

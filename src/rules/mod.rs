@@ -13,12 +13,14 @@ pub(crate) mod settings;
 mod weight;
 
 pub use activation::Activation;
-pub use balance::{BalanceRule, LossScore};
+pub use balance::{BalanceRule, LossCounts, LossScore, Sequences};
 pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
 
 pub use dropout::{Dropout, drop_below, keep_scale};
 pub use expert_map::{IDENTITY, NONE};
-pub use gating::{Appended, AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, LogitRule, Masked, Renormalise};
+pub use gating::{
+    Appended, AppendedWeight, ChoiceBy, Garbage, Gating, GroupScore, Groups, LogitRule, Masked, Renormalise,
+};
 pub use kinds::{Dtype, Glu, IdFormat, Layout, Score};
 pub use noise::NoiseSource;
 pub(crate) use routing::units;

@@ -31,6 +31,7 @@ mod rows;
 mod sampled;
 mod sinkhorn;
 mod timing;
+mod tokens;
 
 use std::process::{Command, ExitCode};
 
@@ -76,6 +77,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),

@@ -4,7 +4,7 @@ use crate::capacity::Ids;
 use crate::routers::gating::Given;
 use crate::routers::measured_gating::{RouterStats, Totals};
 use crate::runtime::builder::buffers;
-use crate::{In, Out};
+use crate::{In, Out, TokenMask};
 
 /// What the choice of experts reads and writes beside `x`; what no buffer is given for stays in the workspace.
 #[derive(Default)]
@@ -30,6 +30,8 @@ pub struct RouteArgs<'a> {
     pub map: Option<MapTable<'a>>,
     /// `[T]`, written: the sum of the weights of experts whose output is their input, where there is a map.
     pub identity_weight: Option<Out<'a, f32>>,
+    /// Which tokens count: the others go to no expert, and are in no loss or statistic.
+    pub mask: TokenMask<'a>,
 }
 
 impl<'a> RouteArgs<'a> {
@@ -54,6 +56,12 @@ impl<'a> RouteArgs<'a> {
     #[must_use]
     pub fn map(self, map: MapTable<'a>) -> RouteArgs<'a> {
         RouteArgs { map: Some(map), ..self }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> RouteArgs<'a> {
+        RouteArgs { mask, ..self }
     }
 }
 

@@ -13,6 +13,7 @@ use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::IdFormat;
+use crate::runtime::shape;
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
 
@@ -71,7 +72,7 @@ impl RoutePlan {
         let alone = desc.measure.is_none() && desc.admission.is_none() && desc.map.is_none();
         let choice = match desc.measure {
             // Without blocks that are all resident, one block would do all of the gating: two launches take many for it.
-            None if alone && device.cooperative_launch => {
+            None if alone && device.cooperative_launch && candidates <= shape::LANES => {
                 let both = GatingDispatchDesc::new(gating.gating, dispatch.desc);
                 let selection = gating_dispatch::select(&both, device).map_err(within)?;
                 Choice::WithDispatch(Step { desc: both, selection })
