@@ -173,6 +173,28 @@ impl Gate {
     }
 }
 
+/// Top-k gating of more than 32 experts a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WideGate {
+    /// From logits to scores.
+    pub score: Score,
+    /// Logits a lane holds: experts up to `32 * values`.
+    pub values: u32,
+}
+
+impl WideGate {
+    /// Every number of logits a lane may hold.
+    pub const VALUES: [u32; 3] = [8, 32, 128];
+
+    /// Experts of a token: a lane holds two choices.
+    pub const MAX_TOP_K: u32 = 64;
+
+    /// The gating of the same score and width for fewer choices.
+    pub const fn gate(&self) -> Gate {
+        Gate { score: Some(self.score), values: self.values, dispatch: false }
+    }
+}
+
 /// Top-k gating that also measures the batch: balancing losses and router statistics from the same logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MeasuredGate {
@@ -216,7 +238,10 @@ pub const IDS_BYTES: [u32; 2] = [4, 8];
 
 impl Dispatch {
     /// Every limit on experts.
-    pub const MAX_EXPERTS: [u32; 2] = [1024, 4096];
+    pub const MAX_EXPERTS: [u32; 3] = [1024, 4096, 8192];
+
+    /// Most experts whose slots are limited: a block has two warps for them.
+    pub const MAX_LIMITED_EXPERTS: u32 = 4096;
 
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
@@ -226,7 +251,12 @@ impl Dispatch {
 
 /// Warps of a block that counts slots by expert: each warp keeps a counter for each expert in shared memory, 32 KiB in all.
 const fn warps_for_experts(max_experts: u32) -> u32 {
-    if max_experts <= 1024 { 8 } else { 2 }
+    match max_experts {
+        0..=1024 => 8,
+        // A few more where a rule appends experts.
+        1025..=4128 => 2,
+        _ => 1,
+    }
 }
 
 /// How the outputs of a product's weight fold into columns of the result.
@@ -395,6 +425,9 @@ pub struct Admission {
 }
 
 impl Admission {
+    /// Every limit on experts.
+    pub const MAX_EXPERTS: [u32; 2] = [1024, 4096];
+
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts)
@@ -403,6 +436,27 @@ impl Admission {
 
 /// Tokens that a block of the affinity kernel transposes.
 pub const AFFINITY_TOKENS: u32 = 32;
+
+/// Most experts whose slots are counted alone.
+pub const MAX_COUNTED: u32 = 8192;
+
+/// Most chunks of rows that change places at once.
+pub const MAX_CHUNKS: u32 = 4096;
+
+/// Bytes that a thread of a permutation moves at once, falling: the largest that divides a row is taken.
+pub const PERMUTE_UNITS: [u32; 4] = [16, 8, 4, 2];
+
+/// Units that a thread of a permutation moves.
+pub const PERMUTE_BATCH: u32 = 4;
+
+/// Blocks of a permutation of `rows` > 0 rows of `units` > 0 units: x over rows, of which a block takes several where a row does not fill
+/// it, y over parts of a row.
+pub const fn permute_grid(rows: u32, units: u32) -> [u32; 3] {
+    let threads = BLOCK_WARPS * 32;
+    let across = units.div_ceil(PERMUTE_BATCH).next_power_of_two();
+    let across = if across < threads { across } else { threads };
+    [rows.div_ceil(threads / across), units.div_ceil(threads * PERMUTE_BATCH), 1]
+}
 
 /// Threads of a block of the RMS normalisation, and so most that share a row.
 pub const RMS_NORM_THREADS: u32 = 512;
@@ -512,8 +566,31 @@ pub enum Kernel {
     Router(Router),
     /// Choice of experts, with dispatch or without.
     Gating(Gate),
+    /// Choice of more than 32 experts.
+    GatingWide(WideGate),
     /// Slots sorted by expert.
     Dispatch(Dispatch),
+    /// The same with each expert's rows rounded up to a multiple, and a limit on all rows.
+    DispatchRows(Dispatch),
+    /// Slots of each expert counted, and the sums of the counts.
+    ExpertCounts {
+        /// Bytes of an id: 4 or 8.
+        ids_bytes: u32,
+    },
+    /// Expert numbers of each token from its row of a map of all experts.
+    MapToIds,
+    /// The other way.
+    IdsToMap {
+        /// Bytes of an id: 4 or 8.
+        ids_bytes: u32,
+    },
+    /// Where rows come from when chunks of rows change places.
+    ChunkRows,
+    /// Rows of one matrix as another, by number.
+    Permute {
+        /// Bytes that a thread moves at once.
+        unit: u32,
+    },
     /// The experts' products.
     Gemm(Gemm),
     /// The experts' products, whatever the rows' width.
@@ -576,6 +653,11 @@ pub enum Kernel {
         /// Bytes of an index: 4 or 8.
         ids_bytes: u32,
     },
+    /// The tokens of each bank of experts, by their types.
+    TokenBanks {
+        /// Bytes of a type: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -586,7 +668,14 @@ impl Kernel {
             Kernel::Gating(k) => {
                 format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
+            Kernel::GatingWide(k) => format!("{}_wide", Kernel::Gating(k.gate()).name()),
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
+            Kernel::DispatchRows(k) => format!("dispatch_rows_e{}{}", k.max_experts, wide(k.ids_bytes)),
+            Kernel::ExpertCounts { ids_bytes } => format!("expert_counts{}", wide(*ids_bytes)),
+            Kernel::MapToIds => "map_to_ids".into(),
+            Kernel::IdsToMap { ids_bytes } => format!("ids_to_map{}", wide(*ids_bytes)),
+            Kernel::ChunkRows => "chunk_rows".into(),
+            Kernel::Permute { unit } => format!("permute_b{unit}"),
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
@@ -619,6 +708,7 @@ impl Kernel {
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
+            Kernel::TokenBanks { ids_bytes } => format!("token_banks{}", wide(*ids_bytes)),
         }
     }
 
@@ -630,7 +720,14 @@ impl Kernel {
             Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
             Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
             Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
+            Kernel::GatingWide(_) => "Gating",
             Kernel::Dispatch(_) => "Dispatch",
+            Kernel::DispatchRows(_) => "DispatchRows",
+            Kernel::ExpertCounts { .. } => "ExpertCounts",
+            Kernel::MapToIds => "MapToIds",
+            Kernel::IdsToMap { .. } => "IdsToMap",
+            Kernel::ChunkRows => "ChunkRows",
+            Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
@@ -660,6 +757,7 @@ impl Kernel {
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
             Kernel::BySequence { .. } => "BySequence",
+            Kernel::TokenBanks { .. } => "TokenBanks",
         }
     }
 
@@ -673,7 +771,13 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
-            Kernel::Dispatch(k) => k.warps() * 32,
+            Kernel::GatingWide(k) => k.gate().warps() * 32,
+            Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
+            Kernel::ExpertCounts { .. }
+            | Kernel::MapToIds
+            | Kernel::IdsToMap { .. }
+            | Kernel::ChunkRows
+            | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::GemmAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
@@ -694,7 +798,9 @@ impl Kernel {
             }
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
-            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
+                BLOCK_WARPS * 32
+            }
         }
     }
 
@@ -718,7 +824,13 @@ impl Kernel {
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
-            Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
+            Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
+            Kernel::Dispatch(_) | Kernel::DispatchRows(_) => "capacity/dispatch.ptx.jinja",
+            Kernel::ExpertCounts { .. } => "capacity/expert_counts.ptx.jinja",
+            Kernel::MapToIds => "capacity/map_to_ids.ptx.jinja",
+            Kernel::IdsToMap { .. } => "capacity/ids_to_map.ptx.jinja",
+            Kernel::ChunkRows => "capacity/chunk_rows.ptx.jinja",
+            Kernel::Permute { .. } => "experts/permute.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
@@ -748,6 +860,7 @@ impl Kernel {
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
+            Kernel::TokenBanks { .. } => "routers/token_banks.ptx.jinja",
         }
     }
 
@@ -769,6 +882,12 @@ impl Kernel {
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
             ],
+            Kernel::GatingWide(k) => vec![
+                ("score", Text(k.score.name())),
+                ("values", Int(k.values)),
+                ("max_experts", Int(k.gate().max_experts())),
+                ("warps", Int(k.gate().warps())),
+            ],
             Kernel::MeasuredGating(k) => vec![
                 ("score", Text(k.gate().score_name())),
                 ("values", Int(k.values)),
@@ -779,6 +898,18 @@ impl Kernel {
             Kernel::Dispatch(k) => {
                 vec![("max_experts", Int(k.max_experts)), ("ids_bytes", Int(k.ids_bytes)), ("warps", Int(k.warps()))]
             }
+            Kernel::DispatchRows(k) => {
+                let mut constants = Kernel::Dispatch(*k).constants();
+                constants.push(("row_layout", Int(1)));
+                constants
+            }
+            Kernel::ExpertCounts { ids_bytes } => {
+                vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes)), ("max_experts", Int(MAX_COUNTED))]
+            }
+            Kernel::MapToIds => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::IdsToMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
+            Kernel::ChunkRows => vec![("warps", Int(BLOCK_WARPS)), ("max_chunks", Int(MAX_CHUNKS))],
+            Kernel::Permute { unit } => vec![("unit", Int(*unit))],
             Kernel::Gemm(k) => {
                 let own =
                     [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
@@ -812,7 +943,7 @@ impl Kernel {
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
-            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
+            Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -853,13 +984,19 @@ pub fn all() -> Vec<Kernel> {
             }
         }
     }
+    for score in Score::COMMON {
+        kernels.extend(WideGate::VALUES.map(|values| Kernel::GatingWide(WideGate { score, values })));
+    }
     for values in Gate::ANY_VALUES {
         for dispatch in [false, true] {
             kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
         }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
-        kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::Dispatch(Dispatch { max_experts, ids_bytes })));
+        for ids_bytes in IDS_BYTES {
+            let dispatch = Dispatch { max_experts, ids_bytes };
+            kernels.extend([Kernel::Dispatch(dispatch), Kernel::DispatchRows(dispatch)]);
+        }
     }
     for dtype in Dtype::ALL {
         for &tile in Gemm::tiles(dtype) {
@@ -880,7 +1017,7 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
     }
-    for max_experts in Dispatch::MAX_EXPERTS {
+    for max_experts in Admission::MAX_EXPERTS {
         kernels.push(Kernel::Admission(Admission { max_experts }));
         kernels.push(Kernel::Sinkhorn(Sinkhorn { max_experts }));
     }
@@ -900,9 +1037,15 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
+    for ids_bytes in IDS_BYTES {
+        kernels.extend([Kernel::ExpertCounts { ids_bytes }, Kernel::IdsToMap { ids_bytes }]);
+    }
+    kernels.extend([Kernel::MapToIds, Kernel::ChunkRows]);
+    kernels.extend(PERMUTE_UNITS.map(|unit| Kernel::Permute { unit }));
     kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::TokenBanks { ids_bytes }));
     kernels
 }

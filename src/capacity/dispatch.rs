@@ -7,6 +7,9 @@
 //! With a [`Capacity`], each expert takes at most so many slots of a sequence, in token order, and drops the others (Fedus
 //! et al., *Switch Transformers*, 2021, section 2.2; Lepikhin et al., *GShard*, 2020, section 2.2).
 //!
+//! [`DispatchDesc::row_multiple`] rounds every expert's rows up, and [`DispatchDesc::max_rows`] ends all rows: the slots of the last experts that would
+//! stand past it are dropped, and [`DispatchArgs::dropped`] says how many.
+//!
 //! The lists are one value, [`Dispatched`], which products and sums take: no count returns to the host.
 
 use std::sync::Arc;
@@ -20,10 +23,11 @@ use crate::registry::{Dispatch, Kernel};
 use crate::rules::{Capacity, IdFormat};
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::DispatchParams;
+use crate::runtime::params::{DispatchParams, DispatchRowsParams};
 use crate::runtime::shape;
+use crate::runtime::token_mask::MaskAddresses;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, In, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, TokenMask, Workspace};
 
 const OPERATION: &str = "dispatch";
 
@@ -33,9 +37,9 @@ const OPERATION: &str = "dispatch";
 pub struct DispatchDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
-    /// Experts `E`, 1 to 4096.
+    /// Experts `E`, 1 to 8192; to 4096 with a capacity.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32. More than `E` where ids were mapped to the experts of one device.
+    /// Experts per token `k`, 1 to 64. More than `E` where ids were mapped to the experts of one device.
     pub top_k: usize,
     /// How ids are stored.
     pub ids: IdFormat,
@@ -44,12 +48,18 @@ pub struct DispatchDesc {
     /// Rows of a tile in the tile list, at least 1; the GEMM must use tiles of that height
     /// ([`crate::experts::tiles::select_tile`]).
     pub tile_m: usize,
+    /// Each expert's rows are rounded up to a multiple of this; 1 unless set. Rows in between have no token (`slot_token` -1) and are in no
+    /// tile. Not in the padded layout.
+    pub row_multiple: usize,
+    /// Rows from this number on do not exist; none unless set. Not in the padded layout.
+    pub max_rows: Option<usize>,
 }
 
 impl DispatchDesc {
     /// Dropless: `top_k` of `experts` experts for each of `tokens` tokens, in tiles of `tile_m` rows.
     pub const fn new(tokens: usize, experts: usize, top_k: usize, tile_m: usize) -> DispatchDesc {
-        DispatchDesc { tokens, experts, top_k, ids: IdFormat::I32, capacity: None, tile_m }
+        let ids = IdFormat::I32;
+        DispatchDesc { tokens, experts, top_k, ids, capacity: None, tile_m, row_multiple: 1, max_rows: None }
     }
 
     /// Sizes of the lists.
@@ -65,11 +75,16 @@ impl DispatchDesc {
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
-        shape::experts(OPERATION, self.experts)?;
-        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
+        shape::experts_up_to(OPERATION, self.experts, crate::MAX_COUNTED_EXPERTS)?;
+        shape::top_k_up_to(OPERATION, self.top_k, usize::MAX, crate::MAX_TOP_K)?;
         shape::positive(OPERATION, "tile_m", self.tile_m)?;
         shape::product_i32(OPERATION, "token_slot", &[self.tokens, self.top_k])?;
         if let Some(capacity) = self.capacity {
+            let most = Dispatch::MAX_LIMITED_EXPERTS as usize;
+            if self.experts > most {
+                let supported = format!("at most {most} with a capacity");
+                return Err(Error::unsupported(OPERATION, "experts", supported, self.experts));
+            }
             shape::positive(OPERATION, "capacity.per_expert", capacity.per_expert)?;
             shape::positive(OPERATION, "capacity.tokens_per_sequence", capacity.tokens_per_sequence)?;
             if capacity.padded {
@@ -77,6 +92,17 @@ impl DispatchDesc {
                 shape::product_i32(OPERATION, "capacity.per_expert", &rows)?;
             }
         }
+        shape::positive(OPERATION, "row_multiple", self.row_multiple)?;
+        if self.lays_rows() && self.padded_rows() > 0 {
+            let argument = if self.row_multiple > 1 { "row_multiple" } else { "max_rows" };
+            let reason = "in the padded layout every expert has the same rows";
+            return Err(Error::Unexpected { operation: OPERATION, argument, reason });
+        }
+        if let Some(rows) = self.max_rows {
+            shape::size(OPERATION, "max_rows", rows)?;
+        }
+        let multiples = max_tiles(self.tokens * self.top_k, self.experts, self.row_multiple);
+        shape::product_i32(OPERATION, "row_multiple", &[self.row_multiple, multiples])?;
         // A tile may end past the last row.
         if self.slots() + self.tile_m > shape::MAX {
             let value = format!("{} slots + tile_m {}", self.slots(), self.tile_m);
@@ -85,21 +111,32 @@ impl DispatchDesc {
         Ok(())
     }
 
-    /// Rows of the slot-ordered buffers: `T * k`, or `E * per_expert * sequences` in the padded layout.
+    /// Rows of the slot-ordered buffers: `T * k`, or `E * per_expert * sequences` in the padded layout; with a row multiple as many as all experts
+    /// may need at most, and no more than `max_rows`.
     ///
     /// Meaningful for a valid descriptor.
     pub fn slots(&self) -> usize {
         match self.padded_rows() {
-            0 => self.tokens * self.top_k,
+            0 => {
+                let slots = self.tokens * self.top_k;
+                let rows = self.row_multiple * max_tiles(slots, self.experts, self.row_multiple);
+                rows.min(self.max_rows.unwrap_or(usize::MAX))
+            }
             rows => rows * self.experts,
         }
+    }
+
+    /// Whether rows are rounded up, or end.
+    pub(crate) fn lays_rows(&self) -> bool {
+        self.row_multiple > 1 || self.max_rows.is_some()
     }
 
     /// Entries that the tile list may get.
     ///
     /// Meaningful for a valid descriptor.
     pub fn max_tiles(&self) -> usize {
-        let by_slots = max_tiles(self.tokens * self.top_k, self.experts, self.tile_m);
+        let slots = (self.tokens * self.top_k).min(self.max_rows.unwrap_or(usize::MAX));
+        let by_slots = max_tiles(slots, self.experts, self.tile_m);
         match self.capacity {
             None => by_slots,
             Some(capacity) => {
@@ -126,7 +163,7 @@ impl DispatchDesc {
     }
 }
 
-settings!(DispatchDesc { ids: IdFormat, capacity: Option<Capacity> });
+settings!(DispatchDesc { ids: IdFormat, capacity: Option<Capacity>, row_multiple: usize, max_rows: Option<usize> });
 
 /// Buffers of a dispatch.
 #[non_exhaustive]
@@ -135,8 +172,12 @@ pub struct DispatchArgs<'a> {
     pub ids: Ids<'a>,
     /// `[T, k]`: become [`Dispatched::slot_weight`].
     pub weights: Option<In<'a, f32>>,
+    /// Which tokens count: the others take no slot, whatever their ids.
+    pub mask: TokenMask<'a>,
     /// Filled; made for at least [`DispatchDesc::shape`].
     pub dispatched: &'a mut Dispatched,
+    /// `[1]`, written: slots that stand past [`DispatchDesc::max_rows`]; with it only.
+    pub dropped: Option<Out<'a, i32>>,
     /// At least [`workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
@@ -148,11 +189,17 @@ impl<'a> DispatchArgs<'a> {
         dispatched: &'a mut Dispatched,
         workspace: &'a mut Workspace,
     ) -> DispatchArgs<'a> {
-        DispatchArgs { ids: ids.into(), weights: None, dispatched, workspace }
+        DispatchArgs { ids: ids.into(), weights: None, mask: TokenMask::all(), dispatched, dropped: None, workspace }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> DispatchArgs<'a> {
+        DispatchArgs { mask, ..self }
     }
 }
 
-buffers!(DispatchArgs<'a> { weights: In<f32> });
+buffers!(DispatchArgs<'a> { weights: In<f32>, dropped: Out<i32> });
 
 /// Workspace of [`forward`] in bytes.
 ///
@@ -209,7 +256,9 @@ pub(crate) fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &Device
 pub fn select(desc: &DispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let blocks = dispatch_blocks(desc, device);
-    Ok(Selection::cooperative(Kernel::Dispatch(kernel(desc)), blocks))
+    let kernel = kernel(desc);
+    let kernel = if desc.lays_rows() { Kernel::DispatchRows(kernel) } else { Kernel::Dispatch(kernel) };
+    Ok(Selection::cooperative(kernel, blocks))
 }
 
 /// Sorts the slots of given ids.
@@ -217,7 +266,7 @@ pub fn select(desc: &DispatchDesc, device: &DeviceInfo) -> Result<Selection, Err
 /// With no tokens counts, offsets and the number of tiles are set to zero, and nothing is launched.
 ///
 /// # Errors
-/// Those of [`DispatchDesc::validate`]; those of a buffer, [`Error::BufferTooShort`] also for `dispatched`:
+/// Those of [`DispatchDesc::validate`]; [`Error::Unexpected`] for `dropped` without `max_rows`; those of a buffer, [`Error::BufferTooShort`] also for `dispatched`:
 /// [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
 pub fn forward(
     kernels: &Kernels,
@@ -227,18 +276,32 @@ pub fn forward(
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
+    if args.dropped.is_some() && desc.max_rows.is_none() {
+        let reason = "without max_rows nothing is dropped";
+        return Err(Error::Unexpected { operation: OPERATION, argument: "dropped", reason });
+    }
+    let dropped = scope.write_some("dropped", args.dropped, 1, SCALAR)?;
     let lists = args.dispatched.fill(&scope, &desc.shape())?;
     if desc.tokens == 0 {
         lists.zero(&scope)?;
+        if let Some(dropped) = optional(&dropped) {
+            scope.zero(dropped, size_of::<i32>())?;
+        }
         lists.filled();
         return Ok(());
     }
     let choices = desc.tokens * desc.top_k;
     let ids = args.ids.open(&scope, "ids", desc.ids, choices)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let to = Outputs::of(lists.addresses(), weights.is_some());
-    enqueue(&scope, desc, &selection, ids.address(), optional(&weights), to, workspace.address())?;
+    let from = Choices { ids: ids.address(), weights: optional(&weights), mask: mask.addresses() };
+    if desc.lays_rows() {
+        enqueue_rows(&scope, desc, &selection, from, to, optional(&dropped), workspace.address())?;
+    } else {
+        enqueue(&scope, desc, &selection, from, to, workspace.address())?;
+    }
     lists.filled();
     Ok(())
 }
@@ -247,8 +310,7 @@ pub(crate) fn enqueue(
     scope: &Scope<'_>,
     desc: &DispatchDesc,
     selection: &Selection,
-    ids: Address<'_>,
-    weights: Option<Address<'_>>,
+    from: Choices<'_>,
     to: Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
@@ -256,11 +318,14 @@ pub(crate) fn enqueue(
     scope.launch(
         selection,
         DispatchParams {
-            ids: ids.into(),
-            weights: weights.into(),
+            ids: from.ids.into(),
+            weights: from.weights.into(),
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             top_k: desc.top_k as u32,
+            mask: from.mask.mask.into(),
+            valid_tokens: from.mask.valid_tokens.into(),
+            token_flags: from.mask.flags(),
             capacity,
             tokens_per_sequence,
             padded_rows,
@@ -275,6 +340,54 @@ pub(crate) fn enqueue(
             workspace: workspace.into(),
         },
     )
+}
+
+/// [`enqueue`] with rows rounded up, or ended.
+fn enqueue_rows(
+    scope: &Scope<'_>,
+    desc: &DispatchDesc,
+    selection: &Selection,
+    from: Choices<'_>,
+    to: Outputs<'_>,
+    dropped: Option<Address<'_>>,
+    workspace: Address<'_>,
+) -> Result<(), Error> {
+    let [capacity, tokens_per_sequence, padded_rows] = desc.capacity_words();
+    scope.launch(
+        selection,
+        DispatchRowsParams {
+            ids: from.ids.into(),
+            weights: from.weights.into(),
+            tokens: desc.tokens as u32,
+            experts: desc.experts as u32,
+            top_k: desc.top_k as u32,
+            mask: from.mask.mask.into(),
+            valid_tokens: from.mask.valid_tokens.into(),
+            token_flags: from.mask.flags(),
+            capacity,
+            tokens_per_sequence,
+            padded_rows,
+            tile_m: desc.tile_m as u32,
+            counts: to.counts.into(),
+            offsets: to.offsets.into(),
+            slot_token: to.slot_token.into(),
+            token_slot: to.token_slot.into(),
+            slot_weight: to.slot_weight.into(),
+            tiles: to.tiles.into(),
+            num_tiles: to.num_tiles.into(),
+            row_multiple: desc.row_multiple as u32,
+            max_rows: desc.max_rows.map_or(u32::MAX, |rows| rows as u32),
+            dropped: dropped.into(),
+            workspace: workspace.into(),
+        },
+    )
+}
+
+/// What dispatch reads.
+pub(crate) struct Choices<'a> {
+    pub(crate) ids: Address<'a>,
+    pub(crate) weights: Option<Address<'a>>,
+    pub(crate) mask: MaskAddresses<'a>,
 }
 
 /// What dispatch writes.
@@ -324,7 +437,9 @@ mod tests {
     fn faults_name_their_field() {
         assert_eq!(desc().validate(), Ok(()));
         assert_eq!(capped(10, 100, true).validate(), Ok(()));
-        assert_eq!(fault(DispatchDesc { experts: 4097, ..desc() }), "experts");
+        assert_eq!(fault(DispatchDesc { experts: 8193, ..desc() }), "experts");
+        let limited = desc().capacity(Some(Capacity::new(1, 1)));
+        assert_eq!(fault(DispatchDesc { experts: 4097, ..limited }), "experts");
         assert_eq!(fault(DispatchDesc { top_k: 65, ..desc() }), "top_k");
         assert_eq!(fault(DispatchDesc { tile_m: 0, ..desc() }), "tile_m");
         assert_eq!(fault(DispatchDesc { tokens: (1 << 29) - 1, tile_m: 128, ..desc() }), "tile_m");
@@ -334,6 +449,11 @@ mod tests {
         assert_eq!(fault(capped(1, 0, false)), "capacity.tokens_per_sequence");
         assert_eq!(fault(capped(1 << 25, 1000, true)), "capacity.per_expert");
         assert_eq!(capped(1 << 25, 1000, false).validate(), Ok(()), "unpadded, a capacity costs no rows");
+        assert_eq!(fault(desc().row_multiple(0)), "row_multiple");
+        assert_eq!(fault(desc().row_multiple(1 << 30)), "row_multiple");
+        assert_eq!(fault(capped(10, 100, true).row_multiple(2)), "row_multiple");
+        assert_eq!(fault(capped(10, 100, true).max_rows(Some(2))), "max_rows");
+        assert_eq!(fault(desc().max_rows(Some(1 << 31))), "max_rows");
     }
 
     #[test]
@@ -343,6 +463,9 @@ mod tests {
         assert_eq!(capped(10, 300, true).slots(), 64 * 10 * 4);
         assert_eq!(capped(10, 300, true).max_tiles(), 64, "40 rows each");
         assert_eq!(capped(100_000, 1000, false).max_tiles(), desc().max_tiles());
+        assert_eq!(desc().row_multiple(16).slots(), 16 * ((4000 + 64 * 15) / 16));
+        assert_eq!(desc().row_multiple(16).max_rows(Some(100)).slots(), 100);
+        assert_eq!(desc().max_rows(Some(10)).max_tiles(), 10);
     }
 
     #[test]

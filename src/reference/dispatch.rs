@@ -42,6 +42,57 @@ impl Dispatched {
         }
         moved
     }
+
+    /// The same slots with the rows of each expert rounded up to `row_multiple`, and no row from `max_rows` on: what would stand there is
+    /// dropped. Also the number of slots dropped.
+    ///
+    /// Blocks of rows of one expert: vLLM's `moe_align_block_size`, MegaBlocks' padded gather (Gale et al. 2022); the limit is
+    /// TransformerEngine's `num_out_tokens`.
+    ///
+    /// # Errors
+    /// A zero; rows that are padded already.
+    pub fn with_rows(
+        &self,
+        row_multiple: usize,
+        max_rows: Option<usize>,
+        tile_m: usize,
+    ) -> Result<(Dispatched, usize), ReferenceError> {
+        require("row_multiple", row_multiple > 0, || "at least 1".into(), row_multiple)?;
+        require("tile_m", tile_m > 0, || "at least 1".into(), tile_m)?;
+        let padded = self.slot_token.contains(&-1);
+        require("dispatched", !padded, || "rows without gaps".into(), "gaps")?;
+        let end = max_rows.unwrap_or(usize::MAX);
+        let mut result = Dispatched {
+            counts: Vec::new(),
+            offsets: vec![0],
+            slot_token: Vec::new(),
+            token_slot: vec![-1; self.token_slot.len()],
+            tiles: Vec::new(),
+        };
+        // The row of each old row.
+        let mut moved = vec![-1; self.slot_token.len()];
+        for (expert, &count) in self.counts.iter().enumerate() {
+            let (from, first) = (self.offsets[expert] as usize, result.slot_token.len());
+            let kept = (count as usize).min(end - first);
+            for i in 0..kept {
+                moved[from + i] = (first + i) as i32;
+                result.slot_token.push(self.slot_token[from + i]);
+            }
+            for row in (first..first + kept).step_by(tile_m) {
+                result.tiles.push([expert as i32, row as i32, (row + tile_m).min(first + kept) as i32, 0]);
+            }
+            result.slot_token.resize((first + (count as usize).next_multiple_of(row_multiple)).min(end), -1);
+            result.counts.push(kept as i32);
+            result.offsets.push(result.slot_token.len() as i32);
+        }
+        for (to, &slot) in result.token_slot.iter_mut().zip(&self.token_slot) {
+            if slot >= 0 {
+                *to = moved[slot as usize];
+            }
+        }
+        let dropped = moved.iter().filter(|&&row| row < 0).count();
+        Ok((result, dropped))
+    }
 }
 
 /// Sorts the slots of `ids [T,k]` by expert, stably: within an expert by token, then by place among the token's choices.
@@ -148,6 +199,21 @@ mod tests {
         assert_eq!(got.token_slot, [0, 1, -1, 2, 4]);
         assert_eq!(got.tiles, [[0, 0, 3, 0], [1, 4, 5, 0]]);
         assert_eq!(got.slot_weight(&[1, 2, 3, 4, 5]), [1, 2, 4, 0, 5, 0, 0, 0]);
+    }
+
+    #[test]
+    fn rows_rounded_up_and_ended() {
+        let plan = dispatch(&[2, 0, 0, 2, 2, 3, 0, 2], &rule(4, 2, 2)).unwrap();
+        let (got, dropped) = plan.with_rows(4, Some(10), 2).unwrap();
+        // 3 rows of 4, none, 4 of 4, then 1 of 4, of which 2 are there.
+        assert_eq!((got.counts, got.offsets), (vec![3, 0, 4, 1], vec![0, 4, 4, 8, 10]));
+        assert_eq!(got.slot_token, [0, 1, 3, -1, 0, 1, 2, 3, 2, -1]);
+        assert_eq!(got.tiles, [[0, 0, 2, 0], [0, 2, 3, 0], [2, 4, 6, 0], [2, 6, 8, 0], [3, 8, 9, 0]]);
+        assert_eq!((dropped, got.token_slot), (0, vec![4, 0, 1, 5, 6, 8, 2, 7]));
+        let (got, dropped) = plan.with_rows(1, Some(5), 2).unwrap();
+        assert_eq!((got.counts, got.offsets), (vec![3, 0, 2, 0], vec![0, 3, 3, 5, 5]));
+        assert_eq!((dropped, got.token_slot), (3, vec![3, 0, 1, 4, -1, -1, 2, -1]));
+        assert_eq!(plan.with_rows(1, None, 2).unwrap(), (plan.clone(), 0));
     }
 
     #[test]

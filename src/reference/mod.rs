@@ -12,9 +12,11 @@ pub mod admission;
 pub mod balance;
 pub mod base;
 pub mod by_sequence;
+pub mod chunks;
 pub mod combine;
 pub mod dispatch;
 pub mod expert_choice;
+pub mod expert_counts;
 pub mod expert_map;
 pub mod gating;
 pub mod gemm;
@@ -25,13 +27,16 @@ pub mod layer;
 pub mod noise_state;
 pub mod noisy;
 mod parallel;
+pub mod permute;
 
 pub mod product_keys;
 pub mod rms_norm;
 pub mod router;
+pub mod routing_map;
 pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod token_banks;
 pub mod unit_experts;
 
 /// A storage type whose every value is an f64.

@@ -14,9 +14,11 @@ mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;
+mod chunks;
 mod combine;
 mod dispatch;
 mod expert_choice;
+mod expert_counts;
 mod expert_map;
 mod gating;
 mod gating_backward;
@@ -31,15 +33,19 @@ mod lists;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod permute;
 mod product_keys;
 mod rms_norm;
 mod router;
+mod routing_map;
 mod row_groups;
 mod rows;
 mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod token_banks;
+mod tokens;
 mod unit_experts;
 
 use std::process::{Command, ExitCode};
@@ -86,7 +92,14 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
+        Kernel::DispatchRows(variant) => dispatch::check_rows(variant, rng),
+        Kernel::ExpertCounts { ids_bytes } => expert_counts::check(ids_bytes, rng),
+        Kernel::MapToIds => routing_map::check_to_ids(rng),
+        Kernel::IdsToMap { ids_bytes } => routing_map::check_from_ids(ids_bytes, rng),
+        Kernel::ChunkRows => chunks::check(rng),
+        Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
@@ -115,6 +128,7 @@ fn check(kernel: Kernel) {
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
+        Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }
 }
 

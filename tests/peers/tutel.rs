@@ -1,0 +1,138 @@
+//! Tutel, `tests/test_tutel.py`: what its layer computes in a step, forward, and its losses.
+//!
+//! Scaled down: 16 sequences of 512 tokens to 64 tokens, 2048 x 2048 matrices to 64 x 64. The suite compares losses of training step by step; here
+//! the layer's output is compared, from which they come.
+
+use moe_kernels::Dtype;
+use moe_kernels::layer::{LayerDesc, Mlp};
+use moe_kernels::rules::{
+    Activation, AdmissionRule, BalanceRule, Gating, LossCounts, LossScore, Order, Renormalise, Score,
+};
+
+use crate::calls::{self, Experts};
+use crate::close::assert_layer;
+use crate::data::{rng, scores, values, wide, wide32, with_type};
+use crate::formulas::{linear, order, relu, softmax};
+use crate::suite::{Peer, Section, product};
+use crate::support::compare::Storage;
+use crate::support::inputs::normals;
+
+pub fn peer() -> Peer {
+    let suite = "`tests/test_tutel.py`, with the capacities, orders and losses of `tutel/impls`";
+    Peer { name: "Tutel", suite, sections: vec![helloworld(), capacities(), losses()] }
+}
+
+fn helloworld() -> Section {
+    let mut section = Section::new("helloworld");
+    for (top_k, (dtype, experts)) in product(&[1, 2], &product(&[Dtype::F32, Dtype::F16], &[1, 2])) {
+        let name = format!("top={top_k} {dtype} experts={experts}");
+        let point = name.clone();
+        section.point(name, move || with_type!(dtype, T => layer_point::<T>(&point, experts, top_k, 1.0, false)));
+    }
+    section
+}
+
+/// Other capacity factors, none, and tokens by their largest gate first.
+fn capacities() -> Section {
+    let mut section = Section::new("capacities");
+    for (factor, prioritised) in product(&[0.0, 0.5, 1.0, 2.0], &[false, true]) {
+        let name = format!("factor={factor} prioritised={prioritised}");
+        let point = name.clone();
+        section.point(name, move || layer_point::<f32>(&point, 8, 2, factor, prioritised));
+    }
+    section
+}
+
+/// Top-k of the softmax, over their sum if there are several; all first choices are placed before all second ones; what an expert has no place for is
+/// dropped.
+fn layer_point<T: Storage>(name: &str, experts: usize, top: usize, factor: f64, prioritised: bool) {
+    let (tokens, width, inner) = (64, 64, 64);
+    let top_k = top.min(experts);
+    let rng = &mut rng(name);
+    let x: Vec<T> = values(rng, tokens * width);
+    let up: Vec<T> = normals(rng, experts * inner * width, 0.1);
+    let up_bias: Vec<T> = normals(rng, experts * inner, 0.1);
+    let down: Vec<T> = normals(rng, experts * width * inner, 0.1);
+    let down_bias: Vec<T> = normals(rng, experts * width, 0.1);
+    let logits = scores(rng, tokens * experts, T::DTYPE);
+    let rule = Gating::new(Score::Softmax).renormalise((top_k > 1).then_some(Renormalise::AtLeast(f32::EPSILON)));
+    let chosen = calls::gate(&logits, experts, top_k, rule, None);
+    let gates: Vec<Vec<f64>> = wide32(&logits).chunks(experts).map(softmax).collect();
+
+    let capacity = if factor > 0.0 { top_k * (factor * tokens.div_ceil(experts) as f64) as usize } else { tokens };
+    let admission =
+        AdmissionRule::new(experts, top_k, capacity, tokens).order(Order::ByChoice).prioritised(prioritised);
+    let priority = |t: usize| gates[t].iter().copied().fold(0.0, f64::max);
+    // Who is placed, by the suite's own count of places.
+    let sequence: Vec<usize> =
+        if prioritised { order(&(0..tokens).map(priority).collect::<Vec<_>>()) } else { (0..tokens).collect() };
+    let mut taken = vec![0; experts];
+    let mut kept = vec![false; tokens * top_k];
+    for j in 0..top_k {
+        for &t in &sequence {
+            let e = chosen.ids[t * top_k + j] as usize;
+            kept[t * top_k + j] = taken[e] < capacity;
+            taken[e] += 1;
+        }
+    }
+    let top: Vec<f32> = (0..tokens).map(|t| priority(t) as f32).collect();
+    let admitted = calls::admit_by(&chosen, admission, prioritised.then_some(&top[..]));
+    for (slot, &kept) in kept.iter().enumerate() {
+        assert_eq!(admitted.ids[slot], if kept { chosen.ids[slot] } else { -1 }, "slot {slot}");
+    }
+
+    let desc =
+        LayerDesc::new(T::DTYPE, width, inner, experts, top_k).mlp(Mlp::relu(T::DTYPE).activation(Activation::Relu));
+    let layer = Experts {
+        desc,
+        x: &x,
+        chosen: &admitted,
+        gate_up: &up,
+        gate_up_bias: Some(&up_bias),
+        down: &down,
+        down_bias: Some(&down_bias),
+        map: None,
+    };
+    let got = wide(&layer.run());
+    let [x, up, up_bias, down, down_bias] = [&x, &up, &up_bias, &down, &down_bias].map(|values| wide(values));
+    let mut want = vec![0.0; tokens * width];
+    for (slot, _) in kept.iter().enumerate().filter(|(_, kept)| **kept) {
+        let (t, e) = (slot / top_k, chosen.ids[slot] as usize);
+        let of: f64 = chosen.ids[t * top_k..][..top_k].iter().map(|&id| gates[t][id as usize]).sum();
+        let weight = if top_k > 1 { gates[t][e] / of.max(f64::from(f32::EPSILON)) } else { gates[t][e] };
+        let h = linear(&x[t * width..][..width], &up[e * inner * width..][..inner * width]);
+        let h: Vec<f64> = h.iter().zip(&up_bias[e * inner..]).map(|(h, b)| relu(h + b)).collect();
+        let out = linear(&h, &down[e * width * inner..][..width * inner]);
+        for n in 0..width {
+            want[t * width + n] += weight * (out[n] + down_bias[e * width + n]);
+        }
+    }
+    assert_layer(&got, &want, T::DTYPE);
+}
+
+/// `E / T^2 sum_e (sum_t gate) (first choices)`: the loss of GShard.
+fn losses() -> Section {
+    let mut section = Section::new("losses");
+    for (experts, top_k) in product(&[2, 8, 64], &[1, 2]) {
+        let name = format!("gshard e={experts} top={top_k}");
+        let point = name.clone();
+        section.point(name, move || {
+            let tokens = 64;
+            let logits = scores(&mut rng(&point), tokens * experts, Dtype::F32);
+            let rule = BalanceRule::new(LossScore::Softmax, tokens).counts(LossCounts::FirstChoice);
+            let got = calls::measure(&logits, experts, top_k, Gating::new(Score::Softmax), rule, None);
+            let gates: Vec<Vec<f64>> = wide32(&logits).chunks(experts).map(softmax).collect();
+            let (mut sums, mut firsts) = (vec![0.0; experts], vec![0.0; experts]);
+            for gates in &gates {
+                sums.iter_mut().zip(gates).for_each(|(sum, gate)| *sum += gate);
+                firsts[order(gates)[0]] += 1.0;
+            }
+            let sum: f64 = sums.iter().zip(&firsts).map(|(a, b)| a * b).sum();
+            let want = sum * experts as f64 / (tokens * tokens) as f64;
+            assert!((f64::from(got.stats.balance_loss) - want).abs() <= 1e-5 * want);
+        });
+    }
+    // Load and importance, and the gate by cosines.
+    section.refuse(4, "pending");
+    section
+}
