@@ -9,26 +9,22 @@ mod data;
 mod hf;
 
 use compare::{RECORDED, RECORDED_WEIGHT};
-use hf::checkpoint::Checkpoint;
-use hf::config::Config;
-use hf::families;
-use hf::golden::{Golden, run_reference};
-use hf::load::load;
+use hf::Job;
+use hf::cli::Options;
+use hf::golden::run_reference;
 use hf::report::relative_error;
+use moe_kernels::Dtype;
 
 fn check(family: &str) {
-    let folder = data::path("golden").join(family);
-    let config = Config::open(&folder).unwrap();
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let golden = Golden::open(&folder).unwrap();
-    let block = families::of(&config).unwrap().locate(&config, &checkpoint, golden.block()).unwrap();
-    let weights = load::<f32>(&checkpoint, &block).unwrap();
-
-    let x = golden.x(block.spec.layer.hidden).unwrap();
-    let tokens = x.len() / block.spec.layer.hidden;
-    let layer = block.spec.desc(tokens);
-    let want = golden.expected(&layer, tokens).unwrap();
-    let got = run_reference(&layer, &weights, &x).unwrap();
+    let folder = data::path("families").join(family);
+    let options = Options { folder: Some(folder), ..Options::own(Dtype::F32) };
+    let job = Job::prepare(&options).unwrap();
+    let block = job.first().unwrap();
+    let x = job.x(&block).unwrap();
+    let layer = *block.desc();
+    let tokens = x.len() / layer.hidden;
+    let want = job.expected(&block).unwrap().unwrap();
+    let got = run_reference(&block.load_host(Dtype::F32).unwrap(), &x).unwrap();
 
     let close = |name: &str, got: &[f64], want: &[f64]| {
         let error = relative_error(got, want);
@@ -40,7 +36,7 @@ fn check(family: &str) {
     let row = |ids: &[i32], weights: &[f64], token: usize| {
         let slots = token * k..(token + 1) * k;
         let mut row: Vec<(i32, f64)> = ids[slots.clone()].iter().copied().zip(weights[slots].iter().copied()).collect();
-        if block.spec.unordered {
+        if block.unordered() {
             row.sort_by_key(|&(id, _)| id);
         }
         row

@@ -5,20 +5,11 @@ use moe_kernels::layer::LayerDesc;
 use moe_kernels::rules::{Gating, Score};
 
 use crate::hf::device::Outputs;
-use crate::hf::golden::from_reference;
-use crate::hf::load::{Matrix, RouterWeight, Weights};
+use crate::hf::golden::settled;
 
 /// One token, whose biased scores are nearly equal for experts 0 and 1, and much lower for 2.
 fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
     let layer = LayerDesc::new(Dtype::F32, 8, 8, 3, 1).gating(Gating::new(Score::Sigmoid));
-    let weights = Weights {
-        router: RouterWeight::Same(vec![0.0f32; 24]),
-        router_bias: None,
-        correction_bias: Some(vec![gap, 0.0, -0.25]),
-        gate_up: Matrix { weight: vec![0.0; 3 * 16 * 8], bias: None },
-        down: Matrix { weight: vec![0.0; 3 * 8 * 8], bias: None },
-        shared: None,
-    };
     let got = Outputs {
         logits: vec![0.0; 3],
         ids: chosen.to_vec(),
@@ -27,9 +18,9 @@ fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
         y: vec![0.0; 8],
         stages: Vec::new(),
     };
-    let expected = from_reference(&layer, &weights, &[1.0; 8], &got).unwrap();
-    assert_eq!(expected.weights.unwrap(), [0.5], "the bias is no part of the weight");
-    expected.ids.unwrap()
+    let expected = settled(&layer, Some(&[gap, 0.0, -0.25]), &got).unwrap();
+    assert_eq!(expected.weights, [0.5], "the bias is no part of the weight");
+    expected.ids
 }
 
 #[test]

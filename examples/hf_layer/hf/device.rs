@@ -1,17 +1,17 @@
-//! The layer on a device: copy, run, time, copy back.
+//! The layer on a device: load, run, time, copy back.
 
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
-use moe_kernels::experts::Weight;
-use moe_kernels::layer::{
-    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights,
-};
+use half::{bf16, f16};
+use moe_kernels::checkpoint::{Block, DeviceBlock, Progress};
+use moe_kernels::experts::Dispatched;
+use moe_kernels::layer::{LayerArgs, RouteArgs};
 use moe_kernels::{Dtype, Element, Error, Kernels, Workspace};
 
 use super::error::HfError;
-use super::load::{Matrix, RouterWeight, Weights};
+use super::golden::for_tokens;
 
 /// A CUDA device, real or software.
 pub struct Device {
@@ -48,7 +48,7 @@ impl Device {
 pub struct Outputs {
     /// `[T,E]`.
     pub logits: Vec<f32>,
-    /// `[T,k]`.
+    /// `[T,k]`, -1 for a choice that a capacity dropped.
     pub ids: Vec<i32>,
     /// `[T,k]`.
     pub weights: Vec<f32>,
@@ -60,61 +60,74 @@ pub struct Outputs {
     pub stages: Vec<(&'static str, f32)>,
 }
 
-/// Runs the layer on rows `x [T,H]`.
-pub fn run<T: Element>(device: &Device, layer: &LayerDesc, weights: &Weights<T>, x: &[T]) -> Result<Outputs, HfError> {
-    match &weights.router {
-        RouterWeight::Same(router) => run_with_router(device, layer, weights, router, x),
-        RouterWeight::F32(router) => run_with_router(device, layer, weights, router, x),
+/// Loads the block and runs it on rows `x [T,H]`, which are values of `dtype`.
+pub fn run(
+    device: &Device,
+    block: &Block<'_>,
+    dtype: Dtype,
+    x: &[f32],
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Outputs, HfError> {
+    let stream = device.context.new_stream().map_err(failed)?;
+    let loaded = block.load(&stream, dtype, progress)?;
+    match dtype {
+        Dtype::Bf16 => run_in::<bf16>(device, &stream, &loaded, x),
+        Dtype::F16 => run_in::<f16>(device, &stream, &loaded, x),
+        Dtype::F32 => run_in::<f32>(device, &stream, &loaded, x),
+        other => {
+            let (supported, got) = ("bf16, f16 or f32".into(), other.to_string());
+            Err(Error::Unsupported { operation: "hf_layer", argument: "--dtype", supported, got }.into())
+        }
     }
 }
 
-fn run_with_router<T: Element, W: Element>(
+fn run_in<T: Element>(
     device: &Device,
-    layer: &LayerDesc,
-    weights: &Weights<T>,
-    router: &[W],
-    x: &[T],
+    stream: &Arc<CudaStream>,
+    loaded: &DeviceBlock,
+    x: &[f32],
 ) -> Result<Outputs, HfError> {
-    let layer = stored_as(layer, T::DTYPE).router_dtype(W::DTYPE);
-    let tokens = x.len() / layer.hidden.max(1);
+    let tokens = x.len() / loaded.desc.hidden.max(1);
+    let layer = for_tokens(&loaded.desc, tokens);
     let plan = layer.plan(tokens, device.kernels.device())?;
     device.kernels.preload(plan.kernels())?;
 
-    let stream = device.context.new_stream().map_err(failed)?;
-    let copies = Copies { stream: &stream };
-    let router = copies.copy(router)?;
-    let router_bias = copies.copy_some(&weights.router_bias)?;
-    let correction_bias = copies.copy_some(&weights.correction_bias)?;
-    let gate_up = copies.matrix(&weights.gate_up)?;
-    let down = copies.matrix(&weights.down)?;
-    let shared = match &weights.shared {
-        Some((gate_up, down)) => Some((copies.matrix(gate_up)?, copies.matrix(down)?)),
-        None => None,
-    };
-    let x = copies.copy(x)?;
-    let mut router = RouterWeights::new(&router);
-    router.bias = router_bias.as_ref().map(Into::into);
-    router.correction_bias = correction_bias.as_ref().map(Into::into);
-    let mut experts = ExpertWeights::new(gate_up.weight(), down.weight());
-    experts.shared = shared.as_ref().map(|(gate_up, down)| SharedWeights::new(gate_up.weight(), down.weight()));
-    let on_device = LayerWeights::new(router, experts);
-
+    let copies = Copies { stream };
+    let x: Vec<T> = x.iter().map(|&value| T::from_f32(value)).collect();
+    let x = copies.copy(&x)?;
     let choices = tokens * layer.top_k;
     let mut logits = copies.zeros::<f32>(tokens * layer.experts)?;
     let mut ids = copies.zeros::<i32>(choices)?;
     let mut choice_weights = copies.zeros::<f32>(choices)?;
     let mut counts = copies.zeros::<i32>(layer.experts)?;
     let mut y = copies.zeros::<T>(tokens * layer.hidden)?;
-    let mut workspace = Workspace::new(&stream, plan.workspace_bytes())?;
+    let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
 
     let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
     let mut events: Vec<(&'static str, Result<CudaEvent, DriverError>)> = vec![("start", event())];
     let route = RouteArgs::new().logits(&mut logits).ids(&mut ids).weights(&mut choice_weights).counts(&mut counts);
     let args = LayerArgs::new(&x, &mut y).route(route);
-    plan.forward_observed(&device.kernels, &stream, &on_device, args, &mut workspace, &mut |stage| {
+    let weights = loaded.weights.layer()?;
+    plan.forward_observed(&device.kernels, stream, &weights, args, &mut workspace, &mut |stage| {
         events.push((stage.name(), event()));
     })?;
     stream.synchronize().map_err(failed)?;
+
+    let mut ids = copies.back(&ids, choices)?;
+    if layer.capacity.is_some() {
+        // The gating's ids know of no capacity; the rows do.
+        let mut rows = Dispatched::new(stream, &plan.route().rows())?;
+        plan.route().forward(
+            &device.kernels,
+            stream,
+            &weights.router,
+            &x,
+            RouteArgs::new(),
+            &mut rows,
+            &mut workspace,
+        )?;
+        drop_full(&mut ids, &copies.back(rows.token_slot(), choices)?);
+    }
 
     let mut stages = Vec::new();
     for pair in events.windows(2) {
@@ -123,7 +136,7 @@ fn run_with_router<T: Element, W: Element>(
     }
     Ok(Outputs {
         logits: copies.back(&logits, tokens * layer.experts)?,
-        ids: copies.back(&ids, choices)?,
+        ids,
         weights: copies.back(&choice_weights, choices)?,
         counts: copies.back(&counts, layer.experts)?,
         y: copies.back(&y, tokens * layer.hidden)?.into_iter().map(T::to_f32).collect(),
@@ -131,17 +144,9 @@ fn run_with_router<T: Element, W: Element>(
     })
 }
 
-/// The layer with activations and experts' weights of type `dtype`.
-fn stored_as(layer: &LayerDesc, dtype: Dtype) -> LayerDesc {
-    let stored = |mlp: &mut Mlp| {
-        mlp.gate_up.format = dtype.into();
-        mlp.down.format = dtype.into();
-    };
-    let mut layer = *layer;
-    layer.dtype = dtype;
-    stored(&mut layer.mlp);
-    layer.shared.iter_mut().for_each(|shared| stored(&mut shared.mlp));
-    layer
+/// Takes back the choices that have no row.
+pub fn drop_full(ids: &mut [i32], token_slot: &[i32]) {
+    ids.iter_mut().zip(token_slot).filter(|(_, slot)| **slot < 0).for_each(|(id, _)| *id = -1);
 }
 
 /// A driver call of ours that failed, as the library words it.
@@ -151,19 +156,6 @@ fn failed(source: DriverError) -> HfError {
 
 struct Copies<'a> {
     stream: &'a Arc<CudaStream>,
-}
-
-/// A [`Matrix`] on the device.
-struct Uploaded<T> {
-    weight: CudaSlice<T>,
-    bias: Option<CudaSlice<T>>,
-}
-
-impl<T: Element> Uploaded<T> {
-    fn weight(&self) -> Weight<'_> {
-        let weight = Weight::new(&self.weight);
-        self.bias.iter().fold(weight, |weight, bias| weight.bias(bias))
-    }
 }
 
 impl Copies<'_> {
@@ -180,16 +172,5 @@ impl Copies<'_> {
         let mut values = self.stream.clone_dtoh(buffer).map_err(failed)?;
         values.truncate(length);
         Ok(values)
-    }
-
-    fn copy_some<T: DeviceRepr + ValidAsZeroBits>(
-        &self,
-        values: &Option<Vec<T>>,
-    ) -> Result<Option<CudaSlice<T>>, HfError> {
-        values.as_deref().map(|values| self.copy(values)).transpose()
-    }
-
-    fn matrix<T: Element>(&self, matrix: &Matrix<T>) -> Result<Uploaded<T>, HfError> {
-        Ok(Uploaded { weight: self.copy(&matrix.weight)?, bias: self.copy_some(&matrix.bias)? })
     }
 }

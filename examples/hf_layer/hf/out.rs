@@ -23,7 +23,7 @@ pub fn write(path: &Path, layer: &LayerDesc, x: &[f32], outputs: &Outputs) -> Re
         ("weights", Dtype::F32, layer.top_k, floats(&outputs.weights)),
         ("y", Dtype::F32, layer.hidden, floats(&outputs.y)),
     ];
-    let invalid = |error: SafeTensorError| HfError::Safetensors { path: path.to_owned(), reason: error.to_string() };
+    let invalid = |error: SafeTensorError| HfError::Write { path: path.to_owned(), reason: error.to_string() };
     let mut views = Vec::new();
     for (name, dtype, columns, bytes) in &tensors {
         views.push((*name, TensorView::new(*dtype, vec![tokens, *columns], bytes).map_err(invalid)?));

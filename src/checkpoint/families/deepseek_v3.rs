@@ -1,0 +1,37 @@
+//! DeepSeek-V3 (DeepSeek-AI 2024, sections 2.1.2 and 4.2) and what routes like it: sigmoid scores, chosen with a correction bias, by groups where
+//! there are some, the weights divided by their sum + 1e-20 and scaled; a shared expert of some widths.
+
+use super::*;
+use crate::checkpoint::family::{Experts, SCORING, SHARED_EXPERTS, W123};
+use crate::rules::{GroupScore, Masked, Score};
+
+const DEEPSEEK_V3: Family = Family::new(&["deepseek_v3", "deepseek_v32", "kimi_k2", "sarvam_mla"], Score::Sigmoid)
+    .score_named("scoring_func", SCORING)
+    .correction("gate.e_score_correction_bias")
+    .groups(8, 4, GroupScore::TOP_TWO, Masked::Out)
+    .requires(&[("topk_method", "noaux_tc")])
+    .renormalised_if(&["norm_topk_prob", "moe_renormalize"], true, SUM_PLUS)
+    .scale(&["routed_scaling_factor"], 2.5)
+    .shared(SHARED_EXPERTS, &["n_shared_experts", "num_shared_experts"], 1)
+    .unordered();
+
+/// GLM-4.5 (Zeng et al. 2025): groups only where the configuration has more than one.
+const GLM4_MOE: Family =
+    DEEPSEEK_V3.kin(&["glm4_moe", "glm4v_moe"]).groups(1, 1, GroupScore::TOP_TWO, Masked::Out).scaled_by(1.0);
+
+const DOTS1: Family = GLM4_MOE.kin(&["dots1", "solar_open"]);
+
+pub(super) const KIN: &[Family] = &[
+    DEEPSEEK_V3,
+    // Experts of groups that are not kept get 0, which a kept one with a negative biased score loses against.
+    DEEPSEEK_V3.kin(&["axk2"]).groups(1, 1, GroupScore::TOP_TWO, Masked::Zero),
+    DEEPSEEK_V3.kin(&["bailing_hybrid"]).correction("gate.expert_bias"),
+    GLM4_MOE,
+    GLM4_MOE.kin(&["glm4_moe_lite"]).scaled_by(1.8),
+    GLM4_MOE.kin(&["glm_moe_dsa", "sarvam_moe"]).scaled_by(2.5),
+    DOTS1,
+    DOTS1.kin(&["dots3_note"]).shared_wide(SHARED_EXPERTS, &["shared_experts_intermediate_size"]),
+    DOTS1.kin(&["mimo_v2_flash"]).without_shared(),
+    GLM4_MOE.kin(&["exaone_moe"]).correction("e_score_correction_bias").scaled_by(2.5),
+    GLM4_MOE.kin(&["kimi_linear"]).at(&["*.#.block_sparse_moe"]).experts(Experts::Each(W123)).scaled_by(2.446),
+];

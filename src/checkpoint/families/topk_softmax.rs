@@ -1,0 +1,49 @@
+//! The best logits, and the softmax over these alone.
+
+use super::*;
+use crate::checkpoint::family::{Act, Experts, SHARED_EXPERTS};
+use crate::rules::{Glu, Layout, Score};
+
+/// gpt-oss (OpenAI 2025): biases everywhere, interleaved gate and up, transposed experts. The hub's own files hold the experts in MXFP4
+/// (`gate_up_proj_blocks`), which is not read.
+const GPT_OSS: Family = Family::new(&["gpt_oss"], Score::TopkSoftmax)
+    .router("router.weight")
+    .router_bias("router.bias")
+    .width(&["intermediate_size"])
+    .experts(biased(Glu::Interleaved))
+    .activation(Act::Oai);
+
+const fn biased(glu: Glu) -> Experts {
+    Experts::Together {
+        gate_up: "experts.gate_up_proj",
+        gate_up_bias: Some("experts.gate_up_proj_bias"),
+        down: "experts.down_proj",
+        down_bias: Some("experts.down_proj_bias"),
+        glu,
+        layout: Some(Layout::Kn),
+    }
+}
+
+/// Granite MoE (IBM 2024). The multipliers of residual and embedding are applied outside the block, and a shared MLP stands beside it.
+const GRANITEMOE: Family = Family::new(&["granitemoe", "granitemoeshared", "granitemoehybrid"], Score::TopkSoftmax)
+    .at(&["*.#.block_sparse_moe"])
+    .router("router.layer.weight")
+    .width(&["intermediate_size"])
+    .experts(Experts::packed("input_linear.weight", "output_linear.weight"))
+    .refine("", |config, _, _| {
+        config.disregard(&["shared_intermediate_size"]);
+        Ok(())
+    });
+
+pub(super) const KIN: &[Family] = &[
+    GPT_OSS,
+    // The weights are divided by k, and the sum multiplied by it.
+    GPT_OSS.kin(&["openai_privacy_filter"]).experts(biased(Glu::Split)),
+    GRANITEMOE,
+    GRANITEMOE.kin(&["granitemoe_swa"]).router("router.weight").experts(crate::checkpoint::family::MODULE),
+    Family::new(&["aria"], Score::TopkSoftmax)
+        .router("router.weight")
+        .width(&["intermediate_size"])
+        .experts(Experts::transposed("experts.fc1.weight", "experts.fc2.weight"))
+        .shared(SHARED_EXPERTS, &["moe_num_shared_experts"], 2),
+];

@@ -1,0 +1,198 @@
+//! From a family's facts and a configuration to what a block is.
+
+use super::config::Config;
+use super::error::CheckpointError;
+use super::family::{Act, Experts, Family, GroupFacts, Matrices, Renorm, Scored, Width};
+use super::foreign;
+use crate::Dtype;
+use crate::layer::{LayerDesc, Mlp, SharedDesc};
+use crate::rules::{Activation, Gating, Glu, Groups, Masked};
+
+/// What a block computes and which tensors hold it, by their names below the block's own (`^`: beside the block).
+pub(super) struct BlockSpec {
+    /// The layer; the type of its data and the length of sequences are filled in when it is loaded.
+    pub(super) layer: LayerDesc,
+    /// Tensor `[E,H]`.
+    pub(super) router: &'static str,
+    /// Tensor `[E]`, added to the logits.
+    pub(super) router_bias: Option<&'static str>,
+    /// Tensor `[E]`, added to the scores for the choice.
+    pub(super) correction_bias: Option<&'static str>,
+    /// The experts' matrices.
+    pub(super) experts: Experts,
+    /// The shared expert's matrices, where the layer has one.
+    pub(super) shared: Option<Matrices>,
+    /// Tensor `[1,H]`, where the shared expert has a gate.
+    pub(super) shared_gate: Option<&'static str>,
+    /// The model's own code leaves the order of a token's experts open.
+    pub(super) unordered: bool,
+    /// Tensors that some programs write and nothing uses.
+    pub(super) idle: Vec<String>,
+}
+
+impl Family {
+    /// The block of a layer, once nothing in the configuration is known to change it in a way that is not computed.
+    pub(super) fn describe(&self, config: &Config, layer: usize) -> Result<BlockSpec, CheckpointError> {
+        let sizes = &self.sizes;
+        let size = |keys: &[&str]| config.size_of_layer(keys, layer);
+        // The first that is there: an expert's width and a dense block's have like names.
+        let hidden = size(sizes.hidden)?;
+        let intermediate = size(&[config.spelling(sizes.intermediate)])?;
+        let experts = size(sizes.experts)?;
+        let top_k = if sizes.top_k.is_empty() { 1 } else { size(sizes.top_k)? };
+        if top_k > experts {
+            let (experts_key, key) = (config.spelling(sizes.experts), config.spelling(sizes.top_k));
+            let reason = format!("is {top_k}, expected at most `{experts_key}`, which is {experts}");
+            return Err(CheckpointError::config(key, reason));
+        }
+        for (key, value) in self.requires {
+            config.require_text(key, value)?;
+        }
+        let gating = self.read_gating(config)?;
+        require_groups(experts, top_k, &gating)?;
+        let mlp = Mlp::swiglu(Dtype::F32).activation(self.read_activation(config)?);
+        let mut desc = LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k).gating(gating).mlp(mlp);
+        desc.mlp.gate_up.glu = match self.experts {
+            Experts::Together { glu, .. } => glu,
+            Experts::Each(names) | Experts::Stacked(names) | Experts::Rows(names) => glu_of(&names),
+        };
+        let mut spec = BlockSpec {
+            layer: desc,
+            router: self.router,
+            router_bias: self.router_bias,
+            correction_bias: self.correction_name(config)?,
+            experts: self.experts,
+            shared: None,
+            shared_gate: None,
+            unordered: self.unordered,
+            idle: Vec::new(),
+        };
+        self.describe_shared(config, layer, &mut spec)?;
+        if let Some(refine) = &self.refine {
+            (refine.by)(config, layer, &mut spec)?;
+        }
+        foreign::refuse(config, &spec)?;
+        Ok(spec)
+    }
+
+    fn read_gating(&self, config: &Config) -> Result<Gating, CheckpointError> {
+        let score = match self.score {
+            Scored::Always(score) => score,
+            Scored::Named(key, scores) => {
+                let name = config.text(key, scores[0].0)?;
+                let found = scores.iter().find(|&&(known, _)| known == name);
+                let (_, score) = found.ok_or_else(|| {
+                    let known = scores.iter().map(|(name, _)| format!("{name:?}")).collect::<Vec<_>>().join(" or ");
+                    CheckpointError::config(key, format!("is {name:?}, expected {known}"))
+                })?;
+                *score
+            }
+        };
+        let renormalise = match self.renormalise {
+            Renorm::Never => None,
+            Renorm::Always(rule) => Some(rule),
+            Renorm::Flag(keys, default, rule) => config.flag(config.spelling(keys), default)?.then_some(rule),
+        };
+        let scale = match self.scale {
+            None => 1.0,
+            Some(scale) => config.number(config.spelling(scale.keys), scale.default)? as f32,
+        };
+        let groups = match self.groups {
+            None => None,
+            Some(facts) => groups(&facts, config)?,
+        };
+        Ok(Gating::new(score).renormalise(renormalise).scale(scale).groups(groups))
+    }
+
+    fn read_activation(&self, config: &Config) -> Result<Activation, CheckpointError> {
+        match self.activation {
+            Act::Named(keys, default) => {
+                let key = config.spelling(keys);
+                let name = config.text(key, default)?;
+                let unknown = || CheckpointError::config(key, format!("is {name:?}, an activation that no kernel has"));
+                activation_named(name).ok_or_else(unknown)
+            }
+            Act::Oai => {
+                config.require_text("hidden_act", "silu")?;
+                Ok(Activation::ClampedSwiglu {
+                    alpha: config.number("swiglu_alpha", 1.702)? as f32,
+                    limit: config.number("swiglu_limit", 7.0)? as f32,
+                })
+            }
+        }
+    }
+
+    fn correction_name(&self, config: &Config) -> Result<Option<&'static str>, CheckpointError> {
+        let Some(correction) = &self.correction else { return Ok(None) };
+        match correction.flag {
+            None => Ok(Some(correction.name)),
+            Some((key, default)) => Ok(config.flag(key, default)?.then_some(correction.name)),
+        }
+    }
+
+    fn describe_shared(&self, config: &Config, layer: usize, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+        let Some(shared) = &self.shared else { return Ok(()) };
+        let width = match shared.width {
+            Width::Count([], count) => count * spec.layer.intermediate,
+            Width::Count(keys, default) => {
+                config.count_of_layer(config.spelling(keys), layer)?.unwrap_or(default) * spec.layer.intermediate
+            }
+            Width::Own(keys) => config.count_of_layer(config.spelling(keys), layer)?.unwrap_or(0),
+        };
+        if width == 0 {
+            return Ok(());
+        }
+        let mut mlp = spec.layer.mlp;
+        mlp.gate_up.glu = glu_of(&shared.names);
+        spec.layer.shared = Some(SharedDesc::new(width, mlp).gated(shared.gate.is_some()));
+        (spec.shared, spec.shared_gate) = (Some(shared.names), shared.gate);
+        Ok(())
+    }
+}
+
+/// Matrices that are there one by one are put together gate first.
+fn glu_of(names: &Matrices) -> Glu {
+    if names.gate.is_some() { Glu::Split } else { Glu::None }
+}
+
+fn groups(facts: &GroupFacts, config: &Config) -> Result<Option<Groups>, CheckpointError> {
+    const COUNT: [&str; 2] = ["n_group", "num_expert_group"];
+    if let Some((key, value)) = facts.only_if {
+        if config.text(key, "")? != value {
+            config.disregard(&COUNT);
+            config.disregard(&["topk_group"]);
+            return Ok(None);
+        }
+    }
+    let count = config.count(config.spelling(&COUNT))?.unwrap_or(facts.default.0);
+    let kept = config.count("topk_group")?.unwrap_or(facts.default.1);
+    Ok((count > 1).then(|| Groups::new(count, kept).score(facts.score).masked(facts.masked)))
+}
+
+/// Fails where the groups do not divide the experts, or those that are kept have too few.
+fn require_groups(experts: usize, top_k: usize, gating: &Gating) -> Result<(), CheckpointError> {
+    let Some(Groups { count, kept, score, masked, .. }) = gating.groups else { return Ok(()) };
+    let least = score.terms();
+    if !experts.is_multiple_of(count) || experts / count < least {
+        let reason =
+            format!("is {count}, expected a number that divides {experts} experts into groups of {least} or more");
+        return Err(CheckpointError::config("n_group", reason));
+    }
+    let size = experts / count;
+    if !(1..=count).contains(&kept) || (masked == Masked::Out && kept * size < top_k) {
+        let reason = format!("is {kept} of {count} groups of {size} experts: from them {top_k} are chosen");
+        return Err(CheckpointError::config("topk_group", reason));
+    }
+    Ok(())
+}
+
+/// The names of transformers' `ACT2FN`.
+pub(super) fn activation_named(name: &str) -> Option<Activation> {
+    match name {
+        "silu" | "swish" => Some(Activation::Silu),
+        "gelu" | "gelu_python" => Some(Activation::Gelu),
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Some(Activation::GeluTanh),
+        "relu" => Some(Activation::Relu),
+        _ => None,
+    }
+}
