@@ -155,6 +155,26 @@ impl Config {
         }
     }
 
+    /// A number of a layer in a list with one for each, or null; none where there is no list.
+    pub(super) fn number_of_layer(&self, key: &str, layer: usize) -> Result<Option<f64>, CheckpointError> {
+        let wrong = |value: &Value| CheckpointError::config(key, format!("is {value}, expected a list of numbers"));
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Array(list)) => match list.get(layer) {
+                None => {
+                    let reason = format!("has {} entries, none for layer {layer}", list.len());
+                    Err(CheckpointError::config(key, reason))
+                }
+                Some(Value::Null) => Ok(None),
+                Some(value) => {
+                    let number = value.as_f64().filter(|number| (*number as f32).is_finite());
+                    number.map(Some).ok_or_else(|| wrong(value))
+                }
+            },
+            Some(value) => Err(wrong(value)),
+        }
+    }
+
     /// A number, none where the key is there and null.
     pub(super) fn null_or_number(&self, key: &str, default: f64) -> Result<Option<f64>, CheckpointError> {
         let (object, last) = key.rsplit_once('.').unwrap_or(("", key));

@@ -100,6 +100,12 @@ pub(super) enum Act {
     Named(&'static [&'static str], &'static str),
     /// gpt-oss's unit: `swiglu_alpha`, `swiglu_limit`.
     Oai,
+    /// SwiGLU, gate and up clamped first at what a key says; with what it is where the key is absent.
+    Clamped(&'static str, f64),
+    /// SwiGLU, up clamped, and the gate after its SiLU, at what a list says for the layer; 0 or nothing is no bound.
+    ClampedAfter(&'static str),
+    /// SwiGLU with softly bounded gate and up: `mlp_gate_softcap`, `mlp_up_softcap`.
+    Softcapped,
 }
 
 /// How a checkpoint holds the experts.
@@ -187,6 +193,8 @@ pub(super) struct Shared {
     pub(super) width: Width,
     /// Tensor `[1,H]`: its output is multiplied by the sigmoid of the product with x.
     pub(super) gate: Option<&'static str>,
+    /// What is between its products, where that is not the others' own.
+    pub(super) activation: Option<Act>,
 }
 
 /// The width of a shared expert.
@@ -378,12 +386,12 @@ impl Family {
 
     /// A shared expert of so many widths as a key says.
     pub(super) const fn shared(self, names: Matrices, keys: &'static [&'static str], default: usize) -> Family {
-        Family { shared: Some(Shared { names, width: Width::Count(keys, default), gate: None }), ..self }
+        Family { shared: Some(Shared { names, width: Width::Count(keys, default), gate: None, activation: None }), ..self }
     }
 
     /// A shared expert of a width of its own.
     pub(super) const fn shared_wide(self, names: Matrices, keys: &'static [&'static str]) -> Family {
-        Family { shared: Some(Shared { names, width: Width::Own(keys), gate: None }), ..self }
+        Family { shared: Some(Shared { names, width: Width::Own(keys), gate: None, activation: None }), ..self }
     }
 
     /// No shared expert.
@@ -395,6 +403,14 @@ impl Family {
     pub(super) const fn shared_gate(mut self, name: &'static str) -> Family {
         if let Some(shared) = &mut self.shared {
             shared.gate = Some(name);
+        }
+        self
+    }
+
+    /// The shared expert has another activation than the others.
+    pub(super) const fn shared_activation(mut self, activation: Act) -> Family {
+        if let Some(shared) = &mut self.shared {
+            shared.activation = Some(activation);
         }
         self
     }

@@ -6,7 +6,7 @@ use super::family::{Act, Experts, Family, GroupFacts, Matrices, Renorm, Scored, 
 use super::foreign;
 use crate::Dtype;
 use crate::layer::{LayerDesc, Mlp, SharedDesc};
-use crate::rules::{Activation, Gating, Glu, Groups, Masked};
+use crate::rules::{Activation, Gating, Glu, Groups, Masked, Swiglu};
 
 /// What a block computes and which tensors hold it, by their names below the block's own (`^`: beside the block).
 pub(super) struct BlockSpec {
@@ -50,7 +50,7 @@ impl Family {
         }
         let gating = self.read_gating(config)?;
         require_groups(experts, top_k, &gating)?;
-        let mlp = Mlp::swiglu(Dtype::F32).activation(self.read_activation(config)?);
+        let mlp = Mlp::swiglu(Dtype::F32).activation(self.activation.read(config, layer)?);
         let mut desc = LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k).gating(gating).mlp(mlp);
         desc.mlp.gate_up.glu = match self.experts {
             Experts::Together { glu, .. } => glu,
@@ -104,24 +104,6 @@ impl Family {
         Ok(Gating::new(score).renormalise(renormalise).scale(scale).groups(groups))
     }
 
-    fn read_activation(&self, config: &Config) -> Result<Activation, CheckpointError> {
-        match self.activation {
-            Act::Named(keys, default) => {
-                let key = config.spelling(keys);
-                let name = config.text(key, default)?;
-                let unknown = || CheckpointError::config(key, format!("is {name:?}, an activation that no kernel has"));
-                activation_named(name).ok_or_else(unknown)
-            }
-            Act::Oai => {
-                config.require_text("hidden_act", "silu")?;
-                Ok(Activation::ClampedSwiglu {
-                    alpha: config.number("swiglu_alpha", 1.702)? as f32,
-                    limit: config.number("swiglu_limit", 7.0)? as f32,
-                })
-            }
-        }
-    }
-
     fn correction_name(&self, config: &Config) -> Result<Option<&'static str>, CheckpointError> {
         let Some(correction) = &self.correction else { return Ok(None) };
         match correction.flag {
@@ -144,9 +126,45 @@ impl Family {
         }
         let mut mlp = spec.layer.mlp;
         mlp.gate_up.glu = glu_of(&shared.names);
+        if let Some(activation) = &shared.activation {
+            mlp.activation = activation.read(config, layer)?;
+        }
         spec.layer.shared = Some(SharedDesc::new(width, mlp).gated(shared.gate.is_some()));
         (spec.shared, spec.shared_gate) = (Some(shared.names), shared.gate);
         Ok(())
+    }
+}
+
+impl Act {
+    fn read(&self, config: &Config, layer: usize) -> Result<Activation, CheckpointError> {
+        let silu = || config.require_text("hidden_act", "silu");
+        let number = |key, default| config.number(key, default).map(|number| number as f32);
+        match *self {
+            Act::Named(keys, default) => {
+                let key = config.spelling(keys);
+                let name = config.text(key, default)?;
+                let unknown = || CheckpointError::config(key, format!("is {name:?}, an activation that no kernel has"));
+                activation_named(name).ok_or_else(unknown)
+            }
+            Act::Oai => {
+                silu()?;
+                let unit = Swiglu::clamped(number("swiglu_limit", 7.0)?).alpha(number("swiglu_alpha", 1.702)?);
+                Ok(unit.offset(1.0).into())
+            }
+            Act::Clamped(key, default) => {
+                silu()?;
+                Ok(Swiglu::clamped(number(key, default)?).into())
+            }
+            Act::ClampedAfter(key) => {
+                silu()?;
+                let limit = config.number_of_layer(key, layer)?.unwrap_or(0.0) as f32;
+                Ok(if limit == 0.0 { Activation::Silu } else { Swiglu::clamped(limit).clamp_after(true).into() })
+            }
+            Act::Softcapped => {
+                silu()?;
+                Ok(Swiglu::softcapped(number("mlp_gate_softcap", 4.0)?, number("mlp_up_softcap", 25.0)?).into())
+            }
+        }
     }
 }
 
@@ -193,6 +211,7 @@ pub(super) fn activation_named(name: &str) -> Option<Activation> {
         "gelu" | "gelu_python" => Some(Activation::Gelu),
         "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Some(Activation::GeluTanh),
         "relu" => Some(Activation::Relu),
+        "relu2" => Some(Activation::ReluSquared),
         _ => None,
     }
 }

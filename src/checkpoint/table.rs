@@ -98,10 +98,7 @@ impl Family {
             Experts::Each(names) | Experts::Stacked(names) | Experts::Rows(names) => names.gate.is_some(),
         };
         let unit = if gated { "gated" } else { "ungated" };
-        match self.activation {
-            Act::Named(keys, default) => format!("{default} (`{}`), {unit}", keys[0]),
-            Act::Oai => "(u + 1) g sigmoid(`swiglu_alpha` g), clamped at `swiglu_limit`".into(),
-        }
+        format!("{}, {unit}", act(&self.activation))
     }
 
     fn shared_in_words(&self) -> String {
@@ -111,7 +108,9 @@ impl Family {
             Width::Count(keys, default) => format!("`{}` ({default}) wide", keys[0]),
             Width::Own(keys) => format!("of `{}`", keys[0]),
         };
-        if shared.gate.is_some() { format!("{width}, gated by a sigmoid") } else { width }
+        let activation = shared.activation.map_or(String::new(), |activation| format!(", {}", act(&activation)));
+        let gate = if shared.gate.is_some() { ", gated by a sigmoid" } else { "" };
+        format!("{width}{activation}{gate}")
     }
 
     fn tensors(&self) -> String {
@@ -135,6 +134,17 @@ impl Family {
             }
         };
         format!("`{}`: {}, {experts}", self.blocks.join("`, `"), short(self.router))
+    }
+}
+
+/// What is between an expert's products.
+fn act(activation: &Act) -> String {
+    match activation {
+        Act::Named(keys, default) => format!("{default} (`{}`)", keys[0]),
+        Act::Oai => "(u + 1) g sigmoid(`swiglu_alpha` g), clamped at `swiglu_limit`".into(),
+        Act::Clamped(key, default) => format!("silu, clamped before at `{key}` ({default})"),
+        Act::ClampedAfter(key) => format!("silu, clamped after at `{key}`"),
+        Act::Softcapped => "silu, softly bounded by `mlp_gate_softcap` (4), `mlp_up_softcap` (25)".into(),
     }
 }
 

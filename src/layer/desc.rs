@@ -3,7 +3,7 @@
 use super::LayerPlan;
 use crate::rules::{
     Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, SecondExpert,
-    WeightDesc,
+    Swiglu, WeightDesc,
 };
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
@@ -170,14 +170,13 @@ impl Mlp {
     /// gpt-oss: gate and up rows alternate, clamped SwiGLU, transposed weights `w_gate_up [E,H,2I]`, `w_down [E,I,H]`.
     pub const fn gpt_oss(dtype: Dtype) -> Mlp {
         let down = WeightDesc::new(dtype).layout(Layout::Kn);
-        let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
-        Mlp { gate_up: down.glu(Glu::Interleaved), activation, down }
+        Mlp { gate_up: down.glu(Glu::Interleaved), activation: Activation::Swiglu(Swiglu::GPT_OSS), down }
     }
 }
 
 settings!(Mlp { gate_up: WeightDesc, activation: Activation, down: WeightDesc });
 
-/// A shared expert. With the intermediate size and inner form of the others it is computed in their launches, else in two of its own.
+/// A shared expert. With the intermediate size and weight forms of the others it is computed in their launches, else in two of its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SharedDesc {
@@ -193,6 +192,12 @@ impl SharedDesc {
     /// Added with weight 1.
     pub const fn new(intermediate: usize, mlp: Mlp) -> SharedDesc {
         SharedDesc { intermediate, mlp, gated: false }
+    }
+
+    /// Whether it can be computed in the launches of `layer`'s experts: only the activation may be another.
+    pub(super) fn joins(&self, layer: &LayerDesc) -> bool {
+        let Mlp { gate_up, down, .. } = layer.mlp;
+        (self.intermediate, self.mlp.gate_up, self.mlp.down) == (layer.intermediate, gate_up, down)
     }
 }
 

@@ -10,7 +10,7 @@ use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::{Dispatched, RowAddresses, SlotShape};
-use crate::experts::gemm::{self, GemmDesc, Rows};
+use crate::experts::gemm::{self, ByExpertAddresses, GemmDesc, Rows};
 use crate::experts::weight::HeldWeight;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Activation, Dropout};
@@ -66,23 +66,27 @@ impl ExpertsPlan {
             return Err(Error::invalid(OPERATION, "rows.experts", desc.local_experts().to_string(), rows.experts));
         }
 
-        let steps = |mlp: &Mlp, rows: Rows, shared_rows: usize, intermediate: usize| {
+        let steps = |mlp: &Mlp, rows: Rows, shared_rows: usize, shared: Option<Activation>, intermediate: usize| {
             let gate_up = GemmDesc::new(dtype, rows, intermediate, hidden)
                 .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
                 .activation(mlp.activation)
-                .shared_rows(shared_rows);
+                .shared_rows(shared_rows)
+                .shared_activation(shared);
             let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down).shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
-            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
+            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity).shared_activation(None))?])
         };
-        let joins = |shared: &SharedDesc| shared.intermediate == intermediate && shared.mlp == desc.mlp;
-        let apart = desc.shared.filter(|shared| !joins(shared));
-        let apart =
-            apart.map(|shared| steps(&shared.mlp, Rows::Dense(rows.tokens), 0, shared.intermediate)).transpose()?;
-        let joined = desc.shared.is_some() && apart.is_none();
+        let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {
+            Some(shared) if shared.joins(desc) => (Some(shared), None),
+            shared => (None, shared),
+        };
+        let apart = |shared: SharedDesc| steps(&shared.mlp, Rows::Dense(rows.tokens), 0, None, shared.intermediate);
+        let apart = alone.map(apart).transpose()?;
+        let joined = together.is_some();
         let joined_rows = if joined { rows.tokens } else { 0 };
-        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, intermediate)?;
+        let activation = together.map(|shared| shared.mlp.activation).filter(|_| rows.tokens > 0);
+        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, activation, intermediate)?;
         let gate = desc.has_shared_gate().then(|| {
             let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
             let selection = router::select(&desc, device).map_err(|error| error.within(OPERATION))?;
@@ -283,6 +287,7 @@ impl ExpertsPlan {
             out: at.kept.hidden,
             pre_activation: at.kept.pre_activation,
             rows: Some(at.rows),
+            swiglu: weights.swiglu.addresses(),
             row_scale: weight(Weighting::Input),
             out_scale: weight(Weighting::Activation),
             dropout: at.dropout,
@@ -300,6 +305,7 @@ impl ExpertsPlan {
             a: at.kept.hidden,
             out: at.y_slots,
             pre_activation: None,
+            swiglu: ByExpertAddresses::default(),
             row_scale: None,
             out_scale: weight(Weighting::Output),
             dropout: None,
@@ -323,6 +329,7 @@ impl ExpertsPlan {
             out,
             pre_activation,
             rows: None,
+            swiglu: ByExpertAddresses::default(),
             row_scale: None,
             out_scale: None,
             dropout: None,
@@ -429,6 +436,7 @@ struct Product<'a> {
     out: Address<'a>,
     pre_activation: Option<Address<'a>>,
     rows: Option<RowAddresses<'a>>,
+    swiglu: ByExpertAddresses<'a>,
     row_scale: Option<Address<'a>>,
     out_scale: Option<Address<'a>>,
     dropout: Option<Dropout>,
@@ -448,6 +456,7 @@ impl Product<'_> {
             out_scale: self.out_scale,
             shared: self.shared,
             noise_state: self.noise_state,
+            swiglu: self.swiglu,
         };
         gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
     }

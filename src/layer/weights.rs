@@ -2,6 +2,7 @@
 
 use super::desc::{LayerDesc, Mlp};
 use crate::experts::Weight;
+use crate::experts::gemm::{HeldByExpert, SwigluByExpert};
 use crate::experts::weight::{HeldWeight, WeightNames};
 use crate::routers::{gating, router};
 use crate::runtime::builder::buffers;
@@ -76,12 +77,20 @@ pub struct ExpertWeights<'a> {
     pub down: Weight<'a>,
     /// The shared expert's; exactly where the descriptor has one.
     pub shared: Option<SharedWeights<'a>>,
+    /// Numbers of the activation that differ from expert to expert.
+    pub swiglu: SwigluByExpert<'a>,
 }
 
 impl<'a> ExpertWeights<'a> {
     /// Without a shared expert.
     pub const fn new(gate_up: Weight<'a>, down: Weight<'a>) -> ExpertWeights<'a> {
-        ExpertWeights { gate_up, down, shared: None }
+        ExpertWeights { gate_up, down, shared: None, swiglu: SwigluByExpert::new() }
+    }
+
+    /// With numbers of the activation that differ from expert to expert.
+    #[must_use]
+    pub const fn swiglu(self, swiglu: SwigluByExpert<'a>) -> ExpertWeights<'a> {
+        ExpertWeights { swiglu, ..self }
     }
 
     /// With a shared expert.
@@ -116,7 +125,11 @@ impl<'a> ExpertWeights<'a> {
             }
         };
         let sizes = [desc.local_experts(), desc.intermediate, desc.hidden];
-        Ok(HeldExperts { mlp: open_mlp(scope, &ROUTED, &desc.mlp, [self.gate_up, self.down], sizes)?, shared })
+        Ok(HeldExperts {
+            mlp: open_mlp(scope, &ROUTED, &desc.mlp, [self.gate_up, self.down], sizes)?,
+            shared,
+            swiglu: self.swiglu.open(scope, desc.mlp.activation, desc.local_experts())?,
+        })
     }
 }
 
@@ -149,6 +162,7 @@ impl<'a> SharedWeights<'a> {
 pub(super) struct HeldExperts<'a> {
     pub(super) mlp: [HeldWeight<'a>; 2],
     pub(super) shared: Option<HeldShared<'a>>,
+    pub(super) swiglu: HeldByExpert<'a>,
 }
 
 /// A shared expert's.

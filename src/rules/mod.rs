@@ -12,7 +12,7 @@ mod routing;
 pub(crate) mod settings;
 mod weight;
 
-pub use activation::Activation;
+pub use activation::{Activation, Bound, Swiglu};
 pub use balance::{BalanceRule, LossScore};
 pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
 

@@ -9,7 +9,7 @@ use moe_kernels::layer::{
     ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights, Stage, Weighting,
 };
 use moe_kernels::reference::{activation, gating};
-use moe_kernels::rules::{Activation, Glu, Layout};
+use moe_kernels::rules::{Activation, Bound, Glu, Layout, Swiglu};
 use moe_kernels::{Element, Kernels, Workspace};
 
 use super::{compare, device};
@@ -152,9 +152,27 @@ fn apply(activation: Activation, value: f64) -> f64 {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (value + 0.044715 * value.powi(3));
             0.5 * value * (1.0 + inner.tanh())
         }
+        Activation::ReluSquared => value.max(0.0).powi(2),
         Activation::Silu => value / (1.0 + (-value).exp()),
         other => unreachable!("only with a gate: {other:?}"),
     }
+}
+
+/// [`Swiglu`]'s table.
+fn swiglu(unit: &Swiglu, gate: f64, up: f64) -> f64 {
+    let silu = |linear: f64, gate: f64| linear / (1.0 + (-f64::from(unit.alpha) * gate).exp());
+    let gate = match unit.gate {
+        Bound::Clamp(limit) if unit.clamp_after => silu(gate, gate).min(limit.into()),
+        Bound::Clamp(limit) => silu(gate.min(limit.into()), gate.min(limit.into())),
+        Bound::Softcap(cap) => silu(f64::from(cap) * (gate / f64::from(cap)).tanh(), gate),
+        _ => silu(gate, gate),
+    };
+    let up = match unit.up {
+        Bound::Clamp(limit) => up.clamp(-f64::from(limit), limit.into()),
+        Bound::Softcap(cap) => f64::from(cap) * (up / f64::from(cap)).tanh(),
+        _ => up,
+    };
+    gate * (f64::from(unit.factor) * up + f64::from(unit.offset))
 }
 
 fn expert_mlp<T: Element>(
@@ -167,11 +185,7 @@ fn expert_mlp<T: Element>(
 ) -> Vec<f64> {
     let first = linear(&values.gate_up, mlp.gate_up.layout, expert, x, scale);
     let gated = |gate: f64, up: f64| match mlp.activation {
-        Activation::ClampedSwiglu { alpha, limit } => {
-            let (alpha, limit) = (f64::from(alpha), f64::from(limit));
-            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
-            (up + 1.0) * gate / (1.0 + (-alpha * gate).exp())
-        }
+        Activation::Swiglu(unit) => swiglu(&unit, gate, up),
         activation => apply(activation, gate) * up,
     };
     let n = intermediate;

@@ -2,7 +2,7 @@
 //! there are some, the weights divided by their sum + 1e-20 and scaled; a shared expert of some widths.
 
 use super::*;
-use crate::checkpoint::family::{Experts, SCORING, SHARED_EXPERTS, W123};
+use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SCORING, SHARED_EXPERTS, W123};
 use crate::rules::{GroupScore, Masked, Score};
 
 const DEEPSEEK_V3: Family = Family::new(&["deepseek_v3", "deepseek_v32", "kimi_k2", "sarvam_mla"], Score::Sigmoid)
@@ -21,6 +21,14 @@ const GLM4_MOE: Family =
 
 const DOTS1: Family = GLM4_MOE.kin(&["dots1", "solar_open"]);
 
+const SHARED_LINEAR: Matrices = Matrices::gated(
+    "shared_experts.linear_gate.weight",
+    "shared_experts.up_proj.weight",
+    "shared_experts.down_proj.weight",
+);
+
+const SHARED_UNGATED: Matrices = Matrices::plain("shared_experts.up_proj.weight", "shared_experts.down_proj.weight");
+
 pub(super) const KIN: &[Family] = &[
     DEEPSEEK_V3,
     // Experts of groups that are not kept get 0, which a kept one with a negative biased score loses against.
@@ -33,5 +41,21 @@ pub(super) const KIN: &[Family] = &[
     DOTS1.kin(&["dots3_note"]).shared_wide(SHARED_EXPERTS, &["shared_experts_intermediate_size"]),
     DOTS1.kin(&["mimo_v2_flash"]).without_shared(),
     GLM4_MOE.kin(&["exaone_moe"]).correction("e_score_correction_bias").scaled_by(2.5),
+    // Hunyuan 4 (Tencent 2026): experts clamp, the shared one does not.
+    GLM4_MOE
+        .kin(&["hy_v4", "hy_v4_vl"])
+        .scaled_by(2.827)
+        .experts(MODULE)
+        .activation(Act::Clamped("swiglu_limit", 10.0))
+        .shared(SHARED_LINEAR, &["n_shared_experts"], 1)
+        .shared_activation(Act::Named(&["hidden_act"], "silu")),
+    GLM4_MOE.kin(&["glm5_next"]).scaled_by(2.5).activation(Act::Clamped("swiglu_limit", 10.0)),
+    // Nemotron-H (NVIDIA 2025): squared ReLU without a gate.
+    GLM4_MOE
+        .kin(&["nemotron_h"])
+        .at(&["*.#.mixer"])
+        .experts(Experts::Each(Matrices::plain("experts.#.up_proj.weight", "experts.#.down_proj.weight")))
+        .activation(Act::Named(&["mlp_hidden_act"], "relu2"))
+        .shared_wide(SHARED_UNGATED, &["moe_shared_expert_intermediate_size"]),
     GLM4_MOE.kin(&["kimi_linear"]).at(&["*.#.block_sparse_moe"]).experts(Experts::Each(W123)).scaled_by(2.446),
 ];

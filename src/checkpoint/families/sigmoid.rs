@@ -1,10 +1,10 @@
 //! Sigmoid scores without groups.
 
 use super::*;
-use crate::checkpoint::family::{Experts, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
+use crate::checkpoint::family::{Act, Experts, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
 use crate::checkpoint::spec::BlockSpec;
 use crate::layer::Weighting;
-use crate::rules::Score;
+use crate::rules::{Glu, Layout, Score};
 
 /// MiniMax-M2 (2025): Mixtral's experts, chosen with a correction bias.
 const MINIMAX_M2: Family = Family::new(&["minimax_m2"], Score::Sigmoid)
@@ -34,10 +34,29 @@ const LLAMA4: Family = Family::new(&["llama4"], Score::Sigmoid)
     .shared(SHARED_EXPERT, &[], 1)
     .refine("weights on the experts' input", weigh_input);
 
+/// Inkling's names: rows of gate and up alternate.
+const W13: Experts = Experts::Together {
+    gate_up: "experts.w13_weight",
+    gate_up_bias: None,
+    down: "experts.w2_weight",
+    down_bias: None,
+    glu: Glu::Interleaved,
+    layout: Some(Layout::Nk),
+};
+
 pub(super) const KIN: &[Family] = &[
     MINIMAX_M2,
     AFMOE,
     AFMOE.kin(&["hy_v3"]).scale(&["router_scaling_factor"], 2.826).shared(SHARED_MLP, &["num_shared_experts"], 1),
+    AFMOE
+        .kin(&["inkling2", "inkling2_loop"])
+        .router("gate.weight")
+        .correction("gate.bias")
+        .requires(&[("scoring_func", "sigmoid")])
+        .scale(&["route_scale"], 8.0)
+        .experts(W13)
+        .activation(Act::Softcapped)
+        .without_shared(),
     // Liquid's LFM2 (2025).
     Family::new(&["lfm2_moe"], Score::Sigmoid)
         .at(&["*.#.feed_forward"])

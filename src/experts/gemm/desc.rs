@@ -1,8 +1,9 @@
 //! What a product is.
 
+use super::activation::{check_activation, check_shared};
 use crate::Error;
 use crate::experts::dispatched::SlotShape;
-use crate::rules::{Activation, Dtype, Glu, WeightDesc, WeightFormat};
+use crate::rules::{Activation, Dtype, WeightDesc, WeightFormat};
 use crate::runtime::builder::settings;
 use crate::runtime::shape;
 
@@ -60,16 +61,28 @@ pub struct GemmDesc {
     pub weight: WeightDesc,
     /// What is applied to the product.
     pub activation: Activation,
-    /// Rows of a shared expert in the same launch (`GemmArgs::shared`), of the same `n`, `k`, weight form and activation; 0 without, as
-    /// with dense rows.
+    /// Rows of a shared expert in the same launch (`GemmArgs::shared`), of the same `n`, `k` and weight form; 0 without, as with dense
+    /// rows.
     pub shared_rows: usize,
+    /// The activation of a shared expert's rows; absent, that of the others.
+    pub shared_activation: Option<Activation>,
 }
 
 impl GemmDesc {
     /// `out [rows, N] = a [rows, K] b^T`, nothing else, with a weight `[E, N, K]` of the same type.
     pub const fn new(dtype: Dtype, rows: Rows, n: usize, k: usize) -> GemmDesc {
         let weight = WeightDesc::new(dtype);
-        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity, shared_rows: 0 }
+        GemmDesc {
+            dtype,
+            rows,
+            gather: false,
+            n,
+            k,
+            weight,
+            activation: Activation::Identity,
+            shared_rows: 0,
+            shared_activation: None,
+        }
     }
 
     /// Rows of `a`.
@@ -130,33 +143,15 @@ impl GemmDesc {
             let supported = format!("the type of a ({})", self.dtype);
             return Err(Error::unsupported(operation, "weight.format", supported, weight));
         }
-        check_activation(operation, "activation", self.activation, self.weight.glu)
+        check_activation(operation, "activation", self.activation, self.weight.glu)?;
+        check_shared(operation, self)
     }
 }
 
-settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation, shared_rows: usize });
-
-/// Whether an activation goes with the presence of a gate.
-pub(crate) fn check_activation(
-    operation: &'static str,
-    argument: &'static str,
+settings!(GemmDesc {
+    gather: bool,
+    weight: WeightDesc,
     activation: Activation,
-    glu: Glu,
-) -> Result<(), Error> {
-    match activation {
-        Activation::Identity if glu.is_gated() => {
-            Err(Error::unsupported(operation, argument, "a gated unit needs an activation", "Activation::Identity"))
-        }
-        Activation::ClampedSwiglu { .. } if !glu.is_gated() => Err(Error::unsupported(
-            operation,
-            argument,
-            "clamped SwiGLU needs a gated unit",
-            "Activation::ClampedSwiglu",
-        )),
-        Activation::ClampedSwiglu { alpha, limit } if !alpha.is_finite() || limit.is_nan() || limit < 0.0 => {
-            let expected = "a finite alpha and a limit of at least 0";
-            Err(Error::invalid(operation, argument, expected, format!("{activation:?}")))
-        }
-        _ => Ok(()),
-    }
-}
+    shared_rows: usize,
+    shared_activation: Option<Activation>,
+});
