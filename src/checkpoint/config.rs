@@ -55,6 +55,11 @@ impl Config {
         Ok(Config { model_types, values, read: RefCell::default() })
     }
 
+    /// The same configuration, of which nothing has been asked for.
+    pub(super) fn fresh(&self) -> Config {
+        Config { model_types: self.model_types.clone(), values: self.values.clone(), read: RefCell::default() }
+    }
+
     /// The `model_type` of the whole model.
     pub fn model_type(&self) -> &str {
         &self.model_types[0]
@@ -79,6 +84,12 @@ impl Config {
         let entries = self.values.as_object().into_iter().flatten();
         let unread = entries.filter(|(key, value)| !value.is_null() && !self.read.borrow().contains(*key));
         unread.map(|(key, value)| (key.as_str(), value))
+    }
+
+    /// Keys that are there and that nothing has asked for, and those that were asked for and are not there.
+    pub(super) fn strange(&self) -> usize {
+        let absent = self.read.borrow().iter().filter(|key| self.values.get(key.as_str()).is_none()).count();
+        self.unread().count() + absent
     }
 
     /// Notes that the family knows these keys and that they do not matter.

@@ -22,6 +22,7 @@ pub struct Family {
     pub(super) scale: Option<Scale>,
     pub(super) groups: Option<GroupFacts>,
     pub(super) requires: &'static [(&'static str, &'static str)],
+    pub(super) disregards: &'static [&'static str],
     pub(super) unordered: bool,
     pub(super) experts: Experts,
     pub(super) activation: Act,
@@ -260,6 +261,7 @@ impl Family {
             scale: None,
             groups: None,
             requires: &[],
+            disregards: &[],
             unordered: false,
             experts: Experts::Each(PROJECTIONS),
             activation: Act::Named(&["hidden_act"], "silu"),
@@ -367,6 +369,11 @@ impl Family {
     /// Choice by groups, with these numbers where the keys are absent.
     pub(super) const fn groups(self, count: usize, kept: usize, score: GroupScore, masked: Masked) -> Family {
         Family { groups: Some(GroupFacts { default: (count, kept), score, masked, only_if: None }), ..self }
+    }
+
+    /// Keys that change a block in other families, and nothing in this one.
+    pub(super) const fn disregards(self, disregards: &'static [&'static str]) -> Family {
+        Family { disregards, ..self }
     }
 
     /// The model's own code leaves the order of a token's experts open (`topk(sorted=False)`).

@@ -40,6 +40,7 @@ mod foreign;
 mod load;
 mod locate;
 mod model;
+mod nearest;
 mod spec;
 mod store;
 mod table;

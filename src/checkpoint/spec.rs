@@ -48,6 +48,7 @@ impl Family {
         for (key, value) in self.requires {
             config.require_text(key, value)?;
         }
+        config.disregard(self.disregards);
         let gating = self.read_gating(config)?;
         require_groups(experts, top_k, &gating)?;
         let mlp = Mlp::swiglu(Dtype::F32).activation(self.activation.read(config, layer)?);

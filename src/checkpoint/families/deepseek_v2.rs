@@ -13,10 +13,7 @@ const DEEPSEEK_V2: Family = Family::new(&["deepseek_v2", "deepseek_ocr2", "unlim
     .scale(&["routed_scaling_factor"], 1.0)
     .shared(SHARED_EXPERTS, &["n_shared_experts"], 2)
     .unordered()
-    .refine("", |config, _, _| {
-        config.disregard(&["norm_topk_prob"]);
-        Ok(())
-    });
+    .disregards(&["norm_topk_prob"]);
 
 /// Mistral 4: groups by the sum of their two largest.
 const MISTRAL4: Family = Family::new(&["mistral4"], Score::Softmax)

@@ -56,6 +56,7 @@ pub(super) const KIN: &[Family] = &[
         .at(&["*.#.mixer"])
         .experts(Experts::Each(Matrices::plain("experts.#.up_proj.weight", "experts.#.down_proj.weight")))
         .activation(Act::Named(&["mlp_hidden_act"], "relu2"))
-        .shared_wide(SHARED_UNGATED, &["moe_shared_expert_intermediate_size"]),
+        .shared_wide(SHARED_UNGATED, &["moe_shared_expert_intermediate_size"])
+        .disregards(&["n_shared_experts"]),
     GLM4_MOE.kin(&["kimi_linear"]).at(&["*.#.block_sparse_moe"]).experts(Experts::Each(W123)).scaled_by(2.446),
 ];

@@ -4,6 +4,7 @@ use super::config::Config;
 use super::error::CheckpointError;
 use super::family::Family;
 use super::folder::Checkpoint;
+use super::nearest;
 use crate::rules::Renormalise;
 
 mod deepseek_v2;
@@ -29,11 +30,11 @@ pub fn families() -> impl Iterator<Item = &'static Family> {
 }
 
 /// The family of a configuration: of the language model's own `model_type`, else of the whole model's.
-pub(super) fn of(config: &Config, _files: Option<&Checkpoint>) -> Result<Family, CheckpointError> {
+pub(super) fn of(config: &Config, files: Option<&Checkpoint>) -> Result<Family, CheckpointError> {
     let named = |name: &str| families().find(|family| family.is_named(name));
     config.model_types().find_map(named).copied().ok_or_else(|| CheckpointError::UnknownFamily {
         found: config.model_type().to_owned(),
-        nearest: String::new(),
+        nearest: files.map_or(String::new(), |files| nearest::describe(config, files)),
         known: families().flat_map(|family| family.names()).copied().collect::<Vec<_>>().join(", "),
     })
 }

@@ -46,6 +46,8 @@ const HUNYUAN_V1_MOE: Family = Family::new(&["hunyuan_v1_moe"], Score::Softmax)
     .renormalised_if(&["norm_topk_prob"], true, SUM)
     .width(&["moe_intermediate_size", "intermediate_size"])
     .shared(SHARED_MLP, &["num_shared_expert"], 1)
+    // They act only with `group_limited_greedy`.
+    .disregards(&["n_group", "topk_group", "routed_scaling_factor"])
     .refine("", hunyuan);
 
 /// DBRX (Databricks 2024), whose sizes are in an object of their own.
@@ -90,9 +92,7 @@ fn ernie(config: &Config, _: usize, spec: &mut BlockSpec) -> Result<(), Checkpoi
 }
 
 fn hunyuan(config: &Config, _: usize, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
-    // `n_group`, `topk_group` and `routed_scaling_factor` act only with it.
     config.require_flag("group_limited_greedy", false, "groups of this family are not read")?;
-    config.disregard(&["n_group", "topk_group", "routed_scaling_factor"]);
     if !config.flag("use_mixed_mlp_moe", true)? {
         (spec.layer.shared, spec.shared) = (None, None);
     }

@@ -30,10 +30,7 @@ const GRANITEMOE: Family = Family::new(&["granitemoe", "granitemoeshared", "gran
     .router("router.layer.weight")
     .width(&["intermediate_size"])
     .experts(Experts::packed("input_linear.weight", "output_linear.weight"))
-    .refine("", |config, _, _| {
-        config.disregard(&["shared_intermediate_size"]);
-        Ok(())
-    });
+    .disregards(&["shared_intermediate_size"]);
 
 pub(super) const KIN: &[Family] = &[
     GPT_OSS,
