@@ -63,6 +63,12 @@ impl Tile {
         self.warps_m * self.warps_n * 32
     }
 
+    fn constants(&self) -> [(&'static str, Constant); 6] {
+        let Tile { bm, bn, bk, warps_m, warps_n, stages } = *self;
+        [("bm", bm), ("bn", bn), ("bk", bk), ("warps_m", warps_m), ("warps_n", warps_n), ("stages", stages)]
+            .map(|(name, value)| (name, Constant::Int(value)))
+    }
+
     /// `bm x bn x bk`, the word in kernel names.
     pub fn name(&self) -> String {
         format!("{}x{}x{}", self.bm, self.bn, self.bk)
@@ -87,16 +93,18 @@ pub enum RouterShape {
     Tile,
     /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
     Warp,
+    /// 64 tokens by 64 experts a block, of rows of any width that begin on any element.
+    Any,
 }
 
 impl RouterShape {
     /// Every cut.
-    pub const ALL: [RouterShape; 2] = [RouterShape::Tile, RouterShape::Warp];
+    pub const ALL: [RouterShape; 3] = [RouterShape::Tile, RouterShape::Warp, RouterShape::Any];
 
     /// Tokens and experts that one block covers.
     pub const fn block(self) -> (u32, u32) {
         match self {
-            RouterShape::Tile => (64, 64),
+            RouterShape::Tile | RouterShape::Any => (64, 64),
             RouterShape::Warp => (4, 8),
         }
     }
@@ -111,6 +119,7 @@ impl RouterShape {
         match self {
             RouterShape::Tile => "tile",
             RouterShape::Warp => "warp",
+            RouterShape::Any => "any",
         }
     }
 }
@@ -269,11 +278,48 @@ impl Gemm {
     }
 }
 
+/// One GEMM for all experts over rows of any width, address and stride.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemmAny {
+    /// Type of all matrices.
+    pub dtype: Dtype,
+    /// Whether gate and up, which have an address each, fold into a column.
+    pub gated: bool,
+}
+
+impl GemmAny {
+    /// A block's share.
+    pub const fn tile(&self) -> Tile {
+        match self.dtype {
+            Dtype::Bf16 | Dtype::F16 => Tile::new(64, 128, 64, 2, 2, 1),
+            Dtype::F32 => Tile::new(64, 64, 32, 2, 2, 1),
+        }
+    }
+
+    /// Output columns that one block writes.
+    pub const fn out_columns(&self) -> u32 {
+        if self.gated { self.tile().bn / 2 } else { self.tile().bn }
+    }
+
+    /// Dynamic shared memory in bytes: the stage, and after it the f32 tile in its place.
+    pub const fn shared_bytes(&self) -> u32 {
+        let t = self.tile();
+        let (stage, tile) = ((t.bm + t.bn) * t.bk * self.dtype.bytes(), t.bm * t.bn * 4);
+        if stage > tile { stage } else { tile }
+    }
+
+    const fn fold(&self) -> Fold {
+        if self.gated { Fold::Glu } else { Fold::Plain }
+    }
+}
+
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {
     /// Type of all matrices.
     pub dtype: Dtype,
+    /// Whether rows have any width and begin on any element.
+    pub any: bool,
 }
 
 impl Combine {
@@ -287,7 +333,7 @@ impl Combine {
     }
 
     const fn vectors(self, hidden: u32) -> u32 {
-        hidden / (16 / self.dtype.bytes())
+        hidden.div_ceil(16 / self.dtype.bytes())
     }
 
     /// Blocks for `tokens` > 0 rows of `hidden` > 0 elements: x over tokens, of which a block takes several where a row
@@ -315,6 +361,15 @@ impl Admission {
 /// Tokens that a block of the affinity kernel transposes.
 pub const AFFINITY_TOKENS: u32 = 32;
 
+/// Threads of a block of the RMS normalisation, and so most that share a row.
+pub const RMS_NORM_THREADS: u32 = 512;
+
+/// Keys of each of the two lists of product keys.
+pub const MAX_PRODUCT_KEYS: u32 = 128;
+
+/// Choices of a token by product keys, and experts of one unit that a token has: two for each lane.
+pub const MAX_UNIT_TOP_K: u32 = 64;
+
 /// Warps of the kernels that work by whole blocks of 256 threads.
 pub const BLOCK_WARPS: u32 = 8;
 
@@ -323,6 +378,8 @@ pub const BLOCK_WARPS: u32 = 8;
 pub struct CombineRagged {
     /// Type of the rows.
     pub dtype: Dtype,
+    /// Whether rows have any width and begin on any element.
+    pub any: bool,
 }
 
 /// Balanced routing by Sinkhorn's iteration.
@@ -416,6 +473,8 @@ pub enum Kernel {
     Dispatch(Dispatch),
     /// The experts' products.
     Gemm(Gemm),
+    /// The experts' products, whatever the rows' width.
+    GemmAny(GemmAny),
     /// Sums over a token's experts.
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
@@ -455,6 +514,17 @@ pub enum Kernel {
     Jitter(Dtype),
     /// A noise state moved on.
     NoiseState,
+    /// Rows divided by their root mean square.
+    RmsNorm(Dtype),
+    /// Experts by the best pairs of keys.
+    ProductKeys,
+    /// Experts of one hidden unit.
+    UnitExperts(Dtype),
+    /// One expert for the tokens of a sequence.
+    BySequence {
+        /// Bytes of an index: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -469,12 +539,13 @@ impl Kernel {
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
-            Kernel::Combine(k) => format!("combine_{}", k.dtype),
+            Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
             Kernel::ExpertChoice => "expert_choice".into(),
             Kernel::TokenSlots => "token_slots".into(),
-            Kernel::CombineRagged(k) => format!("combine_ragged_{}", k.dtype),
+            Kernel::CombineRagged(k) => format!("combine_ragged_{}{}", k.dtype, any_width(k.any)),
             Kernel::Base => "base".into(),
             Kernel::Sinkhorn(k) => format!("sinkhorn_e{}", k.max_experts),
             Kernel::Hash => "hash".into(),
@@ -489,6 +560,10 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
+            Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
+            Kernel::ProductKeys => "product_keys".into(),
+            Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
         }
     }
 
@@ -499,7 +574,7 @@ impl Kernel {
             Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
             Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
             Kernel::Dispatch(_) => "Dispatch",
-            Kernel::Gemm(_) => "Gemm",
+            Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::Affinity => "Affinity",
@@ -519,6 +594,10 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
+            Kernel::RmsNorm(_) => "RmsNorm",
+            Kernel::ProductKeys => "ProductKeys",
+            Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::BySequence { .. } => "BySequence",
         }
     }
 
@@ -534,6 +613,7 @@ impl Kernel {
             Kernel::Gating(k) => k.warps() * 32,
             Kernel::Dispatch(k) => k.warps() * 32,
             Kernel::Gemm(k) => k.tile.threads(),
+            Kernel::GemmAny(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
@@ -548,6 +628,8 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::RmsNorm(_) => RMS_NORM_THREADS,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
         }
     }
 
@@ -555,6 +637,7 @@ impl Kernel {
     pub const fn shared_bytes(&self) -> u32 {
         match self {
             Kernel::Gemm(k) => k.shared_bytes(),
+            Kernel::GemmAny(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
@@ -563,12 +646,15 @@ impl Kernel {
     /// File below `kernels/` that this variant is rendered from.
     pub const fn template(&self) -> &'static str {
         match self {
-            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "routers/router_tile.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Tile | RouterShape::Any, .. }) => {
+                "routers/router_tile.ptx.jinja"
+            }
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
             Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
+            Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -587,6 +673,10 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
+            Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
+            Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
+            Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
         }
     }
 
@@ -597,6 +687,7 @@ impl Kernel {
             Kernel::Router(k) => vec![
                 ("x_dtype", Text(k.x.name())),
                 ("w_dtype", Text(k.weight.name())),
+                ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
                 ("block_tokens", Int(k.shape.block().0)),
                 ("block_experts", Int(k.shape.block().1)),
             ],
@@ -617,19 +708,18 @@ impl Kernel {
             Kernel::Dispatch(k) => {
                 vec![("max_experts", Int(k.max_experts)), ("ids_bytes", Int(k.ids_bytes)), ("warps", Int(k.warps()))]
             }
-            Kernel::Gemm(k) => vec![
-                ("dtype", Text(k.dtype.name())),
-                ("bm", Int(k.tile.bm)),
-                ("bn", Int(k.tile.bn)),
-                ("bk", Int(k.tile.bk)),
-                ("warps_m", Int(k.tile.warps_m)),
-                ("warps_n", Int(k.tile.warps_n)),
-                ("stages", Int(k.tile.stages)),
-                ("glu", Text(k.fold.name())),
-                ("layout", Text(k.layout.name())),
-            ],
-            Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
-            Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
+            Kernel::Gemm(k) => {
+                let own =
+                    [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
+                own.into_iter().chain(k.tile.constants()).collect()
+            }
+            Kernel::GemmAny(k) => {
+                let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
+                own.into_iter().chain(k.tile().constants()).collect()
+            }
+            Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
+            }
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
@@ -642,7 +732,10 @@ impl Kernel {
                 constants
             }
             Kernel::Sampled(spread) => spread.constants(),
-            Kernel::Jitter(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
+            Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -650,6 +743,11 @@ impl Kernel {
 /// The end of the name of a kernel that takes wide ids.
 fn wide(ids_bytes: u32) -> &'static str {
     if ids_bytes == 8 { "_i64" } else { "" }
+}
+
+/// The end of the name of a kernel for rows of any width.
+fn any_width(any: bool) -> &'static str {
+    if any { "_any" } else { "" }
 }
 
 /// A constant of a template.
@@ -691,8 +789,13 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     for dtype in Dtype::ALL {
-        kernels.push(Kernel::Combine(Combine { dtype }));
-        kernels.push(Kernel::CombineRagged(CombineRagged { dtype }));
+        kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
+    }
+    for dtype in Dtype::ALL {
+        for any in [false, true] {
+            kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
+        }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
         kernels.push(Kernel::Admission(Admission { max_experts }));
@@ -712,5 +815,9 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);
+    kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
+    kernels.push(Kernel::ProductKeys);
+    kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels
 }

@@ -254,6 +254,7 @@ impl Dispatched {
     pub(crate) fn read<'b>(&'b self, scope: &Scope<'b>) -> Result<Reading<'b>, Error> {
         let read = |argument, list: &'b CudaSlice<i32>| scope.read(argument, list.into(), 0, SCALAR);
         Ok(Reading {
+            offsets: read("offsets", &self.offsets)?,
             slot_token: read("slot_token", &self.slot_token)?,
             token_slot: read("token_slot", &self.token_slot)?,
             token_offsets: read("token_offsets", &self.token_offsets)?,
@@ -319,6 +320,7 @@ impl Filling<'_> {
 
 /// Lists opened for products and sums.
 pub(crate) struct Reading<'a> {
+    offsets: Held<'a>,
     slot_token: Held<'a>,
     token_slot: Held<'a>,
     token_offsets: Held<'a>,
@@ -328,6 +330,11 @@ pub(crate) struct Reading<'a> {
 }
 
 impl Reading<'_> {
+    /// Of `experts` experts: the number of rows, and each row's token.
+    pub(crate) fn live(&self, experts: usize) -> (Address<'_>, Address<'_>) {
+        (self.offsets.address().offset(experts * size_of::<i32>()), self.slot_token.address())
+    }
+
     pub(crate) fn addresses(&self) -> RowAddresses<'_> {
         RowAddresses {
             slot_token: self.slot_token.address(),
@@ -364,6 +371,11 @@ impl<'a> ListAddresses<'a> {
             tiles: self.tiles,
             num_tiles: self.num_tiles,
         }
+    }
+
+    /// Of `experts` experts: the number of rows, and each row's token.
+    pub(crate) fn live(self, experts: usize) -> (Address<'a>, Address<'a>) {
+        (self.offsets.offset(experts * size_of::<i32>()), self.slot_token)
     }
 
     /// The result for no tokens.

@@ -3,7 +3,9 @@
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
+pub mod rms_norm;
 pub mod tiles;
+pub mod unit_experts;
 pub(crate) mod weight;
 
 pub use dispatched::{Dispatched, Lists, SlotShape, TileEntry};

@@ -1,6 +1,6 @@
 //! What a layer is.
 
-use super::LayerPlan;
+use super::{LatentDesc, LayerPlan, Norms};
 use crate::rules::{
     Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, SecondExpert,
     Swiglu, WeightDesc,
@@ -16,9 +16,9 @@ pub struct LayerDesc {
     pub dtype: Dtype,
     /// Type of the router's weight: `dtype` or f32.
     pub router_dtype: Dtype,
-    /// Hidden size `H`, a multiple of 8.
+    /// Hidden size `H`. Rows of a multiple of 8 elements begin on 16 bytes, others on any element and take longer: buffers of `H` or `I` columns alike.
     pub hidden: usize,
-    /// Intermediate size `I` of an expert, a multiple of 8.
+    /// Intermediate size `I` of an expert.
     pub intermediate: usize,
     /// Experts `E` that a token's choice is among, 1 to 4096.
     pub experts: usize,
@@ -45,6 +45,10 @@ pub struct LayerDesc {
     pub mlp: Mlp,
     /// An expert that every token goes to.
     pub shared: Option<SharedDesc>,
+    /// RMS norms of what router and experts see, and of what experts and the whole layer yield.
+    pub norms: Norms,
+    /// Routed experts of a width of their own, between two projections.
+    pub latent: Option<LatentDesc>,
 }
 
 impl LayerDesc {
@@ -73,7 +77,14 @@ impl LayerDesc {
             weighting: Weighting::Output,
             mlp: Mlp::swiglu(dtype),
             shared: None,
+            norms: Norms::new(),
+            latent: None,
         }
+    }
+
+    /// Width of the routed experts' inputs and outputs: `H`, or the latent one.
+    pub fn expert_width(&self) -> usize {
+        self.latent.map_or(self.hidden, |latent| latent.width)
     }
 
     /// Experts whose weights are here.
@@ -107,6 +118,8 @@ settings!(LayerDesc {
     weighting: Weighting,
     mlp: Mlp,
     shared: Option<SharedDesc>,
+    norms: Norms,
+    latent: Option<LatentDesc>,
 });
 
 /// What the weights of the choices scale.
@@ -180,7 +193,7 @@ settings!(Mlp { gate_up: WeightDesc, activation: Activation, down: WeightDesc })
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SharedDesc {
-    /// Its intermediate size, a multiple of 8.
+    /// Its intermediate size.
     pub intermediate: usize,
     /// Its inner form.
     pub mlp: Mlp,
@@ -197,7 +210,8 @@ impl SharedDesc {
     /// Whether it can be computed in the launches of `layer`'s experts: only the activation may be another.
     pub(super) fn joins(&self, layer: &LayerDesc) -> bool {
         let Mlp { gate_up, down, .. } = layer.mlp;
-        (self.intermediate, self.mlp.gate_up, self.mlp.down) == (layer.intermediate, gate_up, down)
+        let form = (self.intermediate, self.mlp.gate_up, self.mlp.down);
+        layer.latent.is_none() && form == (layer.intermediate, gate_up, down)
     }
 }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use super::around::AroundPlan;
 use super::desc::{LayerDesc, Mlp, SharedDesc, Weighting};
 use super::intermediates::{IntermediateAddresses, Intermediates, Regions};
 use super::weights::{ExpertWeights, HeldExperts};
@@ -15,7 +16,7 @@ use crate::experts::weight::HeldWeight;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Activation, Dropout};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -33,6 +34,8 @@ pub struct ExpertsPlan {
     /// The shared expert's gate, where no router of the layer computes it.
     gate: Option<Step<RouterDesc>>,
     combine: Step<CombineDesc>,
+    /// Norms and projections.
+    pub(super) around: AroundPlan,
     pub(super) regions: Regions,
     workspace_bytes: usize,
 }
@@ -54,11 +57,11 @@ impl ExpertsPlan {
         device: &DeviceInfo,
     ) -> Result<ExpertsPlan, Error> {
         let &LayerDesc { dtype, hidden, intermediate, .. } = desc;
-        shape::multiple_of_8(OPERATION, "hidden", hidden)?;
-        shape::multiple_of_8(OPERATION, "intermediate", intermediate)?;
+        shape::positive(OPERATION, "hidden", hidden)?;
+        shape::positive(OPERATION, "intermediate", intermediate)?;
         gemm::check_activation(OPERATION, "mlp.activation", desc.mlp.activation, desc.mlp.gate_up.glu)?;
         if let Some(shared) = &desc.shared {
-            shape::multiple_of_8(OPERATION, "shared.intermediate", shared.intermediate)?;
+            shape::positive(OPERATION, "shared.intermediate", shared.intermediate)?;
             let (activation, glu) = (shared.mlp.activation, shared.mlp.gate_up.glu);
             gemm::check_activation(OPERATION, "shared.mlp.activation", activation, glu)?;
         }
@@ -66,34 +69,37 @@ impl ExpertsPlan {
             return Err(Error::invalid(OPERATION, "rows.experts", desc.local_experts().to_string(), rows.experts));
         }
 
-        let steps = |mlp: &Mlp, rows: Rows, shared_rows: usize, shared: Option<Activation>, intermediate: usize| {
-            let gate_up = GemmDesc::new(dtype, rows, intermediate, hidden)
+        let width = desc.expert_width();
+        let steps = |mlp: &Mlp, rows: Rows, shared: Option<(usize, Activation)>, [intermediate, width]: [usize; 2]| {
+            let (shared_rows, shared_activation) = shared.unzip();
+            let shared_rows = shared_rows.unwrap_or(0);
+            let gate_up = GemmDesc::new(dtype, rows, intermediate, width)
                 .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
                 .activation(mlp.activation)
                 .shared_rows(shared_rows)
-                .shared_activation(shared);
-            let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down).shared_rows(shared_rows);
+                .shared_activation(shared_activation);
+            let down = GemmDesc::new(dtype, rows, width, intermediate).weight(mlp.down).shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
-            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity).shared_activation(None))?])
+            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
         let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {
             Some(shared) if shared.joins(desc) => (Some(shared), None),
             shared => (None, shared),
         };
-        let apart = |shared: SharedDesc| steps(&shared.mlp, Rows::Dense(rows.tokens), 0, None, shared.intermediate);
+        let apart =
+            |shared: SharedDesc| steps(&shared.mlp, Rows::Dense(rows.tokens), None, [shared.intermediate, hidden]);
         let apart = alone.map(apart).transpose()?;
         let joined = together.is_some();
-        let joined_rows = if joined { rows.tokens } else { 0 };
-        let activation = together.map(|shared| shared.mlp.activation).filter(|_| rows.tokens > 0);
-        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, activation, intermediate)?;
+        let together = together.map(|shared| (rows.tokens, shared.mlp.activation)).filter(|_| rows.tokens > 0);
+        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), together, [intermediate, width])?;
         let gate = desc.has_shared_gate().then(|| {
             let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
             let selection = router::select(&desc, device).map_err(|error| error.within(OPERATION))?;
             Ok::<_, Error>(Step { desc, selection })
         });
         let gate = gate.transpose()?;
-        let combine = CombineDesc::new(dtype, *rows, hidden);
+        let combine = CombineDesc::new(dtype, *rows, width);
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
         let element = dtype.bytes() as usize;
@@ -111,10 +117,11 @@ impl ExpertsPlan {
         let regions = Regions {
             hidden: intermediates,
             shared_hidden: shared_intermediates,
-            y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?,
+            y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, width])?, element)?,
             addend: arena.region("addend", addend, element)?,
             shared_gate: arena.region("shared_gate", if gate.is_some() { rows.tokens } else { 0 }, 4)?,
         };
+        let around = AroundPlan::new(&mut arena, desc, rows, device)?;
         Ok(ExpertsPlan {
             desc: *desc,
             device: *device,
@@ -124,6 +131,7 @@ impl ExpertsPlan {
             apart,
             gate,
             combine,
+            around,
             regions,
             workspace_bytes: arena.bytes(),
         })
@@ -152,10 +160,14 @@ impl ExpertsPlan {
         let shared = self.apart.into_iter().flat_map(|[gate_up, down]| {
             [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
         });
-        [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)]
-            .into_iter()
+        let products = [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)];
+        self.around
+            .stages_before()
+            .chain(products)
+            .chain(self.around.stages_between())
             .chain(shared)
             .chain([(Stage::Combine, self.combine.selection)])
+            .chain(self.around.stages_after())
             .filter(move |_| rows.tokens > 0)
     }
 
@@ -203,9 +215,12 @@ impl ExpertsPlan {
         if tokens == 0 {
             return Ok(());
         }
-        let x = scope.read("x", args.x, tokens * hidden, VECTOR)?;
+        let alignment = shape::row_alignment(self.desc.dtype, hidden);
+        let x = scope.read("x", args.x, tokens * hidden, alignment)?;
         let dispatched = args.dispatched.read(&scope)?;
-        let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, VECTOR)?;
+        let width = self.desc.expert_width();
+        let narrow = shape::row_alignment(self.desc.dtype, width);
+        let y_slots = scope.write("y_slots", args.y_slots, slots * width, narrow)?;
         let wanted = Intermediates {
             hidden: args.hidden,
             pre_activation: args.pre_activation,
@@ -214,7 +229,7 @@ impl ExpertsPlan {
         };
         let kept = wanted.open(&scope, &self.desc, &self.rows)?;
         let noise_state = scope.read_noise_state(args.noise_state)?;
-        let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
+        let shared = scope.write_some("shared", args.shared, tokens * hidden, alignment)?;
         router::check_gate(OPERATION, "shared_gate", self.gate.is_some(), args.shared_gate.is_some())?;
         let shared_gate = scope.write_some("shared_gate", args.shared_gate, tokens, SCALAR)?;
         if shared.is_some() != self.desc.shared.is_some() {
@@ -225,8 +240,11 @@ impl ExpertsPlan {
             });
         }
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
+        let input = self.around.enqueue_before(&scope, &weights.around, &workspace, x.address(), &mut |_| ())?;
         let at = Products {
             x: x.address(),
+            input,
+            live: dispatched.live(self.rows.experts),
             rows: dispatched.addresses(),
             kept: kept.addresses(&workspace, self.regions),
             y_slots: y_slots.address(),
@@ -256,7 +274,8 @@ impl ExpertsPlan {
         Ok(())
     }
 
-    /// Adds up each token's rows.
+    /// Adds up each token's rows. With a latent width these are `[T, L]`; their projection, and a norm of the sum, are operations of their own in
+    /// parts ([`gemm::forward`], [`crate::experts::rms_norm`]).
     ///
     /// # Errors
     /// Those of [`combine::forward`].
@@ -283,7 +302,7 @@ impl ExpertsPlan {
         let shared = weights.shared.as_ref().map(|shared| &shared.mlp).zip(at.addend);
         let joined = shared.filter(|_| self.apart.is_none());
         let first = Product {
-            a: at.x,
+            a: at.input,
             out: at.kept.hidden,
             pre_activation: at.kept.pre_activation,
             rows: Some(at.rows),
@@ -307,7 +326,7 @@ impl ExpertsPlan {
             pre_activation: None,
             swiglu: ByExpertAddresses::default(),
             row_scale: None,
-            out_scale: weight(Weighting::Output),
+            out_scale: weight(Weighting::Output).filter(|_| self.around.product_weighs()),
             dropout: None,
             shared: joined.map(|([_, weight], out)| gemm::SharedAddresses {
                 a: at.kept.shared_hidden,
@@ -320,6 +339,7 @@ impl ExpertsPlan {
         };
         second.enqueue(scope, &self.down, down)?;
         observer(Stage::Down);
+        self.around.enqueue_between(scope, &weights.around, at.y_slots, at.rows, at.live, observer)?;
 
         let Some((steps, ([gate_up, down], addend))) = self.apart.as_ref().zip(shared) else {
             return Ok(());
@@ -357,7 +377,7 @@ pub struct ExpertsArgs<'a, T> {
     pub x: In<'a, T>,
     /// The rows, of the plan's shape.
     pub dispatched: &'a Dispatched,
-    /// `[slots, H]`, written: the experts' outputs, weighted where the descriptor weighs outputs.
+    /// `[slots, H]`, written: the experts' outputs, weighted where the descriptor weighs outputs. With a latent width `[slots, L]`.
     pub y_slots: Out<'a, T>,
     /// `[slots, I]`, written: what stands between the products.
     pub hidden: Option<Out<'a, T>>,
@@ -420,7 +440,11 @@ buffers!(ExpertsArgs<'a, T> {
 /// Addresses of all products.
 pub(super) struct Products<'a> {
     pub(super) x: Address<'a>,
+    /// What the routed experts see.
+    pub(super) input: Address<'a>,
     pub(super) rows: RowAddresses<'a>,
+    /// Number of the rows, and each one's token.
+    pub(super) live: (Address<'a>, Address<'a>),
     pub(super) kept: IntermediateAddresses<'a>,
     pub(super) y_slots: Address<'a>,
     /// The shared expert's output.

@@ -1,12 +1,14 @@
 //! A layer's parameters as buffers.
 
+use super::around::{HeldAround, LatentWeights, NormWeights, open_norm};
 use super::desc::{LayerDesc, Mlp};
 use crate::experts::Weight;
 use crate::experts::gemm::{HeldByExpert, SwigluByExpert};
-use crate::experts::weight::{HeldWeight, WeightNames};
+use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::routers::{gating, router};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::shape;
 use crate::{Error, In, Tensor};
 
 /// Weights of a layer.
@@ -30,18 +32,31 @@ impl<'a> LayerWeights<'a> {
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct RouterWeights<'a> {
-    /// `[E, H]`.
-    pub matrix: Tensor<'a>,
+    /// `[E, H]`; absent only where the logits are given ([`super::RouteArgs::given_logits`]).
+    pub matrix: Option<Tensor<'a>>,
     /// `[E]`, added to the logits.
     pub bias: Option<In<'a, f32>>,
     /// `[E]`, added to the scores for the choice only.
     pub correction_bias: Option<In<'a, f32>>,
+    /// `[H]`, of the type of activations, where the norm of the router's input has a weight.
+    pub norm: Option<Tensor<'a>>,
 }
 
 impl<'a> RouterWeights<'a> {
     /// Without biases.
     pub fn new(matrix: impl Into<Tensor<'a>>) -> RouterWeights<'a> {
-        RouterWeights { matrix: matrix.into(), bias: None, correction_bias: None }
+        RouterWeights { matrix: Some(matrix.into()), ..RouterWeights::of_logits() }
+    }
+
+    /// Nothing, for logits that are given.
+    pub const fn of_logits() -> RouterWeights<'a> {
+        RouterWeights { matrix: None, bias: None, correction_bias: None, norm: None }
+    }
+
+    /// With a weight of the norm of its input.
+    #[must_use]
+    pub fn norm(self, weight: impl Into<Tensor<'a>>) -> RouterWeights<'a> {
+        RouterWeights { norm: Some(weight.into()), ..self }
     }
 
     pub(super) fn open<'b>(self, scope: &Scope<'b>, desc: &LayerDesc) -> Result<HeldRouter<'b>, Error>
@@ -50,8 +65,11 @@ impl<'a> RouterWeights<'a> {
     {
         let LayerDesc { hidden, experts, router_dtype, gating, .. } = *desc;
         gating::check_correction_bias(scope.operation, &gating, self.correction_bias.is_some())?;
+        let alignment = shape::row_alignment(router_dtype, hidden);
+        let matrix = |tensor| scope.read_tensor("router.matrix", tensor, router_dtype, experts * hidden, alignment);
         Ok(HeldRouter {
-            matrix: scope.read_tensor("router.matrix", self.matrix, router_dtype, experts * hidden, VECTOR)?,
+            matrix: self.matrix.map(matrix).transpose()?,
+            norm: open_norm(scope, "router.norm", desc.norms.router, self.norm, desc, hidden)?,
             bias: scope.read_some("router.bias", self.bias, experts, SCALAR)?,
             correction_bias: scope.read_some("router.correction_bias", self.correction_bias, experts, SCALAR)?,
         })
@@ -62,7 +80,8 @@ buffers!(RouterWeights<'a> { bias: In<f32>, correction_bias: In<f32> });
 
 /// A router's weights opened for reading.
 pub(super) struct HeldRouter<'a> {
-    pub(super) matrix: Held<'a>,
+    pub(super) matrix: Option<Held<'a>>,
+    pub(super) norm: Option<Held<'a>>,
     pub(super) bias: Option<Held<'a>>,
     pub(super) correction_bias: Option<Held<'a>>,
 }
@@ -79,12 +98,17 @@ pub struct ExpertWeights<'a> {
     pub shared: Option<SharedWeights<'a>>,
     /// Numbers of the activation that differ from expert to expert.
     pub swiglu: SwigluByExpert<'a>,
+    /// Those of norms.
+    pub norms: NormWeights<'a>,
+    /// Those of projections round the experts; exactly where the descriptor has a latent width.
+    pub latent: Option<LatentWeights<'a>>,
 }
 
 impl<'a> ExpertWeights<'a> {
     /// Without a shared expert.
     pub const fn new(gate_up: Weight<'a>, down: Weight<'a>) -> ExpertWeights<'a> {
-        ExpertWeights { gate_up, down, shared: None, swiglu: SwigluByExpert::new() }
+        let (norms, swiglu) = (NormWeights::new(), SwigluByExpert::new());
+        ExpertWeights { gate_up, down, shared: None, swiglu, norms, latent: None }
     }
 
     /// With numbers of the activation that differ from expert to expert.
@@ -97,6 +121,18 @@ impl<'a> ExpertWeights<'a> {
     #[must_use]
     pub const fn shared(self, shared: SharedWeights<'a>) -> ExpertWeights<'a> {
         ExpertWeights { shared: Some(shared), ..self }
+    }
+
+    /// With weights of norms.
+    #[must_use]
+    pub const fn norms(self, norms: NormWeights<'a>) -> ExpertWeights<'a> {
+        ExpertWeights { norms, ..self }
+    }
+
+    /// With projections round the experts.
+    #[must_use]
+    pub const fn latent(self, latent: LatentWeights<'a>) -> ExpertWeights<'a> {
+        ExpertWeights { latent: Some(latent), ..self }
     }
 
     pub(super) fn open<'b>(self, scope: &Scope<'b>, desc: &LayerDesc) -> Result<HeldExperts<'b>, Error>
@@ -117,18 +153,20 @@ impl<'a> ExpertWeights<'a> {
             (Some(shared), Some(weights)) => {
                 router::check_gate(operation, "shared.gate", shared.gated, weights.gate.is_some())?;
                 let sizes = [1, shared.intermediate, desc.hidden];
-                let gate = |tensor| scope.read_tensor("shared.gate", tensor, desc.router_dtype, desc.hidden, VECTOR);
+                let alignment = shape::row_alignment(desc.router_dtype, desc.hidden);
+                let gate = |tensor| scope.read_tensor("shared.gate", tensor, desc.router_dtype, desc.hidden, alignment);
                 Some(HeldShared {
                     mlp: open_mlp(scope, &SHARED, &shared.mlp, [weights.gate_up, weights.down], sizes)?,
                     gate: weights.gate.map(gate).transpose()?,
                 })
             }
         };
-        let sizes = [desc.local_experts(), desc.intermediate, desc.hidden];
+        let sizes = [desc.local_experts(), desc.intermediate, desc.expert_width()];
         Ok(HeldExperts {
             mlp: open_mlp(scope, &ROUTED, &desc.mlp, [self.gate_up, self.down], sizes)?,
             shared,
             swiglu: self.swiglu.open(scope, desc.mlp.activation, desc.local_experts())?,
+            around: HeldAround::open(scope, desc, self.norms, self.latent)?,
         })
     }
 }
@@ -163,6 +201,7 @@ pub(super) struct HeldExperts<'a> {
     pub(super) mlp: [HeldWeight<'a>; 2],
     pub(super) shared: Option<HeldShared<'a>>,
     pub(super) swiglu: HeldByExpert<'a>,
+    pub(super) around: HeldAround<'a>,
 }
 
 /// A shared expert's.
@@ -207,8 +246,7 @@ fn open_mlp<'a, 'b>(
 where
     'a: 'b,
 {
-    Ok([
-        gate_up.open(scope, names[0], &mlp.gate_up, [experts, intermediate, hidden])?,
-        down.open(scope, names[1], &mlp.down, [experts, hidden, intermediate])?,
-    ])
+    let first = WeightPlace::packed(&mlp.gate_up, [experts, intermediate, hidden]);
+    let second = WeightPlace::packed(&mlp.down, [experts, hidden, intermediate]);
+    Ok([gate_up.open(scope, names[0], &mlp.gate_up, first)?, down.open(scope, names[1], &mlp.down, second)?])
 }

@@ -11,12 +11,14 @@ mod support;
 mod admission;
 mod balance;
 mod base;
+mod by_sequence;
 mod combine;
 mod dispatch;
 mod expert_choice;
 mod expert_map;
 mod gating;
 mod gemm;
+mod gemm_any;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -25,11 +27,15 @@ mod lists;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod product_keys;
+mod rms_norm;
 mod router;
 mod rows;
 mod sampled;
 mod sinkhorn;
+mod strides;
 mod timing;
+mod unit_experts;
 
 use std::process::{Command, ExitCode};
 
@@ -77,6 +83,7 @@ fn check(kernel: Kernel) {
         Kernel::Gating(variant) => gating::check(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
+        Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
@@ -95,6 +102,10 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::ProductKeys => product_keys::check(rng),
+        Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
     }
 }
 

@@ -1,8 +1,10 @@
 //! What a product is.
 
 use super::activation::{check_activation, check_shared};
+use super::strides::Strides;
 use crate::Error;
 use crate::experts::dispatched::SlotShape;
+use crate::experts::weight::WeightPlace;
 use crate::rules::{Activation, Dtype, WeightDesc, WeightFormat};
 use crate::runtime::builder::settings;
 use crate::runtime::shape;
@@ -53,9 +55,9 @@ pub struct GemmDesc {
     pub rows: Rows,
     /// Whether a row reads its token's row of `a`, else its own.
     pub gather: bool,
-    /// Columns `N` of `out`, a multiple of 8.
+    /// Columns `N` of `out`. Multiples of 8, like those of `k`, are several times faster.
     pub n: usize,
-    /// Columns `K` of `a`, a multiple of 8.
+    /// Columns `K` of `a`.
     pub k: usize,
     /// Form of the weight.
     pub weight: WeightDesc,
@@ -66,6 +68,24 @@ pub struct GemmDesc {
     pub shared_rows: usize,
     /// The activation of a shared expert's rows; absent, that of the others.
     pub shared_activation: Option<Activation>,
+    /// Where elements lie, if not packed.
+    pub strides: Option<Strides>,
+    /// Buffers may begin on any element. Else they begin on 16 bytes if `n`, `k` and the strides let every row do so.
+    pub unaligned: bool,
+    /// What becomes of a result.
+    pub output: Output,
+}
+
+/// What becomes of a product's results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Output {
+    /// Rounded to the type of `a`.
+    Rounded,
+    /// Stored as f32, as it was summed.
+    F32,
+    /// Added to what `out`, of f32, holds: one addition after all else.
+    AddedF32,
 }
 
 impl GemmDesc {
@@ -82,6 +102,9 @@ impl GemmDesc {
             activation: Activation::Identity,
             shared_rows: 0,
             shared_activation: None,
+            strides: None,
+            unaligned: false,
+            output: Output::Rounded,
         }
     }
 
@@ -101,6 +124,11 @@ impl GemmDesc {
     /// Columns of what stands before the activation: `N`, or with a gate `2N`.
     pub fn pre_activation_columns(&self) -> usize {
         if self.weight.glu.is_gated() { 2 * self.n } else { self.n }
+    }
+
+    /// Sizes and places of a weight's tensors, of so many experts.
+    pub(super) fn weight_place(&self, experts: usize, alignment: u64) -> WeightPlace {
+        WeightPlace { experts, n: self.n, k: self.k, strides: self.places().weight, alignment }
     }
 
     /// Checks all that can be checked without buffers.
@@ -123,8 +151,12 @@ impl GemmDesc {
             return Err(Error::invalid(operation, "shared_rows", "0 for dense rows", self.shared_rows));
         }
         shape::size(operation, "shared_rows", self.shared_rows)?;
-        shape::multiple_of_8(operation, "n", self.n)?;
-        shape::multiple_of_8(operation, "k", self.k)?;
+        shape::positive(operation, "n", self.n)?;
+        shape::positive(operation, "k", self.k)?;
+        if self.shared_rows > 0 && self.output != Output::Rounded {
+            let expected = "Output::Rounded with shared_rows";
+            return Err(Error::unsupported(operation, "output", expected, format!("{:?}", self.output)));
+        }
         let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
         for (argument, value, limit) in [("k", self.k, MAX_K), ("n", outputs, MAX_B_OUTPUTS)] {
             if value > limit {
@@ -138,6 +170,9 @@ impl GemmDesc {
         let widest = self.pre_activation_columns().max(self.k);
         shape::product(operation, "shared_rows", &[self.shared_rows, widest])?;
         shape::product(operation, "pre_activation", &[self.rows.count(), self.pre_activation_columns()])?;
+        if let Some(strides) = &self.strides {
+            strides.check(operation, self)?;
+        }
         let WeightFormat::Plain(weight) = self.weight.format;
         if weight != self.dtype {
             let supported = format!("the type of a ({})", self.dtype);
@@ -154,4 +189,7 @@ settings!(GemmDesc {
     activation: Activation,
     shared_rows: usize,
     shared_activation: Option<Activation>,
+    strides: Option<Strides>,
+    unaligned: bool,
+    output: Output,
 });

@@ -11,6 +11,8 @@ use crate::{In, Out};
 pub struct RouteArgs<'a> {
     /// `[T, E]`, written: the router's logits.
     pub logits: Option<Out<'a, f32>>,
+    /// `[T, E]`: logits that a router of another form has made ([`crate::routers::network`]): the layer's own is not asked then. Not with `logits`.
+    pub given_logits: Option<In<'a, f32>>,
     /// `[T, k]`, written: chosen experts, after admission.
     pub ids: Option<Out<'a, i32>>,
     /// `[T, k]`, written: their weights.
@@ -50,6 +52,7 @@ impl<'a> RouteArgs<'a> {
 
 buffers!(RouteArgs<'a> {
     logits: Out<f32>,
+    given_logits: In<f32>,
     ids: Out<i32>,
     weights: Out<f32>,
     counts: Out<i32>,

@@ -11,6 +11,7 @@ use crate::capacity::admission::{self, AdmissionArgs};
 use crate::capacity::expert_map::{self, ExpertMapArgs};
 use crate::capacity::{Ids, dispatch};
 use crate::experts::dispatched::Dispatched;
+use crate::experts::rms_norm;
 use crate::layer::experts::check_device;
 use crate::layer::weights::{HeldRouter, RouterWeights};
 use crate::layer::{OPERATION, Stage};
@@ -18,7 +19,8 @@ use crate::routers::gating::{self, GatingArgs, Routing};
 use crate::routers::measured_gating::{self, MeasuredGatingArgs, RouterStats, Totals};
 use crate::routers::{gating_dispatch, router};
 use crate::rules::IdFormat;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::shape;
 use crate::{Element, Error, In, Kernels, Out, Workspace};
 
 impl RoutePlan {
@@ -45,17 +47,21 @@ impl RoutePlan {
         check_device(&scope, &self.device)?;
         scope.check_dtype::<T>("x", self.desc.dtype)?;
         let weights = weights.open(&scope, &self.desc)?;
+        let given_logits = args.given_logits.is_some();
         let lists = dispatched.fill(&scope, &self.rows())?;
         if self.tokens == 0 {
             lists.zero(&scope)?;
             lists.filled();
             return self.without_tokens(&scope, args);
         }
-        let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, VECTOR)?;
+        let alignment = shape::row_alignment(self.desc.dtype, self.desc.hidden);
+        let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, alignment)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
         let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
-        self.enqueue_router(&scope, &weights, x.address(), None, &at, &mut |_| ())?;
+        if !given_logits {
+            self.enqueue_router(&scope, &weights, x.address(), None, &workspace, &at, &mut |_| ())?;
+        }
         self.enqueue_choice(&scope, &weights, &workspace, &mut extras, &at, &mut |_| ())?;
         lists.filled();
         Ok(())
@@ -122,18 +128,31 @@ impl RoutePlan {
     }
 
     /// The logits; with `gate`, weight and logits of a shared expert's gate, those too.
+    #[allow(clippy::too_many_arguments)]
     pub(in crate::layer) fn enqueue_router(
         &self,
         scope: &Scope<'_>,
         weights: &HeldRouter<'_>,
         x: Address<'_>,
         gate: Option<(Address<'_>, Address<'_>)>,
+        workspace: &Held<'_>,
         at: &RouteAddresses<'_>,
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
+        let Some(matrix) = optional(&weights.matrix) else {
+            let reason = "the logits are not given";
+            return Err(Error::Missing { operation: OPERATION, argument: "router.matrix", reason });
+        };
+        let mut seen = x;
+        if let Some(step) = &self.norm {
+            seen = workspace.at(self.regions.router_x);
+            let at = rms_norm::Addresses { weight: optional(&weights.norm), ..rms_norm::Addresses::new(x, seen) };
+            rms_norm::enqueue(scope, &step.desc, &step.selection, at)?;
+            observer(Stage::RouterNorm);
+        }
         let addresses = router::Addresses {
-            x,
-            weight: Some(weights.matrix.address()),
+            x: seen,
+            weight: Some(matrix),
             bias: optional(&weights.bias),
             logits: Some(at.logits),
             gate,

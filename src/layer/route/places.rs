@@ -37,6 +37,7 @@ pub(in crate::layer) struct Extras<'a> {
 
 /// A route's own buffers, opened.
 pub(in crate::layer) struct HeldRoute<'a> {
+    /// The caller's, written or given.
     logits: Option<Held<'a>>,
     ids: Option<Held<'a>>,
     weights: Option<Held<'a>>,
@@ -71,8 +72,15 @@ impl<'a> HeldRoute<'a> {
         if args.noise_state.is_some() && !desc.draws() {
             return unexpected("noise_state", "the descriptor's admission draws nothing");
         }
+        if args.given_logits.is_some() && args.logits.is_some() {
+            return unexpected("logits", "they are given");
+        }
+        let given = scope.read_some("given_logits", args.given_logits, tokens * desc.experts, SCALAR)?;
         let held = HeldRoute {
-            logits: scope.write_some("logits", args.logits, tokens * desc.experts, SCALAR)?,
+            logits: match given {
+                Some(given) => Some(given),
+                None => scope.write_some("logits", args.logits, tokens * desc.experts, SCALAR)?,
+            },
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
             weights: scope.write_some("weights", args.weights, choices, SCALAR)?,
             counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,

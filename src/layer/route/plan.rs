@@ -5,6 +5,7 @@ use crate::capacity::admission::{self, AdmissionDesc};
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::capacity::expert_map::{self, ExpertMapDesc};
 use crate::experts::dispatched::SlotShape;
+use crate::experts::rms_norm::{self, RmsNormDesc};
 use crate::experts::tiles::{lowest_tile, max_tiles, select_tile};
 use crate::layer::desc::LayerDesc;
 use crate::layer::{OPERATION, Stage, Step};
@@ -22,6 +23,8 @@ pub struct RoutePlan {
     pub(in crate::layer) desc: LayerDesc,
     pub(super) device: DeviceInfo,
     pub(super) tokens: usize,
+    /// Norm of what the router sees.
+    pub(super) norm: Option<Step<RmsNormDesc>>,
     pub(super) router: Step<RouterDesc>,
     /// The same with a shared expert's gate, in a whole layer that has one.
     pub(super) gated_router: Step<RouterDesc>,
@@ -56,6 +59,16 @@ impl RoutePlan {
             RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype).batch_invariant(desc.batch_invariant);
         let step = |desc| Ok::<_, Error>(Step { desc, selection: router::select(&desc, device).map_err(within)? });
         let (router, gated_router) = (step(router)?, step(router.shared_gate(desc.has_shared_gate()))?);
+
+        if desc.norms.router.is_some() && desc.has_shared_gate() {
+            let supported = "no norm of the router's input beside a gated shared expert";
+            return Err(Error::unsupported(OPERATION, "norms.router", supported, "one"));
+        }
+        let norm = desc.norms.router.map(|norm| {
+            let desc = RmsNormDesc::new(dtype, tokens, hidden, norm);
+            Ok::<_, Error>(Step { desc, selection: rms_norm::select_for(OPERATION, &desc, device)? })
+        });
+        let norm = norm.transpose()?;
 
         // The height of a tile follows from the number of slots, which is checked by `validate` below.
         let (slots, local_experts) = (tokens.saturating_mul(top_k), desc.local_experts());
@@ -122,6 +135,11 @@ impl RoutePlan {
         let mut arena = Arena::new(OPERATION);
         let regions = Regions {
             scratch: arena.region("workspace", scratch.into_iter().max().unwrap_or(0), 1)?,
+            router_x: arena.region(
+                "norms.router",
+                if norm.is_some() { tokens * hidden } else { 0 },
+                dtype.bytes() as usize,
+            )?,
             logits: arena.region("logits", tokens * experts, 4)?,
             candidates: arena.region("candidates", all, 4)?,
             candidate_weights: arena.region("candidates", all, 4)?,
@@ -142,6 +160,7 @@ impl RoutePlan {
             desc: *desc,
             device: *device,
             tokens,
+            norm,
             router,
             gated_router,
             choice,
@@ -182,8 +201,9 @@ impl RoutePlan {
         };
         let dispatch = (choice.0 == Stage::Gate).then_some((Stage::Dispatch, self.dispatch.selection));
         let tokens = self.tokens;
-        [(Stage::Router, router.selection), choice]
-            .into_iter()
+        let norm = self.norm.map(|step| (Stage::RouterNorm, step.selection));
+        norm.into_iter()
+            .chain([(Stage::Router, router.selection), choice])
             .chain(self.admission.map(|step| (Stage::Admission, step.selection)))
             .chain(self.map.map(|step| (Stage::Map, step.selection)))
             .chain(dispatch)
