@@ -128,8 +128,8 @@ impl RouterShape {
 /// sorts the slots by expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gate {
-    /// From logits to scores.
-    pub score: Score,
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
     /// Logits a lane holds: experts up to `32 * values`.
     pub values: u32,
     /// Whether the slots are sorted too.
@@ -140,28 +140,44 @@ impl Gate {
     /// Every number of logits a lane may hold.
     pub const VALUES: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 
+    /// The same where the rule is said at run time.
+    pub const ANY_VALUES: [u32; 2] = [8, 32];
+
     /// Experts of a token: a lane holds one choice.
     pub const MAX_TOP_K: u32 = 32;
 
     /// Expert groups: a lane holds the score of one.
     pub const MAX_GROUPS: u32 = 32;
 
-    /// Most experts.
+    /// Most experts that a choice is among.
     pub const fn max_experts(&self) -> u32 {
         32 * self.values
+    }
+
+    /// Most experts whose slots are counted: those, and where the rule may append any, as many as a token has.
+    pub const fn max_counted(&self) -> u32 {
+        self.max_experts() + if self.score.is_none() { Gate::MAX_TOP_K } else { 0 }
     }
 
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts())
     }
+
+    /// The word in kernel names.
+    pub const fn score_name(&self) -> &'static str {
+        match self.score {
+            Some(score) => score.name(),
+            None => "any",
+        }
+    }
 }
 
 /// Top-k gating that also measures the batch: balancing losses and router statistics from the same logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MeasuredGate {
-    /// From logits to scores.
-    pub score: Score,
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
     /// Logits a lane holds: experts up to `32 * values`.
     pub values: u32,
 }
@@ -533,7 +549,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => format!("router_{}_{}_{}", k.x, k.weight, k.shape.name()),
             Kernel::Gating(k) => {
-                format!("gating_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
+                format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::Gemm(k) => {
@@ -571,8 +587,10 @@ impl Kernel {
     pub const fn entry(&self) -> &'static str {
         match self {
             Kernel::Router(_) => "Router",
-            Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
-            Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Gating(Gate { score: Some(_), dispatch: false, .. }) => "Gating",
+            Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
+            Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::Combine(_) => "Combine",
@@ -586,7 +604,8 @@ impl Kernel {
             Kernel::Hash => "Hash",
             Kernel::Noisy(Noisy { grouped: false, .. }) => "Noisy",
             Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
-            Kernel::MeasuredGating(_) => "MeasuredGating",
+            Kernel::MeasuredGating(MeasuredGate { score: Some(_), .. }) => "MeasuredGating",
+            Kernel::MeasuredGating(MeasuredGate { score: None, .. }) => "MeasuredGatingAny",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
@@ -692,14 +711,14 @@ impl Kernel {
                 ("block_experts", Int(k.shape.block().1)),
             ],
             Kernel::Gating(k) => vec![
-                ("score", Text(k.score.name())),
+                ("score", Text(k.score_name())),
                 ("ids_bytes", Int(4)),
                 ("values", Int(k.values)),
-                ("max_experts", Int(k.max_experts())),
+                ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
             ],
             Kernel::MeasuredGating(k) => vec![
-                ("score", Text(k.score.name())),
+                ("score", Text(k.gate().score_name())),
                 ("values", Int(k.values)),
                 ("max_experts", Int(k.gate().max_experts())),
                 ("warps", Int(k.gate().warps())),
@@ -769,11 +788,16 @@ pub fn all() -> Vec<Kernel> {
             }
         }
     }
-    for score in Score::ALL {
+    for score in Score::COMMON {
         for values in Gate::VALUES {
             for dispatch in [false, true] {
-                kernels.push(Kernel::Gating(Gate { score, values, dispatch }));
+                kernels.push(Kernel::Gating(Gate { score: Some(score), values, dispatch }));
             }
+        }
+    }
+    for values in Gate::ANY_VALUES {
+        for dispatch in [false, true] {
+            kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
         }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
@@ -806,11 +830,12 @@ pub fn all() -> Vec<Kernel> {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
         kernels.push(Kernel::Sampled(spread));
     }
-    for score in Score::ALL {
+    for score in Score::COMMON {
         for values in Gate::VALUES {
-            kernels.push(Kernel::MeasuredGating(MeasuredGate { score, values }));
+            kernels.push(Kernel::MeasuredGating(MeasuredGate { score: Some(score), values }));
         }
     }
+    kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));

@@ -71,7 +71,10 @@ fn what_an_unknown_family_looks_like() {
     };
     // All of Qwen3's tensors and keys.
     let text = said(&changed("qwen3_moe", |config| config["model_type"] = "qwen9".into()));
-    assert!(text.contains("\"qwen9\"") && text.contains("would fit") && text.contains("qwen3_moe (chosen by softmax"), "{text}");
+    assert!(
+        text.contains("\"qwen9\"") && text.contains("would fit") && text.contains("qwen3_moe (chosen by softmax"),
+        "{text}"
+    );
     assert!(text.contains("says nothing of its own rules"), "{text}");
     // DeepSeek-V3's, but for a key that nobody there knows.
     let text = said(&changed("deepseek_v3", |config| {

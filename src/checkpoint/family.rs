@@ -3,10 +3,9 @@
 //! A family is a constant, made from another one of its kin by the few calls in which it differs ([`super::families`]). In names of
 //! tensors `#` stands for the number of an expert, and a name that begins with `^` is beside the block rather than in it.
 
-use super::config::Config;
 use super::error::CheckpointError;
-use super::spec::BlockSpec;
-use crate::rules::{Glu, GroupScore, Layout, Masked, Renormalise, Score};
+use super::spec::{BlockSpec, Scene};
+use crate::rules::{ChoiceBy, Glu, GroupScore, Layout, Masked, Renormalise, Score};
 
 /// A model family.
 #[derive(Clone, Copy)]
@@ -24,6 +23,10 @@ pub struct Family {
     pub(super) requires: &'static [(&'static str, &'static str)],
     pub(super) disregards: &'static [&'static str],
     pub(super) unordered: bool,
+    pub(super) choice: ChoiceBy,
+    pub(super) logits: LogitFacts,
+    pub(super) expert_scale: Option<&'static str>,
+    pub(super) global_scale: Option<&'static str>,
     pub(super) experts: Experts,
     pub(super) activation: Act,
     pub(super) shared: Option<Shared>,
@@ -33,7 +36,7 @@ pub struct Family {
 /// What the other facts cannot say, with its words for the table of families.
 #[derive(Clone, Copy)]
 pub(super) struct Refine {
-    pub(super) by: fn(&Config, usize, &mut BlockSpec) -> Result<(), CheckpointError>,
+    pub(super) by: fn(&Scene<'_>, &mut BlockSpec) -> Result<(), CheckpointError>,
     pub(super) words: &'static str,
 }
 
@@ -92,6 +95,15 @@ pub(super) struct GroupFacts {
     pub(super) masked: Masked,
     /// A key and the value with which alone there are groups.
     pub(super) only_if: Option<(&'static str, &'static str)>,
+}
+
+/// Keys of what is done to the router's product.
+#[derive(Clone, Copy)]
+pub(super) struct LogitFacts {
+    /// Of a factor, and what it is where the key is absent.
+    pub(super) factor: Option<(&'static str, f64)>,
+    /// Of a soft bound, none where it is absent or 0.
+    pub(super) softcap: Option<&'static str>,
 }
 
 /// What is between an expert's products.
@@ -263,6 +275,10 @@ impl Family {
             requires: &[],
             disregards: &[],
             unordered: false,
+            choice: ChoiceBy::Score,
+            logits: LogitFacts { factor: None, softcap: None },
+            expert_scale: None,
+            global_scale: None,
             experts: Experts::Each(PROJECTIONS),
             activation: Act::Named(&["hidden_act"], "silu"),
             shared: None,
@@ -325,6 +341,11 @@ impl Family {
         Family { score: Scored::Named(key, names), ..self }
     }
 
+    /// SparseMixer in place of the score, which divides nothing.
+    pub(super) const fn sparse_mixer(self) -> Family {
+        Family { score: Scored::Always(Score::SparseMixer), renormalise: Renorm::Never, ..self }
+    }
+
     /// Keys that may be absent or have this one value.
     pub(super) const fn requires(self, requires: &'static [(&'static str, &'static str)]) -> Family {
         Family { requires, ..self }
@@ -381,6 +402,33 @@ impl Family {
         Family { unordered: true, ..self }
     }
 
+    /// The choice compares logits, with the correction bias, and scores only weigh.
+    pub(super) const fn chosen_by_logit(self) -> Family {
+        Family { choice: ChoiceBy::Logit, ..self }
+    }
+
+    /// A key of a factor of the logits, and what it is where the key is absent.
+    pub(super) const fn logit_factor(mut self, key: &'static str, default: f64) -> Family {
+        self.logits.factor = Some((key, default));
+        self
+    }
+
+    /// A key of a soft bound on the logits.
+    pub(super) const fn logit_softcap(mut self, key: &'static str) -> Family {
+        self.logits.softcap = Some(key);
+        self
+    }
+
+    /// A tensor `[E]`: a factor of each expert's weight.
+    pub(super) const fn expert_scale(self, name: &'static str) -> Family {
+        Family { expert_scale: Some(name), ..self }
+    }
+
+    /// A tensor `[1]`: a factor of all weights.
+    pub(super) const fn global_scale(self, name: &'static str) -> Family {
+        Family { global_scale: Some(name), ..self }
+    }
+
     /// How the experts are stored.
     pub(super) const fn experts(self, experts: Experts) -> Family {
         Family { experts, ..self }
@@ -393,7 +441,10 @@ impl Family {
 
     /// A shared expert of so many widths as a key says.
     pub(super) const fn shared(self, names: Matrices, keys: &'static [&'static str], default: usize) -> Family {
-        Family { shared: Some(Shared { names, width: Width::Count(keys, default), gate: None, activation: None }), ..self }
+        Family {
+            shared: Some(Shared { names, width: Width::Count(keys, default), gate: None, activation: None }),
+            ..self
+        }
     }
 
     /// A shared expert of a width of its own.
@@ -426,7 +477,7 @@ impl Family {
     pub(super) const fn refine(
         self,
         words: &'static str,
-        by: fn(&Config, usize, &mut BlockSpec) -> Result<(), CheckpointError>,
+        by: fn(&Scene<'_>, &mut BlockSpec) -> Result<(), CheckpointError>,
     ) -> Family {
         Family { refine: Some(Refine { by, words }), ..self }
     }

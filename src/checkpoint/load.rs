@@ -10,7 +10,7 @@ use super::locate::{fill, full_name};
 use super::spec::BlockSpec;
 use super::store::Store;
 use super::tensors::FileTensor;
-use super::weights::{BlockWeights, MatrixWeight};
+use super::weights::{AroundWeights, BlockWeights, MatrixWeight};
 use crate::Dtype;
 use crate::layer::LayerDesc;
 use crate::rules::{Glu, Layout};
@@ -43,33 +43,10 @@ pub(super) fn load<S: Store>(
     let mut layer = stored_as(&spec.layer, dtype);
     let read = RefCell::default();
     let mut reader = Reader { checkpoint, prefix, read, store, progress, bytes: 0, total };
-    let router = reader.tensor(spec.router, &[layer.experts, layer.hidden])?;
+    let router = reader.tensor(spec.router, &[layer.logit_columns(), layer.hidden])?;
     layer.router_dtype = exact(&router, dtype)?;
     let router = reader.whole(&router, layer.router_dtype)?;
-    let found = reader.found_layout(spec)?;
-    let sizes = [layer.experts, layer.intermediate, layer.hidden];
-    let (gate_up, down) = match found {
-        Experts::Each(matrices) => reader.each(&matrices, sizes, dtype)?,
-        Experts::Stacked(matrices) => reader.stacked(&matrices, sizes, dtype)?,
-        Experts::Rows(matrices) => {
-            layer.mlp.down.layout = Layout::Kn;
-            reader.rows(&matrices, sizes, dtype)?
-        }
-        Experts::Together { gate_up, gate_up_bias, down, down_bias, glu, layout } => {
-            let layout = match layout {
-                Some(layout) => layout,
-                None => reader.layout_of(gate_up, down, glu, sizes)?,
-            };
-            layer.mlp.gate_up.glu = glu;
-            (layer.mlp.gate_up.layout, layer.mlp.down.layout) = (layout, layout);
-            let [experts, intermediate, hidden] = sizes;
-            let rows = if glu.is_gated() { 2 * intermediate } else { intermediate };
-            (
-                reader.together(gate_up, gate_up_bias, [experts, rows, hidden], layout, dtype)?,
-                reader.together(down, down_bias, [experts, hidden, intermediate], layout, dtype)?,
-            )
-        }
-    };
+    let (gate_up, down) = reader.experts(spec, &mut layer)?;
     let shared = match (&spec.shared, &layer.shared) {
         (Some(matrices), Some(desc)) => Some(reader.each(matrices, [1, desc.intermediate, layer.hidden], dtype)?),
         _ => None,
@@ -81,11 +58,39 @@ pub(super) fn load<S: Store>(
         }
         None => None,
     };
-    let experts = layer.experts;
-    let mut vector = |name: Option<&str>| name.map(|name| reader.vector(name, experts)).transpose();
-    let (router_bias, correction_bias) = (vector(spec.router_bias)?, vector(spec.correction_bias)?);
+    let (experts, columns) = (layer.experts, layer.logit_columns());
+    let mut vector = |name: Option<&str>, length| name.map(|name| reader.vector(name, length)).transpose();
+    let router_bias = vector(spec.router_bias, columns)?;
+    let correction_bias = vector(spec.correction_bias, experts)?;
+    let expert_scale = vector(spec.expert_scale, experts)?;
+    let global_scale = vector(spec.global_scale, 1)?;
+    let around = reader.around(spec, &layer)?;
+    let (table, vocabulary) = reader.table(spec, &layer)?;
+    let map = match spec.identities {
+        0 => None,
+        count => {
+            let here = experts - count;
+            let map: Vec<i32> =
+                (0..experts).map(|e| if e < here { e as i32 } else { crate::rules::IDENTITY }).collect();
+            Some(reader.store.numbers(&map)?)
+        }
+    };
     reader.require_all_read(&spec.idle)?;
-    let weights = BlockWeights { router, router_bias, correction_bias, gate_up, down, shared, shared_gate };
+    let weights = BlockWeights {
+        router,
+        router_bias,
+        correction_bias,
+        gate_up,
+        down,
+        shared,
+        shared_gate,
+        expert_scale,
+        global_scale,
+        around,
+        table,
+        vocabulary,
+        map,
+    };
     Ok((layer, weights))
 }
 
@@ -94,6 +99,10 @@ fn stored_as(layer: &LayerDesc, dtype: Dtype) -> LayerDesc {
     let mut layer = *layer;
     layer.dtype = dtype;
     let shared = layer.shared.as_mut().map(|shared| &mut shared.mlp);
+    let latent = layer.latent.as_mut();
+    for weight in latent.into_iter().flat_map(|latent| [&mut latent.input, &mut latent.output]) {
+        weight.format = dtype.into();
+    }
     for mlp in [&mut layer.mlp].into_iter().chain(shared) {
         mlp.gate_up.format = dtype.into();
         mlp.down.format = dtype.into();
@@ -115,6 +124,16 @@ fn exact(tensor: &FileTensor<'_>, dtype: Dtype) -> Result<Dtype, CheckpointError
     Ok(if same { dtype } else { Dtype::F32 })
 }
 
+/// Names and extents of one product's tensors of all experts.
+struct Together<'a> {
+    weight: &'a str,
+    bias: Option<&'a str>,
+    /// Of experts behind them.
+    behind: Option<&'a str>,
+    rows: usize,
+    columns: usize,
+}
+
 struct Reader<'a, S: Store> {
     checkpoint: &'a Checkpoint,
     prefix: &'a str,
@@ -134,6 +153,72 @@ impl<'a, S: Store> Reader<'a, S> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<FileTensor<'a>, CheckpointError> {
         self.read.borrow_mut().insert(name.to_owned());
         self.checkpoint.read_shaped(&self.full(name), shape)
+    }
+
+    /// Both products of the experts that have weights, as they are found; sets their layout.
+    fn experts(&mut self, spec: &BlockSpec, layer: &mut LayerDesc) -> Result<Pair<S>, CheckpointError> {
+        let dtype = layer.dtype;
+        let (intermediate, hidden) = (layer.intermediate, layer.expert_width());
+        let sizes = [layer.local_experts() - spec.layer.gating.appended_experts(), intermediate, hidden];
+        match self.found_layout(spec)? {
+            Experts::Each(matrices) => self.each(&matrices, sizes, dtype),
+            Experts::Stacked(matrices) => self.stacked(&matrices, sizes, dtype),
+            Experts::Rows(matrices) => {
+                layer.mlp.down.layout = Layout::Kn;
+                self.rows(&matrices, sizes, dtype)
+            }
+            Experts::Together { gate_up, gate_up_bias, down, down_bias, glu, layout } => {
+                let layout = match layout {
+                    Some(layout) => layout,
+                    None => self.layout_of(gate_up, down, glu, sizes)?,
+                };
+                layer.mlp.gate_up.glu = glu;
+                (layer.mlp.gate_up.layout, layer.mlp.down.layout) = (layout, layout);
+                let experts = sizes[0];
+                let rows = if glu.is_gated() { 2 * intermediate } else { intermediate };
+                let behind = spec.appended.map_or([None; 2], |names| names.map(Some));
+                let count = spec.layer.gating.appended_experts();
+                let first = Together { weight: gate_up, bias: gate_up_bias, behind: behind[0], rows, columns: hidden };
+                let second =
+                    Together { weight: down, bias: down_bias, behind: behind[1], rows: hidden, columns: intermediate };
+                let first = self.together(&first, [experts, count], layout, dtype)?;
+                Ok((first, self.together(&second, [experts, count], layout, dtype)?))
+            }
+        }
+    }
+
+    /// Weights of norms and of projections round the experts.
+    fn around(&mut self, spec: &BlockSpec, layer: &LayerDesc) -> Result<AroundWeights<S::Buffer>, CheckpointError> {
+        let (dtype, hidden, width) = (layer.dtype, layer.hidden, layer.expert_width());
+        let norms = spec.norms;
+        let mut vector = |name: Option<&str>, length: usize| {
+            let vector = |name| {
+                let tensor = self.tensor(name, &[length])?;
+                self.whole(&tensor, dtype)
+            };
+            name.map(vector).transpose()
+        };
+        let (router, experts) = (vector(norms.router, hidden)?, vector(norms.experts, hidden)?);
+        let (slots, output) = (vector(norms.slots, width)?, vector(norms.output, hidden)?);
+        let latent_norm = vector(norms.latent, width)?;
+        let latent = match spec.latent {
+            None => None,
+            Some([input, output]) => {
+                let (input, output) = (self.tensor(input, &[width, hidden])?, self.tensor(output, &[hidden, width])?);
+                let input = MatrixWeight::new(self.whole(&input, dtype)?);
+                Some([input, MatrixWeight::new(self.whole(&output, dtype)?)])
+            }
+        };
+        Ok(AroundWeights { router, experts, slots, output, latent, latent_norm })
+    }
+
+    /// The table of experts by word, and how many words it has.
+    fn table(&mut self, spec: &BlockSpec, layer: &LayerDesc) -> Result<(Option<S::Buffer>, usize), CheckpointError> {
+        let Some(name) = spec.table else { return Ok((None, 0)) };
+        let rows = self.checkpoint.shape(&self.full(name)).and_then(|shape| shape.first()).copied().unwrap_or(0);
+        let tensor = self.tensor(name, &[rows, layer.top_k])?;
+        self.bytes += tensor.bytes() as u64;
+        Ok((Some(self.store.integers(&tensor)?), rows))
     }
 
     /// Puts a tensor's values into a buffer, from element `at` on.
@@ -241,21 +326,29 @@ impl<'a, S: Store> Reader<'a, S> {
         Ok(buffer)
     }
 
-    /// One tensor for gate and up, or for down, of all experts.
+    /// One tensor for gate and up, or for down, of all experts, and of so many behind them.
     fn together(
         &mut self,
-        weight: &str,
-        bias: Option<&str>,
-        [experts, rows, columns]: [usize; 3],
+        names: &Together<'_>,
+        [experts, count]: [usize; 2],
         layout: Layout,
         dtype: Dtype,
     ) -> Result<MatrixWeight<S::Buffer>, CheckpointError> {
-        let shape = match layout {
-            Layout::Nk => [experts, rows, columns],
-            Layout::Kn => [experts, columns, rows],
+        let &Together { weight, bias, behind, rows, columns } = names;
+        let (first, second) = match layout {
+            Layout::Nk => (rows, columns),
+            Layout::Kn => (columns, rows),
         };
-        let tensor = self.tensor(weight, &shape)?;
-        let matrix = self.by_expert(&tensor, experts, dtype)?;
+        let size = rows * columns;
+        let mut matrix = self.store.buffer(dtype, (experts + count) * size)?;
+        let tensor = self.tensor(weight, &[experts, first, second])?;
+        for expert in 0..experts {
+            self.put(&mut matrix, expert * size, &tensor.part(expert * size, size))?;
+        }
+        if let Some(behind) = behind {
+            let tensor = self.tensor(behind, &[count, first, second])?;
+            self.put(&mut matrix, experts * size, &tensor)?;
+        }
         let bias = match bias {
             Some(bias) => {
                 let tensor = self.tensor(bias, &[experts, rows])?;
@@ -306,11 +399,17 @@ impl<'a, S: Store> Reader<'a, S> {
     /// The names that belong to the block and have not been read.
     fn unread(&self) -> Vec<&'a str> {
         let read: BTreeSet<String> = self.read.borrow().iter().map(|name| self.full(name)).collect();
-        let mut below = vec![format!("{}.", self.prefix)];
-        // Of what the block is in, the parts of which something is read.
-        let beside = self.read.borrow();
-        let beside = beside.iter().filter(|name| name.starts_with('^'));
-        below.extend(beside.map(|name| self.full(&format!("{}.", name.split('.').next().unwrap_or(name)))));
+        let names = self.read.borrow();
+        let first = |name: &str| name.split('.').next().unwrap_or(name).to_owned();
+        // Of what the block is in, the parts of which something is read; likewise of a block that is a whole layer.
+        let is_layer =
+            self.prefix.rsplit('.').next().is_some_and(|last| last.bytes().all(|byte| byte.is_ascii_digit()));
+        let parts: BTreeSet<String> =
+            names.iter().filter(|name| is_layer || name.starts_with('^')).map(|name| first(name)).collect();
+        let mut below: Vec<String> = parts.iter().map(|part| self.full(&format!("{part}."))).collect();
+        if !is_layer {
+            below.push(format!("{}.", self.prefix));
+        }
         let unread = below.iter().flat_map(|prefix| {
             let names = self.checkpoint.names_below(prefix);
             names.filter(|name| !read.contains(*name)).collect::<Vec<_>>()

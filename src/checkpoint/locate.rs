@@ -2,11 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::config::Config;
 use super::error::CheckpointError;
 use super::family::Family;
 use super::folder::Checkpoint;
-use super::spec::BlockSpec;
 
 /// Ways to the layers of a language model: alone, and in wrappers of several kinds.
 const LAYERS: [&str; 13] = [
@@ -107,11 +105,6 @@ impl Family {
 
     fn router_of(&self, block: &Found) -> String {
         full_name(&block.prefix, self.router)
-    }
-
-    /// What a block is.
-    pub(super) fn spec(&self, config: &Config, block: &Found) -> Result<BlockSpec, CheckpointError> {
-        self.describe(config, block.layer)
     }
 }
 

@@ -57,4 +57,4 @@ pub use model::{Block, Model};
 pub use store::{DeviceBuffer, HostBuffer};
 pub use table::{COLUMNS, table};
 pub use tensors::{FileTensor, TensorFile};
-pub use weights::{BlockWeights, DeviceBlock, HostBlock, Loaded, MatrixWeight};
+pub use weights::{AroundWeights, BlockWeights, DeviceBlock, HostBlock, Loaded, MatrixWeight};

@@ -12,7 +12,7 @@ use super::family::Family;
 use super::folder::Checkpoint;
 use super::load::{Progress, load};
 use super::locate::Found;
-use super::spec::BlockSpec;
+use super::spec::{BlockSpec, Scene};
 use super::store::{Store, ToDevice, ToHost, ToNowhere};
 use super::weights::{DeviceBlock, HostBlock, Loaded};
 use crate::Dtype;
@@ -71,7 +71,7 @@ impl Model {
     }
 
     fn describe(&self, found: Found) -> Result<Block<'_>, CheckpointError> {
-        let spec = self.family.spec(&self.config, &found)?;
+        let spec = self.family.describe(&Scene::new(&self.config, &self.files, &found))?;
         Ok(Block { files: &self.files, prefix: found.prefix, spec })
     }
 }

@@ -8,6 +8,7 @@ use super::families::families;
 use super::family::Family;
 use super::folder::Checkpoint;
 use super::load::load;
+use super::spec::Scene;
 use super::store::ToNowhere;
 use crate::Dtype;
 
@@ -48,7 +49,7 @@ pub(super) fn describe(config: &Config, files: &Checkpoint) -> String {
 fn attempt(family: &Family, config: &Config, files: &Checkpoint) -> Option<Result<usize, CheckpointError>> {
     let found = family.locate(files, None).ok()?;
     let config = config.fresh();
-    let result = family.spec(&config, &found).and_then(|spec| {
+    let result = family.describe(&Scene::new(&config, files, &found)).and_then(|spec| {
         let mut store = ToNowhere::default();
         load(files, &found.prefix, &spec, Dtype::F32, &mut store, 0, &mut |_| ()).map(|_| config.strange())
     });

@@ -3,10 +3,12 @@
 use super::config::Config;
 use super::error::CheckpointError;
 use super::family::{Act, Experts, Family, GroupFacts, Matrices, Renorm, Scored, Width};
+use super::folder::Checkpoint;
 use super::foreign;
+use super::locate::{Found, full_name};
 use crate::Dtype;
 use crate::layer::{LayerDesc, Mlp, SharedDesc};
-use crate::rules::{Activation, Gating, Glu, Groups, Masked, Swiglu};
+use crate::rules::{Activation, Gating, Glu, Groups, LogitRule, Masked, Swiglu};
 
 /// What a block computes and which tensors hold it, by their names below the block's own (`^`: beside the block).
 pub(super) struct BlockSpec {
@@ -24,15 +26,65 @@ pub(super) struct BlockSpec {
     pub(super) shared: Option<Matrices>,
     /// Tensor `[1,H]`, where the shared expert has a gate.
     pub(super) shared_gate: Option<&'static str>,
+    /// Tensor `[E]`: a factor of each expert's weight.
+    pub(super) expert_scale: Option<&'static str>,
+    /// Tensor `[1]`: a factor of all weights.
+    pub(super) global_scale: Option<&'static str>,
+    /// Tensor `[V,k]`: experts by word, where they are not chosen.
+    pub(super) table: Option<&'static str>,
+    /// Experts behind the others, where the gating appends some: gate and up `[A,2I,H]`, and down `[A,H,I]`, in the others' order.
+    pub(super) appended: Option<[&'static str; 2]>,
+    /// So many experts behind those that have weights yield their input.
+    pub(super) identities: usize,
+    /// Norms' tensors, where the layer has norms with weights.
+    pub(super) norms: NormNames,
+    /// Tensors of the projections round the experts, where the layer has a latent width: `[L,H]`, and `[H,L]`.
+    pub(super) latent: Option<[&'static str; 2]>,
     /// The model's own code leaves the order of a token's experts open.
     pub(super) unordered: bool,
     /// Tensors that some programs write and nothing uses.
     pub(super) idle: Vec<String>,
 }
 
+/// Tensors of the norms' weights.
+#[derive(Clone, Copy, Default)]
+pub(super) struct NormNames {
+    /// `[H]`, of the router's input.
+    pub(super) router: Option<&'static str>,
+    /// `[H]`, of the experts' input.
+    pub(super) experts: Option<&'static str>,
+    /// `[H]` or `[L]`, of each expert's output.
+    pub(super) slots: Option<&'static str>,
+    /// `[H]`, of the whole layer's output.
+    pub(super) output: Option<&'static str>,
+    /// `[L]`, behind the first latent projection.
+    pub(super) latent: Option<&'static str>,
+}
+
+/// What a block is described from.
+pub(super) struct Scene<'a> {
+    pub(super) config: &'a Config,
+    /// The number of its layer.
+    pub(super) layer: usize,
+    files: &'a Checkpoint,
+    prefix: &'a str,
+}
+
+impl<'a> Scene<'a> {
+    pub(super) fn new(config: &'a Config, files: &'a Checkpoint, found: &'a Found) -> Scene<'a> {
+        Scene { config, layer: found.layer, files, prefix: &found.prefix }
+    }
+
+    /// Whether the block has a tensor.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.files.knows(&full_name(self.prefix, name))
+    }
+}
+
 impl Family {
     /// The block of a layer, once nothing in the configuration is known to change it in a way that is not computed.
-    pub(super) fn describe(&self, config: &Config, layer: usize) -> Result<BlockSpec, CheckpointError> {
+    pub(super) fn describe(&self, scene: &Scene<'_>) -> Result<BlockSpec, CheckpointError> {
+        let &Scene { config, layer, .. } = scene;
         let sizes = &self.sizes;
         let size = |keys: &[&str]| config.size_of_layer(keys, layer);
         // The first that is there: an expert's width and a dense block's have like names.
@@ -53,6 +105,7 @@ impl Family {
         require_groups(experts, top_k, &gating)?;
         let mlp = Mlp::swiglu(Dtype::F32).activation(self.activation.read(config, layer)?);
         let mut desc = LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k).gating(gating).mlp(mlp);
+        desc.logits = self.logit_rule(config)?;
         desc.mlp.gate_up.glu = match self.experts {
             Experts::Together { glu, .. } => glu,
             Experts::Each(names) | Experts::Stacked(names) | Experts::Rows(names) => glu_of(&names),
@@ -65,12 +118,19 @@ impl Family {
             experts: self.experts,
             shared: None,
             shared_gate: None,
+            expert_scale: self.expert_scale,
+            global_scale: self.global_scale,
+            table: None,
+            appended: None,
+            identities: 0,
+            norms: NormNames::default(),
+            latent: None,
             unordered: self.unordered,
             idle: Vec::new(),
         };
         self.describe_shared(config, layer, &mut spec)?;
         if let Some(refine) = &self.refine {
-            (refine.by)(config, layer, &mut spec)?;
+            (refine.by)(scene, &mut spec)?;
         }
         foreign::refuse(config, &spec)?;
         Ok(spec)
@@ -102,7 +162,20 @@ impl Family {
             None => None,
             Some(facts) => groups(&facts, config)?,
         };
-        Ok(Gating::new(score).renormalise(renormalise).scale(scale).groups(groups))
+        let gating = Gating::new(score).renormalise(renormalise).scale(scale).groups(groups).choice(self.choice);
+        Ok(gating.expert_scale(self.expert_scale.is_some()).global_scale(self.global_scale.is_some()))
+    }
+
+    fn logit_rule(&self, config: &Config) -> Result<LogitRule, CheckpointError> {
+        let factor = match self.logits.factor {
+            Some((key, default)) => config.number(key, default)?,
+            None => 1.0,
+        };
+        let softcap = match self.logits.softcap {
+            Some(key) => config.number(key, 0.0)?,
+            None => 0.0,
+        };
+        Ok(LogitRule::PLAIN.factor(factor as f32).softcap((softcap > 0.0).then_some(softcap as f32)))
     }
 
     fn correction_name(&self, config: &Config) -> Result<Option<&'static str>, CheckpointError> {

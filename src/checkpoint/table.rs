@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::families::families;
 use super::family::{Act, Experts, Family, Matrices, Renorm, Scored, Width};
-use crate::rules::{Glu, GroupScore, Layout, Masked, Renormalise, Score};
+use crate::rules::{ChoiceBy, Glu, GroupScore, Layout, Masked, Renormalise, Score};
 
 /// Titles of [`Family::row`]'s columns.
 pub const COLUMNS: [&str; 6] = ["`model_type`", "chosen by", "weights", "experts", "shared expert", "tensors"];
@@ -40,11 +40,22 @@ impl Family {
             Score::Softmax => "softmax",
             Score::TopkSoftmax => "logits",
             Score::Sigmoid => "sigmoid",
+            Score::SqrtSoftplus => "sqrt(softplus)",
+            Score::SparseMixer => "sparsemixer",
         };
         let mut text = match self.score {
             Scored::Always(rule) => score(rule).to_owned(),
             Scored::Named(key, names) => format!("{} (`{key}`)", score(names[0].1)),
         };
+        if self.choice == ChoiceBy::Logit {
+            text = "logit".into();
+        }
+        if let Some((key, _)) = self.logits.factor {
+            text += &format!(", logits x `{key}`");
+        }
+        if let Some(key) = self.logits.softcap {
+            text += &format!(", logits softly bounded by `{key}`");
+        }
         if self.router_bias.is_some() {
             text += ", router with a bias";
         }
@@ -72,11 +83,15 @@ impl Family {
         let divided = |rule: Renormalise| match rule {
             Renormalise::Plus(0.0) => "/ sum".to_owned(),
             Renormalise::Plus(epsilon) => format!("/ (sum + {epsilon:e})"),
+            Renormalise::PNorm(p) => format!("/ {p}-norm"),
             Renormalise::AtLeast(epsilon) => format!("/ max(sum, {epsilon:e})"),
         };
         let mut parts = Vec::new();
         if let Scored::Always(Score::TopkSoftmax) = self.score {
             parts.push("softmax of the chosen".to_owned());
+        }
+        if self.choice == ChoiceBy::Logit {
+            parts.push("the sigmoid".to_owned());
         }
         match self.renormalise {
             Renorm::Never => {}
@@ -85,6 +100,12 @@ impl Family {
         }
         if let Some(scale) = self.scale {
             parts.push(format!("x `{}` ({})", scale.keys[0], scale.default));
+        }
+        if let Some(name) = self.expert_scale {
+            parts.push(format!("x `{name}` by expert"));
+        }
+        if let Some(name) = self.global_scale {
+            parts.push(format!("x `{name}`"));
         }
         if let Some(refine) = self.refine.filter(|refine| !refine.words.is_empty()) {
             parts.push(refine.words.to_owned());

@@ -1,9 +1,13 @@
 //! The weights of a block, and the block itself.
 
 use super::store::{DeviceBuffer, HostBuffer};
+use crate::capacity::Ids;
 use crate::experts::Weight;
-use crate::layer::{ExpertWeights, LayerDesc, LayerWeights, RouterWeights, SharedWeights};
-use crate::{Error, Tensor};
+use crate::layer::{
+    ExpertWeights, LatentWeights, LayerDesc, LayerWeights, MapTable, RouteArgs, RouterWeights, SharedWeights,
+};
+use crate::routers::gating::Given;
+use crate::{Error, In, Tensor};
 
 /// Weights of a block in the shapes of [`LayerWeights`], each in a buffer `B`.
 #[non_exhaustive]
@@ -22,6 +26,35 @@ pub struct BlockWeights<B> {
     pub shared: Option<(MatrixWeight<B>, MatrixWeight<B>)>,
     /// `[1,H]`, of the router's type.
     pub shared_gate: Option<B>,
+    /// `[E]`, f32: a factor of each expert's weight.
+    pub expert_scale: Option<B>,
+    /// `[1]`, f32: a factor of all weights.
+    pub global_scale: Option<B>,
+    /// Of norms and of projections round the experts.
+    pub around: AroundWeights<B>,
+    /// `[V,k]`, whole numbers: experts by word.
+    pub table: Option<B>,
+    /// Rows of the table, `V`.
+    pub vocabulary: usize,
+    /// `[E]`, whole numbers: which experts have weights, where some yield their input.
+    pub map: Option<B>,
+}
+
+/// Weights of norms, and of projections to a width of the experts' own.
+#[non_exhaustive]
+pub struct AroundWeights<B> {
+    /// `[H]`, of the norm of the router's input.
+    pub router: Option<B>,
+    /// `[H]`, of the norm of the experts' input.
+    pub experts: Option<B>,
+    /// `[H]` or `[L]`, of the norm of each expert's output.
+    pub slots: Option<B>,
+    /// `[H]`, of the norm of the whole layer's output.
+    pub output: Option<B>,
+    /// `[L,H]` and `[H,L]`.
+    pub latent: Option<[MatrixWeight<B>; 2]>,
+    /// `[L]`, of the norm behind the first of these.
+    pub latent_norm: Option<B>,
 }
 
 /// Weights of one product.
@@ -69,6 +102,14 @@ fn weight(weight: &MatrixWeight<DeviceBuffer>) -> Result<Weight<'_>, Error> {
     })
 }
 
+fn some(buffer: &Option<DeviceBuffer>) -> Result<Option<Tensor<'_>>, Error> {
+    buffer.as_ref().map(tensor).transpose()
+}
+
+fn f32(buffer: &Option<DeviceBuffer>) -> Option<In<'_, f32>> {
+    buffer.as_ref().and_then(DeviceBuffer::f32)
+}
+
 impl BlockWeights<DeviceBuffer> {
     /// What a layer's plan takes.
     ///
@@ -76,16 +117,45 @@ impl BlockWeights<DeviceBuffer> {
     /// [`Error::Invalid`] for weights that are whole numbers, which a loaded block has none of.
     pub fn layer(&self) -> Result<LayerWeights<'_>, Error> {
         let mut router = RouterWeights::new(tensor(&self.router)?);
-        router.bias = self.router_bias.as_ref().and_then(DeviceBuffer::f32);
-        router.correction_bias = self.correction_bias.as_ref().and_then(DeviceBuffer::f32);
+        router.bias = f32(&self.router_bias);
+        router.correction_bias = f32(&self.correction_bias);
+        router.expert_scale = f32(&self.expert_scale);
+        router.global_scale = f32(&self.global_scale);
+        router.norm = some(&self.around.router)?;
         let mut experts = ExpertWeights::new(weight(&self.gate_up)?, weight(&self.down)?);
         if let Some((gate_up, down)) = &self.shared {
             let mut shared = SharedWeights::new(weight(gate_up)?, weight(down)?);
-            if let Some(gate) = &self.shared_gate {
-                shared = shared.gate(tensor(gate)?);
-            }
+            shared.gate = some(&self.shared_gate)?;
             experts = experts.shared(shared);
         }
+        experts.norms.experts = some(&self.around.experts)?;
+        experts.norms.slots = some(&self.around.slots)?;
+        experts.norms.output = some(&self.around.output)?;
+        if let Some([input, output]) = &self.around.latent {
+            let mut latent = LatentWeights::new(weight(input)?, weight(output)?);
+            latent.norm = some(&self.around.latent_norm)?;
+            experts = experts.latent(latent);
+        }
         Ok(LayerWeights::new(router, experts))
+    }
+
+    /// What a route takes: the map of experts that yield their input, and, where experts are looked up by word, `words [T]`.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] or [`Error::Unexpected`] for `words` where the block is not of that kind.
+    pub fn route<'a>(&'a self, words: Option<Ids<'a>>) -> Result<RouteArgs<'a>, Error> {
+        let mut args = RouteArgs::new();
+        if let Some(map) = self.map.as_ref().and_then(DeviceBuffer::i32) {
+            args = args.map(MapTable::new(map));
+        }
+        let (operation, argument) = (OPERATION, "words");
+        match (self.table.as_ref().and_then(DeviceBuffer::i32), words) {
+            (None, None) => Ok(args),
+            (Some(table), Some(words)) => Ok(args.given(Given::table(table, self.vocabulary, words))),
+            (Some(_), None) => {
+                Err(Error::Missing { operation, argument, reason: "experts are looked up in a table by word" })
+            }
+            (None, Some(_)) => Err(Error::Unexpected { operation, argument, reason: "experts are chosen" }),
+        }
     }
 }

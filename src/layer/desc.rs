@@ -2,8 +2,8 @@
 
 use super::{LatentDesc, LayerPlan, Norms};
 use crate::rules::{
-    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, SecondExpert,
-    Swiglu, WeightDesc,
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, LogitRule, Score,
+    SecondExpert, Swiglu, WeightDesc,
 };
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
@@ -24,7 +24,10 @@ pub struct LayerDesc {
     pub experts: usize,
     /// Experts per token `k`, 1 to 32.
     pub top_k: usize,
-    /// How experts are chosen and weighted.
+    /// What is done to the router's product.
+    pub logits: LogitRule,
+    /// How experts are chosen and weighted. With [`Gating::appended`] the layer has `E + appended` experts, of which a token goes to `k + appended`:
+    /// their weights stand behind the others'.
     pub gating: Gating,
     /// The router's kernel chosen without regard to the number of tokens: a token's result has the same bits whatever batch it is in, and wherever
     /// (products add in the same order in tiles of every height). Not so where tokens compete: capacity, admission.
@@ -67,6 +70,7 @@ impl LayerDesc {
             intermediate,
             experts,
             top_k,
+            logits: LogitRule::PLAIN,
             gating: Gating::new(Score::Softmax).renormalised(),
             batch_invariant: false,
             choices: IdFormat::I32,
@@ -89,7 +93,22 @@ impl LayerDesc {
 
     /// Experts whose weights are here.
     pub fn local_experts(&self) -> usize {
-        self.map.map_or(self.experts, |map| map.local_experts)
+        self.map.map_or(self.all_experts(), |map| map.local_experts)
+    }
+
+    /// Experts with those that are appended.
+    pub fn all_experts(&self) -> usize {
+        self.experts.saturating_add(self.gating.appended_experts())
+    }
+
+    /// Experts of a token with those that are appended: `k` of ids and weights `[T, k]`.
+    pub fn all_choices(&self) -> usize {
+        self.top_k.saturating_add(self.gating.appended_experts())
+    }
+
+    /// Logits of a token: `E`, and a column for each appended expert that has one.
+    pub fn logit_columns(&self) -> usize {
+        self.experts.saturating_add(self.gating.appended_columns())
     }
 
     /// Whether its admission draws second experts.
@@ -108,6 +127,7 @@ impl LayerDesc {
 
 settings!(LayerDesc {
     router_dtype: Dtype,
+    logits: LogitRule,
     gating: Gating,
     batch_invariant: bool,
     choices: IdFormat,

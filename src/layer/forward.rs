@@ -193,7 +193,7 @@ impl LayerPlan {
         let noise_state = scope.read_noise_state(args.noise_state)?;
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
         let shared_gate = self.open_gate(&scope, args.shared_gate)?;
-        let (held, mut extras) = HeldRoute::open(&scope, &self.route, route)?;
+        let (held, mut extras) = HeldRoute::open(&scope, &self.route, router.is_some(), route)?;
 
         let lists = self.route.regions.lists(&workspace);
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);

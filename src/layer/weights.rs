@@ -32,12 +32,17 @@ impl<'a> LayerWeights<'a> {
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct RouterWeights<'a> {
-    /// `[E, H]`; absent only where the logits are given ([`super::RouteArgs::given_logits`]).
+    /// `[E, H]`, `[E + appended, H]` where appended experts have columns; absent only where the logits are given
+    /// ([`super::RouteArgs::given_logits`]).
     pub matrix: Option<Tensor<'a>>,
-    /// `[E]`, added to the logits.
+    /// `[E]`, added to the logits; as many as the matrix has rows.
     pub bias: Option<In<'a, f32>>,
     /// `[E]`, added to the scores for the choice only.
     pub correction_bias: Option<In<'a, f32>>,
+    /// `[E]`: a factor of each expert's weight; exactly with [`crate::rules::Gating::expert_scale`].
+    pub expert_scale: Option<In<'a, f32>>,
+    /// `[1]`: a factor of all weights; exactly with [`crate::rules::Gating::global_scale`].
+    pub global_scale: Option<In<'a, f32>>,
     /// `[H]`, of the type of activations, where the norm of the router's input has a weight.
     pub norm: Option<Tensor<'a>>,
 }
@@ -50,7 +55,14 @@ impl<'a> RouterWeights<'a> {
 
     /// Nothing, for logits that are given.
     pub const fn of_logits() -> RouterWeights<'a> {
-        RouterWeights { matrix: None, bias: None, correction_bias: None, norm: None }
+        RouterWeights {
+            matrix: None,
+            bias: None,
+            correction_bias: None,
+            expert_scale: None,
+            global_scale: None,
+            norm: None,
+        }
     }
 
     /// With a weight of the norm of its input.
@@ -65,18 +77,27 @@ impl<'a> RouterWeights<'a> {
     {
         let LayerDesc { hidden, experts, router_dtype, gating, .. } = *desc;
         gating::check_correction_bias(scope.operation, &gating, self.correction_bias.is_some())?;
+        gating::check_scales(scope.operation, &gating, self.expert_scale.is_some(), self.global_scale.is_some())?;
+        let columns = desc.logit_columns();
         let alignment = shape::row_alignment(router_dtype, hidden);
-        let matrix = |tensor| scope.read_tensor("router.matrix", tensor, router_dtype, experts * hidden, alignment);
+        let matrix = |tensor| scope.read_tensor("router.matrix", tensor, router_dtype, columns * hidden, alignment);
         Ok(HeldRouter {
             matrix: self.matrix.map(matrix).transpose()?,
             norm: open_norm(scope, "router.norm", desc.norms.router, self.norm, desc, hidden)?,
-            bias: scope.read_some("router.bias", self.bias, experts, SCALAR)?,
+            bias: scope.read_some("router.bias", self.bias, columns, SCALAR)?,
             correction_bias: scope.read_some("router.correction_bias", self.correction_bias, experts, SCALAR)?,
+            expert_scale: scope.read_some("router.expert_scale", self.expert_scale, experts, SCALAR)?,
+            global_scale: scope.read_some("router.global_scale", self.global_scale, 1, SCALAR)?,
         })
     }
 }
 
-buffers!(RouterWeights<'a> { bias: In<f32>, correction_bias: In<f32> });
+buffers!(RouterWeights<'a> {
+    bias: In<f32>,
+    correction_bias: In<f32>,
+    expert_scale: In<f32>,
+    global_scale: In<f32>,
+});
 
 /// A router's weights opened for reading.
 pub(super) struct HeldRouter<'a> {
@@ -84,6 +105,8 @@ pub(super) struct HeldRouter<'a> {
     pub(super) norm: Option<Held<'a>>,
     pub(super) bias: Option<Held<'a>>,
     pub(super) correction_bias: Option<Held<'a>>,
+    pub(super) expert_scale: Option<Held<'a>>,
+    pub(super) global_scale: Option<Held<'a>>,
 }
 
 /// Weights of the experts that are here.

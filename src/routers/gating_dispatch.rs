@@ -8,11 +8,11 @@ use cudarc::driver::CudaStream;
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::Dispatched;
 use crate::registry::Kernel;
-use crate::routers::gating::{self, GatingDesc, Routing, RuleWords};
+use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs, RuleWords, launch_rule};
 use crate::rules::{Gating, Score};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::GatingDispatchParams;
+use crate::runtime::params::{GatingAnyDispatchParams, GatingDispatchParams};
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "gating_dispatch";
@@ -23,7 +23,8 @@ const OPERATION: &str = "gating_dispatch";
 pub struct GatingDispatchDesc {
     /// The rule by which experts are chosen.
     pub gating: Gating,
-    /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts.
+    /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts. Appended experts count among
+    /// both.
     pub dispatch: DispatchDesc,
 }
 
@@ -38,19 +39,27 @@ impl GatingDispatchDesc {
     /// # Errors
     /// Those of [`DispatchDesc::validate`] and [`GatingDesc::validate`].
     pub fn validate(&self) -> Result<(), Error> {
-        let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
         self.dispatch.validate()?;
-        GatingDesc::new(tokens, experts, top_k, self.gating).validate()
+        self.choice().validate()
+    }
+
+    /// The gating alone: without appended experts.
+    fn choice(&self) -> GatingDesc {
+        let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
+        let appended = self.gating.appended_experts();
+        GatingDesc::new(tokens, experts.saturating_sub(appended), top_k.saturating_sub(appended), self.gating)
     }
 }
 
 /// Buffers of gating and dispatch in one launch.
 #[non_exhaustive]
 pub struct GatingDispatchArgs<'a> {
-    /// `[T, E]`.
+    /// `[T, E]`; see [`gating::GatingArgs`].
     pub logits: In<'a, f32>,
     /// `[E]`; see [`gating::GatingArgs`].
     pub correction_bias: Option<In<'a, f32>>,
+    /// What else the rule asks for.
+    pub rule: RuleInputs<'a>,
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
@@ -73,11 +82,18 @@ impl<'a> GatingDispatchArgs<'a> {
         GatingDispatchArgs {
             logits: logits.into(),
             correction_bias: None,
+            rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
             dispatched,
             workspace,
         }
+    }
+
+    /// With what else the rule asks for.
+    #[must_use]
+    pub fn rule(self, rule: RuleInputs<'a>) -> GatingDispatchArgs<'a> {
+        GatingDispatchArgs { rule, ..self }
     }
 }
 
@@ -94,7 +110,7 @@ pub fn workspace_bytes(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result
 
 /// The instructions of a token are those that the gate kernel's header states.
 fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    let gate = gating::kernel(Score::Softmax, desc.experts, true);
+    let gate = gating::kernel(&Gating::new(Score::Softmax), desc.experts, true);
     let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
     dispatch::blocks(desc, gate.warps(), work, device)
 }
@@ -105,7 +121,7 @@ fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
 /// Those of [`GatingDispatchDesc::validate`].
 pub fn select(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let gate = gating::kernel(desc.gating.score, desc.dispatch.experts, true);
+    let gate = gating::kernel(&desc.gating, desc.choice().experts, true);
     Ok(Selection::cooperative(Kernel::Gating(gate), blocks(&desc.dispatch, device)))
 }
 
@@ -133,15 +149,18 @@ pub fn forward(
         return Ok(());
     }
     let choices = dispatch.tokens * dispatch.top_k;
-    let logits = scope.read("logits", args.logits, dispatch.tokens * dispatch.experts, SCALAR)?;
+    let choice = desc.choice();
+    let logits = scope.read("logits", args.logits, dispatch.tokens * choice.columns(), SCALAR)?;
     gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
-    let bias = scope.read_some("correction_bias", args.correction_bias, dispatch.experts, SCALAR)?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, choice.experts, SCALAR)?;
+    let inputs = HeldInputs::open(&scope, gating, [dispatch.tokens, choice.experts, choice.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let routing = Routing {
         logits: logits.address(),
         correction_bias: optional(&bias),
+        inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
     };
@@ -162,24 +181,27 @@ pub(crate) fn enqueue(
     let GatingDispatchDesc { gating, dispatch } = desc;
     let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(gating);
     let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
-    scope.launch(
+    launch_rule!(
+        scope,
         selection,
-        GatingDispatchParams {
+        gating,
+        routing.inputs,
+        GatingDispatchParams or GatingAnyDispatchParams {
             logits: routing.logits.into(),
             correction_bias: routing.correction_bias.into(),
             ids: routing.ids.into(),
             weights: routing.weights.into(),
             tokens: dispatch.tokens as u32,
             experts: dispatch.experts as u32,
-            top_k: dispatch.top_k as u32,
-            groups,
-            groups_kept,
-            flags,
-            scale,
-            epsilon,
-            capacity,
-            tokens_per_sequence,
-            padded_rows,
+            top_k: desc.choice().top_k as u32,
+            groups: groups,
+            groups_kept: groups_kept,
+            flags: flags,
+            scale: scale,
+            epsilon: epsilon,
+            capacity: capacity,
+            tokens_per_sequence: tokens_per_sequence,
+            padded_rows: padded_rows,
             tile_m: dispatch.tile_m as u32,
             counts: outputs.counts.into(),
             offsets: outputs.offsets.into(),
@@ -189,7 +211,7 @@ pub(crate) fn enqueue(
             tiles: outputs.tiles.into(),
             num_tiles: outputs.num_tiles.into(),
             workspace: workspace.into(),
-        },
+        }
     )
 }
 

@@ -20,7 +20,7 @@ pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
 
 pub use dropout::{Dropout, drop_below, keep_scale};
 pub use expert_map::{IDENTITY, NONE};
-pub use gating::{Gating, GroupScore, Groups, Masked, Renormalise};
+pub use gating::{Appended, AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, LogitRule, Masked, Renormalise};
 pub use kinds::{Dtype, Glu, IdFormat, Layout, Score};
 pub use noise::NoiseSource;
 pub use norm::{Gain, RmsNorm};

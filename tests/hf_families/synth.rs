@@ -338,7 +338,8 @@ impl Builder {
         self.deepseek_block(1);
         self.block = "model.language_model.layers.1.mlp".into();
         let tensors = std::mem::take(&mut self.tensors.0);
-        let renamed = tensors.into_iter().map(|(name, t)| (name.replace("model.layers", "model.language_model.layers"), t));
+        let renamed =
+            tensors.into_iter().map(|(name, t)| (name.replace("model.layers", "model.language_model.layers"), t));
         self.tensors.0 = renamed.filter(|(name, _)| !name.contains("shared")).collect();
         self.projections("shared_experts", 2 * INTERMEDIATE);
         json!({"model_type": "dots3_note", "text_config": {"model_type": "dots3_note_text", "hidden_size": HIDDEN,
@@ -371,7 +372,11 @@ impl Builder {
     fn qwen_like(&mut self, family: &str) -> Value {
         self.block = "model.layers.0.mlp".into();
         self.linear("gate.weight", EXPERTS, HIDDEN);
-        if family == "flint" { self.experts() } else { self.packed() }
+        if family == "flint" {
+            self.experts()
+        } else {
+            self.packed()
+        }
         self.projections("shared_expert", 2 * INTERMEDIATE);
         json!({"model_type": family, "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "hidden_act": "silu",
             "shared_expert_intermediate_size": 2 * INTERMEDIATE, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,

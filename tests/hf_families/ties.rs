@@ -16,6 +16,7 @@ fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
         weights: vec![0.5],
         counts: vec![0; 3],
         y: vec![0.0; 8],
+        extras: Vec::new(),
         stages: Vec::new(),
     };
     let expected = settled(&layer, Some(&[gap, 0.0, -0.25]), &got).unwrap();

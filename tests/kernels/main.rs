@@ -9,6 +9,7 @@
 mod support;
 
 mod admission;
+mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;

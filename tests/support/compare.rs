@@ -266,15 +266,18 @@ pub enum Shares {
     Product(usize, usize),
     /// Sigmoid of each: 1.5 units of the exponential, a sum and a quotient.
     Sigmoid,
+    /// sqrt(softplus) of each: half of an exponential's and a logarithm's errors, a root and a product.
+    SqrtSoftplus,
 }
 
 impl Shares {
     /// Those of a gating: over all `experts`, over the `top_k` chosen, or each by itself.
     pub fn of(score: Score, experts: usize, top_k: usize) -> Shares {
         match score {
-            Score::Softmax => Shares::Softmax(experts),
+            Score::Softmax | Score::SparseMixer => Shares::Softmax(experts),
             Score::TopkSoftmax => Shares::Softmax(top_k),
             Score::Sigmoid => Shares::Sigmoid,
+            Score::SqrtSoftplus => Shares::SqrtSoftplus,
             other => unreachable!("no test has {other:?}"),
         }
     }
@@ -287,6 +290,7 @@ pub fn weight_bounds(want: &[f64], shares: Shares, chosen: usize) -> Vec<f64> {
         Shares::Softmax(experts) => share_units(share, experts),
         Shares::Product(first, second) => 5.0 + share_units(share, first * second),
         Shares::Sigmoid => 3.5,
+        Shares::SqrtSoftplus => 4.0,
     };
     let divided = |w: f64| if chosen > 0 { units(w) + (chosen as f64).log2().ceil() + 1.0 } else { 0.0 };
     want.iter().map(|&w| UNIT * w.abs() * (units(w) + divided(w) + 1.0) + 4.0 * smallest(Dtype::F32)).collect()

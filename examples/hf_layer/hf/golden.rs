@@ -10,7 +10,7 @@ use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::reference::layer::{Layer, forward, forward_gated};
 use moe_kernels::rules::{Glu, Layout};
 
-use super::device::{Outputs, drop_full};
+use super::device::{Inputs, Outputs, drop_full};
 use super::error::HfError;
 
 /// Outputs to compare with; none where the model's block does not give them.
@@ -21,9 +21,14 @@ pub struct Expected {
     pub ids: Option<Vec<i32>>,
     /// `[T,k]`.
     pub weights: Option<Vec<f64>>,
+    /// What some blocks yield beside that, by name.
+    pub extras: Vec<(&'static str, Vec<f64>)>,
     /// `[T,H]`.
     pub y: Vec<f64>,
 }
+
+/// Names of what some blocks yield beside the rest.
+const EXTRAS: [&str; 2] = ["shared_weights", "probs"];
 
 /// `golden.safetensors` of a checkpoint folder.
 pub struct Golden {
@@ -56,6 +61,14 @@ impl Golden {
         }
     }
 
+    /// What the block takes beside rows.
+    pub fn inputs(&self) -> Result<Inputs, HfError> {
+        let integers = |name: &str| {
+            if self.file.contains(name) { Ok::<_, HfError>(Some(self.file.read(name)?.integers()?)) } else { Ok(None) }
+        };
+        Ok(Inputs { words: integers("input_ids")? })
+    }
+
     /// The recorded outputs.
     pub fn expected(&self, layer: &LayerDesc, tokens: usize) -> Result<Expected, HfError> {
         let floats = |name: &str, columns: usize| -> Result<Vec<f64>, HfError> {
@@ -74,8 +87,18 @@ impl Golden {
             logits: some("logits", layer.experts)?,
             ids,
             weights: some("weights", layer.top_k)?,
+            extras: self.extras()?,
             y: floats("y", layer.hidden)?,
         })
+    }
+
+    fn extras(&self) -> Result<Vec<(&'static str, Vec<f64>)>, HfError> {
+        let recorded = EXTRAS.into_iter().filter(|name| self.file.contains(name));
+        let read = recorded.map(|name| {
+            let values = self.file.read(name)?.values::<f32>()?.iter().map(|&value| value.into()).collect();
+            Ok::<_, HfError>((name, values))
+        });
+        read.collect()
     }
 }
 
@@ -100,7 +123,13 @@ pub fn from_reference(block: &HostBlock, x: &[f32], got: &Outputs) -> Result<Exp
     let gated = settled(&layer, values.correction_bias.as_deref(), got)?;
     let mut result = forward_gated(x, &reference, logits, gated)?;
     drop_full(&mut result.ids, &result.plan.token_slot);
-    Ok(Expected { logits: Some(result.logits), ids: Some(result.ids), weights: Some(result.weights), y: result.y })
+    Ok(Expected {
+        logits: Some(result.logits),
+        ids: Some(result.ids),
+        weights: Some(result.weights),
+        extras: Vec::new(),
+        y: result.y,
+    })
 }
 
 /// What the formula chooses from the device's logits, or where that is as good what the device chose.

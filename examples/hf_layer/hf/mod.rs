@@ -27,7 +27,7 @@ use moe_kernels::checkpoint::{Block, Model};
 use tempfile::TempDir;
 
 use cli::Options;
-use device::{Device, Outputs};
+use device::{Device, Inputs, Outputs};
 use error::HfError;
 use golden::{Expected, Golden};
 use random::Random;
@@ -199,7 +199,11 @@ impl Job {
     pub fn check(&self, device: &Device, block: &Block<'_>) -> Result<(Outputs, Vec<Line>), HfError> {
         let x = self.x(block)?;
         let bar = progress::Bar::new(block.name());
-        let outputs = device::run(device, block, self.dtype, &x, &mut |progress| bar.show(&progress))?;
+        let inputs = match &self.rows {
+            Rows::Golden(golden, _) => golden.inputs()?,
+            Rows::Random(_) => Inputs::default(),
+        };
+        let outputs = device::run(device, block, self.dtype, &x, &inputs, &mut |progress| bar.show(&progress))?;
         bar.finish();
         let expected = match self.expected(block)? {
             Some(expected) => expected,

@@ -2,8 +2,11 @@
 //! there are some, the weights divided by their sum + 1e-20 and scaled; a shared expert of some widths.
 
 use super::*;
+use crate::Dtype;
 use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SCORING, SHARED_EXPERTS, W123};
-use crate::rules::{GroupScore, Masked, Score};
+use crate::checkpoint::spec::{BlockSpec, Scene};
+use crate::layer::{LatentDesc, Norms};
+use crate::rules::{ChoiceBy, GroupScore, Masked, RmsNorm, Score};
 
 const DEEPSEEK_V3: Family = Family::new(&["deepseek_v3", "deepseek_v32", "kimi_k2", "sarvam_mla"], Score::Sigmoid)
     .score_named("scoring_func", SCORING)
@@ -57,6 +60,51 @@ pub(super) const KIN: &[Family] = &[
         .experts(Experts::Each(Matrices::plain("experts.#.up_proj.weight", "experts.#.down_proj.weight")))
         .activation(Act::Named(&["mlp_hidden_act"], "relu2"))
         .shared_wide(SHARED_UNGATED, &["moe_shared_expert_intermediate_size"])
-        .disregards(&["n_shared_experts"]),
+        .disregards(&["n_shared_experts"])
+        .refine("experts of `moe_latent_size` columns, between projections, if it is there", nemotron),
+    // A.X K1 (SKT 2026): a norm of the whole sum, which the files have beside the block.
+    DEEPSEEK_V3.kin(&["axk1"]).refine("the sum goes through a norm", |scene, spec| {
+        let epsilon = scene.config.number("rms_norm_eps", 1e-6)? as f32;
+        spec.layer.norms = Norms::new().output(Some(RmsNorm::new(epsilon)));
+        spec.norms.output = Some("^post_mlp_layernorm.weight");
+        Ok(())
+    }),
+    DEEPSEEK_V4,
     GLM4_MOE.kin(&["kimi_linear"]).at(&["*.#.block_sparse_moe"]).experts(Experts::Each(W123)).scaled_by(2.446),
 ];
+
+/// DeepSeek-V4 (2026): the square root of softplus; the first layers look their experts up in a table by word.
+const DEEPSEEK_V4: Family = Family::new(&["deepseek_v4"], Score::SqrtSoftplus)
+    .at(&["*.#.ffn"])
+    .score_named(
+        "scoring_func",
+        &[("sqrtsoftplus", Score::SqrtSoftplus), ("sigmoid", Score::Sigmoid), ("softmax", Score::Softmax)],
+    )
+    .correction("gate.bias")
+    .renormalised(SUM_PLUS)
+    .scale(&["routed_scaling_factor"], 1.5)
+    .experts(Experts::Each(W123))
+    .activation(Act::Clamped("swiglu_limit", 10.0))
+    .shared(SHARED_W123, &["n_shared_experts"], 1)
+    .disregards(&["norm_topk_prob"])
+    .unordered()
+    .refine("experts by word where the layer has a table `gate.tid2eid`", |scene, spec| {
+        if scene.has("gate.tid2eid") {
+            spec.layer.gating.choice = ChoiceBy::Given;
+            (spec.table, spec.correction_bias) = (Some("gate.tid2eid"), None);
+        }
+        Ok(())
+    });
+
+const SHARED_W123: Matrices =
+    Matrices::gated("shared_experts.w1.weight", "shared_experts.w3.weight", "shared_experts.w2.weight");
+
+/// Experts of a width of their own between two projections.
+fn nemotron(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+    scene.config.require_flag("mlp_bias", false, "biases are not read")?;
+    if let Some(width) = scene.config.count("moe_latent_size")?.filter(|&width| width > 0) {
+        spec.layer.latent = Some(LatentDesc::new(Dtype::F32, width));
+        spec.latent = Some(["fc1_latent_proj.weight", "fc2_latent_proj.weight"]);
+    }
+    Ok(())
+}

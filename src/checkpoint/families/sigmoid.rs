@@ -1,10 +1,11 @@
 //! Sigmoid scores without groups.
 
 use super::*;
-use crate::checkpoint::family::{Act, Experts, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
-use crate::checkpoint::spec::BlockSpec;
-use crate::layer::Weighting;
-use crate::rules::{Glu, Layout, Score};
+use crate::Dtype;
+use crate::checkpoint::family::{Act, Experts, MODULE, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
+use crate::checkpoint::spec::{BlockSpec, Scene};
+use crate::layer::{LatentDesc, Norms, Weighting};
+use crate::rules::{Appended, AppendedWeight, Gain, Glu, Layout, RmsNorm, Score};
 
 /// MiniMax-M2 (2025): Mixtral's experts, chosen with a correction bias.
 const MINIMAX_M2: Family = Family::new(&["minimax_m2"], Score::Sigmoid)
@@ -69,9 +70,56 @@ pub(super) const KIN: &[Family] = &[
         .renormalised_if(&["norm_topk_prob"], true, SUM)
         .shared_wide(SHARED_EXPERT, &["shared_expert_intermediate_size"]),
     LLAMA4,
+    // Chosen by logit + bias.
+    Family::new(&["kolibri1"], Score::Sigmoid)
+        .chosen_by_logit()
+        .correction("^moe.router.expert_bias")
+        .renormalised_if(&["norm_topk_prob"], false, SUM)
+        .shared_wide(SHARED_EXPERTS, &["shared_expert_intermediate_size"])
+        .unordered(),
+    INKLING,
+    // Muse Spark (Meta 2026): narrower experts between projections, each one's output through a norm.
+    Family::new(&["muse_spark"], Score::Sigmoid)
+        .logit_factor("output_multiplier", 0.1767766952966369)
+        .correction("gate.e_score_correction_bias")
+        .renormalised(Renormalise::Plus(1e-15))
+        .scale(&["routed_scaling_factor"], 1.0)
+        .experts(MODULE)
+        .unordered()
+        .refine("experts of `moe_hidden_size` columns between projections, norms before and after each", muse_spark),
 ];
 
-fn weigh_input(_: &Config, _: usize, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+/// Inkling (Thinking Machines 2026): the weights of the chosen and of the shared experts are divided by their common sum.
+const INKLING: Family = Family::new(&["inkling", "inkling_mm_model"], Score::Sigmoid)
+    .correction("gate.bias")
+    .renormalised(SUM)
+    .scale(&["route_scale"], 8.0)
+    .global_scale("gate.global_scale")
+    .experts(W13)
+    .unordered()
+    .disregards(&["n_shared_experts"])
+    .refine("with those of `n_shared_experts` (2) in the sum", |scene, spec| {
+        let count = scene.config.count("n_shared_experts")?.unwrap_or(2);
+        spec.layer.gating.appended = Some(Appended::new(count, AppendedWeight::Column));
+        spec.appended = Some(["shared_experts.shared_w13_weight", "shared_experts.shared_w2_weight"]);
+        Ok(())
+    });
+
+fn muse_spark(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+    let config = scene.config;
+    let norm =
+        |key, default, gain| Ok::<_, CheckpointError>(RmsNorm::new(config.number(key, default)? as f32).gain(gain));
+    let width = config.size_of_layer(&["moe_hidden_size"], scene.layer)?;
+    let before = norm("rms_norm_eps", 1e-5, Gain::OnePlus)?;
+    spec.layer.latent = Some(LatentDesc::new(Dtype::F32, width).norm(Some(before)));
+    spec.layer.norms = Norms::new().slots(Some(norm("post_norm_eps", 1e-8, Gain::OnePlusFirst)?));
+    spec.latent = Some(["pre_expert_proj.weight", "post_expert_proj.weight"]);
+    spec.norms.latent = Some("pre_expert_norm.weight");
+    spec.norms.slots = Some("experts.post_expert_norm.weight");
+    Ok(())
+}
+
+fn weigh_input(_: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
     spec.layer.weighting = Weighting::Input;
     Ok(())
 }

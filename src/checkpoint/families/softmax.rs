@@ -1,9 +1,10 @@
 //! Softmax over all experts, then the best of them; their weights divided by their sum always, never, or where a key says so.
 
 use super::*;
-use crate::checkpoint::family::{Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
-use crate::checkpoint::spec::BlockSpec;
-use crate::rules::Score;
+use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
+use crate::checkpoint::spec::{BlockSpec, Scene};
+use crate::layer::{MapDesc, Norms};
+use crate::rules::{RmsNorm, Score};
 
 /// Mixtral (Jiang et al. 2024). MiniMax's factors of the residual are applied outside the block.
 const MIXTRAL: Family = Family::new(&["mixtral", "minimax"], Score::Softmax)
@@ -38,7 +39,7 @@ const ERNIE4_5_MOE: Family = Family::new(&["ernie4_5_moe"], Score::Softmax)
     .requires(&[("moe_gate", "topk")])
     .renormalised(Renormalise::AtLeast(1e-12))
     .shared(SHARED_EXPERTS, &["moe_num_shared_experts"], 2)
-    .refine("divided by at least moe_norm_min (1e-12)", ernie);
+    .refine("the bound is `moe_norm_min`", ernie);
 
 /// Hunyuan-A13B (Tencent 2025). Several counts may be lists with a number for each layer.
 const HUNYUAN_V1_MOE: Family = Family::new(&["hunyuan_v1_moe"], Score::Softmax)
@@ -58,7 +59,7 @@ const DBRX: Family = Family::new(&["dbrx"], Score::Softmax)
     .width(&["ffn_config.ffn_hidden_size"])
     .counts(&["ffn_config.moe_num_experts"], &["ffn_config.moe_top_k"])
     .experts(Experts::Rows(Matrices::gated("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2")))
-    .refine("divided by the sum, where moe_normalize_expert_weights is 1, or not, where it is null", dbrx);
+    .refine("/ p-norm, p = `moe_normalize_expert_weights` (1; null: not divided)", dbrx);
 
 pub(super) const KIN: &[Family] = &[
     MIXTRAL,
@@ -82,32 +83,83 @@ pub(super) const KIN: &[Family] = &[
         .router("router.weight")
         .width(&["intermediate_size"]),
     ERNIE4_5_MOE,
+    // LongCat-Flash (Meituan 2025): some experts yield their input.
+    Family::new(&["longcat_flash"], Score::Softmax)
+        .router("router.classifier.weight")
+        .correction("router.e_score_correction_bias")
+        .width(&["expert_ffn_hidden_size"])
+        .scale(&["routed_scaling_factor"], 6.0)
+        .unordered()
+        .refine("`zero_expert_num` more experts yield their input", longcat),
+    // Phi-3.5-MoE (Microsoft 2024): SparseMixer, its masks in evaluation too.
+    MIXTRAL.kin(&["phimoe"]).sparse_mixer().refine("masks by `router_jitter_noise` (0.01)", |scene, spec| {
+        spec.layer.gating.jitter = scene.config.number("router_jitter_noise", 0.01)? as f32;
+        Ok(())
+    }),
+    GEMMA4,
 ];
 
-fn ernie(config: &Config, _: usize, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
-    config.require_flag("use_bias", false, "biases of separate experts are not read")?;
-    let least = config.number("moe_norm_min", 1e-12)? as f32;
+/// Gemma 4 (Google 2026): the block is the layer. The router sees the layer's input through a norm and a scale, the experts through another norm.
+const GEMMA4: Family = Family::new(&["gemma4", "diffusion_gemma"], Score::Softmax)
+    .at(&["*.#"])
+    .router("router.proj.weight")
+    .counts(&["num_experts"], &["top_k_experts"])
+    .renormalised(SUM)
+    .expert_scale("router.per_expert_scale")
+    .experts(MODULE)
+    .activation(Act::Named(&["hidden_activation"], "gelu_pytorch_tanh"))
+    .refine("router and experts see norms of x", |scene, spec| {
+        let epsilon = scene.config.number("rms_norm_eps", 1e-6)? as f32;
+        // What is not read belongs to attention and to the dense part beside the experts.
+        let factor = (spec.layer.hidden as f32).sqrt().recip();
+        let router = RmsNorm::new(epsilon).factor(factor);
+        spec.layer.norms = Norms::new().router(Some(router)).experts(Some(RmsNorm::new(epsilon)));
+        spec.norms.router = Some("router.scale");
+        spec.norms.experts = Some("pre_feedforward_layernorm_2.weight");
+        Ok(())
+    });
+
+fn ernie(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+    scene.config.require_flag("use_bias", false, "biases of separate experts are not read")?;
+    let least = scene.config.number("moe_norm_min", 1e-12)? as f32;
     spec.layer.gating.renormalise = Some(Renormalise::AtLeast(least));
     Ok(())
 }
 
-fn hunyuan(config: &Config, _: usize, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
-    config.require_flag("group_limited_greedy", false, "groups of this family are not read")?;
-    if !config.flag("use_mixed_mlp_moe", true)? {
+fn hunyuan(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+    scene.config.require_flag("group_limited_greedy", false, "groups of this family are not read")?;
+    if !scene.config.flag("use_mixed_mlp_moe", true)? {
         (spec.layer.shared, spec.shared) = (None, None);
     }
     Ok(())
 }
 
-fn dbrx(config: &Config, _: usize, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
-    let norm = config.null_or_number("ffn_config.moe_normalize_expert_weights", 1.0)?;
+fn dbrx(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+    const KEY: &str = "ffn_config.moe_normalize_expert_weights";
+    let norm = scene.config.null_or_number(KEY, 1.0)?;
     spec.layer.gating.renormalise = match norm {
         None => None,
         Some(1.0) => Some(SUM),
-        Some(other) => {
-            let reason = format!("is {other}, expected 1 or null: other norms are not computed");
-            return Err(CheckpointError::config("ffn_config.moe_normalize_expert_weights", reason));
-        }
+        Some(p) if p > 0.0 => Some(Renormalise::PNorm(p as f32)),
+        Some(other) => return Err(CheckpointError::config(KEY, format!("is {other}, expected a number above 0"))),
     };
-    config.require_text("ffn_config.ffn_act_fn.name", "silu")
+    scene.config.require_text("ffn_config.ffn_act_fn.name", "silu")
+}
+
+/// Experts without weights yield their input.
+fn longcat(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+    let (config, experts) = (scene.config, spec.layer.experts);
+    // The model's own code never adds it.
+    config.disregard(&["router_bias"]);
+    spec.idle = vec!["router.classifier.bias".into()];
+    config.require_text("zero_expert_type", "identity")?;
+    let zeros = config.count("zero_expert_num")?.unwrap_or(0);
+    spec.identities = zeros;
+    spec.layer.experts = experts + zeros;
+    spec.layer.map = (zeros > 0).then_some(MapDesc::new(experts));
+    // Some programs write matrices of experts that have none.
+    let names = ["gate_proj", "up_proj", "down_proj"];
+    let of = |expert| names.map(|name| format!("experts.{expert}.{name}.weight"));
+    spec.idle.extend((experts..experts + zeros).flat_map(of));
+    Ok(())
 }

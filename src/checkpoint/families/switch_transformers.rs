@@ -3,7 +3,7 @@
 use super::*;
 use crate::Dtype;
 use crate::checkpoint::family::{Act, Experts, Matrices};
-use crate::checkpoint::spec::BlockSpec;
+use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::layer::Mlp;
 use crate::rules::{Capacity, Score};
 
@@ -17,19 +17,19 @@ pub(super) const KIN: &[Family] = &[Family::new(&["switch_transformers"], Score:
     .activation(Act::Named(&["dense_act_fn"], "relu"))
     .refine("capacity expert_capacity by sequence", refine)];
 
-fn refine(config: &Config, _: usize, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
-    config.require_flag("is_gated_act", false, "this family's experts have no gate")?;
+fn refine(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {
+    scene.config.require_flag("is_gated_act", false, "this family's experts have no gate")?;
     // The name of T5's configurations; the model's code asks for `dense_act_fn`.
-    let act = config.text("dense_act_fn", "relu")?;
-    let named = config.text("feed_forward_proj", act)?;
+    let act = scene.config.text("dense_act_fn", "relu")?;
+    let named = scene.config.text("feed_forward_proj", act)?;
     if named != act {
         let reason = format!("is {named:?}, and `dense_act_fn` is {act:?}");
         return Err(CheckpointError::config("feed_forward_proj", reason));
     }
-    let capacity = config.size_of_layer(&["expert_capacity"], 0)?;
+    let capacity = scene.config.size_of_layer(&["expert_capacity"], 0)?;
     // One sequence; the caller sets its length.
     spec.layer.capacity = Some(Capacity::new(capacity, 1));
-    spec.router_bias = config.flag("router_bias", false)?.then_some("router.classifier.bias");
+    spec.router_bias = scene.config.flag("router_bias", false)?.then_some("router.classifier.bias");
     spec.layer.mlp = Mlp::relu(Dtype::F32).activation(spec.layer.mlp.activation);
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::experts::rms_norm;
 use crate::layer::experts::check_device;
 use crate::layer::weights::{HeldRouter, RouterWeights};
 use crate::layer::{OPERATION, Stage};
-use crate::routers::gating::{self, GatingArgs, Routing};
+use crate::routers::gating::{self, GatingArgs, InputAddresses, Routing};
 use crate::routers::measured_gating::{self, MeasuredGatingArgs, RouterStats, Totals};
 use crate::routers::{gating_dispatch, router};
 use crate::rules::IdFormat;
@@ -57,7 +57,7 @@ impl RoutePlan {
         let alignment = shape::row_alignment(self.desc.dtype, self.desc.hidden);
         let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, alignment)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
-        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, true, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
         if !given_logits {
             self.enqueue_router(&scope, &weights, x.address(), None, &workspace, &at, &mut |_| ())?;
@@ -94,7 +94,7 @@ impl RoutePlan {
         let ids = self.open_ids(&scope, choices.ids)?;
         let weights = scope.read("choices.weights", choices.weights, given, SCALAR)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
-        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, false, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
         let choices = ChoiceAddresses { format: self.desc.choices, ids: ids.address(), weights: weights.address() };
         self.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, &mut |_| ())?;
@@ -107,8 +107,14 @@ impl RoutePlan {
         ids.open(scope, "choices.ids", self.desc.choices, self.tokens * self.candidates())
     }
 
+    /// Ids of a token before admission.
     pub(in crate::layer) fn candidates(&self) -> usize {
-        self.desc.admission.map_or(self.desc.top_k, |rule| rule.candidates)
+        self.desc.admission.map_or(self.desc.all_choices(), |rule| rule.candidates)
+    }
+
+    /// The same without those of appended experts.
+    pub(super) fn chosen(&self) -> usize {
+        self.candidates() - self.desc.gating.appended_experts()
     }
 
     /// The result for no tokens: what is summed up over tokens is zero.
@@ -174,8 +180,10 @@ impl RoutePlan {
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
         let correction_bias = optional(&weights.correction_bias);
+        let (expert_scale, global_scale) = (optional(&weights.expert_scale), optional(&weights.global_scale));
+        let inputs = InputAddresses { expert_scale, global_scale, given: at.given };
         if let Choice::WithDispatch(step) = &self.choice {
-            let routing = Routing { logits: at.logits, correction_bias, ids: at.ids, weights: at.weights };
+            let routing = Routing { logits: at.logits, correction_bias, inputs, ids: at.ids, weights: at.weights };
             let lists = dispatch::Outputs::of(at.lists, true);
             let scratch = workspace.at(self.regions.scratch);
             gating_dispatch::enqueue(scope, &step.desc, &step.selection, routing, lists, scratch)?;
@@ -188,7 +196,8 @@ impl RoutePlan {
         } else {
             [at.ids, at.weights]
         };
-        let logits = at.logits.input(self.tokens * self.desc.experts);
+        let logits = at.logits.input(self.tokens * self.desc.logit_columns());
+        let rule = inputs.inputs([self.tokens, self.desc.experts, self.chosen()]);
         let bias = correction_bias.map(|bias| bias.input(self.desc.experts));
         let (kernels, stream) = (scope.kernels, scope.stream);
         match &self.choice {
@@ -208,6 +217,7 @@ impl RoutePlan {
                 let mut args =
                     MeasuredGatingArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch);
                 args.correction_bias = bias;
+                args.rule = rule;
                 args.log_sum_exp = measured.log_sum_exp.as_mut().map(Out::reborrow);
                 args.probabilities = measured.probabilities.as_mut().map(Out::reborrow);
                 measured_gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
@@ -215,6 +225,7 @@ impl RoutePlan {
             Choice::Gating(step) => {
                 let mut args = GatingArgs::new(logits, ids.out(given), chosen_weights.out(given));
                 args.correction_bias = bias;
+                args.rule = rule;
                 gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
             }
             Choice::WithDispatch(_) => {}
@@ -237,7 +248,7 @@ impl RoutePlan {
         let within = |error: Error| error.within(OPERATION);
         let (kernels, stream) = (scope.kernels, scope.stream);
         let ChoiceAddresses { mut format, mut ids, mut weights } = choices;
-        let (choices, given) = (self.tokens * self.desc.top_k, self.tokens * self.candidates());
+        let (choices, given) = (self.tokens * self.desc.all_choices(), self.tokens * self.candidates());
         if let Some(step) = &self.admission {
             let mut scratch = workspace.part(self.regions.scratch);
             let mut args = AdmissionArgs::new(

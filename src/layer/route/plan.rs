@@ -55,8 +55,10 @@ impl RoutePlan {
     ) -> Result<(RoutePlan, Arena), Error> {
         let within = |error: Error| error.within(OPERATION);
         let &LayerDesc { dtype, router_dtype, hidden, experts, top_k, gating, .. } = desc;
-        let router =
-            RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype).batch_invariant(desc.batch_invariant);
+        let router = RouterDesc::new(dtype, tokens, desc.logit_columns(), hidden)
+            .weight(router_dtype)
+            .logits(desc.logits)
+            .batch_invariant(desc.batch_invariant);
         let step = |desc| Ok::<_, Error>(Step { desc, selection: router::select(&desc, device).map_err(within)? });
         let (router, gated_router) = (step(router)?, step(router.shared_gate(desc.has_shared_gate()))?);
 
@@ -71,9 +73,10 @@ impl RoutePlan {
         let norm = norm.transpose()?;
 
         // The height of a tile follows from the number of slots, which is checked by `validate` below.
-        let (slots, local_experts) = (tokens.saturating_mul(top_k), desc.local_experts());
+        let (of_token, local_experts) = (desc.all_choices(), desc.local_experts());
+        let slots = tokens.saturating_mul(of_token);
         let tile_m = select_tile(dtype, slots, local_experts, device).map_err(within)?.bm as usize;
-        let dispatch = DispatchDesc::new(tokens, local_experts, top_k, tile_m).capacity(desc.capacity);
+        let dispatch = DispatchDesc::new(tokens, local_experts, of_token, tile_m).capacity(desc.capacity);
         let dispatch = Step { desc: dispatch, selection: dispatch::select(&dispatch, device).map_err(within)? };
 
         let candidates = desc.admission.map_or(top_k, |rule| rule.candidates);
@@ -100,6 +103,10 @@ impl RoutePlan {
                 let got = format!("one for {} and {}", rule.experts, rule.top_k);
                 return Err(Error::invalid(OPERATION, "admission", expected, got));
             }
+            if desc.gating.appended.is_some() {
+                let supported = "no appended experts, where an admission drops choices";
+                return Err(Error::unsupported(OPERATION, "gating.appended", supported, "Some"));
+            }
             if desc.choices == IdFormat::I64 {
                 let supported = "ids of 32 bits, where an admission looks at them";
                 return Err(Error::unsupported(OPERATION, "choices", supported, "IdFormat::I64"));
@@ -109,7 +116,8 @@ impl RoutePlan {
         });
         let admission = admission.transpose()?;
         let map = desc.map.map(|map| {
-            let desc = ExpertMapDesc::new(tokens, experts, top_k).max_replicas(map.max_replicas).seed(map.seed);
+            let desc =
+                ExpertMapDesc::new(tokens, desc.all_experts(), of_token).max_replicas(map.max_replicas).seed(map.seed);
             Ok::<_, Error>(Step { desc, selection: expert_map::select(&desc, device).map_err(within)? })
         });
         let map = map.transpose()?;
@@ -130,8 +138,8 @@ impl RoutePlan {
             },
         ];
         let slots = dispatch.desc.slots();
-        let most_tiles = max_tiles(tokens * top_k, local_experts, lowest_tile(dtype, device));
-        let (choices, all) = (tokens * top_k, if admission.is_some() { tokens * candidates } else { 0 });
+        let most_tiles = max_tiles(tokens * of_token, local_experts, lowest_tile(dtype, device));
+        let (choices, all) = (tokens * of_token, if admission.is_some() { tokens * candidates } else { 0 });
         let mut arena = Arena::new(OPERATION);
         let regions = Regions {
             scratch: arena.region("workspace", scratch.into_iter().max().unwrap_or(0), 1)?,
@@ -140,7 +148,7 @@ impl RoutePlan {
                 if norm.is_some() { tokens * hidden } else { 0 },
                 dtype.bytes() as usize,
             )?,
-            logits: arena.region("logits", tokens * experts, 4)?,
+            logits: arena.region("logits", tokens * desc.logit_columns(), 4)?,
             candidates: arena.region("candidates", all, 4)?,
             candidate_weights: arena.region("candidates", all, 4)?,
             ids: arena.region("ids", choices, 4)?,
