@@ -44,7 +44,8 @@ pub(super) fn load<S: Store>(
     let read = RefCell::default();
     let mut reader = Reader { checkpoint, prefix, read, store, progress, bytes: 0, total };
     let router = reader.tensor(spec.router, &[layer.logit_columns(), layer.hidden])?;
-    layer.router_dtype = exact(&router, dtype)?;
+    // A norm of the router's input is not rounded before an f32 router sees it.
+    layer.router_dtype = if layer.norms.router.is_some() { Dtype::F32 } else { exact(&router, dtype)? };
     let router = reader.whole(&router, layer.router_dtype)?;
     let (gate_up, down) = reader.experts(spec, &mut layer)?;
     let shared = match (&spec.shared, &layer.shared) {

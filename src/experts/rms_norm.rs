@@ -31,7 +31,7 @@ use cudarc::driver::CudaStream;
 use super::dispatched::Dispatched;
 use crate::registry::{Kernel, RMS_NORM_THREADS};
 use crate::rules::{Dtype, Gain, RmsNorm};
-use crate::runtime::builder::buffers;
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::RmsNormParams;
 use crate::runtime::shape;
@@ -54,12 +54,14 @@ pub struct RmsNormDesc {
     pub width: usize,
     /// The rule.
     pub norm: RmsNorm,
+    /// Type of `y`: `dtype`, or f32 as it was computed.
+    pub output: Dtype,
 }
 
 impl RmsNormDesc {
     /// `rows` rows of `width` elements.
     pub const fn new(dtype: Dtype, rows: usize, width: usize, norm: RmsNorm) -> RmsNormDesc {
-        RmsNormDesc { dtype, rows, width, norm }
+        RmsNormDesc { dtype, rows, width, norm, output: dtype }
     }
 
     /// Checks all that can be checked without buffers.
@@ -74,6 +76,10 @@ impl RmsNormDesc {
         shape::size(operation, "rows", self.rows)?;
         shape::positive(operation, "width", self.width)?;
         shape::product(operation, "x", &[self.rows, self.width])?;
+        if self.output != self.dtype && self.output != Dtype::F32 {
+            let supported = format!("the type of x ({}) or f32", self.dtype);
+            return Err(Error::unsupported(operation, "output", supported, self.output));
+        }
         let RmsNorm { epsilon, factor, .. } = self.norm;
         if !(epsilon >= 0.0 && epsilon.is_finite()) {
             return Err(Error::invalid(operation, "norm.epsilon", "a finite number of at least 0", epsilon));
@@ -89,6 +95,17 @@ impl RmsNormDesc {
         let vectors = (self.width as u32).div_ceil(THREAD_BYTES / self.dtype.bytes());
         vectors.next_power_of_two().clamp(32, RMS_NORM_THREADS).ilog2()
     }
+}
+
+settings!(RmsNormDesc { output: Dtype });
+
+/// Where the normalised rows go.
+#[non_exhaustive]
+pub enum RmsNormOut<'a, T> {
+    /// Rounded to the type of `x`.
+    Rounded(Out<'a, T>),
+    /// With [`RmsNormDesc::output`] of f32 where `x` has another type.
+    F32(Out<'a, f32>),
 }
 
 /// Buffers of a normalisation. Where the width is a multiple of 8 all rows are 16-byte aligned, else by their elements.
@@ -111,7 +128,7 @@ pub struct RmsNormArgs<'a, T> {
     /// The dispatch whose rows these are: rows that it does not fill are neither read nor written.
     pub dispatched: Option<&'a Dispatched>,
     /// `[R, W]`, written.
-    pub y: Out<'a, T>,
+    pub y: RmsNormOut<'a, T>,
 }
 
 impl<'a, T> RmsNormArgs<'a, T> {
@@ -120,8 +137,17 @@ impl<'a, T> RmsNormArgs<'a, T> {
         RmsNormArgs { x: Some(x.into()), ..RmsNormArgs::in_place(y) }
     }
 
+    /// `x` to f32, without a weight.
+    pub fn to_f32(x: impl Into<In<'a, T>>, y: impl Into<Out<'a, f32>>) -> RmsNormArgs<'a, T> {
+        RmsNormArgs { x: Some(x.into()), ..RmsNormArgs::to(RmsNormOut::F32(y.into())) }
+    }
+
     /// `y` itself, without a weight.
     pub fn in_place(y: impl Into<Out<'a, T>>) -> RmsNormArgs<'a, T> {
+        RmsNormArgs::to(RmsNormOut::Rounded(y.into()))
+    }
+
+    fn to(y: RmsNormOut<'a, T>) -> RmsNormArgs<'a, T> {
         RmsNormArgs {
             x: None,
             weight: None,
@@ -131,7 +157,7 @@ impl<'a, T> RmsNormArgs<'a, T> {
             residual: None,
             row_scale: None,
             dispatched: None,
-            y: y.into(),
+            y,
         }
     }
 
@@ -192,7 +218,7 @@ pub fn forward<T: Element>(
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<T>("y", desc.dtype)?;
+    scope.check_dtype::<T>("x", desc.dtype)?;
     check_weight(OPERATION, "weight", desc.norm.gain, args.weight.is_some())?;
     if args.addend.is_none() {
         let given = [("addend_scale", args.addend_scale.is_some()), ("sum", args.sum.is_some())];
@@ -220,7 +246,16 @@ pub fn forward<T: Element>(
     let residual = scope.read_some("residual", args.residual, elements, align)?;
     let row_scale = scope.read_some("row_scale", args.row_scale, desc.rows, SCALAR)?;
     let dispatched = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
-    let y = scope.write("y", args.y, elements, align)?;
+    let y = match (args.y, desc.output == desc.dtype) {
+        (RmsNormOut::Rounded(y), true) => scope.write("y", y, elements, align)?,
+        (RmsNormOut::F32(y), _) if desc.output == Dtype::F32 => {
+            scope.write("y", y, elements, shape::row_alignment(Dtype::F32, width))?
+        }
+        (y, _) => {
+            let got = if matches!(y, RmsNormOut::F32(_)) { Dtype::F32 } else { desc.dtype };
+            return Err(Error::WrongDtype { operation: OPERATION, argument: "y", expected: desc.output, got });
+        }
+    };
     let at = Addresses {
         weight: optional(&weight),
         addend: optional(&addend),
@@ -304,6 +339,7 @@ pub(crate) fn enqueue(
             width: desc.width as u32,
             across_log2: desc.across_log2(),
             gain_first: u32::from(gain == Gain::OnePlusFirst),
+            y_f32: u32::from(desc.output == Dtype::F32),
             // The gain without its weight.
             gain_base: if gain == Gain::Weight { 0.0 } else { 1.0 },
             inverse_width: (1.0 / desc.width as f64) as f32,

@@ -11,6 +11,7 @@ pub mod hash;
 pub mod hierarchical;
 pub mod jitter;
 pub mod measured_gating;
+pub mod network;
 pub mod noise_state;
 pub mod noisy;
 pub mod product_keys;

@@ -79,6 +79,7 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &RmsNormDesc) {
         operands.rows
     );
     compare(&name, desc, &x, &operands, false);
+    compare(&format!("{name} to f32"), &desc.output(Dtype::F32), &x, &operands, false);
     if !has_addend {
         compare(&format!("{name} in place"), desc, &x, &operands, true);
     }
@@ -115,13 +116,21 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormDesc, x: &[T], operands: &Opera
         lists.dispatched(&stream, &shape)
     });
     let mut y = if in_place { Guarded::input(&stream, "y", x) } else { Guarded::output(&stream, "y", rows * width) };
+    let mut y_f32 = Guarded::<f32>::output(&stream, "y", rows * width);
     let mut sum = Guarded::<T>::output(&stream, "sum", rows * width);
-    let launch = |y: &mut Guarded<T>, sum: &mut Guarded<T>| {
+    let to_f32 = desc.output != desc.dtype;
+    let mut launch = || {
+        y.reset(&stream);
+        y_f32.reset(&stream);
         let [weight, addend, scale, residual] =
             [&weight, &addend, &scale, &residual].map(|list| list.as_ref().map(Guarded::view));
-        let (x, mut to, mut sum) = (x_on_device.view(), y.view_mut(), sum.view_mut());
+        let (x, mut to, mut wide, mut kept) = (x_on_device.view(), y.view_mut(), y_f32.view_mut(), sum.view_mut());
         let factors = factors.as_ref().map(Guarded::view);
-        let mut args = if in_place { RmsNormArgs::in_place(&mut to) } else { RmsNormArgs::new(&x, &mut to) };
+        let mut args = match (to_f32, in_place) {
+            (true, _) => RmsNormArgs::to_f32(&x, &mut wide),
+            (false, true) => RmsNormArgs::in_place(&mut to),
+            (false, false) => RmsNormArgs::new(&x, &mut to),
+        };
         args.weight = weight.as_ref().map(Into::into);
         args.addend = addend.as_ref().map(In::from);
         args.addend_scale = scale.as_ref().map(Into::into);
@@ -129,18 +138,17 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormDesc, x: &[T], operands: &Opera
         args.row_scale = factors.as_ref().map(In::from);
         args.dispatched = dispatched.as_ref();
         if addend.is_some() {
-            args.sum = Some(Out::from(&mut sum));
+            args.sum = Some(Out::from(&mut kept));
         }
         rms_norm::forward(kernels, &stream, desc, args).unwrap();
+        let (y, wide) = (y.read(&stream), y_f32.read(&stream));
+        if to_f32 { (bits(&wide), to_f64(&wide)) } else { (bits(&y), to_f64(&y)) }
     };
-    launch(&mut y, &mut sum);
+    let (got_bits, got) = launch();
+    assert!(launch().0 == got_bits, "{name}: another run gave other bits");
+    time(&stream, name, || drop(launch()));
     x_on_device.assert_unchanged(&stream);
-    let (got, got_sum) = (y.read(&stream), sum.read(&stream));
-    time(&stream, name, || launch(&mut y, &mut sum));
-    y.reset(&stream);
-    launch(&mut y, &mut sum);
-    let bits = |values: &[T]| bytemuck::cast_slice::<T, u8>(values).to_vec();
-    assert!(bits(&y.read(&stream)) == bits(&got), "{name}: another run gave other bits");
+    let got_sum = sum.read(&stream);
 
     let (sums, rounded) =
         (unit_roundoff(desc.dtype), operands.addend.is_some() || desc.norm.gain == Gain::OnePlusFirst);
@@ -148,8 +156,9 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormDesc, x: &[T], operands: &Opera
         let live = operands.rows.as_ref().is_none_or(|(tokens, last)| (r as i32) < *last && tokens[r] >= 0);
         let range = r * width..(r + 1) * width;
         if !live {
-            let before = if in_place { bits(&x[range.clone()]) } else { vec![0xff; width * size_of::<T>()] };
-            assert!(bits(&got[range.clone()]) == before, "{name}: row {r} is not to be written");
+            let bytes = got_bits.len() / (rows * width);
+            let before = if in_place { bits(&x[range.clone()]) } else { vec![0xff; width * bytes] };
+            assert!(got_bits[range.start * bytes..range.end * bytes] == before, "{name}: row {r} is not to be written");
             continue;
         }
         if operands.addend.is_some() {
@@ -158,7 +167,7 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormDesc, x: &[T], operands: &Opera
             let bounds: Vec<f64> = want.iter().map(|w| UNIT * w.abs()).collect();
             assert_bounded(&format!("{name}: sum of row {r}"), &got, want, &bounds, desc.dtype);
         }
-        let (got, want) = (to_f64(&got[range.clone()]), &want.y[range.clone()]);
+        let (got, want) = (&got[range.clone()], &want.y[range.clone()]);
         // A mean is off by half of what its additions and roundings are, with a square root that approximates to 2^-22.4; five products. What is
         // rounded to the type in between may be a neighbour of the reference's: one unit, and so much of the mean.
         let additions = (width as f64 / 32.0).min(24.0) + 24.0;
@@ -172,8 +181,12 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormDesc, x: &[T], operands: &Opera
                 (units * UNIT + between) * (want - residual).abs() + UNIT * want.abs()
             })
             .collect();
-        assert_bounded(&format!("{name}: row {r}"), &got, want, &bounds, desc.dtype);
+        assert_bounded(&format!("{name}: row {r}"), got, want, &bounds, desc.output);
     }
+}
+
+fn bits<T: bytemuck::Pod>(values: &[T]) -> Vec<u8> {
+    bytemuck::cast_slice::<T, u8>(values).to_vec()
 }
 
 /// A row of zeros is zeros for any epsilon above 0.

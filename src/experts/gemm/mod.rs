@@ -300,6 +300,24 @@ pub(crate) struct Addresses<'a> {
     pub(crate) swiglu: ByExpertAddresses<'a>,
 }
 
+impl<'a> Addresses<'a> {
+    /// Of a dense product.
+    pub(crate) fn dense(a: Address<'a>, weight: WeightAddresses<'a>, out: Address<'a>) -> Addresses<'a> {
+        Addresses {
+            a,
+            weight,
+            out,
+            pre_activation: None,
+            rows: None,
+            row_scale: None,
+            out_scale: None,
+            shared: None,
+            noise_state: None,
+            swiglu: ByExpertAddresses::default(),
+        }
+    }
+}
+
 pub(crate) fn enqueue(
     scope: &Scope<'_>,
     desc: &GemmDesc,

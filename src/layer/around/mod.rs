@@ -19,8 +19,8 @@ use crate::runtime::builder::settings;
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Norms {
-    /// Of what the router sees (Gemma 4: without a gain, and the router's `scale` as a weight, `H^-0.5` as a factor). Not beside a gated shared
-    /// expert, whose gate sees what the router sees.
+    /// Of what the router sees (Gemma 4: the router's `scale` is the weight, `H^-0.5` the factor); not rounded before a router of f32
+    /// ([`crate::layer::LayerDesc::router_dtype`]). Not beside a gated shared expert, whose gate sees what the router sees.
     pub router: Option<RmsNorm>,
     /// Of what the routed experts see (Gemma 4's second norm before its feed-forward part). Shared experts see `x`.
     pub experts: Option<RmsNorm>,

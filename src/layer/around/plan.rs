@@ -279,17 +279,6 @@ fn project(
     a: Address<'_>,
     out: Address<'_>,
 ) -> Result<(), Error> {
-    let at = gemm::Addresses {
-        a,
-        weight: weight.addresses(),
-        out,
-        pre_activation: None,
-        rows: None,
-        row_scale: None,
-        out_scale: None,
-        shared: None,
-        noise_state: None,
-        swiglu: gemm::ByExpertAddresses::default(),
-    };
+    let at = gemm::Addresses::dense(a, weight.addresses(), out);
     gemm::enqueue(scope, &step.desc, &step.selection, at, None)
 }

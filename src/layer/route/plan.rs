@@ -13,7 +13,7 @@ use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::IdFormat;
+use crate::rules::{Dtype, IdFormat};
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
 
@@ -55,7 +55,9 @@ impl RoutePlan {
     ) -> Result<(RoutePlan, Arena), Error> {
         let within = |error: Error| error.within(OPERATION);
         let &LayerDesc { dtype, router_dtype, hidden, experts, top_k, gating, .. } = desc;
-        let router = RouterDesc::new(dtype, tokens, desc.logit_columns(), hidden)
+        // What a norm hands to a router in f32 is not rounded in between.
+        let router_x = if desc.norms.router.is_some() && router_dtype == Dtype::F32 { Dtype::F32 } else { dtype };
+        let router = RouterDesc::new(router_x, tokens, desc.logit_columns(), hidden)
             .weight(router_dtype)
             .logits(desc.logits)
             .batch_invariant(desc.batch_invariant);
@@ -67,7 +69,7 @@ impl RoutePlan {
             return Err(Error::unsupported(OPERATION, "norms.router", supported, "one"));
         }
         let norm = desc.norms.router.map(|norm| {
-            let desc = RmsNormDesc::new(dtype, tokens, hidden, norm);
+            let desc = RmsNormDesc::new(dtype, tokens, hidden, norm).output(router_x);
             Ok::<_, Error>(Step { desc, selection: rms_norm::select_for(OPERATION, &desc, device)? })
         });
         let norm = norm.transpose()?;
@@ -146,7 +148,7 @@ impl RoutePlan {
             router_x: arena.region(
                 "norms.router",
                 if norm.is_some() { tokens * hidden } else { 0 },
-                dtype.bytes() as usize,
+                router_x.bytes() as usize,
             )?,
             logits: arena.region("logits", tokens * desc.logit_columns(), 4)?,
             candidates: arena.region("candidates", all, 4)?,
