@@ -190,7 +190,6 @@ mod tests {
         assert_eq!(fault(UnitExpertsDesc { top_k: 65, ..desc }), "top_k");
         assert_eq!(fault(UnitExpertsDesc { experts: 0, ..desc }), "experts");
         assert_eq!(fault(UnitExpertsDesc { tokens: 1 << 30, ..desc }), "ids");
-        let clamped = Activation::ClampedSwiglu { alpha: 1.0, limit: 1.0 };
-        assert_eq!(fault(desc.activation(clamped)), "activation");
+        assert_eq!(fault(desc.activation(crate::rules::Swiglu::new().into())), "activation");
     }
 }

@@ -48,6 +48,9 @@ pub struct LayerDesc {
     pub mlp: Mlp,
     /// An expert that every token goes to.
     pub shared: Option<SharedDesc>,
+    /// Factor of the sum over the routed experts, weights apart (Step 3, Laguna, MiniMax-M3); most models scale the weights:
+    /// [`Gating::scale`].
+    pub routed_scale: f32,
     /// RMS norms of what router and experts see, and of what experts and the whole layer yield.
     pub norms: Norms,
     /// Routed experts of a width of their own, between two projections.
@@ -81,9 +84,15 @@ impl LayerDesc {
             weighting: Weighting::Output,
             mlp: Mlp::swiglu(dtype),
             shared: None,
+            routed_scale: 1.0,
             norms: Norms::new(),
             latent: None,
         }
+    }
+
+    /// Factor of a shared expert.
+    pub(super) fn shared_scale(&self) -> f32 {
+        self.shared.map_or(1.0, |shared| shared.scale)
     }
 
     /// Width of the routed experts' inputs and outputs: `H`, or the latent one.
@@ -138,6 +147,7 @@ settings!(LayerDesc {
     weighting: Weighting,
     mlp: Mlp,
     shared: Option<SharedDesc>,
+    routed_scale: f32,
     norms: Norms,
     latent: Option<LatentDesc>,
 });
@@ -219,12 +229,14 @@ pub struct SharedDesc {
     pub mlp: Mlp,
     /// Whether its output is multiplied by `sigmoid(x . gate)` (Qwen2-MoE, Qwen3-Next), else by 1.
     pub gated: bool,
+    /// Factor of its output; 1/2, with a [`LayerDesc::routed_scale`] of 1/2, is the mean of both parts (Cohere 2).
+    pub scale: f32,
 }
 
 impl SharedDesc {
     /// Added with weight 1.
     pub const fn new(intermediate: usize, mlp: Mlp) -> SharedDesc {
-        SharedDesc { intermediate, mlp, gated: false }
+        SharedDesc { intermediate, mlp, gated: false, scale: 1.0 }
     }
 
     /// Whether it can be computed in the launches of `layer`'s experts: only the activation may be another.
@@ -235,4 +247,4 @@ impl SharedDesc {
     }
 }
 
-settings!(SharedDesc { gated: bool });
+settings!(SharedDesc { gated: bool, scale: f32 });

@@ -99,7 +99,12 @@ impl ExpertsPlan {
             Ok::<_, Error>(Step { desc, selection })
         });
         let gate = gate.transpose()?;
-        let combine = CombineDesc::new(dtype, *rows, width);
+        for (argument, factor) in [("routed_scale", desc.routed_scale), ("shared.scale", desc.shared_scale())] {
+            if !factor.is_finite() {
+                return Err(Error::invalid(OPERATION, argument, "a finite number", factor));
+            }
+        }
+        let combine = CombineDesc::new(dtype, *rows, width).scale(desc.routed_scale).addend_scale(desc.shared_scale());
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
         let element = dtype.bytes() as usize;

@@ -241,16 +241,22 @@ impl LayerPlan {
             rows: products.rows,
             weights: None,
             residual: residual.filter(|_| elsewhere.is_none()),
+            bias: experts.bias(),
             addend: products.addend.filter(|_| sums_shared),
             addend_gate: shared_gate.filter(|_| sums_shared),
-            identity: desc.map.map(|_| (input, at.identity_weight)),
+            identity: desc.map.map(|_| combine::IdentityAddresses {
+                x: input,
+                weight: at.identity_weight,
+                choices: None,
+            }),
             y: elsewhere.unwrap_or_else(|| y.address()),
         };
         self.experts.enqueue_combine(&scope, sum)?;
         observer(Stage::Combine);
         if elsewhere.is_some() {
             let shared = products.addend.filter(|_| !sums_shared).map(|addend| (addend, shared_gate));
-            let tail = Tail { rows: products.rows, shared, residual, y: y.address() };
+            let tail =
+                Tail { rows: products.rows, shared, shared_scale: desc.shared_scale(), residual, y: y.address() };
             around.enqueue_after(&scope, &experts.around, &workspace, tail, observer)?;
         }
         Ok(())

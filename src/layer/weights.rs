@@ -121,6 +121,8 @@ pub struct ExpertWeights<'a> {
     pub shared: Option<SharedWeights<'a>>,
     /// Numbers of the activation that differ from expert to expert.
     pub swiglu: SwigluByExpert<'a>,
+    /// `[H]` of the layer's type, added to every token's sum (JetMoE). Not with a latent width.
+    pub bias: Option<Tensor<'a>>,
     /// Those of norms.
     pub norms: NormWeights<'a>,
     /// Those of projections round the experts; exactly where the descriptor has a latent width.
@@ -131,7 +133,13 @@ impl<'a> ExpertWeights<'a> {
     /// Without a shared expert.
     pub const fn new(gate_up: Weight<'a>, down: Weight<'a>) -> ExpertWeights<'a> {
         let (norms, swiglu) = (NormWeights::new(), SwigluByExpert::new());
-        ExpertWeights { gate_up, down, shared: None, swiglu, norms, latent: None }
+        ExpertWeights { gate_up, down, shared: None, swiglu, bias: None, norms, latent: None }
+    }
+
+    /// With a vector that is added to every token's sum.
+    #[must_use]
+    pub fn bias(self, bias: impl Into<Tensor<'a>>) -> ExpertWeights<'a> {
+        ExpertWeights { bias: Some(bias.into()), ..self }
     }
 
     /// With numbers of the activation that differ from expert to expert.
@@ -189,6 +197,7 @@ impl<'a> ExpertWeights<'a> {
             mlp: open_mlp(scope, &ROUTED, &desc.mlp, [self.gate_up, self.down], sizes)?,
             shared,
             swiglu: self.swiglu.open(scope, desc.mlp.activation, desc.local_experts())?,
+            bias: self.bias.map(|bias| open_bias(scope, desc, bias)).transpose()?,
             around: HeldAround::open(scope, desc, self.norms, self.latent)?,
         })
     }
@@ -224,6 +233,7 @@ pub(super) struct HeldExperts<'a> {
     pub(super) mlp: [HeldWeight<'a>; 2],
     pub(super) shared: Option<HeldShared<'a>>,
     pub(super) swiglu: HeldByExpert<'a>,
+    bias: Option<Held<'a>>,
     pub(super) around: HeldAround<'a>,
 }
 
@@ -234,6 +244,11 @@ pub(super) struct HeldShared<'a> {
 }
 
 impl HeldExperts<'_> {
+    /// The vector that is added to every token's sum.
+    pub(super) fn bias(&self) -> Option<Address<'_>> {
+        optional(&self.bias)
+    }
+
     /// The weight of a shared expert's gate.
     pub(super) fn shared_gate(&self) -> Option<Address<'_>> {
         self.shared.as_ref().and_then(|shared| optional(&shared.gate))
@@ -272,4 +287,14 @@ where
     let first = WeightPlace::packed(&mlp.gate_up, [experts, intermediate, hidden]);
     let second = WeightPlace::packed(&mlp.down, [experts, hidden, intermediate]);
     Ok([gate_up.open(scope, names[0], &mlp.gate_up, first)?, down.open(scope, names[1], &mlp.down, second)?])
+}
+
+/// A vector that is added to every token's sum.
+fn open_bias<'a: 'b, 'b>(scope: &Scope<'b>, desc: &LayerDesc, bias: Tensor<'a>) -> Result<Held<'b>, Error> {
+    let (operation, argument) = (scope.operation, "bias");
+    if desc.latent.is_some() {
+        return Err(Error::unsupported(operation, argument, "experts of the layer's width", "a latent width"));
+    }
+    let alignment = shape::row_alignment(desc.dtype, desc.hidden);
+    scope.read_tensor(argument, bias, desc.dtype, desc.hidden, alignment)
 }

@@ -223,28 +223,29 @@ impl AroundPlan {
             let projected = if alone { to } else { workspace.at(self.regions.projected) };
             project(scope, &steps.output, &weights.output, from, projected)?;
             observer(Stage::LatentOutput);
-            let mut add = |to, residual, (addend, gate)| {
+            let mut add = |to, residual, (addend, gate), addend_scale| {
                 let at = combine::Addresses {
                     y_slots: from,
                     rows: tail.rows,
                     weights: None,
                     residual: Some(residual),
+                    bias: None,
                     addend: Some(addend),
                     addend_gate: gate,
                     identity: None,
                     y: to,
                 };
-                combine::enqueue(scope, &steps.sum.desc, &steps.sum.selection, at)?;
+                combine::enqueue(scope, &steps.sum.desc.addend_scale(addend_scale), &steps.sum.selection, at)?;
                 observer(Stage::Sum);
                 Ok::<_, Error>(())
             };
             match (tail.shared, residual) {
                 (None, None) => {}
-                (Some(shared), None) => add(to, projected, shared)?,
-                (None, Some(residual)) => add(to, residual, (projected, None))?,
+                (Some(shared), None) => add(to, projected, shared, tail.shared_scale)?,
+                (None, Some(residual)) => add(to, residual, (projected, None), 1.0)?,
                 (Some(shared), Some(residual)) => {
-                    add(projected, projected, shared)?;
-                    add(to, residual, (projected, None))?;
+                    add(projected, projected, shared, tail.shared_scale)?;
+                    add(to, residual, (projected, None), 1.0)?;
                 }
             }
         }
@@ -266,6 +267,8 @@ pub(in crate::layer) struct Tail<'a> {
     pub(in crate::layer) rows: RowAddresses<'a>,
     /// A shared expert's output, and the logits of its gate.
     pub(in crate::layer) shared: Option<(Address<'a>, Option<Address<'a>>)>,
+    /// Its factor.
+    pub(in crate::layer) shared_scale: f32,
     /// May be `y`.
     pub(in crate::layer) residual: Option<Address<'a>>,
     pub(in crate::layer) y: Address<'a>,
