@@ -27,6 +27,7 @@ pub struct Family {
     pub(super) logits: LogitFacts,
     pub(super) expert_scale: Option<&'static str>,
     pub(super) global_scale: Option<&'static str>,
+    pub(super) output_bias: Option<&'static str>,
     pub(super) experts: Experts,
     pub(super) activation: Act,
     pub(super) shared: Option<Shared>,
@@ -79,11 +80,12 @@ pub(super) enum Renorm {
     Flag(&'static [&'static str], bool, Renormalise),
 }
 
-/// A factor of every weight.
+/// A factor of every weight, or of the sum of the routed experts.
 #[derive(Clone, Copy)]
 pub(super) struct Scale {
     pub(super) keys: &'static [&'static str],
     pub(super) default: f64,
+    pub(super) of_sum: bool,
 }
 
 /// Choice among the experts of the best groups, as `n_group` and `topk_group` say.
@@ -279,6 +281,7 @@ impl Family {
             logits: LogitFacts { factor: None, softcap: None },
             expert_scale: None,
             global_scale: None,
+            output_bias: None,
             experts: Experts::Each(PROJECTIONS),
             activation: Act::Named(&["hidden_act"], "silu"),
             shared: None,
@@ -368,7 +371,17 @@ impl Family {
 
     /// A factor of every weight.
     pub(super) const fn scale(self, keys: &'static [&'static str], default: f64) -> Family {
-        Family { scale: Some(Scale { keys, default }), ..self }
+        Family { scale: Some(Scale { keys, default, of_sum: false }), ..self }
+    }
+
+    /// A factor of the sum of the routed experts, which the weights do not show.
+    pub(super) const fn sum_scale(self, keys: &'static [&'static str], default: f64) -> Family {
+        Family { scale: Some(Scale { keys, default, of_sum: true }), ..self }
+    }
+
+    /// A tensor `[H]` that is added to every token's sum.
+    pub(super) const fn output_bias(self, name: &'static str) -> Family {
+        Family { output_bias: Some(name), ..self }
     }
 
     /// The same keys of the factor, with another value where they are absent.
@@ -390,6 +403,11 @@ impl Family {
     /// Choice by groups, with these numbers where the keys are absent.
     pub(super) const fn groups(self, count: usize, kept: usize, score: GroupScore, masked: Masked) -> Family {
         Family { groups: Some(GroupFacts { default: (count, kept), score, masked, only_if: None }), ..self }
+    }
+
+    /// A token's experts are in the order of their choice values.
+    pub(super) const fn ordered(self) -> Family {
+        Family { unordered: false, ..self }
     }
 
     /// Keys that change a block in other families, and nothing in this one.

@@ -65,6 +65,13 @@ pub(super) fn load<S: Store>(
     let correction_bias = vector(spec.correction_bias, experts)?;
     let expert_scale = vector(spec.expert_scale, experts)?;
     let global_scale = vector(spec.global_scale, 1)?;
+    let output_bias = match spec.output_bias {
+        Some(name) => {
+            let bias = reader.tensor(name, &[layer.hidden])?;
+            Some(reader.whole(&bias, dtype)?)
+        }
+        None => None,
+    };
     let around = reader.around(spec, &layer)?;
     let (table, vocabulary) = reader.table(spec, &layer)?;
     let map = match spec.identities {
@@ -87,6 +94,7 @@ pub(super) fn load<S: Store>(
         shared_gate,
         expert_scale,
         global_scale,
+        output_bias,
         around,
         table,
         vocabulary,

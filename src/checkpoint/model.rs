@@ -11,7 +11,7 @@ use super::families;
 use super::family::Family;
 use super::folder::Checkpoint;
 use super::load::{Progress, load};
-use super::locate::Found;
+use super::locate::{Found, full_name};
 use super::spec::{BlockSpec, Scene};
 use super::store::{Store, ToDevice, ToHost, ToNowhere};
 use super::weights::{DeviceBlock, HostBlock, Loaded};
@@ -97,6 +97,12 @@ impl Block<'_> {
     /// The model's own code leaves the order of a token's experts open.
     pub fn unordered(&self) -> bool {
         self.spec.unordered
+    }
+
+    /// Words that its table of experts knows, where experts are looked up by word.
+    pub fn vocabulary(&self) -> Option<usize> {
+        let name = full_name(&self.prefix, self.spec.table?);
+        Some(self.files.shape(&name).and_then(|shape| shape.first()).copied().unwrap_or(0))
     }
 
     /// Looks for all tensors of the block, their shapes and types, and reads nothing but the router's: the bytes that a load will read.

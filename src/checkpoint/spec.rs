@@ -30,6 +30,8 @@ pub(super) struct BlockSpec {
     pub(super) expert_scale: Option<&'static str>,
     /// Tensor `[1]`: a factor of all weights.
     pub(super) global_scale: Option<&'static str>,
+    /// Tensor `[H]`, added to every token's sum.
+    pub(super) output_bias: Option<&'static str>,
     /// Tensor `[V,k]`: experts by word, where they are not chosen.
     pub(super) table: Option<&'static str>,
     /// Experts behind the others, where the gating appends some: gate and up `[A,2I,H]`, and down `[A,H,I]`, in the others' order.
@@ -106,6 +108,7 @@ impl Family {
         let mlp = Mlp::swiglu(Dtype::F32).activation(self.activation.read(config, layer)?);
         let mut desc = LayerDesc::new(Dtype::F32, hidden, intermediate, experts, top_k).gating(gating).mlp(mlp);
         desc.logits = self.logit_rule(config)?;
+        desc.routed_scale = self.read_scale(config, true)?;
         desc.mlp.gate_up.glu = match self.experts {
             Experts::Together { glu, .. } => glu,
             Experts::Each(names) | Experts::Stacked(names) | Experts::Rows(names) => glu_of(&names),
@@ -120,6 +123,7 @@ impl Family {
             shared_gate: None,
             expert_scale: self.expert_scale,
             global_scale: self.global_scale,
+            output_bias: self.output_bias,
             table: None,
             appended: None,
             identities: 0,
@@ -154,16 +158,21 @@ impl Family {
             Renorm::Always(rule) => Some(rule),
             Renorm::Flag(keys, default, rule) => config.flag(config.spelling(keys), default)?.then_some(rule),
         };
-        let scale = match self.scale {
-            None => 1.0,
-            Some(scale) => config.number(config.spelling(scale.keys), scale.default)? as f32,
-        };
+        let scale = self.read_scale(config, false)?;
         let groups = match self.groups {
             None => None,
             Some(facts) => groups(&facts, config)?,
         };
         let gating = Gating::new(score).renormalise(renormalise).scale(scale).groups(groups).choice(self.choice);
         Ok(gating.expert_scale(self.expert_scale.is_some()).global_scale(self.global_scale.is_some()))
+    }
+
+    /// The factor of the weights, or of the sum.
+    fn read_scale(&self, config: &Config, of_sum: bool) -> Result<f32, CheckpointError> {
+        match self.scale.filter(|scale| scale.of_sum == of_sum) {
+            None => Ok(1.0),
+            Some(scale) => Ok(config.number(config.spelling(scale.keys), scale.default)? as f32),
+        }
     }
 
     fn logit_rule(&self, config: &Config) -> Result<LogitRule, CheckpointError> {

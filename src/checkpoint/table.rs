@@ -99,13 +99,17 @@ impl Family {
             Renorm::Flag(keys, default, rule) => parts.push(format!("{} if `{}` ({default})", divided(rule), keys[0])),
         }
         if let Some(scale) = self.scale {
-            parts.push(format!("x `{}` ({})", scale.keys[0], scale.default));
+            let whose = if scale.of_sum { "their sum " } else { "" };
+            parts.push(format!("{whose}x `{}` ({})", scale.keys[0], scale.default));
         }
         if let Some(name) = self.expert_scale {
             parts.push(format!("x `{name}` by expert"));
         }
         if let Some(name) = self.global_scale {
             parts.push(format!("x `{name}`"));
+        }
+        if let Some(name) = self.output_bias {
+            parts.push(format!("their sum + `{name}`"));
         }
         if let Some(refine) = self.refine.filter(|refine| !refine.words.is_empty()) {
             parts.push(refine.words.to_owned());

@@ -30,6 +30,8 @@ pub struct BlockWeights<B> {
     pub expert_scale: Option<B>,
     /// `[1]`, f32: a factor of all weights.
     pub global_scale: Option<B>,
+    /// `[H]`, added to every token's sum.
+    pub output_bias: Option<B>,
     /// Of norms and of projections round the experts.
     pub around: AroundWeights<B>,
     /// `[V,k]`, whole numbers: experts by word.
@@ -128,6 +130,7 @@ impl BlockWeights<DeviceBuffer> {
             shared.gate = some(&self.shared_gate)?;
             experts = experts.shared(shared);
         }
+        experts.bias = some(&self.output_bias)?;
         experts.norms.experts = some(&self.around.experts)?;
         experts.norms.slots = some(&self.around.slots)?;
         experts.norms.output = some(&self.around.output)?;

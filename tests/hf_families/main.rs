@@ -21,7 +21,7 @@ mod ties;
 use compare::{RECORDED, layer};
 use hf::Job;
 use hf::cli::Options;
-use hf::device::Device;
+use hf::device::{Device, Inputs};
 use hf::golden::run_reference;
 use hf::report::{Line, relative_error};
 use models::{Block, token};
@@ -52,7 +52,7 @@ fn loads(family: &str) {
         assert_eq!(job.blocks, [synthetic.block.as_str()], "{family}");
         let block = job.first().unwrap();
         let x = job.x(&block).unwrap();
-        let reference = run_reference(&block.load_host(Dtype::F32).unwrap(), &x).unwrap();
+        let reference = run_reference(&block.load_host(Dtype::F32).unwrap(), &x, &Inputs::default()).unwrap();
         let error = relative_error(&reference.y, &formula(family, &synthetic, &x));
         assert!(error <= RECORDED, "{family}: the reference on the loaded weights is off by {error:e}");
     }
@@ -100,7 +100,7 @@ macro_rules! families {
 families! {
     mixtral qwen3_moe olmoe deepseek_v3 glm4_moe gpt_oss switch_transformers llama4 granitemoe minimax_m2 ernie4_5_moe
     hunyuan_v1_moe bailing_hybrid glm4_moe_lite glm_moe_dsa dots3_note exaone_moe kimi_linear hy_v3 flint lara_mini qwen3_omni_moe
-    mistral_large4 granitemoe_swa openai_privacy_filter
+    mistral_large4 granitemoe_swa openai_privacy_filter axk1 beam
 }
 
 /// Every `model_type` that has rules of its own has a recorded checkpoint or one that is made here.

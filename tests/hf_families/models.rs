@@ -100,6 +100,17 @@ pub fn token(family: &str, block: &Block, x: &[f64]) -> Vec<f64> {
             mixture(chosen, |expert| block.projections(&format!("experts.{expert}"), x))
         }
         "deepseek_v3" => block.deepseek(x, "gate.e_score_correction_bias", 2, 2.5),
+        "axk1" => {
+            let sum = block.deepseek(x, "gate.e_score_correction_bias", 2, 2.5);
+            let layer = Block(block.0, block.0.block.trim_end_matches(".mlp").to_owned());
+            let mean = sum.iter().map(|v| v * v).sum::<f64>() / sum.len() as f64;
+            let norm = (mean + 0.25).sqrt();
+            sum.iter().zip(layer.bias("post_mlp_layernorm.weight")).map(|(v, w)| v / norm * w).collect()
+        }
+        "beam" => {
+            let chosen = block.sigmoid_biased(x, "gate.weight", "gate.e_score_correction_bias", 2, 1.5);
+            mixture(chosen, |expert| block.projections(&format!("experts.{expert}"), x))
+        }
         // The scale is that of the class where the configuration has none.
         "bailing_hybrid" => block.deepseek(x, "gate.expert_bias", 2, 2.5),
         "glm4_moe" => block.deepseek(x, "gate.e_score_correction_bias", 3, 1.5),

@@ -9,6 +9,7 @@ use crate::hf::report::{Line, compare, relative_error};
 fn outputs(ids: &[i32], weights: &[f32], y: &[f32]) -> Outputs {
     Outputs {
         logits: vec![1.0, 2.0],
+        router: vec![1.0, 2.0],
         ids: ids.to_vec(),
         weights: weights.to_vec(),
         counts: vec![1, 1],

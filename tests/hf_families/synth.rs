@@ -124,6 +124,8 @@ pub fn checkpoint(family: &str) -> Synthetic {
         "minimax_m2" => builder.minimax_m2(),
         "ernie4_5_moe" => builder.ernie4_5_moe(),
         "hunyuan_v1_moe" => builder.hunyuan_v1_moe(),
+        "axk1" => builder.axk1(),
+        "beam" => builder.beam(),
         "bailing_hybrid" => builder.bailing_hybrid(),
         "glm4_moe_lite" | "glm_moe_dsa" | "exaone_moe" => builder.glm_like(family),
         "dots3_note" => builder.dots3_note(),
@@ -320,6 +322,24 @@ impl Builder {
         json!({"model_type": "bailing_hybrid", "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
             "moe_intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "num_shared_experts": 1, "num_experts_per_token": TOP_K,
             "num_expert_group": 3, "topk_group": 2, "moe_renormalize": true})
+    }
+
+    fn axk1(&mut self) -> Value {
+        let mut config = self.deepseek_v3();
+        self.block = "model.layers.1".into();
+        self.linear("post_mlp_layernorm.weight", 1, HIDDEN);
+        self.block = "model.layers.1.mlp".into();
+        config["model_type"] = "axk1".into();
+        config["rms_norm_eps"] = 0.25.into();
+        config
+    }
+
+    fn beam(&mut self) -> Value {
+        self.deepseek_block(1);
+        self.tensors.0.retain(|name, _| !name.contains("shared"));
+        json!({"model_type": "beam", "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
+            "moe_intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "n_group": 3, "topk_group": 2,
+            "norm_topk_prob": true, "routed_scaling_factor": 1.5})
     }
 
     /// GLM-4.5's keys, without a scale.

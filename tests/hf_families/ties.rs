@@ -5,13 +5,15 @@ use moe_kernels::layer::LayerDesc;
 use moe_kernels::rules::{Gating, Score};
 
 use crate::hf::device::Outputs;
-use crate::hf::golden::settled;
+use crate::hf::golden::settle;
+use moe_kernels::reference::gating::gate;
 
 /// One token, whose biased scores are nearly equal for experts 0 and 1, and much lower for 2.
 fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
     let layer = LayerDesc::new(Dtype::F32, 8, 8, 3, 1).gating(Gating::new(Score::Sigmoid));
     let got = Outputs {
         logits: vec![0.0; 3],
+        router: vec![0.0; 3],
         ids: chosen.to_vec(),
         weights: vec![0.5],
         counts: vec![0; 3],
@@ -19,7 +21,10 @@ fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
         extras: Vec::new(),
         stages: Vec::new(),
     };
-    let expected = settled(&layer, Some(&[gap, 0.0, -0.25]), &got).unwrap();
+    let bias = [f64::from(gap), 0.0, -0.25];
+    let by = |bias: &[f64]| Ok(gate(&got.router, Some(bias), 3, 1, &layer.gating)?);
+    let mut expected = by(&bias).unwrap();
+    settle(&mut expected, &bias, 1, &got, by).unwrap();
     assert_eq!(expected.weights, [0.5], "the bias is no part of the weight");
     expected.ids
 }

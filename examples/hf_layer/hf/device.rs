@@ -48,6 +48,8 @@ impl Device {
 pub struct Outputs {
     /// `[T,E]`.
     pub logits: Vec<f32>,
+    /// `[T, columns]`: the same with those of appended experts.
+    pub router: Vec<f32>,
     /// `[T,k]`, -1 for a choice that a capacity dropped.
     pub ids: Vec<i32>,
     /// `[T,k]`.
@@ -149,12 +151,13 @@ fn run_in<T: Element>(
         stages.push((pair[1].0, at(0)?.elapsed_ms(at(1)?).map_err(failed)?));
     }
     let appended = layer.gating.appended_experts();
-    let logits = copies.back(&logits, tokens * layer.logit_columns())?;
-    let (logits, _) = split(&logits, layer.experts, layer.gating.appended_columns());
+    let router = copies.back(&logits, tokens * layer.logit_columns())?;
+    let (logits, _) = split(&router, layer.experts, layer.gating.appended_columns());
     let (weights, shared_weights) = split(&copies.back(&choice_weights, choices)?, layer.top_k, appended);
     let probabilities = logits.chunks(layer.experts.max(1)).flat_map(softmax).collect();
     Ok(Outputs {
         logits,
+        router,
         ids: split(&ids, layer.top_k, appended).0,
         weights,
         extras: vec![("shared_weights", shared_weights), ("probs", probabilities)],

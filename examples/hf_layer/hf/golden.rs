@@ -2,16 +2,13 @@
 
 use std::path::Path;
 
-use moe_kernels::checkpoint::{CheckpointError, HostBlock, HostBuffer, MatrixWeight, TensorFile};
-use moe_kernels::layer::{LayerDesc, Weighting};
-use moe_kernels::reference;
-use moe_kernels::reference::gating::{Gated, gate};
-use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::reference::layer::{Layer, forward, forward_gated};
-use moe_kernels::rules::{Glu, Layout};
+use moe_kernels::checkpoint::{CheckpointError, HostBlock, TensorFile};
+use moe_kernels::layer::LayerDesc;
+use moe_kernels::reference::gating::Gated;
 
-use super::device::{Inputs, Outputs, drop_full};
+use super::device::{Inputs, Outputs, split};
 use super::error::HfError;
+use super::reference::{Forward, Reference};
 
 /// Outputs to compare with; none where the model's block does not give them.
 pub struct Expected {
@@ -115,135 +112,58 @@ pub fn for_tokens(layer: &LayerDesc, tokens: usize) -> LayerDesc {
 ///
 /// Two experts can be closer than the rounding of f32. So the reference chooses from the device's own logits, which are compared
 /// separately, and where there is a correction bias, from what is left of the device's choice after [`settle`].
-pub fn from_reference(block: &HostBlock, x: &[f32], got: &Outputs) -> Result<Expected, HfError> {
-    let layer = for_tokens(&block.desc, x.len() / block.desc.hidden.max(1));
-    let values = Values::of(block);
-    let reference = values.layer(&layer);
-    let logits = reference::router::router(x, reference.router_weight, values.router_bias.as_deref(), layer.hidden)?;
-    let gated = settled(&layer, values.correction_bias.as_deref(), got)?;
-    let mut result = forward_gated(x, &reference, logits, gated)?;
-    drop_full(&mut result.ids, &result.plan.token_slot);
-    Ok(Expected {
-        logits: Some(result.logits),
-        ids: Some(result.ids),
-        weights: Some(result.weights),
-        extras: Vec::new(),
-        y: result.y,
-    })
-}
-
-/// What the formula chooses from the device's logits, or where that is as good what the device chose.
-pub fn settled(layer: &LayerDesc, bias: Option<&[f32]>, got: &Outputs) -> Result<Gated, HfError> {
-    let mut gated = gate(&got.logits, bias, layer.experts, layer.top_k, &layer.gating)?;
-    if let Some(bias) = bias {
-        settle(&mut gated, bias, layer, got)?;
+pub fn from_reference(block: &HostBlock, x: &[f32], inputs: &Inputs, got: &Outputs) -> Result<Expected, HfError> {
+    let x: Vec<f64> = x.iter().map(|&value| value.into()).collect();
+    let layer = &block.desc;
+    let reference = Reference::new(block, x.len() / layer.hidden.max(1), inputs);
+    let logits = reference.logits(&x)?;
+    let bias = reference.correction_bias.clone();
+    let mut gated = reference.gate(&got.router, bias.as_deref())?;
+    if let Some(bias) = bias.filter(|_| layer.gating.appended.is_none()) {
+        settle(&mut gated, &bias, layer.top_k, got, |raised| Ok(reference.gate(&got.router, Some(raised))?))?;
     }
-    Ok(gated)
+    let result = reference.forward_gated(&x, logits, gated)?;
+    let (logits, _) = split(&result.logits, layer.experts, layer.gating.appended_columns());
+    let mut extras = Vec::new();
+    if !result.appended.is_empty() {
+        extras.push(("shared_weights", result.appended));
+    }
+    Ok(Expected { logits: Some(logits), ids: Some(result.ids), weights: Some(result.weights), extras, y: result.y })
 }
 
 /// Takes over a row of the device's ids if it is what the formula chooses once these experts' choice values are raised by a few
-/// roundings.
-fn settle(gated: &mut Gated, bias: &[f32], layer: &LayerDesc, got: &Outputs) -> Result<(), HfError> {
+/// roundings. `gate` is the formula with another bias.
+pub fn settle(
+    gated: &mut Gated,
+    bias: &[f64],
+    top_k: usize,
+    got: &Outputs,
+    gate: impl Fn(&[f64]) -> Result<Gated, HfError>,
+) -> Result<(), HfError> {
     const ROUNDINGS: f64 = 1e-6;
-    let (k, experts) = (layer.top_k, layer.experts);
-    for token in 0..gated.ids.len() / k {
-        let slots = token * k..(token + 1) * k;
+    for token in 0..gated.ids.len() / top_k {
+        let slots = token * top_k..(token + 1) * top_k;
         let ids = &got.ids[slots.clone()];
         if gated.ids[slots.clone()] == *ids {
             continue;
         }
-        let mut raised: Vec<f64> = bias.iter().map(|&bias| bias.into()).collect();
+        let mut raised = bias.to_vec();
         for (place, &id) in ids.iter().enumerate() {
             if let Some(bias) = usize::try_from(id).ok().and_then(|id| raised.get_mut(id)) {
-                *bias += ROUNDINGS * (1.0 + (k - place) as f64 / k as f64);
+                *bias += ROUNDINGS * (1.0 + (top_k - place) as f64 / top_k as f64);
             }
         }
-        let logits: Vec<f64> = got.logits[token * experts..][..experts].iter().map(|&logit| logit.into()).collect();
-        let again = gate(&logits, Some(&raised), experts, k, &layer.gating)?;
-        if again.ids == *ids {
-            gated.ids[slots.clone()].copy_from_slice(&again.ids);
-            gated.weights[slots].copy_from_slice(&again.weights);
+        let again = gate(&raised)?;
+        if again.ids[slots.clone()] == *ids {
+            gated.ids[slots.clone()].copy_from_slice(&again.ids[slots.clone()]);
+            gated.weights[slots.clone()].copy_from_slice(&again.weights[slots]);
         }
     }
     Ok(())
 }
 
 /// The reference alone.
-pub fn run_reference(block: &HostBlock, x: &[f32]) -> Result<reference::layer::Forward, HfError> {
-    let layer = for_tokens(&block.desc, x.len() / block.desc.hidden.max(1));
-    let mut result = forward(x, &Values::of(block).layer(&layer))?;
-    drop_full(&mut result.ids, &result.plan.token_slot);
-    Ok(result)
-}
-
-/// A block's weights widened to f32, which holds them exactly.
-struct Values {
-    router: Vec<f32>,
-    router_bias: Option<Vec<f32>>,
-    correction_bias: Option<Vec<f32>>,
-    gate_up: Matrix,
-    down: Matrix,
-    shared: Option<(Matrix, Matrix)>,
-    shared_gate: Option<Vec<f32>>,
-}
-
-struct Matrix {
-    weight: Vec<f32>,
-    bias: Option<Vec<f32>>,
-}
-
-impl Matrix {
-    fn of(weight: &MatrixWeight<HostBuffer>) -> Matrix {
-        Matrix { weight: weight.matrix.to_f32(), bias: some(&weight.bias) }
-    }
-
-    fn reference(&self, n: usize, k: usize, glu: Glu, layout: Layout) -> ExpertMatrix<'_, f32> {
-        ExpertMatrix { weight: &self.weight, bias: self.bias.as_deref(), n, k, glu, layout }
-    }
-}
-
-fn some(buffer: &Option<HostBuffer>) -> Option<Vec<f32>> {
-    buffer.as_ref().map(HostBuffer::to_f32)
-}
-
-impl Values {
-    fn of(block: &HostBlock) -> Values {
-        let weights = &block.weights;
-        Values {
-            router: weights.router.to_f32(),
-            router_bias: some(&weights.router_bias),
-            correction_bias: some(&weights.correction_bias),
-            gate_up: Matrix::of(&weights.gate_up),
-            down: Matrix::of(&weights.down),
-            shared: weights.shared.as_ref().map(|(gate_up, down)| (Matrix::of(gate_up), Matrix::of(down))),
-            shared_gate: some(&weights.shared_gate),
-        }
-    }
-
-    /// A loaded layer as the reference takes it.
-    fn layer(&self, layer: &LayerDesc) -> Layer<'_, f32, f32> {
-        let (hidden, mlp) = (layer.hidden, &layer.mlp);
-        let shared = match (&self.shared, &layer.shared) {
-            (Some((up, down)), Some(desc)) => Some((
-                up.reference(desc.intermediate, hidden, desc.mlp.gate_up.glu, desc.mlp.gate_up.layout),
-                down.reference(hidden, desc.intermediate, Glu::None, desc.mlp.down.layout),
-            )),
-            _ => None,
-        };
-        Layer {
-            hidden,
-            router_weight: &self.router,
-            router_bias: self.router_bias.as_deref(),
-            correction_bias: self.correction_bias.as_deref(),
-            top_k: layer.top_k,
-            gating: layer.gating,
-            weigh_input: layer.weighting == Weighting::Input,
-            capacity: layer.capacity,
-            up: self.gate_up.reference(layer.intermediate, hidden, mlp.gate_up.glu, mlp.gate_up.layout),
-            activation: mlp.activation,
-            down: self.down.reference(hidden, layer.intermediate, Glu::None, mlp.down.layout),
-            shared,
-            shared_gate: self.shared_gate.as_deref(),
-        }
-    }
+pub fn run_reference(block: &HostBlock, x: &[f32], inputs: &Inputs) -> Result<Forward, HfError> {
+    let x: Vec<f64> = x.iter().map(|&value| value.into()).collect();
+    Reference::new(block, x.len() / block.desc.hidden.max(1), inputs).forward(&x)
 }

@@ -12,6 +12,7 @@ pub mod out;
 pub mod own;
 pub mod progress;
 pub mod random;
+pub mod reference;
 pub mod report;
 #[path = "../../support/whole_file.rs"]
 pub mod whole_file;
@@ -195,19 +196,28 @@ impl Job {
         }
     }
 
+    /// What the block takes beside rows.
+    pub fn inputs(&self, block: &Block<'_>, tokens: usize) -> Result<Inputs, HfError> {
+        match &self.rows {
+            Rows::Golden(golden, _) => golden.inputs(),
+            Rows::Random(_) => {
+                let mut random = Random::new(SEED + 2);
+                let mut below = |end: usize| (0..tokens).map(|_| random.below(end) as i32).collect();
+                Ok(Inputs { words: block.vocabulary().map(&mut below) })
+            }
+        }
+    }
+
     /// Runs a block and compares.
     pub fn check(&self, device: &Device, block: &Block<'_>) -> Result<(Outputs, Vec<Line>), HfError> {
         let x = self.x(block)?;
         let bar = progress::Bar::new(block.name());
-        let inputs = match &self.rows {
-            Rows::Golden(golden, _) => golden.inputs()?,
-            Rows::Random(_) => Inputs::default(),
-        };
+        let inputs = self.inputs(block, x.len() / block.desc().hidden)?;
         let outputs = device::run(device, block, self.dtype, &x, &inputs, &mut |progress| bar.show(&progress))?;
         bar.finish();
         let expected = match self.expected(block)? {
             Some(expected) => expected,
-            None => golden::from_reference(&block.load_host(self.dtype)?, &x, &outputs)?,
+            None => golden::from_reference(&block.load_host(self.dtype)?, &x, &inputs, &outputs)?,
         };
         let lines = report::compare(&outputs, &expected, self.dtype, block.desc().top_k, block.unordered());
         Ok((outputs, lines))

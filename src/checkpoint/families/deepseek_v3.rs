@@ -37,11 +37,15 @@ pub(super) const KIN: &[Family] = &[
     // Experts of groups that are not kept get 0, which a kept one with a negative biased score loses against.
     DEEPSEEK_V3.kin(&["axk2"]).groups(1, 1, GroupScore::TOP_TWO, Masked::Zero),
     DEEPSEEK_V3.kin(&["bailing_hybrid"]).correction("gate.expert_bias"),
+    DEEPSEEK_V3.kin(&["beam"]).ordered().sum_scale(&["routed_scaling_factor"], 2.5).without_shared(),
     GLM4_MOE,
     GLM4_MOE.kin(&["glm4_moe_lite"]).scaled_by(1.8),
     GLM4_MOE.kin(&["glm_moe_dsa", "sarvam_moe"]).scaled_by(2.5),
     DOTS1,
-    DOTS1.kin(&["dots3_note"]).shared_wide(SHARED_EXPERTS, &["shared_experts_intermediate_size"]),
+    DOTS1
+        .kin(&["dots3_note"])
+        .shared_wide(SHARED_EXPERTS, &["shared_experts_intermediate_size"])
+        .disregards(&["n_shared_experts"]),
     DOTS1.kin(&["mimo_v2_flash"]).without_shared(),
     GLM4_MOE.kin(&["exaone_moe"]).correction("e_score_correction_bias").scaled_by(2.5),
     // Hunyuan 4 (Tencent 2026): experts clamp, the shared one does not.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::Dtype;
-use crate::checkpoint::family::{Act, Experts, MODULE, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
+use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::layer::{LatentDesc, Norms, Weighting};
 use crate::rules::{Appended, AppendedWeight, Gain, Glu, Layout, RmsNorm, Score};
@@ -35,6 +35,11 @@ const LLAMA4: Family = Family::new(&["llama4"], Score::Sigmoid)
     .shared(SHARED_EXPERT, &[], 1)
     .refine("weights on the experts' input", weigh_input);
 
+const STACKED: Matrices = Matrices::gated("gate_proj.weight", "up_proj.weight", "down_proj.weight");
+
+const SHARE_EXPERT: Matrices =
+    Matrices::gated("^share_expert.gate_proj.weight", "^share_expert.up_proj.weight", "^share_expert.down_proj.weight");
+
 /// Inkling's names: rows of gate and up alternate.
 const W13: Experts = Experts::Together {
     gate_up: "experts.w13_weight",
@@ -47,6 +52,29 @@ const W13: Experts = Experts::Together {
 
 pub(super) const KIN: &[Family] = &[
     MINIMAX_M2,
+    MINIMAX_M2
+        .kin(&["minimax_m3_vl"])
+        .activation(Act::Oai)
+        .sum_scale(&["routed_scaling_factor"], 2.0)
+        .shared_wide(SHARED_EXPERTS, &["shared_intermediate_size"]),
+    // Step-3.7 (StepFun 2026): the clamp comes after the SiLU, by layer.
+    Family::new(&["step3p7", "step3p5"], Score::Sigmoid)
+        .at(&["*.#.moe"])
+        .correction("router_bias")
+        .renormalised(SUM)
+        .sum_scale(&["moe_router_scaling_factor"], 1.0)
+        .experts(Experts::Stacked(STACKED))
+        .activation(Act::ClampedAfter("swiglu_limits"))
+        .shared_wide(SHARE_EXPERT, &["share_expert_dim"])
+        .shared_activation(Act::ClampedAfter("swiglu_limits_shared"))
+        .unordered(),
+    // Laguna (Poolside 2026).
+    Family::new(&["laguna"], Score::Sigmoid)
+        .logit_softcap("moe_router_logit_softcapping")
+        .correction("experts.e_score_correction_bias")
+        .renormalised(SUM)
+        .sum_scale(&["moe_routed_scaling_factor"], 1.0)
+        .shared_wide(SHARED_EXPERT, &["shared_expert_intermediate_size"]),
     AFMOE,
     AFMOE.kin(&["hy_v3"]).scale(&["router_scaling_factor"], 2.826).shared(SHARED_MLP, &["num_shared_experts"], 1),
     AFMOE

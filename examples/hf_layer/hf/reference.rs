@@ -1,0 +1,194 @@
+//! A block by the plain formulas of `moe_kernels::reference`, in f64.
+
+use moe_kernels::checkpoint::{HostBlock, HostBuffer, MatrixWeight};
+use moe_kernels::layer::{LayerDesc, Weighting};
+use moe_kernels::reference::combine::{add_around, add_identity, combine, gate_addend, identity_weight};
+use moe_kernels::reference::dispatch::{DispatchRule, dispatch};
+use moe_kernels::reference::gating::{Gated, Inputs as GatingInputs, gate_by};
+use moe_kernels::reference::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
+use moe_kernels::reference::rms_norm::{Rows, rms_norm};
+use moe_kernels::reference::router::{finish, router};
+use moe_kernels::reference::{Real, ReferenceError};
+use moe_kernels::rules::{Activation, Glu, Layout, RmsNorm, WeightDesc};
+
+use super::device::{Inputs, drop_full, split};
+use super::error::HfError;
+
+/// What a block makes of its rows.
+pub struct Forward {
+    /// `[T, columns]`, with those of appended experts.
+    pub logits: Vec<f64>,
+    /// `[T,k]`, -1 for a choice that a capacity dropped.
+    pub ids: Vec<i32>,
+    /// `[T,k]`.
+    pub weights: Vec<f64>,
+    /// `[T, appended]`.
+    pub appended: Vec<f64>,
+    /// `[T,H]`.
+    pub y: Vec<f64>,
+}
+
+/// A block's weights as numbers.
+pub struct Reference<'a> {
+    block: &'a HostBlock,
+    layer: LayerDesc,
+    router: Vec<f64>,
+    pub correction_bias: Option<Vec<f64>>,
+    expert_scale: Option<Vec<f64>>,
+    global_scale: Option<f64>,
+    /// `[T,k]`, where experts are looked up by word.
+    given: Option<Vec<i32>>,
+}
+
+fn wide(buffer: &HostBuffer) -> Vec<f64> {
+    buffer.to_f32().into_iter().map(f64::from).collect()
+}
+
+fn some(buffer: &Option<HostBuffer>) -> Option<Vec<f64>> {
+    buffer.as_ref().map(wide)
+}
+
+/// A matrix's numbers, and its biases.
+struct Matrix(Vec<f64>, Option<Vec<f64>>);
+
+impl Matrix {
+    fn of(weight: &MatrixWeight<HostBuffer>) -> Matrix {
+        Matrix(wide(&weight.matrix), some(&weight.bias))
+    }
+
+    fn sized(&self, n: usize, k: usize, desc: &WeightDesc) -> ExpertMatrix<'_, f64> {
+        ExpertMatrix { weight: &self.0, bias: self.1.as_deref(), n, k, glu: desc.glu, layout: desc.layout }
+    }
+
+    fn plain(&self, n: usize, k: usize) -> ExpertMatrix<'_, f64> {
+        ExpertMatrix { weight: &self.0, bias: self.1.as_deref(), n, k, glu: Glu::None, layout: Layout::Nk }
+    }
+}
+
+impl<'a> Reference<'a> {
+    /// For a batch that is one sequence of `tokens` tokens.
+    pub fn new(block: &'a HostBlock, tokens: usize, inputs: &Inputs) -> Reference<'a> {
+        let weights = &block.weights;
+        let layer = super::golden::for_tokens(&block.desc, tokens);
+        let given = weights.table.as_ref().zip(inputs.words.as_ref()).map(|(table, words)| {
+            let row = |&word: &i32| table.i32().chunks(layer.top_k).nth(word as usize).unwrap_or(&[]).to_vec();
+            words.iter().flat_map(row).collect()
+        });
+        Reference {
+            block,
+            layer,
+            router: wide(&weights.router),
+            correction_bias: some(&weights.correction_bias),
+            expert_scale: some(&weights.expert_scale),
+            global_scale: some(&weights.global_scale).map(|scale| scale[0]),
+            given,
+        }
+    }
+
+    /// `[T, columns]`.
+    pub fn logits(&self, x: &[f64]) -> Result<Vec<f64>, ReferenceError> {
+        let (layer, weights) = (&self.layer, &self.block.weights);
+        let x = norm(x, layer.hidden, layer.norms.router, &weights.around.router)?;
+        let logits = router(&x, &self.router, some(&weights.router_bias).as_deref(), layer.hidden)?;
+        Ok(finish(&logits, layer.logits))
+    }
+
+    /// The choice by these logits, with another correction bias.
+    pub fn gate<L: Real>(&self, logits: &[L], correction_bias: Option<&[f64]>) -> Result<Gated, ReferenceError> {
+        let inputs = GatingInputs {
+            correction_bias,
+            expert_scale: self.expert_scale.as_deref(),
+            global_scale: self.global_scale,
+            given: self.given.as_deref(),
+        };
+        gate_by(logits, self.layer.experts, self.layer.top_k, &self.layer.gating, inputs)
+    }
+
+    /// The whole block.
+    pub fn forward(&self, x: &[f64]) -> Result<Forward, HfError> {
+        let logits = self.logits(x)?;
+        let gated = self.gate(&logits, self.correction_bias.as_deref())?;
+        self.forward_gated(x, logits, gated)
+    }
+
+    /// The rest of it for experts that are already chosen.
+    pub fn forward_gated(&self, x: &[f64], logits: Vec<f64>, gated: Gated) -> Result<Forward, HfError> {
+        let (layer, weights) = (&self.layer, &self.block.weights);
+        let (hidden, width) = (layer.hidden, layer.expert_width());
+        let input = norm(x, hidden, layer.norms.experts, &weights.around.experts)?;
+        let latent = weights.around.latent.as_ref().zip(layer.latent);
+        let input = match &latent {
+            None => input,
+            Some(([before, _], desc)) => {
+                let projected = dense_gemm(&input, &Matrix::of(before).plain(width, hidden), Activation::Identity)?;
+                norm(&projected, width, desc.norm, &weights.around.latent_norm)?
+            }
+        };
+
+        // Experts that yield their input have no rows.
+        let here = layer.local_experts() as i32;
+        let local: Vec<i32> = gated.ids.iter().map(|&id| if id < here { id } else { -1 }).collect();
+        let choices = layer.all_choices();
+        let rule =
+            DispatchRule { experts: layer.local_experts(), top_k: choices, capacity: layer.capacity, tile_m: 16 };
+        let plan = dispatch(&local, &rule)?;
+        let weigh_input = layer.weighting == Weighting::Input;
+        let row_scale = weigh_input.then(|| plan.slot_weight(&gated.weights));
+        let (first, second) = (Matrix::of(&weights.gate_up), Matrix::of(&weights.down));
+        let first = first.sized(layer.intermediate, width, &layer.mlp.gate_up);
+        let second = second.sized(width, layer.intermediate, &layer.mlp.down);
+        let between = grouped_gemm(&input, &first, &plan, true, row_scale.as_deref(), layer.mlp.activation)?;
+        let y_slots = grouped_gemm(&between, &second, &plan, false, None, Activation::Identity)?;
+        let y_slots = norm(&y_slots, width, layer.norms.slots, &weights.around.slots)?;
+        let factors = (!weigh_input).then_some(gated.weights.as_slice());
+        let mut y = combine(&y_slots, &plan.token_slot, factors, None::<&[f64]>, None, choices, width)?;
+        if let Some(([_, after], _)) = &latent {
+            y = dense_gemm(&y, &Matrix::of(after).plain(hidden, width), Activation::Identity)?;
+        }
+        if layer.map.is_some() {
+            let range = here..layer.experts as i32;
+            add_identity(&mut y, x, &identity_weight(&gated.ids, &gated.weights, choices, range)?)?;
+        }
+        let shared = self.shared(x)?;
+        let scales = [layer.routed_scale, layer.shared.map_or(1.0, |shared| shared.scale)].map(f64::from);
+        let bias = some(&weights.output_bias);
+        add_around(&mut y, scales, bias.as_deref(), None, shared.as_deref())?;
+        let y = norm(&y, hidden, layer.norms.output, &weights.around.output)?;
+
+        let appended = layer.gating.appended_experts();
+        let (mut ids, _) = split(&gated.ids, layer.top_k, appended);
+        if layer.capacity.is_some() {
+            drop_full(&mut ids, &plan.token_slot);
+        }
+        let (weights, appended) = split(&gated.weights, layer.top_k, appended);
+        Ok(Forward { logits, ids, weights, appended, y })
+    }
+
+    /// The shared expert's output, gated.
+    fn shared(&self, x: &[f64]) -> Result<Option<Vec<f64>>, ReferenceError> {
+        let (layer, weights) = (&self.layer, &self.block.weights);
+        let Some(((first, second), desc)) = weights.shared.as_ref().zip(layer.shared) else { return Ok(None) };
+        let (first, second) = (Matrix::of(first), Matrix::of(second));
+        let first = first.sized(desc.intermediate, layer.hidden, &desc.mlp.gate_up);
+        let second = second.sized(layer.hidden, desc.intermediate, &desc.mlp.down);
+        let mut y = dense_gemm(&dense_gemm(x, &first, desc.mlp.activation)?, &second, Activation::Identity)?;
+        if let Some(gate) = some(&weights.shared_gate) {
+            gate_addend(&mut y, &router(x, &gate, None::<&[f64]>, layer.hidden)?)?;
+        }
+        Ok(Some(y))
+    }
+}
+
+/// Rows through a norm, where there is one.
+fn norm(
+    x: &[f64],
+    width: usize,
+    norm: Option<RmsNorm>,
+    weight: &Option<HostBuffer>,
+) -> Result<Vec<f64>, ReferenceError> {
+    let Some(norm) = norm else { return Ok(x.to_vec()) };
+    let weight = some(weight);
+    let rows =
+        Rows { x, width, weight: weight.as_deref(), addend: None, addend_scale: None, row_scale: None, residual: None };
+    Ok(rms_norm(&rows, &norm)?.y)
+}
