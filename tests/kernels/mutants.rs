@@ -179,17 +179,18 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
     by_kind.into_values().flat_map(spread).collect()
 }
 
-/// Host threads of the software device: on one, blocks come after one another, and what is not ordered between them may be in order.
-const HOST_THREADS: [u32; 2] = [1, 4];
+/// Host threads of the software device, and what is added to its seed, which says how often a thread turns from a block to another: what is
+/// not ordered between blocks is in order in most runs.
+const WAYS: [(u32, u64); 3] = [(1, 0), (4, 0), (1, 1)];
 
 /// What becomes of a mutant.
 fn verdict(mutant: &Mutant, id: usize, limit: Duration) -> Verdict {
-    let mut verdicts = HOST_THREADS.iter().map(|&threads| run(&mutant.kernel, Some(mutant), id, limit, threads));
+    let mut verdicts = WAYS.iter().map(|&way| run(&mutant.kernel, Some(mutant), id, limit, way));
     verdicts.find(|verdict| *verdict != Verdict::Survived).unwrap_or(Verdict::Survived)
 }
 
 /// Runs a kernel's case in a process of its own, with the patch if there is one.
-fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, threads: u32) -> Verdict {
+fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, (threads, further): (u32, u64)) -> Verdict {
     let folder = std::env::temp_dir().join(format!("moe-mutants-{}", std::process::id()));
     let _ = std::fs::create_dir_all(&folder);
     let path = |what: &str| -> PathBuf { folder.join(format!("{id}.{what}")) };
@@ -203,8 +204,8 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, threads
         .env("MOE_DEVICE", "soft")
         .env("SOFTCUDA_CHECKS", "all")
         .env("SOFTCUDA_THREADS", threads.to_string())
-        // The order in which warps run.
-        .env("SOFTCUDA_SEED", super::support::inputs::run_seed().to_string())
+        // The order in which warps and blocks run.
+        .env("SOFTCUDA_SEED", super::support::inputs::run_seed().wrapping_add(further).to_string())
         .env("SOFTCUDA_TIMEOUT_MS", limit.as_millis().to_string())
         .env("SOFTCUDA_PATCH", &patch_file)
         .env("SOFTCUDA_FINDINGS", &findings_file)
@@ -287,7 +288,7 @@ fn stale_rows() -> Vec<&'static str> {
 /// How long a broken kernel may take, by how long the unbroken one did.
 fn patience(kernel: &str, id: usize) -> Duration {
     let started = Instant::now();
-    let healthy = run(kernel, None, id, Duration::from_secs(600), HOST_THREADS[0]);
+    let healthy = run(kernel, None, id, Duration::from_secs(600), WAYS[0]);
     assert_eq!(healthy, Verdict::Survived, "{kernel} fails unbroken");
     started.elapsed() * 3 + Duration::from_secs(2)
 }

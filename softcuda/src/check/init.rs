@@ -10,7 +10,7 @@
 //! as written from its issue on (reading it too early is the asynchrony checker's). Registers: `ptxas` warns of those.
 //! After a finding its bytes count as written, so that one mistake is one finding.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -58,7 +58,7 @@ impl Init {
 
 impl Watch for Init {
     fn observer<'a>(&'a self, _launch: &'a Launch<'a>, _grid: u64) -> Option<Box<dyn Observer + 'a>> {
-        Some(Box::new(View { init: self, blocks: HashMap::new(), spare: Vec::new() }))
+        Some(Box::new(View { init: self, blocks: FxHashMap::default(), spare: Vec::new() }))
     }
 }
 
@@ -74,7 +74,7 @@ struct BlockShadow {
 /// One host thread's view.
 struct View<'a> {
     init: &'a Init,
-    blocks: HashMap<u64, BlockShadow>,
+    blocks: FxHashMap<u64, BlockShadow>,
     spare: Vec<BlockShadow>,
 }
 

@@ -11,7 +11,7 @@
 //! - `shfl` that reads a lane which does not take part: its result is only unpredictable.
 //! - A wait for a parity that has come and gone twice: which phase the program means cannot be known.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::sync::Arc;
 
 use super::memory::of_fault;
@@ -58,7 +58,8 @@ fn meets(text: &str) -> bool {
 impl Watch for Sync {
     fn observer<'a>(&'a self, launch: &'a Launch<'a>, _grid: u64) -> Option<Box<dyn Observer + 'a>> {
         let any = launch.kernel.lines.iter().any(|line| line.contains("mbarrier"));
-        let observer = SyncObserver { findings: &self.findings, blocks: HashMap::new(), expected: HashMap::new() };
+        let observer =
+            SyncObserver { findings: &self.findings, blocks: FxHashMap::default(), expected: FxHashMap::default() };
         any.then(|| Box::new(observer) as Box<dyn Observer>)
     }
 
@@ -82,8 +83,8 @@ struct Expected {
 struct SyncObserver<'a> {
     findings: &'a Findings,
     /// Blocks that run, by cluster.
-    blocks: HashMap<u64, Vec<u64>>,
-    expected: HashMap<ObjectPlace, Vec<Expected>>,
+    blocks: FxHashMap<u64, Vec<u64>>,
+    expected: FxHashMap<ObjectPlace, Vec<Expected>>,
 }
 
 impl Observer for SyncObserver<'_> {

@@ -98,7 +98,8 @@ pub enum Products {
 /// How to execute, apart from what the program says.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// Chooses the order of warps, the poison of shared memory and every other freedom the device has.
+    /// Chooses the order of warps, when a host thread turns from a block to another, the poison of shared memory and every other freedom
+    /// the device has. 0: a block runs until it waits for another one.
     pub seed: u64,
     /// Host threads to run blocks on; 0 means one for each core.
     pub threads: usize,

@@ -1,6 +1,10 @@
 //! Clusters over host threads. Each host thread takes clusters in launch order and runs the warps of their blocks in turn, a
 //! slice at a time, in an order that the seed picks. A cluster that only spins is set aside for further ones, so that patterns
 //! in which blocks wait for one another (grid barriers, look-back) make progress. Without clusters each block is its own.
+//!
+//! So far a cluster goes on until it waits for another one, and what is not ordered between blocks is mostly in order. Most seeds
+//! change that: after a round in some, the host thread goes on with another cluster, so that one stands between two barriers while
+//! others pass.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -27,6 +31,38 @@ const LEAST_PATIENCE: u32 = 256;
 const EXPIRED_COST: u32 = 128;
 /// Rounds between looks at the clock.
 const CLOCK_ROUNDS: u32 = 64;
+
+/// Clusters that a host thread goes to and fro between where the seed asks for it, besides cooperative ones.
+const MIXED: usize = 8;
+
+/// When a host thread leaves a cluster that could go on.
+struct Switches {
+    random: u64,
+    /// One round in so many; 0 for never.
+    one_in: u64,
+}
+
+impl Switches {
+    fn new(seed: u64, clusters: u64) -> Switches {
+        let one_in = if seed == 0 { 0 } else { [0, 2, 8][(mix(seed) % 3) as usize] };
+        Switches { random: mix(seed ^ clusters.rotate_left(16)), one_in }
+    }
+
+    /// After this round?
+    fn now(&mut self) -> bool {
+        if self.one_in == 0 {
+            return false;
+        }
+        self.random = mix(self.random);
+        self.random.is_multiple_of(self.one_in)
+    }
+
+    /// The next cluster of `n` that are there, or `n` for a new one.
+    fn choice(&mut self, n: usize) -> usize {
+        self.random = mix(self.random);
+        (self.random % (n as u64 + 1)) as usize
+    }
+}
 
 /// What all host threads of a launch share.
 struct Common {
@@ -179,6 +215,8 @@ struct Resident {
     cluster: Cluster,
     /// Rounds since its turn began, weighed.
     waited: u32,
+    /// Some warp used up its slice in the latest round, as those that wait for another cluster do.
+    spins: bool,
 }
 
 fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), Fault> {
@@ -186,6 +224,7 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
     let limit = if l.cooperative { usize::MAX } else { (l.config.max_resident_blocks / size).max(1) };
     let mut resident: VecDeque<Resident> = VecDeque::new();
     let mut patience = PATIENCE;
+    let mut switches = Switches::new(l.config.seed, common.total);
     let mut rounds = 0u32;
     loop {
         if common.abort.load(Ordering::Relaxed) {
@@ -193,7 +232,7 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
         }
         if resident.is_empty() {
             match take(worker, l, common) {
-                Some(cluster) => resident.push_back(Resident { cluster, waited: 0 }),
+                Some(cluster) => resident.push_back(Resident { cluster, waited: 0, spins: false }),
                 None => return Ok(()),
             }
         }
@@ -209,8 +248,14 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
                 }
                 worker.spare.push_back(done.cluster);
             }
-            Round::Progress => current.waited += 1,
-            Round::Expired => current.waited += EXPIRED_COST,
+            Round::Progress => {
+                current.waited += 1;
+                current.spins = false;
+            }
+            Round::Expired => {
+                current.waited += EXPIRED_COST;
+                current.spins = true;
+            }
         }
         rounds = rounds.wrapping_add(1);
         if rounds.is_multiple_of(CLOCK_ROUNDS)
@@ -227,7 +272,18 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
             if resident.len() < limit
                 && let Some(cluster) = take(worker, l, common)
             {
-                resident.push_front(Resident { cluster, waited: 0 });
+                resident.push_front(Resident { cluster, waited: 0, spins: false });
+            }
+        } else if switches.now() && !resident.is_empty() {
+            let next = switches.choice(resident.len());
+            let room = resident.len() < if l.cooperative { limit } else { limit.min(MIXED) };
+            if next < resident.len() {
+                // One that waits gets its turn when others do nothing else.
+                if !resident[next].spins {
+                    resident.swap(0, next);
+                }
+            } else if room && let Some(cluster) = take(worker, l, common) {
+                resident.push_front(Resident { cluster, waited: 0, spins: false });
             }
         }
     }

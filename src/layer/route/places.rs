@@ -81,13 +81,14 @@ impl<'a> HeldRoute<'a> {
         if args.given_logits.is_some() && args.logits.is_some() {
             return unexpected("logits", "they are given");
         }
-        let given_logits = scope.read_some("given_logits", args.given_logits, tokens * desc.logit_columns(), SCALAR)?;
+        let logits = tokens * desc.logit_columns();
+        let given_logits = scope.read_some("given_logits", args.given_logits, logits, SCALAR)?;
         let given = args.given.filter(|_| routes);
         let held = HeldRoute {
             given: given.map(|given| given.open(scope, tokens, plan.chosen())).transpose()?,
             logits: match given_logits {
                 Some(given) => Some(given),
-                None => scope.write_some("logits", args.logits, tokens * desc.logit_columns(), SCALAR)?,
+                None => scope.write_some("logits", args.logits, logits, SCALAR)?,
             },
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
             weights: scope.write_some("weights", args.weights, choices, SCALAR)?,

@@ -1,6 +1,7 @@
 //! What is in flight in a cluster, and which words of shared memory it holds.
 
-use std::collections::{BTreeMap, HashMap};
+use rustc_hash::FxHashMap;
+use std::collections::BTreeMap;
 
 use crate::check::Place;
 use crate::exec::observe::Site;
@@ -134,13 +135,13 @@ pub struct Arrival {
 /// A cluster.
 #[derive(Debug, Default)]
 pub struct Flight {
-    pub words: HashMap<u64, Words>,
-    pub warps: HashMap<(u64, u32), Warp>,
+    pub words: FxHashMap<u64, Words>,
+    pub warps: FxHashMap<(u64, u32), Warp>,
     /// By number, which is never 0.
     pub operations: BTreeMap<u64, Operation>,
     /// The numbers of bulk transfers as the executor counts them.
-    pub bulk: HashMap<u64, u64>,
-    pub arrivals: HashMap<u64, Arrival>,
+    pub bulk: FxHashMap<u64, u64>,
+    pub arrivals: FxHashMap<u64, Arrival>,
     pub unwaited: Vec<Unwaited>,
     issued: u64,
     /// The operation whose accesses are being told.

@@ -1,6 +1,6 @@
 //! What one host thread sees.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use super::flight::{Arrival, Flight, Kind, Operation, Spot, Unwaited, WORD};
 use crate::check::{Checker, Finding, Findings};
@@ -15,8 +15,8 @@ pub struct AsyncObserver<'a> {
     kernel: &'a Kernel,
     /// The kernel uses the asynchronous proxy.
     proxied: bool,
-    flights: HashMap<u64, Flight>,
-    cluster_of: HashMap<u64, u64>,
+    flights: FxHashMap<u64, Flight>,
+    cluster_of: FxHashMap<u64, u64>,
 }
 
 fn lanes_of(mask: u32) -> impl Iterator<Item = usize> {
@@ -25,7 +25,7 @@ fn lanes_of(mask: u32) -> impl Iterator<Item = usize> {
 
 impl<'a> AsyncObserver<'a> {
     pub fn new(findings: &'a Findings, kernel: &'a Kernel, proxied: bool) -> Self {
-        AsyncObserver { findings, kernel, proxied, flights: HashMap::new(), cluster_of: HashMap::new() }
+        AsyncObserver { findings, kernel, proxied, flights: FxHashMap::default(), cluster_of: FxHashMap::default() }
     }
 
     fn report(&self, class: &'static str, message: String, place: Spot, other: Option<Spot>) {

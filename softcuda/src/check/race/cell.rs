@@ -248,20 +248,29 @@ const MOST_OTHERS: usize = 16;
 pub struct Cell<const R: usize> {
     write: Stamp,
     reads: [Stamp; R],
-    /// A read of each launch that nothing orders before those in `reads`.
-    #[expect(
-        clippy::box_collection,
-        reason = "there are many cells, and few have any: a pointer is less than a vector"
-    )]
-    others: Option<Box<Vec<Stamp>>>,
-    children: Option<Box<[Cell<R>]>>,
+    /// One pointer for all that few cells have: there are many cells, and their size is what the checker costs most by.
+    rare: Option<Box<Rare<R>>>,
+}
+
+/// What few cells have.
+#[derive(Debug, Clone, Default)]
+struct Rare<const R: usize> {
+    /// A read of each launch that nothing orders before those in the cell's `reads`.
+    others: Vec<Stamp>,
+    /// Whether accesses have cut the cell into pieces; where not, what `children` hold is stale.
+    cut: bool,
+    /// The pieces, as many first ones as there are: in place, so that the way to them is one step.
+    children: [Cell<R>; MOST_CHILDREN],
 }
 
 impl<const R: usize> Default for Cell<R> {
     fn default() -> Self {
-        Cell { write: Stamp::default(), reads: [Stamp::default(); R], others: None, children: None }
+        Cell { write: Stamp::default(), reads: [Stamp::default(); R], rare: None }
     }
 }
+
+/// Most pieces of a cell.
+const MOST_CHILDREN: usize = 8;
 
 /// Bytes of a cell's children.
 fn child_size(size: u32) -> u32 {
@@ -274,6 +283,7 @@ fn child_size(size: u32) -> u32 {
 
 impl<const R: usize> Cell<R> {
     /// Lanes in order from `lane` on touch the bytes `from..to` of this cell's `size`, each `1 << shift` of them.
+    #[inline(always)]
     pub fn access(
         &mut self,
         size: u32,
@@ -283,36 +293,59 @@ impl<const R: usize> Cell<R> {
         by: &Accessor,
         found: &mut Option<Conflict>,
     ) {
-        let whole = from == 0 && to == size;
-        if whole && self.children.is_none() {
-            return self.touch(size, by.stamp.with_lanes(lane, shift), by, found);
+        if from == 0 && to == size && self.rare.as_ref().is_none_or(|rare| !rare.cut) {
+            self.touch(size, by.stamp.with_lanes(lane, shift), by, found);
+        } else {
+            self.access_parts(size, (from, to), (lane, shift), by, found);
         }
+    }
+
+    /// [`Cell::access`] piece by piece.
+    fn access_parts(
+        &mut self,
+        size: u32,
+        (from, to): (u32, u32),
+        (lane, shift): (u32, u32),
+        by: &Accessor,
+        found: &mut Option<Conflict>,
+    ) {
         let child = child_size(size);
-        let (write, reads, others) = (self.write, self.reads, &mut self.others);
-        let children = self.children.get_or_insert_with(|| {
-            let others = others.take();
-            let part = |i: u32| Cell {
-                write: write.from(i * child),
-                reads: reads.map(|r| r.from(i * child)),
-                others: others.clone(),
-                children: None,
-            };
-            (0..size / child).map(part).collect()
-        });
+        let children = self.children((size / child) as usize, child);
         for i in from / child..to.div_ceil(child) {
             let start = i * child;
             let (a, b) = (from.max(start), to.min(start + child));
             let first = if shift == MANY { lane } else { (lane + ((a - from) >> shift)) & 31 };
             children[i as usize].access(child, (a - start, b - start), first, shift, by, found);
         }
-        if whole && by.write {
-            self.children = None;
+        if from == 0 && to == size && by.write {
+            if let Some(rare) = &mut self.rare {
+                rare.cut = false;
+            }
             self.write = by.stamp.with_lanes(lane, shift);
             self.reads = [Stamp::default(); R];
         }
     }
 
-    #[inline(always)]
+    /// The `count` pieces of `size` bytes, cut now if they are not yet: each takes over what the whole remembers.
+    fn children(&mut self, count: usize, size: u32) -> &mut [Cell<R>] {
+        let rare = self.rare.get_or_insert_default();
+        if !rare.cut {
+            rare.cut = true;
+            let others = std::mem::take(&mut rare.others);
+            for (i, child) in (0..).zip(&mut rare.children[..count]) {
+                child.write = self.write.from(i * size);
+                child.reads = self.reads.map(|r| r.from(i * size));
+                if let Some(rare) = &mut child.rare {
+                    rare.cut = false;
+                }
+                if !others.is_empty() {
+                    child.rare.get_or_insert_default().others.clone_from(&others);
+                }
+            }
+        }
+        &mut rare.children[..count]
+    }
+
     fn touch(&mut self, size: u32, me: Stamp, by: &Accessor, found: &mut Option<Conflict>) {
         if !by.write && self.reads[0] == me {
             return;
@@ -321,12 +354,18 @@ impl<const R: usize> Cell<R> {
             by.note(conflict, me, size, found);
         }
         if by.write {
-            for &read in self.reads.iter().chain(self.others.iter().flat_map(|others| others.iter())) {
+            for &read in &self.reads {
                 if let Some(conflict) = by.against(read, me, size) {
                     by.note(conflict, me, size, found);
                 }
             }
-            self.others = None;
+            if let Some(rare) = &mut self.rare {
+                for read in rare.others.drain(..) {
+                    if let Some(conflict) = by.against(read, me, size) {
+                        by.note(conflict, me, size, found);
+                    }
+                }
+            }
             self.replace(me, by);
         } else {
             self.remember(me, by, size);
@@ -353,17 +392,19 @@ impl<const R: usize> Cell<R> {
 
     /// Keeps a reader, in place of an older one of the same warp or one that comes before it, if there is such a one.
     fn remember(&mut self, me: Stamp, by: &Accessor, size: u32) {
-        let live = |r: &Stamp| by.live(*r);
-        let same = |r: &Stamp| live(r) && r.home == me.home && r.warp() == me.warp();
-        if let Some(i) = self.reads.iter().position(same) {
+        let mut dead = None;
+        for i in 0..R {
             let old = self.reads[i];
-            let met = old.lanes() == me.lanes() || by.lanes >= old.time;
-            self.reads[i] = if met { me } else { me.with_lanes(me.lane(0), MANY) };
-            self.reads.swap(0, i);
-            return;
+            if !by.live(old) {
+                dead = dead.or(Some(i));
+            } else if old.home == me.home && old.warp() == me.warp() {
+                let met = old.lanes() == me.lanes() || by.lanes >= old.time;
+                self.reads[i] = if met { me } else { me.with_lanes(me.lane(0), MANY) };
+                self.reads.swap(0, i);
+                return;
+            }
         }
-        let place = self.reads.iter().position(|r| !live(r));
-        let place = place.or_else(|| self.reads.iter().position(|&r| by.against(r, me, size).is_none()));
+        let place = dead.or_else(|| self.reads.iter().position(|&r| by.against(r, me, size).is_none()));
         // One of the readers is forgotten: which one is as good as chance.
         let i = place.unwrap_or((me.time.wrapping_mul(0x9e37_79b9) >> 16) as usize % R);
         if by.is_beside(self.reads[i]) {
@@ -376,7 +417,8 @@ impl<const R: usize> Cell<R> {
     /// Keeps a reader of another launch that later writes may have to wait for as well, the first of its launch.
     #[cold]
     fn set_aside(&mut self, read: Stamp) {
-        let others = self.others.get_or_insert_default();
+        let rare = self.rare.get_or_insert_default();
+        let others = &mut rare.others;
         if others.len() < MOST_OTHERS && !others.iter().any(|other| other.same_launch(read)) {
             others.push(read);
         }

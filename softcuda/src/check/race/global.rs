@@ -1,6 +1,6 @@
 //! The shadow of global memory, shared by all host threads: pages made on demand, each with its lock.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::cell::Cell;
@@ -30,7 +30,7 @@ impl Page {
 
 #[derive(Debug)]
 pub struct Global {
-    shards: Vec<RwLock<HashMap<u64, Arc<Page>>>>,
+    shards: Vec<RwLock<FxHashMap<u64, Arc<Page>>>>,
 }
 
 impl Default for Global {

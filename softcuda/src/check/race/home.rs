@@ -1,6 +1,6 @@
 //! A cluster of blocks while it runs: what its warps know of one another through barriers, fences and strong accesses.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use super::cell::Cell;
 use super::clock::{Away, join};
@@ -257,20 +257,20 @@ pub struct Home {
     pub blocks: Vec<Block>,
     /// The cluster's barrier.
     pub cluster: Object,
-    pub objects: HashMap<ObjectPlace, Object>,
+    pub objects: FxHashMap<ObjectPlace, Object>,
     /// Which warp initialised an object, and when.
-    pub inits: HashMap<ObjectPlace, (usize, u32)>,
+    pub inits: FxHashMap<ObjectPlace, (usize, u32)>,
     /// Bulk copies and arrivals of copies in flight, by their number.
-    pub transfers: HashMap<u64, Transfer>,
-    pub arrivals: HashMap<u64, CopyArrival>,
+    pub transfers: FxHashMap<u64, Transfer>,
+    pub arrivals: FxHashMap<u64, CopyArrival>,
     /// The bulk copy whose accesses are being told.
     pub current: u64,
     /// `cp.async` issued so far.
     pub issued: u64,
     /// Products in flight, by the index of their warpgroup.
-    pub products: HashMap<usize, Vec<Product>>,
+    pub products: FxHashMap<usize, Vec<Product>>,
     /// Places in shared memory that strong accesses synchronise through, by block and offset.
-    pub variables: HashMap<(u64, u64), Variable>,
+    pub variables: FxHashMap<(u64, u64), Variable>,
 }
 
 impl Home {

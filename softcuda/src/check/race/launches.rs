@@ -1,6 +1,7 @@
 //! Launches, and copies and releases by the driver, that nothing orders: which they are, and what is to be said of their accesses.
 
-use std::collections::{HashMap, VecDeque};
+use rustc_hash::FxHashMap;
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::cell::launch_number;
@@ -30,7 +31,7 @@ pub struct Earlier {
 }
 
 /// Launches by number, and their numbers from the oldest on.
-type Kept = (HashMap<u32, Arc<Earlier>>, VecDeque<u32>);
+type Kept = (FxHashMap<u32, Arc<Earlier>>, VecDeque<u32>);
 
 /// Launches by the number that stamps hold.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! What one host thread sees: its blocks' accesses against the shadows, its synchronisation as knowledge.
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 
 use super::cell::{Accessor, Conflict, MANY, Stamp, What};
 use super::global::{CELL, PAGE, Pages};
@@ -23,7 +23,7 @@ pub struct RaceObserver<'a> {
     pages: Pages<'a>,
     homes: Vec<Home>,
     /// A block's home, by position in launch order.
-    of_block: HashMap<u64, usize>,
+    of_block: FxHashMap<u64, usize>,
     /// The block last asked for: its home and its rank there.
     last: (u64, usize, usize),
     /// The launch last found to come before this one.
@@ -49,7 +49,7 @@ impl<'a> RaceObserver<'a> {
             grid,
             pages: Pages::new(&race.global),
             homes: Vec::new(),
-            of_block: HashMap::new(),
+            of_block: FxHashMap::default(),
             last: (u64::MAX, 0, 0),
             ordered: std::cell::Cell::new(None),
             spare: Vec::new(),
@@ -75,6 +75,7 @@ impl<'a> RaceObserver<'a> {
     }
 
     /// Remembers an access; the home, the first conflict and the access as remembered, if there is a conflict.
+    #[inline(always)]
     fn enter(&mut self, site: &Site, event: &MemoryEvent) -> Option<(usize, Conflict, Stamp)> {
         let (h, rank, warp) = self.find(site.block, site.warp);
         let home = &mut self.homes[h];

@@ -1,6 +1,6 @@
 //! Places that strong accesses synchronise through: what was released there, by whom it may be acquired (PTX ISA 8.8).
 
-use std::collections::HashMap;
+use rustc_hash::FxHashMap;
 use std::sync::Mutex;
 
 use super::clock::Away;
@@ -13,9 +13,9 @@ pub struct Variable {
     /// To everybody.
     device: Away,
     /// To the blocks of one cluster, by home.
-    clusters: HashMap<u32, Away>,
+    clusters: FxHashMap<u32, Away>,
     /// To one block's threads, by the block.
-    blocks: HashMap<u64, Away>,
+    blocks: FxHashMap<u64, Away>,
 }
 
 impl Variable {
@@ -62,7 +62,7 @@ pub type Place = (u64, u64);
 /// Variables in global memory, by launch and address.
 #[derive(Debug)]
 pub struct Variables {
-    shards: Vec<Mutex<HashMap<Place, Variable>>>,
+    shards: Vec<Mutex<FxHashMap<Place, Variable>>>,
 }
 
 impl Default for Variables {
@@ -72,7 +72,7 @@ impl Default for Variables {
 }
 
 impl Variables {
-    pub fn with<R>(&self, address: u64, f: impl FnOnce(&mut HashMap<Place, Variable>) -> R) -> R {
+    pub fn with<R>(&self, address: u64, f: impl FnOnce(&mut FxHashMap<Place, Variable>) -> R) -> R {
         let shard = &self.shards[(address >> 2) as usize % SHARDS];
         f(&mut shard.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
     }
