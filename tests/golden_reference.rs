@@ -17,7 +17,7 @@ use hf::report::relative_error;
 use moe_kernels::Dtype;
 
 /// Folders of blocks that the reference computes in other pieces.
-const APART: &[&str] = &["doge", "ernie4_5_vl_moe", "nllb_moe", "vitpose_backbone", "zaya"];
+const APART: &[&str] = &["ernie4_5_vl_moe"];
 
 #[test]
 fn every_family() {
@@ -47,7 +47,8 @@ fn check(family: &str, folder: std::path::PathBuf) {
     };
     close("y", &got.y, &want.y);
     if let Some(logits) = &want.logits {
-        close("logits", &split(&got.logits, layer.experts, layer.gating.appended_columns()).0, logits);
+        let appended = layer.gating.appended_columns();
+        close("logits", &split(&got.logits, block.logit_columns() - appended, appended).0, logits);
     }
     let k = layer.top_k;
     let row = |ids: &[i32], weights: &[f64], token: usize| {
@@ -58,12 +59,12 @@ fn check(family: &str, folder: std::path::PathBuf) {
         }
         row
     };
-    let (ids, weights) = (want.ids.as_ref().unwrap(), want.weights.as_ref().unwrap());
+    let Some((ids, weights)) = want.ids.as_ref().zip(want.weights.as_ref()) else { return };
     for token in 0..tokens {
         let (got, want) = (row(&got.ids, &got.weights, token), row(ids, weights, token));
         for ((id, weight), (want_id, want_weight)) in got.iter().zip(&want) {
             assert_eq!(id, want_id, "{family}: token {token}");
-            let error = (weight - want_weight).abs() / want_weight.abs();
+            let error = if weight == want_weight { 0.0 } else { (weight - want_weight).abs() / want_weight.abs() };
             assert!(
                 error <= RECORDED_WEIGHT,
                 "{family}: token {token}, expert {id}: weight {weight} is not {want_weight}"

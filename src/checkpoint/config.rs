@@ -10,7 +10,8 @@ use super::error::CheckpointError;
 use super::files::read_json;
 
 /// Where multimodal models keep the description of their language model.
-const LANGUAGE_MODELS: [&str; 4] = ["text_config", "language_config", "llm_config", "thinker_config"];
+const LANGUAGE_MODELS: [&str; 5] =
+    ["text_config", "language_config", "llm_config", "thinker_config", "backbone_config"];
 
 /// The part of `config.json` that describes the language model.
 pub struct Config {

@@ -151,6 +151,7 @@ pub enum Experts {
 }
 
 /// Tensors of one gated or plain expert, each as `nn.Linear` holds it.
+/// With biases where it says so, named as the matrices but for their last part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Matrices {
@@ -160,15 +161,22 @@ pub struct Matrices {
     pub up: &'static str,
     /// `[H,I]`.
     pub down: &'static str,
+    /// Whether there are biases, `.bias` beside `.weight`.
+    pub biases: bool,
 }
 
 impl Matrices {
     pub(super) const fn gated(gate: &'static str, up: &'static str, down: &'static str) -> Matrices {
-        Matrices { gate: Some(gate), up, down }
+        Matrices { gate: Some(gate), up, down, biases: false }
     }
 
     pub(super) const fn plain(up: &'static str, down: &'static str) -> Matrices {
-        Matrices { gate: None, up, down }
+        Matrices { gate: None, up, down, biases: false }
+    }
+
+    /// With biases.
+    pub(super) const fn biased(self) -> Matrices {
+        Matrices { biases: true, ..self }
     }
 
     /// Their names, gate's first.
@@ -319,7 +327,7 @@ impl Family {
         self
     }
 
-    /// The router's tensor `[E,H]`.
+    /// The router's tensor `[E,H]`, or another one that only its blocks have.
     pub(super) const fn router(self, router: &'static str) -> Family {
         Family { router, ..self }
     }

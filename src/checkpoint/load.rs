@@ -6,11 +6,12 @@ use std::collections::BTreeSet;
 use super::error::CheckpointError;
 use super::family::{Experts, MODULE, Matrices};
 use super::folder::Checkpoint;
+use super::kind::KindSpec;
 use super::locate::{fill, full_name};
 use super::spec::BlockSpec;
 use super::store::Store;
 use super::tensors::FileTensor;
-use super::weights::{AroundWeights, BlockWeights, MatrixWeight};
+use super::weights::{AroundWeights, BlockWeights, Loaded, MatrixWeight};
 use crate::Dtype;
 use crate::layer::LayerDesc;
 use crate::rules::{Glu, Layout};
@@ -39,15 +40,24 @@ pub(super) fn load<S: Store>(
     store: &mut S,
     total: u64,
     progress: &mut dyn FnMut(Progress<'_>),
-) -> Result<(LayerDesc, BlockWeights<S::Buffer>), CheckpointError> {
+) -> Result<Loaded<S::Buffer>, CheckpointError> {
     let mut layer = stored_as(&spec.layer, dtype);
     let read = RefCell::default();
     let mut reader = Reader { checkpoint, prefix, read, store, progress, bytes: 0, total };
-    let router = reader.tensor(spec.router, &[layer.logit_columns(), layer.hidden])?;
-    // A norm of the router's input is not rounded before an f32 router sees it.
-    layer.router_dtype = if layer.norms.router.is_some() { Dtype::F32 } else { exact(&router, dtype)? };
-    let router = reader.whole(&router, layer.router_dtype)?;
-    let (gate_up, down) = reader.experts(spec, &mut layer)?;
+    let router = match spec.router {
+        None => None,
+        Some(name) => {
+            let router = reader.tensor(name, &[spec.logit_columns(), layer.hidden])?;
+            // A norm of the router's input is not rounded before an f32 router sees it.
+            layer.router_dtype = if layer.norms.router.is_some() { Dtype::F32 } else { exact(&router, dtype)? };
+            Some(reader.whole(&router, layer.router_dtype)?)
+        }
+    };
+    let (gate_up, down) = match spec.kind {
+        KindSpec::BySequence { part } => reader.parts(spec, &layer, part)?,
+        KindSpec::UnitExperts { .. } => reader.dense(spec, &layer)?,
+        _ => reader.experts(spec, &mut layer)?,
+    };
     let shared = match (&spec.shared, &layer.shared) {
         (Some(matrices), Some(desc)) => Some(reader.each(matrices, [1, desc.intermediate, layer.hidden], dtype)?),
         _ => None,
@@ -74,15 +84,15 @@ pub(super) fn load<S: Store>(
     };
     let around = reader.around(spec, &layer)?;
     let (table, vocabulary) = reader.table(spec, &layer)?;
-    let map = match spec.identities {
-        0 => None,
-        count => {
+    let map = match spec.weightless {
+        None => None,
+        Some((count, target)) => {
             let here = experts - count;
-            let map: Vec<i32> =
-                (0..experts).map(|e| if e < here { e as i32 } else { crate::rules::IDENTITY }).collect();
+            let map: Vec<i32> = (0..experts).map(|e| if e < here { e as i32 } else { target }).collect();
             Some(reader.store.numbers(&map)?)
         }
     };
+    let kind = reader.kind(spec, &layer)?;
     reader.require_all_read(&spec.idle)?;
     let weights = BlockWeights {
         router,
@@ -100,7 +110,7 @@ pub(super) fn load<S: Store>(
         vocabulary,
         map,
     };
-    Ok((layer, weights))
+    Ok(Loaded { desc: layer, weights, kind, capacity: spec.capacity })
 }
 
 /// The layer with activations and experts' weights of type `dtype`.
@@ -133,6 +143,11 @@ fn exact(tensor: &FileTensor<'_>, dtype: Dtype) -> Result<Dtype, CheckpointError
     Ok(if same { dtype } else { Dtype::F32 })
 }
 
+/// The name of the bias beside a matrix.
+fn bias_of(matrix: &str) -> String {
+    format!("{}.bias", matrix.strip_suffix(".weight").unwrap_or(matrix))
+}
+
 /// Names and extents of one product's tensors of all experts.
 struct Together<'a> {
     weight: &'a str,
@@ -143,23 +158,28 @@ struct Together<'a> {
     columns: usize,
 }
 
-struct Reader<'a, S: Store> {
+pub(super) struct Reader<'a, S: Store> {
     checkpoint: &'a Checkpoint,
     prefix: &'a str,
     /// Names as the family has them.
     read: RefCell<BTreeSet<String>>,
-    store: &'a mut S,
+    pub(super) store: &'a mut S,
     progress: &'a mut dyn FnMut(Progress<'_>),
     bytes: u64,
     total: u64,
 }
 
 impl<'a, S: Store> Reader<'a, S> {
+    /// Whether the block has a tensor.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.checkpoint.knows(&self.full(name))
+    }
+
     fn full(&self, name: &str) -> String {
         full_name(self.prefix, name)
     }
 
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<FileTensor<'a>, CheckpointError> {
+    pub(super) fn tensor(&self, name: &str, shape: &[usize]) -> Result<FileTensor<'a>, CheckpointError> {
         self.read.borrow_mut().insert(name.to_owned());
         self.checkpoint.read_shaped(&self.full(name), shape)
     }
@@ -231,7 +251,12 @@ impl<'a, S: Store> Reader<'a, S> {
     }
 
     /// Puts a tensor's values into a buffer, from element `at` on.
-    fn put(&mut self, buffer: &mut S::Buffer, at: usize, values: &FileTensor<'_>) -> Result<(), CheckpointError> {
+    pub(super) fn put(
+        &mut self,
+        buffer: &mut S::Buffer,
+        at: usize,
+        values: &FileTensor<'_>,
+    ) -> Result<(), CheckpointError> {
         self.store.put(buffer, at, values)?;
         self.bytes += values.bytes() as u64;
         (self.progress)(Progress { bytes: self.bytes, of: self.total, tensor: values.name() });
@@ -239,20 +264,20 @@ impl<'a, S: Store> Reader<'a, S> {
     }
 
     /// A buffer of one tensor.
-    fn whole(&mut self, tensor: &FileTensor<'_>, dtype: Dtype) -> Result<S::Buffer, CheckpointError> {
+    pub(super) fn whole(&mut self, tensor: &FileTensor<'_>, dtype: Dtype) -> Result<S::Buffer, CheckpointError> {
         let mut buffer = self.store.buffer(dtype, tensor.elements())?;
         self.put(&mut buffer, 0, tensor)?;
         Ok(buffer)
     }
 
     /// A buffer of a vector, in f32.
-    fn vector(&mut self, name: &str, length: usize) -> Result<S::Buffer, CheckpointError> {
+    pub(super) fn vector(&mut self, name: &str, length: usize) -> Result<S::Buffer, CheckpointError> {
         let tensor = self.tensor(name, &[length])?;
         self.whole(&tensor, Dtype::F32)
     }
 
     /// Tensors of each expert, gate rows before up rows.
-    fn each(
+    pub(super) fn each(
         &mut self,
         matrices: &Matrices,
         [experts, intermediate, hidden]: [usize; 3],
@@ -262,18 +287,37 @@ impl<'a, S: Store> Reader<'a, S> {
         let firsts: Vec<&str> = matrices.gate.into_iter().chain([matrices.up]).collect();
         let mut first = self.store.buffer(dtype, experts * firsts.len() * size)?;
         let mut second = self.store.buffer(dtype, experts * size)?;
+        let mut bias = |length| matrices.biases.then(|| self.store.buffer(dtype, experts * length)).transpose();
+        let (mut first_bias, mut second_bias) = (bias(firsts.len() * intermediate)?, bias(hidden)?);
         for expert in 0..experts {
             if expert + 1 < experts {
                 matrices.names().for_each(|name| self.checkpoint.will_need(&self.full(&fill(name, expert + 1))));
             }
             for (place, name) in firsts.iter().enumerate() {
+                let at = expert * firsts.len() + place;
                 let tensor = self.tensor(&fill(name, expert), &[intermediate, hidden])?;
-                self.put(&mut first, (expert * firsts.len() + place) * size, &tensor)?;
+                self.put(&mut first, at * size, &tensor)?;
+                self.put_bias(&mut first_bias, at * intermediate, &fill(name, expert), intermediate)?;
             }
             let tensor = self.tensor(&fill(matrices.down, expert), &[hidden, intermediate])?;
             self.put(&mut second, expert * size, &tensor)?;
+            self.put_bias(&mut second_bias, expert * hidden, &fill(matrices.down, expert), hidden)?;
         }
-        Ok((MatrixWeight::new(first), MatrixWeight::new(second)))
+        Ok((MatrixWeight { matrix: first, bias: first_bias }, MatrixWeight { matrix: second, bias: second_bias }))
+    }
+
+    /// Puts the bias beside a matrix into a buffer, where there is one.
+    pub(super) fn put_bias(
+        &mut self,
+        buffer: &mut Option<S::Buffer>,
+        at: usize,
+        matrix: &str,
+        length: usize,
+    ) -> Result<(), CheckpointError> {
+        let Some(buffer) = buffer else { return Ok(()) };
+        let name = bias_of(matrix);
+        let tensor = self.tensor(&name, &[length])?;
+        self.put(buffer, at, &tensor)
     }
 
     /// One tensor for all experts' gates, one for their ups, one for their downs.
@@ -445,7 +489,7 @@ impl<'a, S: Store> Reader<'a, S> {
         }
     }
 
-    fn require_all_read(&self, idle: &[String]) -> Result<(), CheckpointError> {
+    pub(super) fn require_all_read(&self, idle: &[String]) -> Result<(), CheckpointError> {
         let idle: BTreeSet<String> = idle.iter().map(|name| self.full(name)).collect();
         match self.unread().into_iter().find(|name| !idle.contains(*name)) {
             Some(name) => Err(CheckpointError::UnreadTensor { name: name.to_owned() }),
@@ -454,4 +498,4 @@ impl<'a, S: Store> Reader<'a, S> {
     }
 }
 
-type Pair<S> = (MatrixWeight<<S as Store>::Buffer>, MatrixWeight<<S as Store>::Buffer>);
+pub(super) type Pair<S> = (MatrixWeight<<S as Store>::Buffer>, MatrixWeight<<S as Store>::Buffer>);

@@ -10,6 +10,7 @@ use super::error::CheckpointError;
 use super::families;
 use super::family::Family;
 use super::folder::Checkpoint;
+use super::kind::KindSpec;
 use super::load::{Progress, load};
 use super::locate::{Found, full_name};
 use super::spec::{BlockSpec, Scene};
@@ -76,6 +77,18 @@ impl Model {
     }
 }
 
+/// What a block takes beside rows: [`super::BlockInputs`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Needs {
+    /// Ids of words, below this number.
+    pub vocabulary: Option<usize>,
+    /// The state of the previous layer's router, of this width.
+    pub previous: Option<usize>,
+    /// An expert for each sequence.
+    pub index: bool,
+}
+
 /// An MoE block of a checkpoint.
 pub struct Block<'a> {
     files: &'a Checkpoint,
@@ -94,15 +107,28 @@ impl Block<'_> {
         &self.spec.layer
     }
 
+    /// Columns of its logits: those of the experts that a choice is among, of appended ones, or of keys; 0 where nothing is chosen by logits.
+    pub fn logit_columns(&self) -> usize {
+        self.spec.logit_columns()
+    }
+
     /// The model's own code leaves the order of a token's experts open.
     pub fn unordered(&self) -> bool {
         self.spec.unordered
     }
 
-    /// Words that its table of experts knows, where experts are looked up by word.
-    pub fn vocabulary(&self) -> Option<usize> {
-        let name = full_name(&self.prefix, self.spec.table?);
-        Some(self.files.shape(&name).and_then(|shape| shape.first()).copied().unwrap_or(0))
+    /// What it takes beside rows.
+    pub fn needs(&self) -> Needs {
+        let full = |name| full_name(&self.prefix, name);
+        let rows = |name| self.files.shape(&full(name)).and_then(|shape| shape.first()).copied().unwrap_or(0);
+        let (previous, index) = match self.spec.kind {
+            KindSpec::Network { width, .. } => {
+                (self.files.knows(&full("gate.router_states_scale")).then_some(width), false)
+            }
+            KindSpec::BySequence { .. } => (None, true),
+            _ => (None, false),
+        };
+        Needs { vocabulary: self.spec.table.map(rows), previous, index }
     }
 
     /// Looks for all tensors of the block, their shapes and types, and reads nothing but the router's: the bytes that a load will read.
@@ -145,7 +171,6 @@ impl Block<'_> {
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<Loaded<S::Buffer>, CheckpointError> {
         let total = self.check()?;
-        let (desc, weights) = load(self.files, &self.prefix, &self.spec, dtype, store, total, progress)?;
-        Ok(Loaded { desc, weights })
+        load(self.files, &self.prefix, &self.spec, dtype, store, total, progress)
     }
 }

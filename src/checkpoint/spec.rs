@@ -5,7 +5,9 @@ use super::error::CheckpointError;
 use super::family::{Act, Experts, Family, GroupFacts, Matrices, Renorm, Scored, Width};
 use super::folder::Checkpoint;
 use super::foreign;
+use super::kind::KindSpec;
 use super::locate::{Found, full_name};
+use super::weights::SequenceCapacity;
 use crate::Dtype;
 use crate::layer::{LayerDesc, Mlp, SharedDesc};
 use crate::rules::{Activation, Gating, Glu, Groups, LogitRule, Masked, Swiglu};
@@ -15,7 +17,7 @@ pub(super) struct BlockSpec {
     /// The layer; the type of its data and the length of sequences are filled in when it is loaded.
     pub(super) layer: LayerDesc,
     /// Tensor `[E,H]`.
-    pub(super) router: &'static str,
+    pub(super) router: Option<&'static str>,
     /// Tensor `[E]`, added to the logits.
     pub(super) router_bias: Option<&'static str>,
     /// Tensor `[E]`, added to the scores for the choice.
@@ -36,14 +38,18 @@ pub(super) struct BlockSpec {
     pub(super) table: Option<&'static str>,
     /// Experts behind the others, where the gating appends some: gate and up `[A,2I,H]`, and down `[A,H,I]`, in the others' order.
     pub(super) appended: Option<[&'static str; 2]>,
-    /// So many experts behind those that have weights yield their input.
-    pub(super) identities: usize,
+    /// So many experts behind those that have weights yield their input ([`crate::rules::IDENTITY`]) or nothing ([`crate::rules::NONE`]).
+    pub(super) weightless: Option<(usize, i32)>,
     /// Norms' tensors, where the layer has norms with weights.
     pub(super) norms: NormNames,
     /// Tensors of the projections round the experts, where the layer has a latent width: `[L,H]`, and `[H,L]`.
     pub(super) latent: Option<[&'static str; 2]>,
     /// The model's own code leaves the order of a token's experts open.
     pub(super) unordered: bool,
+    /// What it is beside a layer.
+    pub(super) kind: KindSpec,
+    /// What an expert takes of a sequence.
+    pub(super) capacity: SequenceCapacity,
     /// Tensors that some programs write and nothing uses.
     pub(super) idle: Vec<String>,
 }
@@ -63,13 +69,25 @@ pub(super) struct NormNames {
     pub(super) latent: Option<&'static str>,
 }
 
+impl BlockSpec {
+    /// Columns of its logits.
+    pub(super) fn logit_columns(&self) -> usize {
+        match self.kind {
+            KindSpec::UnitExperts { keys } => 2 * keys,
+            KindSpec::BySequence { .. } => 0,
+            _ => self.layer.logit_columns(),
+        }
+    }
+}
+
 /// What a block is described from.
 pub(super) struct Scene<'a> {
     pub(super) config: &'a Config,
     /// The number of its layer.
     pub(super) layer: usize,
     files: &'a Checkpoint,
-    prefix: &'a str,
+    /// What the names of its tensors begin with.
+    pub(super) prefix: &'a str,
 }
 
 impl<'a> Scene<'a> {
@@ -91,7 +109,10 @@ impl Family {
         let size = |keys: &[&str]| config.size_of_layer(keys, layer);
         // The first that is there: an expert's width and a dense block's have like names.
         let hidden = size(sizes.hidden)?;
-        let intermediate = size(&[config.spelling(sizes.intermediate)])?;
+        let intermediate = match sizes.intermediate {
+            [] => hidden,
+            keys => size(&[config.spelling(keys)])?,
+        };
         let experts = size(sizes.experts)?;
         let top_k = if sizes.top_k.is_empty() { 1 } else { size(sizes.top_k)? };
         if top_k > experts {
@@ -115,7 +136,7 @@ impl Family {
         };
         let mut spec = BlockSpec {
             layer: desc,
-            router: self.router,
+            router: Some(self.router),
             router_bias: self.router_bias,
             correction_bias: self.correction_name(config)?,
             experts: self.experts,
@@ -126,7 +147,9 @@ impl Family {
             output_bias: self.output_bias,
             table: None,
             appended: None,
-            identities: 0,
+            weightless: None,
+            kind: KindSpec::Layer,
+            capacity: SequenceCapacity::Fixed,
             norms: NormNames::default(),
             latent: None,
             unordered: self.unordered,

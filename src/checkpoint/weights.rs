@@ -1,5 +1,6 @@
 //! The weights of a block, and the block itself.
 
+use super::kind::Kind;
 use super::store::{DeviceBuffer, HostBuffer};
 use crate::capacity::Ids;
 use crate::experts::Weight;
@@ -12,8 +13,8 @@ use crate::{Error, In, Tensor};
 /// Weights of a block in the shapes of [`LayerWeights`], each in a buffer `B`.
 #[non_exhaustive]
 pub struct BlockWeights<B> {
-    /// `[E,H]`.
-    pub router: B,
+    /// `[E,H]`; none where logits come from elsewhere, or nothing is chosen.
+    pub router: Option<B>,
     /// `[E]`, f32.
     pub router_bias: Option<B>,
     /// `[E]`, f32.
@@ -38,7 +39,7 @@ pub struct BlockWeights<B> {
     pub table: Option<B>,
     /// Rows of the table, `V`.
     pub vocabulary: usize,
-    /// `[E]`, whole numbers: which experts have weights, where some yield their input.
+    /// `[E]`, whole numbers: which experts have weights, where some yield their input, or nothing.
     pub map: Option<B>,
 }
 
@@ -77,10 +78,53 @@ impl<B> MatrixWeight<B> {
 /// A block in memory.
 #[non_exhaustive]
 pub struct Loaded<B> {
-    /// The layer, with the types and layouts that its weights have. A capacity's length of a sequence is the caller's to set.
+    /// The layer, with the types and layouts that its weights have: [`Loaded::for_sequence`] is ready to be planned. Of a kind that is no layer,
+    /// the sizes.
     pub desc: LayerDesc,
     /// Its weights.
     pub weights: BlockWeights<B>,
+    /// What it is beside a layer.
+    pub kind: Kind<B>,
+    pub(super) capacity: SequenceCapacity,
+}
+
+impl<B> Loaded<B> {
+    /// The layer for batches of sequences of `tokens` tokens, on which capacities depend in some families.
+    pub fn for_sequence(&self, tokens: usize) -> LayerDesc {
+        self.capacity.applied(&self.desc, tokens)
+    }
+}
+
+/// What an expert takes of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum SequenceCapacity {
+    /// As much as there is, or what the descriptor says.
+    Fixed,
+    /// The part of a sequence's tokens, rounded up (NLLB's `moe_eval_capacity_token_fraction`).
+    Fraction(f64),
+    /// Twice an equal share (NLLB without `expert_capacity`).
+    TwoShares,
+}
+
+impl SequenceCapacity {
+    fn applied(self, desc: &LayerDesc, tokens: usize) -> LayerDesc {
+        let mut desc = *desc;
+        let tokens = tokens.max(1);
+        if let Some(capacity) = &mut desc.capacity {
+            capacity.tokens_per_sequence = tokens;
+        }
+        if let Some(admission) = &mut desc.admission {
+            admission.tokens_per_group = tokens;
+            match self {
+                SequenceCapacity::Fixed => {}
+                SequenceCapacity::Fraction(part) => {
+                    admission.capacity = ((part * tokens as f64).ceil() as usize).max(1)
+                }
+                SequenceCapacity::TwoShares => admission.capacity = 2 * tokens.div_ceil(desc.experts),
+            }
+        }
+        desc
+    }
 }
 
 /// A block on a device.
@@ -91,12 +135,12 @@ pub type HostBlock = Loaded<HostBuffer>;
 
 const OPERATION: &str = "a checkpoint's weights";
 
-fn tensor(buffer: &DeviceBuffer) -> Result<Tensor<'_>, Error> {
+pub(super) fn tensor(buffer: &DeviceBuffer) -> Result<Tensor<'_>, Error> {
     let (argument, expected) = ("weight", "numbers with a fraction".into());
     buffer.tensor().ok_or_else(|| Error::Invalid { operation: OPERATION, argument, expected, got: "integers".into() })
 }
 
-fn weight(weight: &MatrixWeight<DeviceBuffer>) -> Result<Weight<'_>, Error> {
+pub(super) fn weight(weight: &MatrixWeight<DeviceBuffer>) -> Result<Weight<'_>, Error> {
     let matrix = Weight::new(tensor(&weight.matrix)?);
     Ok(match &weight.bias {
         Some(bias) => matrix.bias(tensor(bias)?),
@@ -104,7 +148,7 @@ fn weight(weight: &MatrixWeight<DeviceBuffer>) -> Result<Weight<'_>, Error> {
     })
 }
 
-fn some(buffer: &Option<DeviceBuffer>) -> Result<Option<Tensor<'_>>, Error> {
+pub(super) fn some(buffer: &Option<DeviceBuffer>) -> Result<Option<Tensor<'_>>, Error> {
     buffer.as_ref().map(tensor).transpose()
 }
 
@@ -118,7 +162,8 @@ impl BlockWeights<DeviceBuffer> {
     /// # Errors
     /// [`Error::Invalid`] for weights that are whole numbers, which a loaded block has none of.
     pub fn layer(&self) -> Result<LayerWeights<'_>, Error> {
-        let mut router = RouterWeights::new(tensor(&self.router)?);
+        let mut router = RouterWeights::of_logits();
+        router.matrix = some(&self.router)?;
         router.bias = f32(&self.router_bias);
         router.correction_bias = f32(&self.correction_bias);
         router.expert_scale = f32(&self.expert_scale);

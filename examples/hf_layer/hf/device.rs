@@ -5,13 +5,11 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
 use half::{bf16, f16};
-use moe_kernels::checkpoint::{Block, DeviceBlock, Progress};
+use moe_kernels::checkpoint::{Block, BlockInputs, BlockRun, DeviceBlock, Kind, Progress};
 use moe_kernels::experts::Dispatched;
-use moe_kernels::layer::{LayerArgs, RouteArgs};
 use moe_kernels::{Dtype, Element, Error, Kernels, Workspace};
 
 use super::error::HfError;
-use super::golden::for_tokens;
 
 /// A CUDA device, real or software.
 pub struct Device {
@@ -69,6 +67,10 @@ pub struct Outputs {
 pub struct Inputs {
     /// `[T]`, ids of words.
     pub words: Option<Vec<i32>>,
+    /// An expert for each sequence, of equal length.
+    pub index: Option<Vec<i32>>,
+    /// `[T,D]`, the state of the previous layer's router.
+    pub previous: Option<Vec<f32>>,
 }
 
 /// Loads the block and runs it on rows `x [T,H]`, which are values of `dtype`.
@@ -100,49 +102,42 @@ fn run_in<T: Element>(
     x: &[f32],
     inputs: &Inputs,
 ) -> Result<Outputs, HfError> {
-    let tokens = x.len() / loaded.desc.hidden.max(1);
-    let layer = for_tokens(&loaded.desc, tokens);
-    let plan = layer.plan(tokens, device.kernels.device())?;
-    device.kernels.preload(plan.kernels())?;
-
+    let layer = &loaded.desc;
+    let tokens = x.len() / layer.hidden.max(1);
     let copies = Copies { stream };
     let x: Vec<T> = x.iter().map(|&value| T::from_f32(value)).collect();
     let x = copies.copy(&x)?;
     let words = inputs.words.as_deref().map(|words| copies.copy(words)).transpose()?;
-    let choices = tokens * layer.all_choices();
-    let mut logits = copies.zeros::<f32>(tokens * layer.logit_columns())?;
-    let mut ids = copies.zeros::<i32>(choices)?;
-    let mut choice_weights = copies.zeros::<f32>(choices)?;
-    let mut counts = copies.zeros::<i32>(layer.local_experts())?;
+    let index = inputs.index.as_deref().map(|index| copies.copy(index)).transpose()?;
+    let previous = inputs.previous.as_deref().map(|previous| copies.copy(previous)).transpose()?;
+    let mut beside = BlockInputs::default();
+    beside.words = words.as_ref().map(Into::into);
+    beside.index = index.as_ref().map(Into::into);
+    beside.sequences = inputs.index.as_ref().map_or(0, Vec::len);
+    beside.previous = previous.as_ref().map(Into::into);
     let mut y = copies.zeros::<T>(tokens * layer.hidden)?;
-    let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
+    let mut run = BlockRun::<T>::new(loaded, tokens, &device.kernels, stream)?;
 
     let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
     let mut events: Vec<(&'static str, Result<CudaEvent, DriverError>)> = vec![("start", event())];
-    let route =
-        route_args(loaded, &words)?.logits(&mut logits).ids(&mut ids).weights(&mut choice_weights).counts(&mut counts);
-    let args = LayerArgs::new(&x, &mut y).route(route);
-    let weights = loaded.weights.layer()?;
-    plan.forward_observed(&device.kernels, stream, &weights, args, &mut workspace, &mut |stage| {
-        events.push((stage.name(), event()));
-    })?;
+    let rows = ((&x).into(), (&mut y).into());
+    run.forward(&device.kernels, stream, loaded, rows, beside, &mut |stage| events.push((stage, event())))?;
     stream.synchronize().map_err(failed)?;
 
-    let mut ids = copies.back(&ids, choices)?;
-    if layer.capacity.is_some() {
+    let results = run.results();
+    let choices = tokens * layer.all_choices();
+    let mut ids = copies.back(&results.ids, choices)?;
+    let mut weights = copies.back(&results.weights, choices)?;
+    if let Some(plan) = run.plan().filter(|_| layer.capacity.is_some()) {
         // The gating's ids know of no capacity; the rows do.
         let mut rows = Dispatched::new(stream, &plan.route().rows())?;
-        let route = plan.route();
-        route.forward(
-            &device.kernels,
-            stream,
-            &weights.router,
-            &x,
-            route_args(loaded, &words)?,
-            &mut rows,
-            &mut workspace,
-        )?;
+        let (route, router) = (loaded.weights.route(beside.words)?, loaded.weights.layer()?.router);
+        let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
+        plan.route().forward(&device.kernels, stream, &router, &x, route, &mut rows, &mut workspace)?;
         drop_full(&mut ids, &copies.back(rows.token_slot(), choices)?);
+    }
+    if matches!(loaded.kind, Kind::Network(_)) {
+        skip(&mut ids, &mut weights, layer.local_experts());
     }
 
     let mut stages = Vec::new();
@@ -150,25 +145,37 @@ fn run_in<T: Element>(
         let at = |index: usize| pair[index].1.as_ref().map_err(|&error| failed(error));
         stages.push((pair[1].0, at(0)?.elapsed_ms(at(1)?).map_err(failed)?));
     }
-    let appended = layer.gating.appended_experts();
-    let router = copies.back(&logits, tokens * layer.logit_columns())?;
-    let (logits, _) = split(&router, layer.experts, layer.gating.appended_columns());
-    let (weights, shared_weights) = split(&copies.back(&choice_weights, choices)?, layer.top_k, appended);
-    let probabilities = logits.chunks(layer.experts.max(1)).flat_map(softmax).collect();
+    let (appended, columns) = (layer.gating.appended_experts(), layer.gating.appended_columns());
+    let own = match &loaded.kind {
+        Kind::UnitExperts { keys, .. } => 2 * keys,
+        Kind::BySequence { .. } => 0,
+        _ => layer.experts,
+    };
+    let router = copies.back(&results.logits, tokens * (own + columns))?;
+    let (logits, _) = split(&router, own, columns);
+    let (weights, shared_weights) = split(&weights, layer.top_k, appended);
+    let probabilities = logits.chunks(own.max(1)).flat_map(softmax).collect();
+    let mut extras = vec![("shared_weights", shared_weights), ("probs", probabilities)];
+    if let (Kind::Network(network), Some(state)) = (&loaded.kind, &results.state) {
+        extras.push(("router_hidden_states", copies.back(state, tokens * network.width)?));
+    }
     Ok(Outputs {
         logits,
         router,
         ids: split(&ids, layer.top_k, appended).0,
         weights,
-        extras: vec![("shared_weights", shared_weights), ("probs", probabilities)],
-        counts: copies.back(&counts, layer.local_experts())?,
+        extras,
+        counts: copies.back(&results.counts, layer.local_experts())?,
         y: copies.back(&y, tokens * layer.hidden)?.into_iter().map(T::to_f32).collect(),
         stages,
     })
 }
 
-fn route_args<'a>(loaded: &'a DeviceBlock, words: &'a Option<CudaSlice<i32>>) -> Result<RouteArgs<'a>, Error> {
-    loaded.weights.route(words.as_ref().map(Into::into))
+/// A choice of no expert, as transformers' Zaya gives it: expert 0 with weight 0.
+pub fn skip<W: Default>(ids: &mut [i32], weights: &mut [W], experts: usize) {
+    for (id, weight) in ids.iter_mut().zip(weights).filter(|(id, _)| **id >= experts as i32) {
+        (*id, *weight) = (0, W::default());
+    }
 }
 
 /// Rows of `first` and `second` columns, apart.

@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use moe_kernels::checkpoint::{CheckpointError, HostBlock, TensorFile};
-use moe_kernels::layer::LayerDesc;
+use moe_kernels::checkpoint::{Block, CheckpointError, HostBlock, TensorFile};
 use moe_kernels::reference::gating::Gated;
 
 use super::device::{Inputs, Outputs, split};
@@ -25,7 +24,7 @@ pub struct Expected {
 }
 
 /// Names of what some blocks yield beside the rest.
-const EXTRAS: [&str; 2] = ["shared_weights", "probs"];
+const EXTRAS: [&str; 3] = ["shared_weights", "probs", "router_hidden_states"];
 
 /// `golden.safetensors` of a checkpoint folder.
 pub struct Golden {
@@ -63,11 +62,19 @@ impl Golden {
         let integers = |name: &str| {
             if self.file.contains(name) { Ok::<_, HfError>(Some(self.file.read(name)?.integers()?)) } else { Ok(None) }
         };
-        Ok(Inputs { words: integers("input_ids")? })
+        let previous = "prev_router_hidden_states";
+        let previous = if self.file.contains(previous) {
+            Some(self.file.read(previous)?.values::<f32>()?.into_owned())
+        } else {
+            None
+        };
+        Ok(Inputs { words: integers("input_ids")?, index: integers("indices")?, previous })
     }
 
     /// The recorded outputs.
-    pub fn expected(&self, layer: &LayerDesc, tokens: usize) -> Result<Expected, HfError> {
+    pub fn expected(&self, block: &Block<'_>, tokens: usize) -> Result<Expected, HfError> {
+        let layer = block.desc();
+        let columns = block.logit_columns() - layer.gating.appended_columns();
         let floats = |name: &str, columns: usize| -> Result<Vec<f64>, HfError> {
             let tensor = self.file.read_shaped(name, &[tokens, columns])?;
             Ok(tensor.values::<f32>()?.iter().map(|&value| value.into()).collect())
@@ -81,11 +88,12 @@ impl Golden {
             None
         };
         Ok(Expected {
-            logits: some("logits", layer.experts)?,
+            logits: some("logits", columns)?,
             ids,
             weights: some("weights", layer.top_k)?,
             extras: self.extras()?,
-            y: floats("y", layer.hidden)?,
+            // What the router and the experts make together, where the model's own code takes something else for the choice (NLLB).
+            y: floats(if self.file.contains("y_intended") { "y_intended" } else { "y" }, layer.hidden)?,
         })
     }
 
@@ -99,15 +107,6 @@ impl Golden {
     }
 }
 
-/// The layer for a batch that is one sequence of `tokens` tokens.
-pub fn for_tokens(layer: &LayerDesc, tokens: usize) -> LayerDesc {
-    let mut layer = *layer;
-    if let Some(capacity) = &mut layer.capacity {
-        capacity.tokens_per_sequence = tokens.max(1);
-    }
-    layer
-}
-
 /// What the reference computes from the same rounded inputs, for the experts that the device chose where its choice is right.
 ///
 /// Two experts can be closer than the rounding of f32. So the reference chooses from the device's own logits, which are compared
@@ -116,15 +115,20 @@ pub fn from_reference(block: &HostBlock, x: &[f32], inputs: &Inputs, got: &Outpu
     let x: Vec<f64> = x.iter().map(|&value| value.into()).collect();
     let layer = &block.desc;
     let reference = Reference::new(block, x.len() / layer.hidden.max(1), inputs);
-    let logits = reference.logits(&x)?;
+    let (logits, state) = reference.logits(&x)?;
     let bias = reference.correction_bias.clone();
     let mut gated = reference.gate(&got.router, bias.as_deref())?;
-    if let Some(bias) = bias.filter(|_| layer.gating.appended.is_none()) {
+    if let Some(bias) = bias.filter(|_| layer.gating.appended.is_none() && layer.map.is_none()) {
         settle(&mut gated, &bias, layer.top_k, got, |raised| Ok(reference.gate(&got.router, Some(raised))?))?;
     }
-    let result = reference.forward_gated(&x, logits, gated)?;
-    let (logits, _) = split(&result.logits, layer.experts, layer.gating.appended_columns());
+    let result = reference.forward_gated(&x, (logits, state), gated)?;
+    let appended = layer.gating.appended_columns();
+    let columns = if x.is_empty() { 0 } else { result.logits.len() / (x.len() / layer.hidden) - appended };
+    let (logits, _) = split(&result.logits, columns, appended);
     let mut extras = Vec::new();
+    if let Some(state) = result.state {
+        extras.push(("router_hidden_states", state));
+    }
     if !result.appended.is_empty() {
         extras.push(("shared_weights", result.appended));
     }

@@ -19,7 +19,7 @@ pub mod whole_file;
 
 use std::ffi::OsString;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use half::{bf16, f16};
@@ -79,10 +79,20 @@ pub fn execute(options: &Options, report: &mut dyn Write) -> Result<bool, HfErro
         print(report, &device, &job, &block, &outputs, &lines).map_err(HfError::Report)?;
         passes &= lines.iter().all(Line::passes);
         if let Some(path) = &options.out {
-            out::write(path, block.desc(), &job.x(&block)?, &outputs)?;
+            out::write(&out_path(path, name, job.blocks.len()), block.desc().hidden, &job.x(&block)?, &outputs)?;
         }
     }
     Ok(passes)
+}
+
+/// Where a block's tensors go: `FILE`, or with several blocks `FILE` with the block's name before its extension.
+fn out_path(path: &Path, block: &str, blocks: usize) -> PathBuf {
+    if blocks == 1 {
+        return path.to_owned();
+    }
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().map_or(String::new(), |extension| format!(".{}", extension.to_string_lossy()));
+    path.with_file_name(format!("{stem}-{block}{extension}"))
 }
 
 /// A checkpoint, the blocks that are asked for, their rows and what should come out.
@@ -190,7 +200,7 @@ impl Job {
         match &self.rows {
             Rows::Golden(golden, recorded) if recorded == block.name() => {
                 let tokens = golden.x(block.desc().hidden)?.len() / block.desc().hidden;
-                golden.expected(block.desc(), tokens).map(Some)
+                golden.expected(block, tokens).map(Some)
             }
             _ => Ok(None),
         }
@@ -202,8 +212,14 @@ impl Job {
             Rows::Golden(golden, _) => golden.inputs(),
             Rows::Random(_) => {
                 let mut random = Random::new(SEED + 2);
-                let mut below = |end: usize| (0..tokens).map(|_| random.below(end) as i32).collect();
-                Ok(Inputs { words: block.vocabulary().map(&mut below) })
+                let needs = block.needs();
+                let mut below = |end: usize| (0..tokens).map(|_| random.below(end) as i32).collect::<Vec<i32>>();
+                Ok(Inputs {
+                    words: needs.vocabulary.map(&mut below),
+                    // Each row a sequence.
+                    index: needs.index.then(|| below(block.desc().experts)),
+                    previous: needs.previous.map(|width| random.normals(tokens * width, 1.0)),
+                })
             }
         }
     }

@@ -7,6 +7,7 @@ use super::folder::Checkpoint;
 use super::nearest;
 use crate::rules::Renormalise;
 
+mod apart;
 mod deepseek_v2;
 mod deepseek_v3;
 mod sigmoid;
@@ -15,8 +16,15 @@ mod switch_transformers;
 mod topk_softmax;
 
 /// Every kin.
-const KIN: [&[Family]; 6] =
-    [deepseek_v3::KIN, sigmoid::KIN, softmax::KIN, deepseek_v2::KIN, topk_softmax::KIN, switch_transformers::KIN];
+const KIN: [&[Family]; 7] = [
+    deepseek_v3::KIN,
+    sigmoid::KIN,
+    softmax::KIN,
+    deepseek_v2::KIN,
+    topk_softmax::KIN,
+    switch_transformers::KIN,
+    apart::KIN,
+];
 
 /// `w / sum(w)`.
 const SUM: Renormalise = Renormalise::Plus(0.0);

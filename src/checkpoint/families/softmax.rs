@@ -4,7 +4,7 @@ use super::*;
 use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::layer::{MapDesc, Norms};
-use crate::rules::{RmsNorm, Score};
+use crate::rules::{IDENTITY, RmsNorm, Score};
 
 /// Mixtral (Jiang et al. 2024). MiniMax's factors of the residual are applied outside the block.
 const MIXTRAL: Family = Family::new(&["mixtral", "minimax"], Score::Softmax)
@@ -154,7 +154,7 @@ fn longcat(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointErro
     spec.idle = vec!["router.classifier.bias".into()];
     config.require_text("zero_expert_type", "identity")?;
     let zeros = config.count("zero_expert_num")?.unwrap_or(0);
-    spec.identities = zeros;
+    spec.weightless = (zeros > 0).then_some((zeros, IDENTITY));
     spec.layer.experts = experts + zeros;
     spec.layer.map = (zeros > 0).then_some(MapDesc::new(experts));
     // Some programs write matrices of experts that have none.
