@@ -329,6 +329,33 @@ impl GemmAny {
     }
 }
 
+/// A product for each expert over its rows: groups along K.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KGrouped {
+    /// Type of both operands.
+    pub dtype: Dtype,
+    /// Whether matrices have any width, address and stride.
+    pub any: bool,
+}
+
+impl KGrouped {
+    /// A block's share: rows of a stage hold 256 bytes of either operand.
+    pub const fn tile(&self) -> Tile {
+        let stages = if self.any { 1 } else { 3 };
+        match self.dtype {
+            Dtype::Bf16 | Dtype::F16 => Tile::new(128, 128, 64, 2, 2, stages),
+            Dtype::F32 => Tile::new(64, 64, 32, 2, 2, stages),
+        }
+    }
+
+    /// Dynamic shared memory in bytes: the stages, and after them the f32 tile in their place.
+    pub const fn shared_bytes(&self) -> u32 {
+        let t = self.tile();
+        let (stages, tile) = (t.stages * (t.bm + t.bn) * t.bk * self.dtype.bytes(), t.bm * t.bn * 4);
+        if stages > tile { stages } else { tile }
+    }
+}
+
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {
@@ -491,6 +518,8 @@ pub enum Kernel {
     Gemm(Gemm),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
+    /// Products over the experts' rows.
+    KGrouped(KGrouped),
     /// Sums over a token's experts.
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
@@ -524,6 +553,8 @@ pub enum Kernel {
     },
     /// What is wrong with lists from elsewhere.
     CheckLists,
+    /// Lists of rows that lie by expert.
+    RowGroups,
     /// Experts drawn from the router's distribution.
     Sampled(Spread),
     /// Multiplicative noise on a matrix.
@@ -541,6 +572,11 @@ pub enum Kernel {
         /// Bytes of an index: 4 or 8.
         ids_bytes: u32,
     },
+    /// The tokens of each bank of experts, by their types.
+    TokenBanks {
+        /// Bytes of a type: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -556,6 +592,7 @@ impl Kernel {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
@@ -573,6 +610,7 @@ impl Kernel {
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
             Kernel::CheckLists => "check_lists".into(),
+            Kernel::RowGroups => "row_groups".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
@@ -580,6 +618,7 @@ impl Kernel {
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
+            Kernel::TokenBanks { ids_bytes } => format!("token_banks{}", wide(*ids_bytes)),
         }
     }
 
@@ -593,6 +632,7 @@ impl Kernel {
             Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
+            Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::Affinity => "Affinity",
@@ -610,6 +650,7 @@ impl Kernel {
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
             Kernel::CheckLists => "CheckLists",
+            Kernel::RowGroups => "RowGroups",
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
@@ -617,6 +658,7 @@ impl Kernel {
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
             Kernel::BySequence { .. } => "BySequence",
+            Kernel::TokenBanks { .. } => "TokenBanks",
         }
     }
 
@@ -633,6 +675,7 @@ impl Kernel {
             Kernel::Dispatch(k) => k.warps() * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::GemmAny(k) => k.tile().threads(),
+            Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
@@ -645,10 +688,12 @@ impl Kernel {
                 BLOCK_WARPS * 32
             }
             Kernel::Sampled(spread) => spread.warps() * 32,
-            Kernel::Jitter(_) => BLOCK_WARPS * 32,
+            Kernel::Jitter(_) | Kernel::RowGroups => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
-            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
+                BLOCK_WARPS * 32
+            }
         }
     }
 
@@ -657,6 +702,7 @@ impl Kernel {
         match self {
             Kernel::Gemm(k) => k.shared_bytes(),
             Kernel::GemmAny(k) => k.shared_bytes(),
+            Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
@@ -674,6 +720,8 @@ impl Kernel {
             Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
+            Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
+            Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -689,6 +737,7 @@ impl Kernel {
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
             Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
             Kernel::CheckLists => "capacity/check_lists.ptx.jinja",
+            Kernel::RowGroups => "capacity/row_groups.ptx.jinja",
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
@@ -696,6 +745,7 @@ impl Kernel {
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
+            Kernel::TokenBanks { .. } => "routers/token_banks.ptx.jinja",
         }
     }
 
@@ -736,6 +786,9 @@ impl Kernel {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
             }
+            Kernel::KGrouped(k) => {
+                std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
+            }
             Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
             }
@@ -744,7 +797,9 @@ impl Kernel {
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
-            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::RowGroups => {
+                vec![("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
                 constants.push(("grouped", Int(k.grouped as u32)));
@@ -754,7 +809,7 @@ impl Kernel {
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
-            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
+            Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -817,6 +872,7 @@ pub fn all() -> Vec<Kernel> {
     }
     for dtype in Dtype::ALL {
         for any in [false, true] {
+            kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
@@ -836,7 +892,7 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
-    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists]);
+    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);
@@ -844,5 +900,6 @@ pub fn all() -> Vec<Kernel> {
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::TokenBanks { ids_bytes }));
     kernels
 }

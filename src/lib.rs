@@ -153,6 +153,7 @@ pub use runtime::error::Error;
 pub use runtime::interop;
 pub use runtime::kernels::{self, Kernels};
 pub use runtime::selection::{Kernel, Selection};
+pub use runtime::token_mask::TokenMask;
 pub use runtime::workspace::Workspace;
 
 /// Most experts that a layer may have.

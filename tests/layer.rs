@@ -1,6 +1,8 @@
 //! Whole layers on the device against a computation in f64 that knows neither slots nor tiles: token by token, expert by
 //! expert.
 
+#[path = "layer/composition.rs"]
+mod composition;
 mod support;
 
 use half::{bf16, f16};

@@ -22,8 +22,9 @@ use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::DispatchParams;
 use crate::runtime::shape;
+use crate::runtime::token_mask::MaskAddresses;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, In, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Selection, TokenMask, Workspace};
 
 const OPERATION: &str = "dispatch";
 
@@ -135,6 +136,8 @@ pub struct DispatchArgs<'a> {
     pub ids: Ids<'a>,
     /// `[T, k]`: become [`Dispatched::slot_weight`].
     pub weights: Option<In<'a, f32>>,
+    /// Which tokens count: the others take no slot, whatever their ids.
+    pub mask: TokenMask<'a>,
     /// Filled; made for at least [`DispatchDesc::shape`].
     pub dispatched: &'a mut Dispatched,
     /// At least [`workspace_bytes`].
@@ -148,7 +151,13 @@ impl<'a> DispatchArgs<'a> {
         dispatched: &'a mut Dispatched,
         workspace: &'a mut Workspace,
     ) -> DispatchArgs<'a> {
-        DispatchArgs { ids: ids.into(), weights: None, dispatched, workspace }
+        DispatchArgs { ids: ids.into(), weights: None, mask: TokenMask::all(), dispatched, workspace }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> DispatchArgs<'a> {
+        DispatchArgs { mask, ..self }
     }
 }
 
@@ -236,9 +245,11 @@ pub fn forward(
     let choices = desc.tokens * desc.top_k;
     let ids = args.ids.open(&scope, "ids", desc.ids, choices)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let to = Outputs::of(lists.addresses(), weights.is_some());
-    enqueue(&scope, desc, &selection, ids.address(), optional(&weights), to, workspace.address())?;
+    let from = Choices { ids: ids.address(), weights: optional(&weights), mask: mask.addresses() };
+    enqueue(&scope, desc, &selection, from, to, workspace.address())?;
     lists.filled();
     Ok(())
 }
@@ -247,8 +258,7 @@ pub(crate) fn enqueue(
     scope: &Scope<'_>,
     desc: &DispatchDesc,
     selection: &Selection,
-    ids: Address<'_>,
-    weights: Option<Address<'_>>,
+    from: Choices<'_>,
     to: Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
@@ -256,11 +266,14 @@ pub(crate) fn enqueue(
     scope.launch(
         selection,
         DispatchParams {
-            ids: ids.into(),
-            weights: weights.into(),
+            ids: from.ids.into(),
+            weights: from.weights.into(),
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             top_k: desc.top_k as u32,
+            mask: from.mask.mask.into(),
+            valid_tokens: from.mask.valid_tokens.into(),
+            token_flags: from.mask.flags(),
             capacity,
             tokens_per_sequence,
             padded_rows,
@@ -275,6 +288,13 @@ pub(crate) fn enqueue(
             workspace: workspace.into(),
         },
     )
+}
+
+/// What dispatch reads.
+pub(crate) struct Choices<'a> {
+    pub(crate) ids: Address<'a>,
+    pub(crate) weights: Option<Address<'a>>,
+    pub(crate) mask: MaskAddresses<'a>,
 }
 
 /// What dispatch writes.

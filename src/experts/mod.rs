@@ -3,6 +3,7 @@
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
+pub mod k_grouped;
 pub mod rms_norm;
 pub mod tiles;
 pub mod unit_experts;

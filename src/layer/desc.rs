@@ -2,8 +2,8 @@
 
 use super::{LatentDesc, LayerPlan, Norms};
 use crate::rules::{
-    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, LogitRule, Score,
-    SecondExpert, Swiglu, WeightDesc,
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, LogitRule, NullExperts,
+    Score, SecondExpert, Swiglu, WeightDesc, Weighting,
 };
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
@@ -40,6 +40,8 @@ pub struct LayerDesc {
     pub admission: Option<AdmissionRule>,
     /// From experts as the router knows them to those that are here.
     pub map: Option<MapDesc>,
+    /// The last of the `E` experts compute nothing. Not with a map, which can say so of any expert, nor with an admission or appended experts.
+    pub null: Option<NullExperts>,
     /// Limit on the rows of an expert; none is dropless. Dropped slots add nothing to `y`.
     pub capacity: Option<Capacity>,
     /// What the weights of the choices scale.
@@ -80,6 +82,7 @@ impl LayerDesc {
             measure: None,
             admission: None,
             map: None,
+            null: None,
             capacity: None,
             weighting: Weighting::Output,
             mlp: Mlp::swiglu(dtype),
@@ -102,7 +105,8 @@ impl LayerDesc {
 
     /// Experts whose weights are here.
     pub fn local_experts(&self) -> usize {
-        self.map.map_or(self.all_experts(), |map| map.local_experts)
+        let null = self.null.map_or(0, |null| null.count);
+        self.map.map_or(self.all_experts().saturating_sub(null), |map| map.local_experts)
     }
 
     /// Experts with those that are appended.
@@ -143,6 +147,7 @@ settings!(LayerDesc {
     measure: Option<BalanceRule>,
     admission: Option<AdmissionRule>,
     map: Option<MapDesc>,
+    null: Option<NullExperts>,
     capacity: Option<Capacity>,
     weighting: Weighting,
     mlp: Mlp,
@@ -151,18 +156,6 @@ settings!(LayerDesc {
     norms: Norms,
     latent: Option<LatentDesc>,
 });
-
-/// What the weights of the choices scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Weighting {
-    /// Each expert's output, before it is rounded: almost every model.
-    Output,
-    /// Each expert's input, in the first product; outputs are added as they are (Llama 4).
-    Input,
-    /// What the activation yields.
-    Activation,
-}
 
 /// An expert map between choice and dispatch: see [`crate::capacity::expert_map`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::around::AroundPlan;
-use super::desc::{LayerDesc, Mlp, SharedDesc, Weighting};
+use super::desc::{LayerDesc, Mlp, SharedDesc};
 use super::intermediates::{IntermediateAddresses, Intermediates, Regions};
 use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
@@ -14,7 +14,7 @@ use crate::experts::dispatched::{Dispatched, RowAddresses, SlotShape};
 use crate::experts::gemm::{self, ByExpertAddresses, GemmDesc, Rows};
 use crate::experts::weight::HeldWeight;
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::{Activation, Dropout};
+use crate::rules::{Activation, Dropout, Weighting};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::shape;

@@ -11,11 +11,11 @@ use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RouteP
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::{combine, gemm};
-use crate::rules::Dropout;
+use crate::rules::{Dropout, NullOutput};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
-use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, TokenMask, Workspace};
 
 /// Every choice for a layer and a number of tokens: kernels, grids, and where each intermediate lies in the workspace.
 #[derive(Clone, Copy, Debug)]
@@ -159,7 +159,10 @@ impl LayerPlan {
         let elements = self.tokens * desc.hidden;
         let router = match args.choices {
             None => Some(weights.router.open(&scope, desc)?),
-            Some(_) => None,
+            Some(_) => {
+                self.route.check_mask_of_choices(&route.mask)?;
+                None
+            }
         };
         let given_logits = route.given_logits.is_some();
         if args.router_x.is_some() && (args.choices.is_some() || given_logits) {
@@ -199,7 +202,8 @@ impl LayerPlan {
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);
         let regions = self.experts.regions;
         let gate_logits = optional(&shared_gate).unwrap_or_else(|| workspace.at(regions.shared_gate));
-        match (&router, optional(&given_ids).zip(optional(&given_weights))) {
+        let given_choices = optional(&given_ids).zip(optional(&given_weights));
+        match (&router, given_choices) {
             (Some(router), _) if given_logits => {
                 self.route.enqueue_choice(&scope, router, &workspace, &mut extras, &at, observer)?;
                 self.experts.enqueue_gate(&scope, &experts, x.address(), gate_logits, observer)?;
@@ -244,11 +248,17 @@ impl LayerPlan {
             bias: experts.bias(),
             addend: products.addend.filter(|_| sums_shared),
             addend_gate: shared_gate.filter(|_| sums_shared),
-            identity: desc.map.map(|_| combine::IdentityAddresses {
-                x: input,
-                weight: at.identity_weight,
-                choices: None,
-            }),
+            identity: match (desc.map, desc.null.map(|null| null.output)) {
+                (Some(_), _) => {
+                    Some(combine::IdentityAddresses { x: input, weight: at.identity_weight, choices: None })
+                }
+                (None, Some(NullOutput::Input)) => {
+                    let (ids, weight) = given_choices.unwrap_or((at.ids, at.weights));
+                    let identities = (desc.local_experts() as u32, desc.experts as u32);
+                    Some(combine::IdentityAddresses { x: input, weight, choices: Some((ids, identities)) })
+                }
+                _ => None,
+            },
             y: elsewhere.unwrap_or_else(|| y.address()),
         };
         self.experts.enqueue_combine(&scope, sum)?;
@@ -335,6 +345,13 @@ impl<'a, T> LayerArgs<'a, T> {
     #[must_use]
     pub fn route(self, route: RouteArgs<'a>) -> LayerArgs<'a, T> {
         LayerArgs { route, ..self }
+    }
+
+    /// With padding among the tokens: its `y` is the residual, plus what shared experts make of its `x`.
+    #[must_use]
+    pub fn mask(mut self, mask: TokenMask<'a>) -> LayerArgs<'a, T> {
+        self.route.mask = mask;
+        self
     }
 
     /// With dropout inside the experts.

@@ -34,6 +34,7 @@
 //! [`LayerArgs::noise_state`].
 
 mod around;
+mod banks;
 mod desc;
 mod experts;
 mod forward;
@@ -44,13 +45,15 @@ mod tests;
 mod weights;
 
 pub use around::{LatentDesc, LatentWeights, NormWeights, Norms};
-pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc, Weighting};
+pub use banks::{BanksArgs, BanksPlan};
+pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc};
 pub use experts::{ExpertsArgs, ExpertsPlan};
 pub use forward::{LayerArgs, LayerPlan};
 pub use route::{Choices, MapTable, Measured, RouteArgs, RoutePlan};
 pub use weights::{ExpertWeights, LayerWeights, RouterWeights, SharedWeights};
 
 use crate::Selection;
+pub use crate::rules::Weighting;
 
 const OPERATION: &str = "layer";
 

@@ -20,6 +20,7 @@ pub mod gating;
 pub mod gemm;
 pub mod hash;
 pub mod jitter;
+pub mod k_grouped;
 pub mod layer;
 pub mod noise_state;
 pub mod noisy;
@@ -28,8 +29,10 @@ mod parallel;
 pub mod product_keys;
 pub mod rms_norm;
 pub mod router;
+pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod token_banks;
 pub mod unit_experts;
 
 /// A storage type whose every value is an f64.

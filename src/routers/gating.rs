@@ -13,7 +13,9 @@
 //! [`Gating`] has more: other scores, choice by logits or of given ids, other norms, learned factors, experts that every token goes to.
 //! The rules of the common models have kernels of their own, the rest others, for up to 1024 experts.
 //!
-//! Ids are always in range and distinct; a NaN logit can reach weights, never ids.
+//! Ids are always in range and distinct, whatever the logits; weights are numbers, unless [`crate::rules::Garbage::Propagate`] lets NaN through.
+//!
+//! A token that a [`crate::TokenMask`] calls padding has ids -1 and weights 0, and its logits are not read.
 //!
 //! Sources: softmax top-k of Shazeer et al., *Outrageously Large Neural Networks* (2017) and Mixtral; sigmoid scores with
 //! correction bias, groups and scale of DeepSeek-V3 (2024), sections 2.1.2; softmax over the chosen of gpt-oss.
@@ -26,12 +28,13 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Gate, Kernel};
-use crate::rules::{Appended, AppendedWeight, ChoiceBy, Gating, Groups, Masked, Renormalise, Score};
+use crate::rules::{Appended, AppendedWeight, ChoiceBy, Garbage, Gating, Groups, Masked, Renormalise, Score};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{GatingAnyParams, GatingParams};
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
+use crate::runtime::token_mask::MaskAddresses;
+use crate::{DeviceInfo, Dtype, Error, In, Kernels, Out, Selection, Tensor, TokenMask};
 
 pub use inputs::{Given, RuleInputs, TableRows};
 pub(crate) use inputs::{GivenAddress, HeldGiven, HeldInputs, InputAddresses, check_given, check_scales};
@@ -91,10 +94,12 @@ impl GatingDesc {
 /// Buffers of a gating.
 #[non_exhaustive]
 pub struct GatingArgs<'a> {
-    /// `[T, E]`; `[T, E + appended]` where appended experts have columns.
-    pub logits: In<'a, f32>,
+    /// `[T, E]`, `[T, E + appended]` where appended experts have columns; of any [`crate::Element`]: all arithmetic is in f32.
+    pub logits: Tensor<'a>,
     /// `[E]`, added to the scores for the choice only, not for the weights (DeepSeek-V3's auxiliary-loss-free balancing).
     pub correction_bias: Option<In<'a, f32>>,
+    /// Which tokens count.
+    pub mask: TokenMask<'a>,
     /// What else the rule asks for.
     pub rule: RuleInputs<'a>,
     /// `[T, k]`, written: chosen experts by falling choice value.
@@ -106,17 +111,24 @@ pub struct GatingArgs<'a> {
 impl<'a> GatingArgs<'a> {
     /// `logits` to `ids` and `weights`, without a correction bias.
     pub fn new(
-        logits: impl Into<In<'a, f32>>,
+        logits: impl Into<Tensor<'a>>,
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
     ) -> GatingArgs<'a> {
         GatingArgs {
             logits: logits.into(),
             correction_bias: None,
+            mask: TokenMask::all(),
             rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> GatingArgs<'a> {
+        GatingArgs { mask, ..self }
     }
 
     /// With what else the rule asks for.
@@ -285,15 +297,19 @@ pub fn forward(
         return Ok(());
     }
     let choices = desc.tokens * desc.all_choices();
-    let logits = scope.read("logits", args.logits, desc.tokens * desc.columns(), SCALAR)?;
+    let dtype = args.logits.dtype();
+    let logits = scope.read_any("logits", args.logits, desc.tokens * desc.columns(), dtype.bytes().into())?;
     check_correction_bias(OPERATION, &desc.gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     let inputs = HeldInputs::open(&scope, &desc.gating, [desc.tokens, desc.experts, desc.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let routing = Routing {
         logits: logits.address(),
+        dtype,
         correction_bias: optional(&bias),
+        mask: mask.addresses(),
         inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
@@ -317,6 +333,9 @@ pub fn forward(
             flags: flags,
             scale: scale,
             epsilon: epsilon,
+            mask: routing.mask.mask.into(),
+            valid_tokens: routing.mask.valid_tokens.into(),
+            token_flags: routing.token_flags(desc.gating.garbage),
         }
     )
 }
@@ -333,10 +352,29 @@ pub(crate) fn check_correction_bias(operation: &'static str, gating: &Gating, gi
 /// What gating reads and writes.
 pub(crate) struct Routing<'a> {
     pub(crate) logits: Address<'a>,
+    /// Type of the logits.
+    pub(crate) dtype: Dtype,
     pub(crate) correction_bias: Option<Address<'a>>,
+    pub(crate) mask: MaskAddresses<'a>,
     pub(crate) inputs: InputAddresses<'a>,
     pub(crate) ids: Address<'a>,
     pub(crate) weights: Address<'a>,
+}
+
+impl Routing<'_> {
+    /// What the tokens are, as every gating kernel takes it: `kernels/routers/parts/gating_input`.
+    pub(crate) fn token_flags(&self, garbage: Garbage) -> u32 {
+        let garbage = match garbage {
+            Garbage::Zero => 0,
+            Garbage::Propagate => 2,
+        };
+        let dtype = match self.dtype {
+            Dtype::F32 => 0,
+            Dtype::Bf16 => 4,
+            Dtype::F16 => 4 | 8,
+        };
+        self.mask.flags() | garbage | dtype
+    }
 }
 
 #[cfg(test)]

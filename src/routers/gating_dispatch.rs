@@ -10,10 +10,10 @@ use crate::experts::Dispatched;
 use crate::registry::Kernel;
 use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs, RuleWords, launch_rule};
 use crate::rules::{Gating, Score};
-use crate::runtime::builder::buffers;
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{GatingAnyDispatchParams, GatingDispatchParams};
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Tensor, TokenMask, Workspace};
 
 const OPERATION: &str = "gating_dispatch";
 
@@ -26,12 +26,14 @@ pub struct GatingDispatchDesc {
     /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts. Appended experts count among
     /// both.
     pub dispatch: DispatchDesc,
+    /// Experts behind those of `dispatch` that may be chosen too and have no rows: their slots are -1. Not with appended experts.
+    pub null_experts: usize,
 }
 
 impl GatingDispatchDesc {
     /// Choices by the rule `gating`, laid out as `dispatch` says.
     pub const fn new(gating: Gating, dispatch: DispatchDesc) -> GatingDispatchDesc {
-        GatingDispatchDesc { gating, dispatch }
+        GatingDispatchDesc { gating, dispatch, null_experts: 0 }
     }
 
     /// Checks all that can be checked without buffers.
@@ -40,6 +42,9 @@ impl GatingDispatchDesc {
     /// Those of [`DispatchDesc::validate`] and [`GatingDesc::validate`].
     pub fn validate(&self) -> Result<(), Error> {
         self.dispatch.validate()?;
+        if self.null_experts > 0 && self.gating.appended.is_some() {
+            return Err(Error::invalid(OPERATION, "null_experts", "0 with appended experts", self.null_experts));
+        }
         self.choice().validate()
     }
 
@@ -47,17 +52,22 @@ impl GatingDispatchDesc {
     fn choice(&self) -> GatingDesc {
         let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
         let appended = self.gating.appended_experts();
-        GatingDesc::new(tokens, experts.saturating_sub(appended), top_k.saturating_sub(appended), self.gating)
+        let own = experts.saturating_sub(appended).saturating_add(self.null_experts);
+        GatingDesc::new(tokens, own, top_k.saturating_sub(appended), self.gating)
     }
 }
+
+settings!(GatingDispatchDesc { null_experts: usize });
 
 /// Buffers of gating and dispatch in one launch.
 #[non_exhaustive]
 pub struct GatingDispatchArgs<'a> {
-    /// `[T, E]`; see [`gating::GatingArgs`].
-    pub logits: In<'a, f32>,
+    /// `[T, E]`, of any [`crate::Element`]; see [`gating::GatingArgs`].
+    pub logits: Tensor<'a>,
     /// `[E]`; see [`gating::GatingArgs`].
     pub correction_bias: Option<In<'a, f32>>,
+    /// Which tokens count: the others take no slot.
+    pub mask: TokenMask<'a>,
     /// What else the rule asks for.
     pub rule: RuleInputs<'a>,
     /// `[T, k]`, written.
@@ -73,7 +83,7 @@ pub struct GatingDispatchArgs<'a> {
 impl<'a> GatingDispatchArgs<'a> {
     /// `logits` to `ids`, `weights` and `dispatched`, without a correction bias.
     pub fn new(
-        logits: impl Into<In<'a, f32>>,
+        logits: impl Into<Tensor<'a>>,
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
         dispatched: &'a mut Dispatched,
@@ -82,12 +92,19 @@ impl<'a> GatingDispatchArgs<'a> {
         GatingDispatchArgs {
             logits: logits.into(),
             correction_bias: None,
+            mask: TokenMask::all(),
             rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
             dispatched,
             workspace,
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> GatingDispatchArgs<'a> {
+        GatingDispatchArgs { mask, ..self }
     }
 
     /// With what else the rule asks for.
@@ -105,12 +122,14 @@ buffers!(GatingDispatchArgs<'a> { correction_bias: In<f32> });
 /// Those of [`GatingDispatchDesc::validate`].
 pub fn workspace_bytes(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<usize, Error> {
     desc.validate()?;
-    Ok(dispatch::barrier_bytes(&desc.dispatch, blocks(&desc.dispatch, device)))
+    Ok(dispatch::barrier_bytes(&desc.dispatch, blocks(desc, device)))
 }
 
 /// The instructions of a token are those that the gate kernel's header states.
-fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    let gate = gating::kernel(&Gating::new(Score::Softmax), desc.experts, true);
+fn blocks(both: &GatingDispatchDesc, device: &DeviceInfo) -> u32 {
+    let desc = &both.dispatch;
+    let experts = desc.experts.saturating_add(both.null_experts);
+    let gate = gating::kernel(&Gating::new(Score::Softmax), experts, true);
     let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
     dispatch::blocks(desc, gate.warps(), work, device)
 }
@@ -122,7 +141,7 @@ fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
 pub fn select(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let gate = gating::kernel(&desc.gating, desc.choice().experts, true);
-    Ok(Selection::cooperative(Kernel::Gating(gate), blocks(&desc.dispatch, device)))
+    Ok(Selection::cooperative(Kernel::Gating(gate), blocks(desc, device)))
 }
 
 /// Chooses experts and sorts the slots.
@@ -140,7 +159,7 @@ pub fn forward(
     args: GatingDispatchArgs<'_>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
-    let GatingDispatchDesc { gating, dispatch } = desc;
+    let GatingDispatchDesc { gating, dispatch, .. } = desc;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     let lists = args.dispatched.fill(&scope, &dispatch.shape())?;
     if dispatch.tokens == 0 {
@@ -150,16 +169,20 @@ pub fn forward(
     }
     let choices = dispatch.tokens * dispatch.top_k;
     let choice = desc.choice();
-    let logits = scope.read("logits", args.logits, dispatch.tokens * choice.columns(), SCALAR)?;
+    let dtype = args.logits.dtype();
+    let logits = scope.read_any("logits", args.logits, dispatch.tokens * choice.columns(), dtype.bytes().into())?;
     gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, choice.experts, SCALAR)?;
+    let mask = args.mask.open(&scope, dispatch.tokens)?;
     let inputs = HeldInputs::open(&scope, gating, [dispatch.tokens, choice.experts, choice.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let routing = Routing {
         logits: logits.address(),
+        dtype,
         correction_bias: optional(&bias),
+        mask: mask.addresses(),
         inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
@@ -178,7 +201,7 @@ pub(crate) fn enqueue(
     outputs: dispatch::Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
-    let GatingDispatchDesc { gating, dispatch } = desc;
+    let GatingDispatchDesc { gating, dispatch, null_experts } = desc;
     let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(gating);
     let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
     launch_rule!(
@@ -192,17 +215,21 @@ pub(crate) fn enqueue(
             ids: routing.ids.into(),
             weights: routing.weights.into(),
             tokens: dispatch.tokens as u32,
-            experts: dispatch.experts as u32,
+            experts: (dispatch.experts + null_experts) as u32,
             top_k: desc.choice().top_k as u32,
             groups: groups,
             groups_kept: groups_kept,
             flags: flags,
             scale: scale,
             epsilon: epsilon,
+            mask: routing.mask.mask.into(),
+            valid_tokens: routing.mask.valid_tokens.into(),
+            token_flags: routing.token_flags(gating.garbage),
             capacity: capacity,
             tokens_per_sequence: tokens_per_sequence,
             padded_rows: padded_rows,
             tile_m: dispatch.tile_m as u32,
+            row_experts: dispatch.experts as u32,
             counts: outputs.counts.into(),
             offsets: outputs.offsets.into(),
             slot_token: outputs.slot_token.into(),

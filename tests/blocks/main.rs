@@ -8,11 +8,14 @@ mod support;
 
 mod composed;
 mod doge;
+mod ernie_vl;
 mod folder;
 mod gemma4;
 mod muse_spark;
 mod nemotron_h;
+mod nllb;
 mod run;
+mod vitpose;
 mod zaya;
 
 /// A test of this name in each storage type.
@@ -37,4 +40,7 @@ in_every_type! {
     nemotron_h_projections => nemotron_h::block;
     zaya_network_and_state => zaya::block;
     doge_product_keys => doge::block;
+    nllb_top_two_with_capacity => nllb::block;
+    ernie_vl_banks_by_token_type => ernie_vl::block;
+    vitpose_expert_of_the_dataset => vitpose::block;
 }

@@ -171,13 +171,17 @@ impl Layer {
             correction_bias: None,
             top_k,
             gating,
-            weigh_input: self.desc.weighting == Weighting::Input,
+            weighting: self.desc.weighting,
             capacity: None,
             up,
             activation: self.desc.mlp.activation,
             down,
             shared: Some(mlp(2)),
+            shared_activation: None,
             shared_gate: self.gated().then_some(&self.gate[..]),
+            scales: [1.0; 2],
+            bias: None,
+            null: None,
         };
         reference::layer::forward(&self.x, &layer).unwrap()
     }

@@ -10,17 +10,19 @@ use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc, Given, RuleInpu
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::measured_gating::MeasuredGatingDesc;
 use moe_kernels::rules::{
-    Appended, AppendedWeight, BalanceRule, Capacity, ChoiceBy, Gating, IdFormat, LossScore, Renormalise, Score,
+    Appended, AppendedWeight, BalanceRule, Capacity, ChoiceBy, Gating, IdFormat, LossCounts, LossScore, Renormalise,
+    Score,
 };
-use moe_kernels::{In, reference};
+use moe_kernels::{In, Tensor, TokenMask, reference};
 
 use crate::balance;
 use crate::dispatch::{Outputs, rule_of};
-use crate::gating::{Logits, coarse, correction_bias, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, correction_bias, every_group_rule, garbage, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_bounded, to_f64, weight_bounds};
 use crate::support::device;
 use crate::timing::time;
+use crate::tokens::{LogitsOn, Padding};
 
 /// Numbers of experts: of the width below, between, and as many as fit.
 fn sizes(values: u32) -> [usize; 4] {
@@ -32,7 +34,7 @@ fn sizes(values: u32) -> [usize; 4] {
 pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
     for experts in sizes(variant.values) {
         for (tokens, top_k) in [(1, 1), (37, 2), (9, 8), (60, 5), (3, 30)] {
-            let tokens = if variant.dispatch && tokens == 60 { 200 } else { tokens };
+            let tokens = if variant.dispatch && tokens == 60 { 300 } else { tokens };
             for kind in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
                 for score in Score::ALL {
                     let case = Case::draw(rng, score, tokens, experts, top_k.min(experts), kind);
@@ -40,6 +42,21 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
                 }
             }
         }
+    }
+    for score in [Score::Softmax, Score::Sigmoid, Score::SqrtSoftplus] {
+        for (experts, top_k, groups) in every_group_rule(score, 32 * variant.values as usize) {
+            let rule = Gating::new(score).groups(Some(groups)).expert_scale(true);
+            let case = Case::new(rng, rule, [23, experts, top_k], Logits::Normal);
+            run(variant, rng, &case);
+        }
+    }
+    // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
+    if !variant.dispatch {
+        let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
+        let rule = Gating::new(Score::SqrtSoftplus).renormalised();
+        let experts = sizes(variant.values)[0].max(2);
+        let case = Case::new(rng, rule, [warps as usize + 5, experts, 2], Logits::Normal);
+        run(variant, rng, &case);
     }
 }
 
@@ -49,14 +66,14 @@ pub fn check_measured(variant: MeasuredGate, rng: &mut fastrand::Rng) {
             for kind in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
                 for score in Score::ALL {
                     let case = Case::draw(rng, score, tokens, experts, top_k.min(experts), kind);
-                    let by_sigmoid = score == Score::Sigmoid && rng.bool();
+                    // Of sigmoids that all vanish there is no distribution.
+                    let by_sigmoid = score == Score::Sigmoid && !case.low && rng.bool();
                     let loss = if by_sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
-                    let counts = rng.u32(..3);
+                    let counts = [LossCounts::Choice, LossCounts::FirstChoice, LossCounts::Scores][rng.usize(..3)];
                     let rule = BalanceRule::new(loss, sequence)
-                        .first_choice_only(counts == 1)
-                        .unbiased(counts == 2)
+                        .counts(counts)
                         .capacity(rng.bool().then(|| 1 + rng.usize(..4)));
-                    measure(variant, &case, rule);
+                    measure(variant, rng, &case, rule);
                 }
             }
         }
@@ -70,10 +87,13 @@ pub struct Case {
     pub top_k: usize,
     pub rule: Gating,
     pub logits: Vec<f32>,
+    pub on_device: LogitsOn,
     pub bias: Option<Vec<f32>>,
     pub expert_scale: Option<Vec<f32>>,
     pub global_scale: Option<f32>,
     pub given: Option<Drawn>,
+    /// Whether all logits are far below 0.
+    low: bool,
     name: String,
 }
 
@@ -117,7 +137,8 @@ impl Case {
             .jitter([0.01, 0.15, 2.0][rng.usize(..3)])
             .expert_scale(rng.bool())
             .global_scale(rng.bool())
-            .appended(appended);
+            .appended(appended)
+            .garbage(garbage(rng));
         // Something that no common kernel has.
         let rule = match score {
             Score::Softmax | Score::TopkSoftmax | Score::Sigmoid
@@ -127,12 +148,26 @@ impl Case {
             }
             _ => rule,
         };
+        Case::new(rng, rule, [tokens, experts, top_k], kind)
+    }
+
+    /// A rule's inputs.
+    fn new(rng: &mut fastrand::Rng, rule: Gating, [tokens, experts, top_k]: [usize; 3], kind: Logits) -> Case {
+        let Gating { score, choice, .. } = rule;
         let mut logits = logits(rng, kind, tokens * (experts + rule.appended_columns()));
-        if score == Score::SqrtSoftplus || mixes {
+        if matches!(score, Score::SqrtSoftplus | Score::SparseMixer) {
             logits.iter_mut().for_each(|logit| *logit = (8.0 * *logit).round() / 8.0);
         } else {
             coarse(&mut logits);
         }
+        // Scores near the end of f32, and joint ones beyond it, which are still shares.
+        let low = matches!(score, Score::Sigmoid | Score::SqrtSoftplus) && rng.u8(..4) == 0;
+        if low {
+            let jointly = rule.appended_columns() > 0 && rule.renormalise == Some(Renormalise::Plus(0.0));
+            let down = if jointly && score == Score::Sigmoid { 150.0 } else { 70.0 };
+            logits.iter_mut().for_each(|logit| *logit -= down);
+        }
+        let on_device = LogitsOn::draw(&device::stream(), rng, &mut logits);
         let biased = choice == ChoiceBy::Logit || score.precedes_choice();
         let given = (choice == ChoiceBy::Given).then(|| Drawn::draw(rng, tokens, experts, top_k));
         Case {
@@ -145,7 +180,9 @@ impl Case {
             top_k,
             rule,
             logits,
+            on_device,
             given,
+            low,
         }
     }
 
@@ -218,7 +255,7 @@ fn numbers(rng: &mut fastrand::Rng, len: usize, limit: usize, format: IdFormat) 
     };
     let number = |rng: &mut fastrand::Rng| match rng.u32(..12) {
         0 => wrong[rng.usize(..4)],
-        _ => rng.i64(..limit as i64),
+        _ => rng.i64(0..limit as i64),
     };
     (0..len).map(|_| number(rng)).collect()
 }
@@ -308,10 +345,10 @@ impl OnDevice {
 
 fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let name = &case.name;
-    let want = case.want();
+    let padding = Padding::draw(&stream, rng, case.tokens);
+    let name = &format!("{} {} {}", case.name, case.on_device.name(), padding.name());
+    let want = case.want().without_padding(&padding.valid);
     let desc = case.desc();
-    let logits = Guarded::input(&stream, "logits", &case.logits);
     let bias = case.bias.as_ref().map(|values| Guarded::input(&stream, "correction_bias", values));
     let on_device = OnDevice::new(case);
     let (choices, appended) = (case.tokens * case.all_choices(), case.rule.appended_experts());
@@ -330,21 +367,22 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     let bytes = gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap();
     let mut outputs = Outputs::new(&stream, order.shape(), bytes);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
-        let logits = logits.view();
         let bias = bias.as_ref().map(Guarded::view);
         let correction_bias = bias.as_ref().map(In::from);
         let (mut ids, mut weights) = (ids.view_mut(), weights.view_mut());
-        on_device.with(|rule| {
+        let mut forward = |rule: RuleInputs<'_>, logits: Tensor<'_>, mask: TokenMask<'_>| {
             if !variant.dispatch {
-                let mut args = GatingArgs::new(&logits, &mut ids, &mut weights).rule(rule);
+                let mut args = GatingArgs::new(logits, &mut ids, &mut weights).rule(rule).mask(mask);
                 args.correction_bias = correction_bias;
                 return gating::forward(kernels, &stream, &desc, args).unwrap();
             }
             let Outputs { dispatched, workspace, .. } = outputs;
-            let mut args = GatingDispatchArgs::new(&logits, &mut ids, &mut weights, dispatched, workspace).rule(rule);
+            let args = GatingDispatchArgs::new(logits, &mut ids, &mut weights, dispatched, workspace);
+            let mut args = args.rule(rule).mask(mask);
             args.correction_bias = correction_bias;
             gating_dispatch::forward(kernels, &stream, &fused, args).unwrap()
-        });
+        };
+        on_device.with(|rule| case.on_device.with(|logits| padding.with(|mask| forward(rule, logits, mask))));
     };
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
@@ -354,7 +392,8 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     if let Some(sorted) = &sorted {
         outputs.assert_equal(&stream, name, sorted, Some(&got_weights));
     }
-    logits.assert_unchanged(&stream);
+    case.on_device.assert_unchanged(&stream);
+    padding.assert_unchanged(&stream);
     time(&stream, name, || launch(&mut ids, &mut weights, &mut outputs));
     ids.reset(&stream);
     weights.reset(&stream);
@@ -365,13 +404,15 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     assert_eq!(bits(&weights.read(&stream)), bits(&got_weights), "{name}: another run gave other bits");
 }
 
-fn measure(variant: MeasuredGate, case: &Case, rule: BalanceRule) {
+fn measure(variant: MeasuredGate, rng: &mut fastrand::Rng, case: &Case, rule: BalanceRule) {
     let desc = MeasuredGatingDesc::new(case.desc()).rule(rule);
     let selection = moe_kernels::routers::measured_gating::select(&desc, device::kernels().device()).unwrap();
     assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
-    let want = case.want();
+    let padding = Padding::draw(&device::stream(), rng, case.tokens);
+    let want = case.want().without_padding(&padding.valid);
     let on_device = OnDevice::new(case);
-    let got = on_device.with(|inputs| balance::measure_by(&desc, &case.logits, case.bias.as_deref(), inputs, 1));
+    let bias = case.bias.as_deref();
+    let got = on_device.with(|inputs| balance::measure_by(&desc, &case.on_device, &padding, bias, inputs, 1));
     assert_eq!(got.ids, want.ids, "{}: ids", case.name);
     case.assert_weights(&got.weights, &want.weights);
     // Losses are of the experts that a choice is among.
@@ -380,5 +421,7 @@ fn measure(variant: MeasuredGate, case: &Case, rule: BalanceRule) {
     let row = case.all_choices();
     let ids: Vec<i32> = got.ids.chunks(row).flat_map(|row| &row[..case.top_k]).copied().collect();
     let weights: Vec<f32> = got.weights.chunks(row).flat_map(|row| &row[..case.top_k]).copied().collect();
-    balance::check_measures(&case.name, &got, &desc, [&own, &weights], &ids, 1);
+    let name = format!("{} {} {}", case.name, case.on_device.name(), padding.name());
+    let counts = reference::balance::counted(&own, case.experts, &rule, case.rule.garbage, Some(&padding.valid));
+    balance::check_measures(&name, &got, &desc, [&own, &weights], &ids, &counts, 1);
 }

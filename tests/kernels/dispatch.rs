@@ -15,6 +15,7 @@ use crate::rows;
 use crate::support::buffer::Guarded;
 use crate::support::device;
 use crate::timing::time;
+use crate::tokens::Padding;
 
 /// The reference's rule without a capacity.
 pub fn rule(experts: usize, top_k: usize, tile_m: usize) -> DispatchRule {
@@ -106,7 +107,12 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
         })
         .collect();
     let weights: Vec<f32> = ids.iter().map(|_| rng.f32()).collect();
-    let want = reference::dispatch::dispatch(&ids, &rule_of(desc)).unwrap();
+    let padding = Padding::draw(&stream, rng, desc.tokens);
+    let name = format!("{name} {}", padding.name());
+    // The ids of padding are not looked at.
+    let counted: Vec<i32> =
+        ids.iter().enumerate().map(|(at, &id)| if padding.valid[at / desc.top_k] { id } else { -1 }).collect();
+    let want = reference::dispatch::dispatch(&counted, &rule_of(desc)).unwrap();
 
     assert_eq!(dispatch::select(desc, kernels.device()).unwrap().kernel.variant(), Kernel::Dispatch(variant));
     let ids = Stored::new(&stream, rng, desc.ids, &ids, desc.experts);
@@ -117,9 +123,11 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
         let weights = device_weights.view();
         let Outputs { dispatched, workspace, .. } = outputs;
         ids.with(|ids| {
-            let mut args = DispatchArgs::new(ids, dispatched, workspace);
-            args.weights = weighted.then_some((&weights).into());
-            dispatch::forward(kernels, &stream, desc, args).unwrap();
+            padding.with(|mask| {
+                let mut args = DispatchArgs::new(ids, dispatched, workspace).mask(mask);
+                args.weights = weighted.then_some((&weights).into());
+                dispatch::forward(kernels, &stream, desc, args).unwrap();
+            });
         });
     };
     launch(&mut outputs, true);
@@ -130,5 +138,6 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
     outputs.assert_equal(&stream, &name, &want, None);
     ids.assert_unchanged(&stream);
     device_weights.assert_unchanged(&stream);
+    padding.assert_unchanged(&stream);
     time(&stream, &name, || launch(&mut outputs, true));
 }

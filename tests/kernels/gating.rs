@@ -4,7 +4,7 @@ use moe_kernels::capacity::dispatch::DispatchDesc;
 use moe_kernels::registry::{Gate, Kernel};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
-use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Masked, Renormalise, Score};
+use moe_kernels::rules::{Capacity, Garbage, Gating, GroupScore, Groups, Masked, Renormalise, Score};
 use moe_kernels::{In, reference};
 
 use crate::any_rule;
@@ -14,6 +14,7 @@ use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
 use crate::support::inputs::normal;
 use crate::timing::time;
+use crate::tokens::{LogitsOn, Padding};
 
 pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
     let Some(score) = variant.score else { return any_rule::check(variant, rng) };
@@ -28,6 +29,7 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
                 let gating = Gating::new(score)
                     .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
+                    .garbage(garbage(rng))
                     .groups(groups(rng, score, experts, top_k));
                 let with_bias = score != Score::TopkSoftmax && rng.bool();
                 let desc = GatingDesc::new(tokens, experts, top_k, gating);
@@ -93,6 +95,11 @@ pub fn renormalise(rng: &mut fastrand::Rng) -> Option<Renormalise> {
     rng.bool().then(|| ways[rng.usize(..ways.len())])
 }
 
+/// NaN in a third of the cases.
+pub fn garbage(rng: &mut fastrand::Rng) -> Garbage {
+    if rng.u8(..3) == 0 { Garbage::Propagate } else { Garbage::Zero }
+}
+
 /// Coarse enough that sums with a score are either equal or far apart in f32: a choice cannot hang on the last bit of an exponential. Where
 /// groups are ranked by sums, the same in all of a group: else the sum of two groups may be the same number, rounded differently.
 pub fn correction_bias(rng: &mut fastrand::Rng, experts: usize, gating: &Gating) -> Vec<f32> {
@@ -134,7 +141,6 @@ pub fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
 fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
     let kernels = device::kernels();
     let stream = device::stream();
-    let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let mut logits = logits(rng, kind, desc.tokens * desc.experts);
     // A token with nothing but NaN: what is no expert would come before its experts.
     if matches!(kind, Logits::NotFinite) && desc.tokens > 1 {
@@ -144,9 +150,12 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
         coarse(&mut logits);
     }
     let bias = with_bias.then(|| correction_bias(rng, desc.experts, &desc.gating));
+    let device_logits = LogitsOn::draw(&stream, rng, &mut logits);
+    let padding = Padding::draw(&stream, rng, desc.tokens);
+    let name = format!("{desc:?} {kind:?} bias={with_bias} {} {}", device_logits.name(), padding.name());
     let want = reference::gating::gate(&logits, bias.as_deref(), desc.experts, desc.top_k, &desc.gating).unwrap();
+    let want = want.without_padding(&padding.valid);
 
-    let device_logits = Guarded::input(&stream, "logits", &logits);
     let bias = bias.map(|values| Guarded::input(&stream, "correction_bias", &values));
     let choices = desc.tokens * desc.top_k;
     let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
@@ -164,19 +173,23 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     let bytes = gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap();
     let mut outputs = Outputs::new(&stream, order.shape(), bytes);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
-        let logits = device_logits.view();
         let bias = bias.as_ref().map(Guarded::view);
         let correction_bias = bias.as_ref().map(In::from);
         let (mut ids, mut weights) = (ids.view_mut(), weights.view_mut());
-        if !variant.dispatch {
-            let mut args = GatingArgs::new(&logits, &mut ids, &mut weights);
-            args.correction_bias = correction_bias;
-            return gating::forward(kernels, &stream, desc, args).unwrap();
-        }
-        let Outputs { dispatched, workspace, .. } = outputs;
-        let mut args = GatingDispatchArgs::new(&logits, &mut ids, &mut weights, dispatched, workspace);
-        args.correction_bias = correction_bias;
-        gating_dispatch::forward(kernels, &stream, &fused, args).unwrap()
+        device_logits.with(|logits| {
+            padding.with(|mask| {
+                if !variant.dispatch {
+                    let mut args = GatingArgs::new(logits, &mut ids, &mut weights).mask(mask);
+                    args.correction_bias = correction_bias;
+                    return gating::forward(kernels, &stream, desc, args).unwrap();
+                }
+                let Outputs { dispatched, workspace, .. } = outputs;
+                let mut args =
+                    GatingDispatchArgs::new(logits, &mut ids, &mut weights, dispatched, workspace).mask(mask);
+                args.correction_bias = correction_bias;
+                gating_dispatch::forward(kernels, &stream, &fused, args).unwrap()
+            });
+        });
     };
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
@@ -190,6 +203,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
         if desc.gating.renormalise.is_some() { desc.top_k } else { 0 },
     );
     device_logits.assert_unchanged(&stream);
+    padding.assert_unchanged(&stream);
     let sorted = variant.dispatch.then(|| reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap());
     if let Some(sorted) = &sorted {
         outputs.assert_equal(&stream, &name, sorted, Some(&got_weights));

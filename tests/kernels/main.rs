@@ -24,6 +24,7 @@ mod hash;
 mod hierarchical;
 mod ids;
 mod jitter;
+mod k_grouped;
 mod lists;
 mod mutants;
 mod noise_state;
@@ -31,11 +32,14 @@ mod noisy;
 mod product_keys;
 mod rms_norm;
 mod router;
+mod row_groups;
 mod rows;
 mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod token_banks;
+mod tokens;
 mod unit_experts;
 
 use std::process::{Command, ExitCode};
@@ -85,6 +89,7 @@ fn check(kernel: Kernel) {
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
+        Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
@@ -100,6 +105,7 @@ fn check(kernel: Kernel) {
         Kernel::UpdateBias => balance::check_bias(rng),
         Kernel::ExpertMap { ids_bytes } => expert_map::check(ids_bytes, rng),
         Kernel::CheckLists => lists::check(rng),
+        Kernel::RowGroups => row_groups::check(rng),
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
@@ -107,6 +113,7 @@ fn check(kernel: Kernel) {
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
+        Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }
 }
 

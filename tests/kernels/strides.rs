@@ -61,7 +61,7 @@ fn strides(case: &Case, variant: Variant, [rows, a_rows]: [usize; 2], which: usi
 }
 
 /// `values` of packed dimensions at `strides`, `gap` between them.
-fn spread<T: Copy>(values: &[T], dimensions: [usize; 3], strides: [usize; 3], gap: T) -> Vec<T> {
+pub fn spread<T: Copy>(values: &[T], dimensions: [usize; 3], strides: [usize; 3], gap: T) -> Vec<T> {
     let at = places(dimensions, strides);
     let mut all = vec![gap; at.iter().max().map_or(0, |last| last + 1)];
     at.iter().zip(values).for_each(|(&at, &value)| all[at] = value);
@@ -69,7 +69,7 @@ fn spread<T: Copy>(values: &[T], dimensions: [usize; 3], strides: [usize; 3], ga
 }
 
 /// Where the elements of a packed tensor are.
-fn places([d0, d1, d2]: [usize; 3], [s0, s1, s2]: [usize; 3]) -> Vec<usize> {
+pub fn places([d0, d1, d2]: [usize; 3], [s0, s1, s2]: [usize; 3]) -> Vec<usize> {
     let inner = |i: usize, j: usize| (0..d2).map(move |l| i * s0 + j * s1 + l * s2);
     (0..d0).flat_map(|i| (0..d1).flat_map(move |j| inner(i, j))).collect()
 }

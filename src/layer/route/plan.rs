@@ -13,7 +13,7 @@ use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::{Dtype, IdFormat};
+use crate::rules::{Dtype, IdFormat, NullOutput};
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
 
@@ -74,6 +74,7 @@ impl RoutePlan {
         });
         let norm = norm.transpose()?;
 
+        check_null(desc)?;
         // The height of a tile follows from the number of slots, which is checked by `validate` below.
         let (of_token, local_experts) = (desc.all_choices(), desc.local_experts());
         let slots = tokens.saturating_mul(of_token);
@@ -84,10 +85,12 @@ impl RoutePlan {
         let candidates = desc.admission.map_or(top_k, |rule| rule.candidates);
         let gating = GatingDesc::new(tokens, experts, candidates, gating);
         let alone = desc.measure.is_none() && desc.admission.is_none() && desc.map.is_none();
+        let null_experts = desc.null.map_or(0, |null| null.count);
+        let both = |gating, dispatch| GatingDispatchDesc::new(gating, dispatch).null_experts(null_experts);
         let choice = match desc.measure {
             // Without blocks that are all resident, one block would do all of the gating: two launches take many for it.
             None if alone && device.cooperative_launch => {
-                let both = GatingDispatchDesc::new(gating.gating, dispatch.desc);
+                let both = both(gating.gating, dispatch.desc);
                 let selection = gating_dispatch::select(&both, device).map_err(within)?;
                 Choice::WithDispatch(Step { desc: both, selection })
             }
@@ -128,8 +131,7 @@ impl RoutePlan {
         // the least height, whichever they are.
         let scratch = [
             dispatch::workspace_bytes(&dispatch.desc, device).map_err(within)?,
-            gating_dispatch::workspace_bytes(&GatingDispatchDesc::new(gating.gating, dispatch.desc), device)
-                .unwrap_or(0),
+            gating_dispatch::workspace_bytes(&both(gating.gating, dispatch.desc), device).unwrap_or(0),
             match &choice {
                 Choice::Measured(step) => measured_gating::workspace_bytes(&step.desc, device).map_err(within)?,
                 _ => 0,
@@ -242,4 +244,26 @@ impl RoutePlan {
             .chain([(Stage::Dispatch, dispatch)])
             .filter(move |_| tokens > 0)
     }
+}
+
+/// Experts that compute nothing leave some that do, and nothing else says what becomes of a choice.
+fn check_null(desc: &LayerDesc) -> Result<(), Error> {
+    let Some(null) = desc.null else { return Ok(()) };
+    if null.count >= desc.experts {
+        let expected = format!("less than all {} experts", desc.experts);
+        return Err(Error::invalid(OPERATION, "null.count", expected, null.count));
+    }
+    let beside = [
+        ("map", desc.map.is_some()),
+        ("admission", desc.admission.is_some()),
+        ("gating.appended", desc.gating.appended.is_some()),
+    ];
+    if let Some((argument, _)) = beside.into_iter().find(|(_, there)| *there) {
+        return Err(Error::unsupported(OPERATION, argument, "none beside null experts", "Some"));
+    }
+    if desc.choices == IdFormat::I64 && null.output == NullOutput::Input {
+        let supported = "ids of 32 bits, where identities are read off them";
+        return Err(Error::unsupported(OPERATION, "choices", supported, "IdFormat::I64"));
+    }
+    Ok(())
 }
