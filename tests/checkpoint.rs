@@ -43,7 +43,8 @@ fn all_blocks_of_a_model() {
     let blocks = model.blocks().unwrap();
     let names: Vec<&str> = blocks.iter().map(|block| block.name()).collect();
     assert_eq!(names, ["encoder.block.0.layer.1.mlp", "decoder.block.0.layer.2.mlp"]);
-    let values = |name| model.block(Some(name)).unwrap().load_host(Dtype::Bf16).unwrap().weights.router.unwrap().to_f32();
+    let values =
+        |name| model.block(Some(name)).unwrap().load_host(Dtype::Bf16).unwrap().weights.router.unwrap().to_f32();
     assert_ne!(values(names[0]), values(names[1]));
 }
 

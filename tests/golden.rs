@@ -13,7 +13,7 @@ use moe_kernels::Dtype;
 use moe_kernels::checkpoint::{FileTensor, TensorFile};
 
 /// Folders that no kernel computes yet.
-const NOT_YET: &[&str] = &["ernie4_5_vl_moe"];
+const NOT_YET: &[&str] = &[];
 
 fn check(dtype: Dtype) {
     let device = Device::open().unwrap();

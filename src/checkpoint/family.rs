@@ -28,6 +28,7 @@ pub struct Family {
     pub(super) expert_scale: Option<&'static str>,
     pub(super) global_scale: Option<&'static str>,
     pub(super) output_bias: Option<&'static str>,
+    pub(super) second_router: Option<&'static str>,
     pub(super) experts: Experts,
     pub(super) activation: Act,
     pub(super) shared: Option<Shared>,
@@ -290,6 +291,7 @@ impl Family {
             expert_scale: None,
             global_scale: None,
             output_bias: None,
+            second_router: None,
             experts: Experts::Each(PROJECTIONS),
             activation: Act::Named(&["hidden_act"], "silu"),
             shared: None,
@@ -453,6 +455,12 @@ impl Family {
     /// A tensor `[1]`: a factor of all weights.
     pub(super) const fn global_scale(self, name: &'static str) -> Family {
         Family { global_scale: Some(name), ..self }
+    }
+
+    /// A second bank of experts behind the first, with a router of its own `[H,E]`, for tokens of other types. Sizes may be lists with one for
+    /// each bank, routers are transposed, and the correction biases are rows of one tensor.
+    pub(super) const fn second_bank(self, router: &'static str) -> Family {
+        Family { second_router: Some(router), ..self }
     }
 
     /// How the experts are stored.

@@ -1,6 +1,7 @@
 //! What a block is beside a layer, in tensors.
 
-use super::weights::MatrixWeight;
+use super::weights::{BlockWeights, MatrixWeight};
+use crate::layer::LayerDesc;
 use crate::rules::RmsNorm;
 
 /// What a block is. `B` is a buffer.
@@ -10,6 +11,9 @@ pub enum Kind<B> {
     Layer,
     /// A layer whose logits come from a network with a state of its own (Zaya): [`crate::routers::network`].
     Network(Network<B>),
+    /// Two layers side by side, each for the tokens of its types (ERNIE 4.5 VL): [`crate::layer::BanksPlan`]. This is the second; the first, which has
+    /// the shared expert, is the block's own.
+    Banks(Box<Bank<B>>),
     /// Experts of one hidden unit, chosen by product keys, beside a dense MLP (Doge): [`crate::experts::unit_experts`]. The router `[2n, H]` and
     /// the MLP, as those of one expert, are among the block's weights.
     UnitExperts {
@@ -29,6 +33,15 @@ pub enum Kind<B> {
         /// `[H,I]`, with zeros for the last columns.
         second: MatrixWeight<B>,
     },
+}
+
+/// A second layer beside a block's own.
+#[non_exhaustive]
+pub struct Bank<B> {
+    /// Its descriptor.
+    pub desc: LayerDesc,
+    /// Its weights.
+    pub weights: BlockWeights<B>,
 }
 
 /// A router's network.

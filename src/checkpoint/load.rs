@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use super::error::CheckpointError;
 use super::family::{Experts, MODULE, Matrices};
 use super::folder::Checkpoint;
-use super::kind::KindSpec;
+use super::kind::{Bank, Kind, KindSpec};
 use super::locate::{fill, full_name};
 use super::spec::BlockSpec;
 use super::store::Store;
@@ -41,76 +41,18 @@ pub(super) fn load<S: Store>(
     total: u64,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<Loaded<S::Buffer>, CheckpointError> {
-    let mut layer = stored_as(&spec.layer, dtype);
     let read = RefCell::default();
-    let mut reader = Reader { checkpoint, prefix, read, store, progress, bytes: 0, total };
-    let router = match spec.router {
-        None => None,
-        Some(name) => {
-            let router = reader.tensor(name, &[spec.logit_columns(), layer.hidden])?;
-            // A norm of the router's input is not rounded before an f32 router sees it.
-            layer.router_dtype = if layer.norms.router.is_some() { Dtype::F32 } else { exact(&router, dtype)? };
-            Some(reader.whole(&router, layer.router_dtype)?)
+    let mut reader = Reader { checkpoint, prefix, read, store, progress, bytes: 0, total, first_expert: 0 };
+    let (desc, weights) = reader.bank(spec, dtype)?;
+    let kind = match &spec.bank {
+        Some(bank) => {
+            let (desc, weights) = reader.bank(bank, dtype)?;
+            Kind::Banks(Box::new(Bank { desc, weights }))
         }
+        None => reader.kind(spec, &desc)?,
     };
-    let (gate_up, down) = match spec.kind {
-        KindSpec::BySequence { part } => reader.parts(spec, &layer, part)?,
-        KindSpec::UnitExperts { .. } => reader.dense(spec, &layer)?,
-        _ => reader.experts(spec, &mut layer)?,
-    };
-    let shared = match (&spec.shared, &layer.shared) {
-        (Some(matrices), Some(desc)) => Some(reader.each(matrices, [1, desc.intermediate, layer.hidden], dtype)?),
-        _ => None,
-    };
-    let shared_gate = match spec.shared_gate {
-        Some(name) => {
-            let gate = reader.tensor(name, &[1, layer.hidden])?;
-            Some(reader.whole(&gate, layer.router_dtype)?)
-        }
-        None => None,
-    };
-    let (experts, columns) = (layer.experts, layer.logit_columns());
-    let mut vector = |name: Option<&str>, length| name.map(|name| reader.vector(name, length)).transpose();
-    let router_bias = vector(spec.router_bias, columns)?;
-    let correction_bias = vector(spec.correction_bias, experts)?;
-    let expert_scale = vector(spec.expert_scale, experts)?;
-    let global_scale = vector(spec.global_scale, 1)?;
-    let output_bias = match spec.output_bias {
-        Some(name) => {
-            let bias = reader.tensor(name, &[layer.hidden])?;
-            Some(reader.whole(&bias, dtype)?)
-        }
-        None => None,
-    };
-    let around = reader.around(spec, &layer)?;
-    let (table, vocabulary) = reader.table(spec, &layer)?;
-    let map = match spec.weightless {
-        None => None,
-        Some((count, target)) => {
-            let here = experts - count;
-            let map: Vec<i32> = (0..experts).map(|e| if e < here { e as i32 } else { target }).collect();
-            Some(reader.store.numbers(&map)?)
-        }
-    };
-    let kind = reader.kind(spec, &layer)?;
     reader.require_all_read(&spec.idle)?;
-    let weights = BlockWeights {
-        router,
-        router_bias,
-        correction_bias,
-        gate_up,
-        down,
-        shared,
-        shared_gate,
-        expert_scale,
-        global_scale,
-        output_bias,
-        around,
-        table,
-        vocabulary,
-        map,
-    };
-    Ok(Loaded { desc: layer, weights, kind, capacity: spec.capacity })
+    Ok(Loaded { desc, weights, kind, capacity: spec.capacity })
 }
 
 /// The layer with activations and experts' weights of type `dtype`.
@@ -167,9 +109,116 @@ pub(super) struct Reader<'a, S: Store> {
     progress: &'a mut dyn FnMut(Progress<'_>),
     bytes: u64,
     total: u64,
+    /// The number of the first expert in the names of tensors.
+    first_expert: usize,
 }
 
 impl<'a, S: Store> Reader<'a, S> {
+    /// A layer's weights, but for what it is beside a layer.
+    fn bank(
+        &mut self,
+        spec: &BlockSpec,
+        dtype: Dtype,
+    ) -> Result<(LayerDesc, BlockWeights<S::Buffer>), CheckpointError> {
+        self.first_expert = spec.first_expert;
+        let mut layer = stored_as(&spec.layer, dtype);
+        let router = match spec.router {
+            None => None,
+            Some(name) => {
+                let (rows, columns) = (spec.logit_columns(), layer.hidden);
+                let shape = if spec.router_transposed { [columns, rows] } else { [rows, columns] };
+                let router = self.tensor(name, &shape)?;
+                // A norm of the router's input is not rounded before an f32 router sees it.
+                layer.router_dtype = if layer.norms.router.is_some() { Dtype::F32 } else { exact(&router, dtype)? };
+                match spec.router_transposed {
+                    true => Some(self.turned(&router, shape, layer.router_dtype)?),
+                    false => Some(self.whole(&router, layer.router_dtype)?),
+                }
+            }
+        };
+        let (gate_up, down) = match spec.kind {
+            KindSpec::BySequence { part } => self.parts(spec, &layer, part)?,
+            KindSpec::UnitExperts { .. } => self.dense(spec, &layer)?,
+            _ => self.experts(spec, &mut layer)?,
+        };
+        let shared = match (&spec.shared, &layer.shared) {
+            (Some(matrices), Some(desc)) => Some(self.each(matrices, [1, desc.intermediate, layer.hidden], dtype)?),
+            _ => None,
+        };
+        let shared_gate = match spec.shared_gate {
+            Some(name) => {
+                let gate = self.tensor(name, &[1, layer.hidden])?;
+                Some(self.whole(&gate, layer.router_dtype)?)
+            }
+            None => None,
+        };
+        let (experts, columns) = (layer.experts, layer.logit_columns());
+        let mut vector = |name: Option<&str>, length| name.map(|name| self.vector(name, length)).transpose();
+        let router_bias = vector(spec.router_bias, columns)?;
+        let expert_scale = vector(spec.expert_scale, experts)?;
+        let global_scale = vector(spec.global_scale, 1)?;
+        let correction_bias = match (spec.correction_bias, spec.correction_row) {
+            (None, _) => None,
+            (Some(name), None) => Some(self.vector(name, experts)?),
+            (Some(name), Some(row)) => {
+                let rows = if spec.bank.is_some() || row > 0 { 2 } else { 1 };
+                let tensor = self.tensor(name, &[rows, experts])?;
+                Some(self.whole(&tensor.part(row * experts, experts), Dtype::F32)?)
+            }
+        };
+        let output_bias = match spec.output_bias {
+            Some(name) => {
+                let bias = self.tensor(name, &[layer.hidden])?;
+                Some(self.whole(&bias, dtype)?)
+            }
+            None => None,
+        };
+        let around = self.around(spec, &layer)?;
+        let (table, vocabulary) = self.table(spec, &layer)?;
+        let map = match spec.weightless {
+            None => None,
+            Some((count, target)) => {
+                let here = experts - count;
+                let map: Vec<i32> = (0..experts).map(|e| if e < here { e as i32 } else { target }).collect();
+                Some(self.store.numbers(&map)?)
+            }
+        };
+        let weights = BlockWeights {
+            router,
+            router_bias,
+            correction_bias,
+            gate_up,
+            down,
+            shared,
+            shared_gate,
+            expert_scale,
+            global_scale,
+            output_bias,
+            around,
+            table,
+            vocabulary,
+            map,
+        };
+        Ok((layer, weights))
+    }
+
+    /// A matrix `[columns, rows]` turned to `[rows, columns]`.
+    fn turned(
+        &mut self,
+        tensor: &FileTensor<'_>,
+        [columns, rows]: [usize; 2],
+        dtype: Dtype,
+    ) -> Result<S::Buffer, CheckpointError> {
+        let values = tensor.values::<f32>()?;
+        let turned: Vec<f32> = (0..rows)
+            .flat_map(|row| (0..columns).map(move |c| (c, row)))
+            .map(|(c, row)| values[c * rows + row])
+            .collect();
+        self.bytes += tensor.bytes() as u64;
+        (self.progress)(Progress { bytes: self.bytes, of: self.total, tensor: tensor.name() });
+        self.store.floats(dtype, &turned)
+    }
+
     /// Whether the block has a tensor.
     pub(super) fn has(&self, name: &str) -> bool {
         self.checkpoint.knows(&self.full(name))
@@ -290,18 +339,19 @@ impl<'a, S: Store> Reader<'a, S> {
         let mut bias = |length| matrices.biases.then(|| self.store.buffer(dtype, experts * length)).transpose();
         let (mut first_bias, mut second_bias) = (bias(firsts.len() * intermediate)?, bias(hidden)?);
         for expert in 0..experts {
+            let number = self.first_expert + expert;
             if expert + 1 < experts {
-                matrices.names().for_each(|name| self.checkpoint.will_need(&self.full(&fill(name, expert + 1))));
+                matrices.names().for_each(|name| self.checkpoint.will_need(&self.full(&fill(name, number + 1))));
             }
             for (place, name) in firsts.iter().enumerate() {
                 let at = expert * firsts.len() + place;
-                let tensor = self.tensor(&fill(name, expert), &[intermediate, hidden])?;
+                let tensor = self.tensor(&fill(name, number), &[intermediate, hidden])?;
                 self.put(&mut first, at * size, &tensor)?;
-                self.put_bias(&mut first_bias, at * intermediate, &fill(name, expert), intermediate)?;
+                self.put_bias(&mut first_bias, at * intermediate, &fill(name, number), intermediate)?;
             }
-            let tensor = self.tensor(&fill(matrices.down, expert), &[hidden, intermediate])?;
+            let tensor = self.tensor(&fill(matrices.down, number), &[hidden, intermediate])?;
             self.put(&mut second, expert * size, &tensor)?;
-            self.put_bias(&mut second_bias, expert * hidden, &fill(matrices.down, expert), hidden)?;
+            self.put_bias(&mut second_bias, expert * hidden, &fill(matrices.down, number), hidden)?;
         }
         Ok((MatrixWeight { matrix: first, bias: first_bias }, MatrixWeight { matrix: second, bias: second_bias }))
     }
@@ -430,7 +480,7 @@ impl<'a, S: Store> Reader<'a, S> {
     /// How the experts are there: in the family's own way, or in that of transformers' modules.
     fn found_layout(&self, spec: &BlockSpec) -> Result<Experts, CheckpointError> {
         let own = spec.experts;
-        let first = |experts: &Experts| fill(experts.names()[0], 0);
+        let first = |experts: &Experts| fill(experts.names()[0], spec.first_expert);
         let is_there = |experts: &Experts| self.checkpoint.knows(&self.full(&first(experts)));
         if is_there(&own) {
             return Ok(own);

@@ -55,7 +55,7 @@ pub use error::{CheckpointError, Lost};
 pub use families::families;
 pub use family::{Experts, Family, Matrices};
 pub use folder::Checkpoint;
-pub use kind::{Kind, Network};
+pub use kind::{Bank, Kind, Network};
 pub use load::Progress;
 pub use model::{Block, Model, Needs};
 pub use run::{BlockInputs, BlockRun, Results};

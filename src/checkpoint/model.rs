@@ -87,6 +87,8 @@ pub struct Needs {
     pub previous: Option<usize>,
     /// An expert for each sequence.
     pub index: bool,
+    /// Types of tokens, 0 for the first bank of experts and 1 for the second.
+    pub types: bool,
 }
 
 /// An MoE block of a checkpoint.
@@ -128,7 +130,7 @@ impl Block<'_> {
             KindSpec::BySequence { .. } => (None, true),
             _ => (None, false),
         };
-        Needs { vocabulary: self.spec.table.map(rows), previous, index }
+        Needs { vocabulary: self.spec.table.map(rows), previous, index, types: self.spec.bank.is_some() }
     }
 
     /// Looks for all tensors of the block, their shapes and types, and reads nothing but the router's: the bytes that a load will read.

@@ -12,9 +12,9 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
 use super::kind::Kind;
 use super::weights::{DeviceBlock, tensor, weight};
 use crate::capacity::Ids;
-use crate::layer::{LayerArgs, LayerPlan};
+use crate::layer::{BanksArgs, BanksPlan, LayerArgs, LayerPlan, RouteArgs};
 use crate::routers::network::{NetworkArgs, NetworkDesc, NetworkPlan, NetworkWeights};
-use crate::rules::Dtype;
+use crate::rules::{Dtype, IdFormat};
 use crate::{Element, Error, In, Kernels, Out, Workspace};
 use apart::{BySequence, UnitExperts};
 
@@ -30,6 +30,7 @@ pub struct BlockRun<T> {
 enum Steps<T> {
     Layer { plan: LayerPlan, workspace: Workspace },
     Network { network: NetworkPlan, plan: LayerPlan, workspace: Workspace },
+    Banks { plan: BanksPlan<2>, workspace: Workspace },
     UnitExperts(UnitExperts<T>),
     BySequence(BySequence<T>),
 }
@@ -40,6 +41,8 @@ enum Steps<T> {
 pub struct BlockInputs<'a> {
     /// `[T]`: ids of words, where experts are looked up by word.
     pub words: Option<Ids<'a>>,
+    /// `[T]`, of 32 bits: types of tokens, where they say which bank of experts a token goes to.
+    pub types: Option<Ids<'a>>,
     /// One expert for each sequence or image, where it is the caller's to say; sequences are of equal length.
     pub index: Option<Ids<'a>>,
     /// How many there are.
@@ -61,6 +64,8 @@ pub struct Results {
     pub counts: CudaSlice<i32>,
     /// `[T,D]`: the state of the router, where it has one.
     pub state: Option<CudaSlice<f32>>,
+    /// The same of a second bank of experts. A token of the other bank has ids -1.
+    pub second: Option<Box<Results>>,
 }
 
 /// One element where there are none: CUDA has no empty allocations.
@@ -101,22 +106,32 @@ impl<T: Element> BlockRun<T> {
                 state = Some(zeros(stream, tokens * network.width)?);
                 Steps::Network { network: network_plan, plan, workspace: Workspace::new(stream, bytes)? }
             }
+            Kind::Banks(bank) => {
+                let plan = BanksPlan::new(&[desc, bank.desc], tokens, IdFormat::I32, device)?;
+                kernels.preload(plan.kernels())?;
+                Steps::Banks { workspace: Workspace::new(stream, plan.workspace_bytes())?, plan }
+            }
             Kind::UnitExperts { keys, .. } => Steps::UnitExperts(UnitExperts::new(&desc, *keys, tokens, stream)?),
             Kind::BySequence { .. } => Steps::BySequence(BySequence::new(&desc, tokens, device, stream)?),
         };
         let columns = match &block.kind {
-            Kind::Layer | Kind::Network(_) => desc.logit_columns(),
+            Kind::Layer | Kind::Network(_) | Kind::Banks(_) => desc.logit_columns(),
             Kind::UnitExperts { keys, .. } => 2 * keys,
             Kind::BySequence { .. } => 0,
         };
         let choices = tokens * desc.all_choices();
-        let results = Results {
-            logits: zeros(stream, tokens * columns)?,
-            ids: zeros(stream, choices)?,
-            weights: zeros(stream, choices)?,
-            counts: zeros(stream, desc.local_experts())?,
-            state,
+        let results = || {
+            Ok::<_, Error>(Results {
+                logits: zeros(stream, tokens * columns)?,
+                ids: zeros(stream, choices)?,
+                weights: zeros(stream, choices)?,
+                counts: zeros(stream, desc.local_experts())?,
+                state: None,
+                second: None,
+            })
         };
+        let second = matches!(block.kind, Kind::Banks(_)).then(|| results().map(Box::new)).transpose()?;
+        let results = Results { state, second, ..results()? };
         Ok(BlockRun { tokens, steps, results })
     }
 
@@ -151,7 +166,9 @@ impl<T: Element> BlockRun<T> {
         refuse("previous", inputs.previous.is_some() && !has_state, "the router has no state")?;
         let by_index = matches!(block.kind, Kind::BySequence { .. });
         refuse("index", inputs.index.is_some() && !by_index, "experts are chosen")?;
-        let Results { logits, ids, weights: shares, counts, state } = &mut self.results;
+        let banked = matches!(block.kind, Kind::Banks(_));
+        refuse("types", inputs.types.is_some() && !banked, "there is one bank of experts")?;
+        let Results { logits, ids, weights: shares, counts, state, second } = &mut self.results;
         match (&mut self.steps, &block.kind) {
             (Steps::Layer { plan, workspace }, Kind::Layer) => {
                 let route = weights.route(inputs.words)?.logits(logits).ids(ids).weights(shares).counts(counts);
@@ -180,6 +197,23 @@ impl<T: Element> BlockRun<T> {
                 plan.forward_observed(kernels, stream, &weights.layer()?, args, workspace, &mut |stage| {
                     observer(stage.name());
                 })
+            }
+            (Steps::Banks { plan, workspace }, Kind::Banks(bank)) => {
+                let reason = "types say which bank a token goes to";
+                let missing = Error::Missing { operation: OPERATION, argument: "types", reason };
+                let (types, second) = inputs.types.zip(second.as_deref_mut()).ok_or(missing)?;
+                let routes = [
+                    weights.route(inputs.words)?.logits(logits).ids(ids).weights(shares).counts(counts),
+                    RouteArgs::new()
+                        .logits(&mut second.logits)
+                        .ids(&mut second.ids)
+                        .weights(&mut second.weights)
+                        .counts(&mut second.counts),
+                ];
+                let args = BanksArgs::new(x, types, y.reborrow()).routes(routes);
+                plan.forward(kernels, stream, [&weights.layer()?, &bank.weights.layer()?], args, workspace)?;
+                observer("banks");
+                Ok(())
             }
             (Steps::UnitExperts(steps), Kind::UnitExperts { input, output, .. }) => steps.forward(
                 kernels,

@@ -22,6 +22,14 @@ pub(super) struct BlockSpec {
     pub(super) router_bias: Option<&'static str>,
     /// Tensor `[E]`, added to the scores for the choice.
     pub(super) correction_bias: Option<&'static str>,
+    /// The router's tensor is `[H,E]`.
+    pub(super) router_transposed: bool,
+    /// Which of the rows `[.., E]` of the tensor is the correction bias, where it has several.
+    pub(super) correction_row: Option<usize>,
+    /// The number of the first expert in the names of tensors.
+    pub(super) first_expert: usize,
+    /// A second bank of experts, for tokens of other types.
+    pub(super) bank: Option<Box<BlockSpec>>,
     /// The experts' matrices.
     pub(super) experts: Experts,
     /// The shared expert's matrices, where the layer has one.
@@ -104,7 +112,22 @@ impl<'a> Scene<'a> {
 impl Family {
     /// The block of a layer, once nothing in the configuration is known to change it in a way that is not computed.
     pub(super) fn describe(&self, scene: &Scene<'_>) -> Result<BlockSpec, CheckpointError> {
-        let &Scene { config, layer, .. } = scene;
+        let Some(second_router) = self.second_router else { return self.describe_bank(scene, scene.layer) };
+        let mut banks = [self.describe_bank(scene, 0)?, self.describe_bank(scene, 1)?];
+        for (number, bank) in banks.iter_mut().enumerate() {
+            bank.router_transposed = true;
+            bank.correction_row = Some(number);
+        }
+        let [first, mut second] = banks;
+        second.router = Some(second_router);
+        second.first_expert = first.layer.experts;
+        (second.layer.shared, second.shared) = (None, None);
+        Ok(BlockSpec { bank: Some(Box::new(second)), ..first })
+    }
+
+    /// One bank of experts, whose number, or else that of the layer, `layer` is in lists.
+    fn describe_bank(&self, scene: &Scene<'_>, layer: usize) -> Result<BlockSpec, CheckpointError> {
+        let config = scene.config;
         let sizes = &self.sizes;
         let size = |keys: &[&str]| config.size_of_layer(keys, layer);
         // The first that is there: an expert's width and a dense block's have like names.
@@ -139,6 +162,10 @@ impl Family {
             router: Some(self.router),
             router_bias: self.router_bias,
             correction_bias: self.correction_name(config)?,
+            router_transposed: false,
+            correction_row: None,
+            first_expert: 0,
+            bank: None,
             experts: self.experts,
             shared: None,
             shared_gate: None,

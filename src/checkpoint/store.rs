@@ -23,6 +23,9 @@ pub(super) trait Store {
     /// The values of a tensor of whole numbers.
     fn integers(&mut self, values: &FileTensor<'_>) -> Result<Self::Buffer, CheckpointError>;
 
+    /// Values as they are in no file, rounded.
+    fn floats(&mut self, dtype: Dtype, values: &[f32]) -> Result<Self::Buffer, CheckpointError>;
+
     /// Whole numbers that are in no file.
     fn numbers(&mut self, values: &[i32]) -> Result<Self::Buffer, CheckpointError>;
 }
@@ -119,6 +122,10 @@ fn unknown(dtype: Dtype) -> CheckpointError {
     Error::Unsupported { operation: OPERATION, argument: "dtype", supported, got: dtype.to_string() }.into()
 }
 
+fn rounded<T: Element>(values: &[f32]) -> Vec<T> {
+    values.iter().map(|&value| T::from_f32(value)).collect()
+}
+
 /// Device memory; each part is copied from the mapped file, or from its converted values.
 pub(super) struct ToDevice<'a> {
     pub(super) stream: &'a Arc<CudaStream>,
@@ -166,6 +173,17 @@ impl Store for ToDevice<'_> {
         Ok(buffer)
     }
 
+    fn floats(&mut self, dtype: Dtype, values: &[f32]) -> Result<DeviceBuffer, CheckpointError> {
+        let mut buffer = self.buffer(dtype, values.len())?;
+        match &mut buffer {
+            DeviceBuffer::Bf16(buffer) => self.copy(buffer, 0, &rounded(values))?,
+            DeviceBuffer::F16(buffer) => self.copy(buffer, 0, &rounded(values))?,
+            DeviceBuffer::F32(buffer) => self.copy(buffer, 0, values)?,
+            DeviceBuffer::I32(_) => {}
+        }
+        Ok(buffer)
+    }
+
     fn numbers(&mut self, values: &[i32]) -> Result<DeviceBuffer, CheckpointError> {
         let mut buffer = self.zeros(values.len())?;
         self.copy(&mut buffer, 0, values)?;
@@ -204,6 +222,16 @@ impl Store for ToHost {
         Ok(HostBuffer::I32(values.integers()?))
     }
 
+    fn floats(&mut self, dtype: Dtype, values: &[f32]) -> Result<HostBuffer, CheckpointError> {
+        match dtype {
+            Dtype::Bf16 => Ok(HostBuffer::Bf16(rounded(values))),
+            Dtype::F16 => Ok(HostBuffer::F16(rounded(values))),
+            Dtype::F32 => Ok(HostBuffer::F32(values.to_vec())),
+            #[allow(unreachable_patterns)]
+            other => Err(unknown(other)),
+        }
+    }
+
     fn numbers(&mut self, values: &[i32]) -> Result<HostBuffer, CheckpointError> {
         Ok(HostBuffer::I32(values.to_vec()))
     }
@@ -230,6 +258,10 @@ impl Store for ToNowhere {
     fn integers(&mut self, values: &FileTensor<'_>) -> Result<(), CheckpointError> {
         self.bytes += values.bytes() as u64;
         values.check_integers()
+    }
+
+    fn floats(&mut self, _: Dtype, _: &[f32]) -> Result<(), CheckpointError> {
+        Ok(())
     }
 
     fn numbers(&mut self, _: &[i32]) -> Result<(), CheckpointError> {

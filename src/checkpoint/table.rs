@@ -66,6 +66,9 @@ impl Family {
             },
             None => {}
         }
+        if self.second_router.is_some() {
+            text += "; by token type, among one or another bank of experts";
+        }
         if let Some(groups) = self.groups {
             let (count, kept) = groups.default;
             let rank = match groups.score {

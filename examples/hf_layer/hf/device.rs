@@ -69,6 +69,8 @@ pub struct Inputs {
     pub words: Option<Vec<i32>>,
     /// An expert for each sequence, of equal length.
     pub index: Option<Vec<i32>>,
+    /// `[T]`, types of tokens.
+    pub types: Option<Vec<i32>>,
     /// `[T,D]`, the state of the previous layer's router.
     pub previous: Option<Vec<f32>>,
 }
@@ -110,7 +112,9 @@ fn run_in<T: Element>(
     let words = inputs.words.as_deref().map(|words| copies.copy(words)).transpose()?;
     let index = inputs.index.as_deref().map(|index| copies.copy(index)).transpose()?;
     let previous = inputs.previous.as_deref().map(|previous| copies.copy(previous)).transpose()?;
+    let types = inputs.types.as_deref().map(|types| copies.copy(types)).transpose()?;
     let mut beside = BlockInputs::default();
+    beside.types = types.as_ref().map(Into::into);
     beside.words = words.as_ref().map(Into::into);
     beside.index = index.as_ref().map(Into::into);
     beside.sequences = inputs.index.as_ref().map_or(0, Vec::len);
@@ -128,6 +132,7 @@ fn run_in<T: Element>(
     let choices = tokens * layer.all_choices();
     let mut ids = copies.back(&results.ids, choices)?;
     let mut weights = copies.back(&results.weights, choices)?;
+    let mut counts = copies.back(&results.counts, layer.local_experts())?;
     if let Some(plan) = run.plan().filter(|_| layer.capacity.is_some()) {
         // The gating's ids know of no capacity; the rows do.
         let mut rows = Dispatched::new(stream, &plan.route().rows())?;
@@ -151,7 +156,15 @@ fn run_in<T: Element>(
         Kind::BySequence { .. } => 0,
         _ => layer.experts,
     };
-    let router = copies.back(&results.logits, tokens * (own + columns))?;
+    let mut router = copies.back(&results.logits, tokens * (own + columns))?;
+    if let Some((second, types)) = results.second.as_ref().zip(inputs.types.as_ref()) {
+        // Each token's own bank.
+        choose(&mut ids, &copies.back(&second.ids, choices)?, types);
+        choose(&mut weights, &copies.back(&second.weights, choices)?, types);
+        let columns = router.len();
+        choose(&mut router, &copies.back(&second.logits, columns)?, types);
+        counts.extend(copies.back(&second.counts, layer.local_experts())?);
+    }
     let (logits, _) = split(&router, own, columns);
     let (weights, shared_weights) = split(&weights, layer.top_k, appended);
     let probabilities = logits.chunks(own.max(1)).flat_map(softmax).collect();
@@ -165,10 +178,17 @@ fn run_in<T: Element>(
         ids: split(&ids, layer.top_k, appended).0,
         weights,
         extras,
-        counts: copies.back(&results.counts, layer.local_experts())?,
+        counts,
         y: copies.back(&y, tokens * layer.hidden)?.into_iter().map(T::to_f32).collect(),
         stages,
     })
+}
+
+/// Takes the rows of tokens of the second bank from there.
+pub fn choose<T: Copy>(first: &mut [T], second: &[T], types: &[i32]) {
+    let columns = (first.len() / types.len().max(1)).max(1);
+    let rows = first.chunks_mut(columns).zip(second.chunks(columns)).zip(types);
+    rows.filter(|(_, kind)| **kind > 0).for_each(|((first, second), _)| first.copy_from_slice(second));
 }
 
 /// A choice of no expert, as transformers' Zaya gives it: expert 0 with weight 0.

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use moe_kernels::checkpoint::{Block, CheckpointError, HostBlock, TensorFile};
+use moe_kernels::checkpoint::{Block, CheckpointError, HostBlock, Kind, TensorFile};
 use moe_kernels::reference::gating::Gated;
 
 use super::device::{Inputs, Outputs, split};
@@ -68,7 +68,8 @@ impl Golden {
         } else {
             None
         };
-        Ok(Inputs { words: integers("input_ids")?, index: integers("indices")?, previous })
+        let types = integers("moe_mm_token_type_ids")?;
+        Ok(Inputs { words: integers("input_ids")?, index: integers("indices")?, types, previous })
     }
 
     /// The recorded outputs.
@@ -118,7 +119,8 @@ pub fn from_reference(block: &HostBlock, x: &[f32], inputs: &Inputs, got: &Outpu
     let (logits, state) = reference.logits(&x)?;
     let bias = reference.correction_bias.clone();
     let mut gated = reference.gate(&got.router, bias.as_deref())?;
-    if let Some(bias) = bias.filter(|_| layer.gating.appended.is_none() && layer.map.is_none()) {
+    let plain = matches!(block.kind, Kind::Layer);
+    if let Some(bias) = bias.filter(|_| plain && layer.gating.appended.is_none() && layer.map.is_none()) {
         settle(&mut gated, &bias, layer.top_k, got, |raised| Ok(reference.gate(&got.router, Some(raised))?))?;
     }
     let result = reference.forward_gated(&x, (logits, state), gated)?;

@@ -218,6 +218,7 @@ impl Job {
                     words: needs.vocabulary.map(&mut below),
                     // Each row a sequence.
                     index: needs.index.then(|| below(block.desc().experts)),
+                    types: needs.types.then(|| below(2)),
                     previous: needs.previous.map(|width| random.normals(tokens * width, 1.0)),
                 })
             }

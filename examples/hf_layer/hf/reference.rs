@@ -1,6 +1,6 @@
 //! A block by the plain formulas of `moe_kernels::reference`, in f64.
 
-use moe_kernels::checkpoint::{HostBlock, HostBuffer, Kind, MatrixWeight, Network};
+use moe_kernels::checkpoint::{BlockWeights, HostBlock, HostBuffer, Kind, MatrixWeight, Network};
 use moe_kernels::layer::{LayerDesc, Weighting};
 use moe_kernels::reference::admission::admit;
 use moe_kernels::reference::by_sequence::by_sequence;
@@ -15,7 +15,7 @@ use moe_kernels::reference::unit_experts::unit_experts;
 use moe_kernels::reference::{Real, ReferenceError};
 use moe_kernels::rules::{Activation, Glu, IDENTITY, KeySplit, Layout, RmsNorm, WeightDesc};
 
-use super::device::{Inputs, drop_full, skip, split};
+use super::device::{Inputs, choose, drop_full, skip, split};
 use super::error::HfError;
 
 /// What a block makes of its rows.
@@ -36,8 +36,11 @@ pub struct Forward {
 
 /// A block's weights as numbers.
 pub struct Reference<'a> {
-    block: &'a HostBlock,
+    weights: &'a BlockWeights<HostBuffer>,
+    kind: &'a Kind<HostBuffer>,
     layer: LayerDesc,
+    /// The second bank of experts, for tokens of other types.
+    second: Option<Box<Reference<'a>>>,
     router: Vec<f64>,
     pub correction_bias: Option<Vec<f64>>,
     expert_scale: Option<Vec<f64>>,
@@ -78,15 +81,29 @@ impl Matrix {
 impl<'a> Reference<'a> {
     /// For a batch that is one sequence of `tokens` tokens.
     pub fn new(block: &'a HostBlock, tokens: usize, inputs: &'a Inputs) -> Reference<'a> {
-        let weights = &block.weights;
-        let layer = block.for_sequence(tokens);
+        let mut first = Reference::bank(block.for_sequence(tokens), &block.weights, &block.kind, inputs);
+        if let Kind::Banks(bank) = &block.kind {
+            let second = Reference::bank(bank.desc, &bank.weights, &Kind::Layer, inputs);
+            first.second = Some(Box::new(second));
+        }
+        first
+    }
+
+    fn bank(
+        layer: LayerDesc,
+        weights: &'a BlockWeights<HostBuffer>,
+        kind: &'a Kind<HostBuffer>,
+        inputs: &'a Inputs,
+    ) -> Reference<'a> {
         let given = weights.table.as_ref().zip(inputs.words.as_ref()).map(|(table, words)| {
             let row = |&word: &i32| table.i32().chunks(layer.top_k).nth(word as usize).unwrap_or(&[]).to_vec();
             words.iter().flat_map(row).collect()
         });
         Reference {
-            block,
+            weights,
+            kind,
             layer,
+            second: None,
             router: some(&weights.router).unwrap_or_default(),
             correction_bias: some(&weights.correction_bias),
             expert_scale: some(&weights.expert_scale),
@@ -96,17 +113,26 @@ impl<'a> Reference<'a> {
         }
     }
 
+    /// Types of tokens, where there are two banks of experts.
+    fn types(&self) -> Option<(&Reference<'a>, &'a [i32])> {
+        self.second.as_deref().zip(self.inputs.types.as_deref())
+    }
+
     /// `[T, columns]`.
     pub fn logits(&self, x: &[f64]) -> Result<Logits, ReferenceError> {
-        let (layer, weights) = (&self.layer, &self.block.weights);
-        match &self.block.kind {
+        let (layer, weights) = (&self.layer, self.weights);
+        match self.kind {
             Kind::Network(network) => return self.network(network, x),
             Kind::BySequence { .. } => return Ok((Vec::new(), None)),
             _ => {}
         }
         let x = norm(x, layer.hidden, layer.norms.router, &weights.around.router)?;
         let logits = router(&x, &self.router, some(&weights.router_bias).as_deref(), layer.hidden)?;
-        Ok((finish(&logits, layer.logits), None))
+        let mut logits = finish(&logits, layer.logits);
+        if let Some((second, types)) = self.types() {
+            choose(&mut logits, &second.logits(&x)?.0, types);
+        }
+        Ok((logits, None))
     }
 
     /// A router with a network and a state (transformers, `ZayaRouter`).
@@ -130,7 +156,7 @@ impl<'a> Reference<'a> {
 
     /// The choice by these logits, with another correction bias.
     pub fn gate<L: Real>(&self, logits: &[L], correction_bias: Option<&[f64]>) -> Result<Gated, ReferenceError> {
-        match &self.block.kind {
+        match self.kind {
             Kind::UnitExperts { keys, .. } => return product_keys(logits, *keys, self.layer.top_k, KeySplit::Batch),
             Kind::BySequence { .. } => return self.by_index(),
             _ => {}
@@ -141,7 +167,13 @@ impl<'a> Reference<'a> {
             global_scale: self.global_scale,
             given: self.given.as_deref(),
         };
-        gate_by(logits, self.layer.experts, self.layer.top_k, &self.layer.gating, inputs)
+        let mut gated = gate_by(logits, self.layer.experts, self.layer.top_k, &self.layer.gating, inputs)?;
+        if let Some((second, types)) = self.types() {
+            let other = second.gate(logits, second.correction_bias.as_deref())?;
+            choose(&mut gated.ids, &other.ids, types);
+            choose(&mut gated.weights, &other.weights, types);
+        }
+        Ok(gated)
     }
 
     /// Each row a sequence.
@@ -160,8 +192,23 @@ impl<'a> Reference<'a> {
 
     /// The rest of it for experts that are already chosen.
     pub fn forward_gated(&self, x: &[f64], (logits, state): Logits, gated: Gated) -> Result<Forward, HfError> {
-        let (layer, weights) = (&self.layer, &self.block.weights);
-        match &self.block.kind {
+        let Some((second, types)) = self.types() else { return self.one_bank(x, (logits, state), gated) };
+        let nobody = vec![-1; gated.ids.len()];
+        let of = |bank: bool| {
+            let mut ids = gated.ids.clone();
+            let others: Vec<i32> = types.iter().map(|&kind| i32::from((kind > 0) != bank)).collect();
+            choose(&mut ids, &nobody, &others);
+            Gated { ids, weights: gated.weights.clone() }
+        };
+        let first = self.one_bank(x, (logits.clone(), None), of(false))?;
+        let second = second.one_bank(x, (Vec::new(), None), of(true))?;
+        let y = first.y.iter().zip(&second.y).map(|(first, second)| first + second).collect();
+        Ok(Forward { logits, ids: gated.ids, weights: gated.weights, appended: Vec::new(), state, y })
+    }
+
+    fn one_bank(&self, x: &[f64], (logits, state): Logits, gated: Gated) -> Result<Forward, HfError> {
+        let (layer, weights) = (&self.layer, self.weights);
+        match self.kind {
             Kind::UnitExperts { input, output, .. } => {
                 let dense = self.dense(x)?;
                 let (input, output) = (wide(input), wide(output));
@@ -230,7 +277,7 @@ impl<'a> Reference<'a> {
             drop_full(&mut ids, &plan.token_slot);
         }
         let (mut weights, appended) = split(&gated.weights, layer.top_k, appended);
-        if matches!(self.block.kind, Kind::Network(_)) {
+        if matches!(self.kind, Kind::Network(_)) {
             skip(&mut ids, &mut weights, layer.local_experts());
         }
         Ok(Forward { logits, ids, weights, appended, state, y })
@@ -238,7 +285,7 @@ impl<'a> Reference<'a> {
 
     /// The dense MLP beside experts of one unit.
     fn dense(&self, x: &[f64]) -> Result<Vec<f64>, ReferenceError> {
-        let (layer, weights) = (&self.layer, &self.block.weights);
+        let (layer, weights) = (&self.layer, self.weights);
         let (first, second) = (Matrix::of(&weights.gate_up), Matrix::of(&weights.down));
         let first = first.sized(layer.intermediate, layer.hidden, &layer.mlp.gate_up);
         let between = dense_gemm(x, &first, layer.mlp.activation)?;
@@ -257,7 +304,7 @@ impl<'a> Reference<'a> {
         let between = dense_gemm(x, &Matrix::of(first).plain(intermediate, hidden), mlp.activation)?;
         let mut y = dense_gemm(&between, &Matrix::of(second).plain(hidden, intermediate), Activation::Identity)?;
         let plan = dispatch(&gated.ids, &DispatchRule { experts, top_k: 1, capacity: None, tile_m: 16 })?;
-        let part = Matrix::of(&self.block.weights.down);
+        let part = Matrix::of(&self.weights.down);
         let part = grouped_gemm(&between, &part.plain(hidden, intermediate), &plan, true, None, Activation::Identity)?;
         let part = combine(&part, &plan.token_slot, None, None::<&[f64]>, None, 1, hidden)?;
         y.iter_mut().zip(part).for_each(|(y, part)| *y += part);
@@ -266,7 +313,7 @@ impl<'a> Reference<'a> {
 
     /// The shared expert's output, gated.
     fn shared(&self, x: &[f64]) -> Result<Option<Vec<f64>>, ReferenceError> {
-        let (layer, weights) = (&self.layer, &self.block.weights);
+        let (layer, weights) = (&self.layer, self.weights);
         let Some(((first, second), desc)) = weights.shared.as_ref().zip(layer.shared) else { return Ok(None) };
         let (first, second) = (Matrix::of(first), Matrix::of(second));
         let first = first.sized(desc.intermediate, layer.hidden, &desc.mlp.gate_up);

@@ -63,12 +63,12 @@ fn nllb(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> 
         None => SequenceCapacity::TwoShares,
     };
     let rule = AdmissionRule::new(layer.experts, 2, fixed.unwrap_or(1).max(1), 1).order(Order::ByChoice);
-    config.require_flag(
-        "normalize_router_prob_before_dropping",
-        true,
-        "weights are divided before tokens are dropped",
-    )?;
-    layer.admission = Some(rule);
+    let before = config.flag("normalize_router_prob_before_dropping", false)?;
+    let divided = layer.gating.renormalise.take();
+    if before {
+        layer.gating.renormalise = divided;
+    }
+    layer.admission = Some(rule.renormalise(divided.filter(|_| !before)));
     layer.routed_scale = 1.0 - config.number("moe_token_dropout", 0.2)? as f32;
     spec.router_bias = config.flag("router_bias", false)?.then_some("router.classifier.bias");
     Ok(())

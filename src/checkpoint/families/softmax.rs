@@ -83,6 +83,7 @@ pub(super) const KIN: &[Family] = &[
         .router("router.weight")
         .width(&["intermediate_size"]),
     ERNIE4_5_MOE,
+    ERNIE4_5_MOE.kin(&["ernie4_5_vl_moe"]).second_bank("gate.weight_1"),
     // LongCat-Flash (Meituan 2025): some experts yield their input.
     Family::new(&["longcat_flash"], Score::Softmax)
         .router("router.classifier.weight")
