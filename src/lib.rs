@@ -132,6 +132,8 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod capacity;
+#[cfg(feature = "checkpoint")]
+pub mod checkpoint;
 pub mod experts;
 pub mod layer;
 pub mod reference;

@@ -97,7 +97,7 @@ fn manifests_of_the_packages() {
         assert!(!manifest.contains("path = \"softcuda\""), "{manifest}");
         // The examples run on softcuda where there is no GPU.
         if package == "moe-kernels" {
-            for dependency in ["softcuda", "clap", "tempfile", "safetensors", "serde_json"] {
+            for dependency in ["softcuda", "clap", "tempfile", "safetensors", "serde_json", "indicatif"] {
                 let table = format!("[dev-dependencies.{dependency}]");
                 assert!(manifest.contains(&table), "the examples need {dependency}:\n{manifest}");
             }

@@ -1,10 +1,11 @@
-//! Runs one Mixture-of-Experts block of a Hugging Face checkpoint and checks it.
+//! Runs Mixture-of-Experts blocks of a Hugging Face checkpoint and checks them.
 //!
-//! `cargo run --release --example hf_layer -- DIR [--block NAME] [--dtype bf16|f16|f32] [--tokens N] [--out FILE]`
+//! `cargo run --release --example hf_layer -- DIR [--block NAME|all] [--dtype bf16|f16|f32] [--tokens N] [--out FILE]`
 //!
 //! DIR holds `config.json` and `model.safetensors` (or shards with an index). Rows come from its `golden.safetensors`, and
 //! results are compared with what it records; with `--tokens` rows are random and results compared with
-//! `moe_kernels::reference`. Without DIR a small Mixtral-shaped layer is made and checked.
+//! `moe_kernels::reference`. Without DIR a small Mixtral-shaped checkpoint is made and checked. `--families` prints the table of all
+//! families and what each computes.
 
 mod hf;
 

@@ -28,6 +28,10 @@ pub trait Element: sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Defaul
     /// The buffer with its type as a value.
     #[doc(hidden)]
     fn tensor(buffer: In<'_, Self>) -> Tensor<'_>;
+
+    /// The buffer, if it is of this type.
+    #[doc(hidden)]
+    fn of_tensor(tensor: Tensor<'_>) -> Option<In<'_, Self>>;
 }
 
 impl Element for half::bf16 {
@@ -43,6 +47,13 @@ impl Element for half::bf16 {
 
     fn tensor(buffer: In<'_, Self>) -> Tensor<'_> {
         Tensor::Bf16(buffer)
+    }
+
+    fn of_tensor(tensor: Tensor<'_>) -> Option<In<'_, Self>> {
+        match tensor {
+            Tensor::Bf16(buffer) => Some(buffer),
+            _ => None,
+        }
     }
 }
 
@@ -60,6 +71,13 @@ impl Element for half::f16 {
     fn tensor(buffer: In<'_, Self>) -> Tensor<'_> {
         Tensor::F16(buffer)
     }
+
+    fn of_tensor(tensor: Tensor<'_>) -> Option<In<'_, Self>> {
+        match tensor {
+            Tensor::F16(buffer) => Some(buffer),
+            _ => None,
+        }
+    }
 }
 
 impl Element for f32 {
@@ -75,6 +93,13 @@ impl Element for f32 {
 
     fn tensor(buffer: In<'_, Self>) -> Tensor<'_> {
         Tensor::F32(buffer)
+    }
+
+    fn of_tensor(tensor: Tensor<'_>) -> Option<In<'_, Self>> {
+        match tensor {
+            Tensor::F32(buffer) => Some(buffer),
+            _ => None,
+        }
     }
 }
 

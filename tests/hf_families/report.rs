@@ -9,10 +9,12 @@ use crate::hf::report::{Line, compare, relative_error};
 fn outputs(ids: &[i32], weights: &[f32], y: &[f32]) -> Outputs {
     Outputs {
         logits: vec![1.0, 2.0],
+        router: vec![1.0, 2.0],
         ids: ids.to_vec(),
         weights: weights.to_vec(),
         counts: vec![1, 1],
         y: y.to_vec(),
+        extras: Vec::new(),
         stages: Vec::new(),
     }
 }
@@ -22,6 +24,7 @@ fn verdicts(got: &Outputs, unordered: bool) -> Vec<bool> {
         logits: Some(vec![1.0, 2.0]),
         ids: Some(vec![1, 0]),
         weights: Some(vec![0.75, 0.25]),
+        extras: Vec::new(),
         y: vec![3.0, 4.0],
     };
     compare(got, &want, Dtype::F32, 2, unordered).iter().map(Line::passes).collect()

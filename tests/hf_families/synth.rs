@@ -124,6 +124,18 @@ pub fn checkpoint(family: &str) -> Synthetic {
         "minimax_m2" => builder.minimax_m2(),
         "ernie4_5_moe" => builder.ernie4_5_moe(),
         "hunyuan_v1_moe" => builder.hunyuan_v1_moe(),
+        "axk1" => builder.axk1(),
+        "beam" => builder.beam(),
+        "bailing_hybrid" => builder.bailing_hybrid(),
+        "glm4_moe_lite" | "glm_moe_dsa" | "exaone_moe" => builder.glm_like(family),
+        "dots3_note" => builder.dots3_note(),
+        "kimi_linear" => builder.kimi_linear(),
+        "hy_v3" => builder.hy_v3(),
+        "flint" | "lara_mini" => builder.qwen_like(family),
+        "qwen3_omni_moe" => builder.qwen3_omni_moe(),
+        "mistral_large4" => builder.mistral_large4(),
+        "granitemoe_swa" => builder.granitemoe_swa(),
+        "openai_privacy_filter" => builder.openai_privacy_filter(),
         other => panic!("no such family: {other}"),
     };
     Synthetic { config, tensors: builder.tensors, block: builder.block }
@@ -291,5 +303,143 @@ impl Builder {
             "moe_intermediate_size": [INTERMEDIATE, INTERMEDIATE], "num_experts": EXPERTS, "moe_topk": [TOP_K, TOP_K],
             "num_shared_expert": [1, 1], "use_mixed_mlp_moe": true, "norm_topk_prob": true, "moe_layer_num_skipped": 0,
             "num_hidden_layers": 2})
+    }
+
+    /// Experts as transformers' modules hold them.
+    fn packed(&mut self) {
+        self.add("experts.gate_up_proj", Dtype::BF16, &[EXPERTS, 2 * INTERMEDIATE, HIDDEN]);
+        self.add("experts.down_proj", Dtype::BF16, &[EXPERTS, HIDDEN, INTERMEDIATE]);
+    }
+
+    fn experts(&mut self) {
+        (0..EXPERTS).for_each(|expert| self.projections(&format!("experts.{expert}"), INTERMEDIATE));
+    }
+
+    fn bailing_hybrid(&mut self) -> Value {
+        self.deepseek_block(1);
+        let bias = self.tensors.0.remove("model.layers.1.mlp.gate.e_score_correction_bias").unwrap();
+        self.tensors.0.insert("model.layers.1.mlp.gate.expert_bias".into(), bias);
+        json!({"model_type": "bailing_hybrid", "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
+            "moe_intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "num_shared_experts": 1, "num_experts_per_token": TOP_K,
+            "num_expert_group": 3, "topk_group": 2, "moe_renormalize": true})
+    }
+
+    fn axk1(&mut self) -> Value {
+        let mut config = self.deepseek_v3();
+        self.block = "model.layers.1".into();
+        self.linear("post_mlp_layernorm.weight", 1, HIDDEN);
+        self.block = "model.layers.1.mlp".into();
+        config["model_type"] = "axk1".into();
+        config["rms_norm_eps"] = 0.25.into();
+        config
+    }
+
+    fn beam(&mut self) -> Value {
+        self.deepseek_block(1);
+        self.tensors.0.retain(|name, _| !name.contains("shared"));
+        json!({"model_type": "beam", "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
+            "moe_intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "n_group": 3, "topk_group": 2,
+            "norm_topk_prob": true, "routed_scaling_factor": 1.5})
+    }
+
+    /// GLM-4.5's keys, without a scale.
+    fn glm_like(&mut self, family: &str) -> Value {
+        self.deepseek_block(1);
+        if family == "exaone_moe" {
+            let bias = self.tensors.0.remove("model.layers.1.mlp.gate.e_score_correction_bias").unwrap();
+            self.tensors.0.insert("model.layers.1.mlp.e_score_correction_bias".into(), bias);
+        }
+        json!({"model_type": family, "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
+            "moe_intermediate_size": INTERMEDIATE, "num_local_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": TOP_K,
+            "n_group": 1, "topk_group": 1, "norm_topk_prob": true})
+    }
+
+    fn dots3_note(&mut self) -> Value {
+        self.deepseek_block(1);
+        self.block = "model.language_model.layers.1.mlp".into();
+        let tensors = std::mem::take(&mut self.tensors.0);
+        let renamed =
+            tensors.into_iter().map(|(name, t)| (name.replace("model.layers", "model.language_model.layers"), t));
+        self.tensors.0 = renamed.filter(|(name, _)| !name.contains("shared")).collect();
+        self.projections("shared_experts", 2 * INTERMEDIATE);
+        json!({"model_type": "dots3_note", "text_config": {"model_type": "dots3_note_text", "hidden_size": HIDDEN,
+            "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": TOP_K,
+            "shared_experts_intermediate_size": 2 * INTERMEDIATE, "n_group": 1, "topk_group": 1, "norm_topk_prob": true}})
+    }
+
+    fn kimi_linear(&mut self) -> Value {
+        self.block = "model.layers.1.block_sparse_moe".into();
+        self.linear("gate.weight", EXPERTS, HIDDEN);
+        self.add("gate.e_score_correction_bias", Dtype::F32, &[EXPERTS]);
+        self.w123();
+        self.projections("shared_experts", INTERMEDIATE);
+        json!({"model_type": "kimi_linear", "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
+            "moe_intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "num_shared_experts": 1, "num_experts_per_token": TOP_K,
+            "num_expert_group": 1, "topk_group": 1, "moe_renormalize": true})
+    }
+
+    fn hy_v3(&mut self) -> Value {
+        self.block = "model.layers.1.mlp".into();
+        self.linear("router.gate.weight", EXPERTS, HIDDEN);
+        self.add("expert_bias", Dtype::F32, &[EXPERTS]);
+        self.experts();
+        self.projections("shared_mlp", INTERMEDIATE);
+        json!({"model_type": "hy_v3", "hidden_size": HIDDEN, "intermediate_size": 999, "hidden_act": "silu",
+            "moe_intermediate_size": INTERMEDIATE, "num_experts": EXPERTS, "num_shared_experts": 1, "num_experts_per_tok": TOP_K,
+            "enable_moe_fp32_combine": true})
+    }
+
+    fn qwen_like(&mut self, family: &str) -> Value {
+        self.block = "model.layers.0.mlp".into();
+        self.linear("gate.weight", EXPERTS, HIDDEN);
+        if family == "flint" {
+            self.experts()
+        } else {
+            self.packed()
+        }
+        self.projections("shared_expert", 2 * INTERMEDIATE);
+        json!({"model_type": family, "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE, "hidden_act": "silu",
+            "shared_expert_intermediate_size": 2 * INTERMEDIATE, "num_experts": EXPERTS, "num_experts_per_tok": TOP_K,
+            "norm_topk_prob": true})
+    }
+
+    fn qwen3_omni_moe(&mut self) -> Value {
+        self.block = "thinker.model.layers.0.mlp".into();
+        self.linear("gate.weight", EXPERTS, HIDDEN);
+        self.experts();
+        let text = json!({"model_type": "qwen3_omni_moe_text", "hidden_size": HIDDEN, "moe_intermediate_size": INTERMEDIATE,
+            "num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "norm_topk_prob": true, "hidden_act": "silu"});
+        json!({"model_type": "qwen3_omni_moe", "thinker_config": {"model_type": "qwen3_omni_moe_thinker", "text_config": text}})
+    }
+
+    fn mistral_large4(&mut self) -> Value {
+        self.block = "model.language_model.layers.0".into();
+        for expert in 0..EXPERTS {
+            let name = |matrix: &str| format!("experts.{expert}.{matrix}.weight");
+            self.gated(&name("w1"), &name("w3"), &name("w2"), INTERMEDIATE);
+        }
+        let name = |matrix: &str| format!("shared_experts.{matrix}.weight");
+        self.gated(&name("w1"), &name("w3"), &name("w2"), INTERMEDIATE);
+        self.linear("attention_norm.weight", 1, HIDDEN);
+        self.block += ".gate";
+        self.linear("weight", EXPERTS, HIDDEN);
+        json!({"model_type": "mistral_large4", "text_config": {"model_type": "mistral_large4_text", "hidden_size": HIDDEN,
+            "intermediate_size": 999, "moe_intermediate_size": INTERMEDIATE, "n_routed_experts": EXPERTS, "n_shared_experts": 1,
+            "num_experts_per_tok": TOP_K, "n_group": 3, "topk_group": 2, "hidden_act": "silu"}})
+    }
+
+    fn granitemoe_swa(&mut self) -> Value {
+        self.block = "model.layers.0.block_sparse_moe".into();
+        self.linear("router.weight", EXPERTS, HIDDEN);
+        self.packed();
+        json!({"model_type": "granitemoe_swa", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "hidden_act": "silu",
+            "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "shared_intermediate_size": 64})
+    }
+
+    fn openai_privacy_filter(&mut self) -> Value {
+        let mut config = self.gpt_oss();
+        config["model_type"] = "openai_privacy_filter".into();
+        config["swiglu_limit"] = 7.0.into();
+        config
     }
 }

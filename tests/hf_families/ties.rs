@@ -5,31 +5,28 @@ use moe_kernels::layer::LayerDesc;
 use moe_kernels::rules::{Gating, Score};
 
 use crate::hf::device::Outputs;
-use crate::hf::golden::from_reference;
-use crate::hf::load::{Matrix, RouterWeight, Weights};
+use crate::hf::golden::settle;
+use moe_kernels::reference::gating::gate;
 
 /// One token, whose biased scores are nearly equal for experts 0 and 1, and much lower for 2.
 fn expected_ids(chosen: &[i32], gap: f32) -> Vec<i32> {
     let layer = LayerDesc::new(Dtype::F32, 8, 8, 3, 1).gating(Gating::new(Score::Sigmoid));
-    let weights = Weights {
-        router: RouterWeight::Same(vec![0.0f32; 24]),
-        router_bias: None,
-        correction_bias: Some(vec![gap, 0.0, -0.25]),
-        gate_up: Matrix { weight: vec![0.0; 3 * 16 * 8], bias: None },
-        down: Matrix { weight: vec![0.0; 3 * 8 * 8], bias: None },
-        shared: None,
-    };
     let got = Outputs {
         logits: vec![0.0; 3],
+        router: vec![0.0; 3],
         ids: chosen.to_vec(),
         weights: vec![0.5],
         counts: vec![0; 3],
         y: vec![0.0; 8],
+        extras: Vec::new(),
         stages: Vec::new(),
     };
-    let expected = from_reference(&layer, &weights, &[1.0; 8], &got).unwrap();
-    assert_eq!(expected.weights.unwrap(), [0.5], "the bias is no part of the weight");
-    expected.ids.unwrap()
+    let bias = [f64::from(gap), 0.0, -0.25];
+    let by = |bias: &[f64]| Ok(gate(&got.router, Some(bias), 3, 1, &layer.gating)?);
+    let mut expected = by(&bias).unwrap();
+    settle(&mut expected, &bias, 1, &got, by).unwrap();
+    assert_eq!(expected.weights, [0.5], "the bias is no part of the weight");
+    expected.ids
 }
 
 #[test]

@@ -18,7 +18,8 @@ pub struct Options {
     /// Checkpoint folder: config.json, and model.safetensors or shards with their index; without one a layer of our own is run
     #[arg(value_name = "DIR")]
     pub folder: Option<PathBuf>,
-    /// Module path of the block, or what its tensors' names begin with [default: the recorded one, else the first that is there]
+    /// Module path of the block, or what its tensors' names begin with; `all` for every block [default: the recorded one, else the
+    /// first that is there]
     #[arg(long, value_name = "NAME", requires = "folder")]
     pub block: Option<String>,
     /// Type of x and of the weights: bf16, f16 or f32
@@ -30,12 +31,15 @@ pub struct Options {
     /// Where to write x and the outputs, as safetensors
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Print the table of all families and what each computes, and do nothing else
+    #[arg(long, conflicts_with_all = ["folder", "tokens", "out"])]
+    pub families: bool,
 }
 
 impl Options {
     /// The layer of our own.
     pub fn own(dtype: Dtype) -> Options {
-        Options { folder: None, block: None, dtype, tokens: None, out: None }
+        Options { folder: None, block: None, dtype, tokens: None, out: None, families: false }
     }
 }
 

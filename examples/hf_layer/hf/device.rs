@@ -1,17 +1,15 @@
-//! The layer on a device: copy, run, time, copy back.
+//! The layer on a device: load, run, time, copy back.
 
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DeviceRepr, DriverError, ValidAsZeroBits};
-use moe_kernels::experts::Weight;
-use moe_kernels::layer::{
-    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights,
-};
+use half::{bf16, f16};
+use moe_kernels::checkpoint::{Block, BlockInputs, BlockRun, DeviceBlock, Kind, Progress};
+use moe_kernels::experts::Dispatched;
 use moe_kernels::{Dtype, Element, Error, Kernels, Workspace};
 
 use super::error::HfError;
-use super::load::{Matrix, RouterWeight, Weights};
 
 /// A CUDA device, real or software.
 pub struct Device {
@@ -48,10 +46,14 @@ impl Device {
 pub struct Outputs {
     /// `[T,E]`.
     pub logits: Vec<f32>,
-    /// `[T,k]`.
+    /// `[T, columns]`: the same with those of appended experts.
+    pub router: Vec<f32>,
+    /// `[T,k]`, -1 for a choice that a capacity dropped.
     pub ids: Vec<i32>,
     /// `[T,k]`.
     pub weights: Vec<f32>,
+    /// What some blocks yield beside that: its name in recorded files, and `[T, columns]`.
+    pub extras: Vec<(&'static str, Vec<f32>)>,
     /// `[E]`, slots of each expert.
     pub counts: Vec<i32>,
     /// `[T,H]`, widened.
@@ -60,88 +62,159 @@ pub struct Outputs {
     pub stages: Vec<(&'static str, f32)>,
 }
 
-/// Runs the layer on rows `x [T,H]`.
-pub fn run<T: Element>(device: &Device, layer: &LayerDesc, weights: &Weights<T>, x: &[T]) -> Result<Outputs, HfError> {
-    match &weights.router {
-        RouterWeight::Same(router) => run_with_router(device, layer, weights, router, x),
-        RouterWeight::F32(router) => run_with_router(device, layer, weights, router, x),
+/// What a block takes beside rows; each exactly where the block has a use for it.
+#[derive(Default)]
+pub struct Inputs {
+    /// `[T]`, ids of words.
+    pub words: Option<Vec<i32>>,
+    /// An expert for each sequence, of equal length.
+    pub index: Option<Vec<i32>>,
+    /// `[T]`, types of tokens.
+    pub types: Option<Vec<i32>>,
+    /// `[T,D]`, the state of the previous layer's router.
+    pub previous: Option<Vec<f32>>,
+}
+
+/// Loads the block and runs it on rows `x [T,H]`, which are values of `dtype`.
+pub fn run(
+    device: &Device,
+    block: &Block<'_>,
+    dtype: Dtype,
+    x: &[f32],
+    inputs: &Inputs,
+    progress: &mut dyn FnMut(Progress<'_>),
+) -> Result<Outputs, HfError> {
+    let stream = device.context.new_stream().map_err(failed)?;
+    let loaded = block.load(&stream, dtype, progress)?;
+    match dtype {
+        Dtype::Bf16 => run_in::<bf16>(device, &stream, &loaded, x, inputs),
+        Dtype::F16 => run_in::<f16>(device, &stream, &loaded, x, inputs),
+        Dtype::F32 => run_in::<f32>(device, &stream, &loaded, x, inputs),
+        other => {
+            let (supported, got) = ("bf16, f16 or f32".into(), other.to_string());
+            Err(Error::Unsupported { operation: "hf_layer", argument: "--dtype", supported, got }.into())
+        }
     }
 }
 
-fn run_with_router<T: Element, W: Element>(
+fn run_in<T: Element>(
     device: &Device,
-    layer: &LayerDesc,
-    weights: &Weights<T>,
-    router: &[W],
-    x: &[T],
+    stream: &Arc<CudaStream>,
+    loaded: &DeviceBlock,
+    x: &[f32],
+    inputs: &Inputs,
 ) -> Result<Outputs, HfError> {
-    let layer = stored_as(layer, T::DTYPE).router_dtype(W::DTYPE);
+    let layer = &loaded.desc;
     let tokens = x.len() / layer.hidden.max(1);
-    let plan = layer.plan(tokens, device.kernels.device())?;
-    device.kernels.preload(plan.kernels())?;
-
-    let stream = device.context.new_stream().map_err(failed)?;
-    let copies = Copies { stream: &stream };
-    let router = copies.copy(router)?;
-    let router_bias = copies.copy_some(&weights.router_bias)?;
-    let correction_bias = copies.copy_some(&weights.correction_bias)?;
-    let gate_up = copies.matrix(&weights.gate_up)?;
-    let down = copies.matrix(&weights.down)?;
-    let shared = match &weights.shared {
-        Some((gate_up, down)) => Some((copies.matrix(gate_up)?, copies.matrix(down)?)),
-        None => None,
-    };
-    let x = copies.copy(x)?;
-    let mut router = RouterWeights::new(&router);
-    router.bias = router_bias.as_ref().map(Into::into);
-    router.correction_bias = correction_bias.as_ref().map(Into::into);
-    let mut experts = ExpertWeights::new(gate_up.weight(), down.weight());
-    experts.shared = shared.as_ref().map(|(gate_up, down)| SharedWeights::new(gate_up.weight(), down.weight()));
-    let on_device = LayerWeights::new(router, experts);
-
-    let choices = tokens * layer.top_k;
-    let mut logits = copies.zeros::<f32>(tokens * layer.experts)?;
-    let mut ids = copies.zeros::<i32>(choices)?;
-    let mut choice_weights = copies.zeros::<f32>(choices)?;
-    let mut counts = copies.zeros::<i32>(layer.experts)?;
+    let copies = Copies { stream };
+    let x: Vec<T> = x.iter().map(|&value| T::from_f32(value)).collect();
+    let x = copies.copy(&x)?;
+    let words = inputs.words.as_deref().map(|words| copies.copy(words)).transpose()?;
+    let index = inputs.index.as_deref().map(|index| copies.copy(index)).transpose()?;
+    let previous = inputs.previous.as_deref().map(|previous| copies.copy(previous)).transpose()?;
+    let types = inputs.types.as_deref().map(|types| copies.copy(types)).transpose()?;
+    let mut beside = BlockInputs::default();
+    beside.types = types.as_ref().map(Into::into);
+    beside.words = words.as_ref().map(Into::into);
+    beside.index = index.as_ref().map(Into::into);
+    beside.sequences = inputs.index.as_ref().map_or(0, Vec::len);
+    beside.previous = previous.as_ref().map(Into::into);
     let mut y = copies.zeros::<T>(tokens * layer.hidden)?;
-    let mut workspace = Workspace::new(&stream, plan.workspace_bytes())?;
+    let mut run = BlockRun::<T>::new(loaded, tokens, &device.kernels, stream)?;
 
     let event = || stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
     let mut events: Vec<(&'static str, Result<CudaEvent, DriverError>)> = vec![("start", event())];
-    let route = RouteArgs::new().logits(&mut logits).ids(&mut ids).weights(&mut choice_weights).counts(&mut counts);
-    let args = LayerArgs::new(&x, &mut y).route(route);
-    plan.forward_observed(&device.kernels, &stream, &on_device, args, &mut workspace, &mut |stage| {
-        events.push((stage.name(), event()));
-    })?;
+    let rows = ((&x).into(), (&mut y).into());
+    run.forward(&device.kernels, stream, loaded, rows, beside, &mut |stage| events.push((stage, event())))?;
     stream.synchronize().map_err(failed)?;
+
+    let results = run.results();
+    let choices = tokens * layer.all_choices();
+    let mut ids = copies.back(&results.ids, choices)?;
+    let mut weights = copies.back(&results.weights, choices)?;
+    let mut counts = copies.back(&results.counts, layer.local_experts())?;
+    if let Some(plan) = run.plan().filter(|_| layer.capacity.is_some()) {
+        // The gating's ids know of no capacity; the rows do.
+        let mut rows = Dispatched::new(stream, &plan.route().rows())?;
+        let (route, router) = (loaded.weights.route(beside.words)?, loaded.weights.layer()?.router);
+        let mut workspace = Workspace::new(stream, plan.workspace_bytes())?;
+        plan.route().forward(&device.kernels, stream, &router, &x, route, &mut rows, &mut workspace)?;
+        drop_full(&mut ids, &copies.back(rows.token_slot(), choices)?);
+    }
+    if matches!(loaded.kind, Kind::Network(_)) {
+        skip(&mut ids, &mut weights, layer.local_experts());
+    }
 
     let mut stages = Vec::new();
     for pair in events.windows(2) {
         let at = |index: usize| pair[index].1.as_ref().map_err(|&error| failed(error));
         stages.push((pair[1].0, at(0)?.elapsed_ms(at(1)?).map_err(failed)?));
     }
+    let (appended, columns) = (layer.gating.appended_experts(), layer.gating.appended_columns());
+    let own = match &loaded.kind {
+        Kind::UnitExperts { keys, .. } => 2 * keys,
+        Kind::BySequence { .. } => 0,
+        _ => layer.experts,
+    };
+    let mut router = copies.back(&results.logits, tokens * (own + columns))?;
+    if let Some((second, types)) = results.second.as_ref().zip(inputs.types.as_ref()) {
+        // Each token's own bank.
+        choose(&mut ids, &copies.back(&second.ids, choices)?, types);
+        choose(&mut weights, &copies.back(&second.weights, choices)?, types);
+        let columns = router.len();
+        choose(&mut router, &copies.back(&second.logits, columns)?, types);
+        counts.extend(copies.back(&second.counts, layer.local_experts())?);
+    }
+    let (logits, _) = split(&router, own, columns);
+    let (weights, shared_weights) = split(&weights, layer.top_k, appended);
+    let probabilities = logits.chunks(own.max(1)).flat_map(softmax).collect();
+    let mut extras = vec![("shared_weights", shared_weights), ("probs", probabilities)];
+    if let (Kind::Network(network), Some(state)) = (&loaded.kind, &results.state) {
+        extras.push(("router_hidden_states", copies.back(state, tokens * network.width)?));
+    }
     Ok(Outputs {
-        logits: copies.back(&logits, tokens * layer.experts)?,
-        ids: copies.back(&ids, choices)?,
-        weights: copies.back(&choice_weights, choices)?,
-        counts: copies.back(&counts, layer.experts)?,
+        logits,
+        router,
+        ids: split(&ids, layer.top_k, appended).0,
+        weights,
+        extras,
+        counts,
         y: copies.back(&y, tokens * layer.hidden)?.into_iter().map(T::to_f32).collect(),
         stages,
     })
 }
 
-/// The layer with activations and experts' weights of type `dtype`.
-fn stored_as(layer: &LayerDesc, dtype: Dtype) -> LayerDesc {
-    let stored = |mlp: &mut Mlp| {
-        mlp.gate_up.format = dtype.into();
-        mlp.down.format = dtype.into();
-    };
-    let mut layer = *layer;
-    layer.dtype = dtype;
-    stored(&mut layer.mlp);
-    layer.shared.iter_mut().for_each(|shared| stored(&mut shared.mlp));
-    layer
+/// Takes the rows of tokens of the second bank from there.
+pub fn choose<T: Copy>(first: &mut [T], second: &[T], types: &[i32]) {
+    let columns = (first.len() / types.len().max(1)).max(1);
+    let rows = first.chunks_mut(columns).zip(second.chunks(columns)).zip(types);
+    rows.filter(|(_, kind)| **kind > 0).for_each(|((first, second), _)| first.copy_from_slice(second));
+}
+
+/// A choice of no expert, as transformers' Zaya gives it: expert 0 with weight 0.
+pub fn skip<W: Default>(ids: &mut [i32], weights: &mut [W], experts: usize) {
+    for (id, weight) in ids.iter_mut().zip(weights).filter(|(id, _)| **id >= experts as i32) {
+        (*id, *weight) = (0, W::default());
+    }
+}
+
+/// Rows of `first` and `second` columns, apart.
+pub fn split<T: Copy>(values: &[T], first: usize, second: usize) -> (Vec<T>, Vec<T>) {
+    let rows = || values.chunks((first + second).max(1));
+    (rows().flat_map(|row| &row[..first]).copied().collect(), rows().flat_map(|row| &row[first..]).copied().collect())
+}
+
+/// The probabilities of a token's logits, which some routers give in their place.
+fn softmax(logits: &[f32]) -> Vec<f32> {
+    let most = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let terms: Vec<f64> = logits.iter().map(|&logit| f64::from(logit - most).exp()).collect();
+    let sum: f64 = terms.iter().sum();
+    terms.into_iter().map(|term| (term / sum) as f32).collect()
+}
+
+/// Takes back the choices that have no row.
+pub fn drop_full(ids: &mut [i32], token_slot: &[i32]) {
+    ids.iter_mut().zip(token_slot).filter(|(_, slot)| **slot < 0).for_each(|(id, _)| *id = -1);
 }
 
 /// A driver call of ours that failed, as the library words it.
@@ -151,19 +224,6 @@ fn failed(source: DriverError) -> HfError {
 
 struct Copies<'a> {
     stream: &'a Arc<CudaStream>,
-}
-
-/// A [`Matrix`] on the device.
-struct Uploaded<T> {
-    weight: CudaSlice<T>,
-    bias: Option<CudaSlice<T>>,
-}
-
-impl<T: Element> Uploaded<T> {
-    fn weight(&self) -> Weight<'_> {
-        let weight = Weight::new(&self.weight);
-        self.bias.iter().fold(weight, |weight, bias| weight.bias(bias))
-    }
 }
 
 impl Copies<'_> {
@@ -180,16 +240,5 @@ impl Copies<'_> {
         let mut values = self.stream.clone_dtoh(buffer).map_err(failed)?;
         values.truncate(length);
         Ok(values)
-    }
-
-    fn copy_some<T: DeviceRepr + ValidAsZeroBits>(
-        &self,
-        values: &Option<Vec<T>>,
-    ) -> Result<Option<CudaSlice<T>>, HfError> {
-        values.as_deref().map(|values| self.copy(values)).transpose()
-    }
-
-    fn matrix<T: Element>(&self, matrix: &Matrix<T>) -> Result<Uploaded<T>, HfError> {
-        Ok(Uploaded { weight: self.copy(&matrix.weight)?, bias: self.copy_some(&matrix.bias)? })
     }
 }

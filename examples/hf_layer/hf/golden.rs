@@ -2,16 +2,12 @@
 
 use std::path::Path;
 
-use moe_kernels::layer::LayerDesc;
-use moe_kernels::reference::gating::{Gated, gate};
-use moe_kernels::reference::layer::{Layer, forward, forward_gated};
-use moe_kernels::rules::Glu;
-use moe_kernels::{Element, reference};
+use moe_kernels::checkpoint::{Block, CheckpointError, HostBlock, Kind, TensorFile};
+use moe_kernels::reference::gating::Gated;
 
-use super::checkpoint::TensorFile;
-use super::device::Outputs;
+use super::device::{Inputs, Outputs, split};
 use super::error::HfError;
-use super::load::Weights;
+use super::reference::{Forward, Reference};
 
 /// Outputs to compare with; none where the model's block does not give them.
 pub struct Expected {
@@ -21,9 +17,14 @@ pub struct Expected {
     pub ids: Option<Vec<i32>>,
     /// `[T,k]`.
     pub weights: Option<Vec<f64>>,
+    /// What some blocks yield beside that, by name.
+    pub extras: Vec<(&'static str, Vec<f64>)>,
     /// `[T,H]`.
     pub y: Vec<f64>,
 }
+
+/// Names of what some blocks yield beside the rest.
+const EXTRAS: [&str; 3] = ["shared_weights", "probs", "router_hidden_states"];
 
 /// `golden.safetensors` of a checkpoint folder.
 pub struct Golden {
@@ -45,36 +46,65 @@ impl Golden {
     /// `x [T,H]`.
     pub fn x(&self, hidden: usize) -> Result<Vec<f32>, HfError> {
         match *self.file.shape("x")? {
-            [_, columns] if columns == hidden => self.file.read("x")?.to_vec(),
-            ref found => Err(HfError::TensorShape {
+            [_, columns] if columns == hidden => Ok(self.file.read("x")?.values()?.into_owned()),
+            ref found => Err(CheckpointError::TensorShape {
                 path: self.file.path().to_owned(),
                 name: "x".into(),
                 expected: format!("[tokens, {hidden}]"),
                 found: found.to_vec(),
-            }),
+            }
+            .into()),
         }
     }
 
+    /// What the block takes beside rows.
+    pub fn inputs(&self) -> Result<Inputs, HfError> {
+        let integers = |name: &str| {
+            if self.file.contains(name) { Ok::<_, HfError>(Some(self.file.read(name)?.integers()?)) } else { Ok(None) }
+        };
+        let previous = "prev_router_hidden_states";
+        let previous = if self.file.contains(previous) {
+            Some(self.file.read(previous)?.values::<f32>()?.into_owned())
+        } else {
+            None
+        };
+        let types = integers("moe_mm_token_type_ids")?;
+        Ok(Inputs { words: integers("input_ids")?, index: integers("indices")?, types, previous })
+    }
+
     /// The recorded outputs.
-    pub fn expected(&self, layer: &LayerDesc, tokens: usize) -> Result<Expected, HfError> {
+    pub fn expected(&self, block: &Block<'_>, tokens: usize) -> Result<Expected, HfError> {
+        let layer = block.desc();
+        let columns = block.logit_columns() - layer.gating.appended_columns();
         let floats = |name: &str, columns: usize| -> Result<Vec<f64>, HfError> {
             let tensor = self.file.read_shaped(name, &[tokens, columns])?;
-            Ok(tensor.to_vec::<f32>()?.into_iter().map(f64::from).collect())
+            Ok(tensor.values::<f32>()?.iter().map(|&value| value.into()).collect())
         };
         let some = |name: &str, columns: usize| {
             if self.file.contains(name) { floats(name, columns).map(Some) } else { Ok(None) }
         };
         let ids = if self.file.contains("ids") {
-            Some(self.file.read_shaped("ids", &[tokens, layer.top_k])?.to_i32()?)
+            Some(self.file.read_shaped("ids", &[tokens, layer.top_k])?.integers()?)
         } else {
             None
         };
         Ok(Expected {
-            logits: some("logits", layer.experts)?,
+            logits: some("logits", columns)?,
             ids,
             weights: some("weights", layer.top_k)?,
-            y: floats("y", layer.hidden)?,
+            extras: self.extras()?,
+            // What the router and the experts make together, where the model's own code takes something else for the choice (NLLB).
+            y: floats(if self.file.contains("y_intended") { "y_intended" } else { "y" }, layer.hidden)?,
         })
+    }
+
+    fn extras(&self) -> Result<Vec<(&'static str, Vec<f64>)>, HfError> {
+        let recorded = EXTRAS.into_iter().filter(|name| self.file.contains(name));
+        let read = recorded.map(|name| {
+            let values = self.file.read(name)?.values::<f32>()?.iter().map(|&value| value.into()).collect();
+            Ok::<_, HfError>((name, values))
+        });
+        read.collect()
     }
 }
 
@@ -82,91 +112,64 @@ impl Golden {
 ///
 /// Two experts can be closer than the rounding of f32. So the reference chooses from the device's own logits, which are compared
 /// separately, and where there is a correction bias, from what is left of the device's choice after [`settle`].
-pub fn from_reference<T: Element + reference::Real>(
-    layer: &LayerDesc,
-    weights: &Weights<T>,
-    x: &[T],
-    got: &Outputs,
-) -> Result<Expected, HfError> {
-    let router = weights.router.to_f32();
-    let reference = reference_layer(layer, weights, &router);
-    let logits = reference::router::router(x, &router, weights.router_bias.as_deref(), layer.hidden)?;
-    let mut gated = gate(&got.logits, weights.correction_bias.as_deref(), layer.experts, layer.top_k, &layer.gating)?;
-    if let Some(bias) = &weights.correction_bias {
-        settle(&mut gated, bias, layer, got)?;
+pub fn from_reference(block: &HostBlock, x: &[f32], inputs: &Inputs, got: &Outputs) -> Result<Expected, HfError> {
+    let x: Vec<f64> = x.iter().map(|&value| value.into()).collect();
+    let layer = &block.desc;
+    let reference = Reference::new(block, x.len() / layer.hidden.max(1), inputs);
+    let (logits, state) = reference.logits(&x)?;
+    let bias = reference.correction_bias.clone();
+    let mut gated = reference.gate(&got.router, bias.as_deref())?;
+    let plain = matches!(block.kind, Kind::Layer);
+    if let Some(bias) = bias.filter(|_| plain && layer.gating.appended.is_none() && layer.map.is_none()) {
+        settle(&mut gated, &bias, layer.top_k, got, |raised| Ok(reference.gate(&got.router, Some(raised))?))?;
     }
-    let result = forward_gated(x, &reference, logits, gated)?;
-    Ok(Expected { logits: Some(result.logits), ids: Some(result.ids), weights: Some(result.weights), y: result.y })
+    let result = reference.forward_gated(&x, (logits, state), gated)?;
+    let appended = layer.gating.appended_columns();
+    let columns = if x.is_empty() { 0 } else { result.logits.len() / (x.len() / layer.hidden) - appended };
+    let (logits, _) = split(&result.logits, columns, appended);
+    let mut extras = Vec::new();
+    if let Some(state) = result.state {
+        extras.push(("router_hidden_states", state));
+    }
+    if !result.appended.is_empty() {
+        extras.push(("shared_weights", result.appended));
+    }
+    Ok(Expected { logits: Some(logits), ids: Some(result.ids), weights: Some(result.weights), extras, y: result.y })
 }
 
 /// Takes over a row of the device's ids if it is what the formula chooses once these experts' choice values are raised by a few
-/// roundings.
-fn settle(gated: &mut Gated, bias: &[f32], layer: &LayerDesc, got: &Outputs) -> Result<(), HfError> {
+/// roundings. `gate` is the formula with another bias.
+pub fn settle(
+    gated: &mut Gated,
+    bias: &[f64],
+    top_k: usize,
+    got: &Outputs,
+    gate: impl Fn(&[f64]) -> Result<Gated, HfError>,
+) -> Result<(), HfError> {
     const ROUNDINGS: f64 = 1e-6;
-    let (k, experts) = (layer.top_k, layer.experts);
-    for token in 0..gated.ids.len() / k {
-        let slots = token * k..(token + 1) * k;
+    for token in 0..gated.ids.len() / top_k {
+        let slots = token * top_k..(token + 1) * top_k;
         let ids = &got.ids[slots.clone()];
         if gated.ids[slots.clone()] == *ids {
             continue;
         }
-        let mut raised: Vec<f64> = bias.iter().map(|&bias| bias.into()).collect();
+        let mut raised = bias.to_vec();
         for (place, &id) in ids.iter().enumerate() {
             if let Some(bias) = usize::try_from(id).ok().and_then(|id| raised.get_mut(id)) {
-                *bias += ROUNDINGS * (1.0 + (k - place) as f64 / k as f64);
+                *bias += ROUNDINGS * (1.0 + (top_k - place) as f64 / top_k as f64);
             }
         }
-        let logits: Vec<f64> = got.logits[token * experts..][..experts].iter().map(|&logit| logit.into()).collect();
-        let again = gate(&logits, Some(&raised), experts, k, &layer.gating)?;
-        if again.ids == *ids {
-            gated.ids[slots.clone()].copy_from_slice(&again.ids);
-            gated.weights[slots].copy_from_slice(&again.weights);
+        let again = gate(&raised)?;
+        if again.ids[slots.clone()] == *ids {
+            gated.ids[slots.clone()].copy_from_slice(&again.ids[slots.clone()]);
+            gated.weights[slots.clone()].copy_from_slice(&again.weights[slots]);
         }
     }
     Ok(())
 }
 
 /// The reference alone.
-pub fn run_reference<T: Element + reference::Real, X: reference::Real>(
-    layer: &LayerDesc,
-    weights: &Weights<T>,
-    x: &[X],
-) -> Result<reference::layer::Forward, HfError> {
-    let router = weights.router.to_f32();
-    Ok(forward(x, &reference_layer(layer, weights, &router))?)
-}
-
-/// A loaded layer as the reference takes it.
-fn reference_layer<'a, T: Element + reference::Real>(
-    layer: &LayerDesc,
-    weights: &'a Weights<T>,
-    router: &'a [f32],
-) -> Layer<'a, f32, T> {
-    let (hidden, mlp) = (layer.hidden, &layer.mlp);
-    let shared = match (&weights.shared, &layer.shared) {
-        (Some((up, down)), Some(desc)) => Some((
-            up.reference(desc.intermediate, hidden, desc.mlp.gate_up.glu, desc.mlp.gate_up.layout),
-            down.reference(hidden, desc.intermediate, Glu::None, desc.mlp.down.layout),
-        )),
-        _ => None,
-    };
-    Layer {
-        hidden,
-        router_weight: router,
-        router_bias: weights.router_bias.as_deref(),
-        correction_bias: weights.correction_bias.as_deref(),
-        top_k: layer.top_k,
-        gating: layer.gating,
-        weighting: layer.weighting,
-        capacity: layer.capacity,
-        up: weights.gate_up.reference(layer.intermediate, hidden, mlp.gate_up.glu, mlp.gate_up.layout),
-        activation: mlp.activation,
-        down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down.layout),
-        shared,
-        shared_activation: None,
-        shared_gate: None,
-        scales: [1.0; 2],
-        bias: None,
-        null: None,
-    }
+pub fn run_reference(block: &HostBlock, x: &[f32], inputs: &Inputs) -> Result<Forward, HfError> {
+    let x: Vec<f64> = x.iter().map(|&value| value.into()).collect();
+    Reference::new(block, x.len() / block.desc.hidden.max(1), inputs).forward(&x)
 }

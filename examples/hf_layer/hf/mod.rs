@@ -1,49 +1,44 @@
-//! Reads a Mixture-of-Experts block of a Hugging Face checkpoint, runs it on a device, and checks what comes out.
-//!
-//! Code to learn from or to copy: `family` and `families` say what each model's block is and where its tensors are, `load`
-//! packs them into the shapes of `moe_kernels::layer`, `device` runs them.
+//! Reads Mixture-of-Experts blocks of a Hugging Face checkpoint by `moe_kernels::checkpoint`, runs them on a device, and checks what comes
+//! out.
 
 // Tests include this module and use parts of it.
 #![allow(dead_code)]
 
-pub mod checkpoint;
 pub mod cli;
-pub mod config;
 pub mod device;
 pub mod error;
-pub mod families;
-pub mod family;
-pub mod files;
 pub mod golden;
-pub mod load;
 pub mod out;
 pub mod own;
+pub mod progress;
 pub mod random;
+pub mod reference;
 pub mod report;
 #[path = "../../support/whole_file.rs"]
 pub mod whole_file;
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use half::{bf16, f16};
-use moe_kernels::layer::LayerDesc;
-use moe_kernels::reference::Real;
-use moe_kernels::{Dtype, Element, Error};
+use moe_kernels::Dtype;
+use moe_kernels::checkpoint::{Block, Model};
+use tempfile::TempDir;
 
-use checkpoint::Checkpoint;
 use cli::Options;
-use config::Config;
-use device::{Device, Outputs};
+use device::{Device, Inputs, Outputs};
 use error::HfError;
 use golden::{Expected, Golden};
-use load::Weights;
 use random::Random;
 use report::Line;
 
 /// Seed of random rows and weights.
 const SEED: u64 = 2;
+
+/// What `--block` says for every block.
+const ALL: &str = "all";
 
 /// The whole program: exit code 0 if every tensor is within its tolerance, 1 if one is not, 2 if the layer could not be run.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
@@ -69,141 +64,211 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>, report: &mut dyn Write
 
 /// Runs what the options ask for, writes the report, and says whether all tensors are within their tolerances.
 pub fn execute(options: &Options, report: &mut dyn Write) -> Result<bool, HfError> {
-    match options.dtype {
-        Dtype::Bf16 => execute_in::<bf16>(options, report),
-        Dtype::F16 => execute_in::<f16>(options, report),
-        Dtype::F32 => execute_in::<f32>(options, report),
-        other => {
-            let (supported, got) = ("bf16, f16 or f32".into(), other.to_string());
-            Err(Error::Unsupported { operation: "hf_layer", argument: "--dtype", supported, got }.into())
+    if options.families {
+        write!(report, "{}", moe_kernels::checkpoint::table()).map_err(HfError::Report)?;
+        return Ok(true);
+    }
+    let job = Job::prepare(options)?;
+    let device = Device::open()?;
+    let (major, minor) = device.kernels().device().compute_capability;
+    writeln!(report, "device   {}, compute capability {major}.{minor}", device.name()).map_err(HfError::Report)?;
+    let mut passes = true;
+    for name in &job.blocks {
+        let block = job.block(name)?;
+        let (outputs, lines) = job.check(&device, &block)?;
+        print(report, &device, &job, &block, &outputs, &lines).map_err(HfError::Report)?;
+        passes &= lines.iter().all(Line::passes);
+        if let Some(path) = &options.out {
+            out::write(&out_path(path, name, job.blocks.len()), block.desc().hidden, &job.x(&block)?, &outputs)?;
         }
     }
+    Ok(passes)
 }
 
-/// Where the expected outputs come from.
-pub enum Source {
-    /// A file that records the model's own.
-    Golden(Expected),
-    /// The reference, once the device's routing is known.
-    Reference,
+/// Where a block's tensors go: `FILE`, or with several blocks `FILE` with the block's name before its extension.
+fn out_path(path: &Path, block: &str, blocks: usize) -> PathBuf {
+    if blocks == 1 {
+        return path.to_owned();
+    }
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let extension = path.extension().map_or(String::new(), |extension| format!(".{}", extension.to_string_lossy()));
+    path.with_file_name(format!("{stem}-{block}{extension}"))
 }
 
-/// A layer with its weights, its rows and what should come out.
-pub struct Job<T> {
-    /// What is being run, in words.
-    pub title: String,
-    pub layer: LayerDesc,
-    pub weights: Weights<T>,
-    /// `[T,H]`.
-    pub x: Vec<T>,
-    pub expected: Source,
-    /// The order of a token's experts is open.
-    pub unordered: bool,
+/// A checkpoint, the blocks that are asked for, their rows and what should come out.
+pub struct Job {
+    pub model: Model,
+    /// Names of the blocks.
+    pub blocks: Vec<String>,
+    pub dtype: Dtype,
+    rows: Rows,
+    /// What the report calls the model.
+    title: String,
+    /// The folder of a checkpoint of our own.
+    _own: Option<TempDir>,
 }
 
-impl<T: Element + Real> Job<T> {
-    /// Loads what the options name, or makes a layer where they name no folder.
-    pub fn prepare(options: &Options) -> Result<Job<T>, HfError> {
-        match &options.folder {
-            Some(folder) => Job::from_folder(folder, options),
-            None => {
-                let layer = own::desc(T::DTYPE);
-                let weights = own::weights(&layer, &mut Random::new(SEED));
-                let title = format!("own layer ({})", own::STATED);
-                Ok(Job::with_random_rows(title, layer, weights, options.tokens.unwrap_or(own::TOKENS), false))
-            }
+/// Where rows and expected outputs come from.
+enum Rows {
+    /// A file that records the model's own, of the block of this name.
+    Golden(Golden, String),
+    /// Random rows, so many, and the reference.
+    Random(usize),
+}
+
+impl Job {
+    /// Opens what the options name, or a checkpoint of our own where they name no folder, and finds the blocks and all their tensors.
+    pub fn prepare(options: &Options) -> Result<Job, HfError> {
+        let job = match &options.folder {
+            Some(folder) => Job::from_folder(folder, options)?,
+            None => Job::own(options)?,
+        };
+        for name in &job.blocks {
+            let block = job.block(name)?;
+            block.check()?;
+            job.expected(&block)?;
         }
+        Ok(job)
     }
 
-    fn from_folder(folder: &std::path::Path, options: &Options) -> Result<Job<T>, HfError> {
-        let config = Config::open(folder)?;
-        let family = families::of(&config)?;
-        let checkpoint = Checkpoint::open(folder)?;
+    fn own(options: &Options) -> Result<Job, HfError> {
+        let folder = TempDir::with_prefix("hf_layer-").map_err(HfError::io(&std::env::temp_dir()))?;
+        own::write(folder.path(), &mut Random::new(SEED))?;
+        let model = Model::open(folder.path())?;
+        let blocks = vec![model.block(None)?.name().to_owned()];
+        let rows = Rows::Random(options.tokens.unwrap_or(own::TOKENS));
+        let title = format!("own layer ({})", own::STATED);
+        Ok(Job { model, blocks, dtype: options.dtype, rows, title, _own: Some(folder) })
+    }
+
+    fn from_folder(folder: &Path, options: &Options) -> Result<Job, HfError> {
+        let model = Model::open(folder)?;
+        let recorded = folder.join(Golden::NAME);
         let golden = match options.tokens {
             Some(_) => None,
-            None if files::exists(&folder.join(Golden::NAME))? => Some(Golden::open(folder)?),
+            None if recorded.try_exists().map_err(HfError::io(&recorded))? => Some(Golden::open(folder)?),
             None => return Err(HfError::NoRows { folder: folder.to_owned() }),
         };
-        let wanted = options.block.as_deref().or(golden.as_ref().and_then(Golden::block));
-        let block = family.locate(&config, &checkpoint, wanted)?;
-        let weights = load::load(&checkpoint, &block)?;
-        let title = format!("{} block {}", config.model_type(), block.prefix);
-        match golden {
-            None => {
-                let tokens = options.tokens.unwrap_or(0);
-                Ok(Job::with_random_rows(title, block.spec.desc(tokens), weights, tokens, block.spec.unordered))
+        let recorded = match golden.as_ref().map(|golden| model.block(golden.block())) {
+            Some(block) => Some(block?.name().to_owned()),
+            None => None,
+        };
+        let blocks = match options.block.as_deref() {
+            Some(ALL) => model.blocks()?.iter().map(|block| block.name().to_owned()).collect(),
+            Some(name) => vec![model.block(Some(name))?.name().to_owned()],
+            None => match &recorded {
+                Some(name) => vec![name.clone()],
+                None => vec![model.block(None)?.name().to_owned()],
+            },
+        };
+        let rows = match golden.zip(recorded) {
+            Some((golden, block)) => Rows::Golden(golden, block),
+            None => Rows::Random(options.tokens.unwrap_or(0)),
+        };
+        let title = model.config().model_type().to_owned();
+        Ok(Job { model, blocks, dtype: options.dtype, rows, title, _own: None })
+    }
+
+    /// A block by its name.
+    pub fn block(&self, name: &str) -> Result<Block<'_>, HfError> {
+        Ok(self.model.block(Some(name))?)
+    }
+
+    /// The first block.
+    pub fn first(&self) -> Result<Block<'_>, HfError> {
+        let first = self.blocks.first().map(String::as_str);
+        Ok(self.model.block(first)?)
+    }
+
+    /// Its rows `[T,H]`, rounded to the type that it runs in.
+    pub fn x(&self, block: &Block<'_>) -> Result<Vec<f32>, HfError> {
+        let hidden = block.desc().hidden;
+        let values = match &self.rows {
+            Rows::Golden(golden, _) => golden.x(hidden)?,
+            Rows::Random(tokens) => Random::new(SEED + 1).normals(tokens * hidden, 1.0),
+        };
+        let rounded = match self.dtype {
+            Dtype::Bf16 => values.into_iter().map(|value| bf16::from_f32(value).to_f32()).collect(),
+            Dtype::F16 => values.into_iter().map(|value| f16::from_f32(value).to_f32()).collect(),
+            _ => values,
+        };
+        Ok(rounded)
+    }
+
+    /// What is recorded of a block; none where the reference is to say it.
+    pub fn expected(&self, block: &Block<'_>) -> Result<Option<Expected>, HfError> {
+        match &self.rows {
+            Rows::Golden(golden, recorded) if recorded == block.name() => {
+                let tokens = golden.x(block.desc().hidden)?.len() / block.desc().hidden;
+                golden.expected(block, tokens).map(Some)
             }
-            Some(golden) => {
-                let x: Vec<T> = golden.x(block.spec.layer.hidden)?.into_iter().map(T::from_f32).collect();
-                let tokens = x.len() / block.spec.layer.hidden;
-                let layer = block.spec.desc(tokens);
-                let expected = Source::Golden(golden.expected(&layer, tokens)?);
-                Ok(Job { title, layer, weights, x, expected, unordered: block.spec.unordered })
+            _ => Ok(None),
+        }
+    }
+
+    /// What the block takes beside rows.
+    pub fn inputs(&self, block: &Block<'_>, tokens: usize) -> Result<Inputs, HfError> {
+        match &self.rows {
+            Rows::Golden(golden, _) => golden.inputs(),
+            Rows::Random(_) => {
+                let mut random = Random::new(SEED + 2);
+                let needs = block.needs();
+                let mut below = |end: usize| (0..tokens).map(|_| random.below(end) as i32).collect::<Vec<i32>>();
+                Ok(Inputs {
+                    words: needs.vocabulary.map(&mut below),
+                    // Each row a sequence.
+                    index: needs.index.then(|| below(block.desc().experts)),
+                    types: needs.types.then(|| below(2)),
+                    previous: needs.previous.map(|width| random.normals(tokens * width, 1.0)),
+                })
             }
         }
     }
 
-    fn with_random_rows(
-        title: String,
-        layer: LayerDesc,
-        weights: Weights<T>,
-        tokens: usize,
-        unordered: bool,
-    ) -> Job<T> {
-        let values = Random::new(SEED + 1).normals(tokens * layer.hidden, 1.0);
-        let x: Vec<T> = values.into_iter().map(T::from_f32).collect();
-        Job { title, layer, weights, x, expected: Source::Reference, unordered }
-    }
-
-    /// Runs the layer and compares.
-    pub fn check(&self, device: &Device) -> Result<(Outputs, Vec<Line>), HfError> {
-        let outputs = device::run(device, &self.layer, &self.weights, &self.x)?;
-        let from_reference;
-        let expected = match &self.expected {
-            Source::Golden(expected) => expected,
-            Source::Reference => {
-                from_reference = golden::from_reference(&self.layer, &self.weights, &self.x, &outputs)?;
-                &from_reference
-            }
+    /// Runs a block and compares.
+    pub fn check(&self, device: &Device, block: &Block<'_>) -> Result<(Outputs, Vec<Line>), HfError> {
+        let x = self.x(block)?;
+        let bar = progress::Bar::new(block.name());
+        let inputs = self.inputs(block, x.len() / block.desc().hidden)?;
+        let outputs = device::run(device, block, self.dtype, &x, &inputs, &mut |progress| bar.show(&progress))?;
+        bar.finish();
+        let expected = match self.expected(block)? {
+            Some(expected) => expected,
+            None => golden::from_reference(&block.load_host(self.dtype)?, &x, &inputs, &outputs)?,
         };
-        let lines = report::compare(&outputs, expected, T::DTYPE, self.layer.top_k, self.unordered);
+        let lines = report::compare(&outputs, &expected, self.dtype, block.desc().top_k, block.unordered());
         Ok((outputs, lines))
     }
-}
 
-fn execute_in<T: Element + Real>(options: &Options, report: &mut dyn Write) -> Result<bool, HfError> {
-    let job = Job::<T>::prepare(options)?;
-    let device = Device::open()?;
-    let (outputs, lines) = job.check(&device)?;
-    print(report, &device, &job, &outputs, &lines).map_err(HfError::Report)?;
-    if let Some(path) = &options.out {
-        let x: Vec<f32> = job.x.iter().map(|value| value.to_f32()).collect();
-        out::write(path, &job.layer, &x, &outputs)?;
+    /// Where the expected outputs of a block are from, in words.
+    fn source(&self, block: &Block<'_>) -> &'static str {
+        match &self.rows {
+            Rows::Golden(_, recorded) if recorded == block.name() => Golden::NAME,
+            _ => "the reference",
+        }
     }
-    Ok(lines.iter().all(Line::passes))
 }
 
-fn print<T: Element>(
+fn print(
     report: &mut dyn Write,
     device: &Device,
-    job: &Job<T>,
+    job: &Job,
+    block: &Block<'_>,
     outputs: &Outputs,
     lines: &[Line],
 ) -> std::io::Result<()> {
-    let layer = &job.layer;
-    let (major, minor) = device.kernels().device().compute_capability;
-    writeln!(report, "device   {}, compute capability {major}.{minor}", device.name())?;
-    writeln!(report, "layer    {}", job.title)?;
+    let layer = block.desc();
+    writeln!(report, "layer    {} block {}", job.title, block.name())?;
     writeln!(
         report,
         "shapes   T {} H {} I {} E {} k {}{}, {}",
-        job.x.len() / layer.hidden,
+        outputs.y.len() / layer.hidden,
         layer.hidden,
         layer.intermediate,
         layer.experts,
         layer.top_k,
         layer.shared.map_or(String::new(), |shared| format!(", shared I {}", shared.intermediate)),
-        T::DTYPE
+        job.dtype
     )?;
     writeln!(report, "tokens per expert {:?}", outputs.counts)?;
     let clock = if device.is_software() { "software device, not a GPU's time" } else { "device" };
@@ -211,10 +276,6 @@ fn print<T: Element>(
     for (stage, milliseconds) in &outputs.stages {
         writeln!(report, "  {stage:<14} {milliseconds:>10.3} ms")?;
     }
-    let source = match job.expected {
-        Source::Golden(_) => Golden::NAME,
-        Source::Reference => "the reference",
-    };
-    writeln!(report, "against {source}:")?;
+    writeln!(report, "against {}:", job.source(block))?;
     lines.iter().try_for_each(|line| writeln!(report, "  {line}"))
 }

@@ -48,10 +48,10 @@ impl fmt::Display for Line {
         let verdict = if self.passes() { "ok" } else { "FAILED" };
         match self.measure {
             Measure::Relative { error, tolerance } => {
-                write!(f, "{:<8} relative error {error:.2e} (at most {tolerance:.0e})  {verdict}", self.tensor)
+                write!(f, "{:<14} relative error {error:.2e} (at most {tolerance:.0e})  {verdict}", self.tensor)
             }
             Measure::Rows { wrong, of } => {
-                write!(f, "{:<8} {wrong} of {of} rows differ (0 allowed)  {verdict}", self.tensor)
+                write!(f, "{:<14} {wrong} of {of} rows differ (0 allowed)  {verdict}", self.tensor)
             }
         }
     }
@@ -79,6 +79,11 @@ pub fn compare(got: &Outputs, want: &Expected, dtype: Dtype, top_k: usize, unord
     }
     if let Some(weights) = &want_weights {
         lines.push(Line { tensor: "weights", measure: relative(&got_weights, weights, ROUTING_TOLERANCE) });
+    }
+    for (name, values) in &want.extras {
+        let found = got.extras.iter().find(|(other, _)| other == name);
+        let measure = relative(&found.map_or(Vec::new(), |(_, got)| widened(got)), values, ROUTING_TOLERANCE);
+        lines.push(Line { tensor: name, measure });
     }
     lines.push(Line { tensor: "y", measure: relative(&widened(&got.y), &want.y, tolerance(dtype)) });
     lines

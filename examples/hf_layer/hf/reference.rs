@@ -1,0 +1,344 @@
+//! A block by the plain formulas of `moe_kernels::reference`, in f64.
+
+use moe_kernels::checkpoint::{BlockWeights, HostBlock, HostBuffer, Kind, MatrixWeight, Network};
+use moe_kernels::layer::{LayerDesc, Weighting};
+use moe_kernels::reference::admission::admit;
+use moe_kernels::reference::by_sequence::by_sequence;
+use moe_kernels::reference::combine::{add_around, add_identity, combine, gate_addend, identity_weight};
+use moe_kernels::reference::dispatch::{DispatchRule, dispatch};
+use moe_kernels::reference::gating::{Gated, Inputs as GatingInputs, gate_by};
+use moe_kernels::reference::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
+use moe_kernels::reference::product_keys::product_keys;
+use moe_kernels::reference::rms_norm::{Rows, rms_norm};
+use moe_kernels::reference::router::{finish, router};
+use moe_kernels::reference::unit_experts::unit_experts;
+use moe_kernels::reference::{Real, ReferenceError};
+use moe_kernels::rules::{Activation, Glu, IDENTITY, KeySplit, Layout, RmsNorm, WeightDesc};
+
+use super::device::{Inputs, choose, drop_full, skip, split};
+use super::error::HfError;
+
+/// What a block makes of its rows.
+pub struct Forward {
+    /// `[T, columns]`, with those of appended experts.
+    pub logits: Vec<f64>,
+    /// `[T,k]`, -1 for a choice that a capacity dropped.
+    pub ids: Vec<i32>,
+    /// `[T,k]`.
+    pub weights: Vec<f64>,
+    /// `[T, appended]`.
+    pub appended: Vec<f64>,
+    /// `[T,D]`, of a router that has a state.
+    pub state: Option<Vec<f64>>,
+    /// `[T,H]`.
+    pub y: Vec<f64>,
+}
+
+/// A block's weights as numbers.
+pub struct Reference<'a> {
+    weights: &'a BlockWeights<HostBuffer>,
+    kind: &'a Kind<HostBuffer>,
+    layer: LayerDesc,
+    /// The second bank of experts, for tokens of other types.
+    second: Option<Box<Reference<'a>>>,
+    router: Vec<f64>,
+    pub correction_bias: Option<Vec<f64>>,
+    expert_scale: Option<Vec<f64>>,
+    global_scale: Option<f64>,
+    /// `[T,k]`, where experts are looked up by word.
+    given: Option<Vec<i32>>,
+    inputs: &'a Inputs,
+}
+
+/// Logits, and the router's state where it has one.
+pub type Logits = (Vec<f64>, Option<Vec<f64>>);
+
+fn wide(buffer: &HostBuffer) -> Vec<f64> {
+    buffer.to_f32().into_iter().map(f64::from).collect()
+}
+
+fn some(buffer: &Option<HostBuffer>) -> Option<Vec<f64>> {
+    buffer.as_ref().map(wide)
+}
+
+/// A matrix's numbers, and its biases.
+struct Matrix(Vec<f64>, Option<Vec<f64>>);
+
+impl Matrix {
+    fn of(weight: &MatrixWeight<HostBuffer>) -> Matrix {
+        Matrix(wide(&weight.matrix), some(&weight.bias))
+    }
+
+    fn sized(&self, n: usize, k: usize, desc: &WeightDesc) -> ExpertMatrix<'_, f64> {
+        ExpertMatrix { weight: &self.0, bias: self.1.as_deref(), n, k, glu: desc.glu, layout: desc.layout }
+    }
+
+    fn plain(&self, n: usize, k: usize) -> ExpertMatrix<'_, f64> {
+        ExpertMatrix { weight: &self.0, bias: self.1.as_deref(), n, k, glu: Glu::None, layout: Layout::Nk }
+    }
+}
+
+impl<'a> Reference<'a> {
+    /// For a batch that is one sequence of `tokens` tokens.
+    pub fn new(block: &'a HostBlock, tokens: usize, inputs: &'a Inputs) -> Reference<'a> {
+        let mut first = Reference::bank(block.for_sequence(tokens), &block.weights, &block.kind, inputs);
+        if let Kind::Banks(bank) = &block.kind {
+            let second = Reference::bank(bank.desc, &bank.weights, &Kind::Layer, inputs);
+            first.second = Some(Box::new(second));
+        }
+        first
+    }
+
+    fn bank(
+        layer: LayerDesc,
+        weights: &'a BlockWeights<HostBuffer>,
+        kind: &'a Kind<HostBuffer>,
+        inputs: &'a Inputs,
+    ) -> Reference<'a> {
+        let given = weights.table.as_ref().zip(inputs.words.as_ref()).map(|(table, words)| {
+            let row = |&word: &i32| table.i32().chunks(layer.top_k).nth(word as usize).unwrap_or(&[]).to_vec();
+            words.iter().flat_map(row).collect()
+        });
+        Reference {
+            weights,
+            kind,
+            layer,
+            second: None,
+            router: some(&weights.router).unwrap_or_default(),
+            correction_bias: some(&weights.correction_bias),
+            expert_scale: some(&weights.expert_scale),
+            global_scale: some(&weights.global_scale).map(|scale| scale[0]),
+            given,
+            inputs,
+        }
+    }
+
+    /// Types of tokens, where there are two banks of experts.
+    fn types(&self) -> Option<(&Reference<'a>, &'a [i32])> {
+        self.second.as_deref().zip(self.inputs.types.as_deref())
+    }
+
+    /// `[T, columns]`.
+    pub fn logits(&self, x: &[f64]) -> Result<Logits, ReferenceError> {
+        let (layer, weights) = (&self.layer, self.weights);
+        match self.kind {
+            Kind::Network(network) => return self.network(network, x),
+            Kind::BySequence { .. } => return Ok((Vec::new(), None)),
+            _ => {}
+        }
+        let x = norm(x, layer.hidden, layer.norms.router, &weights.around.router)?;
+        let logits = router(&x, &self.router, some(&weights.router_bias).as_deref(), layer.hidden)?;
+        let mut logits = finish(&logits, layer.logits);
+        if let Some((second, types)) = self.types() {
+            choose(&mut logits, &second.logits(&x)?.0, types);
+        }
+        Ok((logits, None))
+    }
+
+    /// A router with a network and a state (transformers, `ZayaRouter`).
+    fn network(&self, network: &Network<HostBuffer>, x: &[f64]) -> Result<Logits, ReferenceError> {
+        let (hidden, width) = (self.layer.hidden, network.width);
+        let mut state = dense_gemm(x, &Matrix::of(&network.down).plain(width, hidden), Activation::Identity)?;
+        if let Some((scale, previous)) = some(&network.state_scale).zip(self.inputs.previous.as_ref()) {
+            for (i, (value, &previous)) in state.iter_mut().zip(previous).enumerate() {
+                *value += scale[i % width] * f64::from(previous);
+            }
+        }
+        let gain = wide(&network.gain);
+        let rows = Rows { weight: Some(&gain), ..rows(&state, width) };
+        let mut between = rms_norm(&rows, &network.norm)?.y;
+        for layer in &network.layers {
+            between = dense_gemm(&between, &Matrix::of(layer).plain(width, width), Activation::Gelu)?;
+        }
+        let logits = router(&between, &wide(&network.output), None::<&[f64]>, width)?;
+        Ok((logits, Some(state)))
+    }
+
+    /// The choice by these logits, with another correction bias.
+    pub fn gate<L: Real>(&self, logits: &[L], correction_bias: Option<&[f64]>) -> Result<Gated, ReferenceError> {
+        match self.kind {
+            Kind::UnitExperts { keys, .. } => return product_keys(logits, *keys, self.layer.top_k, KeySplit::Batch),
+            Kind::BySequence { .. } => return self.by_index(),
+            _ => {}
+        }
+        let inputs = GatingInputs {
+            correction_bias,
+            expert_scale: self.expert_scale.as_deref(),
+            global_scale: self.global_scale,
+            given: self.given.as_deref(),
+        };
+        let mut gated = gate_by(logits, self.layer.experts, self.layer.top_k, &self.layer.gating, inputs)?;
+        if let Some((second, types)) = self.types() {
+            let other = second.gate(logits, second.correction_bias.as_deref())?;
+            choose(&mut gated.ids, &other.ids, types);
+            choose(&mut gated.weights, &other.weights, types);
+        }
+        Ok(gated)
+    }
+
+    /// Each row a sequence.
+    fn by_index(&self) -> Result<Gated, ReferenceError> {
+        let index: Vec<i64> = self.inputs.index.iter().flatten().map(|&index| index.into()).collect();
+        let (ids, weights) = by_sequence(&index, index.len(), 1, self.layer.experts)?;
+        Ok(Gated { ids, weights: weights.into_iter().map(f64::from).collect() })
+    }
+
+    /// The whole block.
+    pub fn forward(&self, x: &[f64]) -> Result<Forward, HfError> {
+        let logits = self.logits(x)?;
+        let gated = self.gate(&logits.0, self.correction_bias.as_deref())?;
+        self.forward_gated(x, logits, gated)
+    }
+
+    /// The rest of it for experts that are already chosen.
+    pub fn forward_gated(&self, x: &[f64], (logits, state): Logits, gated: Gated) -> Result<Forward, HfError> {
+        let Some((second, types)) = self.types() else { return self.one_bank(x, (logits, state), gated) };
+        let nobody = vec![-1; gated.ids.len()];
+        let of = |bank: bool| {
+            let mut ids = gated.ids.clone();
+            let others: Vec<i32> = types.iter().map(|&kind| i32::from((kind > 0) != bank)).collect();
+            choose(&mut ids, &nobody, &others);
+            Gated { ids, weights: gated.weights.clone() }
+        };
+        let first = self.one_bank(x, (logits.clone(), None), of(false))?;
+        let second = second.one_bank(x, (Vec::new(), None), of(true))?;
+        let y = first.y.iter().zip(&second.y).map(|(first, second)| first + second).collect();
+        Ok(Forward { logits, ids: gated.ids, weights: gated.weights, appended: Vec::new(), state, y })
+    }
+
+    fn one_bank(&self, x: &[f64], (logits, state): Logits, gated: Gated) -> Result<Forward, HfError> {
+        let (layer, weights) = (&self.layer, self.weights);
+        match self.kind {
+            Kind::UnitExperts { input, output, .. } => {
+                let dense = self.dense(x)?;
+                let (input, output) = (wide(input), wide(output));
+                let (ids, shares, act) = (&gated.ids, &gated.weights, layer.mlp.activation);
+                let y = unit_experts(x, &input, &output, ids, shares, Some(&dense), layer.hidden, act)?;
+                return Ok(Forward { logits, ids: gated.ids, weights: gated.weights, appended: Vec::new(), state, y });
+            }
+            Kind::BySequence { first, second } => {
+                let y = self.by_sequence(x, first, second, &gated)?;
+                return Ok(Forward { logits, ids: gated.ids, weights: gated.weights, appended: Vec::new(), state, y });
+            }
+            _ => {}
+        }
+        let gated = match &layer.admission {
+            None => gated,
+            Some(rule) => {
+                let given: Vec<f32> = gated.weights.iter().map(|&weight| weight as f32).collect();
+                let admitted = admit(&gated.ids, &given, None, rule)?;
+                Gated { ids: admitted.ids, weights: admitted.weights.into_iter().map(f64::from).collect() }
+            }
+        };
+        let (hidden, width) = (layer.hidden, layer.expert_width());
+        let input = norm(x, hidden, layer.norms.experts, &weights.around.experts)?;
+        let latent = weights.around.latent.as_ref().zip(layer.latent);
+        let input = match &latent {
+            None => input,
+            Some(([before, _], desc)) => {
+                let projected = dense_gemm(&input, &Matrix::of(before).plain(width, hidden), Activation::Identity)?;
+                norm(&projected, width, desc.norm, &weights.around.latent_norm)?
+            }
+        };
+
+        // Experts that yield their input have no rows.
+        let here = layer.local_experts() as i32;
+        let local: Vec<i32> = gated.ids.iter().map(|&id| if id < here { id } else { -1 }).collect();
+        let choices = layer.all_choices();
+        let rule =
+            DispatchRule { experts: layer.local_experts(), top_k: choices, capacity: layer.capacity, tile_m: 16 };
+        let plan = dispatch(&local, &rule)?;
+        let weigh_input = layer.weighting == Weighting::Input;
+        let row_scale = weigh_input.then(|| plan.slot_weight(&gated.weights));
+        let (first, second) = (Matrix::of(&weights.gate_up), Matrix::of(&weights.down));
+        let first = first.sized(layer.intermediate, width, &layer.mlp.gate_up);
+        let second = second.sized(width, layer.intermediate, &layer.mlp.down);
+        let between = grouped_gemm(&input, &first, &plan, true, row_scale.as_deref(), layer.mlp.activation)?;
+        let y_slots = grouped_gemm(&between, &second, &plan, false, None, Activation::Identity)?;
+        let y_slots = norm(&y_slots, width, layer.norms.slots, &weights.around.slots)?;
+        let factors = (!weigh_input).then_some(gated.weights.as_slice());
+        let mut y = combine(&y_slots, &plan.token_slot, factors, None::<&[f64]>, None, choices, width)?;
+        if let Some(([_, after], _)) = &latent {
+            y = dense_gemm(&y, &Matrix::of(after).plain(hidden, width), Activation::Identity)?;
+        }
+        if weights.map.as_ref().is_some_and(|map| map.i32().contains(&IDENTITY)) {
+            let range = here..layer.experts as i32;
+            add_identity(&mut y, x, &identity_weight(&gated.ids, &gated.weights, choices, range)?)?;
+        }
+        let shared = self.shared(x)?;
+        let scales = [layer.routed_scale, layer.shared.map_or(1.0, |shared| shared.scale)].map(f64::from);
+        let bias = some(&weights.output_bias);
+        add_around(&mut y, scales, bias.as_deref(), None, shared.as_deref())?;
+        let y = norm(&y, hidden, layer.norms.output, &weights.around.output)?;
+
+        let appended = layer.gating.appended_experts();
+        let (mut ids, _) = split(&gated.ids, layer.top_k, appended);
+        if layer.capacity.is_some() {
+            drop_full(&mut ids, &plan.token_slot);
+        }
+        let (mut weights, appended) = split(&gated.weights, layer.top_k, appended);
+        if matches!(self.kind, Kind::Network(_)) {
+            skip(&mut ids, &mut weights, layer.local_experts());
+        }
+        Ok(Forward { logits, ids, weights, appended, state, y })
+    }
+
+    /// The dense MLP beside experts of one unit.
+    fn dense(&self, x: &[f64]) -> Result<Vec<f64>, ReferenceError> {
+        let (layer, weights) = (&self.layer, self.weights);
+        let (first, second) = (Matrix::of(&weights.gate_up), Matrix::of(&weights.down));
+        let first = first.sized(layer.intermediate, layer.hidden, &layer.mlp.gate_up);
+        let between = dense_gemm(x, &first, layer.mlp.activation)?;
+        dense_gemm(&between, &second.plain(layer.hidden, layer.intermediate), Activation::Identity)
+    }
+
+    /// `fc2(h)` for the first columns, the chosen expert's `W h` for the last, `h = act(fc1 x)` (transformers, `VitPoseBackboneMoeMLP`).
+    fn by_sequence(
+        &self,
+        x: &[f64],
+        first: &MatrixWeight<HostBuffer>,
+        second: &MatrixWeight<HostBuffer>,
+        gated: &Gated,
+    ) -> Result<Vec<f64>, ReferenceError> {
+        let &LayerDesc { hidden, intermediate, experts, mlp, .. } = &self.layer;
+        let between = dense_gemm(x, &Matrix::of(first).plain(intermediate, hidden), mlp.activation)?;
+        let mut y = dense_gemm(&between, &Matrix::of(second).plain(hidden, intermediate), Activation::Identity)?;
+        let plan = dispatch(&gated.ids, &DispatchRule { experts, top_k: 1, capacity: None, tile_m: 16 })?;
+        let part = Matrix::of(&self.weights.down);
+        let part = grouped_gemm(&between, &part.plain(hidden, intermediate), &plan, true, None, Activation::Identity)?;
+        let part = combine(&part, &plan.token_slot, None, None::<&[f64]>, None, 1, hidden)?;
+        y.iter_mut().zip(part).for_each(|(y, part)| *y += part);
+        Ok(y)
+    }
+
+    /// The shared expert's output, gated.
+    fn shared(&self, x: &[f64]) -> Result<Option<Vec<f64>>, ReferenceError> {
+        let (layer, weights) = (&self.layer, self.weights);
+        let Some(((first, second), desc)) = weights.shared.as_ref().zip(layer.shared) else { return Ok(None) };
+        let (first, second) = (Matrix::of(first), Matrix::of(second));
+        let first = first.sized(desc.intermediate, layer.hidden, &desc.mlp.gate_up);
+        let second = second.sized(layer.hidden, desc.intermediate, &desc.mlp.down);
+        let mut y = dense_gemm(&dense_gemm(x, &first, desc.mlp.activation)?, &second, Activation::Identity)?;
+        if let Some(gate) = some(&weights.shared_gate) {
+            gate_addend(&mut y, &router(x, &gate, None::<&[f64]>, layer.hidden)?)?;
+        }
+        Ok(Some(y))
+    }
+}
+
+/// Rows through a norm, where there is one.
+fn norm(
+    x: &[f64],
+    width: usize,
+    norm: Option<RmsNorm>,
+    weight: &Option<HostBuffer>,
+) -> Result<Vec<f64>, ReferenceError> {
+    let Some(norm) = norm else { return Ok(x.to_vec()) };
+    let weight = some(weight);
+    Ok(rms_norm(&Rows { weight: weight.as_deref(), ..rows(x, width) }, &norm)?.y)
+}
+
+/// Rows and nothing else.
+fn rows(x: &[f64], width: usize) -> Rows<'_, f64> {
+    Rows { x, width, weight: None, addend: None, addend_scale: None, row_scale: None, residual: None }
+}
