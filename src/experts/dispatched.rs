@@ -58,7 +58,7 @@ impl SlotShape {
 
     pub(crate) fn validate(&self, operation: &'static str) -> Result<(), Error> {
         shape::size(operation, "rows.tokens", self.tokens)?;
-        shape::experts(operation, self.experts)?;
+        shape::experts_up_to(operation, self.experts, crate::MAX_COUNTED_EXPERTS)?;
         shape::size(operation, "rows.slots", self.slots)?;
         shape::positive(operation, "rows.tile_m", self.tile_m)?;
         shape::size(operation, "rows.max_tiles", self.max_tiles)?;
