@@ -20,7 +20,7 @@ use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc
 use moe_kernels::experts::{Dispatched, Weight};
 use moe_kernels::layer::{ExpertWeights, ExpertsArgs, ExpertsPlan, LayerDesc, LayerPlan, RouteArgs, RouterWeights};
 use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBackwardDesc};
-use moe_kernels::rules::{Activation, Layout, WeightDesc};
+use moe_kernels::rules::{Activation, Gating, Layout, Score, WeightDesc};
 use moe_kernels::{Dtype, Workspace};
 use safetensors::{Dtype as Stored, SafeTensors};
 
@@ -55,29 +55,67 @@ fn near(stream: &Arc<CudaStream>, name: &str, got: &CudaSlice<f32>, want: &[f32]
     assert!(error <= TOLERANCE, "{name}: relative error {error:e}");
 }
 
+/// A checkpoint's block: its folder, the names of its tensors, sizes and rule.
+struct Block {
+    folder: &'static str,
+    prefix: &'static str,
+    /// Gate, up, down.
+    parts: [&'static str; 3],
+    experts: usize,
+    top_k: usize,
+    gating: Gating,
+}
+
+/// Softmax over all experts, the chosen renormalised: only they have a gradient.
 #[test]
 fn mixtral_by_torch() {
-    let folder = data::path("golden/mixtral");
+    by_torch(&Block {
+        folder: "mixtral",
+        prefix: "model.layers.0.block_sparse_moe",
+        parts: ["w1", "w3", "w2"],
+        experts: 8,
+        top_k: 2,
+        gating: Gating::new(Score::Softmax).renormalised(),
+    });
+}
+
+/// Not renormalised: every logit has one.
+#[test]
+fn olmoe_by_torch() {
+    by_torch(&Block {
+        folder: "olmoe",
+        prefix: "model.layers.0.mlp",
+        parts: ["gate_proj", "up_proj", "down_proj"],
+        experts: 10,
+        top_k: 4,
+        gating: Gating::new(Score::Softmax),
+    });
+}
+
+fn by_torch(block: &Block) {
+    let folder = data::path("families").join(block.folder);
     let (model, golden, grads) = (
         tensors(&folder.join("model.safetensors")),
         tensors(&folder.join("golden.safetensors")),
         tensors(&folder.join("golden_grads.safetensors")),
     );
-    let (experts, top_k, hidden, width) = (8, 2, 128, 128);
+    let &Block { experts, top_k, gating, prefix, parts, .. } = block;
+    let tensor = |name: &str| model(&format!("{prefix}.{name}.weight"));
+    let by_expert = |part: &str| (0..experts).map(|e| tensor(&format!("experts.{e}.{part}"))).collect::<Vec<_>>();
+    let [gate, up, down] = parts.map(by_expert);
+    let router = tensor("gate");
+    let (hidden, width) = (router.len() / experts, down[0].len() * experts / router.len());
     let (x, dy) = (golden("x"), grads("dy"));
     let tokens = x.len() / hidden;
-    let block = |name: &str| model(&format!("model.layers.0.block_sparse_moe.{name}.weight"));
-    let by_expert = |part: &str| (0..experts).map(|e| block(&format!("experts.{e}.{part}"))).collect::<Vec<_>>();
-    let (gate, up, down) = (by_expert("w1"), by_expert("w3"), by_expert("w2"));
     let gate_up: Vec<f32> = gate.iter().zip(&up).flat_map(|(gate, up)| [&gate[..], &up[..]].concat()).collect();
 
     let (kernels, stream) = (device::kernels(), device::stream());
     let to = |values: &[f32]| stream.clone_htod(values).unwrap();
     let zeros = |len: usize| stream.alloc_zeros::<f32>(len).unwrap();
-    let (x, dy, gate_up, down, router) = (to(&x), to(&dy), to(&gate_up), to(&down.concat()), to(&block("gate")));
+    let (x, dy, gate_up, down, router) = (to(&x), to(&dy), to(&gate_up), to(&down.concat()), to(&router));
 
     // Forward, keeping what the way back needs.
-    let desc = LayerDesc::new(Dtype::F32, hidden, width, experts, top_k);
+    let desc = LayerDesc::new(Dtype::F32, hidden, width, experts, top_k).gating(gating);
     let plan: LayerPlan = desc.plan(tokens, kernels.device()).unwrap();
     let route = plan.route();
     let shape = route.rows();

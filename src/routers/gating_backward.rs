@@ -32,7 +32,7 @@ pub struct GatingBackwardDesc {
     pub tokens: usize,
     /// Experts `E`, 1 to 4096.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32.
+    /// Experts per token `k`, 1 to 64.
     pub top_k: usize,
     /// The rule of the forward pass.
     pub gating: Gating,
@@ -58,7 +58,7 @@ impl GatingBackwardDesc {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, self.experts)?;
         let enough = if gating.choice == ChoiceBy::Given { usize::MAX } else { self.experts };
-        shape::top_k(OPERATION, self.top_k, enough)?;
+        shape::top_k_up_to(OPERATION, self.top_k, enough, crate::MAX_TOP_K)?;
         shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k])?;
         shape::product(OPERATION, "logits", &[self.tokens, self.experts])?;
         let unsupported = |argument, supported: &str, got: String| {
@@ -173,6 +173,7 @@ const ADD: u32 = 8;
 const SIGMOIDS: u32 = 16;
 const BALANCE: u32 = 32;
 const Z: u32 = 64;
+const PLAIN: u32 = 128;
 
 /// Computes the gradient of the logits.
 ///
@@ -254,7 +255,8 @@ pub fn forward(
             score,
             flags: rule
                 | flag(desc.accumulate, ADD)
-                | flag(losses.score == LossScore::Sigmoid, SIGMOIDS)
+                | flag(losses.score != LossScore::Softmax, SIGMOIDS)
+                | flag(losses.score == LossScore::PlainSigmoid, PLAIN)
                 | flag(desc.balances(), BALANCE)
                 | flag(losses.z != 0.0, Z),
             scale: desc.gating.scale,

@@ -26,14 +26,16 @@ pub fn check(rng: &mut fastrand::Rng) {
             Some(Renormalise::PNorm(0.5)),
             Some(Renormalise::PNorm(3.0)),
         ] {
-            for (tokens, experts, top_k) in [(1, 1, 1), (37, 8, 2), (10, 33, 5), (3, 130, 32), (300, 4, 1)] {
+            for (tokens, experts, top_k) in [(1, 1, 1), (37, 8, 2), (10, 33, 5), (3, 130, 32), (2, 70, 50), (300, 4, 1)]
+            {
                 let gating = Gating::new(score).renormalise(renormalise).scale([1.0, 2.5][rng.usize(..2)]);
                 let losses = [
                     None,
                     Some(LossGradient::new(LossScore::Softmax).balance(0.5)),
                     Some(LossGradient::new(LossScore::Sigmoid).balance(0.5).z(0.1)),
                     Some(LossGradient::new(LossScore::Softmax).z(0.1)),
-                ][rng.usize(..4)];
+                    Some(LossGradient::new(LossScore::PlainSigmoid).balance(0.5)),
+                ][rng.usize(..5)];
                 let desc =
                     GatingBackwardDesc::new(tokens, experts, top_k, gating).losses(losses).accumulate(rng.bool());
                 case(rng, &desc, Logits::Normal);

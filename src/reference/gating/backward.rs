@@ -135,6 +135,7 @@ fn of_losses(row: &[f64], losses: &LossGradient, counts: &[i32], counted: usize)
                 let mean: f64 = h.iter().zip(row).map(|(h, &l)| h * sigmoid(l) / sum).sum();
                 row.iter().zip(&h).map(|(&l, h)| sigmoid(l) * sigmoid(-l) * (h - mean) / sum).collect()
             }
+            LossScore::PlainSigmoid => row.iter().zip(&h).map(|(&l, h)| sigmoid(l) * sigmoid(-l) * h).collect(),
         }
     };
     let z = 2.0 * f64::from(losses.z) / tokens * log_sum_exp(row.iter().copied());
@@ -213,7 +214,7 @@ mod tests {
         let logits: Vec<f64> = (0..tokens * experts).map(|_| 4.0 * rng.f64() - 2.0).collect();
         let ids: Vec<i32> = (0..tokens as i32).flat_map(|t| [t % 6, (t + 2) % 6]).collect();
         let none = vec![0.0; tokens * top_k];
-        for score in [LossScore::Softmax, LossScore::Sigmoid] {
+        for score in [LossScore::Softmax, LossScore::Sigmoid, LossScore::PlainSigmoid] {
             let measured = |logits: &[f64]| {
                 balance(logits, &ids, &none, experts, top_k, &BalanceRule::new(score, tokens)).unwrap()
             };
