@@ -133,6 +133,9 @@ const BAND: usize = 8;
 
 /// Chooses kernel and grid: the dispatch's tile height, or for a dense product the cheapest one.
 ///
+/// The kernels for packed rows take `n` and `k` that are multiples of 8, columns (of the weight outputs or depths) side by side, and all other
+/// strides multiples of 16 bytes. All else has one kernel, for lists of tiles of any height.
+///
 /// # Errors
 /// Those of [`GemmDesc::validate`]; [`Error::Unsupported`] for a tile height without a kernel, or a device with too little
 /// shared memory; [`Error::Overflow`] for a grid past the device's limit.
