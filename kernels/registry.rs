@@ -86,6 +86,20 @@ pub struct Router {
     pub shape: RouterShape,
 }
 
+/// The router product's way back: f32 gradients of logits times rows of another type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RouterBackward {
+    /// Type of the rows: the router's weight, or x.
+    pub b: Dtype,
+    /// Type of the result.
+    pub out: Dtype,
+}
+
+impl RouterBackward {
+    /// Rows and columns of a block.
+    pub const TILE: u32 = 64;
+}
+
 /// How a router's work is cut into blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RouterShape {
@@ -642,6 +656,8 @@ pub enum Kernel {
     GatingBackward,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Back through the router's product.
+    RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
     RmsNorm(Dtype),
     /// Experts by the best pairs of keys.
@@ -704,6 +720,7 @@ impl Kernel {
             Kernel::NoiseState => "noise_state".into(),
             Kernel::GatingBackward => "gating_backward".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
@@ -753,6 +770,7 @@ impl Kernel {
             Kernel::NoiseState => "NoiseState",
             Kernel::GatingBackward => "GatingBackward",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
@@ -793,9 +811,11 @@ impl Kernel {
                 BLOCK_WARPS * 32
             }
             Kernel::Sampled(spread) => spread.warps() * 32,
-            Kernel::Jitter(_) | Kernel::RowGroups | Kernel::GatingBackward | Kernel::ActivationBackward(_) => {
-                BLOCK_WARPS * 32
-            }
+            Kernel::Jitter(_)
+            | Kernel::RowGroups
+            | Kernel::GatingBackward
+            | Kernel::ActivationBackward(_)
+            | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
@@ -856,6 +876,7 @@ impl Kernel {
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
             Kernel::GatingBackward => "routers/gating_backward.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
@@ -941,6 +962,12 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::RouterBackward(k) => vec![
+                ("b_dtype", Text(k.b.name())),
+                ("out_dtype", Text(k.out.name())),
+                ("tile", Int(RouterBackward::TILE)),
+                ("depth", Int(16)),
+            ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
             Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
@@ -1037,6 +1064,11 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
+    for b in Dtype::ALL {
+        // Into the weight f32; into x its type, which is that of the weight unless that is f32.
+        let outs = Dtype::ALL.into_iter().filter(|&out| b == Dtype::F32 || out == b || out == Dtype::F32);
+        kernels.extend(outs.map(|out| Kernel::RouterBackward(RouterBackward { b, out })));
+    }
     for ids_bytes in IDS_BYTES {
         kernels.extend([Kernel::ExpertCounts { ids_bytes }, Kernel::IdsToMap { ids_bytes }]);
     }

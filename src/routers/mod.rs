@@ -17,6 +17,7 @@ pub mod noise_state;
 pub mod noisy;
 pub mod product_keys;
 pub mod router;
+pub mod router_backward;
 pub mod sampled;
 pub mod sinkhorn;
 pub mod token_banks;

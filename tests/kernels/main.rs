@@ -37,6 +37,7 @@ mod permute;
 mod product_keys;
 mod rms_norm;
 mod router;
+mod router_backward;
 mod routing_map;
 mod row_groups;
 mod rows;
@@ -123,6 +124,7 @@ fn check(kernel: Kernel) {
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
         Kernel::GatingBackward => gating_backward::check(rng),
+        Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),

@@ -1,0 +1,146 @@
+//! Checks of `router_backward_*`: whole numbers, whose sums are exact, and random ones against f64.
+
+use cudarc::driver::DeviceRepr;
+use half::{bf16, f16};
+use moe_kernels::Dtype;
+use moe_kernels::registry::{Kernel, RouterBackward};
+use moe_kernels::routers::router_backward::{self, RouterBackwardDesc};
+
+use crate::support::buffer::Guarded;
+use crate::support::compare::{ROUTER_GRADIENT, Storage, rounding};
+use crate::support::device;
+use crate::support::inputs::normal;
+use crate::timing::time;
+
+pub fn check(variant: RouterBackward, rng: &mut fastrand::Rng) {
+    match (variant.b, variant.out) {
+        (Dtype::Bf16, Dtype::Bf16) => into_x::<bf16, bf16>(variant, rng),
+        (Dtype::F16, Dtype::F16) => into_x::<f16, f16>(variant, rng),
+        (Dtype::F32, Dtype::Bf16) => into_x::<f32, bf16>(variant, rng),
+        (Dtype::F32, Dtype::F16) => into_x::<f32, f16>(variant, rng),
+        (Dtype::F32, Dtype::F32) => {
+            into_x::<f32, f32>(variant, rng);
+            into_weight::<f32>(variant, rng);
+        }
+        (Dtype::Bf16, Dtype::F32) => into_weight::<bf16>(variant, rng),
+        (Dtype::F16, Dtype::F32) => into_weight::<f16>(variant, rng),
+        other => unreachable!("no kernel of {other:?}"),
+    }
+}
+
+const SHAPES: [(usize, usize, usize); 5] = [(1, 1, 1), (70, 5, 33), (64, 64, 64), (3, 130, 65), (200, 8, 7)];
+
+/// Gradients, of which a row in four is 0.
+fn gradients(rng: &mut fastrand::Rng, tokens: usize, experts: usize, whole: bool) -> Vec<f32> {
+    let mut all: Vec<f32> =
+        (0..tokens * experts).map(|_| if whole { rng.i32(-4..=4) as f32 } else { normal(rng) as f32 }).collect();
+    (0..tokens).filter(|t| t % 4 == 2).for_each(|t| all[t * experts..][..experts].fill(0.0));
+    all
+}
+
+fn rows<T: Storage>(rng: &mut fastrand::Rng, len: usize, whole: bool) -> Vec<T> {
+    (0..len).map(|_| T::from_f64(if whole { f64::from(rng.i32(-4..=4)) } else { normal(rng) })).collect()
+}
+
+/// Compares with `sum a b`, given as pairs, and says what a bound is relative to: the sum of magnitudes.
+fn compare<T: Storage>(
+    name: &str,
+    at: usize,
+    got: T,
+    before: Option<T>,
+    whole: bool,
+    terms: impl Iterator<Item = (f64, f64)>,
+) {
+    let before: f64 = before.map_or(0.0, Into::into);
+    let (want, size) = terms.fold((before, before.abs()), |(sum, size), (a, b)| (sum + a * b, size + (a * b).abs()));
+    let got: f64 = got.into();
+    if whole {
+        let want: f64 = T::from_f64(want).into();
+        assert!(got == want, "{name}: {at} is {got}, want {want}");
+    } else {
+        let bound = ROUTER_GRADIENT * size + rounding(T::DTYPE, want.abs());
+        assert!((got - want).abs() <= bound, "{name}: {at} is {got}, want {want}, bound {bound:e}");
+    }
+}
+
+fn bits<T: bytemuck::Pod>(values: &[T]) -> &[u8] {
+    bytemuck::cast_slice(values)
+}
+
+fn into_x<W: Storage + DeviceRepr, X: Storage + DeviceRepr>(variant: RouterBackward, rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for (turn, (tokens, experts, hidden)) in SHAPES.into_iter().enumerate() {
+        for whole in [true, false] {
+            let desc = RouterBackwardDesc::new(X::DTYPE, tokens, experts, hidden)
+                .weight(W::DTYPE)
+                .accumulate((turn + usize::from(whole)) % 2 == 0);
+            let selection = router_backward::select_into_x(&desc, kernels.device()).unwrap();
+            assert_eq!(selection.kernel.variant(), Kernel::RouterBackward(variant));
+            let (d, weight) = (gradients(rng, tokens, experts, whole), rows::<W>(rng, experts * hidden, whole));
+            let before = rows::<X>(rng, tokens * hidden, whole);
+            let (d_in, w_in) = (Guarded::input(&stream, "d_logits", &d), Guarded::input(&stream, "weight", &weight));
+            let launch = || {
+                let mut dx = if desc.accumulate {
+                    Guarded::filled_output(&stream, "dx", &before, 0)
+                } else {
+                    Guarded::<X>::output(&stream, "dx", tokens * hidden)
+                };
+                {
+                    let (d, w, mut to) = (d_in.view(), w_in.view(), dx.view_mut());
+                    router_backward::into_x::<X, W>(kernels, &stream, &desc, &d, &w, &mut to).unwrap();
+                }
+                dx.read(&stream)
+            };
+            let got = launch();
+            let name = format!("{desc:?}");
+            assert!(bits(&got) == bits(&launch()), "{name}: another run gave other bits");
+            time(&stream, &name, || drop(launch()));
+            d_in.assert_unchanged(&stream);
+            for (at, &value) in got.iter().enumerate() {
+                let (t, h) = (at / hidden, at % hidden);
+                let terms = (0..experts).map(|e| (f64::from(d[t * experts + e]), weight[e * hidden + h].into()));
+                compare(&name, at, value, desc.accumulate.then(|| before[at]), whole, terms);
+            }
+        }
+    }
+}
+
+fn into_weight<X: Storage + DeviceRepr>(variant: RouterBackward, rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for (turn, (tokens, experts, hidden)) in SHAPES.into_iter().chain([(0, 3, 5)]).enumerate() {
+        for whole in [true, false] {
+            let desc = RouterBackwardDesc::new(X::DTYPE, tokens, experts, hidden)
+                .accumulate((turn + usize::from(whole)) % 2 == 1);
+            let selection = router_backward::select_into_weight(&desc, kernels.device()).unwrap();
+            assert_eq!(selection.kernel.variant(), Kernel::RouterBackward(variant));
+            let d = gradients(rng, tokens, experts, whole);
+            let mut x = rows::<X>(rng, tokens * hidden, whole);
+            // What no gradient reaches may be anything.
+            (0..tokens).filter(|t| t % 4 == 2).for_each(|t| x[t * hidden..][..hidden].fill(X::from_f64(f64::NAN)));
+            let before = rows::<f32>(rng, experts * hidden, whole);
+            let (d_in, x_in) = (Guarded::input(&stream, "d_logits", &d), Guarded::input(&stream, "x", &x));
+            let launch = || {
+                let mut d_weight = if desc.accumulate {
+                    Guarded::filled_output(&stream, "d_weight", &before, 0)
+                } else {
+                    Guarded::<f32>::output(&stream, "d_weight", experts * hidden)
+                };
+                {
+                    let (d, x, mut to) = (d_in.view(), x_in.view(), d_weight.view_mut());
+                    router_backward::into_weight::<X>(kernels, &stream, &desc, &d, &x, &mut to).unwrap();
+                }
+                d_weight.read(&stream)
+            };
+            let got = launch();
+            let name = format!("{desc:?}");
+            assert!(bits(&got) == bits(&launch()), "{name}: another run gave other bits");
+            time(&stream, &name, || drop(launch()));
+            for (at, &value) in got.iter().enumerate() {
+                let (e, h) = (at / hidden, at % hidden);
+                let live = (0..tokens).filter(|t| t % 4 != 2);
+                let terms = live.map(|t| (f64::from(d[t * experts + e]), x[t * hidden + h].into()));
+                compare(&name, at, value, desc.accumulate.then(|| before[at]), whole, terms);
+            }
+        }
+    }
+}
