@@ -11,8 +11,8 @@ mod device;
 use std::path::Path;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream};
-use moe_kernels::capacity::row_groups::{self, RowGroupsArgs, RowGroupsDesc, RowLayout};
+use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
+use half::{bf16, f16};
 use moe_kernels::experts::activation_backward::{self, ActivationBackwardArgs, ActivationBackwardDesc};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
 use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, ProductOut, Rows};
@@ -20,12 +20,20 @@ use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc
 use moe_kernels::experts::{Dispatched, Weight};
 use moe_kernels::layer::{ExpertWeights, ExpertsArgs, ExpertsPlan, LayerDesc, LayerPlan, RouteArgs, RouterWeights};
 use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBackwardDesc};
+use moe_kernels::routers::router_backward::{self, RouterBackwardDesc};
 use moe_kernels::rules::{Activation, Gating, Layout, Score, WeightDesc};
-use moe_kernels::{Dtype, Workspace};
+use moe_kernels::{Dtype, Element, Workspace};
 use safetensors::{Dtype as Stored, SafeTensors};
 
-/// In the norm: f32 sums of a few hundred terms behind one another.
-const TOLERANCE: f64 = 1e-5;
+/// In the norm: f32 sums of a few hundred terms behind one another; in 16 bits the roundings of what lies between products.
+fn tolerance(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 2e-6,
+        Dtype::F16 => 1e-3,
+        Dtype::Bf16 => 1e-2,
+        other => unreachable!("no case has {other}"),
+    }
+}
 
 /// Tensors of a file as f32.
 fn tensors(path: &Path) -> impl Fn(&str) -> Vec<f32> + use<> {
@@ -44,15 +52,15 @@ fn tensors(path: &Path) -> impl Fn(&str) -> Vec<f32> + use<> {
     }
 }
 
-fn near(stream: &Arc<CudaStream>, name: &str, got: &CudaSlice<f32>, want: &[f32]) {
-    let got = stream.clone_dtoh(got).unwrap();
+fn near<T: Element + DeviceRepr>(stream: &Arc<CudaStream>, name: &str, got: &CudaSlice<T>, want: &[f32], most: f64) {
+    let got: Vec<f32> = stream.clone_dtoh(got).unwrap().into_iter().map(T::to_f32).collect();
     assert_eq!(got.len(), want.len(), "{name}");
     let square = |v: f64| v * v;
     let error: f64 = got.iter().zip(want).map(|(&g, &w)| square(f64::from(g) - f64::from(w))).sum();
     let norm: f64 = want.iter().map(|&w| square(w.into())).sum();
     let error = (error / norm).sqrt();
-    println!("{name}: {error:.1e}");
-    assert!(error <= TOLERANCE, "{name}: relative error {error:e}");
+    println!("{} {name}: {error:.1e}", T::DTYPE);
+    assert!(error <= most, "{} {name}: relative error {error:e}", T::DTYPE);
 }
 
 /// A checkpoint's block: its folder, the names of its tensors, sizes and rule.
@@ -93,6 +101,12 @@ fn olmoe_by_torch() {
 }
 
 fn by_torch(block: &Block) {
+    in_type::<f32>(block);
+    in_type::<f16>(block);
+    in_type::<bf16>(block);
+}
+
+fn in_type<T: Element + DeviceRepr>(block: &Block) {
     let folder = data::path("families").join(block.folder);
     let (model, golden, grads) = (
         tensors(&folder.join("model.safetensors")),
@@ -110,12 +124,16 @@ fn by_torch(block: &Block) {
     let gate_up: Vec<f32> = gate.iter().zip(&up).flat_map(|(gate, up)| [&gate[..], &up[..]].concat()).collect();
 
     let (kernels, stream) = (device::kernels(), device::stream());
-    let to = |values: &[f32]| stream.clone_htod(values).unwrap();
-    let zeros = |len: usize| stream.alloc_zeros::<f32>(len).unwrap();
+    let to = |values: &[f32]| {
+        let rounded: Vec<T> = values.iter().map(|&value| T::from_f32(value)).collect();
+        stream.clone_htod(&rounded).unwrap()
+    };
+    let zeros = |len: usize| stream.alloc_zeros::<T>(len).unwrap();
+    let numbers = |len: usize| stream.alloc_zeros::<f32>(len).unwrap();
     let (x, dy, gate_up, down, router) = (to(&x), to(&dy), to(&gate_up), to(&down.concat()), to(&router));
 
     // Forward, keeping what the way back needs.
-    let desc = LayerDesc::new(Dtype::F32, hidden, width, experts, top_k).gating(gating);
+    let desc = LayerDesc::new(T::DTYPE, hidden, width, experts, top_k).gating(gating);
     let plan: LayerPlan = desc.plan(tokens, kernels.device()).unwrap();
     let route = plan.route();
     let shape = route.rows();
@@ -124,7 +142,7 @@ fn by_torch(block: &Block) {
     let mut dispatched = Dispatched::new(&stream, &shape).unwrap();
     let bytes = route.workspace_bytes().max(products.workspace_bytes());
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
-    let (mut logits, mut weights) = (zeros(tokens * experts), zeros(tokens * top_k));
+    let (mut logits, mut weights) = (numbers(tokens * experts), numbers(tokens * top_k));
     let mut ids = stream.alloc_zeros::<i32>(tokens * top_k).unwrap();
     let mut kept = RouteArgs::new();
     kept.logits = Some((&mut logits).into());
@@ -138,9 +156,9 @@ fn by_torch(block: &Block) {
     products.forward(kernels, &stream, &expert_weights, args, &mut workspace).unwrap();
 
     // 1. The gradient of the second product's input: dy, gathered, times the weight in its other layout.
-    let transposed = WeightDesc::new(Dtype::F32).layout(Layout::Kn);
-    let product = |n, k, gather, a: &CudaSlice<f32>, weight: &CudaSlice<f32>, out: &mut CudaSlice<f32>| {
-        let desc = GemmDesc::new(Dtype::F32, Rows::Grouped(shape), n, k)
+    let transposed = WeightDesc::new(T::DTYPE).layout(Layout::Kn);
+    let product = |n, k, gather, a: &CudaSlice<T>, weight: &CudaSlice<T>, out: &mut CudaSlice<T>| {
+        let desc = GemmDesc::new(T::DTYPE, Rows::Grouped(shape), n, k)
             .gather(gather)
             .weight(transposed)
             .activation(Activation::Identity);
@@ -151,9 +169,9 @@ fn by_torch(block: &Block) {
     product(width, hidden, true, &dy, &down, &mut d_hidden);
 
     // 2. Back through the activation.
-    let (mut d_pre, mut weighted, mut d_slot_weight) = (zeros(rows * 2 * width), zeros(rows * width), zeros(rows));
+    let (mut d_pre, mut weighted, mut d_slot_weight) = (zeros(rows * 2 * width), zeros(rows * width), numbers(rows));
     let live = dispatched.offsets().slice(experts..experts + 1);
-    let through = ActivationBackwardDesc::new(Dtype::F32, rows, width, desc.mlp.activation);
+    let through = ActivationBackwardDesc::new(T::DTYPE, rows, width, desc.mlp.activation);
     let mut args = ActivationBackwardArgs::new(&pre_activation, &d_hidden, &mut d_pre);
     args.slot_weight = Some(dispatched.slot_weight().into());
     args.live = Some((&live).into());
@@ -162,8 +180,8 @@ fn by_torch(block: &Block) {
     activation_backward::forward(kernels, &stream, &through, args).unwrap();
 
     // 3, 4. Both weights' gradients: sums over each expert's rows.
-    let sums = |m, n, gathered, a: &CudaSlice<f32>, b: &CudaSlice<f32>, out: &mut CudaSlice<f32>| {
-        let desc = KGroupedDesc::new(Dtype::F32, shape, m, n).gathered(gathered);
+    let sums = |m, n, gathered, a: &CudaSlice<T>, b: &CudaSlice<T>, out: &mut CudaSlice<T>| {
+        let desc = KGroupedDesc::new(T::DTYPE, shape, m, n).gathered(gathered);
         let args = KGroupedArgs::new(a, b, &dispatched, ProductOut::Rounded(out.into()));
         k_grouped::forward(kernels, &stream, &desc, args).unwrap();
     };
@@ -172,38 +190,29 @@ fn by_torch(block: &Block) {
     sums(2 * width, hidden, Gathered::B, &d_pre, &x, &mut d_gate_up);
 
     // 5. Through the gating.
-    let mut d_logits = zeros(tokens * experts);
+    let mut d_logits = numbers(tokens * experts);
     let gating = GatingBackwardDesc::new(tokens, experts, top_k, desc.gating);
     let args = GatingBackwardArgs::new(&logits, &ids, &d_slot_weight, &mut d_logits).dispatched(&dispatched);
     gating_backward::forward(kernels, &stream, &gating, args).unwrap();
 
-    // 6, 7. The router's product: one group of all tokens.
-    let mut all = stream.alloc_zeros::<i32>(1).unwrap();
-    stream.memcpy_htod(&[tokens as i32], &mut all).unwrap();
-    let groups = RowGroupsDesc::new(RowLayout::Ends { rows: tokens }, 1, 16);
-    let mut one = Dispatched::new(&stream, &groups.shape()).unwrap();
-    let args = RowGroupsArgs::new(&all, &mut one);
-    row_groups::forward(kernels, &stream, &groups, args).unwrap();
-    let mut d_router = zeros(experts * hidden);
-    let outer = KGroupedDesc::new(Dtype::F32, groups.shape(), experts, hidden);
-    let args = KGroupedArgs::new(&d_logits, &x, &one, ProductOut::Rounded((&mut d_router).into()));
-    k_grouped::forward(kernels, &stream, &outer, args).unwrap();
+    // 6, 7. The router's product.
+    let router_back = RouterBackwardDesc::new(T::DTYPE, tokens, experts, hidden);
+    let mut d_router = numbers(experts * hidden);
+    router_backward::into_weight::<T>(kernels, &stream, &router_back, &d_logits, &x, &mut d_router).unwrap();
     let mut dx_router = zeros(tokens * hidden);
-    let back = GemmDesc::new(Dtype::F32, Rows::Dense(tokens), hidden, experts)
-        .weight(transposed)
-        .activation(Activation::Identity);
-    gemm::forward(kernels, &stream, &back, GemmArgs::new(&d_logits, Weight::new(&router), &mut dx_router)).unwrap();
+    router_backward::into_x::<T, T>(kernels, &stream, &router_back, &d_logits, &router, &mut dx_router).unwrap();
 
     // 8, 9. Back to the tokens, onto what came through the router.
     let (mut dx_slots, mut dx) = (zeros(rows * hidden), zeros(tokens * hidden));
     product(hidden, 2 * width, false, &d_pre, &gate_up, &mut dx_slots);
-    let sum = CombineDesc::new(Dtype::F32, shape, hidden);
+    let sum = CombineDesc::new(T::DTYPE, shape, hidden);
     let mut args = CombineArgs::new(&dx_slots, &dispatched, &mut dx);
     args.residual = Some((&dx_router).into());
     combine::forward(kernels, &stream, &sum, args).unwrap();
 
-    near(&stream, "dx", &dx, &grads("dx"));
-    near(&stream, "d.gate.weight", &d_router, &grads("d.gate.weight"));
-    near(&stream, "d.experts.gate_up_proj", &d_gate_up, &grads("d.experts.gate_up_proj"));
-    near(&stream, "d.experts.down_proj", &d_down, &grads("d.experts.down_proj"));
+    let most = tolerance(T::DTYPE);
+    near(&stream, "dx", &dx, &grads("dx"), most);
+    near(&stream, "d.gate.weight", &d_router, &grads("d.gate.weight"), most);
+    near(&stream, "d.experts.gate_up_proj", &d_gate_up, &grads("d.experts.gate_up_proj"), most);
+    near(&stream, "d.experts.down_proj", &d_down, &grads("d.experts.down_proj"), most);
 }
