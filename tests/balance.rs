@@ -15,7 +15,7 @@ use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc}
 use moe_kernels::routers::gating::GatingDesc;
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
-use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
+use moe_kernels::rules::{BalanceRule, Garbage, Gating, LossCounts, LossScore, Score};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 use support::compare::{BATCH_SUMS, LOSSES, to_f64};
@@ -108,16 +108,18 @@ proptest! {
         tokens in prop_oneof![1usize..=4, 5usize..=120],
         sequence in 1usize..=130,
         score in prop::sample::select(Score::COMMON.to_vec()),
-        (first_choice_only, by_sigmoid) in any::<(bool, bool)>(),
+        (first_choice_only, by_sigmoid, propagate) in any::<(bool, bool, bool)>(),
         capacity in prop::option::of(1usize..=5),
         skew in 0.0f32..4.0,
         odd in 0u32..4,
         seed in any::<u64>(),
     ) {
         let mut desc = desc(tokens, experts, k.min(experts), score);
+        let garbage = if propagate { Garbage::Propagate } else { Garbage::Zero };
+        desc.gating.gating.garbage = garbage;
         let by_sigmoid = by_sigmoid && score == Score::Sigmoid;
         let loss = if by_sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
-        desc.rule = BalanceRule::new(loss, sequence).first_choice_only(first_choice_only).capacity(capacity);
+        desc.rule = BalanceRule::new(loss, sequence).counts(if first_choice_only { LossCounts::FirstChoice } else { LossCounts::Choice }).capacity(capacity);
         let mut rng = fastrand::Rng::with_seed(seed);
         let logits: Vec<f32> = (0..tokens * experts)
             .map(|i| match (odd, rng.u32(..64)) {
@@ -136,7 +138,10 @@ proptest! {
         let top_k = desc.gating.top_k;
         let gated = reference::gating::gate::<f32, f32>(&logits, None, experts, top_k, &desc.gating.gating).unwrap();
         prop_assert_eq!(&ids, &gated.ids);
-        let want = reference::balance::balance(&logits, &ids, &weights, experts, top_k, &desc.rule).unwrap();
+        let counts = reference::balance::counted(&logits, experts, &desc.rule, garbage, None);
+        let want =
+            reference::balance::balance_of(&logits, &ids, &weights, experts, top_k, &desc.rule, &counts).unwrap();
+        prop_assert_eq!(got.tokens as usize, want.totals.tokens);
         prop_assert_eq!(buffers.ints(&buffers.counts), want.counts.clone());
         prop_assert_eq!(u64::from(got.dropped), want.dropped);
         for (what, got, want) in [
@@ -152,7 +157,9 @@ proptest! {
         // Entropy between none and an even choice; a fraction is one; no expert has less than the mean of the fullest.
         prop_assert!(got.entropy.is_nan() || (-BATCH_SUMS..=f64::from(experts as f32).ln() * (1.0 + BATCH_SUMS) + BATCH_SUMS).contains(&got.entropy.into()));
         prop_assert!((0.0..=1.0).contains(&got.dropped_fraction));
-        prop_assert!(got.max_over_mean >= 1.0 && got.load_cv2 >= 0.0);
+        let least = if got.tokens > 0 { 1.0 } else { 0.0 };
+        prop_assert!(got.max_over_mean >= least && got.load_cv2 >= 0.0);
+        prop_assert!(propagate || got.balance_loss.is_finite() && got.entropy.is_finite());
     }
 }
 

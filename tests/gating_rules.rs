@@ -14,7 +14,7 @@ use moe_kernels::reference::gating::{Gated, gate};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
-use moe_kernels::rules::{Gating, GroupScore, Groups, Masked, Renormalise, Score};
+use moe_kernels::rules::{Garbage, Gating, GroupScore, Groups, Masked, Renormalise, Score};
 use moe_kernels::{Kernels, Workspace};
 
 struct Device {
@@ -136,10 +136,12 @@ fn epsilons_are_the_models() {
     assert!(sum(Renormalise::AtLeast(1e-3)) < 1e-3 && (sum(Renormalise::AtLeast(1e-12)) - 1.0).abs() < 1e-6);
     // NaN stays in its weights, whatever the clamp.
     let nan = [f32::NAN, 1.0, 0.0, 0.5];
-    let (ids, weights) =
-        device.gate(&nan, None, 4, 4, Gating::new(Score::Sigmoid).renormalise(Some(Renormalise::AtLeast(0.5))));
+    let rule = Gating::new(Score::Sigmoid).renormalise(Some(Renormalise::AtLeast(0.5)));
+    let (ids, weights) = device.gate(&nan, None, 4, 4, rule.garbage(Garbage::Propagate));
     assert_eq!(ids, [1, 3, 2, 0]);
     assert!(weights.iter().all(|w| w.is_nan()));
+    let (ids, weights) = device.gate(&nan, None, 4, 4, rule);
+    assert_eq!((ids, weights), (vec![1, 3, 2, 0], vec![0.0; 4]));
 }
 
 /// A dropped expert's 0 beats a kept one whose biased score is negative.

@@ -8,7 +8,8 @@ use moe_kernels::reference::noisy::{hierarchical, noisy_top_k};
 use moe_kernels::reference::sampled::gumbel_top_k;
 use moe_kernels::reference::{base, expert_choice, sinkhorn};
 use moe_kernels::rules::{
-    AdmissionRule, Affinity, BalanceRule, LossScore, NoiseSource, NoisyRule, Order, SamplingRule, SecondExpert,
+    AdmissionRule, Affinity, BalanceRule, LossCounts, LossScore, NoiseSource, NoisyRule, Order, SamplingRule,
+    SecondExpert,
 };
 
 fn near(got: &[f64], want: &[f64], tolerance: f64) {
@@ -84,7 +85,7 @@ fn balancing_losses_of_four_tokens() {
     let ids = [0, 1, 0, 2, 1, 0, 2, 1];
     let two = balance(&logits, &ids, &[0.5; 8], 3, 2, &rule).unwrap();
     near(&[two.totals.loss()], &[3.0 * (0.75 * 0.35 + 0.75 * 0.325 + 0.5 * 0.325)], 1e-12);
-    let gshard = balance(&logits, &ids, &[0.5; 8], 3, 2, &rule.first_choice_only(true)).unwrap();
+    let gshard = balance(&logits, &ids, &[0.5; 8], 3, 2, &rule.counts(LossCounts::FirstChoice)).unwrap();
     near(&[gshard.totals.loss() / 9.0], &[(0.5 * 0.35 + 0.25 * 0.325 + 0.25 * 0.325) / 3.0], 1e-12);
 }
 
@@ -97,7 +98,7 @@ fn the_sequence_loss_counts_scores_without_the_bias() {
     let p = [13.0 / 30.0, 5.0 / 12.0, 3.0 / 20.0];
     let rule = BalanceRule::new(LossScore::Sigmoid, 2);
     let of = |rule| balance(&logits, &[2, 2], &[1.0; 2], 3, 1, &rule).unwrap();
-    let unbiased = of(rule.unbiased(true));
+    let unbiased = of(rule.counts(LossCounts::Scores));
     near(&[unbiased.sequence_loss], &[1.5 * p[0] + 1.5 * p[1]], 1e-12);
     assert_eq!((unbiased.totals.counts, unbiased.counts), (vec![1, 1, 0], vec![0, 0, 2]));
     near(&unbiased.importance, &[0.0, 0.0, 2.0], 0.0);

@@ -9,7 +9,7 @@ use moe_kernels::Workspace;
 use moe_kernels::reference::balance::balance;
 use moe_kernels::routers::gating::GatingDesc;
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
-use moe_kernels::rules::{Gating, Groups, LossScore, Score};
+use moe_kernels::rules::{Gating, Groups, LossCounts, LossScore, Score};
 
 /// Tokens, experts, choices, tokens of a sequence.
 const SHAPES: [(usize, usize, usize, usize); 5] =
@@ -26,7 +26,7 @@ fn run(score: Score, shape: (usize, usize, usize, usize), biased: bool, groups: 
     desc.rule.score = loss;
     desc.rule.tokens_per_sequence = sequence;
     desc.rule.capacity = Some(3);
-    desc.rule.unbiased = unbiased;
+    desc.rule.counts = if unbiased { LossCounts::Scores } else { LossCounts::Choice };
 
     let on_device = stream.clone_htod(&logits).unwrap();
     let bias = biased.then(|| stream.clone_htod(&bias).unwrap());

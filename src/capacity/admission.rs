@@ -39,8 +39,8 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Admission, Dispatch, Kernel};
-use crate::rules::{AdmissionRule, NoiseSource, Order, SecondExpert};
+use crate::registry::{Admission, Kernel};
+use crate::rules::{AdmissionRule, NoiseSource, Order, Renormalise, SecondExpert};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::AdmissionParams;
@@ -120,8 +120,8 @@ impl AdmissionDesc {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, rule.experts)?;
         let candidates = rule.candidates;
-        if candidates > crate::MAX_TOP_K {
-            let supported = format!("at most {}", crate::MAX_TOP_K);
+        if candidates > shape::LANES {
+            let supported = format!("at most {}", shape::LANES);
             return Err(Error::unsupported(OPERATION, "candidates", supported, candidates));
         }
         shape::positive(OPERATION, "candidates", candidates)?;
@@ -130,6 +130,15 @@ impl AdmissionDesc {
         }
         shape::positive(OPERATION, "capacity", rule.capacity)?;
         shape::positive(OPERATION, "tokens_per_group", rule.tokens_per_group)?;
+        match rule.renormalise {
+            Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) if epsilon < 0.0 || epsilon.is_nan() => {
+                return Err(Error::invalid(OPERATION, "renormalise", "an epsilon of at least 0", epsilon));
+            }
+            Some(Renormalise::PNorm(p)) => {
+                return Err(Error::unsupported(OPERATION, "renormalise", "a sum", format!("the {p}-norm")));
+            }
+            _ => {}
+        }
         let threshold = match rule.second {
             SecondExpert::Always => return self.sizes(),
             SecondExpert::Above(threshold) | SecondExpert::Random { threshold, .. } => threshold,
@@ -166,7 +175,7 @@ pub fn workspace_bytes(desc: &AdmissionDesc) -> Result<usize, Error> {
 /// Those of [`AdmissionDesc::validate`].
 pub fn select(desc: &AdmissionDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let max_experts = if desc.rule.experts <= 1024 { Dispatch::MAX_EXPERTS[0] } else { Dispatch::MAX_EXPERTS[1] };
+    let max_experts = if desc.rule.experts <= 1024 { Admission::MAX_EXPERTS[0] } else { Admission::MAX_EXPERTS[1] };
     let blocks = desc.tokens.div_ceil(desc.rule.tokens_per_group).max(1) as u32;
     Ok(Selection::new(Kernel::Admission(Admission { max_experts }), [blocks, 1, 1]))
 }
@@ -175,6 +184,7 @@ const BY_CHOICE: u32 = 1;
 const PRIORITISED: u32 = 2;
 const POLICY: u32 = 4;
 const RANDOM: u32 = 8;
+const RENORMALISED: u32 = 16;
 
 /// Grants choices.
 ///
@@ -231,6 +241,15 @@ pub fn forward(
             (threshold, noise)
         }
     };
+    // Divided by max(sum + plus, least).
+    let (plus, least) = match rule.renormalise {
+        Some(Renormalise::AtLeast(least)) => (0.0, least),
+        Some(Renormalise::Plus(plus)) => (plus, f32::NEG_INFINITY),
+        _ => (0.0, 0.0),
+    };
+    if rule.renormalise.is_some() {
+        flags |= RENORMALISED;
+    }
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
     scope.launch(
         &selection,
@@ -255,6 +274,8 @@ pub fn forward(
             noise_state: optional(&noise_state).into(),
             // The header stays zero for kernels with a barrier that share the workspace.
             token_state: workspace.address().offset(BARRIER_HEADER).into(),
+            renormalise_plus: plus,
+            renormalise_least: least,
         },
     )
 }
@@ -273,6 +294,7 @@ mod tests {
             order: Order::ByChoice,
             prioritised: false,
             second: SecondExpert::Above(0.5),
+            renormalise: None,
         };
         AdmissionDesc { tokens: 100, rule }
     }
@@ -297,6 +319,8 @@ mod tests {
         assert_eq!(fault(|d| d.rule.tokens_per_group = 0), "tokens_per_group");
         assert_eq!(fault(|d| d.rule.second = SecondExpert::Above(f32::NAN)), "second.threshold");
         assert_eq!(fault(|d| d.tokens = 1 << 30), "ids");
+        assert_eq!(fault(|d| d.rule.renormalise = Some(Renormalise::PNorm(2.0))), "renormalise");
+        assert_eq!(fault(|d| d.rule.renormalise = Some(Renormalise::Plus(f32::NAN))), "renormalise");
     }
 
     #[test]

@@ -22,8 +22,9 @@ use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::DispatchParams;
 use crate::runtime::shape;
+use crate::runtime::token_mask::MaskAddresses;
 use crate::runtime::workspace::BARRIER_HEADER;
-use crate::{DeviceInfo, Error, In, Kernels, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Selection, TokenMask, Workspace};
 
 const OPERATION: &str = "dispatch";
 
@@ -33,9 +34,9 @@ const OPERATION: &str = "dispatch";
 pub struct DispatchDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
-    /// Experts `E`, 1 to 4096.
+    /// Experts `E`, 1 to 8192; to 4096 with a capacity.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32. More than `E` where ids were mapped to the experts of one device.
+    /// Experts per token `k`, 1 to 64. More than `E` where ids were mapped to the experts of one device.
     pub top_k: usize,
     /// How ids are stored.
     pub ids: IdFormat,
@@ -65,11 +66,16 @@ impl DispatchDesc {
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
-        shape::experts(OPERATION, self.experts)?;
-        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
+        shape::experts_up_to(OPERATION, self.experts, crate::MAX_COUNTED_EXPERTS)?;
+        shape::top_k_up_to(OPERATION, self.top_k, usize::MAX, crate::MAX_TOP_K)?;
         shape::positive(OPERATION, "tile_m", self.tile_m)?;
         shape::product_i32(OPERATION, "token_slot", &[self.tokens, self.top_k])?;
         if let Some(capacity) = self.capacity {
+            let most = Dispatch::MAX_LIMITED_EXPERTS as usize;
+            if self.experts > most {
+                let supported = format!("at most {most} with a capacity");
+                return Err(Error::unsupported(OPERATION, "experts", supported, self.experts));
+            }
             shape::positive(OPERATION, "capacity.per_expert", capacity.per_expert)?;
             shape::positive(OPERATION, "capacity.tokens_per_sequence", capacity.tokens_per_sequence)?;
             if capacity.padded {
@@ -135,6 +141,8 @@ pub struct DispatchArgs<'a> {
     pub ids: Ids<'a>,
     /// `[T, k]`: become [`Dispatched::slot_weight`].
     pub weights: Option<In<'a, f32>>,
+    /// Which tokens count: the others take no slot, whatever their ids.
+    pub mask: TokenMask<'a>,
     /// Filled; made for at least [`DispatchDesc::shape`].
     pub dispatched: &'a mut Dispatched,
     /// At least [`workspace_bytes`].
@@ -148,7 +156,13 @@ impl<'a> DispatchArgs<'a> {
         dispatched: &'a mut Dispatched,
         workspace: &'a mut Workspace,
     ) -> DispatchArgs<'a> {
-        DispatchArgs { ids: ids.into(), weights: None, dispatched, workspace }
+        DispatchArgs { ids: ids.into(), weights: None, mask: TokenMask::all(), dispatched, workspace }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> DispatchArgs<'a> {
+        DispatchArgs { mask, ..self }
     }
 }
 
@@ -236,9 +250,11 @@ pub fn forward(
     let choices = desc.tokens * desc.top_k;
     let ids = args.ids.open(&scope, "ids", desc.ids, choices)?;
     let weights = scope.read_some("weights", args.weights, choices, SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let to = Outputs::of(lists.addresses(), weights.is_some());
-    enqueue(&scope, desc, &selection, ids.address(), optional(&weights), to, workspace.address())?;
+    let from = Choices { ids: ids.address(), weights: optional(&weights), mask: mask.addresses() };
+    enqueue(&scope, desc, &selection, from, to, workspace.address())?;
     lists.filled();
     Ok(())
 }
@@ -247,8 +263,7 @@ pub(crate) fn enqueue(
     scope: &Scope<'_>,
     desc: &DispatchDesc,
     selection: &Selection,
-    ids: Address<'_>,
-    weights: Option<Address<'_>>,
+    from: Choices<'_>,
     to: Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
@@ -256,11 +271,14 @@ pub(crate) fn enqueue(
     scope.launch(
         selection,
         DispatchParams {
-            ids: ids.into(),
-            weights: weights.into(),
+            ids: from.ids.into(),
+            weights: from.weights.into(),
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             top_k: desc.top_k as u32,
+            mask: from.mask.mask.into(),
+            valid_tokens: from.mask.valid_tokens.into(),
+            token_flags: from.mask.flags(),
             capacity,
             tokens_per_sequence,
             padded_rows,
@@ -275,6 +293,13 @@ pub(crate) fn enqueue(
             workspace: workspace.into(),
         },
     )
+}
+
+/// What dispatch reads.
+pub(crate) struct Choices<'a> {
+    pub(crate) ids: Address<'a>,
+    pub(crate) weights: Option<Address<'a>>,
+    pub(crate) mask: MaskAddresses<'a>,
 }
 
 /// What dispatch writes.
@@ -324,7 +349,9 @@ mod tests {
     fn faults_name_their_field() {
         assert_eq!(desc().validate(), Ok(()));
         assert_eq!(capped(10, 100, true).validate(), Ok(()));
-        assert_eq!(fault(DispatchDesc { experts: 4097, ..desc() }), "experts");
+        assert_eq!(fault(DispatchDesc { experts: 8193, ..desc() }), "experts");
+        let limited = desc().capacity(Some(Capacity::new(1, 1)));
+        assert_eq!(fault(DispatchDesc { experts: 4097, ..limited }), "experts");
         assert_eq!(fault(DispatchDesc { top_k: 65, ..desc() }), "top_k");
         assert_eq!(fault(DispatchDesc { tile_m: 0, ..desc() }), "tile_m");
         assert_eq!(fault(DispatchDesc { tokens: (1 << 29) - 1, tile_m: 128, ..desc() }), "tile_m");

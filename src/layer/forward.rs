@@ -15,7 +15,7 @@ use crate::rules::{Dropout, NullOutput};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
-use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, TokenMask, Workspace};
 
 /// Every choice for a layer and a number of tokens: kernels, grids, and where each intermediate lies in the workspace.
 #[derive(Clone, Copy, Debug)]
@@ -159,7 +159,10 @@ impl LayerPlan {
         let elements = self.tokens * desc.hidden;
         let router = match args.choices {
             None => Some(weights.router.open(&scope, desc)?),
-            Some(_) => None,
+            Some(_) => {
+                self.route.check_mask_of_choices(&route.mask)?;
+                None
+            }
         };
         let given_logits = route.given_logits.is_some();
         if args.router_x.is_some() && (args.choices.is_some() || given_logits) {
@@ -342,6 +345,13 @@ impl<'a, T> LayerArgs<'a, T> {
     #[must_use]
     pub fn route(self, route: RouteArgs<'a>) -> LayerArgs<'a, T> {
         LayerArgs { route, ..self }
+    }
+
+    /// With padding among the tokens: its `y` is the residual, plus what shared experts make of its `x`.
+    #[must_use]
+    pub fn mask(mut self, mask: TokenMask<'a>) -> LayerArgs<'a, T> {
+        self.route.mask = mask;
+        self
     }
 
     /// With dropout inside the experts.

@@ -34,6 +34,7 @@
 //! [`LayerArgs::noise_state`].
 
 mod around;
+mod banks;
 mod desc;
 mod experts;
 mod forward;
@@ -44,6 +45,7 @@ mod tests;
 mod weights;
 
 pub use around::{LatentDesc, LatentWeights, NormWeights, Norms};
+pub use banks::{BanksArgs, BanksPlan};
 pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc};
 pub use experts::{ExpertsArgs, ExpertsPlan};
 pub use forward::{LayerArgs, LayerPlan};

@@ -4,7 +4,8 @@ use super::*;
 use crate::DeviceInfo;
 use crate::registry::Kernel;
 use crate::rules::{
-    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, IdFormat, LossScore, NullExperts, Order, SecondExpert,
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, IdFormat, LossCounts, LossScore, NullExperts, Order,
+    SecondExpert, Sequences,
 };
 use crate::runtime::device::{A100, H100};
 
@@ -34,12 +35,13 @@ fn in_many_steps() -> LayerDesc {
         order: Order::ByChoice,
         prioritised: false,
         second: SecondExpert::Always,
+        renormalise: None,
     };
     let measure = BalanceRule {
         score: LossScore::Softmax,
         tokens_per_sequence: 64,
-        first_choice_only: false,
-        unbiased: false,
+        counts: LossCounts::Choice,
+        sequences: Sequences::Following,
         capacity: None,
     };
     with_everything().admission(Some(admission)).measure(Some(measure)).map(Some(MapDesc::new(4)))

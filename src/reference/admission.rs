@@ -5,7 +5,7 @@
 use super::gating::descending;
 use super::{ReferenceError, require, require_shape};
 use crate::rules::noise::uniform;
-use crate::rules::{AdmissionRule, Order, SecondExpert};
+use crate::rules::{AdmissionRule, Order, Renormalise, SecondExpert};
 
 /// What every token got.
 #[derive(Clone, Debug, PartialEq)]
@@ -80,7 +80,23 @@ pub fn admit(
             }
         }
     }
+    if let Some(renormalise) = rule.renormalise {
+        got.weights.chunks_mut(top_k).try_for_each(|weights| divide(weights, renormalise))?;
+    }
     Ok(got)
+}
+
+/// Divides what a token got by its sum, in f32; weights of 0 stay 0.
+fn divide(weights: &mut [f32], renormalise: Renormalise) -> Result<(), ReferenceError> {
+    let sum: f32 = weights.iter().sum();
+    let divisor = match renormalise {
+        Renormalise::Plus(epsilon) => sum + epsilon,
+        Renormalise::AtLeast(epsilon) if sum < epsilon => epsilon,
+        Renormalise::AtLeast(_) => sum,
+        Renormalise::PNorm(_) => return require("renormalise", false, || "a sum".into(), "a p-norm"),
+    };
+    weights.iter_mut().filter(|weight| **weight != 0.0).for_each(|weight| *weight /= divisor);
+    Ok(())
 }
 
 /// Experts that the token asks for: its second one only if the policy has it so.
@@ -109,6 +125,7 @@ mod tests {
             order: Order::ByToken,
             prioritised: false,
             second: SecondExpert::Always,
+            renormalise: None,
         }
     }
 
@@ -155,6 +172,16 @@ mod tests {
         );
         let certain = SecondExpert::Random { threshold: 0.0, noise: NoiseSource { seed: 1, offset: 2 } };
         assert_eq!(ids(AdmissionRule { second: certain, tokens_per_group: 1, ..rule() }), IDS);
+    }
+
+    #[test]
+    fn what_is_left_adds_up_to_one() {
+        let rule = AdmissionRule { order: Order::ByChoice, renormalise: Some(Renormalise::AtLeast(0.75)), ..rule() };
+        let got = admit(&IDS, &[0.6, 0.4, 1.5, 0.5], None, &rule).unwrap();
+        assert_eq!((got.ids, got.weights), (vec![0, -1, 1, 2], vec![0.6 / 0.75, 0.0, 0.75, 0.25]));
+        let nothing =
+            admit(&[-1, 3, 0, 1], &WEIGHTS, None, &AdmissionRule { renormalise: Some(Renormalise::Plus(0.0)), ..rule });
+        assert_eq!(nothing.unwrap().weights, [0.0, 0.0, 0.9, 0.1]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::activation::sigmoid;
 use super::gating::{softmax, top};
 use super::sampled::{entropy, log_sum_exp};
 use super::{Real, ReferenceError, require, require_shape};
-use crate::rules::{BalanceRule, LossScore};
+use crate::rules::{BalanceRule, Garbage, LossCounts, LossScore, Sequences};
 
 /// `CV(v)^2 = variance(v) / mean(v)^2`, the squared coefficient of variation (Shazeer et al. 2017, section 4), with 1e-10 added to
 /// the divisor as in the authors' published code (tensor2tensor; which adds it to the number of experts too, 1e-10 of it). The variance
@@ -34,7 +34,7 @@ impl Totals {
     /// the loss of Mixtral's published code (`load_balancing_loss_func`). GShard's (Lepikhin et al. 2020, algorithm 1, `mean_e(c_e/S m_e)`) is that of first
     /// choices divided by `E^2`.
     pub fn loss(&self) -> f64 {
-        let tokens = self.tokens as f64;
+        let tokens = self.tokens.max(1) as f64;
         let dot: f64 = self.counts.iter().zip(&self.probability).map(|(&c, p)| c as f64 / tokens * (p / tokens)).sum();
         self.counts.len() as f64 * dot
     }
@@ -58,8 +58,8 @@ pub struct Balance {
     pub importance: Vec<f64>,
     /// Mean over sequences of `sum_e f_e P_e`, where f_e is `E / (k T)` times the expert's slots in the sequence of T tokens and P_e its
     /// mean probability there (DeepSeek-V3, eq. 17 to 20, without alpha). Eq. 18 counts the k largest scores, without the bias that the
-    /// choice is made by: that is [`BalanceRule::unbiased`]; else the slots are those chosen. The report has one sequence; the mean over
-    /// several, each of equal weight, is ours.
+    /// choice is made by: that is [`LossCounts::Scores`]; else the slots are those chosen. The report has one sequence; the mean over
+    /// several, each of equal weight, is ours. T are the tokens that count, and the mean is over sequences that have any.
     pub sequence_loss: f64,
     /// Mean of `(ln sum exp l)^2` (Zoph et al. 2022, "ST-MoE", eq. 5, without its factor).
     pub z_loss: f64,
@@ -70,9 +70,12 @@ pub struct Balance {
 }
 
 impl Balance {
-    /// Slots of the fullest expert over the mean.
+    /// Slots of the fullest expert over the mean; 0 without slots.
     pub fn max_over_mean(&self) -> f64 {
         let slots: i64 = self.counts.iter().map(|&count| i64::from(count)).sum();
+        if slots == 0 {
+            return 0.0;
+        }
         f64::from(self.counts.iter().copied().max().unwrap_or(0)) * self.counts.len() as f64 / slots as f64
     }
 }
@@ -92,15 +95,64 @@ pub fn balance<L: Real>(
     top_k: usize,
     rule: &BalanceRule,
 ) -> Result<Balance, ReferenceError> {
+    let tokens = logits.len().checked_div(experts).unwrap_or(0);
+    balance_of(logits, ids, weights, experts, top_k, rule, &vec![true; tokens])
+}
+
+/// Which of the tokens of `logits [T,E]` count: those that `valid` says are no padding (all of them without), and of these those whose
+/// log-sum-exp and probabilities are finite, unless garbage propagates ([`Garbage`]).
+pub fn counted<L: Real>(
+    logits: &[L],
+    experts: usize,
+    rule: &BalanceRule,
+    garbage: Garbage,
+    valid: Option<&[bool]>,
+) -> Vec<bool> {
+    let finite = |row: &[L]| {
+        let row: Vec<f64> = row.iter().map(|&l| l.into()).collect();
+        // Sigmoids that are all 0 in the precision of the logits have no sum to be divided by.
+        let sigmoids = || row.iter().map(|&l| L::round(sigmoid(l))).sum::<f64>() > 0.0;
+        log_sum_exp(row.iter().copied()).is_finite() && (rule.score == LossScore::Softmax || sigmoids())
+    };
+    let rows = logits.chunks(experts).enumerate();
+    rows.map(|(t, row)| valid.is_none_or(|valid| valid[t]) && (garbage == Garbage::Propagate || finite(row))).collect()
+}
+
+/// [`balance`] of those tokens for which `counts [T]` holds. The others add nothing, and no mean is over them.
+///
+/// # Errors
+/// Those of [`balance`], and a length of `counts` that does not fit.
+pub fn balance_of<L: Real>(
+    logits: &[L],
+    ids: &[i32],
+    weights: &[f64],
+    experts: usize,
+    top_k: usize,
+    rule: &BalanceRule,
+    counts: &[bool],
+) -> Result<Balance, ReferenceError> {
     require("experts", experts > 0, || "at least 1".into(), experts)?;
     let tokens = logits.len() / experts;
+    require_shape("counts", counts, &[tokens])?;
     require("logits", tokens > 0 && logits.len() == tokens * experts, || format!("rows of {experts}"), logits.len())?;
     require("tokens_per_sequence", rule.tokens_per_sequence > 0, || "at least 1".into(), 0)?;
     require_shape("ids", ids, &[tokens, top_k])?;
     require_shape("weights", weights, &[tokens, top_k])?;
 
+    let sequences = tokens.div_ceil(rule.tokens_per_sequence);
+    require(
+        "tokens_per_sequence",
+        rule.sequences == Sequences::Following || tokens.is_multiple_of(rule.tokens_per_sequence),
+        || format!("a divisor of {tokens}"),
+        rule.tokens_per_sequence,
+    )?;
+    let of_sequence = |t: usize| match rule.sequences {
+        Sequences::Following => t / rule.tokens_per_sequence,
+        Sequences::Alternating => t % sequences,
+    };
+    let all = counts.iter().filter(|&&counts| counts).count();
     let mut result = Balance {
-        totals: Totals { tokens, counts: vec![0; experts], probability: vec![0.0; experts] },
+        totals: Totals { tokens: all, counts: vec![0; experts], probability: vec![0.0; experts] },
         counts: vec![0; experts],
         importance: vec![0.0; experts],
         sequence_loss: 0.0,
@@ -108,40 +160,67 @@ pub fn balance<L: Real>(
         entropy: 0.0,
         dropped: 0,
     };
-    for first in (0..tokens).step_by(rule.tokens_per_sequence) {
-        let length = rule.tokens_per_sequence.min(tokens - first);
+    let mut with_tokens = 0;
+    for sequence in 0..sequences {
         let [mut chosen, mut counted] = [(); 2].map(|()| vec![0u64; experts]);
         let mut probability = vec![0.0; experts];
-        for t in first..first + length {
+        let mut length = 0;
+        for t in (0..tokens).filter(|&t| of_sequence(t) == sequence && counts[t]) {
+            length += 1;
             let row: Vec<f64> = logits[t * experts..][..experts].iter().map(|&l| l.into()).collect();
             let p = probabilities(&row, rule.score);
             probability.iter_mut().zip(&p).for_each(|(sum, p)| *sum += p);
-            result.z_loss += log_sum_exp(row.iter().copied()).powi(2) / tokens as f64;
-            result.entropy += entropy(&p) / tokens as f64;
-            for j in 0..top_k {
-                let Some(e) = usize::try_from(ids[t * top_k + j]).ok().filter(|&e| e < experts) else { continue };
-                chosen[e] += 1;
-                result.importance[e] += weights[t * top_k + j];
-                if !rule.unbiased {
-                    counted[e] += 1;
-                    result.totals.counts[e] += u64::from(j == 0 || !rule.first_choice_only);
+            result.z_loss += log_sum_exp(row.iter().copied()).powi(2) / all as f64;
+            result.entropy += match rule.score {
+                LossScore::PlainSigmoid => entropy(&probabilities(&row, LossScore::Sigmoid)),
+                _ => entropy(&p),
+            } / all as f64;
+            let of_choice: Vec<usize> = ids[t * top_k..][..top_k]
+                .iter()
+                .zip(&weights[t * top_k..])
+                .filter_map(|(&id, weight)| Some((usize::try_from(id).ok().filter(|&e| e < experts)?, weight)))
+                .map(|(e, weight)| {
+                    chosen[e] += 1;
+                    result.importance[e] += weight;
+                    e
+                })
+                .collect();
+            let of_loss = match rule.counts {
+                LossCounts::Choice => of_choice,
+                // A first choice of nothing is none.
+                LossCounts::FirstChoice => {
+                    usize::try_from(ids[t * top_k]).into_iter().filter(|&e| e < experts).collect()
+                }
+                // Every score rises with its logit.
+                LossCounts::Scores => top(&row, top_k),
+            };
+            for e in of_loss {
+                counted[e] += 1;
+                result.totals.counts[e] += 1;
+            }
+            // The sequence-wise loss is of all choices.
+            if rule.counts == LossCounts::FirstChoice {
+                for &id in &ids[t * top_k + 1..][..top_k - 1] {
+                    if let Some(e) = usize::try_from(id).ok().filter(|&e| e < experts) {
+                        counted[e] += 1;
+                    }
                 }
             }
-            // Every score rises with its logit.
-            for (j, e) in top(&row, if rule.unbiased { top_k } else { 0 }).into_iter().enumerate() {
-                counted[e] += 1;
-                result.totals.counts[e] += u64::from(j == 0 || !rule.first_choice_only);
-            }
         }
+        if length == 0 {
+            continue;
+        }
+        with_tokens += 1;
         let f = experts as f64 / (top_k * length) as f64;
         let dot: f64 = counted.iter().zip(&probability).map(|(&c, p)| f * c as f64 * (p / length as f64)).sum();
-        result.sequence_loss += dot / tokens.div_ceil(rule.tokens_per_sequence) as f64;
+        result.sequence_loss += dot;
         for e in 0..experts {
             result.counts[e] += chosen[e] as i32;
             result.totals.probability[e] += probability[e];
             result.dropped += rule.capacity.map_or(0, |capacity| chosen[e].saturating_sub(capacity as u64));
         }
     }
+    result.sequence_loss /= f64::from(with_tokens.max(1));
     Ok(result)
 }
 
@@ -154,6 +233,7 @@ pub fn probabilities(logits: &[f64], score: LossScore) -> Vec<f64> {
             let sum: f64 = scores.iter().sum();
             scores.into_iter().map(|s| s / sum).collect()
         }
+        LossScore::PlainSigmoid => logits.iter().map(|&l| sigmoid(l)).collect(),
     }
 }
 
@@ -179,8 +259,8 @@ mod tests {
     const RULE: BalanceRule = BalanceRule {
         score: LossScore::Softmax,
         tokens_per_sequence: 2,
-        first_choice_only: false,
-        unbiased: false,
+        sequences: Sequences::Following,
+        counts: LossCounts::Choice,
         capacity: None,
     };
 
@@ -219,7 +299,7 @@ mod tests {
     fn layers_add_up_and_first_choices_count_alone() {
         let logits = [1f32, 2.0, 3.0, 4.0, 3.0, -1.0, 0.5, 0.0];
         let ids = [3, 2, 0, 2];
-        let rule = BalanceRule { first_choice_only: true, ..RULE };
+        let rule = BalanceRule { counts: LossCounts::FirstChoice, ..RULE };
         let first = balance(&logits, &ids, &[0.5; 4], 4, 2, &rule).unwrap();
         assert_eq!((first.totals.counts.clone(), first.counts), (vec![1, 0, 0, 1], vec![1, 0, 2, 1]));
         let all = balance(&logits, &ids, &[0.5; 4], 4, 2, &RULE).unwrap();

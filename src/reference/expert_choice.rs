@@ -59,6 +59,38 @@ pub fn choose<S: Real>(affinities: &[S], experts: usize, capacity: usize) -> Res
     Ok(chosen)
 }
 
+/// [`choose`] of a batch with padding: of the tokens for which `valid [T]` holds. Where they are fewer than `capacity`, an expert takes all, and
+/// rows behind them have token -1 and weight 0.
+///
+/// # Errors
+/// Those of [`choose`], and a length of `valid` that does not fit.
+pub fn choose_of<S: Real + Default>(
+    affinities: &[S],
+    experts: usize,
+    capacity: usize,
+    valid: &[bool],
+) -> Result<Chosen<S>, ReferenceError> {
+    let members: Vec<usize> = (0..valid.len()).filter(|&t| valid[t]).collect();
+    require_shape("affinities", affinities, &[experts, valid.len()])?;
+    require("capacity", (1..=valid.len()).contains(&capacity), || format!("1 to {}", valid.len()), capacity)?;
+    let taken = capacity.min(members.len());
+    let mut chosen =
+        Chosen { slot_token: vec![-1; experts * capacity], slot_weight: vec![S::default(); experts * capacity] };
+    if taken == 0 {
+        return Ok(chosen);
+    }
+    let rows = affinities.chunks(valid.len());
+    let own: Vec<S> = rows.flat_map(|row| members.iter().map(|&t| row[t])).collect();
+    let of_members = choose(&own, experts, taken)?;
+    for e in 0..experts {
+        for i in 0..taken {
+            chosen.slot_token[e * capacity + i] = members[of_members.slot_token[e * taken + i] as usize] as i32;
+            chosen.slot_weight[e * capacity + i] = of_members.slot_weight[e * taken + i];
+        }
+    }
+    Ok(chosen)
+}
+
 /// The slots of every token, however many.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenSlots {

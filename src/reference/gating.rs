@@ -20,6 +20,19 @@ pub struct Gated {
     pub weights: Vec<f64>,
 }
 
+impl Gated {
+    /// Padding, where `valid [T]` does not hold, goes to no expert: ids -1, weights 0.
+    #[must_use]
+    pub fn without_padding(mut self, valid: &[bool]) -> Gated {
+        let top_k = if valid.is_empty() { 1 } else { self.ids.len() / valid.len() };
+        for (t, _) in valid.iter().enumerate().filter(|(_, valid)| !**valid) {
+            self.ids[t * top_k..][..top_k].fill(-1);
+            self.weights[t * top_k..][..top_k].fill(0.0);
+        }
+        self
+    }
+}
+
 /// What a rule takes beside the logits.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Inputs<'a> {
@@ -44,8 +57,8 @@ pub struct Inputs<'a> {
 /// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report), or the choice value of others is 0
 /// ([`Masked`]).
 ///
-/// The weight is p without the bias, divided as [`Renormalise`] says, times `scale`. NaN
-/// and infinite logits reach weights as the arithmetic of the formula has it, never ids.
+/// The weight is p without the bias, divided as [`Renormalise`] says, times `scale`; 0 where that is NaN, unless the rule lets it
+/// through ([`Garbage`]). NaN and infinite logits never reach ids.
 ///
 /// Choice values and group scores are rounded to `L`: with f32 logits they are what f32 arithmetic gives, up to the
 /// rounding of p itself.

@@ -32,6 +32,7 @@ pub mod router;
 pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod token_banks;
 pub mod unit_experts;
 
 /// A storage type whose every value is an f64.

@@ -63,6 +63,23 @@ pub fn noisy_top_k(clean: &[f32], raw: &[f32], experts: usize, rule: &NoisyRule)
     Ok(level(clean, raw, experts, rule, 0, &all, |t| t * experts))
 }
 
+/// [`noisy_top_k`] of a batch with padding: of the tokens for which `valid [T]` holds, whose rows alone stand in the result, one below the other.
+///
+/// # Errors
+/// Those of [`noisy_top_k`], and a length of `valid` that does not fit.
+pub fn noisy_top_k_of(
+    clean: &[f32],
+    raw: &[f32],
+    experts: usize,
+    rule: &NoisyRule,
+    valid: &[bool],
+) -> Result<NoisyGated, ReferenceError> {
+    let tokens = check(clean, raw, experts, rule)?;
+    require_shape("valid", valid, &[tokens])?;
+    let members: Vec<usize> = (0..tokens).filter(|&t| valid[t]).collect();
+    Ok(level(clean, raw, experts, rule, 0, &members, |t| t * experts))
+}
+
 /// The two levels of a hierarchical mixture: `groups` groups of `experts` experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hierarchical {

@@ -57,7 +57,7 @@ use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::{ExpertChoiceParams, Pointer};
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, TokenMask, Workspace};
 
 const OPERATION: &str = "expert_choice";
 const DISPATCH: &str = "expert_choice::dispatch";
@@ -114,12 +114,25 @@ pub struct ExpertChoiceArgs<'a> {
     pub slot_token: Out<'a, i32>,
     /// `[E, c]`, written: their affinities.
     pub slot_weight: Option<Out<'a, f32>>,
+    /// Which tokens count: no expert chooses another. Places that are left have token -1 and weight 0, behind an expert's tokens.
+    pub mask: TokenMask<'a>,
 }
 
 impl<'a> ExpertChoiceArgs<'a> {
     /// `affinities` to `slot_token`, without weights.
     pub fn new(affinities: impl Into<In<'a, f32>>, slot_token: impl Into<Out<'a, i32>>) -> ExpertChoiceArgs<'a> {
-        ExpertChoiceArgs { affinities: affinities.into(), slot_token: slot_token.into(), slot_weight: None }
+        ExpertChoiceArgs {
+            affinities: affinities.into(),
+            slot_token: slot_token.into(),
+            slot_weight: None,
+            mask: TokenMask::all(),
+        }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> ExpertChoiceArgs<'a> {
+        ExpertChoiceArgs { mask, ..self }
     }
 }
 
@@ -150,6 +163,7 @@ pub fn forward(
     let affinities = scope.read("affinities", args.affinities, desc.tokens * desc.experts, SCALAR)?;
     let slot_token = scope.write("slot_token", args.slot_token, desc.slots(), SCALAR)?;
     let slot_weight = scope.write_some("slot_weight", args.slot_weight, desc.slots(), SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     scope.launch(
         &selection,
         ExpertChoiceParams {
@@ -158,6 +172,9 @@ pub fn forward(
             slot_weight: optional(&slot_weight).into(),
             tokens: desc.tokens as u32,
             capacity: desc.capacity as u32,
+            mask: mask.addresses().mask.into(),
+            valid_tokens: mask.addresses().valid_tokens.into(),
+            token_flags: mask.addresses().flags(),
             counts: Pointer::NULL,
             offsets: Pointer::NULL,
             tiles: Pointer::NULL,
@@ -198,11 +215,30 @@ pub fn dispatch(
     dispatched: &mut Dispatched,
     workspace: &mut Workspace,
 ) -> Result<(), Error> {
+    dispatch_masked(kernels, stream, desc, tile_m, affinities, TokenMask::all(), dispatched, workspace)
+}
+
+/// [`dispatch`] of a batch with padding, which no expert chooses: an expert has fewer rows than `c` where fewer tokens count.
+///
+/// # Errors
+/// Those of [`dispatch`].
+#[allow(clippy::too_many_arguments)]
+pub fn dispatch_masked(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &ExpertChoiceDesc,
+    tile_m: usize,
+    affinities: In<'_, f32>,
+    mask: TokenMask<'_>,
+    dispatched: &mut Dispatched,
+    workspace: &mut Workspace,
+) -> Result<(), Error> {
     desc.validate().map_err(|error| error.within(DISPATCH))?;
     let scope = Scope::begin(DISPATCH, kernels, stream)?;
     let lists = dispatched.fill(&scope, &rows(desc, tile_m))?;
     let to = lists.addresses();
     let affinities = scope.read("affinities", affinities, desc.tokens * desc.experts, SCALAR)?;
+    let mask = mask.open(&scope, desc.tokens)?;
     scope.launch(
         &Selection::new(Kernel::ExpertChoice, [desc.experts as u32, 1, 1]),
         ExpertChoiceParams {
@@ -211,6 +247,9 @@ pub fn dispatch(
             slot_weight: to.slot_weight.into(),
             tokens: desc.tokens as u32,
             capacity: desc.capacity as u32,
+            mask: mask.addresses().mask.into(),
+            valid_tokens: mask.addresses().valid_tokens.into(),
+            token_flags: mask.addresses().flags(),
             counts: to.counts.into(),
             offsets: to.offsets.into(),
             tiles: to.tiles.into(),

@@ -13,7 +13,9 @@
 //! [`Gating`] has more: other scores, choice by logits or of given ids, other norms, learned factors, experts that every token goes to.
 //! The rules of the common models have kernels of their own, the rest others, for up to 1024 experts.
 //!
-//! Ids are always in range and distinct; a NaN logit can reach weights, never ids.
+//! Ids are always in range and distinct, whatever the logits; weights are numbers, unless [`crate::rules::Garbage::Propagate`] lets NaN through.
+//!
+//! A token that a [`crate::TokenMask`] calls padding has ids -1 and weights 0, and its logits are not read.
 //!
 //! Sources: softmax top-k of Shazeer et al., *Outrageously Large Neural Networks* (2017) and Mixtral; sigmoid scores with
 //! correction bias, groups and scale of DeepSeek-V3 (2024), sections 2.1.2; softmax over the chosen of gpt-oss.
@@ -25,13 +27,14 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Gate, Kernel};
-use crate::rules::{Appended, AppendedWeight, ChoiceBy, Gating, Groups, Masked, Renormalise, Score};
+use crate::registry::{Gate, Kernel, WideGate};
+use crate::rules::{Appended, AppendedWeight, ChoiceBy, Garbage, Gating, Groups, Masked, Renormalise, Score};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{GatingAnyParams, GatingParams};
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
+use crate::runtime::token_mask::MaskAddresses;
+use crate::{DeviceInfo, Dtype, Error, In, Kernels, Out, Selection, Tensor, TokenMask};
 
 pub use inputs::{Given, RuleInputs, TableRows};
 pub(crate) use inputs::{GivenAddress, HeldGiven, HeldInputs, InputAddresses, check_given, check_scales};
@@ -75,7 +78,7 @@ pub struct GatingDesc {
     pub tokens: usize,
     /// Experts `E` that the choice is among, 1 to 4096.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32 and at most the number of eligible experts.
+    /// Experts per token `k`, 1 to 64 (to 32 with rules that are more than a score, groups and a bias) and at most the number of eligible experts.
     pub top_k: usize,
     /// The rule. With [`Gating::appended`] ids and weights are `[T, k + appended]`.
     pub gating: Gating,
@@ -91,10 +94,12 @@ impl GatingDesc {
 /// Buffers of a gating.
 #[non_exhaustive]
 pub struct GatingArgs<'a> {
-    /// `[T, E]`; `[T, E + appended]` where appended experts have columns.
-    pub logits: In<'a, f32>,
+    /// `[T, E]`, `[T, E + appended]` where appended experts have columns; of any [`crate::Element`]: all arithmetic is in f32.
+    pub logits: Tensor<'a>,
     /// `[E]`, added to the scores for the choice only, not for the weights (DeepSeek-V3's auxiliary-loss-free balancing).
     pub correction_bias: Option<In<'a, f32>>,
+    /// Which tokens count.
+    pub mask: TokenMask<'a>,
     /// What else the rule asks for.
     pub rule: RuleInputs<'a>,
     /// `[T, k]`, written: chosen experts by falling choice value.
@@ -106,17 +111,24 @@ pub struct GatingArgs<'a> {
 impl<'a> GatingArgs<'a> {
     /// `logits` to `ids` and `weights`, without a correction bias.
     pub fn new(
-        logits: impl Into<In<'a, f32>>,
+        logits: impl Into<Tensor<'a>>,
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
     ) -> GatingArgs<'a> {
         GatingArgs {
             logits: logits.into(),
             correction_bias: None,
+            mask: TokenMask::all(),
             rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> GatingArgs<'a> {
+        GatingArgs { mask, ..self }
     }
 
     /// With what else the rule asks for.
@@ -136,7 +148,7 @@ impl GatingDesc {
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, self.experts)?;
-        shape::top_k(OPERATION, self.top_k, self.experts)?;
+        shape::top_k_up_to(OPERATION, self.top_k, self.experts, crate::MAX_TOP_K)?;
         shape::product_i32(OPERATION, "ids", &[self.tokens, self.all_choices()])?;
         shape::product(OPERATION, "logits", &[self.tokens, self.columns()])?;
         match self.gating.renormalise {
@@ -157,6 +169,15 @@ impl GatingDesc {
             self.validate_any()?;
         }
         self.gating.groups.map_or(Ok(()), |groups| self.validate_groups(groups))
+    }
+
+    /// More than one choice a lane is for a gating alone, by a score and nothing else.
+    pub(crate) fn validate_lanes(&self, operation: &'static str, of: &str) -> Result<(), Error> {
+        if self.top_k > shape::LANES {
+            let supported = format!("at most {} {of}", shape::LANES);
+            return Err(Error::unsupported(operation, "top_k", supported, self.top_k));
+        }
+        Ok(())
     }
 
     /// Ids of a token, with those of appended experts.
@@ -181,6 +202,7 @@ impl GatingDesc {
                 self.experts,
             ));
         }
+        self.validate_lanes(OPERATION, "with this rule")?;
         if score == Score::SparseMixer {
             if self.top_k > 2 {
                 return Err(Error::unsupported(OPERATION, "top_k", "1 or 2 with Score::SparseMixer", self.top_k));
@@ -194,8 +216,8 @@ impl GatingDesc {
         }
         let Some(Appended { count, weight, .. }) = appended else { return Ok(()) };
         shape::positive(OPERATION, "appended.count", count)?;
-        if self.all_choices() > crate::MAX_TOP_K {
-            let supported = format!("at most {} with top_k", crate::MAX_TOP_K);
+        if self.all_choices() > shape::LANES {
+            let supported = format!("at most {} with top_k", shape::LANES);
             return Err(Error::unsupported(OPERATION, "appended.count", supported, count));
         }
         match weight {
@@ -262,6 +284,13 @@ pub(crate) fn kernel(gating: &Gating, experts: usize, dispatch: bool) -> Gate {
 pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let gate = kernel(&desc.gating, desc.experts, false);
+    if desc.top_k > shape::LANES {
+        let fits = |values: &u32| 32 * *values as usize >= desc.experts;
+        let values = WideGate::VALUES.into_iter().find(fits).unwrap_or(WideGate::VALUES[WideGate::VALUES.len() - 1]);
+        let wide = WideGate { score: desc.gating.score, values };
+        let blocks = (desc.tokens as u32).div_ceil(wide.gate().warps()).min(8 * device.multiprocessors).max(1);
+        return Ok(Selection::new(Kernel::GatingWide(wide), [blocks, 1, 1]));
+    }
     let blocks = (desc.tokens as u32).div_ceil(gate.warps()).min(8 * device.multiprocessors).max(1);
     Ok(Selection::new(Kernel::Gating(gate), [blocks, 1, 1]))
 }
@@ -285,15 +314,19 @@ pub fn forward(
         return Ok(());
     }
     let choices = desc.tokens * desc.all_choices();
-    let logits = scope.read("logits", args.logits, desc.tokens * desc.columns(), SCALAR)?;
+    let dtype = args.logits.dtype();
+    let logits = scope.read_any("logits", args.logits, desc.tokens * desc.columns(), dtype.bytes().into())?;
     check_correction_bias(OPERATION, &desc.gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     let inputs = HeldInputs::open(&scope, &desc.gating, [desc.tokens, desc.experts, desc.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let routing = Routing {
         logits: logits.address(),
+        dtype,
         correction_bias: optional(&bias),
+        mask: mask.addresses(),
         inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
@@ -317,6 +350,9 @@ pub fn forward(
             flags: flags,
             scale: scale,
             epsilon: epsilon,
+            mask: routing.mask.mask.into(),
+            valid_tokens: routing.mask.valid_tokens.into(),
+            token_flags: routing.token_flags(desc.gating.garbage),
         }
     )
 }
@@ -333,10 +369,29 @@ pub(crate) fn check_correction_bias(operation: &'static str, gating: &Gating, gi
 /// What gating reads and writes.
 pub(crate) struct Routing<'a> {
     pub(crate) logits: Address<'a>,
+    /// Type of the logits.
+    pub(crate) dtype: Dtype,
     pub(crate) correction_bias: Option<Address<'a>>,
+    pub(crate) mask: MaskAddresses<'a>,
     pub(crate) inputs: InputAddresses<'a>,
     pub(crate) ids: Address<'a>,
     pub(crate) weights: Address<'a>,
+}
+
+impl Routing<'_> {
+    /// What the tokens are, as every gating kernel takes it: `kernels/routers/parts/gating_input`.
+    pub(crate) fn token_flags(&self, garbage: Garbage) -> u32 {
+        let garbage = match garbage {
+            Garbage::Zero => 0,
+            Garbage::Propagate => 2,
+        };
+        let dtype = match self.dtype {
+            Dtype::F32 => 0,
+            Dtype::Bf16 => 4,
+            Dtype::F16 => 4 | 8,
+        };
+        self.mask.flags() | garbage | dtype
+    }
 }
 
 #[cfg(test)]
@@ -364,7 +419,7 @@ mod tests {
         assert_eq!(fault(GatingDesc { experts: 0, ..desc() }), "experts");
         assert_eq!(fault(GatingDesc { experts: 5000, ..desc() }), "experts");
         assert_eq!(fault(GatingDesc { experts: 4, ..desc() }), "top_k");
-        assert_eq!(fault(GatingDesc { top_k: 33, ..desc() }), "top_k");
+        assert_eq!(fault(GatingDesc { top_k: 65, ..desc() }), "top_k");
         assert_eq!(fault(GatingDesc { top_k: 0, ..desc() }), "top_k");
         assert_eq!(fault(GatingDesc { tokens: 1 << 29, ..desc() }), "ids");
         assert_eq!(fault(GatingDesc { tokens: usize::MAX, ..desc() }), "tokens");
@@ -382,6 +437,15 @@ mod tests {
         let desc = GatingDesc { experts: 32, ..grouped(32, 4, GroupScore::Max) };
         let error = desc.validate().unwrap_err().to_string();
         assert_eq!(error, "gating: `top_k` is 8, expected at most 4 groups kept * 1 experts = 4");
+    }
+
+    #[test]
+    fn many_choices_have_kernels_of_their_own() {
+        for (experts, top_k, values) in [(33, 33, 8), (256, 64, 8), (257, 40, 32), (4096, 64, 128)] {
+            let desc = GatingDesc { experts, top_k, ..desc() };
+            let Kernel::GatingWide(wide) = select(&desc, &A100).unwrap().kernel.variant() else { unreachable!() };
+            assert_eq!(wide.values, values, "{top_k} of {experts}");
+        }
     }
 
     #[test]

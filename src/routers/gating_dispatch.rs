@@ -13,7 +13,7 @@ use crate::rules::{Gating, Score};
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{GatingAnyDispatchParams, GatingDispatchParams};
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Tensor, TokenMask, Workspace};
 
 const OPERATION: &str = "gating_dispatch";
 
@@ -45,7 +45,8 @@ impl GatingDispatchDesc {
         if self.null_experts > 0 && self.gating.appended.is_some() {
             return Err(Error::invalid(OPERATION, "null_experts", "0 with appended experts", self.null_experts));
         }
-        self.choice().validate()
+        self.choice().validate()?;
+        self.choice().validate_lanes(OPERATION, "in one launch with the dispatch")
     }
 
     /// The gating alone: without appended experts.
@@ -62,10 +63,12 @@ settings!(GatingDispatchDesc { null_experts: usize });
 /// Buffers of gating and dispatch in one launch.
 #[non_exhaustive]
 pub struct GatingDispatchArgs<'a> {
-    /// `[T, E]`; see [`gating::GatingArgs`].
-    pub logits: In<'a, f32>,
+    /// `[T, E]`, of any [`crate::Element`]; see [`gating::GatingArgs`].
+    pub logits: Tensor<'a>,
     /// `[E]`; see [`gating::GatingArgs`].
     pub correction_bias: Option<In<'a, f32>>,
+    /// Which tokens count: the others take no slot.
+    pub mask: TokenMask<'a>,
     /// What else the rule asks for.
     pub rule: RuleInputs<'a>,
     /// `[T, k]`, written.
@@ -81,7 +84,7 @@ pub struct GatingDispatchArgs<'a> {
 impl<'a> GatingDispatchArgs<'a> {
     /// `logits` to `ids`, `weights` and `dispatched`, without a correction bias.
     pub fn new(
-        logits: impl Into<In<'a, f32>>,
+        logits: impl Into<Tensor<'a>>,
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
         dispatched: &'a mut Dispatched,
@@ -90,12 +93,19 @@ impl<'a> GatingDispatchArgs<'a> {
         GatingDispatchArgs {
             logits: logits.into(),
             correction_bias: None,
+            mask: TokenMask::all(),
             rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
             dispatched,
             workspace,
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> GatingDispatchArgs<'a> {
+        GatingDispatchArgs { mask, ..self }
     }
 
     /// With what else the rule asks for.
@@ -160,16 +170,20 @@ pub fn forward(
     }
     let choices = dispatch.tokens * dispatch.top_k;
     let choice = desc.choice();
-    let logits = scope.read("logits", args.logits, dispatch.tokens * choice.columns(), SCALAR)?;
+    let dtype = args.logits.dtype();
+    let logits = scope.read_any("logits", args.logits, dispatch.tokens * choice.columns(), dtype.bytes().into())?;
     gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, choice.experts, SCALAR)?;
+    let mask = args.mask.open(&scope, dispatch.tokens)?;
     let inputs = HeldInputs::open(&scope, gating, [dispatch.tokens, choice.experts, choice.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let routing = Routing {
         logits: logits.address(),
+        dtype,
         correction_bias: optional(&bias),
+        mask: mask.addresses(),
         inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
@@ -209,6 +223,9 @@ pub(crate) fn enqueue(
             flags: flags,
             scale: scale,
             epsilon: epsilon,
+            mask: routing.mask.mask.into(),
+            valid_tokens: routing.mask.valid_tokens.into(),
+            token_flags: routing.token_flags(gating.garbage),
             capacity: capacity,
             tokens_per_sequence: tokens_per_sequence,
             padded_rows: padded_rows,

@@ -31,7 +31,7 @@ use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::HashParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, TokenMask};
 
 const OPERATION: &str = "hash";
 
@@ -79,6 +79,8 @@ pub struct HashArgs<'a> {
     pub token_ids: In<'a, i32>,
     /// `[V, k]`, with [`HashBy::Table`]. An entry that is no expert, and a token id outside the table, give -1.
     pub table: Option<In<'a, i32>>,
+    /// Which tokens count: the others have ids -1.
+    pub mask: TokenMask<'a>,
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
 }
@@ -86,7 +88,13 @@ pub struct HashArgs<'a> {
 impl<'a> HashArgs<'a> {
     /// `token_ids` to `ids`, without a table.
     pub fn new(token_ids: impl Into<In<'a, i32>>, ids: impl Into<Out<'a, i32>>) -> HashArgs<'a> {
-        HashArgs { token_ids: token_ids.into(), table: None, ids: ids.into() }
+        HashArgs { token_ids: token_ids.into(), table: None, mask: TokenMask::all(), ids: ids.into() }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> HashArgs<'a> {
+        HashArgs { mask, ..self }
     }
 }
 
@@ -147,6 +155,7 @@ pub fn forward(kernels: &Kernels, stream: &Arc<CudaStream>, desc: &HashDesc, arg
     }
     let token_ids = scope.read("token_ids", args.token_ids, desc.tokens, SCALAR)?;
     let table = scope.read_some("table", args.table, vocabulary * desc.top_k, SCALAR)?;
+    let mask = args.mask.open(&scope, desc.tokens)?;
     let ids = scope.write("ids", args.ids, desc.tokens * desc.top_k, SCALAR)?;
     scope.launch(
         &selection,
@@ -154,6 +163,9 @@ pub fn forward(kernels: &Kernels, stream: &Arc<CudaStream>, desc: &HashDesc, arg
             token_ids: token_ids.address().into(),
             table: optional(&table).into(),
             ids: ids.address().into(),
+            mask: mask.addresses().mask.into(),
+            valid_tokens: mask.addresses().valid_tokens.into(),
+            token_flags: mask.addresses().flags(),
             tokens: desc.tokens as u32,
             vocabulary: vocabulary as u32,
             experts: desc.experts as u32,

@@ -18,4 +18,5 @@ pub mod product_keys;
 pub mod router;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod token_banks;
 pub mod update_bias;

@@ -42,7 +42,7 @@ use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SampledParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, TokenMask};
 
 const OPERATION: &str = "sampled";
 
@@ -82,6 +82,8 @@ pub struct SampledArgs<'a> {
     pub perturbed: Option<Out<'a, f32>>,
     /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Absent, the rule's seed and offset are all there is.
     pub noise_state: Option<In<'a, u64>>,
+    /// Which tokens count: the others have ids -1, and weights, logarithms and entropy of 0. Their row of `perturbed` is not written.
+    pub mask: TokenMask<'a>,
 }
 
 impl<'a> SampledArgs<'a> {
@@ -99,7 +101,14 @@ impl<'a> SampledArgs<'a> {
             entropy: None,
             perturbed: None,
             noise_state: None,
+            mask: TokenMask::all(),
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> SampledArgs<'a> {
+        SampledArgs { mask, ..self }
     }
 }
 
@@ -173,6 +182,7 @@ pub fn forward(
     let entropy = scope.write_some("entropy", args.entropy, tokens, SCALAR)?;
     let perturbed = scope.write_some("perturbed", args.perturbed, tokens * experts, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
+    let mask = args.mask.open(&scope, tokens)?;
     let [seed_lo, seed_hi, offset_lo, offset_hi] = rule.noise.words_of_source();
     scope.launch(
         &selection,
@@ -183,6 +193,9 @@ pub fn forward(
             log_probabilities: optional(&log_probabilities).into(),
             entropy: optional(&entropy).into(),
             perturbed: optional(&perturbed).into(),
+            mask: mask.addresses().mask.into(),
+            valid_tokens: mask.addresses().valid_tokens.into(),
+            token_flags: mask.addresses().flags(),
             tokens: tokens as u32,
             experts: experts as u32,
             top_k: rule.top_k as u32,

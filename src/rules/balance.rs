@@ -8,8 +8,33 @@ use super::settings::settings;
 pub enum LossScore {
     /// `softmax(l)` (Switch, GShard, Mixtral, OLMoE).
     Softmax,
-    /// `sigmoid(l_e) / sum_j sigmoid(l_j)` (DeepSeek-V3, eq. 19).
+    /// `sigmoid(l_e) / sum_j sigmoid(l_j)` (DeepSeek-V3, eq. 19; Megatron-LM; TransformerEngine for k > 1).
     Sigmoid,
+    /// `sigmoid(l_e)`, not divided by their sum (TransformerEngine's fused router for k = 1). The entropy is that of [`LossScore::Sigmoid`].
+    PlainSigmoid,
+}
+
+/// Which slots of a token a balancing loss counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LossCounts {
+    /// Those that were chosen, with correction bias and groups (Switch, Mixtral, GLaM).
+    Choice,
+    /// The first of those (GShard, algorithm 1, whose loss this is times `E^2`).
+    FirstChoice,
+    /// The k of largest score, whatever bias and groups chose (DeepSeek-V3, eq. 18; Megatron-LM's `compute_routing_scores_for_aux_loss`;
+    /// TransformerEngine's `fused_compute_score_for_moe_aux_loss`).
+    Scores,
+}
+
+/// Which tokens make a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Sequences {
+    /// `[B, S]`: token t is of sequence `t / S`. The last may be shorter.
+    Following,
+    /// `[S, B]`: token t is of sequence `t % B` (Megatron-LM). All have S tokens.
+    Alternating,
 }
 
 /// What is measured.
@@ -18,13 +43,12 @@ pub enum LossScore {
 pub struct BalanceRule {
     /// Where probabilities come from.
     pub score: LossScore,
-    /// Tokens of a sequence; the last may be shorter.
+    /// Tokens of a sequence, S.
     pub tokens_per_sequence: usize,
-    /// The loss counts each token's first choice only (GShard, algorithm 1, whose loss this is times `E^2`).
-    pub first_choice_only: bool,
-    /// Losses count each token's k experts of largest score, whatever a correction bias and groups chose (DeepSeek-V3, eq. 18). Counts,
-    /// importance and what is dropped remain those of the choice. Not with `first_choice_only`.
-    pub unbiased: bool,
+    /// Which tokens these are.
+    pub sequences: Sequences,
+    /// What both losses count. Counts, importance and what is dropped remain those of the choice.
+    pub counts: LossCounts,
     /// Slots that an expert takes of each sequence; others are dropped.
     pub capacity: Option<usize>,
 }
@@ -32,8 +56,14 @@ pub struct BalanceRule {
 impl BalanceRule {
     /// Probabilities by `score`, all choices of sequences of `tokens_per_sequence`, of which none is dropped.
     pub const fn new(score: LossScore, tokens_per_sequence: usize) -> BalanceRule {
-        BalanceRule { score, tokens_per_sequence, first_choice_only: false, unbiased: false, capacity: None }
+        BalanceRule {
+            score,
+            tokens_per_sequence,
+            sequences: Sequences::Following,
+            counts: LossCounts::Choice,
+            capacity: None,
+        }
     }
 }
 
-settings!(BalanceRule { first_choice_only: bool, unbiased: bool, capacity: Option<usize> });
+settings!(BalanceRule { sequences: Sequences, counts: LossCounts, capacity: Option<usize> });

@@ -1,5 +1,6 @@
 //! How many slots an expert takes, and whose.
 
+use super::gating::Renormalise;
 use super::noise::NoiseSource;
 use super::settings::settings;
 
@@ -81,6 +82,9 @@ pub struct AdmissionRule {
     pub prioritised: bool,
     /// The second expert's chance; needs `top_k` of 2 unless it is [`SecondExpert::Always`].
     pub second: SecondExpert,
+    /// Divide each weight by the sum of what the token got: normalised after tokens were dropped (lingvo's GShard; NLLB with
+    /// `normalize_router_prob_before_dropping` off). Absent, weights stay as they were given. Not by a p-norm.
+    pub renormalise: Option<Renormalise>,
 }
 
 impl AdmissionRule {
@@ -95,6 +99,7 @@ impl AdmissionRule {
             order: Order::ByToken,
             prioritised: false,
             second: SecondExpert::Always,
+            renormalise: None,
         }
     }
 
@@ -108,7 +113,13 @@ impl AdmissionRule {
     }
 }
 
-settings!(AdmissionRule { candidates: usize, order: Order, prioritised: bool, second: SecondExpert });
+settings!(AdmissionRule {
+    candidates: usize,
+    order: Order,
+    prioritised: bool,
+    second: SecondExpert,
+    renormalise: Option<Renormalise>,
+});
 
 /// Tokens that an expert takes of a group of `tokens`: `max(1, ceil(top_k * tokens * factor / experts))` (GShard's `2N/E`
 /// with factor 1; Switch and GLaM call the factor "capacity factor"). Rounding up is ours: V-MoE rounds to nearest, Mesh TensorFlow down, but

@@ -17,6 +17,8 @@ pub struct Gating {
     pub scale: f32,
     /// Choose among the experts of the best groups only.
     pub groups: Option<Groups>,
+    /// What becomes of weights that are no numbers.
+    pub garbage: Garbage,
     /// [`Score::SparseMixer`] masks experts whose logit is relatively more than twice this below the largest
     /// (PhiMoE's `router_jitter_noise`).
     pub jitter: f32,
@@ -37,6 +39,7 @@ impl Gating {
             renormalise: None,
             scale: 1.0,
             groups: None,
+            garbage: Garbage::Zero,
             jitter: 0.01,
             expert_scale: false,
             global_scale: false,
@@ -50,11 +53,23 @@ impl Gating {
     }
 }
 
+/// What becomes of a token whose logits are garbage, as the rows behind a batch in a CUDA graph may be. Its ids are in range and distinct
+/// in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Garbage {
+    /// A weight whose formula gives no finite number is 0 (vLLM); factors come after. A token counts in no loss and no statistic where the log-sum-exp of its logits is not finite
+    /// (NaN or +Inf among them, nothing but -Inf), or where the losses' probabilities are not.
+    Zero,
+    /// As the arithmetic of the formula has it: NaN is seen, in the weights and in whatever they and the probabilities enter (torch).
+    Propagate,
+}
 settings!(Gating {
     choice: ChoiceBy,
     renormalise: Option<Renormalise>,
     scale: f32,
     groups: Option<Groups>,
+    garbage: Garbage,
     jitter: f32,
     expert_scale: bool,
     global_scale: bool,

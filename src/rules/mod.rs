@@ -17,12 +17,14 @@ mod weight;
 mod weighting;
 
 pub use activation::{Activation, Bound, Swiglu};
-pub use balance::{BalanceRule, LossScore};
+pub use balance::{BalanceRule, LossCounts, LossScore, Sequences};
 pub use capacity::{AdmissionRule, Capacity, Order, SecondExpert, capacity};
 
 pub use dropout::{Dropout, drop_below, keep_scale};
 pub use expert_map::{IDENTITY, NONE};
-pub use gating::{Appended, AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, LogitRule, Masked, Renormalise};
+pub use gating::{
+    Appended, AppendedWeight, ChoiceBy, Garbage, Gating, GroupScore, Groups, LogitRule, Masked, Renormalise,
+};
 pub use kinds::{Dtype, Glu, IdFormat, Layout, Score};
 pub use noise::NoiseSource;
 pub use norm::{Gain, RmsNorm};

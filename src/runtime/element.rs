@@ -1,6 +1,6 @@
 //! Element types of activations and weights.
 
-use cudarc::driver::{CudaSlice, CudaView, DeviceRepr, ValidAsZeroBits};
+use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr, ValidAsZeroBits};
 
 use super::buffer::In;
 use crate::rules::Dtype;
@@ -78,7 +78,7 @@ impl Element for f32 {
     }
 }
 
-/// A buffer of a weight, whose type is a value: made with `From` of what [`In`] is made of.
+/// A buffer of weights or logits, whose type is a value: made with `From` of what [`In`] is made of.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub enum Tensor<'a> {
@@ -115,6 +115,12 @@ impl<'a, T: Element> From<&'a CudaSlice<T>> for Tensor<'a> {
 
 impl<'a, T: Element> From<&'a CudaView<'_, T>> for Tensor<'a> {
     fn from(buffer: &'a CudaView<'_, T>) -> Self {
+        T::tensor(buffer.into())
+    }
+}
+
+impl<'a, T: Element> From<&'a CudaViewMut<'_, T>> for Tensor<'a> {
+    fn from(buffer: &'a CudaViewMut<'_, T>) -> Self {
         T::tensor(buffer.into())
     }
 }

@@ -181,6 +181,20 @@ impl<'a> Scope<'a> {
         Ok(Held { value, _access: access })
     }
 
+    /// [`Scope::read`] of a buffer of any type.
+    pub(crate) fn read_any<'b>(
+        &self,
+        argument: &'static str,
+        tensor: Tensor<'b>,
+        needed: usize,
+        alignment: u64,
+    ) -> Result<Held<'b>, Error>
+    where
+        'a: 'b,
+    {
+        self.read_tensor(argument, tensor, tensor.dtype(), needed, alignment)
+    }
+
     /// [`Scope::read`] of a weight's buffer, whose type must be `expected`.
     pub(crate) fn read_tensor<'b>(
         &self,

@@ -17,4 +17,5 @@ pub(crate) mod launch;
 pub(crate) mod params;
 pub(crate) mod selection;
 pub(crate) mod shape;
+pub(crate) mod token_mask;
 pub(crate) mod workspace;

@@ -8,11 +8,15 @@ mod support;
 
 mod composed;
 mod doge;
+mod ernie_vl;
 mod folder;
 mod gemma4;
 mod muse_spark;
 mod nemotron_h;
+mod nllb;
+mod refusals;
 mod run;
+mod vitpose;
 mod zaya;
 
 /// A test of this name in each storage type.
@@ -31,10 +35,14 @@ macro_rules! in_every_type {
 }
 
 in_every_type! {
+    norms_and_projections_alone_and_together => composed::parts;
     gemma4_normed_and_scaled_router => gemma4::gemma4;
     diffusion_gemma_normed_and_scaled_router => gemma4::diffusion_gemma;
     muse_spark_norms_and_projections => muse_spark::block;
     nemotron_h_projections => nemotron_h::block;
     zaya_network_and_state => zaya::block;
     doge_product_keys => doge::block;
+    nllb_top_two_with_capacity => nllb::block;
+    ernie_vl_banks_by_token_type => ernie_vl::block;
+    vitpose_expert_of_the_dataset => vitpose::block;
 }

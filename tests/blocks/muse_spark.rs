@@ -5,7 +5,7 @@ use moe_kernels::layer::{
     ExpertWeights, LatentDesc, LatentWeights, LayerArgs, LayerDesc, LayerWeights, NormWeights, Norms, RouteArgs,
     RouterWeights,
 };
-use moe_kernels::rules::{Gain, Gating, Renormalise, RmsNorm, Score};
+use moe_kernels::rules::{Gain, Gating, LogitRule, Renormalise, RmsNorm, Score};
 use moe_kernels::{Dtype, Workspace};
 
 use crate::folder::Folder;
@@ -20,13 +20,11 @@ pub fn block<T: Storage>() {
     let post_norm = RmsNorm::new(1e-8).gain(Gain::OnePlusFirst);
     let desc = LayerDesc::new(T::DTYPE, hidden, intermediate, experts, k)
         .router_dtype(Dtype::F32)
+        .logits(LogitRule::PLAIN.factor(0.176_776_7))
         .gating(gating)
         .norms(Norms::new().slots(Some(post_norm)))
         .latent(Some(LatentDesc::new(T::DTYPE, latent).norm(Some(pre_norm))));
-    // The logits' factor is the router's own.
-    let factor = 0.1767766952966369;
-    let router: Vec<f32> = folder.weight("gate.weight").iter().map(|w| w * factor).collect();
-    let router = run.put::<f32>(&router);
+    let router = run.put::<f32>(&folder.weight("gate.weight"));
     let bias = run.put::<f32>(&folder.weight("gate.e_score_correction_bias"));
     let gate_up = run.put::<T>(&folder.weight("experts.gate_up_proj"));
     let down = run.put::<T>(&folder.weight("experts.down_proj"));

@@ -10,17 +10,19 @@ use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc, Given, RuleInpu
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::measured_gating::MeasuredGatingDesc;
 use moe_kernels::rules::{
-    Appended, AppendedWeight, BalanceRule, Capacity, ChoiceBy, Gating, IdFormat, LossScore, Renormalise, Score,
+    Appended, AppendedWeight, BalanceRule, Capacity, ChoiceBy, Gating, IdFormat, LossCounts, LossScore, Renormalise,
+    Score,
 };
-use moe_kernels::{In, reference};
+use moe_kernels::{In, Tensor, TokenMask, reference};
 
 use crate::balance;
 use crate::dispatch::{Outputs, rule_of};
-use crate::gating::{Logits, coarse, correction_bias, every_group_rule, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, correction_bias, every_group_rule, garbage, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_bounded, to_f64, weight_bounds};
 use crate::support::device;
 use crate::timing::time;
+use crate::tokens::{LogitsOn, Padding};
 
 /// Numbers of experts: of the width below, between, and as many as fit.
 fn sizes(values: u32) -> [usize; 4] {
@@ -67,12 +69,11 @@ pub fn check_measured(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                     // Of sigmoids that all vanish there is no distribution.
                     let by_sigmoid = score == Score::Sigmoid && !case.low && rng.bool();
                     let loss = if by_sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
-                    let counts = rng.u32(..3);
+                    let counts = [LossCounts::Choice, LossCounts::FirstChoice, LossCounts::Scores][rng.usize(..3)];
                     let rule = BalanceRule::new(loss, sequence)
-                        .first_choice_only(counts == 1)
-                        .unbiased(counts == 2)
+                        .counts(counts)
                         .capacity(rng.bool().then(|| 1 + rng.usize(..4)));
-                    measure(variant, &case, rule);
+                    measure(variant, rng, &case, rule);
                 }
             }
         }
@@ -86,6 +87,7 @@ pub struct Case {
     pub top_k: usize,
     pub rule: Gating,
     pub logits: Vec<f32>,
+    pub on_device: LogitsOn,
     pub bias: Option<Vec<f32>>,
     pub expert_scale: Option<Vec<f32>>,
     pub global_scale: Option<f32>,
@@ -135,7 +137,8 @@ impl Case {
             .jitter([0.01, 0.15, 2.0][rng.usize(..3)])
             .expert_scale(rng.bool())
             .global_scale(rng.bool())
-            .appended(appended);
+            .appended(appended)
+            .garbage(garbage(rng));
         // Something that no common kernel has.
         let rule = match score {
             Score::Softmax | Score::TopkSoftmax | Score::Sigmoid
@@ -164,6 +167,7 @@ impl Case {
             let down = if jointly && score == Score::Sigmoid { 150.0 } else { 70.0 };
             logits.iter_mut().for_each(|logit| *logit -= down);
         }
+        let on_device = LogitsOn::draw(&device::stream(), rng, &mut logits);
         let biased = choice == ChoiceBy::Logit || score.precedes_choice();
         let given = (choice == ChoiceBy::Given).then(|| Drawn::draw(rng, tokens, experts, top_k));
         Case {
@@ -176,6 +180,7 @@ impl Case {
             top_k,
             rule,
             logits,
+            on_device,
             given,
             low,
         }
@@ -340,14 +345,14 @@ impl OnDevice {
 
 fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     let (kernels, stream) = (device::kernels(), device::stream());
-    let name = &case.name;
-    let want = case.want();
+    let padding = Padding::draw(&stream, rng, case.tokens);
+    let name = &format!("{} {} {}", case.name, case.on_device.name(), padding.name());
+    let want = case.want().without_padding(&padding.valid);
     let desc = case.desc();
-    let logits = Guarded::input(&stream, "logits", &case.logits);
     let bias = case.bias.as_ref().map(|values| Guarded::input(&stream, "correction_bias", values));
     let on_device = OnDevice::new(case);
     let (choices, appended) = (case.tokens * case.all_choices(), case.rule.appended_experts());
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, case.tokens).padded(true))];
     // Some of the experts have no rows.
@@ -364,21 +369,22 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     let bytes = gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap();
     let mut outputs = Outputs::new(&stream, order.shape(), bytes);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
-        let logits = logits.view();
         let bias = bias.as_ref().map(Guarded::view);
         let correction_bias = bias.as_ref().map(In::from);
         let (mut ids, mut weights) = (ids.view_mut(), weights.view_mut());
-        on_device.with(|rule| {
+        let mut forward = |rule: RuleInputs<'_>, logits: Tensor<'_>, mask: TokenMask<'_>| {
             if !variant.dispatch {
-                let mut args = GatingArgs::new(&logits, &mut ids, &mut weights).rule(rule);
+                let mut args = GatingArgs::new(logits, &mut ids, &mut weights).rule(rule).mask(mask);
                 args.correction_bias = correction_bias;
                 return gating::forward(kernels, &stream, &desc, args).unwrap();
             }
             let Outputs { dispatched, workspace, .. } = outputs;
-            let mut args = GatingDispatchArgs::new(&logits, &mut ids, &mut weights, dispatched, workspace).rule(rule);
+            let args = GatingDispatchArgs::new(logits, &mut ids, &mut weights, dispatched, workspace);
+            let mut args = args.rule(rule).mask(mask);
             args.correction_bias = correction_bias;
             gating_dispatch::forward(kernels, &stream, &fused, args).unwrap()
-        });
+        };
+        on_device.with(|rule| case.on_device.with(|logits| padding.with(|mask| forward(rule, logits, mask))));
     };
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
@@ -388,7 +394,8 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     if let Some(sorted) = &sorted {
         outputs.assert_equal(&stream, name, sorted, Some(&got_weights));
     }
-    logits.assert_unchanged(&stream);
+    case.on_device.assert_unchanged(&stream);
+    padding.assert_unchanged(&stream);
     time(&stream, name, || launch(&mut ids, &mut weights, &mut outputs));
     ids.reset(&stream);
     weights.reset(&stream);
@@ -399,13 +406,15 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     assert_eq!(bits(&weights.read(&stream)), bits(&got_weights), "{name}: another run gave other bits");
 }
 
-fn measure(variant: MeasuredGate, case: &Case, rule: BalanceRule) {
+fn measure(variant: MeasuredGate, rng: &mut fastrand::Rng, case: &Case, rule: BalanceRule) {
     let desc = MeasuredGatingDesc::new(case.desc()).rule(rule);
     let selection = moe_kernels::routers::measured_gating::select(&desc, device::kernels().device()).unwrap();
     assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
-    let want = case.want();
+    let padding = Padding::draw(&device::stream(), rng, case.tokens);
+    let want = case.want().without_padding(&padding.valid);
     let on_device = OnDevice::new(case);
-    let got = on_device.with(|inputs| balance::measure_by(&desc, &case.logits, case.bias.as_deref(), inputs, 1));
+    let bias = case.bias.as_deref();
+    let got = on_device.with(|inputs| balance::measure_by(&desc, &case.on_device, &padding, bias, inputs, 1));
     assert_eq!(got.ids, want.ids, "{}: ids", case.name);
     case.assert_weights(&got.weights, &want.weights);
     // Losses are of the experts that a choice is among.
@@ -414,5 +423,7 @@ fn measure(variant: MeasuredGate, case: &Case, rule: BalanceRule) {
     let row = case.all_choices();
     let ids: Vec<i32> = got.ids.chunks(row).flat_map(|row| &row[..case.top_k]).copied().collect();
     let weights: Vec<f32> = got.weights.chunks(row).flat_map(|row| &row[..case.top_k]).copied().collect();
-    balance::check_measures(&case.name, &got, &desc, [&own, &weights], &ids, 1);
+    let name = format!("{} {} {}", case.name, case.on_device.name(), padding.name());
+    let counts = reference::balance::counted(&own, case.experts, &rule, case.rule.garbage, Some(&padding.valid));
+    balance::check_measures(&name, &got, &desc, [&own, &weights], &ids, &counts, 1);
 }

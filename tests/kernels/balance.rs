@@ -7,15 +7,16 @@ use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc}
 use moe_kernels::routers::gating::{GatingDesc, RuleInputs};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
-use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
+use moe_kernels::rules::{BalanceRule, Gating, LossCounts, LossScore, Score, Sequences};
 use moe_kernels::{In, Workspace};
 
 use crate::any_rule;
-use crate::gating::{Logits, coarse, correction_bias, every_group_rule, groups, logits, renormalise};
+use crate::gating::{Logits, coarse, correction_bias, every_group_rule, garbage, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
 use crate::timing::time;
+use crate::tokens::{LogitsOn, Padding};
 
 pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
     let Some(score) = variant.score else { return any_rule::check_measured(variant, rng) };
@@ -24,9 +25,10 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
     let wide = most > 1024;
     for experts in [least, (least + most) / 2, most] {
         for (tokens, top_k, sequence) in
-            [(1, 1, 1), (37, 2, 10), (9, 8, 9), (300, 4, 300), (333, 3, 100), (260, 2, 1), (5, 32, 2)]
+            [(1, 1, 1), (37, 2, 10), (9, 8, 9), (300, 4, 300), (333, 3, 100), (300, 3, 100), (260, 2, 1), (5, 32, 2)]
         {
-            let (tokens, sequence) = if wide { (tokens.min(40), sequence.min(40)) } else { (tokens, sequence) };
+            let (tokens, sequence): (usize, usize) =
+                if wide { (tokens.min(40), sequence.min(40)) } else { (tokens, sequence) };
             for kind in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
                 if wide && rng.u32(..3) > 0 {
                     continue;
@@ -35,14 +37,15 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                 let gating = Gating::new(score)
                     .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
+                    .garbage(garbage(rng))
                     .groups(groups(rng, score, experts, top_k));
-                let sigmoid = score == Score::Sigmoid && rng.bool();
-                let loss = if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
-                // All choices, first ones, or those of largest score.
-                let loss_counts = rng.u32(..3);
+                let losses = [LossScore::Softmax, LossScore::Sigmoid, LossScore::PlainSigmoid];
+                let loss = losses[rng.usize(..if score == Score::Sigmoid { 3 } else { 1 })];
+                let counts = [LossCounts::Choice, LossCounts::FirstChoice, LossCounts::Scores][rng.usize(..3)];
+                let alternate = tokens.is_multiple_of(sequence) && rng.bool();
                 let rule = BalanceRule::new(loss, sequence)
-                    .first_choice_only(loss_counts == 1)
-                    .unbiased(loss_counts == 2)
+                    .sequences(if alternate { Sequences::Alternating } else { Sequences::Following })
+                    .counts(counts)
                     .capacity(rng.bool().then(|| 1 + rng.usize(..4)));
                 let gating = GatingDesc::new(tokens, experts, top_k, gating);
                 case(variant, rng, &MeasuredGatingDesc::new(gating).rule(rule), kind);
@@ -66,6 +69,8 @@ pub struct Measured {
     pub probability: Vec<f32>,
     pub importance: Vec<f32>,
     pub stats: RouterStats,
+    /// Tokens that the loss's totals are of, if there were several calls.
+    pub tokens: u32,
 }
 
 impl Measured {
@@ -79,24 +84,19 @@ impl Measured {
 }
 
 /// Runs `desc` `times` times, the later ones onto the totals of the earlier, which must each give the same bits if they start anew.
-pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, times: usize) -> Measured {
-    measure_by(desc, values, bias, RuleInputs::new(), times)
-}
-
-/// [`measure`] with what else the rule takes.
 pub fn measure_by(
     desc: &MeasuredGatingDesc,
-    values: &[f32],
+    logits: &LogitsOn,
+    padding: &Padding,
     bias: Option<&[f32]>,
     inputs: RuleInputs<'_>,
     times: usize,
 ) -> Measured {
     let (kernels, stream) = (device::kernels(), device::stream());
     let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
-    let logits = Guarded::input(&stream, "logits", values);
     let bias = bias.map(|bias| Guarded::input(&stream, "correction_bias", bias));
     let row = top_k + desc.gating.gating.appended_experts();
-    let mut ids = Guarded::output(&stream, "ids", tokens * row);
+    let mut ids = Guarded::ids(&stream, "ids", tokens * row);
     let mut weights = Guarded::output(&stream, "weights", tokens * row);
     let mut lse = Guarded::output(&stream, "log_sum_exp", tokens);
     let mut shares = Guarded::output(&stream, "probabilities", tokens * experts);
@@ -104,6 +104,7 @@ pub fn measure_by(
     let mut loss_counts = Guarded::output(&stream, "loss_counts", experts);
     let mut probability = Guarded::output(&stream, "probability", experts);
     let mut importance = Guarded::output(&stream, "importance", experts);
+    let mut counted = Guarded::<u32>::output(&stream, "tokens", 1);
     let mut stats = Guarded::<RouterStats>::output(&stream, "stats", 1);
     let bytes = measured_gating::workspace_bytes(desc, kernels.device()).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
@@ -115,22 +116,33 @@ pub fn measure_by(
         if desc.earlier_tokens == 0 {
             loss_counts.reset(&stream);
             probability.reset(&stream);
+            counted.reset(&stream);
         }
-        let (logits, bias) = (logits.view(), bias.as_ref().map(Guarded::view));
+        let bias = bias.as_ref().map(Guarded::view);
         let (mut ids_to, mut weights_to, mut lse_to, mut shares_to) =
             (ids.view_mut(), weights.view_mut(), lse.view_mut(), shares.view_mut());
         let (mut counts_to, mut loss_counts_to, mut probability_to, mut importance_to) =
             (counts.view_mut(), loss_counts.view_mut(), probability.view_mut(), importance.view_mut());
-        let mut stats_to = stats.view_mut();
-        let totals = Totals::new(&mut counts_to, &mut loss_counts_to, &mut probability_to, &mut importance_to);
-        let (ids_to, weights_to, stats_to) = (&mut ids_to, &mut weights_to, &mut stats_to);
-        let mut args = MeasuredGatingArgs::new(&logits, ids_to, weights_to, totals, stats_to, &mut workspace);
-        if rest {
-            args = args.log_sum_exp(&mut lse_to).probabilities(&mut shares_to);
-        }
-        args.correction_bias = bias.as_ref().map(In::from);
-        args.rule = inputs;
-        measured_gating::forward(kernels, &stream, desc, args).unwrap();
+        let (mut stats_to, mut counted_to) = (stats.view_mut(), counted.view_mut());
+        logits.with(|logits| {
+            padding.with(|mask| {
+                let mut totals =
+                    Totals::new(&mut counts_to, &mut loss_counts_to, &mut probability_to, &mut importance_to);
+                // Several calls know the number of tokens that counted from the device alone.
+                if times > 1 {
+                    totals = totals.tokens(&mut counted_to);
+                }
+                let (ids_to, weights_to, stats_to) = (&mut ids_to, &mut weights_to, &mut stats_to);
+                let mut args =
+                    MeasuredGatingArgs::new(logits, ids_to, weights_to, totals, stats_to, &mut workspace).mask(mask);
+                if rest {
+                    args = args.log_sum_exp(&mut lse_to).probabilities(&mut shares_to);
+                }
+                args.correction_bias = bias.as_ref().map(In::from);
+                args.rule = inputs;
+                measured_gating::forward(kernels, &stream, desc, args).unwrap();
+            });
+        });
         Measured {
             ids: ids.read(&stream),
             weights: weights.read(&stream),
@@ -141,6 +153,7 @@ pub fn measure_by(
             probability: probability.read(&stream),
             importance: importance.read(&stream),
             stats: stats.read(&stream)[0],
+            tokens: counted.read(&stream)[0],
         }
     };
     let mut got = run(desc, true);
@@ -152,9 +165,10 @@ pub fn measure_by(
     assert_eq!(alone.bits(), got.bits(), "{desc:?}: another run, without the rest, gave other bits");
     time(&stream, &format!("{desc:?}"), || drop(run(desc, true)));
     for layer in 1..times {
-        got = run(&desc.earlier_tokens(layer * tokens), true);
+        got = run(&desc.earlier_tokens(layer), true);
     }
     logits.assert_unchanged(&stream);
+    padding.assert_unchanged(&stream);
     got
 }
 
@@ -175,29 +189,42 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
         coarse(&mut values);
     }
     let bias = with_bias.then(|| correction_bias(rng, experts, &gating));
-    let name = format!("{desc:?} {kind:?} bias={with_bias}");
+    // A token that no sum may hear of.
+    if matches!(kind, Logits::NotFinite) && tokens > 1 {
+        let odd = [f32::NAN, f32::NEG_INFINITY, -200.0][rng.usize(..3)];
+        values[(tokens - 1) * experts..].fill(odd);
+    }
+    let on_device = LogitsOn::draw(&device::stream(), rng, &mut values);
+    let padding = Padding::draw(&device::stream(), rng, tokens);
+    let name = format!("{desc:?} {kind:?} bias={with_bias} {} {}", on_device.name(), padding.name());
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();
+    let gated = gated.without_padding(&padding.valid);
+    let counts = reference::balance::counted(&values, experts, &desc.rule, gating.garbage, Some(&padding.valid));
     let layers = 1 + rng.usize(..3);
-    let got = measure(desc, &values, bias.as_deref(), layers);
+    let got = measure_by(desc, &on_device, &padding, bias.as_deref(), RuleInputs::new(), layers);
     assert_eq!(got.ids, gated.ids, "{name}: ids");
     let shares = Shares::of(gating.score, experts, top_k);
     assert_weights(&name, &got.weights, &gated.weights, shares, if gating.renormalise.is_some() { top_k } else { 0 });
 
-    check_measures(&name, &got, desc, [&values, &got.weights], &got.ids, layers);
+    check_measures(&name, &got, desc, [&values, &got.weights], &got.ids, &counts, layers);
 }
 
-/// What was measured in `layers` calls, of the same logits `values [T,E]`, `weights [T,k]` and ids each.
+/// What was measured in `layers` calls, of the same logits `values [T,E]`, `weights [T,k]` and ids each, of those tokens that count.
 pub fn check_measures(
     name: &str,
     got: &Measured,
     desc: &MeasuredGatingDesc,
     [values, weights]: [&[f32]; 2],
     ids: &[i32],
+    counts: &[bool],
     layers: usize,
 ) {
     let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
     let weights = to_f64(weights);
-    let want = reference::balance::balance(values, ids, &weights, experts, top_k, &desc.rule).unwrap();
+    let want = reference::balance::balance_of(values, ids, &weights, experts, top_k, &desc.rule, counts).unwrap();
+    if layers > 1 {
+        assert_eq!(got.tokens as usize, layers * want.totals.tokens, "{name}: tokens of the totals");
+    }
     assert_eq!(got.counts, want.counts, "{name}: counts");
     for (e, (&got, &want)) in got.loss_counts.iter().zip(&want.totals.counts).enumerate() {
         assert_eq!(got as u64, layers as u64 * want, "{name}: loss_counts[{e}]");
@@ -211,6 +238,11 @@ pub fn check_measures(
     }
     for (t, row) in values.chunks(experts).enumerate() {
         let row = to_f64(row);
+        let shares = &got.probabilities[t * experts..][..experts];
+        if !counts[t] {
+            assert!(shares.iter().chain([&got.log_sum_exp[t]]).all(|&value| value == 0.0), "{name}: token {t} adds");
+            continue;
+        }
         near(
             &format!("{name}: log_sum_exp[{t}]"),
             got.log_sum_exp[t],
@@ -218,11 +250,11 @@ pub fn check_measures(
             LOG_SUM_EXP,
             1.0,
         );
-        let shares = &got.probabilities[t * experts..][..experts];
         // Sigmoids are divided by the sum of all of them.
         let (of, divided) = match desc.rule.score {
             LossScore::Softmax => (Shares::Softmax(experts), 0),
             LossScore::Sigmoid => (Shares::Sigmoid, experts),
+            LossScore::PlainSigmoid => (Shares::Sigmoid, 0),
             other => unreachable!("no case has {other:?}"),
         };
         assert_weights(
@@ -237,7 +269,7 @@ pub fn check_measures(
 }
 
 fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasuredGatingDesc, layers: usize) {
-    let GatingDesc { tokens, top_k, .. } = desc.gating;
+    let (tokens, top_k) = (want.totals.tokens, desc.gating.top_k);
     assert_eq!(got.tokens as usize, tokens, "{name}");
     let slots: i64 = want.counts.iter().map(|&count| i64::from(count)).sum();
     assert_eq!(i64::from(got.slots), slots, "{name}");
@@ -253,7 +285,7 @@ fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasuredGat
     let counts: Vec<f64> = want.counts.iter().map(|&count| f64::from(count)).collect();
     near(&format!("{name}: load_cv2"), got.load_cv2, cv_squared(&counts), FEW_ROUNDINGS, 0.0);
     near(&format!("{name}: max_over_mean"), got.max_over_mean, want.max_over_mean(), FEW_ROUNDINGS, 0.0);
-    let fraction = want.dropped as f64 / (tokens * top_k) as f64;
+    let fraction = want.dropped as f64 / (tokens * top_k).max(1) as f64;
     near(&format!("{name}: dropped_fraction"), got.dropped_fraction, fraction, FEW_ROUNDINGS, 0.0);
 }
 

@@ -15,6 +15,7 @@ use crate::rows;
 use crate::support::buffer::Guarded;
 use crate::support::device;
 use crate::timing::time;
+use crate::tokens::Padding;
 
 /// The reference's rule without a capacity.
 pub fn rule(experts: usize, top_k: usize, tile_m: usize) -> DispatchRule {
@@ -68,9 +69,10 @@ impl Outputs {
 pub fn check(variant: Dispatch, rng: &mut fastrand::Rng) {
     let most = variant.max_experts as usize;
     let least = Dispatch::MAX_EXPERTS.iter().map(|&e| e as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
-    let expert_counts = if least == 1 { vec![1, 3, 60, 64, 257, most] } else { vec![least, 3001, most] };
+    let expert_counts =
+        if least == 1 { vec![1, 3, 60, 64, 257, most] } else { vec![least, (least + most) / 2 + 1, most] };
     for experts in expert_counts {
-        for (tokens, top_k) in [(1, 1), (5, 3), (129, 2), (90, 5), (700, 8), (61, 32)] {
+        for (tokens, top_k) in [(1, 1), (5, 3), (129, 2), (90, 5), (700, 8), (61, 64)] {
             let top_k = top_k.min(experts);
             let capacities = [
                 None,
@@ -78,10 +80,11 @@ pub fn check(variant: Dispatch, rng: &mut fastrand::Rng) {
                 Some(Capacity::new(3, tokens).padded(true)),
                 Some(Capacity::new(1, 1).padded(false)),
             ];
-            for capacity in capacities {
+            let limited = experts <= Dispatch::MAX_LIMITED_EXPERTS as usize;
+            for capacity in if limited { &capacities[..] } else { &capacities[..1] } {
                 let tile_m = [16, 64, 128][rng.usize(..3)];
                 let ids = format(rng, variant.ids_bytes);
-                let desc = DispatchDesc::new(tokens, experts, top_k, tile_m).capacity(capacity).ids(ids);
+                let desc = DispatchDesc::new(tokens, experts, top_k, tile_m).capacity(*capacity).ids(ids);
                 case(variant, rng, &desc);
             }
         }
@@ -106,7 +109,12 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
         })
         .collect();
     let weights: Vec<f32> = ids.iter().map(|_| rng.f32()).collect();
-    let want = reference::dispatch::dispatch(&ids, &rule_of(desc)).unwrap();
+    let padding = Padding::draw(&stream, rng, desc.tokens);
+    let name = format!("{name} {}", padding.name());
+    // The ids of padding are not looked at.
+    let counted: Vec<i32> =
+        ids.iter().enumerate().map(|(at, &id)| if padding.valid[at / desc.top_k] { id } else { -1 }).collect();
+    let want = reference::dispatch::dispatch(&counted, &rule_of(desc)).unwrap();
 
     assert_eq!(dispatch::select(desc, kernels.device()).unwrap().kernel.variant(), Kernel::Dispatch(variant));
     let ids = Stored::new(&stream, rng, desc.ids, &ids, desc.experts);
@@ -117,9 +125,11 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
         let weights = device_weights.view();
         let Outputs { dispatched, workspace, .. } = outputs;
         ids.with(|ids| {
-            let mut args = DispatchArgs::new(ids, dispatched, workspace);
-            args.weights = weighted.then_some((&weights).into());
-            dispatch::forward(kernels, &stream, desc, args).unwrap();
+            padding.with(|mask| {
+                let mut args = DispatchArgs::new(ids, dispatched, workspace).mask(mask);
+                args.weights = weighted.then_some((&weights).into());
+                dispatch::forward(kernels, &stream, desc, args).unwrap();
+            });
         });
     };
     launch(&mut outputs, true);
@@ -130,5 +140,6 @@ fn case(variant: Dispatch, rng: &mut fastrand::Rng, desc: &DispatchDesc) {
     outputs.assert_equal(&stream, &name, &want, None);
     ids.assert_unchanged(&stream);
     device_weights.assert_unchanged(&stream);
+    padding.assert_unchanged(&stream);
     time(&stream, &name, || launch(&mut outputs, true));
 }

@@ -20,6 +20,7 @@ use crate::support::compare::{Arithmetic, FEW_ROUNDINGS, Shares, Storage, assert
 use crate::support::device;
 use crate::support::inputs::{normal, normals};
 use crate::timing::time;
+use crate::tokens::Padding;
 
 #[derive(Clone, Copy, Debug)]
 enum Values {
@@ -88,7 +89,8 @@ pub fn check_choice(rng: &mut fastrand::Rng) {
     {
         for kind in VALUES {
             let desc = ExpertChoiceDesc::new(tokens, experts, capacity);
-            let name = format!("{desc:?} {kind:?}");
+            let padding = Padding::draw(&stream, rng, tokens);
+            let name = format!("{desc:?} {kind:?} {}", padding.name());
             let affinities = values(rng, kind, tokens * experts);
             let input = Guarded::input(&stream, "affinities", &affinities);
             let mut slot_token = Guarded::<i32>::output(&stream, "slot_token", desc.slots());
@@ -98,31 +100,42 @@ pub fn check_choice(rng: &mut fastrand::Rng) {
                 slot_weight.reset(&stream);
                 let (affinities, mut to, mut weights_to) =
                     (input.view(), slot_token.view_mut(), slot_weight.view_mut());
-                let args = ExpertChoiceArgs::new(&affinities, &mut to).slot_weight(&mut weights_to);
-                expert_choice::forward(kernels, &stream, &desc, args).unwrap();
+                padding.with(|mask| {
+                    let args = ExpertChoiceArgs::new(&affinities, &mut to).slot_weight(&mut weights_to).mask(mask);
+                    expert_choice::forward(kernels, &stream, &desc, args).unwrap();
+                });
                 (slot_token.read(&stream), slot_weight.read(&stream))
             };
-            let want = reference::choose(&affinities, experts, capacity).unwrap();
+            let want = reference::choose_of(&affinities, experts, capacity, &padding.valid).unwrap();
             let (tokens_of, weights) = run();
             assert_eq!(tokens_of, want.slot_token, "{name}: slot_token");
             assert_eq!(bits(&weights), bits(&want.slot_weight), "{name}: slot_weight");
             // Exactly c distinct tokens for each expert, of the device's own output.
-            for row in tokens_of.chunks(capacity) {
+            let taken = capacity.min(padding.valid.iter().filter(|&&valid| valid).count());
+            for row in tokens_of.chunks(capacity).map(|row| &row[..taken]) {
                 assert!(row.windows(2).all(|pair| pair[0] < pair[1]), "{name}: not {capacity} distinct tokens");
-                assert!(row.iter().all(|&t| (0..tokens as i32).contains(&t)), "{name}: token out of range");
+                assert!(row.iter().all(|&t| padding.valid[t as usize]), "{name}: padding was chosen");
             }
             let again = run();
             assert_eq!(tokens_of, again.0, "{name}: another run chose otherwise");
             assert_eq!(bits(&weights), bits(&again.1), "{name}: another run gave other bits");
             time(&stream, &name, || drop(run()));
-            lists(&name, &desc, &input, &want, [16, 64, 128][rng.usize(..3)]);
+            lists(&name, &desc, &input, &padding, &want, [16, 64, 128][rng.usize(..3)]);
             input.assert_unchanged(&stream);
+            padding.assert_unchanged(&stream);
         }
     }
 }
 
 /// The same choice as a dispatch of `capacity` rows an expert.
-fn lists(name: &str, desc: &ExpertChoiceDesc, affinities: &Guarded<f32>, want: &Chosen<f32>, tile_m: usize) {
+fn lists(
+    name: &str,
+    desc: &ExpertChoiceDesc,
+    affinities: &Guarded<f32>,
+    padding: &Padding,
+    want: &Chosen<f32>,
+    tile_m: usize,
+) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let ExpertChoiceDesc { tokens, experts, capacity, .. } = *desc;
     let shape = expert_choice::rows(desc, tile_m);
@@ -131,11 +144,15 @@ fn lists(name: &str, desc: &ExpertChoiceDesc, affinities: &Guarded<f32>, want: &
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
     let affinities = affinities.view();
     let (to, workspace) = (&mut dispatched, &mut workspace);
-    expert_choice::dispatch(kernels, &stream, desc, tile_m, (&affinities).into(), to, workspace).unwrap();
+    padding.with(|mask| {
+        let affinities = (&affinities).into();
+        expert_choice::dispatch_masked(kernels, &stream, desc, tile_m, affinities, mask, to, workspace).unwrap();
+    });
+    let taken = capacity.min(padding.valid.iter().filter(|&&valid| valid).count());
     let name = format!("{name} in tiles of {tile_m}");
     let read = |what: &str, list, len| rows::read::<i32>(&stream, &format!("{name}: {what}"), list, len);
     let slots = desc.slots();
-    assert_eq!(read("counts", dispatched.counts(), experts), vec![capacity as i32; experts], "{name}: counts");
+    assert_eq!(read("counts", dispatched.counts(), experts), vec![taken as i32; experts], "{name}: counts");
     let offsets: Vec<i32> = (0..=experts).map(|e| (e * capacity) as i32).collect();
     assert_eq!(read("offsets", dispatched.offsets(), experts + 1), offsets, "{name}: offsets");
     assert_eq!(read("slot_token", dispatched.slot_token(), slots), want.slot_token, "{name}: slot_token");
@@ -144,10 +161,11 @@ fn lists(name: &str, desc: &ExpertChoiceDesc, affinities: &Guarded<f32>, want: &
     let of_tokens = reference::token_slots(&want.slot_token, tokens).unwrap();
     let token_offsets = read("token_offsets", dispatched.token_offsets(), tokens + 1);
     assert_eq!(token_offsets, of_tokens.offsets, "{name}: token_offsets");
-    assert_eq!(read("token_slot", dispatched.token_slot(), slots), of_tokens.slots, "{name}: token_slot");
+    let token_slot = read("token_slot", dispatched.token_slot(), of_tokens.slots.len());
+    assert_eq!(token_slot, of_tokens.slots, "{name}: token_slot");
     let tiles: Vec<[i32; 4]> = (0..experts)
-        .flat_map(|e| (0..capacity).step_by(tile_m).map(move |row| (e, row)))
-        .map(|(e, row)| [e, e * capacity + row, e * capacity + capacity.min(row + tile_m), 0].map(|value| value as i32))
+        .flat_map(|e| (0..taken).step_by(tile_m).map(move |row| (e, row)))
+        .map(|(e, row)| [e, e * capacity + row, e * capacity + taken.min(row + tile_m), 0].map(|value| value as i32))
         .collect();
     assert_eq!(read("num_tiles", dispatched.num_tiles(), 1), [tiles.len() as i32], "{name}: num_tiles");
     assert_eq!(rows::read(&stream, &name, dispatched.tiles(), tiles.len()), tiles, "{name}: tiles");

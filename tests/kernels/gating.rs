@@ -1,10 +1,10 @@
 //! Checks of `gating_*`, alone and fused with dispatch.
 
 use moe_kernels::capacity::dispatch::DispatchDesc;
-use moe_kernels::registry::{Gate, Kernel};
+use moe_kernels::registry::{Gate, Kernel, WideGate};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
-use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Masked, Renormalise, Score};
+use moe_kernels::rules::{Capacity, Garbage, Gating, GroupScore, Groups, Masked, Renormalise, Score};
 use moe_kernels::{In, reference};
 
 use crate::any_rule;
@@ -14,6 +14,41 @@ use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
 use crate::support::inputs::normal;
 use crate::timing::time;
+use crate::tokens::{LogitsOn, Padding};
+
+/// More than 32 choices.
+pub fn check_wide(variant: WideGate, rng: &mut fastrand::Rng) {
+    let most = variant.gate().max_experts() as usize;
+    let least = WideGate::VALUES.iter().map(|&v| 32 * v as usize).filter(|&e| e < most).max().unwrap_or(32) + 1;
+    for experts in [least, (least + most) / 2, most] {
+        for (tokens, top_k) in [(1, 33), (23, 64), (9, 40), (5, 63)] {
+            let top_k = top_k.min(experts);
+            for logits in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
+                let gating = Gating::new(variant.score)
+                    .renormalise(renormalise(rng))
+                    .scale(if rng.bool() { 1.0 } else { 2.5 })
+                    .garbage(garbage(rng))
+                    .groups(groups(rng, variant.score, experts, top_k));
+                let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
+                let desc = GatingDesc::new(tokens, experts, top_k, gating);
+                case(Kernel::GatingWide(variant), rng, &desc, logits, with_bias);
+            }
+        }
+    }
+    for (experts, _, groups) in every_group_rule(variant.score, most) {
+        let eligible = if groups.masked == Masked::Zero { experts } else { experts / groups.count * groups.kept };
+        if eligible >= 33 {
+            let gating = Gating::new(variant.score).groups(Some(groups));
+            let desc = GatingDesc::new(23, experts, eligible.min(40), gating);
+            case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, false);
+        }
+    }
+    let warps = 8 * device::kernels().device().multiprocessors * variant.gate().warps();
+    if variant.values == 8 {
+        let desc = GatingDesc::new(warps as usize + 5, 70, 35, Gating::new(variant.score));
+        case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, variant.score != Score::TopkSoftmax);
+    }
+}
 
 pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
     let Some(score) = variant.score else { return any_rule::check(variant, rng) };
@@ -28,24 +63,25 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
                 let gating = Gating::new(score)
                     .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
+                    .garbage(garbage(rng))
                     .groups(groups(rng, score, experts, top_k));
                 let with_bias = score != Score::TopkSoftmax && rng.bool();
                 let desc = GatingDesc::new(tokens, experts, top_k, gating);
-                case(variant, rng, &desc, logits, with_bias);
+                case(Kernel::Gating(variant), rng, &desc, logits, with_bias);
             }
         }
     }
     for (experts, top_k, groups) in every_group_rule(score, most) {
         let desc = GatingDesc::new(23, experts, top_k, Gating::new(score).groups(Some(groups)));
-        case(variant, rng, &desc, Logits::Normal, false);
+        case(Kernel::Gating(variant), rng, &desc, Logits::Normal, false);
     }
     // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
     if !variant.dispatch && variant.values <= 32 {
         let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
         let gating = Gating::new(score);
         let desc = GatingDesc::new(warps as usize + 5, least.max(2), 2, gating);
-        case(variant, rng, &desc, Logits::Normal, score != Score::TopkSoftmax);
-        case(variant, rng, &desc, Logits::Ties, false);
+        case(Kernel::Gating(variant), rng, &desc, Logits::Normal, score != Score::TopkSoftmax);
+        case(Kernel::Gating(variant), rng, &desc, Logits::Ties, false);
     }
 }
 
@@ -93,6 +129,11 @@ pub fn renormalise(rng: &mut fastrand::Rng) -> Option<Renormalise> {
     rng.bool().then(|| ways[rng.usize(..ways.len())])
 }
 
+/// NaN in a third of the cases.
+pub fn garbage(rng: &mut fastrand::Rng) -> Garbage {
+    if rng.u8(..3) == 0 { Garbage::Propagate } else { Garbage::Zero }
+}
+
 /// Coarse enough that sums with a score are either equal or far apart in f32: a choice cannot hang on the last bit of an exponential. Where
 /// groups are ranked by sums, the same in all of a group: else the sum of two groups may be the same number, rounded differently.
 pub fn correction_bias(rng: &mut fastrand::Rng, experts: usize, gating: &Gating) -> Vec<f32> {
@@ -131,10 +172,10 @@ pub fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
         .collect()
 }
 
-fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
+fn case(variant: Kernel, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
+    let dispatches = matches!(variant, Kernel::Gating(Gate { dispatch: true, .. }));
     let kernels = device::kernels();
     let stream = device::stream();
-    let name = format!("{desc:?} {kind:?} bias={with_bias}");
     let mut logits = logits(rng, kind, desc.tokens * desc.experts);
     // A token with nothing but NaN: what is no expert would come before its experts.
     if matches!(kind, Logits::NotFinite) && desc.tokens > 1 {
@@ -144,41 +185,48 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
         coarse(&mut logits);
     }
     let bias = with_bias.then(|| correction_bias(rng, desc.experts, &desc.gating));
+    let device_logits = LogitsOn::draw(&stream, rng, &mut logits);
+    let padding = Padding::draw(&stream, rng, desc.tokens);
+    let name = format!("{desc:?} {kind:?} bias={with_bias} {} {}", device_logits.name(), padding.name());
     let want = reference::gating::gate(&logits, bias.as_deref(), desc.experts, desc.top_k, &desc.gating).unwrap();
+    let want = want.without_padding(&padding.valid);
 
-    let device_logits = Guarded::input(&stream, "logits", &logits);
     let bias = bias.map(|values| Guarded::input(&stream, "correction_bias", &values));
     let choices = desc.tokens * desc.top_k;
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, desc.tokens).padded(true))];
     let capacity = capacities[rng.usize(..3)];
     // Some of the experts have no rows.
-    let null = if variant.dispatch && rng.bool() { rng.usize(..desc.experts) } else { 0 };
+    let null = if dispatches && rng.bool() { rng.usize(..desc.experts) } else { 0 };
     let order = DispatchDesc::new(desc.tokens, desc.experts - null, desc.top_k, 16).capacity(capacity);
     let fused = GatingDispatchDesc::new(desc.gating, order).null_experts(null);
-    let selection = if variant.dispatch {
+    let selection = if dispatches {
         gating_dispatch::select(&fused, kernels.device())
     } else {
         gating::select(desc, kernels.device())
     };
-    assert_eq!(selection.unwrap().kernel.variant(), Kernel::Gating(variant));
-    let bytes = gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap();
+    assert_eq!(selection.unwrap().kernel.variant(), variant);
+    let bytes = if dispatches { gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap() } else { 16 };
     let mut outputs = Outputs::new(&stream, order.shape(), bytes);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
-        let logits = device_logits.view();
         let bias = bias.as_ref().map(Guarded::view);
         let correction_bias = bias.as_ref().map(In::from);
         let (mut ids, mut weights) = (ids.view_mut(), weights.view_mut());
-        if !variant.dispatch {
-            let mut args = GatingArgs::new(&logits, &mut ids, &mut weights);
-            args.correction_bias = correction_bias;
-            return gating::forward(kernels, &stream, desc, args).unwrap();
-        }
-        let Outputs { dispatched, workspace, .. } = outputs;
-        let mut args = GatingDispatchArgs::new(&logits, &mut ids, &mut weights, dispatched, workspace);
-        args.correction_bias = correction_bias;
-        gating_dispatch::forward(kernels, &stream, &fused, args).unwrap()
+        device_logits.with(|logits| {
+            padding.with(|mask| {
+                if !dispatches {
+                    let mut args = GatingArgs::new(logits, &mut ids, &mut weights).mask(mask);
+                    args.correction_bias = correction_bias;
+                    return gating::forward(kernels, &stream, desc, args).unwrap();
+                }
+                let Outputs { dispatched, workspace, .. } = outputs;
+                let mut args =
+                    GatingDispatchArgs::new(logits, &mut ids, &mut weights, dispatched, workspace).mask(mask);
+                args.correction_bias = correction_bias;
+                gating_dispatch::forward(kernels, &stream, &fused, args).unwrap()
+            });
+        });
     };
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
@@ -192,7 +240,8 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
         if desc.gating.renormalise.is_some() { desc.top_k } else { 0 },
     );
     device_logits.assert_unchanged(&stream);
-    let sorted = variant.dispatch.then(|| reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap());
+    padding.assert_unchanged(&stream);
+    let sorted = dispatches.then(|| reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap());
     if let Some(sorted) = &sorted {
         outputs.assert_equal(&stream, &name, sorted, Some(&got_weights));
     }

@@ -38,6 +38,8 @@ mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod token_banks;
+mod tokens;
 mod unit_experts;
 
 use std::process::{Command, ExitCode};
@@ -84,6 +86,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
@@ -111,6 +114,7 @@ fn check(kernel: Kernel) {
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
+        Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }
 }
 

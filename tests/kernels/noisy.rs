@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaSlice;
 use moe_kernels::reference::balance::cv_squared;
-use moe_kernels::reference::noisy::noisy_top_k;
+use moe_kernels::reference::noisy::{noisy_top_k, noisy_top_k_of};
 use moe_kernels::registry::{Kernel, Noisy, Spread};
 use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};
 use moe_kernels::rules::{NoiseSource, NoisyRule};
@@ -14,6 +14,7 @@ use crate::support::compare::{LOSS_OF_SUMS, LOSSES, NOISY_SUMS, NOISY_SUMS_OF_MA
 use crate::support::device;
 use crate::support::inputs::{normal, run_seed};
 use crate::timing::time;
+use crate::tokens::Padding;
 
 pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
     if variant.grouped {
@@ -107,6 +108,17 @@ impl Got {
 }
 
 fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool, state: &State) -> Got {
+    launch_padded(desc, clean, raw, together, state, &Padding::none(desc.tokens))
+}
+
+fn launch_padded(
+    desc: &NoisyDesc,
+    clean: &[f32],
+    raw: &[f32],
+    together: bool,
+    state: &State,
+    padding: &Padding,
+) -> Got {
     let (kernels, stream) = (device::kernels(), device::stream());
     let NoisyDesc { tokens, experts, rule, .. } = *desc;
     let both: Vec<f32> = clean.chunks(experts).zip(raw.chunks(experts)).flat_map(|(c, r)| [c, r].concat()).collect();
@@ -116,7 +128,7 @@ fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool, state: &
         vec![Guarded::input(&stream, "clean", clean), Guarded::input(&stream, "raw", raw)]
     };
     let choices = tokens * rule.top_k;
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let mut noisy = Guarded::<f32>::output(&stream, "noisy", tokens * experts);
     let mut thresholds = Guarded::<f32>::output(&stream, "thresholds", tokens * 2);
@@ -142,13 +154,15 @@ fn launch(desc: &NoisyDesc, clean: &[f32], raw: &[f32], together: bool, state: &
         let (mut counts_to, mut importance_to, mut load_to, mut losses_to) =
             (counts.view_mut(), importance.view_mut(), load.view_mut(), losses.view_mut());
         let state = state.view();
-        let mut args = NoisyArgs::new(logits, &mut to, &mut weights_to);
-        args.noise_state = state.as_ref().map(In::from);
-        if rest {
-            let sums = NoisySums::new(&mut counts_to, &mut importance_to, &mut load_to, &mut losses_to);
-            args = args.noisy(&mut noisy_to).thresholds(&mut thresholds_to).sums(sums, &mut workspace);
-        }
-        noisy::forward(kernels, &stream, desc, args).unwrap();
+        padding.with(|mask| {
+            let mut args = NoisyArgs::new(logits, &mut to, &mut weights_to).mask(mask);
+            args.noise_state = state.as_ref().map(In::from);
+            if rest {
+                let sums = NoisySums::new(&mut counts_to, &mut importance_to, &mut load_to, &mut losses_to);
+                args = args.noisy(&mut noisy_to).thresholds(&mut thresholds_to).sums(sums, &mut workspace);
+            }
+            noisy::forward(kernels, &stream, desc, args).unwrap();
+        });
         if !rest {
             counts.assert_unchanged(&stream);
             [&noisy, &thresholds, &importance, &load, &losses]
@@ -209,8 +223,21 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &NoisyDesc, kind: Logits)
     let (clean, raw) = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
     let mut drawn = desc.rule;
     drawn.noise = state.of(drawn.noise);
-    let want = noisy_top_k(&clean, &raw, desc.experts, &drawn).unwrap();
-    let got = launch(desc, &clean, &raw, rng.bool(), &state);
+    let padding = Padding::draw(&device::stream(), rng, desc.tokens);
+    let name = format!("{name} {}", padding.name());
+    let want = noisy_top_k_of(&clean, &raw, desc.experts, &drawn, &padding.valid).unwrap();
+    let mut got = launch_padded(desc, &clean, &raw, rng.bool(), &state, &padding);
+    padding.assert_unchanged(&device::stream());
+    // Of padding ids and weights are written, and no more.
+    let top_k = desc.rule.top_k;
+    assert!(padding.of_padding(&got.ids, top_k).iter().all(|&id| id == -1), "{name}: ids of padding");
+    assert!(padding.of_padding(&got.weights, top_k).iter().all(|&weight| weight == 0.0), "{name}: weights of padding");
+    for (rows, width) in [(&got.noisy, desc.experts), (&got.thresholds, 2)] {
+        let left = padding.of_padding(rows, width);
+        assert!(left.iter().all(|value| value.to_bits() == u32::MAX), "{name}: more of padding than is said");
+    }
+    (got.ids, got.weights) = (padding.of_tokens(&got.ids, top_k), padding.of_tokens(&got.weights, top_k));
+    (got.noisy, got.thresholds) = (padding.of_tokens(&got.noisy, desc.experts), padding.of_tokens(&got.thresholds, 2));
     assert_same_bits(&format!("{name}: H"), &got.noisy, &want.noisy);
     assert_eq!(got.ids, want.ids, "{name}: ids");
     // Keys make zeros positive.
@@ -312,7 +339,7 @@ fn no_tokens() {
     let (kernels, stream) = (device::kernels(), device::stream());
     let desc = NoisyDesc::new(0, 5, rule(2, 0.0));
     let nothing: CudaSlice<f32> = stream.alloc_zeros(1).unwrap();
-    let mut ids = Guarded::<i32>::output(&stream, "ids", 1);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", 1);
     let mut weights = Guarded::<f32>::output(&stream, "weights", 1);
     let mut counts = Guarded::<i32>::output(&stream, "counts", 5);
     let mut importance = Guarded::<f32>::output(&stream, "importance", 5);
@@ -339,7 +366,7 @@ fn many_tokens(rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let (clean, raw) = Logits::Skewed.draw(rng, desc.tokens * 4, 4);
     let (device_clean, device_raw) = (stream.clone_htod(&clean).unwrap(), stream.clone_htod(&raw).unwrap());
-    let mut ids = Guarded::<i32>::output(&stream, "ids", desc.tokens);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", desc.tokens);
     let mut weights = Guarded::<f32>::output(&stream, "weights", desc.tokens);
     let mut counts = Guarded::<i32>::output(&stream, "counts", 4);
     let mut importance = Guarded::<f32>::output(&stream, "importance", 4);

@@ -13,6 +13,7 @@ use crate::support::compare::{LOGARITHMS, Shares, assert_weights};
 use crate::support::device;
 use crate::support::inputs::run_seed;
 use crate::timing::time;
+use crate::tokens::Padding;
 
 pub fn check(variant: Spread, rng: &mut fastrand::Rng) {
     let most = variant.max_experts() as usize;
@@ -58,10 +59,14 @@ impl Got {
 }
 
 fn launch(desc: &SampledDesc, logits: &[f32], state: &State) -> Got {
+    launch_padded(desc, logits, state, &Padding::none(desc.tokens))
+}
+
+fn launch_padded(desc: &SampledDesc, logits: &[f32], state: &State, padding: &Padding) -> Got {
     let (kernels, stream) = (device::kernels(), device::stream());
     let choices = desc.tokens * desc.rule.top_k;
     let input = Guarded::input(&stream, "logits", logits);
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let mut logs = Guarded::<f32>::output(&stream, "log_probabilities", choices);
     let mut entropy = Guarded::<f32>::output(&stream, "entropy", desc.tokens);
@@ -73,12 +78,14 @@ fn launch(desc: &SampledDesc, logits: &[f32], state: &State) -> Got {
         let (mut logs_to, mut entropy_to, mut perturbed_to) =
             (logs.view_mut(), entropy.view_mut(), perturbed.view_mut());
         let state = state.view();
-        let mut args = SampledArgs::new(&logits, &mut to, &mut weights_to);
-        args.noise_state = state.as_ref().map(In::from);
-        if rest {
-            args = args.log_probabilities(&mut logs_to).entropy(&mut entropy_to).perturbed(&mut perturbed_to);
-        }
-        sampled::forward(kernels, &stream, desc, args).unwrap();
+        padding.with(|mask| {
+            let mut args = SampledArgs::new(&logits, &mut to, &mut weights_to).mask(mask);
+            args.noise_state = state.as_ref().map(In::from);
+            if rest {
+                args = args.log_probabilities(&mut logs_to).entropy(&mut entropy_to).perturbed(&mut perturbed_to);
+            }
+            sampled::forward(kernels, &stream, desc, args).unwrap();
+        });
         if !rest {
             [&logs, &entropy, &perturbed].into_iter().for_each(|buffer| buffer.assert_unchanged(&stream));
         }
@@ -116,8 +123,20 @@ fn case(variant: Spread, rng: &mut fastrand::Rng, desc: &SampledDesc, kind: Logi
     let (logits, _) = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
     let mut drawn = desc.rule;
     drawn.noise = state.of(drawn.noise);
-    let want = gumbel_top_k(&logits, desc.experts, &drawn).unwrap();
-    let got = launch(desc, &logits, &state);
+    let mut want = gumbel_top_k(&logits, desc.experts, &drawn).unwrap();
+    let padding = Padding::draw(&device::stream(), rng, desc.tokens);
+    let name = format!("{name} {}", padding.name());
+    let got = launch_padded(desc, &logits, &state, &padding);
+    padding.assert_unchanged(&device::stream());
+    let top_k = desc.rule.top_k;
+    for t in (0..desc.tokens).filter(|&t| !padding.valid[t]) {
+        want.ids[t * top_k..][..top_k].fill(-1);
+        want.weights[t * top_k..][..top_k].fill(0.0);
+        want.log_probabilities[t * top_k..][..top_k].fill(0.0);
+        want.entropy[t] = 0.0;
+        // Not written: the junk of before.
+        want.perturbed[t * desc.experts..][..desc.experts].fill(f32::from_bits(u32::MAX));
+    }
     assert_same_bits(&format!("{name}: perturbed"), &got.perturbed, &want.perturbed);
     assert_eq!(got.ids, want.ids, "{name}: ids");
     assert_weights(&name, &got.weights, &want.weights, Shares::Softmax(desc.experts), 0);
@@ -174,7 +193,7 @@ fn many_tokens(rng: &mut fastrand::Rng) {
     let (logits, _) = Logits::Skewed.draw(rng, desc.tokens * 3, 3);
     let stream = device::stream();
     let input = stream.clone_htod(&logits).unwrap();
-    let mut ids = Guarded::<i32>::output(&stream, "ids", desc.tokens);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", desc.tokens);
     let mut weights = Guarded::<f32>::output(&stream, "weights", desc.tokens);
     let (mut to, mut weights_to) = (ids.view_mut(), weights.view_mut());
     let args = SampledArgs::new(&input, &mut to, &mut weights_to);

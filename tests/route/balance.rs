@@ -38,7 +38,7 @@ impl Case {
         let pieces = sequences * per_sequence;
         let each = if cut { 1 } else { 5 };
         let parts = pieces.div_ceil(each);
-        let scratch = Scratch::new((32 + 16 * parts + 8 * sequences + 16 * parts * experts) as u64);
+        let scratch = Scratch::new((32 + 32 * parts + 16 * sequences + 16 * parts * experts) as u64);
         scratch.write(0, &[0u32; 4]);
         let lengths =
             [tokens * top_k, tokens * top_k, tokens, tokens * experts, experts, experts, experts, experts, 12];
@@ -48,10 +48,10 @@ impl Case {
         let mut args = vec![Arg::In(&logits), optional(&bias), Arg::Out(ids), Arg::Out(weights)];
         let flags = if score == Score::Sigmoid { SIGMOID } else { 0 };
         args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, flags].map(Arg::U32));
-        args.extend([Arg::F32(1.0), Arg::F32(0.0), Arg::Out(lse), Arg::Out(shares)]);
-        let numbers = [sequence, run, per_sequence, each, parts, pieces].map(|number| number as u32);
+        args.extend([Arg::F32(1.0), Arg::F32(0.0), Arg::Null, Arg::Null, Arg::U32(0), Arg::Out(lse), Arg::Out(shares)]);
+        let numbers = [sequence, sequence, 1, run, per_sequence, each, parts, pieces].map(|number| number as u32);
         args.extend(numbers.map(Arg::U32));
-        args.extend([Arg::U32(NO_LIMIT), Arg::U32(tokens as u32)]);
+        args.extend([Arg::U32(NO_LIMIT), Arg::U32(0), Arg::Null]);
         args.extend([counts, loss_counts, probability, importance, stats].map(Arg::Out));
         args.push(Arg::Scratch(&scratch));
         let counters = launch(self.kernel(), [blocks, 1, 1], seed, &args);
@@ -141,6 +141,7 @@ fn plain_gating_reads_logits_once() {
             let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(&ids), Arg::Out(&weights)];
             args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, 0].map(Arg::U32));
             args.extend([1.0, 0.0].map(Arg::F32));
+            args.extend([Arg::Null, Arg::Null, Arg::U32(0)]);
             let counters = launch(kernel, [2, 1, 1], 1, &args);
             let ideal = (tokens * experts * 4 / 32) as u64;
             let rows: u64 =

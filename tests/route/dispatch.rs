@@ -124,6 +124,9 @@ fn case_with(kernel: Dispatch, ids: Ids, tokens: usize, blocks: u32, rule: Dispa
         Arg::U32(tokens as u32),
         Arg::U32(rule.experts as u32),
         Arg::U32(rule.top_k as u32),
+        Arg::Null,
+        Arg::Null,
+        Arg::U32(0),
     ];
     args.extend(results.args());
     // Twice, as the barrier must be ready for the next launch.
@@ -225,6 +228,9 @@ fn without_weights_or_tiles() {
             Arg::U32(40),
             Arg::U32(12),
             Arg::U32(2),
+            Arg::Null,
+            Arg::Null,
+            Arg::U32(0),
             Arg::U32(0),
             Arg::U32(0),
             Arg::U32(0),

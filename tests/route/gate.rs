@@ -94,6 +94,9 @@ impl Case {
             Arg::U32(flags),
             Arg::F32(rule.scale),
             Arg::F32(1e-20),
+            Arg::Null,
+            Arg::Null,
+            Arg::U32(0),
         ];
         let sorted = dispatch.map(|(capacity, tile_m)| {
             let rule = DispatchRule { experts, top_k, capacity, tile_m };
@@ -261,6 +264,7 @@ fn same_bits_for_any_grid() {
         let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(&ids), Arg::Out(&weights)];
         args.extend(numbers);
         args.extend([1.0, 1e-20].map(Arg::F32));
+        args.extend([Arg::Null, Arg::Null, Arg::U32(0)]);
         let kernel = Gate { score: Some(Score::Softmax), values: 4, dispatch: false };
         launch(Kernel::Gating(kernel), [blocks, 1, 1], blocks.into(), &args);
         weights.read::<u32>()

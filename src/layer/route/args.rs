@@ -4,7 +4,7 @@ use crate::capacity::Ids;
 use crate::routers::gating::Given;
 use crate::routers::measured_gating::{RouterStats, Totals};
 use crate::runtime::builder::buffers;
-use crate::{In, Out};
+use crate::{In, Out, TokenMask};
 
 /// What the choice of experts reads and writes beside `x`; what no buffer is given for stays in the workspace.
 #[derive(Default)]
@@ -32,12 +32,32 @@ pub struct RouteArgs<'a> {
     pub map: Option<MapTable<'a>>,
     /// `[T]`, written: the sum of the weights of experts whose output is their input, where there is a map.
     pub identity_weight: Option<Out<'a, f32>>,
+    /// Which tokens count: the others go to no expert, and are in no loss or statistic.
+    pub mask: TokenMask<'a>,
 }
 
 impl<'a> RouteArgs<'a> {
     /// Nothing beside the rows.
     pub fn new() -> RouteArgs<'a> {
         RouteArgs::default()
+    }
+
+    /// The same for a shorter time.
+    pub fn reborrow(&mut self) -> RouteArgs<'_> {
+        RouteArgs {
+            logits: self.logits.as_mut().map(Out::reborrow),
+            given_logits: self.given_logits,
+            given: self.given,
+            ids: self.ids.as_mut().map(Out::reborrow),
+            weights: self.weights.as_mut().map(Out::reborrow),
+            counts: self.counts.as_mut().map(Out::reborrow),
+            priority: self.priority,
+            noise_state: self.noise_state,
+            measured: self.measured.as_mut().map(Measured::reborrow),
+            map: self.map,
+            identity_weight: self.identity_weight.as_mut().map(Out::reborrow),
+            mask: self.mask,
+        }
     }
 
     /// With ids that are given.
@@ -56,6 +76,12 @@ impl<'a> RouteArgs<'a> {
     #[must_use]
     pub fn map(self, map: MapTable<'a>) -> RouteArgs<'a> {
         RouteArgs { map: Some(map), ..self }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> RouteArgs<'a> {
+        RouteArgs { mask, ..self }
     }
 }
 
@@ -87,6 +113,15 @@ impl<'a> Measured<'a> {
     /// Sums and losses.
     pub fn new(totals: Totals<'a>, stats: impl Into<Out<'a, RouterStats>>) -> Measured<'a> {
         Measured { totals, stats: stats.into(), log_sum_exp: None, probabilities: None }
+    }
+
+    fn reborrow(&mut self) -> Measured<'_> {
+        Measured {
+            totals: self.totals.reborrow(),
+            stats: self.stats.reborrow(),
+            log_sum_exp: self.log_sum_exp.as_mut().map(Out::reborrow),
+            probabilities: self.probabilities.as_mut().map(Out::reborrow),
+        }
     }
 }
 

@@ -21,7 +21,7 @@ use crate::routers::{gating_dispatch, router};
 use crate::rules::IdFormat;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
-use crate::{Element, Error, In, Kernels, Out, Workspace};
+use crate::{Dtype, Element, Error, In, Kernels, Out, TokenMask, Workspace};
 
 impl RoutePlan {
     /// Chooses experts for `x` and lays out their rows.
@@ -90,6 +90,7 @@ impl RoutePlan {
             lists.filled();
             return self.without_tokens(&scope, args);
         }
+        self.check_mask_of_choices(&args.mask)?;
         let given = self.tokens * self.candidates();
         let ids = self.open_ids(&scope, choices.ids)?;
         let weights = scope.read("choices.weights", choices.weights, given, SCALAR)?;
@@ -99,6 +100,15 @@ impl RoutePlan {
         let choices = ChoiceAddresses { format: self.desc.choices, ids: ids.address(), weights: weights.address() };
         self.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, &mut |_| ())?;
         lists.filled();
+        Ok(())
+    }
+
+    /// The dispatch asks the mask itself, where choices come from elsewhere; what stands before it does not.
+    pub(in crate::layer) fn check_mask_of_choices(&self, mask: &TokenMask<'_>) -> Result<(), Error> {
+        if !mask.is_all() && (self.desc.admission.is_some() || self.desc.map.is_some()) {
+            let supported = "no mask where an admission or a map takes choices from elsewhere: give padding ids of -1";
+            return Err(Error::unsupported(OPERATION, "mask", supported, "one"));
+        }
         Ok(())
     }
 
@@ -125,7 +135,10 @@ impl RoutePlan {
         }
         let Some(measured) = args.measured else { return Ok(()) };
         let bytes = experts * size_of::<i32>();
-        let Totals { counts, loss_counts, probability, importance, .. } = measured.totals;
+        let Totals { counts, loss_counts, probability, importance, tokens, .. } = measured.totals;
+        if let Some(tokens) = scope.write_some("totals.tokens", tokens, 1, SCALAR)? {
+            scope.zero(tokens.address(), size_of::<u32>())?;
+        }
         scope.zero(scope.write("totals.counts", counts, experts, SCALAR)?.address(), bytes)?;
         scope.zero(scope.write("totals.loss_counts", loss_counts, experts, SCALAR)?.address(), bytes)?;
         scope.zero(scope.write("totals.probability", probability, experts, SCALAR)?.address(), bytes)?;
@@ -183,7 +196,15 @@ impl RoutePlan {
         let (expert_scale, global_scale) = (optional(&weights.expert_scale), optional(&weights.global_scale));
         let inputs = InputAddresses { expert_scale, global_scale, given: at.given };
         if let Choice::WithDispatch(step) = &self.choice {
-            let routing = Routing { logits: at.logits, correction_bias, inputs, ids: at.ids, weights: at.weights };
+            let routing = Routing {
+                logits: at.logits,
+                dtype: Dtype::F32,
+                correction_bias,
+                mask: at.mask,
+                inputs,
+                ids: at.ids,
+                weights: at.weights,
+            };
             let lists = dispatch::Outputs::of(at.lists, true);
             let scratch = workspace.at(self.regions.scratch);
             gating_dispatch::enqueue(scope, &step.desc, &step.selection, routing, lists, scratch)?;
@@ -196,7 +217,8 @@ impl RoutePlan {
         } else {
             [at.ids, at.weights]
         };
-        let logits = at.logits.input(self.tokens * self.desc.logit_columns());
+        let logits = at.logits.input::<f32>(self.tokens * self.desc.logit_columns());
+        let mask = at.mask.input(self.tokens);
         let rule = inputs.inputs([self.tokens, self.desc.experts, self.chosen()]);
         let bias = correction_bias.map(|bias| bias.input(self.desc.experts));
         let (kernels, stream) = (scope.kernels, scope.stream);
@@ -207,15 +229,11 @@ impl RoutePlan {
                     return Err(Error::Missing { operation: OPERATION, argument: "measured", reason });
                 };
                 let mut scratch = workspace.part(self.regions.scratch);
-                let totals = Totals {
-                    counts: measured.totals.counts.reborrow(),
-                    loss_counts: measured.totals.loss_counts.reborrow(),
-                    probability: measured.totals.probability.reborrow(),
-                    importance: measured.totals.importance.reborrow(),
-                };
+                let totals = measured.totals.reborrow();
                 let (ids, weights) = (ids.out(given), chosen_weights.out(given));
                 let mut args =
-                    MeasuredGatingArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch);
+                    MeasuredGatingArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch)
+                        .mask(mask);
                 args.correction_bias = bias;
                 args.rule = rule;
                 args.log_sum_exp = measured.log_sum_exp.as_mut().map(Out::reborrow);
@@ -223,7 +241,7 @@ impl RoutePlan {
                 measured_gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
             }
             Choice::Gating(step) => {
-                let mut args = GatingArgs::new(logits, ids.out(given), chosen_weights.out(given));
+                let mut args = GatingArgs::new(logits, ids.out(given), chosen_weights.out(given)).mask(mask);
                 args.correction_bias = bias;
                 args.rule = rule;
                 gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
@@ -281,7 +299,8 @@ impl RoutePlan {
         let (desc, scratch) = (self.dispatch.desc.ids(format), workspace.at(self.regions.scratch));
         let selection = dispatch::select(&desc, kernels.device()).map_err(within)?;
         let lists = dispatch::Outputs::of(at.lists, true);
-        dispatch::enqueue(scope, &desc, &selection, ids, Some(weights), lists, scratch)?;
+        let from = dispatch::Choices { ids, weights: Some(weights), mask: at.mask };
+        dispatch::enqueue(scope, &desc, &selection, from, lists, scratch)?;
         observer(Stage::Dispatch);
         Ok(())
     }

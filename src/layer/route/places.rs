@@ -8,6 +8,7 @@ use crate::layer::OPERATION;
 use crate::routers::gating::{self, GivenAddress, HeldGiven};
 use crate::rules::IdFormat;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::token_mask::{HeldMask, MaskAddresses};
 use crate::runtime::workspace::Region;
 use crate::{Error, In};
 
@@ -44,6 +45,7 @@ pub(in crate::layer) struct HeldRoute<'a> {
     weights: Option<Held<'a>>,
     counts: Option<Held<'a>>,
     identity_weight: Option<Held<'a>>,
+    mask: HeldMask<'a>,
     given: Option<HeldGiven<'a>>,
 }
 
@@ -94,6 +96,7 @@ impl<'a> HeldRoute<'a> {
             weights: scope.write_some("weights", args.weights, choices, SCALAR)?,
             counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,
             identity_weight: scope.write_some("identity_weight", args.identity_weight, tokens, SCALAR)?,
+            mask: args.mask.open(scope, tokens)?,
         };
         let RouteArgs { priority, noise_state, measured, map, .. } = args;
         Ok((held, Extras { priority, noise_state, measured, map }))
@@ -109,6 +112,7 @@ pub(in crate::layer) struct RouteAddresses<'a> {
     pub(super) given: Option<GivenAddress<'a>>,
     pub(super) local_ids: Address<'a>,
     pub(in crate::layer) identity_weight: Address<'a>,
+    pub(super) mask: MaskAddresses<'a>,
     pub(in crate::layer) lists: ListAddresses<'a>,
 }
 
@@ -128,6 +132,7 @@ impl<'a> RouteAddresses<'a> {
             given: held.given.as_ref().map(HeldGiven::address),
             local_ids: at(regions.local_ids),
             identity_weight: optional(&held.identity_weight).unwrap_or_else(|| at(regions.identity_weight)),
+            mask: held.mask.addresses(),
             lists: ListAddresses { counts: optional(&held.counts).unwrap_or(lists.counts), ..lists },
         }
     }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::reference::activation::sigmoid;
+use crate::rules::Garbage;
 
 fn gate_f32(logits: &[f32], bias: Option<&[f32]>, experts: usize, top_k: usize, rule: Gating) -> Gated {
     gate(logits, bias, experts, top_k, &rule).unwrap()
@@ -71,18 +72,42 @@ fn equal_values_prefer_the_lower_id_and_group() {
 #[test]
 fn nan_comes_last_and_ids_stay_distinct() {
     let (nan, inf) = (f32::NAN, f32::INFINITY);
-    let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, Gating::new(Score::Sigmoid));
+    let seen = |score| Gating::new(score).garbage(Garbage::Propagate);
+    let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, seen(Score::Sigmoid));
     assert_eq!(gated.ids, [2, 1, 0, 3]);
     near(&gated.weights, &[sigmoid(1.0), 0.0, f64::NAN, f64::NAN]);
     let gated = gate_f32(&[nan; 4], None, 4, 2, Gating::new(Score::TopkSoftmax));
     assert_eq!(gated.ids, [0, 1]);
-    let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, 2, Gating::new(Score::TopkSoftmax));
+    let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, 2, seen(Score::TopkSoftmax));
     assert_eq!(gated.ids, [3, 2]);
     near(&gated.weights, &[f64::NAN, f64::NAN]);
     // A number's weight is lost only through the sum over all experts.
-    let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, 2, Gating::new(Score::Softmax));
+    let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, 2, seen(Score::Softmax));
     assert_eq!(gated.ids, [2, 0]);
     near(&gated.weights, &[f64::NAN, f64::NAN]);
+}
+
+#[test]
+fn garbage_weighs_nothing() {
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    for score in Score::ALL {
+        let top_k = if score == Score::SparseMixer { 2 } else { 3 };
+        for row in [[nan; 3], [0.0, nan, inf], [-inf; 3], [inf; 3]] {
+            for rule in [Gating::new(score), Gating::new(score).renormalised()] {
+                let gated = gate_f32(&row, None, 3, top_k, rule);
+                assert!(gated.weights.iter().all(|weight| weight.is_finite()), "{score:?} {row:?}: {gated:?}");
+            }
+        }
+    }
+    let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, Gating::new(Score::Sigmoid));
+    near(&gated.weights, &[sigmoid(1.0), 0.0, 0.0, 0.0]);
+}
+
+#[test]
+fn padding_goes_nowhere() {
+    let gated = gate_f32(&[1.0, 2.0, 2.0, 1.0], None, 2, 1, Gating::new(Score::Softmax).renormalised());
+    let gated = gated.without_padding(&[false, true]);
+    assert_eq!((gated.ids, gated.weights), (vec![-1, 0], vec![0.0, 1.0]));
 }
 
 #[test]

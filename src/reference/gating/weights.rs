@@ -2,7 +2,7 @@
 
 use super::Inputs;
 use super::scores::{ln_sigmoid, mixed, scores, softmax};
-use crate::rules::{Gating, Renormalise, Score};
+use crate::rules::{Garbage, Gating, Renormalise, Score};
 
 /// Weights of `ids`, then of the appended columns. None is no expert: 0, in no sum.
 pub(super) fn weigh(
@@ -34,6 +34,9 @@ pub(super) fn weigh(
     if let Some(renormalise) = rule.renormalise {
         let divisor = divisor(&weights, renormalise);
         weights.iter_mut().for_each(|weight| *weight /= divisor);
+    }
+    if rule.garbage == Garbage::Zero {
+        weights.iter_mut().filter(|weight| !weight.is_finite()).for_each(|weight| *weight = 0.0);
     }
     let factor = f64::from(rule.scale) * inputs.global_scale.unwrap_or(1.0);
     let mut weights = weights.into_iter().map(|weight| weight * factor);

@@ -64,6 +64,7 @@ use crate::rules::{NoiseSource, NoisyRule};
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyGroupedParams;
 use crate::runtime::shape;
+use crate::runtime::token_mask::MaskAddresses;
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Error, Kernels, Selection};
 
@@ -118,8 +119,8 @@ impl HierarchicalDesc {
         noisy::check_rule(OPERATION, &self.primary, self.groups)?;
         noisy::check_rule(OPERATION, &self.secondary, self.experts)?;
         let choices = self.primary.top_k * self.secondary.top_k;
-        if choices > crate::MAX_TOP_K {
-            let supported = format!("at most {} of both levels multiplied", crate::MAX_TOP_K);
+        if choices > shape::LANES {
+            let supported = format!("at most {} of both levels multiplied", shape::LANES);
             return Err(Error::unsupported(OPERATION, "top_k", supported, choices));
         }
         shape::product(OPERATION, "logits", &[self.tokens, 2, all])?;
@@ -278,6 +279,7 @@ pub fn forward(
         noisy: optional(&primary_noisy),
         thresholds: optional(&primary_thresholds),
         noise_state: optional(&noise_state),
+        mask: MaskAddresses::default(),
         sums: Some(sum_addresses(&primary_sums, place(regions.shared))),
     };
     noisy::enqueue(&scope, &desc.primary_desc(), &selection.primary, at)?;
@@ -293,8 +295,8 @@ pub fn forward(
     };
     let order = desc.dispatch_desc();
     let shared = place(regions.shared);
-    dispatch::enqueue(&scope, &order, &selection.dispatch, primary_ids.address(), None, lists, shared)?;
-
+    let from = dispatch::Choices { ids: primary_ids.address(), weights: None, mask: MaskAddresses::default() };
+    dispatch::enqueue(&scope, &order, &selection.dispatch, from, lists, shared)?;
     let at = noisy::Addresses {
         logits: logits.addresses(),
         ids: ids.address(),
@@ -302,6 +304,7 @@ pub fn forward(
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
         noise_state: optional(&noise_state),
+        mask: MaskAddresses::default(),
         sums: None,
     };
     let [_, _, primary_load, _] = &primary_sums;

@@ -8,14 +8,17 @@
 //!   and the load's skew; from the logits ST-MoE's z-loss and the entropy; by sequences, DeepSeek-V3's sequence-wise loss and what
 //!   a capacity drops. They end as one [`RouterStats`], a small struct on the device.
 //!
-//! [`crate::reference::balance`] has every formula with its source. A loss comes without its factor (alpha, c_z). Tokens with a
-//! NaN logit make the sums that they enter NaN; ids and counts stay right.
+//! [`crate::reference::balance`] has every formula with its source. A loss comes without its factor (alpha, c_z).
+//!
+//! Tokens that a [`crate::TokenMask`] calls padding count nowhere: not in sums, and not among the tokens that means are over. Nor do those
+//! whose logits are garbage, unless [`crate::rules::Garbage::Propagate`] lets their NaN into the sums; ids and counts are right either way.
 //!
 //! # Many layers, many devices
 //!
 //! The load-balancing loss is not a sum over layers in Mixtral's form: counts and probabilities add up first. Say so with
 //! [`MeasuredGatingDesc::earlier_tokens`]: the totals that are there already are added to, and the last layer's
-//! [`RouterStats::balance_loss`] is the loss of all. The same serves micro-batches. Totals of several devices are plain arrays:
+//! [`RouterStats::balance_loss`] is the loss of all. Where the number of tokens that counted is known to the device alone,
+//! [`Totals::tokens`] keeps it there. The same serves micro-batches. Totals of several devices are plain arrays:
 //! add them up by whatever means, and let [`crate::routers::balance_loss`] take the loss. [`crate::routers::update_bias`] is the balancing without a loss.
 //!
 //! # Reading statistics
@@ -83,7 +86,7 @@ use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, MeasuredGate};
 use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleWords, launch_rule};
-use crate::rules::{BalanceRule, LossScore, Score};
+use crate::rules::{BalanceRule, LossCounts, LossScore, Score, Sequences};
 use crate::runtime::builder::settings;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::{MeasuredGatingAnyParams, MeasuredGatingParams};
@@ -102,10 +105,10 @@ const OPERATION: &str = "measured_gating";
 pub struct MeasuredGatingDesc {
     /// Tokens, experts, choices and their rule.
     pub gating: GatingDesc,
-    /// What is measured. [`LossScore::Sigmoid`] needs [`Score::Sigmoid`].
+    /// What is measured. Losses by sigmoids need [`Score::Sigmoid`].
     pub rule: BalanceRule,
     /// Tokens that [`Totals::loss_counts`] and [`Totals::probability`] are already of, and that the call adds to: those of earlier
-    /// layers or batches. 0: the call sets them.
+    /// layers or batches. 0: the call sets them. With [`Totals::tokens`] the number is taken from there, and this says only whether there are any.
     pub earlier_tokens: usize,
 }
 
@@ -129,20 +132,44 @@ impl MeasuredGatingDesc {
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
         self.gating.validate()?;
+        self.gating.validate_lanes(OPERATION, "where the batch is measured")?;
         shape::positive(OPERATION, "rule.tokens_per_sequence", self.rule.tokens_per_sequence)?;
         if let Some(capacity) = self.rule.capacity {
             shape::positive(OPERATION, "rule.capacity", capacity)?;
         }
-        if self.rule.score == LossScore::Sigmoid && self.gating.gating.score != Score::Sigmoid {
+        if self.rule.score != LossScore::Softmax && self.gating.gating.score != Score::Sigmoid {
             let supported = "LossScore::Softmax, or Score::Sigmoid for the gating too";
-            return Err(Error::unsupported(OPERATION, "rule.score", supported, "LossScore::Sigmoid"));
+            return Err(Error::unsupported(OPERATION, "rule.score", supported, format!("{:?}", self.rule.score)));
         }
-        if self.rule.unbiased && self.rule.first_choice_only {
-            let supported = "one of it and first_choice_only";
-            return Err(Error::unsupported(OPERATION, "rule.unbiased", supported, true));
-        }
+        self.validate_alternating()?;
         let tokens = self.earlier_tokens.saturating_add(self.gating.tokens);
         shape::size(OPERATION, "earlier_tokens", tokens).map(drop)
+    }
+
+    fn validate_alternating(&self) -> Result<(), Error> {
+        let (tokens, sequence) = (self.gating.tokens, self.rule.tokens_per_sequence);
+        if self.rule.sequences == Sequences::Following || tokens == 0 {
+            return Ok(());
+        }
+        if !tokens.is_multiple_of(sequence) {
+            let expected = format!("a divisor of the number of tokens, {tokens}, where sequences alternate");
+            return Err(Error::invalid(OPERATION, "rule.tokens_per_sequence", expected, sequence));
+        }
+        // A warp looks 32 tokens ahead, in 32 bits.
+        let (sequences, most) = (tokens / sequence, 1 << 26);
+        if sequences > most {
+            let supported = format!("at most {most} that alternate");
+            return Err(Error::unsupported(OPERATION, "rule.sequences", supported, sequences));
+        }
+        Ok(())
+    }
+
+    /// First tokens of two sequences, and tokens of a sequence, that follow each other are so far apart.
+    fn steps(&self, sequence: usize) -> [u32; 2] {
+        match self.rule.sequences {
+            Sequences::Following => [sequence as u32, 1],
+            Sequences::Alternating => [1, (self.gating.tokens / sequence) as u32],
+        }
     }
 
     fn kernel(&self) -> MeasuredGate {
@@ -159,7 +186,7 @@ pub fn workspace_bytes(desc: &MeasuredGatingDesc, device: &DeviceInfo) -> Result
     desc.validate()?;
     let parts = Parts::new(desc, device);
     let partials = shape::product(OPERATION, "workspace", &[4, parts.parts, desc.gating.experts, 4])?;
-    Ok(BARRIER_HEADER + 16 * parts.parts + 8 * parts.cut_sequences() + partials)
+    Ok(BARRIER_HEADER + 32 * parts.parts + 16 * parts.cut_sequences() + partials)
 }
 
 /// Chooses kernel and grid: a block for each part of the tokens, as far as all blocks are resident.
@@ -204,9 +231,11 @@ pub fn forward(
         return totals.zero(&scope, experts, desc.earlier_tokens > 0);
     }
     let choices = tokens * desc.gating.all_choices();
-    let logits = scope.read("logits", args.logits, tokens * desc.gating.columns(), SCALAR)?;
+    let dtype = args.logits.dtype();
+    let logits = scope.read_any("logits", args.logits, tokens * desc.gating.columns(), dtype.bytes().into())?;
     gating::check_correction_bias(OPERATION, &desc.gating.gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, experts, SCALAR)?;
+    let mask = args.mask.open(&scope, tokens)?;
     let inputs = HeldInputs::open(&scope, &desc.gating.gating, [tokens, experts, top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
@@ -215,7 +244,9 @@ pub fn forward(
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let routing = Routing {
         logits: logits.address(),
+        dtype,
         correction_bias: optional(&bias),
+        mask: mask.addresses(),
         inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
@@ -224,6 +255,7 @@ pub fn forward(
         log_sum_exp: optional(&log_sum_exp),
         probabilities: optional(&probabilities),
         totals: totals.addresses(),
+        total_tokens: optional(&totals.tokens),
         stats: stats.address(),
         workspace: workspace.address(),
     };
@@ -235,6 +267,7 @@ struct HeldTotals<'a> {
     loss_counts: Held<'a>,
     probability: Held<'a>,
     importance: Held<'a>,
+    tokens: Option<Held<'a>>,
 }
 
 impl<'b> HeldTotals<'b> {
@@ -244,6 +277,7 @@ impl<'b> HeldTotals<'b> {
             loss_counts: scope.write("totals.loss_counts", totals.loss_counts, experts, SCALAR)?,
             probability: scope.write("totals.probability", totals.probability, experts, SCALAR)?,
             importance: scope.write("totals.importance", totals.importance, experts, SCALAR)?,
+            tokens: scope.write_some("totals.tokens", totals.tokens, 1, SCALAR)?,
         })
     }
 
@@ -255,6 +289,9 @@ impl<'b> HeldTotals<'b> {
             return Ok(());
         }
         scope.zero(self.loss_counts.address(), bytes)?;
+        if let Some(tokens) = &self.tokens {
+            scope.zero(tokens.address(), size_of::<u32>())?;
+        }
         scope.zero(self.probability.address(), bytes)
     }
 
@@ -267,6 +304,7 @@ struct Addresses<'a> {
     log_sum_exp: Option<Address<'a>>,
     probabilities: Option<Address<'a>>,
     totals: [Address<'a>; 4],
+    total_tokens: Option<Address<'a>>,
     stats: Address<'a>,
     workspace: Address<'a>,
 }
@@ -274,7 +312,8 @@ struct Addresses<'a> {
 const FIRST_CHOICE_ONLY: u32 = 4;
 const SIGMOID: u32 = 8;
 const ADDS: u32 = 16;
-const UNBIASED: u32 = 128;
+const BY_SCORES: u32 = 128;
+const PLAIN: u32 = 16;
 
 fn enqueue(
     scope: &Scope<'_>,
@@ -286,15 +325,19 @@ fn enqueue(
     let gating = &desc.gating;
     let parts = Parts::new(desc, scope.kernels.device());
     let RuleWords { mut flags, groups, groups_kept, scale, epsilon } = RuleWords::new(&gating.gating);
-    if desc.rule.first_choice_only {
-        flags |= FIRST_CHOICE_ONLY;
-    }
-    if desc.rule.unbiased {
-        flags |= UNBIASED;
-    }
-    if desc.rule.score == LossScore::Sigmoid {
+    flags |= match desc.rule.counts {
+        LossCounts::Choice => 0,
+        LossCounts::FirstChoice => FIRST_CHOICE_ONLY,
+        LossCounts::Scores => BY_SCORES,
+    };
+    let mut token_flags = routing.token_flags(gating.gating.garbage);
+    if desc.rule.score != LossScore::Softmax {
         flags |= SIGMOID;
     }
+    if desc.rule.score == LossScore::PlainSigmoid {
+        token_flags |= PLAIN;
+    }
+    let [sequence_step, token_step] = desc.steps(parts.sequence);
     if desc.earlier_tokens > 0 {
         flags |= ADDS;
     }
@@ -317,9 +360,14 @@ fn enqueue(
             flags: flags,
             scale: scale,
             epsilon: epsilon,
+            mask: routing.mask.mask.into(),
+            valid_tokens: routing.mask.valid_tokens.into(),
+            token_flags: token_flags,
             log_sum_exp: at.log_sum_exp.into(),
             probabilities: at.probabilities.into(),
             tokens_per_sequence: parts.sequence as u32,
+            sequence_step: sequence_step,
+            token_step: token_step,
             part_tokens: parts.tokens as u32,
             sequence_parts: parts.per_sequence as u32,
             part_pieces: parts.pieces_each as u32,
@@ -327,7 +375,8 @@ fn enqueue(
             pieces: parts.pieces as u32,
             // Without a limit nothing is above it.
             capacity: desc.rule.capacity.map_or(u32::MAX, |capacity| capacity as u32),
-            loss_tokens: (desc.earlier_tokens + gating.tokens) as u32,
+            earlier_tokens: desc.earlier_tokens as u32,
+            total_tokens: at.total_tokens.into(),
             counts: counts.into(),
             loss_counts: loss_counts.into(),
             probability: probability.into(),
@@ -361,7 +410,16 @@ mod tests {
         assert_eq!(fault(&|d| d.rule.tokens_per_sequence = 0), "rule.tokens_per_sequence");
         assert_eq!(fault(&|d| d.rule.capacity = Some(0)), "rule.capacity");
         assert_eq!(fault(&|d| d.rule.score = LossScore::Sigmoid), "rule.score");
-        assert_eq!(fault(&|d| d.rule = d.rule.unbiased(true).first_choice_only(true)), "rule.unbiased");
+        assert_eq!(fault(&|d| d.rule.score = LossScore::PlainSigmoid), "rule.score");
+        let alternating = desc().rule.sequences(Sequences::Alternating);
+        assert_eq!(
+            fault(&|d| d.rule = BalanceRule { tokens_per_sequence: 7, ..alternating }),
+            "rule.tokens_per_sequence"
+        );
+        assert_eq!(
+            fault(&|d| (d.gating.tokens, d.rule) = (1 << 27, BalanceRule { tokens_per_sequence: 1, ..alternating })),
+            "rule.sequences"
+        );
         assert_eq!(fault(&|d| d.earlier_tokens = i32::MAX as usize), "earlier_tokens");
         let small = DeviceInfo { shared_bytes_per_block: 64 << 10, ..A100 };
         let wide = MeasuredGatingDesc { gating: GatingDesc { experts: 4096, ..desc().gating }, ..desc() };

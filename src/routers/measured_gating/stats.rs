@@ -7,7 +7,7 @@ use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
 #[non_exhaustive]
 #[derive(Clone, Copy, Debug, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct RouterStats {
-    /// Tokens of the call.
+    /// Tokens of the call that count.
     pub tokens: u32,
     /// Slots that chose an expert.
     pub slots: u32,
@@ -17,8 +17,8 @@ pub struct RouterStats {
     pub max_load: u32,
     /// `E sum_e f_e P_e` of the totals (Switch Transformers, eq. 4 to 6; Mixtral over all layers): 1 for balanced first choices.
     pub balance_loss: f32,
-    /// Mean over sequences of `sum_e f_e P_e` (DeepSeek-V3, eq. 17 to 20; with [`crate::rules::BalanceRule::unbiased`] where a correction bias
-    /// has a say in the choice): 1 when balanced.
+    /// Mean over sequences of `sum_e f_e P_e` (DeepSeek-V3, eq. 17 to 20; with [`crate::rules::LossCounts::Scores`] where a correction bias
+    /// has a say in the choice): 1 when balanced. Of sequences that have tokens which count.
     pub sequence_loss: f32,
     /// Mean of the squared log-sum-exp (ST-MoE, eq. 5).
     pub z_loss: f32,
@@ -28,7 +28,7 @@ pub struct RouterStats {
     pub importance_cv2: f32,
     /// The same of the counts, which stand for Shazeer et al.'s smooth load where there is no noise.
     pub load_cv2: f32,
-    /// Slots of the fullest expert over the mean: 1 when balanced.
+    /// Slots of the fullest expert over the mean: 1 when balanced, 0 without slots.
     pub max_over_mean: f32,
     /// `dropped` over all slots.
     pub dropped_fraction: f32,

@@ -1,7 +1,7 @@
 //! Buffers of a noisy gating.
 
 use crate::runtime::builder::buffers;
-use crate::{In, Out, Workspace};
+use crate::{In, Out, TokenMask, Workspace};
 
 /// The router's two products.
 #[non_exhaustive]
@@ -70,6 +70,8 @@ pub struct NoisyArgs<'a> {
     pub thresholds: Option<Out<'a, f32>>,
     /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Absent, the rule's seed and offset are all there is.
     pub noise_state: Option<In<'a, u64>>,
+    /// Which tokens count: the others have ids -1 and weights 0, and are in no sum. Their rows of `noisy` and `thresholds` are not written.
+    pub mask: TokenMask<'a>,
     /// Sums and losses, with a workspace of at least [`super::workspace_bytes`]. Without them nothing is summed, and more blocks run at once.
     pub sums: Option<(NoisySums<'a>, &'a mut Workspace)>,
 }
@@ -88,8 +90,15 @@ impl<'a> NoisyArgs<'a> {
             noisy: None,
             thresholds: None,
             noise_state: None,
+            mask: TokenMask::all(),
             sums: None,
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> NoisyArgs<'a> {
+        NoisyArgs { mask, ..self }
     }
 
     /// With [`sums`](Self#structfield.sums).

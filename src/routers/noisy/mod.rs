@@ -52,6 +52,7 @@ use crate::rules::{NoiseSource, NoisyRule};
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyParams;
 use crate::runtime::shape;
+use crate::runtime::token_mask::MaskAddresses;
 use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Error, Kernels, Selection, Workspace};
 
@@ -177,6 +178,7 @@ pub fn forward(
     let noisy = scope.write_some("noisy", args.noisy, tokens * experts, SCALAR)?;
     let thresholds = scope.write_some("thresholds", args.thresholds, tokens * 2, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
+    let mask = args.mask.open(&scope, tokens)?;
     let at = Addresses {
         logits: logits.addresses(),
         ids: ids.address(),
@@ -184,6 +186,7 @@ pub fn forward(
         noisy: optional(&noisy),
         thresholds: optional(&thresholds),
         noise_state: optional(&noise_state),
+        mask: mask.addresses(),
         sums: sums.as_ref().map(HeldSums::addresses),
     };
     enqueue(&scope, desc, &selection, at)
@@ -278,6 +281,7 @@ pub(crate) struct Addresses<'a> {
     pub(crate) noisy: Option<Address<'a>>,
     pub(crate) thresholds: Option<Address<'a>>,
     pub(crate) noise_state: Option<Address<'a>>,
+    pub(crate) mask: MaskAddresses<'a>,
     pub(crate) sums: Option<SumAddresses<'a>>,
 }
 
@@ -313,6 +317,9 @@ fn params<'a>(desc: &NoisyDesc, parts: u32, at: Addresses<'a>) -> NoisyParams<'a
         offset_lo,
         offset_hi,
         noise_state: at.noise_state.into(),
+        mask: at.mask.mask.into(),
+        valid_tokens: at.mask.valid_tokens.into(),
+        token_flags: at.mask.flags(),
         counts: at.sums.map(|sums| sums.counts).into(),
         importance: at.sums.map(|sums| sums.importance).into(),
         load: at.sums.map(|sums| sums.load).into(),
