@@ -13,8 +13,8 @@ use cudarc::driver::{CudaContext, CudaStream};
 use half::{bf16, f16};
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::capacity::row_groups::{self, RowGroupsArgs, RowGroupsDesc, RowLayout};
-use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Output, ProductOut, Rows, Strides};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc, Identity};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Output, ProductOut, Rows, Strides, SwigluByExpert};
 use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc};
 use moe_kernels::experts::{Dispatched, Lists, SlotShape, Weight};
 use moe_kernels::layer::{
@@ -23,7 +23,7 @@ use moe_kernels::layer::{
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::rules::{Activation, Gating, Glu, Score, WeightDesc};
+use moe_kernels::rules::{Activation, Gating, Glu, Score, Swiglu, WeightDesc};
 use moe_kernels::{Dtype, Error, Kernels, Workspace, device};
 
 struct Device {
@@ -322,6 +322,59 @@ fn combine_buffers() {
 }
 
 #[test]
+fn what_combine_adds_besides() {
+    let d = open();
+    let shape = SlotShape::new(T, E, Some(K), T * K, 16, 3);
+    let desc = CombineDesc::new(Dtype::F32, shape, H);
+    let (y_slots, lists, x) = (d.zeros::<f32>(T * K * H), no_tiles(d, &shape), d.zeros::<f32>(T * H));
+    let run = |bias: usize, [ids, weights]: [usize; 2], experts: std::ops::Range<u32>| {
+        let (bias, ids, weights) = (d.zeros::<f32>(bias), d.zeros::<i32>(ids), d.zeros::<f32>(weights));
+        let mut y = d.zeros::<f32>(T * H);
+        let identity = Identity::of_choices(&x, &ids, &weights, experts);
+        let args = CombineArgs::new(&y_slots, &lists, &mut y).bias(&bias).identity(identity);
+        d.refused(|| combine::forward(&d.kernels, &d.stream, &desc, args)).1
+    };
+    let choices = [T * K; 2];
+    assert_eq!(run(H - 1, choices, 3..5), "bias");
+    assert_eq!(run(H, [T * K - 1, T * K], 3..5), "identity.choices.ids");
+    assert_eq!(run(H, [T * K, T * K - 1], 3..5), "identity.weight");
+    assert_eq!(run(H, choices, 3..1 << 31), "identity.choices.experts");
+    #[allow(clippy::reversed_empty_ranges)]
+    let backwards = 5..3;
+    assert_eq!(run(H, choices, backwards), "identity.choices.experts");
+}
+
+/// Numbers by expert: as many as experts, and for what the activation has.
+#[test]
+fn numbers_of_an_activation_by_expert() {
+    let d = open();
+    let (rows, n, k) = (T * K, 24, H);
+    let shape = SlotShape::new(T, E, Some(K), rows, 16, 3);
+    let desc = |activation: Activation| {
+        GemmDesc::new(Dtype::F16, Rows::Grouped(shape), n, k)
+            .gather(true)
+            .weight(WeightDesc::new(Dtype::F16).glu(Glu::Split))
+            .activation(activation)
+    };
+    let lists = no_tiles(d, &shape);
+    let (a, b) = (d.zeros::<f16>(T * k), d.zeros::<f16>(E * 2 * n * k));
+    let (enough, short) = (d.zeros::<f32>(E), d.zeros::<f32>(E - 1));
+    let run = |activation: Activation, swiglu: SwigluByExpert<'_>| {
+        let mut out = d.zeros::<f16>(rows * n);
+        let args = GemmArgs::new(&a, Weight::new(&b), &mut out).dispatched(&lists).swiglu(swiglu);
+        d.refused(|| gemm::forward(&d.kernels, &d.stream, &desc(activation), args)).1
+    };
+    let clamped = Activation::Swiglu(Swiglu::clamped(1.0));
+    assert_eq!(run(clamped, SwigluByExpert::new().alpha(&short)), "swiglu.alpha");
+    assert_eq!(run(clamped, SwigluByExpert::new().gate(&short)), "swiglu.gate");
+    assert_eq!(run(clamped, SwigluByExpert::new().up(&short)), "swiglu.up");
+    assert_eq!(run(clamped, SwigluByExpert::new().offset(&short)), "swiglu.offset");
+    assert_eq!(run(Swiglu::new().into(), SwigluByExpert::new().gate(&enough)), "swiglu.gate");
+    assert_eq!(run(Swiglu::new().into(), SwigluByExpert::new().up(&enough)), "swiglu.up");
+    assert_eq!(run(Activation::Silu, SwigluByExpert::new().alpha(&enough)), "swiglu");
+}
+
+#[test]
 fn layer_weights_against_the_descriptor() {
     let d = open();
     let (intermediate, shared_intermediate) = (32, 40);
@@ -355,6 +408,8 @@ fn layer_weights_against_the_descriptor() {
     let rest = bias.slice(8..);
     let short = ExpertWeights::new(experts.gate_up, Weight::new(&down).bias(&rest)).shared(shared);
     assert_eq!(run(&plan, LayerWeights::new(router, short), bytes, T * H).1, "down.bias");
+    let vector = d.zeros::<bf16>(H - 1);
+    assert_eq!(run(&plan, LayerWeights::new(router, experts.bias(&vector)), bytes, T * H).1, "bias");
 }
 
 #[test]

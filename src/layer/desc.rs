@@ -240,4 +240,4 @@ impl SharedDesc {
     }
 }
 
-settings!(SharedDesc { gated: bool, scale: f32 });
+settings!(SharedDesc { mlp: Mlp, gated: bool, scale: f32 });

@@ -246,8 +246,8 @@ pub(crate) fn enqueue(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rules::GroupScore;
     use crate::rules::Groups;
+    use crate::rules::{Appended, AppendedWeight, GroupScore};
     use crate::runtime::device::A100;
 
     fn desc(tokens: usize, experts: usize, top_k: usize) -> GatingDispatchDesc {
@@ -264,6 +264,9 @@ mod tests {
         };
         assert_eq!(desc(1000, 64, 4).validate(), Ok(()));
         assert_eq!(fault(&|d| d.dispatch.tile_m = 0), "tile_m");
+        let appended = Appended::new(1, AppendedWeight::Fixed(1.0));
+        assert_eq!(fault(&|d| (d.gating.appended, d.null_experts) = (Some(appended), 1)), "null_experts");
+        assert_eq!(fault(&|d| d.null_experts = 5000), "experts");
         assert_eq!(fault(&|d| d.gating.scale = f32::NAN), "scale");
         // Dispatch alone takes more choices than experts, gating does not.
         assert_eq!(fault(&|d| (d.dispatch.experts, d.dispatch.top_k) = (4, 5)), "top_k");

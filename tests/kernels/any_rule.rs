@@ -355,9 +355,11 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, case.tokens).padded(true))];
-    let order = DispatchDesc::new(case.tokens, case.experts + appended, case.all_choices(), 16)
+    // Some of the experts have no rows.
+    let null = if variant.dispatch && appended == 0 && rng.bool() { rng.usize(..case.experts) } else { 0 };
+    let order = DispatchDesc::new(case.tokens, case.experts + appended - null, case.all_choices(), 16)
         .capacity(capacities[rng.usize(..3)]);
-    let fused = GatingDispatchDesc::new(case.rule, order);
+    let fused = GatingDispatchDesc::new(case.rule, order).null_experts(null);
     let selection = if variant.dispatch {
         gating_dispatch::select(&fused, kernels.device())
     } else {

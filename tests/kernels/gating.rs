@@ -197,8 +197,10 @@ fn case(variant: Kernel, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logit
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, desc.tokens).padded(true))];
     let capacity = capacities[rng.usize(..3)];
-    let order = DispatchDesc::new(desc.tokens, desc.experts, desc.top_k, 16).capacity(capacity);
-    let fused = GatingDispatchDesc::new(desc.gating, order);
+    // Some of the experts have no rows.
+    let null = if dispatches && rng.bool() { rng.usize(..desc.experts) } else { 0 };
+    let order = DispatchDesc::new(desc.tokens, desc.experts - null, desc.top_k, 16).capacity(capacity);
+    let fused = GatingDispatchDesc::new(desc.gating, order).null_experts(null);
     let selection = if dispatches {
         gating_dispatch::select(&fused, kernels.device())
     } else {
