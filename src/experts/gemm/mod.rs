@@ -41,7 +41,7 @@ use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 /// Where a product's results go.
 #[non_exhaustive]
 pub enum ProductOut<'a, T> {
-    /// With [`Output::Rounded`].
+    /// With [`Output::Rounded`] and [`Output::Added`].
     Rounded(Out<'a, T>),
     /// With the other forms of [`Output`].
     F32(Out<'a, f32>),
@@ -232,7 +232,7 @@ pub fn forward<T: Element>(
     let noise_state = scope.read_noise_state(args.noise_state)?;
     let elements = places.out_extent(rows, desc.n);
     let out = match (desc.output, args.out) {
-        (Output::Rounded, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
+        (Output::Rounded | Output::Added, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
         (Output::F32 | Output::AddedF32, ProductOut::F32(out)) => {
             scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?
         }
@@ -380,6 +380,7 @@ pub(crate) fn enqueue(
             out_form: match desc.output {
                 Output::Rounded => 0,
                 Output::F32 => 1,
+                Output::Added => 2,
                 Output::AddedF32 => 3,
             },
             activation,
