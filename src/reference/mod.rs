@@ -21,12 +21,14 @@ pub mod gemm;
 pub mod hash;
 pub mod jitter;
 pub mod k_grouped;
+pub mod keep_largest;
 pub mod layer;
 pub mod noise_state;
 pub mod noisy;
 mod parallel;
 
 pub mod product_keys;
+pub mod quantile_bias;
 pub mod rms_norm;
 pub mod router;
 pub mod row_groups;
