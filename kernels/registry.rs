@@ -582,6 +582,10 @@ pub enum Kernel {
     Gating(Gate),
     /// Choice of more than 32 experts.
     GatingWide(WideGate),
+    /// Slots that experts with a capacity keep by weight.
+    KeepLargest,
+    /// The correction bias that shares a batch out evenly.
+    QuantileBias,
     /// Slots sorted by expert.
     Dispatch(Dispatch),
     /// The same with each expert's rows rounded up to a multiple, and a limit on all rows.
@@ -710,6 +714,8 @@ impl Kernel {
                 format!("noisy_{}e{}", if k.grouped { "grouped_" } else { "" }, k.spread.max_experts())
             }
             Kernel::MeasuredGating(k) => format!("{}_measured", Kernel::Gating(k.gate()).name()),
+            Kernel::KeepLargest => "keep_largest".into(),
+            Kernel::QuantileBias => "quantile_bias".into(),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
@@ -760,6 +766,8 @@ impl Kernel {
             Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
             Kernel::MeasuredGating(MeasuredGate { score: Some(_), .. }) => "MeasuredGating",
             Kernel::MeasuredGating(MeasuredGate { score: None, .. }) => "MeasuredGatingAny",
+            Kernel::KeepLargest => "KeepLargest",
+            Kernel::QuantileBias => "QuantileBias",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
@@ -796,6 +804,7 @@ impl Kernel {
             | Kernel::IdsToMap { .. }
             | Kernel::ChunkRows
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
+            Kernel::KeepLargest | Kernel::QuantileBias => BLOCK_WARPS * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::GemmAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
@@ -866,6 +875,8 @@ impl Kernel {
             Kernel::Hash => "routers/hash.ptx.jinja",
             Kernel::Noisy(_) => "routers/noisy.ptx.jinja",
             Kernel::MeasuredGating(_) => "routers/gating_measured.ptx.jinja",
+            Kernel::KeepLargest => "capacity/keep_largest.ptx.jinja",
+            Kernel::QuantileBias => "routers/quantile_bias.ptx.jinja",
             Kernel::BalanceLoss => "routers/balance_loss.ptx.jinja",
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
             Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
@@ -952,6 +963,9 @@ impl Kernel {
             Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::GatingBackward => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
             Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::RowGroups => {
+                vec![("warps", Int(BLOCK_WARPS))]
+            }
+            Kernel::KeepLargest | Kernel::QuantileBias => {
                 vec![("warps", Int(BLOCK_WARPS))]
             }
             Kernel::Noisy(k) => {
@@ -1060,6 +1074,7 @@ pub fn all() -> Vec<Kernel> {
     }
     kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
+    kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);

@@ -110,7 +110,8 @@ fn d_scores(a: &[f64], d: &[f64], renormalise: Option<Renormalise>) -> Vec<f64> 
         Some(Renormalise::PNorm(p)) => {
             let p = f64::from(p);
             let norm = a.iter().map(|a| a.powf(p)).sum::<f64>().powf(1.0 / p);
-            quotient(norm, &|a| (a / norm).powf(p - 1.0))
+            // At 0 infinite for p < 1, but a score's slope there takes more away: a a^(p-1) is 0.
+            quotient(norm, &|a| if a == 0.0 { 0.0 } else { (a / norm).powf(p - 1.0) })
         }
     }
 }
