@@ -173,6 +173,28 @@ impl Gate {
     }
 }
 
+/// Top-k gating of more than 32 experts a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct WideGate {
+    /// From logits to scores.
+    pub score: Score,
+    /// Logits a lane holds: experts up to `32 * values`.
+    pub values: u32,
+}
+
+impl WideGate {
+    /// Every number of logits a lane may hold.
+    pub const VALUES: [u32; 3] = [8, 32, 128];
+
+    /// Experts of a token: a lane holds two choices.
+    pub const MAX_TOP_K: u32 = 64;
+
+    /// The gating of the same score and width for fewer choices.
+    pub const fn gate(&self) -> Gate {
+        Gate { score: Some(self.score), values: self.values, dispatch: false }
+    }
+}
+
 /// Top-k gating that also measures the batch: balancing losses and router statistics from the same logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MeasuredGate {
@@ -216,7 +238,10 @@ pub const IDS_BYTES: [u32; 2] = [4, 8];
 
 impl Dispatch {
     /// Every limit on experts.
-    pub const MAX_EXPERTS: [u32; 2] = [1024, 4096];
+    pub const MAX_EXPERTS: [u32; 3] = [1024, 4096, 8192];
+
+    /// Most experts whose slots are limited: a block has two warps for them.
+    pub const MAX_LIMITED_EXPERTS: u32 = 4096;
 
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
@@ -226,7 +251,12 @@ impl Dispatch {
 
 /// Warps of a block that counts slots by expert: each warp keeps a counter for each expert in shared memory, 32 KiB in all.
 const fn warps_for_experts(max_experts: u32) -> u32 {
-    if max_experts <= 1024 { 8 } else { 2 }
+    match max_experts {
+        0..=1024 => 8,
+        // A few more where a rule appends experts.
+        1025..=4128 => 2,
+        _ => 1,
+    }
 }
 
 /// How the outputs of a product's weight fold into columns of the result.
@@ -395,6 +425,9 @@ pub struct Admission {
 }
 
 impl Admission {
+    /// Every limit on experts.
+    pub const MAX_EXPERTS: [u32; 2] = [1024, 4096];
+
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts)
@@ -512,6 +545,8 @@ pub enum Kernel {
     Router(Router),
     /// Choice of experts, with dispatch or without.
     Gating(Gate),
+    /// Choice of more than 32 experts.
+    GatingWide(WideGate),
     /// Slots sorted by expert.
     Dispatch(Dispatch),
     /// The experts' products.
@@ -587,6 +622,7 @@ impl Kernel {
             Kernel::Gating(k) => {
                 format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
+            Kernel::GatingWide(k) => format!("{}_wide", Kernel::Gating(k.gate()).name()),
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
@@ -630,6 +666,7 @@ impl Kernel {
             Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
             Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
             Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
+            Kernel::GatingWide(_) => "Gating",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::KGrouped(_) => "KGrouped",
@@ -672,6 +709,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
+            Kernel::GatingWide(k) => k.gate().warps() * 32,
             Kernel::Dispatch(k) => k.warps() * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::GemmAny(k) => k.tile().threads(),
@@ -717,6 +755,7 @@ impl Kernel {
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
+            Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
             Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
@@ -766,6 +805,12 @@ impl Kernel {
                 ("values", Int(k.values)),
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
+            ],
+            Kernel::GatingWide(k) => vec![
+                ("score", Text(k.score.name())),
+                ("values", Int(k.values)),
+                ("max_experts", Int(k.gate().max_experts())),
+                ("warps", Int(k.gate().warps())),
             ],
             Kernel::MeasuredGating(k) => vec![
                 ("score", Text(k.gate().score_name())),
@@ -850,6 +895,9 @@ pub fn all() -> Vec<Kernel> {
             }
         }
     }
+    for score in Score::COMMON {
+        kernels.extend(WideGate::VALUES.map(|values| Kernel::GatingWide(WideGate { score, values })));
+    }
     for values in Gate::ANY_VALUES {
         for dispatch in [false, true] {
             kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
@@ -877,7 +925,7 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
     }
-    for max_experts in Dispatch::MAX_EXPERTS {
+    for max_experts in Admission::MAX_EXPERTS {
         kernels.push(Kernel::Admission(Admission { max_experts }));
         kernels.push(Kernel::Sinkhorn(Sinkhorn { max_experts }));
     }

@@ -164,8 +164,12 @@ pub use runtime::workspace::Workspace;
 /// Most experts that a layer may have.
 pub const MAX_EXPERTS: usize = 4096;
 
-/// Most experts that a token may go to.
-pub const MAX_TOP_K: usize = 32;
+/// Most experts that are counted and sorted by where nothing else is asked ([`capacity::dispatch`] of given ids, without a capacity).
+pub const MAX_COUNTED_EXPERTS: usize = 8192;
+
+/// Most experts that a token may go to: gating by a score alone, dispatch, sums, layers. Other operations have a limit of 32, which their
+/// errors name.
+pub const MAX_TOP_K: usize = 64;
 
 /// The README's example is compiled with the documentation's.
 #[cfg(doctest)]

@@ -7,10 +7,14 @@ use std::sync::Arc;
 use async_support::{E, K, Problem, T, choices, context, turn};
 use cudarc::driver::CudaStream;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use moe_kernels::experts::Weight;
+use moe_kernels::layer::{
+    BanksArgs, BanksPlan, ExpertWeights, LatentDesc, LatentWeights, LayerDesc, LayerWeights, Norms, RouterWeights,
+};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::rules::{Gating, Score};
-use moe_kernels::{Dtype, Error, Kernels};
+use moe_kernels::rules::{Gain, Gating, IdFormat, RmsNorm, Score};
+use moe_kernels::{Dtype, Error, Kernels, Workspace};
 
 const H: usize = 16;
 const MODE: CUstreamCaptureMode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
@@ -103,4 +107,63 @@ fn kernels_are_loaded_before() {
     let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().unwrap();
     graph.launch().unwrap();
     assert_eq!(stream.clone_dtoh(&ids).unwrap(), p.expected());
+}
+
+/// Banks of experts with norms and projections round them: the types of tokens are read at each replay.
+#[test]
+fn banks_of_experts() {
+    let _turn = turn();
+    let context = context();
+    // SAFETY: everything in this test is on one stream.
+    unsafe { context.disable_event_tracking() };
+    let stream = context.new_stream().unwrap();
+    let kernels = Kernels::new(&context).unwrap();
+    let norm = |gain| Some(RmsNorm::new(1e-3).gain(gain));
+    let latent = LatentDesc::new(Dtype::F32, 8).norm(norm(Gain::One));
+    let wide = LayerDesc::new(Dtype::F32, H, 24, E, K).latent(Some(latent));
+    let narrow = LayerDesc::new(Dtype::F32, H, 8, E, K).norms(Norms::new().slots(norm(Gain::One)));
+    let plan = BanksPlan::new(&[wide, narrow], T, IdFormat::I32, kernels.device()).unwrap();
+    let put = |n: usize, step: usize| stream.clone_htod(&values(n, step)).unwrap();
+    let x = put(T * H, 3);
+    let (router, other_router) = (put(E * H, 7), put(E * H, 4));
+    let (gate_up, down) = (put(E * 48 * 8, 5), put(E * 8 * 24, 9));
+    let (other_gate_up, other_down) = (put(E * 16 * H, 2), put(E * H * 8, 8));
+    let (before, after) = (put(8 * H, 6), put(H * 8, 10));
+    let weights = LayerWeights::new(
+        RouterWeights::new(&router),
+        ExpertWeights::new(Weight::new(&gate_up), Weight::new(&down))
+            .latent(LatentWeights::new(Weight::new(&before), Weight::new(&after))),
+    );
+    let other = LayerWeights::new(
+        RouterWeights::new(&other_router),
+        ExpertWeights::new(Weight::new(&other_gate_up), Weight::new(&other_down)),
+    );
+    let mut types = stream.alloc_zeros::<i32>(T).unwrap();
+    let mut y = stream.alloc_zeros::<f32>(T * H).unwrap();
+    let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).unwrap();
+    let batches: Vec<Vec<i32>> =
+        (0..3).map(|batch| (0..T as i32).map(|t| (t + batch) % (batch + 1)).collect()).collect();
+    // The first pass loads the kernels.
+    let pass = |y: &mut _, types: &_, workspace: &mut _| {
+        plan.forward(&kernels, &stream, [&weights, &other], BanksArgs::<f32, 2>::new(&x, types, y), workspace).unwrap()
+    };
+    let mut want = Vec::new();
+    for batch in &batches {
+        stream.memcpy_htod(batch, &mut types).unwrap();
+        pass(&mut y, &types, &mut workspace);
+        want.push(stream.clone_dtoh(&y).unwrap());
+    }
+    assert!(want[0] != want[1] && want[1] != want[2], "types matter");
+    stream.synchronize().unwrap();
+    stream.begin_capture(MODE).unwrap();
+    pass(&mut y, &types, &mut workspace);
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().unwrap();
+    for (batch, want) in batches.iter().zip(&want).rev() {
+        stream.memcpy_htod(batch, &mut types).unwrap();
+        stream.memset_zeros(&mut y).unwrap();
+        graph.launch().unwrap();
+        assert!(stream.clone_dtoh(&y).unwrap() == *want, "another result in the graph");
+    }
+    stream.synchronize().unwrap();
+    drop(graph);
 }

@@ -6,6 +6,8 @@
 mod admission;
 #[path = "properties/noise.rs"]
 mod noise;
+#[path = "properties/products.rs"]
+mod products;
 mod support;
 
 use half::{bf16, f16};

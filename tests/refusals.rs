@@ -10,8 +10,10 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::{CudaContext, CudaStream};
 use half::{bf16, f16};
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
+use moe_kernels::capacity::row_groups::{self, RowGroupsArgs, RowGroupsDesc, RowLayout};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Output, ProductOut, Rows, Strides};
+use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc};
 use moe_kernels::experts::{Dispatched, Lists, SlotShape, Weight};
 use moe_kernels::layer::{
     ExpertWeights, LayerArgs, LayerDesc, LayerPlan, LayerWeights, Mlp, RouterWeights, SharedDesc, SharedWeights,
@@ -228,6 +230,72 @@ fn gemm_buffers() {
     assert_eq!(run(dense, Some(shape), enough), "dispatched");
     let other = GemmDesc::new(Dtype::Bf16, Rows::Grouped(shape), n, k);
     assert_eq!(run(other, Some(shape), enough), "a");
+    // Rows of 13 elements begin anywhere, but are all there.
+    let odd = swiglu(GemmDesc::new(Dtype::F16, Rows::Grouped(shape), 13, k)).gather(true);
+    let enough = [T * k, E * 2 * 13 * k, E * 2 * 13, rows * 13];
+    for (index, name) in ["a", "weight", "weight.bias", "out"].into_iter().enumerate() {
+        let mut lengths = enough;
+        lengths[index] -= 1;
+        assert_eq!(run(odd, Some(shape), lengths), name);
+    }
+    // A view reaches from its first element to its last, and results of another type go elsewhere.
+    let places = Strides::packed(&odd).a(k + 5, 1).weight(2 * 13 * (k + 1) + 3, k + 1, 1).out(20, 1);
+    let weight = (E - 1) * (2 * 13 * (k + 1) + 3) + 25 * (k + 1) + k;
+    let enough = [(T - 1) * (k + 5) + k, weight, E * 2 * 13, (rows - 1) * 20 + 13];
+    for (index, name) in ["a", "weight", "weight.bias", "out"].into_iter().enumerate() {
+        let mut lengths = enough;
+        lengths[index] -= 1;
+        assert_eq!(run(odd.strides(Some(places)), Some(shape), lengths), name);
+    }
+    assert_eq!(run(odd.output(Output::F32), Some(shape), [1 << 16; 4]), "out");
+    assert_eq!(run(odd.output(Output::AddedF32).shared_rows(3), Some(shape), [1 << 16; 4]), "output");
+    for places in [places.out(12, 1), places.out(1, 1), places.out(0, 1), places.out(1, rows - 1)] {
+        assert_eq!(run(odd.strides(Some(places)), Some(shape), [1 << 16; 4]), "strides.out");
+    }
+    assert_eq!(run(odd.strides(Some(places.a(1 << 31, 1))), Some(shape), [1 << 16; 4]), "strides.a");
+    assert_eq!(run(odd.strides(Some(places.weight(usize::MAX, 1, 1))), Some(shape), [1 << 16; 4]), "strides.weight");
+}
+
+#[test]
+fn row_groups_buffers() {
+    let d = open();
+    let run = |layout, numbers: Option<usize>, made_for: RowLayout| {
+        let mut dispatched = Dispatched::new(&d.stream, &RowGroupsDesc::new(made_for, E, 16).shape()).unwrap();
+        let numbers = numbers.map(|len| d.zeros::<i32>(len));
+        let args = match &numbers {
+            Some(numbers) => RowGroupsArgs::new(numbers, &mut dispatched),
+            None => RowGroupsArgs::batched(&mut dispatched),
+        };
+        let desc = RowGroupsDesc::new(layout, E, 16);
+        d.refused(|| row_groups::forward(&d.kernels, &d.stream, &desc, args)).1
+    };
+    let (ends, batched) = (RowLayout::Ends { rows: 50 }, RowLayout::Batched { height: 50 });
+    assert_eq!(run(ends, Some(E - 1), ends), "numbers");
+    assert_eq!(run(ends, None, ends), "numbers");
+    assert_eq!(run(batched, Some(E), batched), "numbers");
+    assert_eq!(run(ends, Some(E), RowLayout::Counts { rows: 49 }), "dispatched.tokens");
+    assert_eq!(run(batched, None, ends), "dispatched.tokens");
+}
+
+#[test]
+fn k_grouped_buffers() {
+    let d = open();
+    let (slots, m, n) = (T * K, 24, 16);
+    let shape = SlotShape::new(T, E, Some(K), slots, 16, 3);
+    let desc = KGroupedDesc::new(Dtype::F16, shape, m, n).gathered(Gathered::B);
+    let run = |desc: KGroupedDesc, lists: SlotShape, [a, b, out]: [usize; 3]| {
+        let (a, b, mut out) = (d.zeros::<f16>(a), d.zeros::<f16>(b), d.zeros::<f16>(out));
+        let lists = Dispatched::new(&d.stream, &lists).unwrap();
+        let args = KGroupedArgs::new(&a, &b, &lists, ProductOut::Rounded((&mut out).into()));
+        d.refused(|| k_grouped::forward(&d.kernels, &d.stream, &desc, args)).1
+    };
+    // Lists as they are made have no rows: another shape.
+    assert_eq!(run(desc, shape, [slots * m, T * n, E * m * n]), "dispatched");
+    let none = SlotShape::new(0, E, Some(K), 0, 16, 0);
+    let desc = KGroupedDesc::new(Dtype::F16, none, m, n).gathered(Gathered::B);
+    assert_eq!(run(desc, none, [1, 1, E * m * n - 1]), "out");
+    assert_eq!(run(desc.f32_out(true), none, [1, 1, E * m * n]), "out");
+    assert_eq!(run(KGroupedDesc::new(Dtype::Bf16, none, m, n), none, [1, 1, E * m * n]), "a");
 }
 
 #[test]

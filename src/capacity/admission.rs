@@ -39,7 +39,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Admission, Dispatch, Kernel};
+use crate::registry::{Admission, Kernel};
 use crate::rules::{AdmissionRule, NoiseSource, Order, Renormalise, SecondExpert};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
@@ -120,8 +120,8 @@ impl AdmissionDesc {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, rule.experts)?;
         let candidates = rule.candidates;
-        if candidates > crate::MAX_TOP_K {
-            let supported = format!("at most {}", crate::MAX_TOP_K);
+        if candidates > shape::LANES {
+            let supported = format!("at most {}", shape::LANES);
             return Err(Error::unsupported(OPERATION, "candidates", supported, candidates));
         }
         shape::positive(OPERATION, "candidates", candidates)?;
@@ -131,7 +131,7 @@ impl AdmissionDesc {
         shape::positive(OPERATION, "capacity", rule.capacity)?;
         shape::positive(OPERATION, "tokens_per_group", rule.tokens_per_group)?;
         match rule.renormalise {
-            Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) if !(epsilon >= 0.0) => {
+            Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) if epsilon < 0.0 || epsilon.is_nan() => {
                 return Err(Error::invalid(OPERATION, "renormalise", "an epsilon of at least 0", epsilon));
             }
             Some(Renormalise::PNorm(p)) => {
@@ -175,7 +175,7 @@ pub fn workspace_bytes(desc: &AdmissionDesc) -> Result<usize, Error> {
 /// Those of [`AdmissionDesc::validate`].
 pub fn select(desc: &AdmissionDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let max_experts = if desc.rule.experts <= 1024 { Dispatch::MAX_EXPERTS[0] } else { Dispatch::MAX_EXPERTS[1] };
+    let max_experts = if desc.rule.experts <= 1024 { Admission::MAX_EXPERTS[0] } else { Admission::MAX_EXPERTS[1] };
     let blocks = desc.tokens.div_ceil(desc.rule.tokens_per_group).max(1) as u32;
     Ok(Selection::new(Kernel::Admission(Admission { max_experts }), [blocks, 1, 1]))
 }

@@ -34,9 +34,9 @@ const OPERATION: &str = "dispatch";
 pub struct DispatchDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
-    /// Experts `E`, 1 to 4096.
+    /// Experts `E`, 1 to 8192; to 4096 with a capacity.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32. More than `E` where ids were mapped to the experts of one device.
+    /// Experts per token `k`, 1 to 64. More than `E` where ids were mapped to the experts of one device.
     pub top_k: usize,
     /// How ids are stored.
     pub ids: IdFormat,
@@ -66,11 +66,16 @@ impl DispatchDesc {
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
-        shape::experts(OPERATION, self.experts)?;
-        shape::top_k(OPERATION, self.top_k, usize::MAX)?;
+        shape::experts_up_to(OPERATION, self.experts, crate::MAX_COUNTED_EXPERTS)?;
+        shape::top_k_up_to(OPERATION, self.top_k, usize::MAX, crate::MAX_TOP_K)?;
         shape::positive(OPERATION, "tile_m", self.tile_m)?;
         shape::product_i32(OPERATION, "token_slot", &[self.tokens, self.top_k])?;
         if let Some(capacity) = self.capacity {
+            let most = Dispatch::MAX_LIMITED_EXPERTS as usize;
+            if self.experts > most {
+                let supported = format!("at most {most} with a capacity");
+                return Err(Error::unsupported(OPERATION, "experts", supported, self.experts));
+            }
             shape::positive(OPERATION, "capacity.per_expert", capacity.per_expert)?;
             shape::positive(OPERATION, "capacity.tokens_per_sequence", capacity.tokens_per_sequence)?;
             if capacity.padded {
@@ -344,7 +349,9 @@ mod tests {
     fn faults_name_their_field() {
         assert_eq!(desc().validate(), Ok(()));
         assert_eq!(capped(10, 100, true).validate(), Ok(()));
-        assert_eq!(fault(DispatchDesc { experts: 4097, ..desc() }), "experts");
+        assert_eq!(fault(DispatchDesc { experts: 8193, ..desc() }), "experts");
+        let limited = desc().capacity(Some(Capacity::new(1, 1)));
+        assert_eq!(fault(DispatchDesc { experts: 4097, ..limited }), "experts");
         assert_eq!(fault(DispatchDesc { top_k: 65, ..desc() }), "top_k");
         assert_eq!(fault(DispatchDesc { tile_m: 0, ..desc() }), "tile_m");
         assert_eq!(fault(DispatchDesc { tokens: (1 << 29) - 1, tile_m: 128, ..desc() }), "tile_m");

@@ -58,7 +58,7 @@ impl SlotShape {
 
     pub(crate) fn validate(&self, operation: &'static str) -> Result<(), Error> {
         shape::size(operation, "rows.tokens", self.tokens)?;
-        shape::experts(operation, self.experts)?;
+        shape::experts_up_to(operation, self.experts, crate::MAX_COUNTED_EXPERTS)?;
         shape::size(operation, "rows.slots", self.slots)?;
         shape::positive(operation, "rows.tile_m", self.tile_m)?;
         shape::size(operation, "rows.max_tiles", self.max_tiles)?;
@@ -246,6 +246,7 @@ impl Dispatched {
         }
         let Dispatched {
             shape: filled,
+            ranges,
             counts,
             offsets,
             slot_token,
@@ -265,7 +266,7 @@ impl Dispatched {
             slot_weight: scope.write("slot_weight", slot_weight.into(), shape.slots, SCALAR)?,
             tiles: scope.write("tiles", tiles.into(), shape.max_tiles, VECTOR)?,
             num_tiles: scope.write("num_tiles", num_tiles.into(), 1, SCALAR)?,
-            place: filled,
+            place: (filled, ranges),
             shape: *shape,
         })
     }
@@ -310,7 +311,8 @@ pub(crate) struct Filling<'a> {
     slot_weight: Held<'a>,
     tiles: Held<'a>,
     num_tiles: Held<'a>,
-    place: &'a mut SlotShape,
+    /// Shape of the lists, and whether counts and offsets are those of the tiles.
+    place: (&'a mut SlotShape, &'a mut bool),
     shape: SlotShape,
 }
 
@@ -335,7 +337,7 @@ impl Filling<'_> {
 
     /// The lists are of the new shape from here on, in stream order.
     pub(crate) fn filled(self) {
-        *self.place = self.shape;
+        (*self.place.0, *self.place.1) = (self.shape, true);
     }
 }
 

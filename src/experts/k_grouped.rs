@@ -68,7 +68,7 @@ pub struct KGroupedDesc {
     pub dtype: Dtype,
     /// The rows of the dispatch.
     pub rows: SlotShape,
-    /// Columns of `a`, rows of each matrix of `out`. Multiples of 8, like those of `n`, are many times faster.
+    /// Columns of `a`, rows of each matrix of `out`. Multiples of 8, like those of `n`, are fastest.
     pub m: usize,
     /// Columns of `b`, and of `out`.
     pub n: usize,

@@ -59,6 +59,7 @@ impl ExpertsPlan {
         let &LayerDesc { dtype, hidden, intermediate, .. } = desc;
         shape::positive(OPERATION, "hidden", hidden)?;
         shape::positive(OPERATION, "intermediate", intermediate)?;
+        desc.latent.map(|latent| shape::positive(OPERATION, "latent.width", latent.width)).transpose()?;
         gemm::check_activation(OPERATION, "mlp.activation", desc.mlp.activation, desc.mlp.gate_up.glu)?;
         if let Some(shared) = &desc.shared {
             shape::positive(OPERATION, "shared.intermediate", shared.intermediate)?;

@@ -27,7 +27,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Gate, Kernel};
+use crate::registry::{Gate, Kernel, WideGate};
 use crate::rules::{Appended, AppendedWeight, ChoiceBy, Garbage, Gating, Groups, Masked, Renormalise, Score};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
@@ -78,7 +78,7 @@ pub struct GatingDesc {
     pub tokens: usize,
     /// Experts `E` that the choice is among, 1 to 4096.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32 and at most the number of eligible experts.
+    /// Experts per token `k`, 1 to 64 (to 32 with rules that are more than a score, groups and a bias) and at most the number of eligible experts.
     pub top_k: usize,
     /// The rule. With [`Gating::appended`] ids and weights are `[T, k + appended]`.
     pub gating: Gating,
@@ -148,7 +148,7 @@ impl GatingDesc {
     pub fn validate(&self) -> Result<(), Error> {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, self.experts)?;
-        shape::top_k(OPERATION, self.top_k, self.experts)?;
+        shape::top_k_up_to(OPERATION, self.top_k, self.experts, crate::MAX_TOP_K)?;
         shape::product_i32(OPERATION, "ids", &[self.tokens, self.all_choices()])?;
         shape::product(OPERATION, "logits", &[self.tokens, self.columns()])?;
         match self.gating.renormalise {
@@ -169,6 +169,15 @@ impl GatingDesc {
             self.validate_any()?;
         }
         self.gating.groups.map_or(Ok(()), |groups| self.validate_groups(groups))
+    }
+
+    /// More than one choice a lane is for a gating alone, by a score and nothing else.
+    pub(crate) fn validate_lanes(&self, operation: &'static str, of: &str) -> Result<(), Error> {
+        if self.top_k > shape::LANES {
+            let supported = format!("at most {} {of}", shape::LANES);
+            return Err(Error::unsupported(operation, "top_k", supported, self.top_k));
+        }
+        Ok(())
     }
 
     /// Ids of a token, with those of appended experts.
@@ -193,6 +202,7 @@ impl GatingDesc {
                 self.experts,
             ));
         }
+        self.validate_lanes(OPERATION, "with this rule")?;
         if score == Score::SparseMixer {
             if self.top_k > 2 {
                 return Err(Error::unsupported(OPERATION, "top_k", "1 or 2 with Score::SparseMixer", self.top_k));
@@ -206,8 +216,8 @@ impl GatingDesc {
         }
         let Some(Appended { count, weight, .. }) = appended else { return Ok(()) };
         shape::positive(OPERATION, "appended.count", count)?;
-        if self.all_choices() > crate::MAX_TOP_K {
-            let supported = format!("at most {} with top_k", crate::MAX_TOP_K);
+        if self.all_choices() > shape::LANES {
+            let supported = format!("at most {} with top_k", shape::LANES);
             return Err(Error::unsupported(OPERATION, "appended.count", supported, count));
         }
         match weight {
@@ -274,6 +284,13 @@ pub(crate) fn kernel(gating: &Gating, experts: usize, dispatch: bool) -> Gate {
 pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let gate = kernel(&desc.gating, desc.experts, false);
+    if desc.top_k > shape::LANES {
+        let fits = |values: &u32| 32 * *values as usize >= desc.experts;
+        let values = WideGate::VALUES.into_iter().find(fits).unwrap_or(WideGate::VALUES[WideGate::VALUES.len() - 1]);
+        let wide = WideGate { score: desc.gating.score, values };
+        let blocks = (desc.tokens as u32).div_ceil(wide.gate().warps()).min(8 * device.multiprocessors).max(1);
+        return Ok(Selection::new(Kernel::GatingWide(wide), [blocks, 1, 1]));
+    }
     let blocks = (desc.tokens as u32).div_ceil(gate.warps()).min(8 * device.multiprocessors).max(1);
     Ok(Selection::new(Kernel::Gating(gate), [blocks, 1, 1]))
 }
@@ -402,7 +419,7 @@ mod tests {
         assert_eq!(fault(GatingDesc { experts: 0, ..desc() }), "experts");
         assert_eq!(fault(GatingDesc { experts: 5000, ..desc() }), "experts");
         assert_eq!(fault(GatingDesc { experts: 4, ..desc() }), "top_k");
-        assert_eq!(fault(GatingDesc { top_k: 33, ..desc() }), "top_k");
+        assert_eq!(fault(GatingDesc { top_k: 65, ..desc() }), "top_k");
         assert_eq!(fault(GatingDesc { top_k: 0, ..desc() }), "top_k");
         assert_eq!(fault(GatingDesc { tokens: 1 << 29, ..desc() }), "ids");
         assert_eq!(fault(GatingDesc { tokens: usize::MAX, ..desc() }), "tokens");
@@ -420,6 +437,15 @@ mod tests {
         let desc = GatingDesc { experts: 32, ..grouped(32, 4, GroupScore::Max) };
         let error = desc.validate().unwrap_err().to_string();
         assert_eq!(error, "gating: `top_k` is 8, expected at most 4 groups kept * 1 experts = 4");
+    }
+
+    #[test]
+    fn many_choices_have_kernels_of_their_own() {
+        for (experts, top_k, values) in [(33, 33, 8), (256, 64, 8), (257, 40, 32), (4096, 64, 128)] {
+            let desc = GatingDesc { experts, top_k, ..desc() };
+            let Kernel::GatingWide(wide) = select(&desc, &A100).unwrap().kernel.variant() else { unreachable!() };
+            assert_eq!(wide.values, values, "{top_k} of {experts}");
+        }
     }
 
     #[test]

@@ -45,7 +45,8 @@ impl GatingDispatchDesc {
         if self.null_experts > 0 && self.gating.appended.is_some() {
             return Err(Error::invalid(OPERATION, "null_experts", "0 with appended experts", self.null_experts));
         }
-        self.choice().validate()
+        self.choice().validate()?;
+        self.choice().validate_lanes(OPERATION, "in one launch with the dispatch")
     }
 
     /// The gating alone: without appended experts.

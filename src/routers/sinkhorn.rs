@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Dispatch, Kernel, Sinkhorn};
+use crate::registry::{Admission, Kernel, Sinkhorn};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SinkhornParams;
@@ -143,7 +143,7 @@ pub fn workspace_bytes(desc: &SinkhornDesc, device: &DeviceInfo) -> Result<usize
 /// Those of [`SinkhornDesc::validate`].
 pub fn select(desc: &SinkhornDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let max_experts = if desc.experts <= 1024 { Dispatch::MAX_EXPERTS[0] } else { Dispatch::MAX_EXPERTS[1] };
+    let max_experts = if desc.experts <= 1024 { Admission::MAX_EXPERTS[0] } else { Admission::MAX_EXPERTS[1] };
     let sinkhorn = Sinkhorn { max_experts };
     let wanted = (desc.tokens as u32).div_ceil(4 * sinkhorn.warps());
     let blocks = if device.cooperative_launch { wanted.clamp(1, device.multiprocessors) } else { 1 };

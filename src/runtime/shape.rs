@@ -60,19 +60,32 @@ pub(crate) fn positive(operation: &'static str, argument: &'static str, value: u
 
 /// Number of experts.
 pub(crate) fn experts(operation: &'static str, value: usize) -> Result<u32, Error> {
-    if value > crate::MAX_EXPERTS {
-        return Err(Error::unsupported(operation, "experts", format!("at most {}", crate::MAX_EXPERTS), value));
+    experts_up_to(operation, value, crate::MAX_EXPERTS)
+}
+
+/// Number of experts, at most `most`.
+pub(crate) fn experts_up_to(operation: &'static str, value: usize, most: usize) -> Result<u32, Error> {
+    if value > most {
+        return Err(Error::unsupported(operation, "experts", format!("at most {most}"), value));
     }
     positive(operation, "experts", value)
 }
 
-/// Experts per token, of `experts` experts.
+/// Experts per token where a lane holds one.
+pub(crate) const LANES: usize = 32;
+
+/// Experts per token, of `experts` experts, where a lane holds one.
 pub(crate) fn top_k(operation: &'static str, value: usize, experts: usize) -> Result<u32, Error> {
+    top_k_up_to(operation, value, experts, LANES)
+}
+
+/// Experts per token, of `experts` experts, at most `most`.
+pub(crate) fn top_k_up_to(operation: &'static str, value: usize, experts: usize, most: usize) -> Result<u32, Error> {
     if value > experts {
         return Err(Error::invalid(operation, "top_k", format!("at most the number of experts, {experts}"), value));
     }
-    if value > crate::MAX_TOP_K {
-        return Err(Error::unsupported(operation, "top_k", format!("at most {}", crate::MAX_TOP_K), value));
+    if value > most {
+        return Err(Error::unsupported(operation, "top_k", format!("at most {most}"), value));
     }
     positive(operation, "top_k", value)
 }

@@ -14,6 +14,7 @@ mod gemma4;
 mod muse_spark;
 mod nemotron_h;
 mod nllb;
+mod refusals;
 mod run;
 mod vitpose;
 mod zaya;
@@ -34,6 +35,7 @@ macro_rules! in_every_type {
 }
 
 in_every_type! {
+    norms_and_projections_alone_and_together => composed::parts;
     gemma4_normed_and_scaled_router => gemma4::gemma4;
     diffusion_gemma_normed_and_scaled_router => gemma4::diffusion_gemma;
     muse_spark_norms_and_projections => muse_spark::block;

@@ -352,7 +352,7 @@ fn run(variant: Gate, rng: &mut fastrand::Rng, case: &Case) {
     let bias = case.bias.as_ref().map(|values| Guarded::input(&stream, "correction_bias", values));
     let on_device = OnDevice::new(case);
     let (choices, appended) = (case.tokens * case.all_choices(), case.rule.appended_experts());
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, case.tokens).padded(true))];
     let order = DispatchDesc::new(case.tokens, case.experts + appended, case.all_choices(), 16)

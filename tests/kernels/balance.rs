@@ -96,7 +96,7 @@ pub fn measure_by(
     let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
     let bias = bias.map(|bias| Guarded::input(&stream, "correction_bias", bias));
     let row = top_k + desc.gating.gating.appended_experts();
-    let mut ids = Guarded::output(&stream, "ids", tokens * row);
+    let mut ids = Guarded::ids(&stream, "ids", tokens * row);
     let mut weights = Guarded::output(&stream, "weights", tokens * row);
     let mut lse = Guarded::output(&stream, "log_sum_exp", tokens);
     let mut shares = Guarded::output(&stream, "probabilities", tokens * experts);

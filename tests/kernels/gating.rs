@@ -1,7 +1,7 @@
 //! Checks of `gating_*`, alone and fused with dispatch.
 
 use moe_kernels::capacity::dispatch::DispatchDesc;
-use moe_kernels::registry::{Gate, Kernel};
+use moe_kernels::registry::{Gate, Kernel, WideGate};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::rules::{Capacity, Garbage, Gating, GroupScore, Groups, Masked, Renormalise, Score};
@@ -15,6 +15,40 @@ use crate::support::device;
 use crate::support::inputs::normal;
 use crate::timing::time;
 use crate::tokens::{LogitsOn, Padding};
+
+/// More than 32 choices.
+pub fn check_wide(variant: WideGate, rng: &mut fastrand::Rng) {
+    let most = variant.gate().max_experts() as usize;
+    let least = WideGate::VALUES.iter().map(|&v| 32 * v as usize).filter(|&e| e < most).max().unwrap_or(32) + 1;
+    for experts in [least, (least + most) / 2, most] {
+        for (tokens, top_k) in [(1, 33), (23, 64), (9, 40), (5, 63)] {
+            let top_k = top_k.min(experts);
+            for logits in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
+                let gating = Gating::new(variant.score)
+                    .renormalise(renormalise(rng))
+                    .scale(if rng.bool() { 1.0 } else { 2.5 })
+                    .garbage(garbage(rng))
+                    .groups(groups(rng, variant.score, experts, top_k));
+                let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
+                let desc = GatingDesc::new(tokens, experts, top_k, gating);
+                case(Kernel::GatingWide(variant), rng, &desc, logits, with_bias);
+            }
+        }
+    }
+    for (experts, _, groups) in every_group_rule(variant.score, most) {
+        let eligible = if groups.masked == Masked::Zero { experts } else { experts / groups.count * groups.kept };
+        if eligible >= 33 {
+            let gating = Gating::new(variant.score).groups(Some(groups));
+            let desc = GatingDesc::new(23, experts, eligible.min(40), gating);
+            case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, false);
+        }
+    }
+    let warps = 8 * device::kernels().device().multiprocessors * variant.gate().warps();
+    if variant.values == 8 {
+        let desc = GatingDesc::new(warps as usize + 5, 70, 35, Gating::new(variant.score));
+        case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, variant.score != Score::TopkSoftmax);
+    }
+}
 
 pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
     let Some(score) = variant.score else { return any_rule::check(variant, rng) };
@@ -33,21 +67,21 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
                     .groups(groups(rng, score, experts, top_k));
                 let with_bias = score != Score::TopkSoftmax && rng.bool();
                 let desc = GatingDesc::new(tokens, experts, top_k, gating);
-                case(variant, rng, &desc, logits, with_bias);
+                case(Kernel::Gating(variant), rng, &desc, logits, with_bias);
             }
         }
     }
     for (experts, top_k, groups) in every_group_rule(score, most) {
         let desc = GatingDesc::new(23, experts, top_k, Gating::new(score).groups(Some(groups)));
-        case(variant, rng, &desc, Logits::Normal, false);
+        case(Kernel::Gating(variant), rng, &desc, Logits::Normal, false);
     }
     // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
     if !variant.dispatch && variant.values <= 32 {
         let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
         let gating = Gating::new(score);
         let desc = GatingDesc::new(warps as usize + 5, least.max(2), 2, gating);
-        case(variant, rng, &desc, Logits::Normal, score != Score::TopkSoftmax);
-        case(variant, rng, &desc, Logits::Ties, false);
+        case(Kernel::Gating(variant), rng, &desc, Logits::Normal, score != Score::TopkSoftmax);
+        case(Kernel::Gating(variant), rng, &desc, Logits::Ties, false);
     }
 }
 
@@ -138,7 +172,8 @@ pub fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
         .collect()
 }
 
-fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
+fn case(variant: Kernel, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
+    let dispatches = matches!(variant, Kernel::Gating(Gate { dispatch: true, .. }));
     let kernels = device::kernels();
     let stream = device::stream();
     let mut logits = logits(rng, kind, desc.tokens * desc.experts);
@@ -158,19 +193,19 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
 
     let bias = bias.map(|values| Guarded::input(&stream, "correction_bias", &values));
     let choices = desc.tokens * desc.top_k;
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, desc.tokens).padded(true))];
     let capacity = capacities[rng.usize(..3)];
     let order = DispatchDesc::new(desc.tokens, desc.experts, desc.top_k, 16).capacity(capacity);
     let fused = GatingDispatchDesc::new(desc.gating, order);
-    let selection = if variant.dispatch {
+    let selection = if dispatches {
         gating_dispatch::select(&fused, kernels.device())
     } else {
         gating::select(desc, kernels.device())
     };
-    assert_eq!(selection.unwrap().kernel.variant(), Kernel::Gating(variant));
-    let bytes = gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap();
+    assert_eq!(selection.unwrap().kernel.variant(), variant);
+    let bytes = if dispatches { gating_dispatch::workspace_bytes(&fused, kernels.device()).unwrap() } else { 16 };
     let mut outputs = Outputs::new(&stream, order.shape(), bytes);
     let launch = |ids: &mut Guarded<i32>, weights: &mut Guarded<f32>, outputs: &mut Outputs| {
         let bias = bias.as_ref().map(Guarded::view);
@@ -178,7 +213,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
         let (mut ids, mut weights) = (ids.view_mut(), weights.view_mut());
         device_logits.with(|logits| {
             padding.with(|mask| {
-                if !variant.dispatch {
+                if !dispatches {
                     let mut args = GatingArgs::new(logits, &mut ids, &mut weights).mask(mask);
                     args.correction_bias = correction_bias;
                     return gating::forward(kernels, &stream, desc, args).unwrap();
@@ -204,7 +239,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     );
     device_logits.assert_unchanged(&stream);
     padding.assert_unchanged(&stream);
-    let sorted = variant.dispatch.then(|| reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap());
+    let sorted = dispatches.then(|| reference::dispatch::dispatch(&want.ids, &rule_of(&order)).unwrap());
     if let Some(sorted) = &sorted {
         outputs.assert_equal(&stream, &name, sorted, Some(&got_weights));
     }

@@ -22,7 +22,7 @@ fn launch(desc: &HashDesc, token_ids: &[i32], table: Option<&[i32]>, padding: &P
     let (kernels, stream) = (device::kernels(), device::stream());
     let words = Guarded::input(&stream, "token_ids", token_ids);
     let table = table.map(|table| Guarded::input(&stream, "table", table));
-    let mut ids = Guarded::output(&stream, "ids", desc.tokens * desc.top_k);
+    let mut ids = Guarded::ids(&stream, "ids", desc.tokens * desc.top_k);
     let mut run = || {
         ids.reset(&stream);
         let (words, table, mut to) = (words.view(), table.as_ref().map(Guarded::view), ids.view_mut());

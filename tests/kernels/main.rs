@@ -86,6 +86,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),

@@ -128,7 +128,7 @@ fn launch_padded(
         vec![Guarded::input(&stream, "clean", clean), Guarded::input(&stream, "raw", raw)]
     };
     let choices = tokens * rule.top_k;
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let mut noisy = Guarded::<f32>::output(&stream, "noisy", tokens * experts);
     let mut thresholds = Guarded::<f32>::output(&stream, "thresholds", tokens * 2);
@@ -339,7 +339,7 @@ fn no_tokens() {
     let (kernels, stream) = (device::kernels(), device::stream());
     let desc = NoisyDesc::new(0, 5, rule(2, 0.0));
     let nothing: CudaSlice<f32> = stream.alloc_zeros(1).unwrap();
-    let mut ids = Guarded::<i32>::output(&stream, "ids", 1);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", 1);
     let mut weights = Guarded::<f32>::output(&stream, "weights", 1);
     let mut counts = Guarded::<i32>::output(&stream, "counts", 5);
     let mut importance = Guarded::<f32>::output(&stream, "importance", 5);
@@ -366,7 +366,7 @@ fn many_tokens(rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let (clean, raw) = Logits::Skewed.draw(rng, desc.tokens * 4, 4);
     let (device_clean, device_raw) = (stream.clone_htod(&clean).unwrap(), stream.clone_htod(&raw).unwrap());
-    let mut ids = Guarded::<i32>::output(&stream, "ids", desc.tokens);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", desc.tokens);
     let mut weights = Guarded::<f32>::output(&stream, "weights", desc.tokens);
     let mut counts = Guarded::<i32>::output(&stream, "counts", 4);
     let mut importance = Guarded::<f32>::output(&stream, "importance", 4);

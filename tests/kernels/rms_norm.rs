@@ -161,11 +161,17 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormDesc, x: &[T], operands: &Opera
             assert!(got_bits[range.start * bytes..range.end * bytes] == before, "{name}: row {r} is not to be written");
             continue;
         }
-        if operands.addend.is_some() {
-            let (got, want) = (to_f64(&got_sum[range.clone()]), &want.sum[range.clone()]);
+        if let Some(addend) = &operands.addend {
             // One fused operation, rounded once more to 16 bits.
-            let bounds: Vec<f64> = want.iter().map(|w| UNIT * w.abs()).collect();
-            assert_bounded(&format!("{name}: sum of row {r}"), &got, want, &bounds, desc.dtype);
+            let exact = |i: usize| {
+                let scale: f64 = operands.scale.as_ref().map_or(1.0, |list| list[i % width].into());
+                let (x, addend): (f64, f64) = (x[i].into(), addend[i].into());
+                x + scale * addend
+            };
+            let sums: Vec<f64> = range.clone().map(exact).collect();
+            let bounds: Vec<f64> = sums.iter().map(|sum| UNIT * sum.abs()).collect();
+            let got = to_f64(&got_sum[range.clone()]);
+            assert_bounded(&format!("{name}: sum of row {r}"), &got, &sums, &bounds, desc.dtype);
         }
         let (got, want) = (&got[range.clone()], &want.y[range.clone()]);
         // A mean is off by half of what its additions and roundings are, with a square root that approximates to 2^-22.4; five products. What is

@@ -66,7 +66,7 @@ fn launch_padded(desc: &SampledDesc, logits: &[f32], state: &State, padding: &Pa
     let (kernels, stream) = (device::kernels(), device::stream());
     let choices = desc.tokens * desc.rule.top_k;
     let input = Guarded::input(&stream, "logits", logits);
-    let mut ids = Guarded::<i32>::output(&stream, "ids", choices);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", choices);
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let mut logs = Guarded::<f32>::output(&stream, "log_probabilities", choices);
     let mut entropy = Guarded::<f32>::output(&stream, "entropy", desc.tokens);
@@ -193,7 +193,7 @@ fn many_tokens(rng: &mut fastrand::Rng) {
     let (logits, _) = Logits::Skewed.draw(rng, desc.tokens * 3, 3);
     let stream = device::stream();
     let input = stream.clone_htod(&logits).unwrap();
-    let mut ids = Guarded::<i32>::output(&stream, "ids", desc.tokens);
+    let mut ids = Guarded::<i32>::ids(&stream, "ids", desc.tokens);
     let mut weights = Guarded::<f32>::output(&stream, "weights", desc.tokens);
     let (mut to, mut weights_to) = (ids.view_mut(), weights.view_mut());
     let args = SampledArgs::new(&input, &mut to, &mut weights_to);

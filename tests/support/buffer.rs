@@ -59,6 +59,13 @@ impl<T: DeviceRepr + bytemuck::Pod + PartialEq> Guarded<T> {
         Self::new(stream, name, values, behind, shift)
     }
 
+    /// An output of `len` ids, filled with numbers that no launch writes: junk of ones would pass for the -1 of no expert.
+    pub fn ids(stream: &Arc<CudaStream>, name: &'static str, len: usize) -> Guarded<T> {
+        let behind = if super::device::control().is_some() { 0 } else { Self::guard_elements() };
+        let odd = bytemuck::pod_read_unaligned(&vec![0x5a; size_of::<T>()]);
+        Self::new(stream, name, &vec![odd; len], behind, 0)
+    }
+
     /// Puts back what the buffer held when it was made, an output's junk: what a later launch does not write cannot pass for
     /// what it wrote.
     pub fn reset(&mut self, stream: &Arc<CudaStream>) {

@@ -55,7 +55,7 @@ pub struct GemmDesc {
     pub rows: Rows,
     /// Whether a row reads its token's row of `a`, else its own.
     pub gather: bool,
-    /// Columns `N` of `out`. Multiples of 8, like those of `k`, are several times faster.
+    /// Columns `N` of `out`. Multiples of 8, like those of `k`, are fastest.
     pub n: usize,
     /// Columns `K` of `a`.
     pub k: usize,

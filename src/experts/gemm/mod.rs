@@ -5,7 +5,7 @@
 //!
 //! `v[n] = row_scale[r] * sum_k a[.,k] * b[e,n,k] + bias[e,n]`
 //!
-//! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
+//! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`](crate::rules::Activation). Products are summed in f32; f32 inputs
 //! keep a relative error of 1e-5, up to the largest; an infinite one makes its sums infinite or NaN.
 
 mod activation;

@@ -67,7 +67,6 @@ impl AroundPlan {
             norm.map(step).transpose()
         };
         let latent = desc.latent.map(|latent| {
-            shape::positive(OPERATION, "latent.width", latent.width)?;
             let product = |n, k, weight| {
                 let desc = GemmDesc::new(dtype, Rows::Dense(tokens), n, k).weight(weight);
                 Ok::<_, Error>(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })

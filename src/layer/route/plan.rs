@@ -14,6 +14,7 @@ use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Dtype, IdFormat, NullOutput};
+use crate::runtime::shape;
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
 
@@ -89,7 +90,7 @@ impl RoutePlan {
         let both = |gating, dispatch| GatingDispatchDesc::new(gating, dispatch).null_experts(null_experts);
         let choice = match desc.measure {
             // Without blocks that are all resident, one block would do all of the gating: two launches take many for it.
-            None if alone && device.cooperative_launch => {
+            None if alone && device.cooperative_launch && candidates <= shape::LANES => {
                 let both = both(gating.gating, dispatch.desc);
                 let selection = gating_dispatch::select(&both, device).map_err(within)?;
                 Choice::WithDispatch(Step { desc: both, selection })

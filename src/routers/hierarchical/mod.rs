@@ -119,8 +119,8 @@ impl HierarchicalDesc {
         noisy::check_rule(OPERATION, &self.primary, self.groups)?;
         noisy::check_rule(OPERATION, &self.secondary, self.experts)?;
         let choices = self.primary.top_k * self.secondary.top_k;
-        if choices > crate::MAX_TOP_K {
-            let supported = format!("at most {} of both levels multiplied", crate::MAX_TOP_K);
+        if choices > shape::LANES {
+            let supported = format!("at most {} of both levels multiplied", shape::LANES);
             return Err(Error::unsupported(OPERATION, "top_k", supported, choices));
         }
         shape::product(OPERATION, "logits", &[self.tokens, 2, all])?;

@@ -132,6 +132,7 @@ impl MeasuredGatingDesc {
     /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
     pub fn validate(&self) -> Result<(), Error> {
         self.gating.validate()?;
+        self.gating.validate_lanes(OPERATION, "where the batch is measured")?;
         shape::positive(OPERATION, "rule.tokens_per_sequence", self.rule.tokens_per_sequence)?;
         if let Some(capacity) = self.rule.capacity {
             shape::positive(OPERATION, "rule.capacity", capacity)?;
