@@ -57,6 +57,11 @@
 //! # }
 //! ```
 //!
+//! # Checkpoints
+//!
+//! The feature `checkpoint` adds a module of that name, which reads the MoE blocks of Hugging Face checkpoints into a
+//! [`layer::LayerDesc`] and its weights on the device.
+//!
 //! # Order across streams
 //!
 //! Operations are enqueued on the caller's stream. A buffer of cudarc's carries an event of its last read and one of its last

@@ -32,6 +32,7 @@
 
 mod config;
 mod error;
+mod facts;
 mod families;
 mod family;
 mod files;
@@ -39,7 +40,6 @@ mod folder;
 mod foreign;
 mod kind;
 mod load;
-mod load_kind;
 mod locate;
 mod model;
 mod nearest;
@@ -52,8 +52,9 @@ mod weights;
 
 pub use config::Config;
 pub use error::{CheckpointError, Lost};
+pub use facts::{Experts, Matrices};
 pub use families::families;
-pub use family::{Experts, Family, Matrices};
+pub use family::Family;
 pub use folder::Checkpoint;
 pub use kind::{Bank, Kind, Network};
 pub use load::Progress;

@@ -28,11 +28,11 @@ pub struct BlockRun<T> {
 }
 
 enum Steps<T> {
-    Layer { plan: LayerPlan, workspace: Workspace },
-    Network { network: NetworkPlan, plan: LayerPlan, workspace: Workspace },
-    Banks { plan: BanksPlan<2>, workspace: Workspace },
-    UnitExperts(UnitExperts<T>),
-    BySequence(BySequence<T>),
+    Layer { plan: Box<LayerPlan>, workspace: Workspace },
+    Network { network: Box<NetworkPlan>, plan: Box<LayerPlan>, workspace: Workspace },
+    Banks { plan: Box<BanksPlan<2>>, workspace: Workspace },
+    UnitExperts(Box<UnitExperts<T>>),
+    BySequence(Box<BySequence<T>>),
 }
 
 /// What a block takes beside rows; each exactly where the block has a use for it.
@@ -93,26 +93,28 @@ impl<T: Element> BlockRun<T> {
         let mut state = None;
         let steps = match &block.kind {
             Kind::Layer => {
-                let plan = desc.plan(tokens, device)?;
+                let plan = Box::new(desc.plan(tokens, device)?);
                 kernels.preload(plan.kernels())?;
-                Steps::Layer { plan, workspace: Workspace::new(stream, plan.workspace_bytes())? }
+                Steps::Layer { workspace: Workspace::new(stream, plan.workspace_bytes())?, plan }
             }
             Kind::Network(network) => {
-                let plan = desc.plan(tokens, device)?;
+                let plan = Box::new(desc.plan(tokens, device)?);
                 let form = NetworkDesc::new(T::DTYPE, tokens, desc.hidden, network.width, desc.experts, network.norm);
-                let network_plan = form.state(Dtype::F32).plan(device)?;
+                let network_plan = Box::new(form.state(Dtype::F32).plan(device)?);
                 let bytes = plan.workspace_bytes().max(network_plan.workspace_bytes());
                 kernels.preload(plan.kernels().chain(network_plan.kernels()))?;
                 state = Some(zeros(stream, tokens * network.width)?);
                 Steps::Network { network: network_plan, plan, workspace: Workspace::new(stream, bytes)? }
             }
             Kind::Banks(bank) => {
-                let plan = BanksPlan::new(&[desc, bank.desc], tokens, IdFormat::I32, device)?;
+                let plan = Box::new(BanksPlan::new(&[desc, bank.desc], tokens, IdFormat::I32, device)?);
                 kernels.preload(plan.kernels())?;
                 Steps::Banks { workspace: Workspace::new(stream, plan.workspace_bytes())?, plan }
             }
-            Kind::UnitExperts { keys, .. } => Steps::UnitExperts(UnitExperts::new(&desc, *keys, tokens, stream)?),
-            Kind::BySequence { .. } => Steps::BySequence(BySequence::new(&desc, tokens, device, stream)?),
+            Kind::UnitExperts { keys, .. } => {
+                Steps::UnitExperts(Box::new(UnitExperts::new(&desc, *keys, tokens, stream)?))
+            }
+            Kind::BySequence { .. } => Steps::BySequence(Box::new(BySequence::new(&desc, tokens, device, stream)?)),
         };
         let columns = match &block.kind {
             Kind::Layer | Kind::Network(_) | Kind::Banks(_) => desc.logit_columns(),

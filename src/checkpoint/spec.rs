@@ -2,7 +2,8 @@
 
 use super::config::Config;
 use super::error::CheckpointError;
-use super::family::{Act, Experts, Family, GroupFacts, Matrices, Renorm, Scored, Width};
+use super::facts::{Act, Experts, GroupFacts, Matrices, Renorm, Scored, Width};
+use super::family::Family;
 use super::folder::Checkpoint;
 use super::foreign;
 use super::kind::KindSpec;
@@ -10,7 +11,7 @@ use super::locate::{Found, full_name};
 use super::weights::SequenceCapacity;
 use crate::Dtype;
 use crate::layer::{LayerDesc, Mlp, SharedDesc};
-use crate::rules::{Activation, Gating, Glu, Groups, LogitRule, Masked, Swiglu};
+use crate::rules::{Activation, Gating, Glu, Groups, LogitRule, Masked, Score, Swiglu};
 
 /// What a block computes and which tensors hold it, by their names below the block's own (`^`: beside the block).
 pub(super) struct BlockSpec {
@@ -193,6 +194,7 @@ impl Family {
     fn read_gating(&self, config: &Config) -> Result<Gating, CheckpointError> {
         let score = match self.score {
             Scored::Always(score) => score,
+            Scored::Nothing => Score::Softmax,
             Scored::Named(key, scores) => {
                 let name = config.text(key, scores[0].0)?;
                 let found = scores.iter().find(|&&(known, _)| known == name);
@@ -308,12 +310,12 @@ fn glu_of(names: &Matrices) -> Glu {
 
 fn groups(facts: &GroupFacts, config: &Config) -> Result<Option<Groups>, CheckpointError> {
     const COUNT: [&str; 2] = ["n_group", "num_expert_group"];
-    if let Some((key, value)) = facts.only_if {
-        if config.text(key, "")? != value {
-            config.disregard(&COUNT);
-            config.disregard(&["topk_group"]);
-            return Ok(None);
-        }
+    if let Some((key, value)) = facts.only_if
+        && config.text(key, "")? != value
+    {
+        config.disregard(&COUNT);
+        config.disregard(&["topk_group"]);
+        return Ok(None);
     }
     let count = config.count(config.spelling(&COUNT))?.unwrap_or(facts.default.0);
     let kept = config.count("topk_group")?.unwrap_or(facts.default.1);

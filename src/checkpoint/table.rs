@@ -2,8 +2,9 @@
 
 use std::fmt::Write;
 
+use super::facts::{Act, Experts, Matrices, Renorm, Scored, Width};
 use super::families::families;
-use super::family::{Act, Experts, Family, Matrices, Renorm, Scored, Width};
+use super::family::Family;
 use crate::rules::{ChoiceBy, Glu, GroupScore, Layout, Masked, Renormalise, Score};
 
 /// Titles of [`Family::row`]'s columns.
@@ -45,6 +46,7 @@ impl Family {
         };
         let mut text = match self.score {
             Scored::Always(rule) => score(rule).to_owned(),
+            Scored::Nothing => "an index of the caller's by image".to_owned(),
             Scored::Named(key, names) => format!("{} (`{key}`)", score(names[0].1)),
         };
         if self.choice == ChoiceBy::Logit {
@@ -59,12 +61,11 @@ impl Family {
         if self.router_bias.is_some() {
             text += ", router with a bias";
         }
-        match self.correction {
-            Some(correction) => match correction.flag {
-                None => text += " + bias",
-                Some((key, _)) => text += &format!(" + bias if `{key}`"),
-            },
-            None => {}
+        if let Some(correction) = self.correction {
+            text += &match correction.flag {
+                None => " + bias".to_owned(),
+                Some((key, _)) => format!(" + bias if `{key}`"),
+            };
         }
         if self.second_router.is_some() {
             text += "; by token type, among one or another bank of experts";

@@ -1,7 +1,7 @@
 //! Families that have little in common with others.
 
 use super::*;
-use crate::checkpoint::family::{Act, Experts, MODULE, Matrices};
+use crate::checkpoint::facts::{Act, Experts, MODULE, Matrices};
 use crate::checkpoint::kind::KindSpec;
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::checkpoint::weights::SequenceCapacity;
@@ -43,7 +43,8 @@ pub(super) const KIN: &[Family] = &[
         .counts(&["num_experts"], &[])
         .experts(Experts::Each(Matrices::plain("experts.#.weight", "experts.#.weight").biased()))
         .activation(Act::Named(&["hidden_act"], "gelu"))
-        .refine("nothing is chosen: an index by image; `part_features` last columns of the output", vitpose),
+        .without_scores()
+        .refine("experts make the last `part_features` columns of the output", vitpose),
 ];
 
 fn nllb(scene: &Scene<'_>, spec: &mut BlockSpec) -> Result<(), CheckpointError> {

@@ -2,7 +2,7 @@
 //! a scale.
 
 use super::*;
-use crate::checkpoint::family::{Experts, MODULE, Matrices, SHARED_EXPERTS};
+use crate::checkpoint::facts::{Experts, MODULE, Matrices, SHARED_EXPERTS};
 use crate::rules::{GroupScore, Masked, Score};
 
 /// Groups by their largest score. The model's own code never divides the weights by their sum.

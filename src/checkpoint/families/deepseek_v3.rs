@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::Dtype;
-use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SCORING, SHARED_EXPERTS, W123};
+use crate::checkpoint::facts::{Act, Experts, MODULE, Matrices, SCORING, SHARED_EXPERTS, W123};
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::layer::{LatentDesc, Norms};
 use crate::rules::{ChoiceBy, GroupScore, Masked, RmsNorm, Score};

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::Dtype;
-use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
+use crate::checkpoint::facts::{Act, Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::layer::{LatentDesc, Norms, Weighting};
 use crate::rules::{Appended, AppendedWeight, Gain, Glu, Layout, RmsNorm, Score};

@@ -1,7 +1,7 @@
 //! Softmax over all experts, then the best of them; their weights divided by their sum always, never, or where a key says so.
 
 use super::*;
-use crate::checkpoint::family::{Act, Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
+use crate::checkpoint::facts::{Act, Experts, MODULE, Matrices, SHARED_EXPERT, SHARED_EXPERTS, SHARED_MLP, W123};
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::layer::{MapDesc, Norms};
 use crate::rules::{IDENTITY, RmsNorm, Score};

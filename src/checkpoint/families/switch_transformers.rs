@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::Dtype;
-use crate::checkpoint::family::{Act, Experts, Matrices};
+use crate::checkpoint::facts::{Act, Experts, Matrices};
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::layer::Mlp;
 use crate::rules::{Capacity, Score};

@@ -1,7 +1,7 @@
 //! The best logits, and the softmax over these alone.
 
 use super::*;
-use crate::checkpoint::family::{Act, Experts, SHARED_EXPERTS};
+use crate::checkpoint::facts::{Act, Experts, SHARED_EXPERTS};
 use crate::checkpoint::spec::{BlockSpec, Scene};
 use crate::rules::{Glu, Layout, Score};
 
@@ -38,7 +38,7 @@ pub(super) const KIN: &[Family] = &[
     // The weights are divided by k, and the sum multiplied by it.
     GPT_OSS.kin(&["openai_privacy_filter"]).experts(biased(Glu::Split)),
     GRANITEMOE,
-    GRANITEMOE.kin(&["granitemoe_swa"]).router("router.weight").experts(crate::checkpoint::family::MODULE),
+    GRANITEMOE.kin(&["granitemoe_swa"]).router("router.weight").experts(crate::checkpoint::facts::MODULE),
     // JetMoE (Shen et al. 2024).
     Family::new(&["jetmoe"], Score::TopkSoftmax)
         .router("router.layer.weight")

@@ -1,13 +1,15 @@
 //! Tensors of blocks that are more, or other, than a layer.
 
-use super::error::CheckpointError;
-use super::kind::{Kind, KindSpec, Network};
-use super::load::{Pair, Reader};
-use super::locate::fill;
-use super::spec::BlockSpec;
-use super::store::Store;
-use super::weights::MatrixWeight;
+use super::experts::Pair;
+use super::reader::Reader;
 use crate::Dtype;
+use crate::checkpoint::error::CheckpointError;
+use crate::checkpoint::facts::Experts;
+use crate::checkpoint::kind::{Kind, KindSpec, Network};
+use crate::checkpoint::locate::fill;
+use crate::checkpoint::spec::BlockSpec;
+use crate::checkpoint::store::Store;
+use crate::checkpoint::weights::MatrixWeight;
 use crate::layer::LayerDesc;
 
 impl<S: Store> Reader<'_, S> {
@@ -52,7 +54,7 @@ impl<S: Store> Reader<'_, S> {
 
     /// The dense MLP beside experts of one unit, as that of one expert.
     pub(super) fn dense(&mut self, spec: &BlockSpec, layer: &LayerDesc) -> Result<Pair<S>, CheckpointError> {
-        let super::family::Experts::Each(matrices) = spec.experts else {
+        let Experts::Each(matrices) = spec.experts else {
             return Err(CheckpointError::ExpertLayout {
                 block: "dense".into(),
                 expected: "one tensor for each matrix".into(),
