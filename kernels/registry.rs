@@ -568,6 +568,10 @@ pub enum Kernel {
     Gating(Gate),
     /// Choice of more than 32 experts.
     GatingWide(WideGate),
+    /// Slots that experts with a capacity keep by weight.
+    KeepLargest,
+    /// The correction bias that shares a batch out evenly.
+    QuantileBias,
     /// Slots sorted by expert.
     Dispatch(Dispatch),
     /// The same with each expert's rows rounded up to a multiple, and a limit on all rows.
@@ -690,6 +694,8 @@ impl Kernel {
                 format!("noisy_{}e{}", if k.grouped { "grouped_" } else { "" }, k.spread.max_experts())
             }
             Kernel::MeasuredGating(k) => format!("{}_measured", Kernel::Gating(k.gate()).name()),
+            Kernel::KeepLargest => "keep_largest".into(),
+            Kernel::QuantileBias => "quantile_bias".into(),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
@@ -737,6 +743,8 @@ impl Kernel {
             Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
             Kernel::MeasuredGating(MeasuredGate { score: Some(_), .. }) => "MeasuredGating",
             Kernel::MeasuredGating(MeasuredGate { score: None, .. }) => "MeasuredGatingAny",
+            Kernel::KeepLargest => "KeepLargest",
+            Kernel::QuantileBias => "QuantileBias",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
@@ -764,6 +772,7 @@ impl Kernel {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
+            Kernel::KeepLargest | Kernel::QuantileBias => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
             Kernel::ExpertCounts { .. }
             | Kernel::MapToIds
@@ -836,6 +845,8 @@ impl Kernel {
             Kernel::Hash => "routers/hash.ptx.jinja",
             Kernel::Noisy(_) => "routers/noisy.ptx.jinja",
             Kernel::MeasuredGating(_) => "routers/gating_measured.ptx.jinja",
+            Kernel::KeepLargest => "capacity/keep_largest.ptx.jinja",
+            Kernel::QuantileBias => "routers/quantile_bias.ptx.jinja",
             Kernel::BalanceLoss => "routers/balance_loss.ptx.jinja",
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
             Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
@@ -918,7 +929,12 @@ impl Kernel {
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
-            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::RowGroups => {
+            Kernel::ExpertChoice
+            | Kernel::TokenSlots
+            | Kernel::Base
+            | Kernel::RowGroups
+            | Kernel::KeepLargest
+            | Kernel::QuantileBias => {
                 vec![("warps", Int(BLOCK_WARPS))]
             }
             Kernel::Noisy(k) => {
@@ -1020,6 +1036,7 @@ pub fn all() -> Vec<Kernel> {
     }
     kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
+    kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);

@@ -6,6 +6,7 @@ pub mod dispatch;
 pub mod expert_counts;
 pub mod expert_map;
 mod ids;
+pub mod keep_largest;
 pub mod lists;
 pub mod routing_map;
 pub mod row_groups;

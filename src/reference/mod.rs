@@ -23,6 +23,7 @@ pub mod gemm;
 pub mod hash;
 pub mod jitter;
 pub mod k_grouped;
+pub mod keep_largest;
 pub mod layer;
 pub mod noise_state;
 pub mod noisy;
@@ -30,6 +31,7 @@ mod parallel;
 pub mod permute;
 
 pub mod product_keys;
+pub mod quantile_bias;
 pub mod rms_norm;
 pub mod router;
 pub mod routing_map;

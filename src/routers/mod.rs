@@ -15,6 +15,7 @@ pub mod network;
 pub mod noise_state;
 pub mod noisy;
 pub mod product_keys;
+pub mod quantile_bias;
 pub mod router;
 pub mod sampled;
 pub mod sinkhorn;

@@ -27,6 +27,7 @@ mod hierarchical;
 mod ids;
 mod jitter;
 mod k_grouped;
+mod keep_largest;
 mod lists;
 mod mutants;
 mod noise_state;
@@ -90,6 +91,8 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::KeepLargest => keep_largest::check(rng),
+        Kernel::QuantileBias => keep_largest::check_bias(rng),
         Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::DispatchRows(variant) => dispatch::check_rows(variant, rng),
