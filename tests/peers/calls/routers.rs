@@ -3,10 +3,12 @@
 use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
+use moe_kernels::routers::quantile_bias::{self, QuantileBiasArgs, QuantileBiasDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
+use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
 use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
-use moe_kernels::rules::{BalanceRule, Gating};
+use moe_kernels::rules::{BalanceRule, Gating, NoiseSource, SamplingRule};
 use moe_kernels::{Dtype, In, TokenMask, Workspace};
 
 use super::{Chosen, down, gpu, junk, up};
@@ -146,6 +148,30 @@ pub fn sinkhorn(logits: &[f32], experts: usize, iterations: u32, tolerance: f32)
     let args = SinkhornArgs::new(&logits, &mut ids, &mut potentials, &mut status, &mut workspace);
     sinkhorn::forward(kernels, &stream, &desc, args).unwrap();
     down(&stream, &potentials, experts)
+}
+
+/// `k` experts drawn for each token, at an inverse temperature.
+pub fn draw(logits: &[f32], experts: usize, top_k: usize, inverse_temperature: f32, seed: u64) -> Chosen {
+    let (kernels, stream) = gpu();
+    let tokens = logits.len() / experts;
+    let rule = SamplingRule::new(top_k, NoiseSource::new(seed, 0)).inverse_temperature(inverse_temperature);
+    let logits = up(&stream, logits);
+    let (mut ids, mut weights) = (junk::<i32>(&stream, tokens * top_k), junk::<f32>(&stream, tokens * top_k));
+    let desc = SampledDesc::new(tokens, experts, rule);
+    sampled::forward(kernels, &stream, &desc, SampledArgs::new(&logits, &mut ids, &mut weights)).unwrap();
+    Chosen { ids: down(&stream, &ids, tokens * top_k), weights: down(&stream, &weights, tokens * top_k) }
+}
+
+/// The bias that gives every expert its share, from choices `ids [T, k + 1]` by `scores [T, E]` and `bias`.
+pub fn quantile_bias(scores: &[f32], ids: &[i32], bias: &[f32], top_k: usize) -> Vec<f32> {
+    let (kernels, stream) = gpu();
+    let experts = bias.len();
+    let desc = QuantileBiasDesc::new(scores.len() / experts, experts, top_k);
+    let (scores, ids, bias) = (up(&stream, scores), up(&stream, ids), up(&stream, bias));
+    let mut updated = junk::<f32>(&stream, experts);
+    let args = QuantileBiasArgs::new(&scores, &ids, &bias, &mut updated);
+    quantile_bias::forward(kernels, &stream, &desc, args).unwrap();
+    down(&stream, &updated, experts)
 }
 
 /// A router's logits.
