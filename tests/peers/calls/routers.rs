@@ -1,5 +1,6 @@
 //! Routers, choices and what is measured of them.
 
+use moe_kernels::experts::rms_norm::{self, RmsNormArgs, RmsNormDesc};
 use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
@@ -8,7 +9,7 @@ use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
 use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
-use moe_kernels::rules::{BalanceRule, Gating, NoiseSource, SamplingRule};
+use moe_kernels::rules::{BalanceRule, Gain, Gating, LogitRule, NoiseSource, RmsNorm, SamplingRule};
 use moe_kernels::{Dtype, In, TokenMask, Workspace};
 
 use super::{Chosen, down, gpu, junk, up};
@@ -174,14 +175,28 @@ pub fn quantile_bias(scores: &[f32], ids: &[i32], bias: &[f32], top_k: usize) ->
     down(&stream, &updated, experts)
 }
 
+/// Rows over the root of the mean of their squares.
+pub fn normed<T: Storage>(x: &[T], width: usize) -> Vec<T> {
+    let (kernels, stream) = gpu();
+    let desc = RmsNormDesc::new(T::DTYPE, x.len() / width, width, RmsNorm::new(1e-24).gain(Gain::One));
+    let (on_device, mut y) = (up(&stream, x), junk::<T>(&stream, x.len()));
+    rms_norm::forward(kernels, &stream, &desc, RmsNormArgs::new(&on_device, &mut y)).unwrap();
+    down(&stream, &y, x.len())
+}
+
 /// A router's logits.
 pub fn router<T: Storage>(x: &[T], weight: &[T], bias: Option<&[f32]>, hidden: usize) -> Vec<f32> {
+    router_by(x, weight, bias, hidden, LogitRule::PLAIN)
+}
+
+/// The same with a rule for the logits.
+pub fn router_by<T: Storage>(x: &[T], weight: &[T], bias: Option<&[f32]>, hidden: usize, rule: LogitRule) -> Vec<f32> {
     let (kernels, stream) = gpu();
     let (tokens, experts) = (x.len() / hidden, weight.len() / hidden);
     let (x, weight, bias) = (up(&stream, x), up(&stream, weight), bias.map(|bias| up(&stream, bias)));
     let mut logits = junk::<f32>(&stream, tokens * experts);
     let mut args = RouterArgs::new(&x, &weight, &mut logits);
     args.bias = bias.as_ref().map(In::from);
-    router::forward(kernels, &stream, &RouterDesc::new(T::DTYPE, tokens, experts, hidden), args).unwrap();
+    router::forward(kernels, &stream, &RouterDesc::new(T::DTYPE, tokens, experts, hidden).logits(rule), args).unwrap();
     down(&stream, &logits, tokens * experts)
 }
