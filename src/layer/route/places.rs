@@ -62,6 +62,9 @@ impl<'a> HeldRoute<'a> {
             gating::check_given(OPERATION, &desc.gating, args.given.is_some())?;
         }
         let unexpected = |argument, reason| Err(Error::Unexpected { operation: OPERATION, argument, reason });
+        if !routes && args.given.is_some() {
+            return unexpected("given", "the choices come from elsewhere");
+        }
         if args.measured.is_some() && desc.measure.is_none() {
             return unexpected("measured", "the descriptor does not measure the batch");
         }
@@ -79,9 +82,8 @@ impl<'a> HeldRoute<'a> {
         if args.noise_state.is_some() && !desc.draws() {
             return unexpected("noise_state", "the descriptor's admission draws nothing");
         }
-        let given = args.given.filter(|_| routes);
         let held = HeldRoute {
-            given: given.map(|given| given.open(scope, tokens, plan.chosen())).transpose()?,
+            given: args.given.map(|given| given.open(scope, tokens, plan.chosen())).transpose()?,
             logits: scope.write_some("logits", args.logits, tokens * desc.logit_columns(), SCALAR)?,
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
             weights: scope.write_some("weights", args.weights, choices, SCALAR)?,
