@@ -102,6 +102,20 @@ fn gelu_glu_and_plain_gelu_tanh() {
     check::<f32, f32>(&Case { expert_bias: true, ..Case::new(mixtral(Dtype::F32).mlp(mlp), 9) });
 }
 
+/// Widths that a model split over ranks has; a shared expert as wide as the others.
+#[test]
+fn widths_of_split_models() {
+    for (hidden, intermediate) in [(511, 12), (12, 511), (100, 133), (170, 341), (682, 100), (64, 341), (133, 64)] {
+        let desc = |dtype| {
+            let plain = LayerDesc::new(dtype, hidden, intermediate, 5, 2);
+            plain.shared(Some(SharedDesc::new(intermediate, plain.mlp)))
+        };
+        check::<bf16, bf16>(&Case { expert_bias: true, ..Case::new(desc(Dtype::Bf16), 19) });
+        check::<f16, f32>(&Case { residual: true, ..Case::new(desc(Dtype::F16).router_dtype(Dtype::F32), 3) });
+        check::<f32, f32>(&Case { router_bias: true, ..Case::new(desc(Dtype::F32), 11) });
+    }
+}
+
 #[test]
 fn one_token_and_one_expert() {
     check::<bf16, bf16>(&Case::new(mixtral(Dtype::Bf16), 1));

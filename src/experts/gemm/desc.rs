@@ -82,6 +82,8 @@ pub struct GemmDesc {
 pub enum Output {
     /// Rounded to the type of `a`.
     Rounded,
+    /// Added to what `out` holds, in f32 and after all else, and rounded to the type of `a`.
+    Added,
     /// Stored as f32, as it was summed.
     F32,
     /// Added to what `out`, of f32, holds: one addition after all else.

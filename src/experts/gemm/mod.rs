@@ -41,7 +41,7 @@ use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 /// Where a product's results go.
 #[non_exhaustive]
 pub enum ProductOut<'a, T> {
-    /// With [`Output::Rounded`].
+    /// With [`Output::Rounded`] and [`Output::Added`].
     Rounded(Out<'a, T>),
     /// With the other forms of [`Output`].
     F32(Out<'a, f32>),
@@ -132,6 +132,9 @@ buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, noise_state: 
 const BAND: usize = 8;
 
 /// Chooses kernel and grid: the dispatch's tile height, or for a dense product the cheapest one.
+///
+/// The kernels for packed rows take `n` and `k` that are multiples of 8, columns (of the weight outputs or depths) side by side, and all other
+/// strides multiples of 16 bytes. All else has one kernel, for lists of tiles of any height.
 ///
 /// # Errors
 /// Those of [`GemmDesc::validate`]; [`Error::Unsupported`] for a tile height without a kernel, or a device with too little
@@ -232,7 +235,7 @@ pub fn forward<T: Element>(
     let noise_state = scope.read_noise_state(args.noise_state)?;
     let elements = places.out_extent(rows, desc.n);
     let out = match (desc.output, args.out) {
-        (Output::Rounded, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
+        (Output::Rounded | Output::Added, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
         (Output::F32 | Output::AddedF32, ProductOut::F32(out)) => {
             scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?
         }
@@ -380,6 +383,7 @@ pub(crate) fn enqueue(
             out_form: match desc.output {
                 Output::Rounded => 0,
                 Output::F32 => 1,
+                Output::Added => 2,
                 Output::AddedF32 => 3,
             },
             activation,
