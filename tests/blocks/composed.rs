@@ -1,10 +1,11 @@
 //! Norms and latent projections in a layer, each alone and all together, against the operations' own definitions one after the other.
 
 use cudarc::driver::CudaSlice;
-use moe_kernels::experts::Weight;
+use moe_kernels::experts::combine::CombineArgs;
+use moe_kernels::experts::{Dispatched, Weight};
 use moe_kernels::layer::{
-    ExpertWeights, LatentDesc, LatentWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, NormWeights, Norms, RouteArgs,
-    RouterWeights, SharedDesc, SharedWeights, Weighting,
+    ExpertWeights, ExpertsArgs, LatentDesc, LatentWeights, LayerArgs, LayerDesc, LayerPlan, LayerWeights, Mlp,
+    NormWeights, Norms, RouteArgs, RouterWeights, SharedDesc, SharedWeights, Weighting,
 };
 use moe_kernels::reference::combine::combine;
 use moe_kernels::reference::dispatch::{DispatchRule, dispatch};
@@ -74,6 +75,33 @@ pub fn parts<T: Storage>() {
     for parts in cases {
         case::<T>(&parts);
     }
+}
+
+/// Route, experts and sum one by one.
+fn in_parts<T: Storage>(
+    run: &Run,
+    plan: &LayerPlan,
+    weights: &LayerWeights<'_>,
+    x: &CudaSlice<T>,
+    residual: Option<&CudaSlice<T>>,
+) -> Vec<f64> {
+    let Run { kernels, stream } = run;
+    let shape = plan.route().rows();
+    let mut rows = Dispatched::new(stream, &shape).unwrap();
+    let mut workspace = Workspace::new(stream, plan.workspace_bytes()).unwrap();
+    let route = RouteArgs::new();
+    plan.route().forward::<T>(kernels, stream, &weights.router, x, route, &mut rows, &mut workspace).unwrap();
+    let mut y_slots = run.out::<T>(shape.slots * HIDDEN);
+    let mut shared = plan.desc().shared.map(|_| run.out::<T>(TOKENS * HIDDEN));
+    let mut args = ExpertsArgs::new(x, &rows, &mut y_slots);
+    args.shared = shared.as_mut().map(Into::into);
+    plan.experts().forward(kernels, stream, &weights.experts, args, &mut workspace).unwrap();
+    let mut y = run.out::<T>(TOKENS * HIDDEN);
+    let mut args = CombineArgs::new(&y_slots, &rows, &mut y);
+    args.residual = residual.map(Into::into);
+    args.addend = shared.as_ref().map(Into::into);
+    plan.experts().combine(kernels, stream, args).unwrap();
+    run.get(&y)
 }
 
 /// Values of the type, on the host and on the device.
@@ -150,6 +178,11 @@ fn case<T: Storage>(parts: &Parts) {
     let more = usize::from(parts.residual && parts.latent.is_some() && parts.output.is_none());
     let planned: Vec<_> = plan.stages().map(|(stage, _)| stage).collect();
     assert_eq!(stages.len(), planned.len() + more, "{parts:?}: {stages:?} of {planned:?}");
+
+    if parts.latent.is_none() && parts.output.is_none() {
+        let other = in_parts::<T>(&run, &plan, &weights, &x.device, parts.residual.then_some(&residual.device));
+        assert!(run.get(&y) == other, "{parts:?}: other bits in parts");
+    }
 
     // The same, operation by operation.
     let normed = |rows: &[f64], norm: Option<RmsNorm>, gain: &Both<T>, width: usize| {

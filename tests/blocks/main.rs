@@ -41,6 +41,7 @@ in_every_type! {
     muse_spark_norms_and_projections => muse_spark::block;
     nemotron_h_projections => nemotron_h::block;
     zaya_network_and_state => zaya::block;
+    zaya_first_layer => zaya::first_layer;
     doge_product_keys => doge::block;
     nllb_top_two_with_capacity => nllb::block;
     ernie_vl_banks_by_token_type => ernie_vl::block;

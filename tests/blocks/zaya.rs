@@ -4,13 +4,16 @@ use moe_kernels::experts::Weight;
 use moe_kernels::layer::{
     ExpertWeights, LayerArgs, LayerDesc, LayerWeights, MapDesc, MapTable, RouteArgs, RouterWeights,
 };
+use moe_kernels::reference::gemm::{ExpertMatrix, dense_gemm};
+use moe_kernels::reference::rms_norm::{Rows, rms_norm};
 use moe_kernels::routers::network::{NetworkArgs, NetworkDesc, NetworkWeights};
-use moe_kernels::rules::{Gating, NONE, RmsNorm, Score};
+use moe_kernels::rules::{Activation, Gain, Gating, Glu, Layout, NONE, RmsNorm, Score};
 use moe_kernels::{Dtype, Workspace};
 
 use crate::folder::Folder;
 use crate::run::{Run, close};
-use crate::support::compare::Storage;
+use crate::support::compare::{Storage, to_f64};
+use crate::support::inputs::{generator, normals};
 
 pub fn block<T: Storage>() {
     let (run, folder) = (Run::new(), Folder::open("zaya", "model.layers.1.mlp."));
@@ -69,4 +72,49 @@ pub fn block<T: Storage>() {
     assert_eq!(numbers, folder.golden_ints("ids"));
     close("weights", &weights, &folder.golden("weights"), T::DTYPE);
     assert!(ids.iter().any(|&id| skips(id)), "the recorded batch has tokens without an expert");
+}
+
+/// A first layer, which has no state before it, with state and network in the type of x: the projection is the state.
+pub fn first_layer<T: Storage>() {
+    let run = Run::new();
+    let (tokens, hidden, width, experts) = (21, 40, 24, 7);
+    let mut rng = generator("zaya's first layer");
+    let mut draw = |len: usize, scale: f64| {
+        let values = normals::<T>(&mut rng, len, scale);
+        (to_f64(&values), run.stream.clone_htod(&values).unwrap())
+    };
+    let (x, on_device) = draw(tokens * hidden, 1.0);
+    let (down, down_on) = draw(width * hidden, 0.2);
+    let (down_bias, down_bias_on) = draw(width, 0.5);
+    let (first, first_on) = draw(width * width, 0.3);
+    let (second, second_on) = draw(width * width, 0.3);
+    let (second_bias, second_bias_on) = draw(width, 0.5);
+    let (output, output_on) = draw(experts * width, 0.3);
+
+    let norm = RmsNorm::new(1e-5).gain(Gain::One);
+    let plan = NetworkDesc::new(T::DTYPE, tokens, hidden, width, experts, norm).plan(run.kernels.device()).unwrap();
+    let layers = [Weight::new(&first_on), Weight::new(&second_on).bias(&second_bias_on)];
+    let weights = NetworkWeights::new(Weight::new(&down_on).bias(&down_bias_on), layers, &output_on);
+    let mut workspace = Workspace::new(&run.stream, plan.workspace_bytes()).unwrap();
+    let (mut state, mut logits) = (run.out::<T>(tokens * width), run.out::<f32>(tokens * experts));
+    let args = NetworkArgs::new(&on_device, &mut logits).state(&mut state);
+    plan.forward::<T, T>(run.kernels, &run.stream, &weights, args, &mut workspace).unwrap();
+
+    let dense = |a: &[f64], weight: &[f64], bias: Option<&[f64]>, n: usize, k: usize, act: Activation| {
+        dense_gemm(a, &ExpertMatrix { weight, bias, n, k, glu: Glu::None, layout: Layout::Nk }, act).unwrap()
+    };
+    let want_state = dense(&x, &down, Some(&down_bias), width, hidden, Activation::Identity);
+    let rows =
+        Rows { x: &want_state, width, weight: None, addend: None, addend_scale: None, row_scale: None, residual: None };
+    let h = dense(&rms_norm(&rows, &norm).unwrap().y, &first, None, width, width, Activation::Gelu);
+    let h = dense(&h, &second, Some(&second_bias), width, width, Activation::Gelu);
+    let want = dense(&h, &output, None, experts, width, Activation::Identity);
+    let narrow = |values: &[f64]| values.iter().map(|&value| value as f32).collect::<Vec<_>>();
+    close("state", &run.get(&state), &narrow(&want_state), T::DTYPE);
+    close("logits", &run.get(&logits), &narrow(&want), T::DTYPE);
+    // The state is not needed.
+    let mut again = run.out::<f32>(tokens * experts);
+    let args = NetworkArgs::new(&on_device, &mut again);
+    plan.forward::<T, T>(run.kernels, &run.stream, &weights, args, &mut workspace).unwrap();
+    assert_eq!(run.get(&again), run.get(&logits));
 }
