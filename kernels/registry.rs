@@ -798,13 +798,13 @@ impl Kernel {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
+            Kernel::KeepLargest | Kernel::QuantileBias => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
             Kernel::ExpertCounts { .. }
             | Kernel::MapToIds
             | Kernel::IdsToMap { .. }
             | Kernel::ChunkRows
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
-            Kernel::KeepLargest | Kernel::QuantileBias => BLOCK_WARPS * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::GemmAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
@@ -962,10 +962,12 @@ impl Kernel {
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::GatingBackward => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
-            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::RowGroups => {
-                vec![("warps", Int(BLOCK_WARPS))]
-            }
-            Kernel::KeepLargest | Kernel::QuantileBias => {
+            Kernel::ExpertChoice
+            | Kernel::TokenSlots
+            | Kernel::Base
+            | Kernel::RowGroups
+            | Kernel::KeepLargest
+            | Kernel::QuantileBias => {
                 vec![("warps", Int(BLOCK_WARPS))]
             }
             Kernel::Noisy(k) => {

@@ -10,8 +10,13 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use moe_kernels::Kernels;
 
 pub use self::layer::{Experts, weight};
-pub use self::routers::{balance_loss, gate, gate_as, measure, measure_padded, router, sinkhorn, update_bias};
-pub use self::rows::{Sorted, admit, admit_by, count, count_wide, ids_to_map, map_ids, map_to_ids, sort, sort_chunks};
+pub use self::routers::{
+    balance_loss, draw, gate, gate_as, measure, measure_padded, normed, quantile_bias, router, router_by, sinkhorn,
+    update_bias,
+};
+pub use self::rows::{
+    Sorted, admit, admit_by, count, count_wide, ids_to_map, keep_largest, map_ids, map_to_ids, sort, sort_chunks,
+};
 use crate::support::device;
 
 /// Values on the device; a buffer has at least one element.

@@ -1,12 +1,15 @@
 //! Routers, choices and what is measured of them.
 
+use moe_kernels::experts::rms_norm::{self, RmsNormArgs, RmsNormDesc};
 use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
+use moe_kernels::routers::quantile_bias::{self, QuantileBiasArgs, QuantileBiasDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
+use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
 use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
-use moe_kernels::rules::{BalanceRule, Gating};
+use moe_kernels::rules::{BalanceRule, Gain, Gating, LogitRule, NoiseSource, RmsNorm, SamplingRule};
 use moe_kernels::{Dtype, In, TokenMask, Workspace};
 
 use super::{Chosen, down, gpu, junk, up};
@@ -148,14 +151,52 @@ pub fn sinkhorn(logits: &[f32], experts: usize, iterations: u32, tolerance: f32)
     down(&stream, &potentials, experts)
 }
 
+/// `k` experts drawn for each token, at an inverse temperature.
+pub fn draw(logits: &[f32], experts: usize, top_k: usize, inverse_temperature: f32, seed: u64) -> Chosen {
+    let (kernels, stream) = gpu();
+    let tokens = logits.len() / experts;
+    let rule = SamplingRule::new(top_k, NoiseSource::new(seed, 0)).inverse_temperature(inverse_temperature);
+    let logits = up(&stream, logits);
+    let (mut ids, mut weights) = (junk::<i32>(&stream, tokens * top_k), junk::<f32>(&stream, tokens * top_k));
+    let desc = SampledDesc::new(tokens, experts, rule);
+    sampled::forward(kernels, &stream, &desc, SampledArgs::new(&logits, &mut ids, &mut weights)).unwrap();
+    Chosen { ids: down(&stream, &ids, tokens * top_k), weights: down(&stream, &weights, tokens * top_k) }
+}
+
+/// The bias that gives every expert its share, from choices `ids [T, k + 1]` by `scores [T, E]` and `bias`.
+pub fn quantile_bias(scores: &[f32], ids: &[i32], bias: &[f32], top_k: usize) -> Vec<f32> {
+    let (kernels, stream) = gpu();
+    let experts = bias.len();
+    let desc = QuantileBiasDesc::new(scores.len() / experts, experts, top_k);
+    let (scores, ids, bias) = (up(&stream, scores), up(&stream, ids), up(&stream, bias));
+    let mut updated = junk::<f32>(&stream, experts);
+    let args = QuantileBiasArgs::new(&scores, &ids, &bias, &mut updated);
+    quantile_bias::forward(kernels, &stream, &desc, args).unwrap();
+    down(&stream, &updated, experts)
+}
+
+/// Rows over the root of the mean of their squares.
+pub fn normed<T: Storage>(x: &[T], width: usize) -> Vec<T> {
+    let (kernels, stream) = gpu();
+    let desc = RmsNormDesc::new(T::DTYPE, x.len() / width, width, RmsNorm::new(1e-24).gain(Gain::One));
+    let (on_device, mut y) = (up(&stream, x), junk::<T>(&stream, x.len()));
+    rms_norm::forward(kernels, &stream, &desc, RmsNormArgs::new(&on_device, &mut y)).unwrap();
+    down(&stream, &y, x.len())
+}
+
 /// A router's logits.
 pub fn router<T: Storage>(x: &[T], weight: &[T], bias: Option<&[f32]>, hidden: usize) -> Vec<f32> {
+    router_by(x, weight, bias, hidden, LogitRule::PLAIN)
+}
+
+/// The same with a rule for the logits.
+pub fn router_by<T: Storage>(x: &[T], weight: &[T], bias: Option<&[f32]>, hidden: usize, rule: LogitRule) -> Vec<f32> {
     let (kernels, stream) = gpu();
     let (tokens, experts) = (x.len() / hidden, weight.len() / hidden);
     let (x, weight, bias) = (up(&stream, x), up(&stream, weight), bias.map(|bias| up(&stream, bias)));
     let mut logits = junk::<f32>(&stream, tokens * experts);
     let mut args = RouterArgs::new(&x, &weight, &mut logits);
     args.bias = bias.as_ref().map(In::from);
-    router::forward(kernels, &stream, &RouterDesc::new(T::DTYPE, tokens, experts, hidden), args).unwrap();
+    router::forward(kernels, &stream, &RouterDesc::new(T::DTYPE, tokens, experts, hidden).logits(rule), args).unwrap();
     down(&stream, &logits, tokens * experts)
 }

@@ -8,6 +8,7 @@ use moe_kernels::capacity::chunks::{self, ChunksArgs, ChunksDesc};
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::capacity::expert_counts::{self, ExpertCountsArgs, ExpertCountsDesc};
 use moe_kernels::capacity::expert_map::{self, ExpertMapArgs, ExpertMapDesc};
+use moe_kernels::capacity::keep_largest::{self, KeepLargestArgs, KeepLargestDesc};
 use moe_kernels::capacity::routing_map::{self, FromIdsArgs, RoutingMapDesc, ToIdsArgs};
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
 use moe_kernels::experts::permute::{self, PermuteArgs, PermuteDesc, Unfilled};
@@ -178,6 +179,18 @@ pub fn sort_chunks<T: Storage>(x: &[T], width: usize, sizes: &[i32], order: &[i3
     let desc = PermuteDesc::new(T::DTYPE, rows, rows, width);
     permute::forward(kernels, &stream, &desc, PermuteArgs::new(&on_device, &source, &mut out)).unwrap();
     (down(&stream, &out, rows * width), down(&stream, &new_sizes, sizes.len()))
+}
+
+/// Each expert's `capacity` slots of largest weight; the others -1.
+pub fn keep_largest(chosen: &Chosen, experts: usize, top_k: usize, capacity: usize) -> Chosen {
+    let (kernels, stream) = gpu();
+    let slots = chosen.ids.len();
+    let desc = KeepLargestDesc::new(slots / top_k, experts, top_k, capacity);
+    let (ids, weights) = (up(&stream, &chosen.ids), up(&stream, &chosen.weights));
+    let (mut to, mut to_weights) = (junk::<i32>(&stream, slots), junk::<f32>(&stream, slots));
+    let args = KeepLargestArgs::new(&ids, &weights, &mut to).kept_weights(&mut to_weights);
+    keep_largest::forward(kernels, &stream, &desc, args).unwrap();
+    Chosen { ids: down(&stream, &to, slots), weights: down(&stream, &to_weights, slots) }
 }
 
 /// Who of `chosen` is admitted by `rule`.

@@ -3,11 +3,12 @@
 //! Scaled down: tokens above 96; the router's product of 4096 x 7168 x 256 to 96 x 448 x 16. What spreads over ranks, and the plumbing of
 //! configurations, is not this library's.
 
+mod quantile;
+mod rows;
+
 use half::bf16;
 use moe_kernels::Dtype;
-use moe_kernels::capacity::dispatch::DispatchDesc;
-use moe_kernels::experts::permute::Unfilled;
-use moe_kernels::rules::{BalanceRule, Capacity, Gating, GroupScore, Groups, LossScore, Renormalise, Score};
+use moe_kernels::rules::{BalanceRule, Gating, GroupScore, Groups, LossScore, Renormalise, Score};
 
 use crate::calls;
 use crate::close::{assert_choice, assert_norm};
@@ -17,54 +18,18 @@ use crate::suite::{Peer, Section, product};
 use crate::support::inputs::normals;
 
 pub fn peer() -> Peer {
-    let suite = "`tests/unit_tests/transformer/moe`: routers, aux_loss, multihot_indices_converter, token dropping, quantile_balancing";
+    let suite = "`tests/unit_tests/transformer/moe`: routers, aux_loss, multihot_indices_converter, token dropping, quantile_balancing, qb_routing";
     let sections = vec![
-        multihot(),
+        rows::multihot(),
         routers(),
         group_limited_routers(),
         bias_update(),
-        token_dropping(),
+        rows::token_dropping(),
+        quantile::quantile_balancing(),
         aux_losses(),
         router_product(),
     ];
     Peer { name: "Megatron-LM", suite, sections }
-}
-
-/// Ids of which two are experts and the others -1, to a map of the local experts with probabilities.
-fn multihot() -> Section {
-    let mut section = Section::new("multihot");
-    for (tokens, top_k) in product(&[3, 5, 8, 128, 512], &[2, 4, 6, 7, 8]) {
-        for experts in [4, 7, 8, 12, 20, 30, 31, 32] {
-            let name = format!("n={tokens} topk={top_k} e={experts}");
-            let point = name.clone();
-            section.point(name, move || {
-                let rng = &mut rng(&point);
-                let (mut ids, mut probs) = (vec![-1; tokens * top_k], vec![0.0; tokens * top_k]);
-                let (mut map, mut want) = (vec![0; tokens * experts], vec![0.0; tokens * experts]);
-                for t in 0..tokens {
-                    let first = rng.usize(..top_k);
-                    let places = [first, (first + rng.usize(1..top_k)) % top_k];
-                    let expert = rng.usize(..experts);
-                    let experts_of = [expert, (expert + rng.usize(1..experts)) % experts];
-                    for (j, e) in places.into_iter().zip(experts_of) {
-                        let p = rng.f32();
-                        (ids[t * top_k + j], probs[t * top_k + j]) = (e as i32, p);
-                        (map[t * experts + e], want[t * experts + e]) = (1, p);
-                    }
-                }
-                let (got_map, got) = calls::ids_to_map(&ids, &probs, experts, top_k);
-                assert_eq!(got_map, map);
-                assert_eq!(got, want);
-                // And back: the same experts, by rising number.
-                let (back, over) = calls::map_to_ids(&got_map, &got, experts, top_k);
-                assert_eq!(over, 0);
-                assert_eq!(bincount(&back.ids, experts), bincount(&ids, experts));
-                let again = calls::ids_to_map(&back.ids, &back.weights, experts, top_k);
-                assert_eq!(again, (map, want));
-            });
-        }
-    }
-    section
 }
 
 /// A router's logits for `tokens` tokens of 12 elements, its weight of bf16, summed in f32.
@@ -155,8 +120,17 @@ fn routers() -> Section {
             assert!(padding == 0 || probs[t * experts..][..experts].iter().all(|&p| p == 0.0));
         }
     });
-    // Choices that are drawn to balance whatever the logits say.
-    section.refuse(1, "pending");
+    // Choices that are drawn to balance whatever the logits say: here that every token wants the same two experts.
+    section.point("forced balance", || {
+        let (tokens, experts, top_k) = (64, 4, 2);
+        let logits: Vec<f32> = (0..tokens).flat_map(|_| [9.0, 8.0, -9.0, -9.0]).collect();
+        let chosen = calls::draw(&logits, experts, top_k, 0.0, 7);
+        assert!(chosen.ids.chunks(top_k).all(|ids| ids[0] != ids[1]));
+        let counts = bincount(&chosen.ids, experts);
+        assert_eq!(counts.iter().sum::<i32>() as usize, tokens * top_k);
+        // Even would be 32 each, with a deviation of 4.
+        assert!(counts.iter().all(|&count| (count - 32).abs() <= 16), "{counts:?}");
+    });
     section
 }
 
@@ -221,46 +195,6 @@ fn bias_update() -> Section {
             assert_choice(&chosen, top_k, value, |t, ids| form.weights(row(t), ids));
         });
     }
-    section
-}
-
-/// Experts that take as many tokens as a factor of an even load, and drop the last; rows padded to that or not.
-fn token_dropping() -> Section {
-    let mut section = Section::new("token_dropping");
-    let (tokens, experts, top_k) = (32, 4, 2);
-    for (factor, padded) in
-        [(None, false), (Some(1.0), false), (Some(1.0), true), (Some(2.0), false), (Some(2.0), true)]
-    {
-        section.point(format!("position factor={factor:?} pad={padded}"), move || {
-            let rng = &mut rng("token_dropping");
-            let logits = logits(rng, tokens, experts);
-            let chosen = calls::gate(&logits, experts, top_k, Form::After.rule(), None);
-            let capacity =
-                factor.map(|factor: f64| (factor * (tokens * top_k) as f64 / experts as f64).ceil() as usize);
-            let of = capacity.map(|capacity| Capacity::new(capacity, tokens).padded(padded));
-            let desc = DispatchDesc::new(tokens, experts, top_k, 16).capacity(of);
-            let sorted = calls::sort(&chosen.ids, Some(&chosen.weights), &desc);
-            let all = bincount(&chosen.ids, experts);
-            let want: Vec<i32> = all.iter().map(|&n| n.min(capacity.map_or(n, |c| c as i32))).collect();
-            assert_eq!(sorted.counts(), want);
-            let rows = if padded { experts * capacity.unwrap() } else { want.iter().sum::<i32>() as usize };
-            assert_eq!(sorted.rows(), rows);
-            let x: Vec<bf16> = values(rng, tokens * 16);
-            let moved = sorted.permute(&x, 16, Unfilled::ZeroGaps);
-            let mut expected = vec![];
-            for (e, &count) in want.iter().enumerate() {
-                let of = (0..tokens).filter(|&t| chosen.ids[t * top_k..][..top_k].contains(&(e as i32)));
-                let mut kept: Vec<bf16> = of.take(count as usize).flat_map(|t| x[t * 16..][..16].to_vec()).collect();
-                if padded {
-                    kept.resize(capacity.unwrap() * 16, bf16::ZERO);
-                }
-                expected.extend(kept);
-            }
-            assert!(moved == expected, "rows of experts");
-        });
-    }
-    // The suite's other policy: without a capacity the same, with one by probability.
-    section.refuse(5, "pending");
     section
 }
 
