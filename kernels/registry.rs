@@ -463,6 +463,10 @@ pub enum Kernel {
     Gating(Gate),
     /// Choice of more than 32 experts.
     GatingWide(WideGate),
+    /// Slots that experts with a capacity keep by weight.
+    KeepLargest,
+    /// The correction bias that shares a batch out evenly.
+    QuantileBias,
     /// Slots sorted by expert.
     Dispatch(Dispatch),
     /// The experts' products.
@@ -534,6 +538,8 @@ impl Kernel {
                 format!("noisy_{}e{}", if k.grouped { "grouped_" } else { "" }, k.spread.max_experts())
             }
             Kernel::MeasuredGating(k) => format!("{}_measured", Kernel::Gating(k.gate()).name()),
+            Kernel::KeepLargest => "keep_largest".into(),
+            Kernel::QuantileBias => "quantile_bias".into(),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
@@ -568,6 +574,8 @@ impl Kernel {
             Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
             Kernel::MeasuredGating(MeasuredGate { score: Some(_), .. }) => "MeasuredGating",
             Kernel::MeasuredGating(MeasuredGate { score: None, .. }) => "MeasuredGatingAny",
+            Kernel::KeepLargest => "KeepLargest",
+            Kernel::QuantileBias => "QuantileBias",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
@@ -589,6 +597,7 @@ impl Kernel {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
+            Kernel::KeepLargest | Kernel::QuantileBias => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) => k.warps() * 32,
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
@@ -638,6 +647,8 @@ impl Kernel {
             Kernel::Hash => "routers/hash.ptx.jinja",
             Kernel::Noisy(_) => "routers/noisy.ptx.jinja",
             Kernel::MeasuredGating(_) => "routers/gating_measured.ptx.jinja",
+            Kernel::KeepLargest => "capacity/keep_largest.ptx.jinja",
+            Kernel::QuantileBias => "routers/quantile_bias.ptx.jinja",
             Kernel::BalanceLoss => "routers/balance_loss.ptx.jinja",
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
             Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
@@ -699,7 +710,9 @@ impl Kernel {
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
-            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::KeepLargest | Kernel::QuantileBias => {
+                vec![("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
                 constants.push(("grouped", Int(k.grouped as u32)));
@@ -782,6 +795,7 @@ pub fn all() -> Vec<Kernel> {
     }
     kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists]);
+    kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);

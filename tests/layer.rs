@@ -106,6 +106,15 @@ fn one_token_and_one_expert() {
     check::<bf16, bf16>(&Case::new(LayerDesc::new(Dtype::Bf16, 8, 8, 1, 1), 3));
 }
 
+/// More choices than a warp has lanes.
+#[test]
+fn forty_experts_a_token() {
+    check::<f32, f32>(&Case::new(LayerDesc::new(Dtype::F32, 16, 8, 48, 40), 7));
+    let gating = Gating::new(Score::Sigmoid).renormalised();
+    let desc = LayerDesc::new(Dtype::F32, 16, 8, 70, 64).gating(gating);
+    check::<f32, f32>(&Case { correction_bias: true, ..Case::new(desc, 5) });
+}
+
 /// No tokens: counts are zero, nothing is launched.
 #[test]
 fn no_tokens() {

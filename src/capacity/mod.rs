@@ -4,6 +4,7 @@ pub mod admission;
 pub mod dispatch;
 pub mod expert_map;
 mod ids;
+pub mod keep_largest;
 pub mod lists;
 pub mod token_slots;
 

@@ -22,7 +22,7 @@ pub struct LayerDesc {
     pub intermediate: usize,
     /// Experts `E` that a token's choice is among, 1 to 4096.
     pub experts: usize,
-    /// Experts per token `k`, 1 to 32.
+    /// Experts per token `k`, 1 to 64; to 32 with a measure, an admission or a map, and with rules that are more than a score, groups and a bias.
     pub top_k: usize,
     /// What is done to the router's product.
     pub logits: LogitRule,

@@ -19,11 +19,13 @@ pub mod gating;
 pub mod gemm;
 pub mod hash;
 pub mod jitter;
+pub mod keep_largest;
 pub mod layer;
 pub mod noise_state;
 pub mod noisy;
 mod parallel;
 
+pub mod quantile_bias;
 pub mod router;
 pub mod sampled;
 pub mod sinkhorn;

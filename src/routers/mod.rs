@@ -12,6 +12,7 @@ pub mod jitter;
 pub mod measured_gating;
 pub mod noise_state;
 pub mod noisy;
+pub mod quantile_bias;
 pub mod router;
 pub mod sampled;
 pub mod sinkhorn;

@@ -24,5 +24,5 @@ pub use gating::{
 pub use kinds::{Dtype, Glu, IdFormat, Layout, Score};
 pub use noise::NoiseSource;
 pub(crate) use routing::units;
-pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule};
+pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule, round_robin};
 pub use weight::{WeightDesc, WeightFormat};

@@ -84,3 +84,26 @@ pub enum Affinity {
     /// The logit itself.
     Logit,
 }
+
+/// `[T, k]`: ids that load all experts alike, whatever the router thinks, in turn: `(t k + j) % E` (torchtitan's
+/// `debug_moe_force_load_balance`, MegaBlocks' uniform assignment). With [`super::ChoiceBy::Given`] the weights are still those of the
+/// router's scores. At random (Megatron-LM's `moe_router_force_load_balancing`): [`crate::routers::sampled`] with an inverse temperature of 0.
+///
+/// A token's experts differ where `k <= E`. Empty for no experts.
+pub fn round_robin(tokens: usize, top_k: usize, experts: usize) -> Vec<i32> {
+    if experts == 0 {
+        return Vec::new();
+    }
+    (0..tokens * top_k).map(|slot| (slot % experts) as i32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::round_robin;
+
+    #[test]
+    fn every_expert_in_turn() {
+        assert_eq!(round_robin(3, 2, 4), [0, 1, 2, 3, 0, 1]);
+        assert!(round_robin(3, 2, 0).is_empty());
+    }
+}

@@ -7,7 +7,7 @@ use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc}
 use moe_kernels::routers::gating::{GatingDesc, RuleInputs};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
-use moe_kernels::rules::{BalanceRule, Gating, LossCounts, LossScore, Score, Sequences};
+use moe_kernels::rules::{BalanceRule, Garbage, Gating, LossCounts, LossScore, Score, Sequences};
 use moe_kernels::{In, Workspace};
 
 use crate::any_rule;
@@ -191,7 +191,9 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
     let bias = with_bias.then(|| correction_bias(rng, experts, &gating));
     // A token that no sum may hear of.
     if matches!(kind, Logits::NotFinite) && tokens > 1 {
-        let odd = [f32::NAN, f32::NEG_INFINITY, -200.0][rng.usize(..3)];
+        // Sigmoids of -200 vanish in f32: no token where garbage counts nowhere, but NaN that f64 has not where it is seen.
+        let seen = gating.garbage == Garbage::Propagate;
+        let odd = [f32::NAN, f32::NEG_INFINITY, -200.0][rng.usize(..if seen { 2 } else { 3 })];
         values[(tokens - 1) * experts..].fill(odd);
     }
     let on_device = LogitsOn::draw(&device::stream(), rng, &mut values);

@@ -22,6 +22,7 @@ mod hash;
 mod hierarchical;
 mod ids;
 mod jitter;
+mod keep_largest;
 mod lists;
 mod mutants;
 mod noise_state;
@@ -77,6 +78,8 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::KeepLargest => keep_largest::check(rng),
+        Kernel::QuantileBias => keep_largest::check_bias(rng),
         Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),

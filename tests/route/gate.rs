@@ -271,3 +271,33 @@ fn same_bits_for_any_grid() {
     };
     assert_eq!(weights(1), weights(5));
 }
+
+/// What the kernels' headers state: instructions of a warp for a token, by the difference of two launches. Masks, 16-bit logits and garbage cost
+/// nothing where they are not asked for.
+#[test]
+fn instructions_of_a_token() {
+    let all = |score, experts: usize, top_k: usize, tokens: usize| {
+        let values = *Gate::VALUES.iter().find(|&&values| 32 * values as usize >= experts).unwrap();
+        let logits = Input::new(&Logits::Normal.draw(&mut Random::new(3), tokens * experts));
+        let (ids, weights) = (Output::new::<i32>(tokens * top_k), Output::new::<f32>(tokens * top_k));
+        let mut args = vec![Arg::In(&logits), Arg::Null, Arg::Out(&ids), Arg::Out(&weights)];
+        args.extend([tokens as u32, experts as u32, top_k as u32, 1, 1, 0].map(Arg::U32));
+        args.extend([1.0, 0.0].map(Arg::F32));
+        args.extend([Arg::Null, Arg::Null, Arg::U32(0)]);
+        let kernel = Kernel::Gating(Gate { score: Some(score), values, dispatch: false });
+        launch(kernel, [1, 1, 1], 0, &args).warp_instructions.iter().sum::<u64>()
+    };
+    for (score, experts, top_k, most) in [
+        (Score::Softmax, 8, 2, 165),
+        (Score::Softmax, 64, 8, 356),
+        (Score::Softmax, 128, 8, 498),
+        (Score::Softmax, 512, 10, 1236),
+        (Score::TopkSoftmax, 32, 4, 168),
+        (Score::TopkSoftmax, 128, 4, 258),
+        (Score::Sigmoid, 128, 1, 150),
+    ] {
+        let got = (all(score, experts, top_k, 80) - all(score, experts, top_k, 40)) / 40;
+        println!("{score:?}, {top_k} of {experts}: {got}");
+        assert!(got <= most, "{score:?}, {top_k} of {experts}: {got} instructions, {most} before");
+    }
+}

@@ -70,6 +70,7 @@ fn noisy(experts: usize, tokens: usize, blocks: u32, seed: u64, sums: bool) -> (
     args.push(Arg::F32(0.01));
     args.extend([5, 6, 7, 8].map(Arg::U32));
     args.push(Arg::Null); // noise_state
+    args.extend([Arg::Null, Arg::Null, Arg::U32(0)]); // mask
     if sums {
         args.extend(vectors.iter().map(Arg::Out));
         args.push(Arg::Scratch(&workspace));
@@ -167,6 +168,7 @@ fn sampled(experts: usize, tokens: usize, blocks: u32, seed: u64) -> (Counters, 
     let outputs = [tokens * k, tokens * k, tokens * k, tokens, tokens * experts].map(Output::new::<u32>);
     let mut args = vec![Arg::In(&logits)];
     args.extend(outputs.iter().map(Arg::Out));
+    args.extend([Arg::Null, Arg::Null, Arg::U32(0)]); // mask
     args.extend([tokens as u32, experts as u32, k as u32].map(Arg::U32));
     args.push(Arg::F32(0.75));
     args.extend([5, 6, 7, 8].map(Arg::U32));
