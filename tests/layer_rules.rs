@@ -322,3 +322,19 @@ fn what_a_rule_takes_is_there_exactly_where_it_says() {
     assert_eq!(fault(softmax, false, true), "global_scale");
     assert_eq!(fault(softmax.choice(ChoiceBy::Given), false, false), "given");
 }
+
+/// Ids that are given, to a layer whose choices come with their weights.
+#[test]
+fn given_ids_beside_choices_are_refused() {
+    let rule = Gating::new(Score::Sigmoid).choice(ChoiceBy::Given);
+    let case = Case::new(0, "refused", rule, LogitRule::PLAIN);
+    let plan = case.desc.plan(case.tokens, case.kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&case.stream, plan.workspace_bytes()).unwrap();
+    let slots = case.tokens * case.desc.top_k;
+    let (ids, weights) = (case.stream.alloc_zeros::<i32>(slots).unwrap(), case.stream.alloc_zeros(slots).unwrap());
+    let mut y = case.stream.alloc_zeros::<bf16>(case.tokens * case.desc.hidden).unwrap();
+    let choices = Choices::new(&ids, &weights);
+    let args = LayerArgs::new(&case.at.x, &mut y).choices(choices).route(case.route_args());
+    let error = plan.forward(case.kernels, &case.stream, &case.weights(), args, &mut workspace).unwrap_err();
+    assert_eq!(error.argument(), Some("given"));
+}

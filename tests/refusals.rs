@@ -4,6 +4,8 @@
 mod balance;
 #[path = "refusals/noise.rs"]
 mod noise;
+#[path = "refusals/rules.rs"]
+mod rules;
 
 use std::sync::{Arc, OnceLock};
 

@@ -433,6 +433,47 @@ mod tests {
     }
 
     #[test]
+    fn faults_of_rules_without_kernels_of_their_own() {
+        let of = |gating: Gating| GatingDesc { gating, ..desc() };
+        let sigmoid = Gating::new(Score::Sigmoid);
+        for p in [0.0, -1.0, f32::NAN] {
+            assert_eq!(fault(of(sigmoid.renormalise(Some(Renormalise::PNorm(p))))), "renormalise");
+        }
+        assert_eq!(of(sigmoid.renormalise(Some(Renormalise::PNorm(f32::INFINITY)))).validate(), Ok(()));
+        assert_eq!(fault(of(Gating::new(Score::SparseMixer))), "top_k");
+        let mixer = |gating| GatingDesc { top_k: 2, ..of(gating) };
+        assert_eq!(mixer(Gating::new(Score::SparseMixer)).validate(), Ok(()));
+        assert_eq!(fault(mixer(Gating::new(Score::SparseMixer).jitter(-0.1))), "jitter");
+        assert_eq!(fault(mixer(Gating::new(Score::SparseMixer).groups(Some(Groups::new(8, 4))))), "groups");
+        let column = |score, count| of(Gating::new(score).appended(Some(Appended::new(count, AppendedWeight::Column))));
+        assert_eq!(column(Score::Sigmoid, 24).validate(), Ok(()));
+        assert_eq!(fault(column(Score::Sigmoid, 0)), "appended.count");
+        assert_eq!(fault(column(Score::Sigmoid, 25)), "appended.count");
+        assert_eq!(fault(column(Score::Softmax, 1)), "appended.weight");
+        let fixed = |weight| of(sigmoid.appended(Some(Appended::new(1, AppendedWeight::Fixed(weight)))));
+        assert_eq!(fixed(1.0).validate(), Ok(()));
+        assert_eq!(fault(fixed(f32::INFINITY)), "appended.weight");
+        assert_eq!(fault(GatingDesc { experts: 1025, ..of(sigmoid.expert_scale(true)) }), "experts");
+        let by_logit = sigmoid.choice(ChoiceBy::Logit).groups(Some(Groups::new(8, 4).masked(Masked::Zero)));
+        assert_eq!(fault(of(by_logit)), "groups.masked");
+        // Nothing is chosen: too few eligible experts are no matter.
+        let few = Groups::new(32, 4).score(GroupScore::Max);
+        let given = GatingDesc { experts: 32, ..of(sigmoid.groups(Some(few)).choice(ChoiceBy::Given)) };
+        assert_eq!(given.validate(), Ok(()));
+    }
+
+    #[test]
+    fn rules_of_common_models_have_kernels_of_their_own() {
+        let score = |gating: Gating| kernel(&gating, 64, false).score;
+        let softmax = Gating::new(Score::Softmax);
+        assert_eq!(score(softmax), Some(Score::Softmax));
+        assert_eq!(score(softmax.renormalise(Some(Renormalise::PNorm(1.0)))), Some(Score::Softmax));
+        assert_eq!(score(softmax.renormalise(Some(Renormalise::PNorm(2.0)))), None);
+        assert_eq!(score(softmax.choice(ChoiceBy::Given)), None);
+        assert_eq!(score(Gating::new(Score::SqrtSoftplus)), None);
+    }
+
+    #[test]
     fn too_few_eligible_experts() {
         let desc = GatingDesc { experts: 32, ..grouped(32, 4, GroupScore::Max) };
         let error = desc.validate().unwrap_err().to_string();

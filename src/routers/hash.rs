@@ -2,7 +2,8 @@
 //!
 //! A table gives the experts of each word of the vocabulary: random, balanced by frequency ([`balanced_table`]), or whatever the
 //! caller computes. Without a table, a mixing hash does. With `top_k > 1` a token has several hashes (the paper's MultiHash). Weights
-//! are all one: combine without weights, or with `1 / top_k`.
+//! are all one: combine without weights, or with `1 / top_k`. Hash layers whose router weighs the experts of a table (DeepSeek-V4) are a rule of
+//! [`crate::routers::gating`], [`crate::rules::ChoiceBy::Given`], which looks them up itself.
 //!
 //! ```
 //! use moe_kernels::routers::hash::{self, HashArgs, HashBy, HashDesc, balanced_table};

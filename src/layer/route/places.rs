@@ -63,6 +63,9 @@ impl<'a> HeldRoute<'a> {
             gating::check_given(OPERATION, &desc.gating, args.given.is_some())?;
         }
         let unexpected = |argument, reason| Err(Error::Unexpected { operation: OPERATION, argument, reason });
+        if !routes && args.given.is_some() {
+            return unexpected("given", "the choices come from elsewhere");
+        }
         if args.measured.is_some() && desc.measure.is_none() {
             return unexpected("measured", "the descriptor does not measure the batch");
         }
@@ -85,9 +88,8 @@ impl<'a> HeldRoute<'a> {
         }
         let logits = tokens * desc.logit_columns();
         let given_logits = scope.read_some("given_logits", args.given_logits, logits, SCALAR)?;
-        let given = args.given.filter(|_| routes);
         let held = HeldRoute {
-            given: given.map(|given| given.open(scope, tokens, plan.chosen())).transpose()?,
+            given: args.given.map(|given| given.open(scope, tokens, plan.chosen())).transpose()?,
             logits: match given_logits {
                 Some(given) => Some(given),
                 None => scope.write_some("logits", args.logits, logits, SCALAR)?,
