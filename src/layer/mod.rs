@@ -2,14 +2,14 @@
 //!
 //! With `g = gating(router(x))`:
 //!
-//! `y[t] = residual[t] + s[t] * shared(x[t]) + sum_{e in g.ids[t]} g.weight[t,e] * W_down[e] act(W_gate_up[e] x[t])`
+//! `y[t] = residual[t] + bias + s[t] * shared(x[t]) + r * sum_{e in g.ids[t]} g.weight[t,e] * W_down[e] act(W_gate_up[e] x[t])`
 //!
-//! with `s[t]` 1 or the sigmoid of a gate of its own; or, where the weights scale the experts' input (Llama 4), `W_down[e] act(W_gate_up[e] (g.weight[t,e] x[t]))`; see [`Weighting`].
+//! with `s[t]` a factor, or one times the sigmoid of a gate of its own, and `r` another factor, both 1 in most models; or, where the weights scale the experts' input (Llama 4), `W_down[e] act(W_gate_up[e] (g.weight[t,e] x[t]))`; see [`Weighting`].
 //!
 //! A [`LayerDesc`] describes a model's layer once; a [`LayerPlan`] holds every choice for a number of tokens, is a plain
 //! value made without touching the device, and can be used again for every batch of that size. [`LayerPlan::forward`]
-//! enqueues five launches, allocates nothing and waits for nothing. A shared expert of the others' form and size is computed in their
-//! launches, another one in two more; its gate in the router's.
+//! enqueues five launches, allocates nothing and waits for nothing. A shared expert of the others' form and size, be its
+//! activation another, is computed in their launches, another one in two more; its gate in the router's.
 //!
 //! # Parts
 //!
