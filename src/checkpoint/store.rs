@@ -101,6 +101,30 @@ impl HostBuffer {
         }
     }
 
+    /// The values, if they are of bfloat16.
+    pub fn bf16(&self) -> Option<&[bf16]> {
+        match self {
+            HostBuffer::Bf16(values) => Some(values),
+            _ => None,
+        }
+    }
+
+    /// The values, if they are of half precision.
+    pub fn f16(&self) -> Option<&[f16]> {
+        match self {
+            HostBuffer::F16(values) => Some(values),
+            _ => None,
+        }
+    }
+
+    /// The values, if they are of single precision.
+    pub fn f32(&self) -> Option<&[f32]> {
+        match self {
+            HostBuffer::F32(values) => Some(values),
+            _ => None,
+        }
+    }
+
     /// The values of a buffer of whole numbers, else none.
     pub fn i32(&self) -> &[i32] {
         match self {

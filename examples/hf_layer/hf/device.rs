@@ -7,6 +7,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DeviceRepr, 
 use half::{bf16, f16};
 use moe_kernels::checkpoint::{Block, BlockInputs, BlockRun, DeviceBlock, Kind, Progress};
 use moe_kernels::experts::Dispatched;
+use moe_kernels::experts::rms_norm::{self, RmsNormArgs, RmsNormDesc};
 use moe_kernels::{Dtype, Element, Error, Kernels, Workspace};
 
 use super::error::HfError;
@@ -171,6 +172,15 @@ fn run_in<T: Element>(
     let mut extras = vec![("shared_weights", shared_weights), ("probs", probabilities)];
     if let (Kind::Network(network), Some(state)) = (&loaded.kind, &results.state) {
         extras.push(("router_hidden_states", copies.back(state, tokens * network.width)?));
+    }
+    if let Some((norm, weight)) = layer.norms.experts.zip(loaded.weights.around.experts.as_ref()) {
+        // What the layer's norm makes of x on its way to the experts, by the same operation.
+        let mut normed = copies.zeros::<T>(tokens * layer.hidden)?;
+        let mut args = RmsNormArgs::new(&x, &mut normed);
+        args.weight = weight.tensor();
+        rms_norm::forward(&device.kernels, stream, &RmsNormDesc::new(T::DTYPE, tokens, layer.hidden, norm), args)?;
+        let normed = copies.back(&normed, tokens * layer.hidden)?;
+        extras.push(("x_experts", normed.into_iter().map(T::to_f32).collect()));
     }
     Ok(Outputs {
         logits,

@@ -24,7 +24,7 @@ pub struct Expected {
 }
 
 /// Names of what some blocks yield beside the rest.
-const EXTRAS: [&str; 3] = ["shared_weights", "probs", "router_hidden_states"];
+const EXTRAS: [&str; 4] = ["shared_weights", "probs", "router_hidden_states", "x_experts"];
 
 /// `golden.safetensors` of a checkpoint folder.
 pub struct Golden {

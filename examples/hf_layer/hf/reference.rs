@@ -7,16 +7,16 @@ use moe_kernels::reference::by_sequence::by_sequence;
 use moe_kernels::reference::combine::{add_around, add_identity, combine, gate_addend, identity_weight};
 use moe_kernels::reference::dispatch::{DispatchRule, dispatch};
 use moe_kernels::reference::gating::{Gated, Inputs as GatingInputs, gate_by};
-use moe_kernels::reference::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
 use moe_kernels::reference::product_keys::product_keys;
 use moe_kernels::reference::rms_norm::{Rows, rms_norm};
 use moe_kernels::reference::router::{finish, router};
 use moe_kernels::reference::unit_experts::unit_experts;
 use moe_kernels::reference::{Real, ReferenceError};
-use moe_kernels::rules::{Activation, Glu, IDENTITY, KeySplit, Layout, RmsNorm, WeightDesc};
+use moe_kernels::rules::{Activation, IDENTITY, KeySplit, RmsNorm};
 
 use super::device::{Inputs, choose, drop_full, skip, split};
 use super::error::HfError;
+use super::matrix::Matrix;
 
 /// What a block makes of its rows.
 pub struct Forward {
@@ -59,23 +59,6 @@ fn wide(buffer: &HostBuffer) -> Vec<f64> {
 
 fn some(buffer: &Option<HostBuffer>) -> Option<Vec<f64>> {
     buffer.as_ref().map(wide)
-}
-
-/// A matrix's numbers, and its biases.
-struct Matrix(Vec<f64>, Option<Vec<f64>>);
-
-impl Matrix {
-    fn of(weight: &MatrixWeight<HostBuffer>) -> Matrix {
-        Matrix(wide(&weight.matrix), some(&weight.bias))
-    }
-
-    fn sized(&self, n: usize, k: usize, desc: &WeightDesc) -> ExpertMatrix<'_, f64> {
-        ExpertMatrix { weight: &self.0, bias: self.1.as_deref(), n, k, glu: desc.glu, layout: desc.layout }
-    }
-
-    fn plain(&self, n: usize, k: usize) -> ExpertMatrix<'_, f64> {
-        ExpertMatrix { weight: &self.0, bias: self.1.as_deref(), n, k, glu: Glu::None, layout: Layout::Nk }
-    }
 }
 
 impl<'a> Reference<'a> {
@@ -138,7 +121,7 @@ impl<'a> Reference<'a> {
     /// A router with a network and a state (transformers, `ZayaRouter`).
     fn network(&self, network: &Network<HostBuffer>, x: &[f64]) -> Result<Logits, ReferenceError> {
         let (hidden, width) = (self.layer.hidden, network.width);
-        let mut state = dense_gemm(x, &Matrix::of(&network.down).plain(width, hidden), Activation::Identity)?;
+        let mut state = Matrix::plain(&network.down, width, hidden).dense(x, Activation::Identity)?;
         if let Some((scale, previous)) = some(&network.state_scale).zip(self.inputs.previous.as_ref()) {
             for (i, (value, &previous)) in state.iter_mut().zip(previous).enumerate() {
                 *value += scale[i % width] * f64::from(previous);
@@ -148,7 +131,7 @@ impl<'a> Reference<'a> {
         let rows = Rows { weight: Some(&gain), ..rows(&state, width) };
         let mut between = rms_norm(&rows, &network.norm)?.y;
         for layer in &network.layers {
-            between = dense_gemm(&between, &Matrix::of(layer).plain(width, width), Activation::Gelu)?;
+            between = Matrix::plain(layer, width, width).dense(&between, Activation::Gelu)?;
         }
         let logits = router(&between, &wide(&network.output), None::<&[f64]>, width)?;
         Ok((logits, Some(state)))
@@ -236,7 +219,7 @@ impl<'a> Reference<'a> {
         let input = match &latent {
             None => input,
             Some(([before, _], desc)) => {
-                let projected = dense_gemm(&input, &Matrix::of(before).plain(width, hidden), Activation::Identity)?;
+                let projected = Matrix::plain(before, width, hidden).dense(&input, Activation::Identity)?;
                 norm(&projected, width, desc.norm, &weights.around.latent_norm)?
             }
         };
@@ -250,16 +233,15 @@ impl<'a> Reference<'a> {
         let plan = dispatch(&local, &rule)?;
         let weigh_input = layer.weighting == Weighting::Input;
         let row_scale = weigh_input.then(|| plan.slot_weight(&gated.weights));
-        let (first, second) = (Matrix::of(&weights.gate_up), Matrix::of(&weights.down));
-        let first = first.sized(layer.intermediate, width, &layer.mlp.gate_up);
-        let second = second.sized(width, layer.intermediate, &layer.mlp.down);
-        let between = grouped_gemm(&input, &first, &plan, true, row_scale.as_deref(), layer.mlp.activation)?;
-        let y_slots = grouped_gemm(&between, &second, &plan, false, None, Activation::Identity)?;
+        let first = Matrix::sized(&weights.gate_up, layer.intermediate, width, &layer.mlp.gate_up);
+        let second = Matrix::sized(&weights.down, width, layer.intermediate, &layer.mlp.down);
+        let between = first.grouped(&input, &plan, true, row_scale.as_deref(), layer.mlp.activation)?;
+        let y_slots = second.grouped(&between, &plan, false, None, Activation::Identity)?;
         let y_slots = norm(&y_slots, width, layer.norms.slots, &weights.around.slots)?;
         let factors = (!weigh_input).then_some(gated.weights.as_slice());
         let mut y = combine(&y_slots, &plan.token_slot, factors, None::<&[f64]>, None, choices, width)?;
         if let Some(([_, after], _)) = &latent {
-            y = dense_gemm(&y, &Matrix::of(after).plain(hidden, width), Activation::Identity)?;
+            y = Matrix::plain(after, hidden, width).dense(&y, Activation::Identity)?;
         }
         if weights.map.as_ref().is_some_and(|map| map.i32().contains(&IDENTITY)) {
             let range = here..layer.experts as i32;
@@ -286,10 +268,9 @@ impl<'a> Reference<'a> {
     /// The dense MLP beside experts of one unit.
     fn dense(&self, x: &[f64]) -> Result<Vec<f64>, ReferenceError> {
         let (layer, weights) = (&self.layer, self.weights);
-        let (first, second) = (Matrix::of(&weights.gate_up), Matrix::of(&weights.down));
-        let first = first.sized(layer.intermediate, layer.hidden, &layer.mlp.gate_up);
-        let between = dense_gemm(x, &first, layer.mlp.activation)?;
-        dense_gemm(&between, &second.plain(layer.hidden, layer.intermediate), Activation::Identity)
+        let first = Matrix::sized(&weights.gate_up, layer.intermediate, layer.hidden, &layer.mlp.gate_up);
+        let between = first.dense(x, layer.mlp.activation)?;
+        Matrix::plain(&weights.down, layer.hidden, layer.intermediate).dense(&between, Activation::Identity)
     }
 
     /// `fc2(h)` for the first columns, the chosen expert's `W h` for the last, `h = act(fc1 x)` (transformers, `VitPoseBackboneMoeMLP`).
@@ -301,11 +282,11 @@ impl<'a> Reference<'a> {
         gated: &Gated,
     ) -> Result<Vec<f64>, ReferenceError> {
         let &LayerDesc { hidden, intermediate, experts, mlp, .. } = &self.layer;
-        let between = dense_gemm(x, &Matrix::of(first).plain(intermediate, hidden), mlp.activation)?;
-        let mut y = dense_gemm(&between, &Matrix::of(second).plain(hidden, intermediate), Activation::Identity)?;
+        let between = Matrix::plain(first, intermediate, hidden).dense(x, mlp.activation)?;
+        let mut y = Matrix::plain(second, hidden, intermediate).dense(&between, Activation::Identity)?;
         let plan = dispatch(&gated.ids, &DispatchRule { experts, top_k: 1, capacity: None, tile_m: 16 })?;
-        let part = Matrix::of(&self.weights.down);
-        let part = grouped_gemm(&between, &part.plain(hidden, intermediate), &plan, true, None, Activation::Identity)?;
+        let part = Matrix::plain(&self.weights.down, hidden, intermediate);
+        let part = part.grouped(&between, &plan, true, None, Activation::Identity)?;
         let part = combine(&part, &plan.token_slot, None, None::<&[f64]>, None, 1, hidden)?;
         y.iter_mut().zip(part).for_each(|(y, part)| *y += part);
         Ok(y)
@@ -315,10 +296,9 @@ impl<'a> Reference<'a> {
     fn shared(&self, x: &[f64]) -> Result<Option<Vec<f64>>, ReferenceError> {
         let (layer, weights) = (&self.layer, self.weights);
         let Some(((first, second), desc)) = weights.shared.as_ref().zip(layer.shared) else { return Ok(None) };
-        let (first, second) = (Matrix::of(first), Matrix::of(second));
-        let first = first.sized(desc.intermediate, layer.hidden, &desc.mlp.gate_up);
-        let second = second.sized(layer.hidden, desc.intermediate, &desc.mlp.down);
-        let mut y = dense_gemm(&dense_gemm(x, &first, desc.mlp.activation)?, &second, Activation::Identity)?;
+        let first = Matrix::sized(first, desc.intermediate, layer.hidden, &desc.mlp.gate_up);
+        let second = Matrix::sized(second, layer.hidden, desc.intermediate, &desc.mlp.down);
+        let mut y = second.dense(&first.dense(x, desc.mlp.activation)?, Activation::Identity)?;
         if let Some(gate) = some(&weights.shared_gate) {
             gate_addend(&mut y, &router(x, &gate, None::<&[f64]>, layer.hidden)?)?;
         }

@@ -69,7 +69,7 @@ fn stored_as(layer: &LayerDesc, dtype: Dtype) -> LayerDesc {
     layer
 }
 
-/// The narrower of `dtype` and f32 that holds all values exactly.
+/// `dtype` where it holds all values exactly, else f32.
 fn exact(tensor: &FileTensor<'_>, dtype: Dtype) -> Result<Dtype, CheckpointError> {
     fn holds<T: crate::Element + bytemuck::Pod>(tensor: &FileTensor<'_>) -> Result<bool, CheckpointError> {
         let values = tensor.values::<f32>()?;
@@ -100,6 +100,10 @@ impl<S: Store> Reader<'_, S> {
                 let router = self.tensor(name, &shape)?;
                 // A norm of the router's input is not rounded before an f32 router sees it.
                 layer.router_dtype = if layer.norms.router.is_some() { Dtype::F32 } else { exact(&router, dtype)? };
+                if let Some(name) = spec.shared_gate {
+                    let gate = exact(&self.tensor(name, &[1, layer.hidden])?, dtype)?;
+                    layer.router_dtype = layer.router_dtype.max(gate);
+                }
                 match spec.router_transposed {
                     true => Some(self.turned(&router, shape, layer.router_dtype)?),
                     false => Some(self.whole(&router, layer.router_dtype)?),
