@@ -97,7 +97,7 @@ pub fn check_rows(variant: Dispatch, rng: &mut fastrand::Rng) {
     let least = Dispatch::MAX_EXPERTS.iter().map(|&e| e as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
     let expert_counts = if least == 1 { vec![1, 3, 60, 257, most] } else { vec![least, most] };
     for experts in expert_counts {
-        for (tokens, top_k) in [(1, 1), (5, 3), (129, 2), (700, 8), (61, 32)] {
+        for (tokens, top_k) in [(1, 1), (5, 3), (129, 2), (700, 8), (61, 64)] {
             let top_k = top_k.min(experts);
             let slots = tokens * top_k;
             for multiple in [1, 2, 7, 16, 128] {
@@ -107,7 +107,8 @@ pub fn check_rows(variant: Dispatch, rng: &mut fastrand::Rng) {
                     if (multiple, max_rows) == (1, None) {
                         continue;
                     }
-                    let capacity = rng.bool().then(|| Capacity::new(3, 17).padded(false));
+                    let limited = experts <= Dispatch::MAX_LIMITED_EXPERTS as usize && rng.bool();
+                    let capacity = limited.then(|| Capacity::new(3, 17).padded(false));
                     let ids = format(rng, variant.ids_bytes);
                     let desc = DispatchDesc::new(tokens, experts, top_k, [16, 64][rng.usize(..2)])
                         .capacity(capacity)
