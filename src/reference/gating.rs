@@ -59,8 +59,8 @@ pub struct Inputs<'a> {
 /// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report), or the choice value of others is 0
 /// ([`Masked`]).
 ///
-/// The weight is p without the bias, divided as [`Renormalise`] says, times `scale`; 0 where that is NaN, unless the rule lets it
-/// through ([`Garbage`]). NaN and infinite logits never reach ids.
+/// The weight is p without the bias, divided as [`crate::rules::Renormalise`] says, times `scale`; 0 where that is NaN, unless the rule lets it
+/// through ([`crate::rules::Garbage`]). NaN and infinite logits never reach ids.
 ///
 /// Choice values and group scores are rounded to `L`: with f32 logits they are what f32 arithmetic gives, up to the
 /// rounding of p itself.
