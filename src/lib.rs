@@ -153,7 +153,7 @@ pub mod runtime;
 pub use rules::kinds::Dtype;
 pub use runtime::buffer::{In, Out};
 pub use runtime::device::{self, DeviceInfo};
-pub use runtime::element::{Element, Tensor};
+pub use runtime::element::{Element, OutTensor, Tensor};
 pub use runtime::error::Error;
 pub use runtime::interop;
 pub use runtime::kernels::{self, Kernels};

@@ -274,7 +274,14 @@ impl ExpertsPlan {
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
         let Some((step, weight)) = self.gate.as_ref().zip(weights.shared_gate()) else { return Ok(()) };
-        let at = router::Addresses { x, weight: None, bias: None, logits: None, gate: Some((weight, logits)) };
+        let at = router::Addresses {
+            x,
+            weight: None,
+            bias: None,
+            logits: None,
+            logits_dtype: crate::Dtype::F32,
+            gate: Some((weight, logits)),
+        };
         router::enqueue(scope, &step.desc, &step.selection, at)?;
         observer(Stage::SharedGate);
         Ok(())

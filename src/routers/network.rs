@@ -256,6 +256,7 @@ impl NetworkPlan {
             weight: Some(output.address()),
             bias: None,
             logits: Some(logits.address()),
+            logits_dtype: Dtype::F32,
             gate: None,
         };
         router::enqueue(&scope, &self.output.0, &self.output.1, at)

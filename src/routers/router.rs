@@ -16,7 +16,7 @@ use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::RouterParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Out, OutTensor, Selection};
 
 const OPERATION: &str = "router";
 
@@ -62,8 +62,8 @@ pub struct RouterArgs<'a, X, W> {
     pub weight: In<'a, W>,
     /// `[E]`, added to the logits.
     pub bias: Option<In<'a, f32>>,
-    /// `[T, E]`, written.
-    pub logits: Out<'a, f32>,
+    /// `[T, E]`, written: of any [`Element`], rounded from f32 once.
+    pub logits: OutTensor<'a>,
     /// Exactly with [`RouterDesc::shared_gate`].
     pub shared_gate: Option<SharedGate<'a, W>>,
 }
@@ -89,7 +89,7 @@ impl<'a, X, W> RouterArgs<'a, X, W> {
     pub fn new(
         x: impl Into<In<'a, X>>,
         weight: impl Into<In<'a, W>>,
-        logits: impl Into<Out<'a, f32>>,
+        logits: impl Into<OutTensor<'a>>,
     ) -> RouterArgs<'a, X, W> {
         RouterArgs { x: x.into(), weight: weight.into(), bias: None, logits: logits.into(), shared_gate: None }
     }
@@ -194,7 +194,8 @@ pub fn forward<X: Element, W: Element>(
     let x = scope.read("x", args.x, desc.tokens * desc.hidden, x_alignment)?;
     let weight = scope.read("weight", args.weight, desc.experts * desc.hidden, alignment)?;
     let bias = scope.read_some("bias", args.bias, desc.experts, SCALAR)?;
-    let logits = scope.write("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
+    let logits_dtype = args.logits.dtype();
+    let logits = scope.write_any("logits", args.logits, desc.tokens * desc.experts)?;
     let (gate_weight, gate_logits) = args.shared_gate.map(|gate| (gate.weight, gate.logits)).unzip();
     let gate_weight = scope.read_some("shared_gate.weight", gate_weight, desc.hidden, alignment)?;
     let gate_logits = scope.write_some("shared_gate.logits", gate_logits, desc.tokens, SCALAR)?;
@@ -203,6 +204,7 @@ pub fn forward<X: Element, W: Element>(
         weight: Some(weight.address()),
         bias: optional(&bias),
         logits: Some(logits.address()),
+        logits_dtype,
         gate: optional(&gate_weight).zip(optional(&gate_logits)),
     };
     enqueue(&scope, desc, &selection, addresses)
@@ -228,6 +230,7 @@ pub(crate) struct Addresses<'a> {
     pub(crate) weight: Option<Address<'a>>,
     pub(crate) bias: Option<Address<'a>>,
     pub(crate) logits: Option<Address<'a>>,
+    pub(crate) logits_dtype: Dtype,
     /// Weight and logits of a shared expert's gate.
     pub(crate) gate: Option<(Address<'a>, Address<'a>)>,
 }
@@ -253,6 +256,11 @@ pub(crate) fn enqueue(
             hidden: desc.hidden as u32,
             factor: desc.logits.factor,
             softcap: desc.logits.softcap.unwrap_or(0.0),
+            logits_kind: match at.logits_dtype {
+                Dtype::F32 => 0,
+                Dtype::Bf16 => 1,
+                Dtype::F16 => 2,
+            },
         },
     )
 }

@@ -2,7 +2,7 @@
 
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DeviceRepr, ValidAsZeroBits};
 
-use super::buffer::In;
+use super::buffer::{In, Out};
 use crate::rules::Dtype;
 
 mod sealed {
@@ -32,6 +32,10 @@ pub trait Element: sealed::Sealed + DeviceRepr + ValidAsZeroBits + Copy + Defaul
     /// The buffer, if it is of this type.
     #[doc(hidden)]
     fn of_tensor(tensor: Tensor<'_>) -> Option<In<'_, Self>>;
+
+    /// The same of a buffer to write.
+    #[doc(hidden)]
+    fn out_tensor(buffer: Out<'_, Self>) -> OutTensor<'_>;
 }
 
 impl Element for half::bf16 {
@@ -54,6 +58,10 @@ impl Element for half::bf16 {
             Tensor::Bf16(buffer) => Some(buffer),
             _ => None,
         }
+    }
+
+    fn out_tensor(buffer: Out<'_, Self>) -> OutTensor<'_> {
+        OutTensor::Bf16(buffer)
     }
 }
 
@@ -78,6 +86,10 @@ impl Element for half::f16 {
             _ => None,
         }
     }
+
+    fn out_tensor(buffer: Out<'_, Self>) -> OutTensor<'_> {
+        OutTensor::F16(buffer)
+    }
 }
 
 impl Element for f32 {
@@ -100,6 +112,10 @@ impl Element for f32 {
             Tensor::F32(buffer) => Some(buffer),
             _ => None,
         }
+    }
+
+    fn out_tensor(buffer: Out<'_, Self>) -> OutTensor<'_> {
+        OutTensor::F32(buffer)
     }
 }
 
@@ -147,5 +163,45 @@ impl<'a, T: Element> From<&'a CudaView<'_, T>> for Tensor<'a> {
 impl<'a, T: Element> From<&'a CudaViewMut<'_, T>> for Tensor<'a> {
     fn from(buffer: &'a CudaViewMut<'_, T>) -> Self {
         T::tensor(buffer.into())
+    }
+}
+
+/// A buffer of logits to write, whose type is a value: made with `From` of what [`Out`] is made of.
+#[non_exhaustive]
+pub enum OutTensor<'a> {
+    /// bfloat16.
+    Bf16(Out<'a, half::bf16>),
+    /// IEEE half precision.
+    F16(Out<'a, half::f16>),
+    /// IEEE single precision.
+    F32(Out<'a, f32>),
+}
+
+impl OutTensor<'_> {
+    /// Type of the elements.
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            OutTensor::Bf16(_) => Dtype::Bf16,
+            OutTensor::F16(_) => Dtype::F16,
+            OutTensor::F32(_) => Dtype::F32,
+        }
+    }
+}
+
+impl<'a, T: Element> From<Out<'a, T>> for OutTensor<'a> {
+    fn from(buffer: Out<'a, T>) -> Self {
+        T::out_tensor(buffer)
+    }
+}
+
+impl<'a, T: Element> From<&'a mut CudaSlice<T>> for OutTensor<'a> {
+    fn from(buffer: &'a mut CudaSlice<T>) -> Self {
+        T::out_tensor(buffer.into())
+    }
+}
+
+impl<'a, T: Element> From<&'a mut CudaViewMut<'_, T>> for OutTensor<'a> {
+    fn from(buffer: &'a mut CudaViewMut<'_, T>) -> Self {
+        T::out_tensor(buffer.into())
     }
 }

@@ -18,7 +18,7 @@ use cudarc::driver::{CudaContext, CudaStream, DriverError, SyncOnDrop, result};
 use super::buffer::{In, Out, Sink, Source};
 use super::embedded::Embedded;
 use super::params::{Params, Pointer};
-use crate::{DeviceInfo, Element, Error, Kernels, Selection, Tensor};
+use crate::{DeviceInfo, Element, Error, Kernels, OutTensor, Selection, Tensor};
 
 /// Alignment of matrices in bytes: kernels move 16 bytes at a time.
 pub(crate) const VECTOR: u64 = 16;
@@ -215,6 +215,24 @@ impl<'a> Scope<'a> {
             Tensor::Bf16(buffer) => self.read(argument, buffer, needed, alignment),
             Tensor::F16(buffer) => self.read(argument, buffer, needed, alignment),
             Tensor::F32(buffer) => self.read(argument, buffer, needed, alignment),
+        }
+    }
+
+    /// [`Scope::write`] of a buffer of any type.
+    pub(crate) fn write_any<'b, 'c: 'b>(
+        &self,
+        argument: &'static str,
+        tensor: OutTensor<'c>,
+        needed: usize,
+    ) -> Result<Held<'b>, Error>
+    where
+        'a: 'b,
+    {
+        let alignment = u64::from(tensor.dtype().bytes());
+        match tensor {
+            OutTensor::Bf16(buffer) => self.write(argument, buffer, needed, alignment),
+            OutTensor::F16(buffer) => self.write(argument, buffer, needed, alignment),
+            OutTensor::F32(buffer) => self.write(argument, buffer, needed, alignment),
         }
     }
 

@@ -127,10 +127,40 @@ fn case<X: Storage, W: Storage>(
         gate.assert_unchanged(&stream);
     }
     assert_sums(&name, &to_f64(&first), &want, &bounds, Dtype::F32);
+    // Of 16 bits: the same, rounded once.
+    let halves = narrow::<f16, X, W>(&desc, &x, &weight, bias.as_ref(), gated.then_some(&gate_weight));
+    let same = halves.iter().zip(&first).all(|(half, logit)| half.to_bits() == f16::from_f32(*logit).to_bits());
+    assert!(same, "{name}: f16");
+    let halves = narrow::<bf16, X, W>(&desc, &x, &weight, bias.as_ref(), gated.then_some(&gate_weight));
+    let same = halves.iter().zip(&first).all(|(half, logit)| half.to_bits() == bf16::from_f32(*logit).to_bits());
+    assert!(same, "{name}: bf16");
     x.assert_unchanged(&stream);
     weight.assert_unchanged(&stream);
     time(&stream, &name, || launch(&mut logits, &mut gate));
     logits.reset(&stream);
     launch(&mut logits, &mut gate);
     assert!(logits.read(&stream) == first, "{name}: another run gave other bits");
+}
+
+/// The logits of 16 bits.
+fn narrow<L: Storage, X: Storage, W: Storage>(
+    desc: &RouterDesc,
+    x: &Guarded<X>,
+    weight: &Guarded<W>,
+    bias: Option<&Guarded<f32>>,
+    gate_weight: Option<&Guarded<W>>,
+) -> Vec<L> {
+    let stream = device::stream();
+    let mut logits = Guarded::<L>::output(&stream, "logits", desc.tokens * desc.experts);
+    let mut gate = Guarded::<f32>::output(&stream, "shared_gate.logits", desc.tokens);
+    {
+        let (x, weight, bias, gate_weight) =
+            (x.view(), weight.view(), bias.map(Guarded::view), gate_weight.map(Guarded::view));
+        let (mut to, mut gate) = (logits.view_mut(), gate.view_mut());
+        let mut args = RouterArgs::new(&x, &weight, &mut to);
+        args.bias = bias.as_ref().map(In::from);
+        args.shared_gate = gate_weight.as_ref().map(|weight| SharedGate::new(weight, &mut gate));
+        router::forward(device::kernels(), &stream, desc, args).unwrap();
+    }
+    logits.read(&stream)
 }

@@ -174,6 +174,7 @@ impl RoutePlan {
             weight: Some(matrix),
             bias: optional(&weights.bias),
             logits: Some(at.logits),
+            logits_dtype: Dtype::F32,
             gate,
         };
         let step = if gate.is_some() { &self.gated_router } else { &self.router };
