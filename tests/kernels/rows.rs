@@ -57,6 +57,9 @@ impl Rows {
     }
 }
 
+/// The bytes of what no kernel has written: no number that one writes, such as the -1 of a slot without a row.
+const JUNK: u8 = 0xfe;
+
 /// `len` elements, `values` first. A buffer has at least one.
 fn filled<T: DeviceRepr + Copy>(stream: &Arc<CudaStream>, values: &[T], len: usize, rest: T) -> CudaSlice<T> {
     let mut all = values.to_vec();
@@ -71,7 +74,7 @@ pub fn behind() -> usize {
 
 /// Lists of nothing but bits that are one, for a dispatch to fill.
 pub fn junk(stream: &Arc<CudaStream>, shape: &SlotShape) -> Dispatched {
-    let list = |len: usize| filled(stream, &[], len + behind(), -1);
+    let list = |len: usize| filled(stream, &[], len + behind(), i32::from_ne_bytes([JUNK; 4]));
     let token_slots = shape.top_k.map_or(shape.slots, |top_k| shape.tokens * top_k);
     let lists = Lists {
         counts: list(shape.experts),
@@ -79,8 +82,8 @@ pub fn junk(stream: &Arc<CudaStream>, shape: &SlotShape) -> Dispatched {
         slot_token: list(shape.slots),
         token_slot: list(token_slots),
         token_offsets: list(if shape.top_k.is_some() { 0 } else { shape.tokens + 1 }),
-        slot_weight: filled(stream, &[], shape.slots + behind(), f32::from_bits(u32::MAX)),
-        tiles: filled(stream, &[], shape.max_tiles + behind(), [-1; 4]),
+        slot_weight: filled(stream, &[], shape.slots + behind(), f32::from_ne_bytes([JUNK; 4])),
+        tiles: filled(stream, &[], shape.max_tiles + behind(), [i32::from_ne_bytes([JUNK; 4]); 4]),
         num_tiles: list(1),
     };
     // SAFETY: no product or sum goes by these lists before a dispatch has filled them.
@@ -96,7 +99,7 @@ pub fn read<T: DeviceRepr + bytemuck::Pod>(
 ) -> Vec<T> {
     let mut all = stream.clone_dtoh(list).expect("the device gives back a test's lists");
     let past = bytemuck::cast_slice::<T, u8>(&all[len..]);
-    assert!(past.iter().all(|&byte| byte == 0xff), "{name}: written past its last element");
+    assert!(past.iter().all(|&byte| byte == JUNK), "{name}: written past its last element");
     all.truncate(len);
     all
 }
