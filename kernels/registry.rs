@@ -63,6 +63,12 @@ impl Tile {
         self.warps_m * self.warps_n * 32
     }
 
+    fn constants(&self) -> [(&'static str, Constant); 6] {
+        let Tile { bm, bn, bk, warps_m, warps_n, stages } = *self;
+        [("bm", bm), ("bn", bn), ("bk", bk), ("warps_m", warps_m), ("warps_n", warps_n), ("stages", stages)]
+            .map(|(name, value)| (name, Constant::Int(value)))
+    }
+
     /// `bm x bn x bk`, the word in kernel names.
     pub fn name(&self) -> String {
         format!("{}x{}x{}", self.bm, self.bn, self.bk)
@@ -87,16 +93,18 @@ pub enum RouterShape {
     Tile,
     /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
     Warp,
+    /// 64 tokens by 64 experts a block, of rows of any width that begin on any element.
+    Any,
 }
 
 impl RouterShape {
     /// Every cut.
-    pub const ALL: [RouterShape; 2] = [RouterShape::Tile, RouterShape::Warp];
+    pub const ALL: [RouterShape; 3] = [RouterShape::Tile, RouterShape::Warp, RouterShape::Any];
 
     /// Tokens and experts that one block covers.
     pub const fn block(self) -> (u32, u32) {
         match self {
-            RouterShape::Tile => (64, 64),
+            RouterShape::Tile | RouterShape::Any => (64, 64),
             RouterShape::Warp => (4, 8),
         }
     }
@@ -111,6 +119,7 @@ impl RouterShape {
         match self {
             RouterShape::Tile => "tile",
             RouterShape::Warp => "warp",
+            RouterShape::Any => "any",
         }
     }
 }
@@ -269,11 +278,48 @@ impl Gemm {
     }
 }
 
+/// One GEMM for all experts over rows of any width, address and stride.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemmAny {
+    /// Type of all matrices.
+    pub dtype: Dtype,
+    /// Whether gate and up, which have an address each, fold into a column.
+    pub gated: bool,
+}
+
+impl GemmAny {
+    /// A block's share.
+    pub const fn tile(&self) -> Tile {
+        match self.dtype {
+            Dtype::Bf16 | Dtype::F16 => Tile::new(64, 128, 64, 2, 2, 1),
+            Dtype::F32 => Tile::new(64, 64, 32, 2, 2, 1),
+        }
+    }
+
+    /// Output columns that one block writes.
+    pub const fn out_columns(&self) -> u32 {
+        if self.gated { self.tile().bn / 2 } else { self.tile().bn }
+    }
+
+    /// Dynamic shared memory in bytes: the stage, and after it the f32 tile in its place.
+    pub const fn shared_bytes(&self) -> u32 {
+        let t = self.tile();
+        let (stage, tile) = ((t.bm + t.bn) * t.bk * self.dtype.bytes(), t.bm * t.bn * 4);
+        if stage > tile { stage } else { tile }
+    }
+
+    const fn fold(&self) -> Fold {
+        if self.gated { Fold::Glu } else { Fold::Plain }
+    }
+}
+
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {
     /// Type of all matrices.
     pub dtype: Dtype,
+    /// Whether rows have any width and begin on any element.
+    pub any: bool,
 }
 
 impl Combine {
@@ -287,7 +333,7 @@ impl Combine {
     }
 
     const fn vectors(self, hidden: u32) -> u32 {
-        hidden / (16 / self.dtype.bytes())
+        hidden.div_ceil(16 / self.dtype.bytes())
     }
 
     /// Blocks for `tokens` > 0 rows of `hidden` > 0 elements: x over tokens, of which a block takes several where a row
@@ -323,6 +369,8 @@ pub const BLOCK_WARPS: u32 = 8;
 pub struct CombineRagged {
     /// Type of the rows.
     pub dtype: Dtype,
+    /// Whether rows have any width and begin on any element.
+    pub any: bool,
 }
 
 /// Balanced routing by Sinkhorn's iteration.
@@ -416,6 +464,8 @@ pub enum Kernel {
     Dispatch(Dispatch),
     /// The experts' products.
     Gemm(Gemm),
+    /// The experts' products, whatever the rows' width.
+    GemmAny(GemmAny),
     /// Sums over a token's experts.
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
@@ -449,6 +499,8 @@ pub enum Kernel {
     },
     /// What is wrong with lists from elsewhere.
     CheckLists,
+    /// Lists of rows that lie by expert.
+    RowGroups,
     /// Experts drawn from the router's distribution.
     Sampled(Spread),
     /// Multiplicative noise on a matrix.
@@ -469,12 +521,13 @@ impl Kernel {
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
-            Kernel::Combine(k) => format!("combine_{}", k.dtype),
+            Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
             Kernel::ExpertChoice => "expert_choice".into(),
             Kernel::TokenSlots => "token_slots".into(),
-            Kernel::CombineRagged(k) => format!("combine_ragged_{}", k.dtype),
+            Kernel::CombineRagged(k) => format!("combine_ragged_{}{}", k.dtype, any_width(k.any)),
             Kernel::Base => "base".into(),
             Kernel::Sinkhorn(k) => format!("sinkhorn_e{}", k.max_experts),
             Kernel::Hash => "hash".into(),
@@ -486,6 +539,7 @@ impl Kernel {
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
             Kernel::CheckLists => "check_lists".into(),
+            Kernel::RowGroups => "row_groups".into(),
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
@@ -499,7 +553,7 @@ impl Kernel {
             Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
             Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
             Kernel::Dispatch(_) => "Dispatch",
-            Kernel::Gemm(_) => "Gemm",
+            Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::Affinity => "Affinity",
@@ -516,6 +570,7 @@ impl Kernel {
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
             Kernel::CheckLists => "CheckLists",
+            Kernel::RowGroups => "RowGroups",
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
@@ -534,6 +589,7 @@ impl Kernel {
             Kernel::Gating(k) => k.warps() * 32,
             Kernel::Dispatch(k) => k.warps() * 32,
             Kernel::Gemm(k) => k.tile.threads(),
+            Kernel::GemmAny(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
@@ -546,7 +602,7 @@ impl Kernel {
                 BLOCK_WARPS * 32
             }
             Kernel::Sampled(spread) => spread.warps() * 32,
-            Kernel::Jitter(_) => BLOCK_WARPS * 32,
+            Kernel::Jitter(_) | Kernel::RowGroups => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
         }
     }
@@ -555,6 +611,7 @@ impl Kernel {
     pub const fn shared_bytes(&self) -> u32 {
         match self {
             Kernel::Gemm(k) => k.shared_bytes(),
+            Kernel::GemmAny(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
@@ -563,12 +620,15 @@ impl Kernel {
     /// File below `kernels/` that this variant is rendered from.
     pub const fn template(&self) -> &'static str {
         match self {
-            Kernel::Router(Router { shape: RouterShape::Tile, .. }) => "routers/router_tile.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Tile | RouterShape::Any, .. }) => {
+                "routers/router_tile.ptx.jinja"
+            }
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
             Kernel::Dispatch(_) => "capacity/dispatch.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
+            Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -584,6 +644,7 @@ impl Kernel {
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
             Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
             Kernel::CheckLists => "capacity/check_lists.ptx.jinja",
+            Kernel::RowGroups => "capacity/row_groups.ptx.jinja",
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
@@ -597,6 +658,7 @@ impl Kernel {
             Kernel::Router(k) => vec![
                 ("x_dtype", Text(k.x.name())),
                 ("w_dtype", Text(k.weight.name())),
+                ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
                 ("block_tokens", Int(k.shape.block().0)),
                 ("block_experts", Int(k.shape.block().1)),
             ],
@@ -617,25 +679,26 @@ impl Kernel {
             Kernel::Dispatch(k) => {
                 vec![("max_experts", Int(k.max_experts)), ("ids_bytes", Int(k.ids_bytes)), ("warps", Int(k.warps()))]
             }
-            Kernel::Gemm(k) => vec![
-                ("dtype", Text(k.dtype.name())),
-                ("bm", Int(k.tile.bm)),
-                ("bn", Int(k.tile.bn)),
-                ("bk", Int(k.tile.bk)),
-                ("warps_m", Int(k.tile.warps_m)),
-                ("warps_n", Int(k.tile.warps_n)),
-                ("stages", Int(k.tile.stages)),
-                ("glu", Text(k.fold.name())),
-                ("layout", Text(k.layout.name())),
-            ],
-            Kernel::Combine(k) => vec![("dtype", Text(k.dtype.name()))],
-            Kernel::CombineRagged(k) => vec![("dtype", Text(k.dtype.name()))],
+            Kernel::Gemm(k) => {
+                let own =
+                    [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
+                own.into_iter().chain(k.tile.constants()).collect()
+            }
+            Kernel::GemmAny(k) => {
+                let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
+                own.into_iter().chain(k.tile().constants()).collect()
+            }
+            Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
+            }
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::BalanceLoss | Kernel::UpdateBias => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
-            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::RowGroups => {
+                vec![("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
                 constants.push(("grouped", Int(k.grouped as u32)));
@@ -650,6 +713,11 @@ impl Kernel {
 /// The end of the name of a kernel that takes wide ids.
 fn wide(ids_bytes: u32) -> &'static str {
     if ids_bytes == 8 { "_i64" } else { "" }
+}
+
+/// The end of the name of a kernel for rows of any width.
+fn any_width(any: bool) -> &'static str {
+    if any { "_any" } else { "" }
 }
 
 /// A constant of a template.
@@ -691,8 +759,13 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     for dtype in Dtype::ALL {
-        kernels.push(Kernel::Combine(Combine { dtype }));
-        kernels.push(Kernel::CombineRagged(CombineRagged { dtype }));
+        kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
+    }
+    for dtype in Dtype::ALL {
+        for any in [false, true] {
+            kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
+        }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
         kernels.push(Kernel::Admission(Admission { max_experts }));
@@ -708,7 +781,7 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::MeasuredGating(MeasuredGate { score, values }));
         }
     }
-    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists]);
+    kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);

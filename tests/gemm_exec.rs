@@ -257,8 +257,14 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
     .chain([0; 7]);
     // No dropout: the last six are not looked at beyond the first.
     let dropout = [0, 1f32.to_bits(), 0, 0, 0, 0];
-    let scalars = [0, total as u32, n as u32, k as u32, nb as u32, case.activation, ALPHA.to_bits(), LIMIT.to_bits()];
-    let scalars = scalars.into_iter().chain(dropout);
+    let (output, depth) = if layout == Layout::Nk { (k, 1) } else { (1, nb) };
+    let expert = (nb * k) as u32;
+    let strides = [tile.bm, k as u32, 1, expert, 0, output as u32, depth as u32, 1, n as u32, 1];
+    let rounded = 0;
+    let scalars = ([0, total as u32, n as u32, k as u32, nb as u32].into_iter())
+        .chain(strides)
+        .chain([rounded, case.activation, ALPHA.to_bits(), LIMIT.to_bits()])
+        .chain(dropout);
     let noise_state = 0_u64;
     let params: Vec<u8> = (pointers.flat_map(|p: u64| p.to_le_bytes()))
         .chain(scalars.flat_map(|s: u32| s.to_le_bytes()))

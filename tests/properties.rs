@@ -8,9 +8,9 @@ mod admission;
 mod noise;
 mod support;
 
-use half::bf16;
+use half::{bf16, f16};
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
-use moe_kernels::layer::{LayerDesc, Mlp};
+use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc};
 use moe_kernels::reference::{self, dispatch::DispatchRule};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::rules::{Capacity, Gating, Renormalise, Score};
@@ -199,5 +199,32 @@ proptest! {
             .gating(Gating::new(score).renormalise(renormalise.then_some(EPSILON)));
         let case = Case { router_bias, expert_bias, residual, ..Case::new(desc, tokens) };
         check::<bf16, bf16>(&case);
+    }
+}
+
+proptest! {
+    #![proptest_config(config(48))]
+
+    /// Layers whose rows have any number of elements, as where a model is split over ranks.
+    #[test]
+    fn layers_of_any_width(
+        experts in 1usize..=9,
+        k in 1usize..=3,
+        hidden in prop_oneof![1usize..=100, Just(133usize), Just(170usize), (1usize..=8).prop_map(|n| 8 * n)],
+        intermediate in prop_oneof![1usize..=90, Just(341usize), (1usize..=8).prop_map(|n| 8 * n)],
+        tokens in prop_oneof![1usize..=4, 5usize..=70],
+        mlp in prop::sample::select(vec![Mlp::swiglu(Dtype::F16), Mlp::relu(Dtype::F16), Mlp::gpt_oss(Dtype::F16)]),
+        shared in prop::option::of(any::<bool>()),
+        (f32_router, router_bias, expert_bias, residual) in any::<(bool, bool, bool, bool)>(),
+    ) {
+        // A shared expert as wide as the others, in their launches, or a narrower one in its own.
+        let shared = shared.map(|joins| SharedDesc::new(if joins { intermediate } else { intermediate.div_ceil(2) }, mlp));
+        let desc = LayerDesc::new(Dtype::F16, hidden, intermediate, experts, k.min(experts)).mlp(mlp).shared(shared);
+        let case = Case { router_bias, expert_bias, residual, ..Case::new(desc, tokens) };
+        if f32_router {
+            check::<f16, f32>(&Case { desc: desc.router_dtype(Dtype::F32), ..case });
+        } else {
+            check::<f16, f16>(&case);
+        }
     }
 }

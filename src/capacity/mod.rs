@@ -5,6 +5,7 @@ pub mod dispatch;
 pub mod expert_map;
 mod ids;
 pub mod lists;
+pub mod row_groups;
 pub mod token_slots;
 
 pub use ids::Ids;

@@ -2,8 +2,9 @@
 
 use crate::Error;
 use crate::Tensor;
-use crate::rules::{Glu, WeightDesc, WeightFormat};
-use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
+use crate::rules::{Glu, Layout, WeightDesc, WeightFormat};
+use crate::runtime::launch::{Address, Held, Scope, optional};
+use crate::runtime::shape::{self, reach};
 
 /// Weights of one product, of every expert: the matrices and, where there is one, the bias of each output.
 ///
@@ -12,7 +13,7 @@ use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
 #[non_exhaustive]
 pub struct Weight<'a> {
     /// `[E, Nb, K]` or `[E, K, Nb]`, by the layout; `Nb` is twice the columns of the result where gate and up lie together. Begins on 16
-    /// bytes.
+    /// bytes where rows are a multiple of 8 elements, else on an element.
     pub matrix: Tensor<'a>,
     /// `[E, Nb]`; may begin on any element.
     pub bias: Option<Tensor<'a>>,
@@ -43,21 +44,23 @@ impl<'a> Weight<'a> {
         Weight { up: self.up.map(|(matrix, _)| (matrix, Some(bias.into()))), ..self }
     }
 
-    /// Opens what `desc` says, of `experts` experts with `n` columns of depth `k`.
+    /// Opens what `desc` says, at `place`.
     pub(crate) fn open<'b>(
         self,
         scope: &Scope<'b>,
         names: WeightNames,
         desc: &WeightDesc,
-        [experts, n, k]: [usize; 3],
+        place: WeightPlace,
     ) -> Result<HeldWeight<'b>, Error>
     where
         'a: 'b,
     {
         let operation = scope.operation;
         let WeightFormat::Plain(dtype) = desc.format;
+        let WeightPlace { experts, n, k, strides: [expert, output, depth], alignment } = place;
         let outputs = desc.outputs(n);
-        let matrix = |name, tensor| scope.read_tensor(name, tensor, dtype, experts * outputs * k, VECTOR);
+        let elements = reach(&[(experts, expert), (outputs, output), (k, depth)]);
+        let matrix = |name, tensor| scope.read_tensor(name, tensor, dtype, elements, alignment);
         let bias = |name, tensor: Option<Tensor<'a>>| {
             tensor
                 .map(|tensor| scope.read_tensor(name, tensor, dtype, experts * outputs, dtype.bytes().into()))
@@ -90,8 +93,33 @@ impl<'a> Weight<'a> {
             up_bias: bias(names.up_bias, up_bias)?,
             desc: *desc,
             n,
-            k,
+            output,
         })
+    }
+}
+
+/// Sizes of a weight's tensors, and where their elements lie.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WeightPlace {
+    pub(crate) experts: usize,
+    /// Columns of the result.
+    pub(crate) n: usize,
+    pub(crate) k: usize,
+    /// Elements from an expert to the next, from an output to the next, from a depth to the next.
+    pub(crate) strides: [usize; 3],
+    /// Boundary in bytes that each tensor begins on.
+    pub(crate) alignment: u64,
+}
+
+impl WeightPlace {
+    /// Of packed tensors.
+    pub(crate) fn packed(desc: &WeightDesc, [experts, n, k]: [usize; 3]) -> WeightPlace {
+        let WeightFormat::Plain(dtype) = desc.format;
+        let width = match desc.layout {
+            Layout::Nk => k,
+            Layout::Kn => desc.outputs(n),
+        };
+        WeightPlace { experts, n, k, strides: desc.strides(n, k), alignment: shape::row_alignment(dtype, width) }
     }
 }
 
@@ -112,7 +140,8 @@ pub(crate) struct HeldWeight<'a> {
     up_bias: Option<Held<'a>>,
     desc: WeightDesc,
     n: usize,
-    k: usize,
+    /// Elements from an output to the next.
+    output: usize,
 }
 
 /// A weight as the kernel takes it: where the outputs of the first kind begin (all, or gate's), and those of the second.
@@ -130,14 +159,13 @@ impl HeldWeight<'_> {
         let element = dtype.bytes() as usize;
         let (matrix, bias) = (self.matrix.address(), optional(&self.bias));
         // From gate to up within one tensor: so many outputs further.
-        let of_outputs = match self.desc.layout {
-            crate::rules::Layout::Nk => self.n * self.k * element,
-            crate::rules::Layout::Kn => self.n * element,
-        };
-        let second = (matrix.offset(of_outputs), bias.map(|bias| bias.offset(self.n * element)));
+        let apart = if self.desc.glu == Glu::Interleaved { 1 } else { self.n };
+        let second = (matrix.offset(apart * self.output * element), bias.map(|bias| bias.offset(apart * element)));
         match self.desc.glu {
-            Glu::None | Glu::Interleaved => WeightAddresses { b: matrix, b_up: None, bias, bias_up: None },
-            Glu::Split => WeightAddresses { b: matrix, b_up: Some(second.0), bias, bias_up: second.1 },
+            Glu::None => WeightAddresses { b: matrix, b_up: None, bias, bias_up: None },
+            Glu::Split | Glu::Interleaved => {
+                WeightAddresses { b: matrix, b_up: Some(second.0), bias, bias_up: second.1 }
+            }
             Glu::UpFirst => WeightAddresses { b: second.0, b_up: Some(matrix), bias: second.1, bias_up: bias },
             Glu::Apart => {
                 let (up, up_bias) = (optional(&self.up), optional(&self.up_bias));

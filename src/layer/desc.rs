@@ -16,9 +16,9 @@ pub struct LayerDesc {
     pub dtype: Dtype,
     /// Type of the router's weight: `dtype` or f32.
     pub router_dtype: Dtype,
-    /// Hidden size `H`, a multiple of 8.
+    /// Hidden size `H`. Rows of a multiple of 8 elements begin on 16 bytes, others on any element and take longer: buffers of `H` or `I` columns alike.
     pub hidden: usize,
-    /// Intermediate size `I` of an expert, a multiple of 8.
+    /// Intermediate size `I` of an expert.
     pub intermediate: usize,
     /// Experts `E` that a token's choice is among, 1 to 4096.
     pub experts: usize,
@@ -181,7 +181,7 @@ settings!(Mlp { gate_up: WeightDesc, activation: Activation, down: WeightDesc })
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SharedDesc {
-    /// Its intermediate size, a multiple of 8.
+    /// Its intermediate size.
     pub intermediate: usize,
     /// Its inner form.
     pub mlp: Mlp,

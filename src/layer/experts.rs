@@ -15,7 +15,7 @@ use crate::experts::weight::HeldWeight;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Activation, Dropout};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -54,11 +54,11 @@ impl ExpertsPlan {
         device: &DeviceInfo,
     ) -> Result<ExpertsPlan, Error> {
         let &LayerDesc { dtype, hidden, intermediate, .. } = desc;
-        shape::multiple_of_8(OPERATION, "hidden", hidden)?;
-        shape::multiple_of_8(OPERATION, "intermediate", intermediate)?;
+        shape::positive(OPERATION, "hidden", hidden)?;
+        shape::positive(OPERATION, "intermediate", intermediate)?;
         gemm::check_activation(OPERATION, "mlp.activation", desc.mlp.activation, desc.mlp.gate_up.glu)?;
         if let Some(shared) = &desc.shared {
-            shape::multiple_of_8(OPERATION, "shared.intermediate", shared.intermediate)?;
+            shape::positive(OPERATION, "shared.intermediate", shared.intermediate)?;
             let (activation, glu) = (shared.mlp.activation, shared.mlp.gate_up.glu);
             gemm::check_activation(OPERATION, "shared.mlp.activation", activation, glu)?;
         }
@@ -199,9 +199,10 @@ impl ExpertsPlan {
         if tokens == 0 {
             return Ok(());
         }
-        let x = scope.read("x", args.x, tokens * hidden, VECTOR)?;
+        let alignment = shape::row_alignment(self.desc.dtype, hidden);
+        let x = scope.read("x", args.x, tokens * hidden, alignment)?;
         let dispatched = args.dispatched.read(&scope)?;
-        let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, VECTOR)?;
+        let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, alignment)?;
         let wanted = Intermediates {
             hidden: args.hidden,
             pre_activation: args.pre_activation,
@@ -210,7 +211,7 @@ impl ExpertsPlan {
         };
         let kept = wanted.open(&scope, &self.desc, &self.rows)?;
         let noise_state = scope.read_noise_state(args.noise_state)?;
-        let shared = scope.write_some("shared", args.shared, tokens * hidden, VECTOR)?;
+        let shared = scope.write_some("shared", args.shared, tokens * hidden, alignment)?;
         router::check_gate(OPERATION, "shared_gate", self.gate.is_some(), args.shared_gate.is_some())?;
         let shared_gate = scope.write_some("shared_gate", args.shared_gate, tokens, SCALAR)?;
         if shared.is_some() != self.desc.shared.is_some() {

@@ -12,7 +12,8 @@ use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::{combine, gemm};
 use crate::rules::Dropout;
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Held, SCALAR, Scope, optional};
+use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, Workspace};
 
 /// Every choice for a layer and a number of tokens: kernels, grids, and where each intermediate lies in the workspace.
@@ -157,13 +158,14 @@ impl LayerPlan {
         if self.tokens == 0 {
             return self.route.without_tokens(&scope, route);
         }
-        let x = scope.read("x", args.x, elements, VECTOR)?;
+        let alignment = shape::row_alignment(desc.dtype, desc.hidden);
+        let x = scope.read("x", args.x, elements, alignment)?;
         let given = self.tokens * self.route.candidates();
         let (ids, choice_weights) = args.choices.map(|choices| (choices.ids, choices.weights)).unzip();
         let given_ids = ids.map(|ids| self.route.open_ids(&scope, ids)).transpose()?;
         let given_weights = scope.read_some("choices.weights", choice_weights, given, SCALAR)?;
-        let residual = scope.read_some("residual", args.residual, elements, VECTOR)?;
-        let y = scope.write("y", args.y, elements, VECTOR)?;
+        let residual = scope.read_some("residual", args.residual, elements, alignment)?;
+        let y = scope.write("y", args.y, elements, alignment)?;
         let wanted = Intermediates {
             hidden: args.hidden,
             pre_activation: args.pre_activation,

@@ -3,7 +3,8 @@
 use super::OPERATION;
 use super::desc::{LayerDesc, Mlp};
 use crate::experts::dispatched::SlotShape;
-use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, Scope, optional};
+use crate::runtime::shape;
 use crate::runtime::workspace::Region;
 use crate::{Error, Out};
 
@@ -48,7 +49,11 @@ impl<'a, T> Intermediates<'a, T> {
                 return Err(Error::Unexpected { operation: OPERATION, argument, reason });
             }
         }
-        let write = |argument, buffer, elements| scope.write_some(argument, buffer, elements, VECTOR);
+        let aligned = |intermediate| shape::row_alignment(desc.dtype, intermediate);
+        let write =
+            |argument, buffer, elements| scope.write_some(argument, buffer, elements, aligned(desc.intermediate));
+        let shared_aligned = aligned(desc.shared.map_or(0, |shared| shared.intermediate));
+        let write_shared = |argument, buffer, elements| scope.write_some(argument, buffer, elements, shared_aligned);
         let before = |mlp: &Mlp, hidden: usize| if mlp.gate_up.glu.is_gated() { 2 * hidden } else { hidden };
         let hidden = rows.slots * desc.intermediate;
         let (shared_hidden, shared_before) = desc.shared.map_or((0, 0), |shared| {
@@ -58,8 +63,8 @@ impl<'a, T> Intermediates<'a, T> {
         Ok(HeldIntermediates {
             hidden: write("hidden", self.hidden, hidden)?,
             pre_activation: write("pre_activation", self.pre_activation, before(&desc.mlp, hidden))?,
-            shared_hidden: write("shared_hidden", self.shared_hidden, shared_hidden)?,
-            shared_pre_activation: write("shared_pre_activation", self.shared_pre_activation, shared_before)?,
+            shared_hidden: write_shared("shared_hidden", self.shared_hidden, shared_hidden)?,
+            shared_pre_activation: write_shared("shared_pre_activation", self.shared_pre_activation, shared_before)?,
         })
     }
 }

@@ -112,7 +112,7 @@ fn faults_name_their_field() {
         change(&mut desc);
         error(desc, tokens).argument().unwrap()
     };
-    assert_eq!(fault(&|d| d.hidden = 4100, 1), "hidden");
+    assert_eq!(fault(&|d| d.hidden = 0, 1), "hidden");
     assert_eq!(fault(&|d| d.intermediate = 0, 1), "intermediate");
     assert_eq!(fault(&|d| d.top_k = 9, 1), "top_k");
     assert_eq!(fault(&|d| d.experts = 0, 1), "experts");
@@ -120,7 +120,7 @@ fn faults_name_their_field() {
     assert_eq!(fault(&|_| (), usize::MAX), "tokens");
     assert_eq!(fault(&|_| (), 1 << 30), "token_slot");
     assert_eq!(fault(&|d| d.mlp.activation = Activation::Identity, 1), "mlp.activation");
-    assert_eq!(fault(&|d| d.shared = Some(SharedDesc::new(12, Mlp::swiglu(Dtype::Bf16))), 1), "shared.intermediate");
+    assert_eq!(fault(&|d| d.shared = Some(SharedDesc::new(0, Mlp::swiglu(Dtype::Bf16))), 1), "shared.intermediate");
     assert_eq!(fault(&|d| d.map = Some(MapDesc::new(0)), 1), "experts");
     assert_eq!(fault(&|d| (d.admission, d.top_k) = (in_many_steps().admission, 1), 1), "admission");
     let text = error(LayerDesc::new(Dtype::Bf16, 64, 64, 8, 9), 1).to_string();

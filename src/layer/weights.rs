@@ -2,10 +2,11 @@
 
 use super::desc::{LayerDesc, Mlp};
 use crate::experts::Weight;
-use crate::experts::weight::{HeldWeight, WeightNames};
+use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::routers::{gating, router};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::shape;
 use crate::{Error, In, Tensor};
 
 /// Weights of a layer.
@@ -49,8 +50,9 @@ impl<'a> RouterWeights<'a> {
     {
         let LayerDesc { hidden, experts, router_dtype, gating, .. } = *desc;
         gating::check_correction_bias(scope.operation, &gating, self.correction_bias.is_some())?;
+        let alignment = shape::row_alignment(router_dtype, hidden);
         Ok(HeldRouter {
-            matrix: scope.read_tensor("router.matrix", self.matrix, router_dtype, experts * hidden, VECTOR)?,
+            matrix: scope.read_tensor("router.matrix", self.matrix, router_dtype, experts * hidden, alignment)?,
             bias: scope.read_some("router.bias", self.bias, experts, SCALAR)?,
             correction_bias: scope.read_some("router.correction_bias", self.correction_bias, experts, SCALAR)?,
         })
@@ -108,7 +110,8 @@ impl<'a> ExpertWeights<'a> {
             (Some(shared), Some(weights)) => {
                 router::check_gate(operation, "shared.gate", shared.gated, weights.gate.is_some())?;
                 let sizes = [1, shared.intermediate, desc.hidden];
-                let gate = |tensor| scope.read_tensor("shared.gate", tensor, desc.router_dtype, desc.hidden, VECTOR);
+                let alignment = shape::row_alignment(desc.router_dtype, desc.hidden);
+                let gate = |tensor| scope.read_tensor("shared.gate", tensor, desc.router_dtype, desc.hidden, alignment);
                 Some(HeldShared {
                     mlp: open_mlp(scope, &SHARED, &shared.mlp, [weights.gate_up, weights.down], sizes)?,
                     gate: weights.gate.map(gate).transpose()?,
@@ -193,8 +196,7 @@ fn open_mlp<'a, 'b>(
 where
     'a: 'b,
 {
-    Ok([
-        gate_up.open(scope, names[0], &mlp.gate_up, [experts, intermediate, hidden])?,
-        down.open(scope, names[1], &mlp.down, [experts, hidden, intermediate])?,
-    ])
+    let first = WeightPlace::packed(&mlp.gate_up, [experts, intermediate, hidden]);
+    let second = WeightPlace::packed(&mlp.down, [experts, hidden, intermediate]);
+    Ok([gate_up.open(scope, names[0], &mlp.gate_up, first)?, down.open(scope, names[1], &mlp.down, second)?])
 }

@@ -25,6 +25,7 @@ pub mod noisy;
 mod parallel;
 
 pub mod router;
+pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
 

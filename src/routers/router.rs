@@ -13,7 +13,7 @@ use cudarc::driver::CudaStream;
 use crate::registry::{Kernel, Router, RouterShape};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::RouterParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
@@ -32,7 +32,7 @@ pub struct RouterDesc {
     pub tokens: usize,
     /// Experts `E`, 1 to 4096; 0 with a shared gate: that alone.
     pub experts: usize,
-    /// Hidden size `H`, a multiple of 8.
+    /// Hidden size `H`. Of a multiple of 8 `x` and the weights begin on 16 bytes, else on any element, and it takes longer.
     pub hidden: usize,
     /// One kernel for any number of tokens, so that a token's logits have the same bits in every batch. For few tokens the other
     /// reads its weight with more multiprocessors.
@@ -110,7 +110,7 @@ impl RouterDesc {
         if self.experts > 0 || !self.shared_gate {
             shape::experts(OPERATION, self.experts)?;
         }
-        shape::multiple_of_8(OPERATION, "hidden", self.hidden)?;
+        shape::positive(OPERATION, "hidden", self.hidden)?;
         if self.weight != self.x && self.weight != Dtype::F32 {
             let supported = format!("the type of x ({}) or f32", self.x);
             return Err(Error::unsupported(OPERATION, "weight", supported, self.weight));
@@ -137,7 +137,7 @@ pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error
         let ((tokens, experts), rows) = (shape.block(), desc.experts as u32);
         let across = match shape {
             // The gate has blocks of its own.
-            RouterShape::Tile => rows.div_ceil(experts) + gates,
+            RouterShape::Tile | RouterShape::Any => rows.div_ceil(experts) + gates,
             RouterShape::Warp => (rows + gates).div_ceil(experts),
         };
         [(desc.tokens as u32).div_ceil(tokens), across, 1]
@@ -146,7 +146,9 @@ pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error
         let [x, y, _] = blocks(shape, if desc.experts == 0 { gates } else { 0 });
         (u64::from(x) * u64::from(y)).div_ceil(device.multiprocessors.into())
     };
-    let shape = if desc.batch_invariant {
+    let shape = if !desc.hidden.is_multiple_of(8) {
+        RouterShape::Any
+    } else if desc.batch_invariant {
         RouterShape::Tile
     } else if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) {
         RouterShape::Warp
@@ -178,12 +180,13 @@ pub fn forward<X: Element, W: Element>(
     if desc.tokens == 0 {
         return Ok(());
     }
-    let x = scope.read("x", args.x, desc.tokens * desc.hidden, VECTOR)?;
-    let weight = scope.read("weight", args.weight, desc.experts * desc.hidden, VECTOR)?;
+    let [x_alignment, alignment] = [desc.x, desc.weight].map(|dtype| shape::row_alignment(dtype, desc.hidden));
+    let x = scope.read("x", args.x, desc.tokens * desc.hidden, x_alignment)?;
+    let weight = scope.read("weight", args.weight, desc.experts * desc.hidden, alignment)?;
     let bias = scope.read_some("bias", args.bias, desc.experts, SCALAR)?;
     let logits = scope.write("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
     let (gate_weight, gate_logits) = args.shared_gate.map(|gate| (gate.weight, gate.logits)).unzip();
-    let gate_weight = scope.read_some("shared_gate.weight", gate_weight, desc.hidden, VECTOR)?;
+    let gate_weight = scope.read_some("shared_gate.weight", gate_weight, desc.hidden, alignment)?;
     let gate_logits = scope.write_some("shared_gate.logits", gate_logits, desc.tokens, SCALAR)?;
     let addresses = Addresses {
         x: x.address(),
@@ -258,7 +261,7 @@ mod tests {
         assert_eq!(desc().validate(), Ok(()));
         assert_eq!(fault(RouterDesc { weight: Dtype::F16, ..desc() }), "weight");
         assert_eq!(fault(RouterDesc { x: Dtype::F32, ..desc() }), "weight");
-        assert_eq!(fault(RouterDesc { hidden: 2047, ..desc() }), "hidden");
+        assert_eq!(fault(RouterDesc { hidden: 0, ..desc() }), "hidden");
         assert_eq!(fault(RouterDesc { experts: 0, ..desc() }), "experts");
         assert_eq!(RouterDesc { experts: 0, ..desc() }.shared_gate(true).validate(), Ok(()));
         assert_eq!(fault(RouterDesc { tokens: 1 << 31, ..desc() }), "tokens");

@@ -54,6 +54,16 @@ impl WeightDesc {
         WeightDesc { glu, ..self }
     }
 
+    /// Elements from an expert's matrix to the next, from an output to the next and from a depth to the next, of packed tensors for `n` columns of
+    /// the result and depth `k`.
+    pub const fn strides(&self, n: usize, k: usize) -> [usize; 3] {
+        let outputs = self.outputs(n);
+        match self.layout {
+            Layout::Nk => [outputs * k, k, 1],
+            Layout::Kn => [outputs * k, 1, outputs],
+        }
+    }
+
     /// Outputs of one tensor for `n` columns of the result: `2 n` where it holds gate and up.
     pub(crate) const fn outputs(&self, n: usize) -> usize {
         match self.glu {

@@ -17,6 +17,19 @@ pub(crate) fn product(operation: &'static str, argument: &'static str, factors: 
     })
 }
 
+/// Elements from the first to behind the last of a tensor with dimensions `(size, stride)`; none if a size is 0.
+pub(crate) fn reach(dimensions: &[(usize, usize)]) -> usize {
+    if dimensions.iter().any(|&(size, _)| size == 0) {
+        return 0;
+    }
+    1 + dimensions.iter().map(|&(size, stride)| (size - 1) * stride).sum::<usize>()
+}
+
+/// Boundary in bytes that a packed matrix with rows of `width` elements begins on: 16 where each row then does, else an element.
+pub(crate) fn row_alignment(dtype: crate::Dtype, width: usize) -> u64 {
+    if width.is_multiple_of(8) { super::launch::VECTOR } else { dtype.bytes().into() }
+}
+
 /// A product that the kernel holds in an `i32`.
 pub(crate) fn product_i32(operation: &'static str, argument: &'static str, factors: &[usize]) -> Result<usize, Error> {
     let overflow = || Error::Overflow {
@@ -41,14 +54,6 @@ pub(crate) fn size(operation: &'static str, argument: &'static str, value: usize
 pub(crate) fn positive(operation: &'static str, argument: &'static str, value: usize) -> Result<u32, Error> {
     if value == 0 {
         return Err(Error::invalid(operation, argument, "at least 1", value));
-    }
-    size(operation, argument, value)
-}
-
-/// A row length: kernels move 8 elements at a time.
-pub(crate) fn multiple_of_8(operation: &'static str, argument: &'static str, value: usize) -> Result<u32, Error> {
-    if value == 0 || !value.is_multiple_of(8) {
-        return Err(Error::invalid(operation, argument, "a positive multiple of 8", value));
     }
     size(operation, argument, value)
 }
@@ -92,6 +97,18 @@ pub(crate) fn grid_y(operation: &'static str, argument: &'static str, blocks: u3
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Dtype;
+
+    #[test]
+    fn tensors_reach_as_far_as_their_last_element() {
+        assert_eq!(reach(&[(3, 10), (4, 1)]), 24);
+        assert_eq!(reach(&[(3, 0), (1, 7)]), 1);
+        assert_eq!(reach(&[(3, 10), (0, 1)]), 0);
+        assert_eq!(
+            [row_alignment(Dtype::Bf16, 16), row_alignment(Dtype::Bf16, 12), row_alignment(Dtype::F32, 4)],
+            [16, 2, 4]
+        );
+    }
 
     #[test]
     fn products_do_not_wrap() {
@@ -113,8 +130,7 @@ mod tests {
         assert!(matches!(experts("op", 4097), Err(Error::Unsupported { argument: "experts", .. })));
         assert!(matches!(top_k("op", 9, 8), Err(Error::Invalid { argument: "top_k", .. })));
         assert!(matches!(top_k("op", 33, 64), Err(Error::Unsupported { argument: "top_k", .. })));
-        assert!(matches!(multiple_of_8("op", "hidden", 12), Err(Error::Invalid { argument: "hidden", .. })));
-        assert!(matches!(multiple_of_8("op", "hidden", 0), Err(Error::Invalid { argument: "hidden", .. })));
+        assert!(matches!(positive("op", "hidden", 0), Err(Error::Invalid { argument: "hidden", .. })));
         assert!(grid_x("op", "n", 1 << 31).is_err());
     }
 }

@@ -44,7 +44,9 @@ struct Results {
 
 impl Layer {
     fn draw(rng: &mut fastrand::Rng, gated: bool) -> Layer {
-        let (hidden, intermediate) = (8 * rng.usize(1..20), 8 * rng.usize(1..20));
+        // A quarter of the widths is no multiple of 8.
+        let mut width = || if rng.usize(..4) == 0 { rng.usize(1..150) } else { 8 * rng.usize(1..20) };
+        let (hidden, intermediate) = (width(), width());
         let (experts, tokens) = (rng.usize(2..9), rng.usize(1..200));
         let top_k = rng.usize(1..=experts.min(4));
         let weighting = [Weighting::Output, Weighting::Input, Weighting::Activation][rng.usize(..3)];

@@ -23,7 +23,12 @@ pub fn check(variant: Combine, rng: &mut fastrand::Rng) {
 }
 
 fn check_as<T: Storage>(variant: Combine, rng: &mut fastrand::Rng) {
-    for (tokens, top_k, hidden) in [(1, 1, 8), (1, 32, 2056), (7, 2, 104), (130, 8, 96), (3, 5, 4104), (65, 3, 2048)] {
+    let shapes = if variant.any {
+        [(1, 1, 1), (1, 32, 2057), (7, 2, 100), (130, 8, 7), (3, 5, 4100), (65, 3, 341)]
+    } else {
+        [(1, 1, 8), (1, 32, 2056), (7, 2, 104), (130, 8, 96), (3, 5, 4104), (65, 3, 2048)]
+    };
+    for (tokens, top_k, hidden) in shapes {
         for options in 0..16 {
             case::<T>(variant, rng, [tokens, top_k, hidden], options);
         }
@@ -94,17 +99,20 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let shape = SlotShape::new(tokens, 1, Some(top_k), slots, 16, 0);
     let desc = CombineDesc::new(variant.dtype, shape, hidden);
     assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel.variant(), Kernel::Combine(variant));
-    let y_slots = Guarded::input(&stream, "y_slots", &y_slots);
+    // Where rows begin on any element, so do buffers.
+    let shift = |elements: usize| if variant.any { elements } else { 0 };
+    let y_slots = Guarded::shifted_input(&stream, "y_slots", &y_slots, shift(1));
     let dispatched = Rows { token_slot, ..Rows::default() }.dispatched(&stream, &shape);
     let weights = weights.map(|values| Guarded::input(&stream, "weights", &values));
     // A residual that the sum replaces.
-    let mut accumulated = residual.as_ref().map(|values| Guarded::input(&stream, "y", values));
-    let residual = residual.map(|values| Guarded::input(&stream, "residual", &values));
-    let addend = addend.map(|values| Guarded::input(&stream, "addend", &values));
+    let mut accumulated = residual.as_ref().map(|values| Guarded::shifted_input(&stream, "y", values, shift(3)));
+    let residual = residual.map(|values| Guarded::shifted_input(&stream, "residual", &values, shift(5)));
+    let addend = addend.map(|values| Guarded::shifted_input(&stream, "addend", &values, shift(7)));
     let gate = gate.map(|values| Guarded::input(&stream, "addend_gate", &values));
-    let identity = identity.map(|values| Guarded::input(&stream, "identity", &values));
+    let identity = identity.map(|values| Guarded::shifted_input(&stream, "identity", &values, shift(1)));
     let identity_weight = Guarded::input(&stream, "identity_weight", &identity_weight);
-    let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
+    let junk = vec![Guarded::<T>::junk(); tokens * hidden];
+    let mut y = Guarded::filled_output(&stream, "y", &junk, shift(1));
     let launch = |y: &mut Guarded<T>, accumulate: bool| {
         let (rows, identity_weight, mut y) = (y_slots.view(), identity_weight.view(), y.view_mut());
         let weights = weights.as_ref().map(Guarded::view);

@@ -195,17 +195,22 @@ pub fn check_token_slots(rng: &mut fastrand::Rng) {
 
 pub fn check_combine(variant: CombineRagged, rng: &mut fastrand::Rng) {
     match variant.dtype {
-        Dtype::Bf16 => combine_ragged::<bf16>(rng),
-        Dtype::F16 => combine_ragged::<f16>(rng),
-        Dtype::F32 => combine_ragged::<f32>(rng),
+        Dtype::Bf16 => combine_ragged::<bf16>(variant, rng),
+        Dtype::F16 => combine_ragged::<f16>(variant, rng),
+        Dtype::F32 => combine_ragged::<f32>(variant, rng),
         other => unreachable!("no kernel has {other}"),
     }
 }
 
-fn combine_ragged<T: Storage>(rng: &mut fastrand::Rng) {
+fn combine_ragged<T: Storage>(variant: CombineRagged, rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let dtype = T::DTYPE;
-    let shapes = [(1, 1, 8), (9, 40, 72), (50, 30, 256), (3, 100, 2056), (4, 0, 8)];
+    let shapes = if variant.any {
+        [(1, 1, 3), (9, 40, 71), (50, 30, 260), (3, 100, 2049), (4, 0, 1)]
+    } else {
+        [(1, 1, 8), (9, 40, 72), (50, 30, 256), (3, 100, 2056), (4, 0, 8)]
+    };
+    let shift = |elements: usize| if variant.any { elements } else { 0 };
     for ((tokens, slots, hidden), options) in shapes.into_iter().flat_map(|shape| (0..8).map(move |o| (shape, o))) {
         let [weighted, with_residual, with_addend] = [1, 2, 4].map(|bit| options & bit != 0);
         let name = format!(
@@ -243,18 +248,21 @@ fn combine_ragged<T: Storage>(rng: &mut fastrand::Rng) {
             .flat_map(|(terms, row)| row.iter().map(move |&m| Arithmetic::Fma.sum_bound(terms, m, m, m) + sigmoid * m))
             .collect();
 
-        let rows = Guarded::input(&stream, "y_slots", &y_slots);
+        let rows = Guarded::shifted_input(&stream, "y_slots", &y_slots, shift(1));
         let shape = SlotShape::new(tokens, 1, None, slots, 16, 0);
         let lists = Rows { token_offsets: of.offsets.clone(), token_slot: of.slots.clone(), ..Rows::default() };
         let dispatched = lists.dispatched(&stream, &shape);
         let weights = Guarded::input(&stream, "slot_weight", &weights);
-        let (residual, addend) =
-            (Guarded::input(&stream, "residual", &residual), Guarded::input(&stream, "addend", &addend));
+        let (residual, addend) = (
+            Guarded::shifted_input(&stream, "residual", &residual, shift(3)),
+            Guarded::shifted_input(&stream, "addend", &addend, shift(5)),
+        );
         let gate = Guarded::input(&stream, "addend_gate", &gate);
-        let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
+        let junk = vec![Guarded::<T>::junk(); tokens * hidden];
+        let mut y = Guarded::filled_output(&stream, "y", &junk, shift(7));
         let desc = CombineDesc::new(dtype, shape, hidden);
         let selected = combine::select(&desc, kernels.device()).unwrap().kernel.variant();
-        assert_eq!(selected, Kernel::CombineRagged(CombineRagged { dtype }));
+        assert_eq!(selected, Kernel::CombineRagged(variant));
         let mut run = || {
             y.reset(&stream);
             {

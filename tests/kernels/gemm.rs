@@ -14,13 +14,35 @@ use moe_kernels::{Dtype, In, Out, reference};
 use crate::dispatch::rule;
 use crate::noise_state::State;
 use crate::rows::Rows as Lists;
+use crate::strides;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, rounding, to_f64};
 use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
 
-pub fn check(variant: Gemm, rng: &mut fastrand::Rng) {
+/// A kernel, and what it is tried with.
+#[derive(Clone, Copy, Debug)]
+pub struct Variant {
+    pub kernel: Kernel,
+    pub dtype: Dtype,
+    pub layout: Layout,
+    /// Rows of a tile in the lists.
+    pub tile_m: usize,
+    pub fold: Fold,
+    /// Elements by which buffers begin behind 16 bytes.
+    pub shift: usize,
+}
+
+impl From<Gemm> for Variant {
+    fn from(gemm: Gemm) -> Variant {
+        let Gemm { dtype, tile, fold, layout } = gemm;
+        Variant { kernel: Kernel::Gemm(gemm), dtype, layout, tile_m: tile.bm as usize, fold, shift: 0 }
+    }
+}
+
+pub fn check(gemm: Gemm, rng: &mut fastrand::Rng) {
+    let variant = Variant::from(gemm);
     match variant.dtype {
         Dtype::Bf16 => check_as::<bf16>(variant, rng),
         Dtype::F16 => check_as::<f16>(variant, rng),
@@ -29,7 +51,7 @@ pub fn check(variant: Gemm, rng: &mut fastrand::Rng) {
     }
 }
 
-fn activations(fold: Fold) -> Vec<Activation> {
+pub fn activations(fold: Fold) -> Vec<Activation> {
     let gated = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
     match fold {
         Fold::Plain => [&[Activation::Identity][..], &gated].concat(),
@@ -39,7 +61,7 @@ fn activations(fold: Fold) -> Vec<Activation> {
 }
 
 /// The forms of a weight that the variant takes.
-fn forms(fold: Fold) -> &'static [Glu] {
+pub fn forms(fold: Fold) -> &'static [Glu] {
     match fold {
         Fold::Plain => &[Glu::None],
         Fold::Glu => &[Glu::Split, Glu::UpFirst, Glu::Apart],
@@ -52,8 +74,8 @@ fn loads(bm: usize) -> Vec<usize> {
     vec![bm, 0, 1, bm + 1, 0, bm - 1]
 }
 
-fn check_as<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng) {
-    let bm = variant.tile.bm as usize;
+fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
+    let bm = variant.tile_m;
     let forms = forms(variant.fold);
     let form = |index: usize| forms[index % forms.len()];
     for (index, activation) in activations(variant.fold).into_iter().enumerate() {
@@ -65,7 +87,9 @@ fn check_as<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng) {
         let case = Case { k, n, glu: form(index), activation, gather, bias, scale, out_scale };
         grouped::<T>(variant, rng, &loads(bm), &case);
         // Every form with a bias and without, every activation with a factor of the result and without.
-        dense::<T>(variant, rng, &Case { glu: form(index + 1), out_scale: !out_scale, ..case });
+        // In a number of rows that is no multiple of the tile's.
+        let rows = [1, bm - 1, bm + 5, 2 * bm + 5, 4 * bm + 5];
+        dense::<T>(variant, rng, &rows, &Case { glu: form(index + 1), out_scale: !out_scale, ..case });
     }
     // The largest depth in use, some hundred stages: few rows and columns, so that it is cheap.
     for (index, loads) in [[2, 0, 3].as_slice(), &[bm + 1]].into_iter().enumerate() {
@@ -80,22 +104,23 @@ fn check_as<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng) {
     let (gather, bias, scale, out_scale) = (true, false, false, false);
     let case = Case { k: 16, n: 16, glu: form(0), activation, gather, bias, scale, out_scale };
     grouped::<T>(variant, rng, &[0, 0, 0], &case);
+    strides::check::<T>(variant, rng);
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Case {
-    k: usize,
-    n: usize,
-    glu: Glu,
-    activation: Activation,
-    gather: bool,
-    bias: bool,
-    scale: bool,
-    out_scale: bool,
+pub struct Case {
+    pub k: usize,
+    pub n: usize,
+    pub glu: Glu,
+    pub activation: Activation,
+    pub gather: bool,
+    pub bias: bool,
+    pub scale: bool,
+    pub out_scale: bool,
 }
 
 impl Case {
-    fn desc(&self, variant: Gemm, rows: Rows) -> GemmDesc {
+    pub fn desc(&self, variant: Variant, rows: Rows) -> GemmDesc {
         GemmDesc::new(variant.dtype, rows, self.n, self.k)
             .gather(self.gather && matches!(rows, Rows::Grouped(_)))
             .weight(WeightDesc::new(variant.dtype).layout(variant.layout).glu(self.glu))
@@ -104,9 +129,9 @@ impl Case {
 }
 
 /// `loads[e]` rows for expert `e`, spread over the tokens at random.
-fn grouped<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
+pub fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
     let experts = loads.len();
-    let tile_m = variant.tile.bm as usize;
+    let tile_m = variant.tile_m;
     let mut ids: Vec<i32> =
         loads.iter().enumerate().flat_map(|(expert, &load)| std::iter::repeat_n(expert as i32, load)).collect();
     // Skipped slots leave rows that no tile covers, whose junk must survive.
@@ -118,28 +143,28 @@ fn grouped<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, loads: &[usize], 
     run::<T>(variant, rng, &case.desc(variant, Rows::Grouped(shape)), case, &plan);
 }
 
-/// One expert for all rows, in a number, not a multiple of the tile's, for which the selection takes the variant.
-fn dense<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, case: &Case) {
+/// One expert for all rows, in one of these numbers, the first for which the selection takes the variant.
+pub fn dense<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: &[usize], case: &Case) {
     let device = device::kernels().device();
-    let bm = variant.tile.bm as usize;
     let desc = |rows| case.desc(variant, Rows::Dense(rows));
-    let rows = [1, bm - 1, bm + 5, 2 * bm + 5, 4 * bm + 5]
-        .into_iter()
-        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel.variant() == Kernel::Gemm(variant));
+    let rows = rows
+        .iter()
+        .copied()
+        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel.variant() == variant.kernel);
     let rows = rows.expect("some number of rows takes each variant");
-    let plan = dispatch(&vec![0; rows], &rule(1, 1, bm)).unwrap();
+    let plan = dispatch(&vec![0; rows], &rule(1, 1, variant.tile_m)).unwrap();
     run::<T>(variant, rng, &desc(rows), case, &plan);
 }
 
 /// Gate and up of each expert, out of a tensor that has gate's outputs first.
-fn apart<T: Storage>(both: &[T], layout: Layout, outputs: usize, k: usize) -> [Vec<T>; 2] {
+pub fn apart<T: Storage>(both: &[T], layout: Layout, outputs: usize, k: usize) -> [Vec<T>; 2] {
     // What lies together of either: a matrix, or a row of a matrix.
     let run = if layout == Layout::Nk { outputs * k } else { outputs };
     [0, 1].map(|part| both.chunks(run).skip(part).step_by(2).flatten().copied().collect())
 }
 
 /// `plan` says which rows go to which expert; dense rows have one of a single expert.
-fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case: &Case, plan: &Plan) {
+fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, case: &Case, plan: &Plan) {
     let kernels = device::kernels();
     let stream = device::stream();
     let Case { k, n, glu, activation, .. } = *case;
@@ -167,8 +192,8 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
         *bound = *bound * factor.abs() + if case.out_scale { UNIT * want.abs() } else { 0.0 };
     }
 
-    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel.variant(), Kernel::Gemm(variant));
-    let a = Guarded::input(&stream, "a", &a);
+    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel.variant(), variant.kernel);
+    let a = Guarded::shifted_input(&stream, "a", &a, variant.shift);
     let weight = values.on_device(variant, case);
     let scale = scale.map(|values| Guarded::input(&stream, "row_scale", &values));
     let out_scale = out_scale.map(|values| Guarded::input(&stream, "out_scale", &values));
@@ -176,9 +201,10 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
         Rows::Grouped(shape) => Some(Lists::of(plan).dispatched(&stream, shape)),
         _ => None,
     };
-    let mut out = Guarded::<T>::output(&stream, "out", rows * n);
+    let output = |name, len| Guarded::filled_output(&stream, name, &vec![Guarded::<T>::junk(); len], variant.shift);
+    let mut out = output("out", rows * n);
     let junk = out.read(&stream);
-    let mut kept = Guarded::<T>::output(&stream, "pre_activation", rows * columns);
+    let mut kept = output("pre_activation", rows * columns);
     let mut shared = (dispatched.is_some() && k < 1000).then(|| Shared::<T>::new(variant, rng, case));
     // What is kept and the shared expert's rows are in the launch, or neither is.
     let launch = |out: &mut Guarded<T>,
@@ -191,7 +217,7 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
             desc.shared_rows = shared.rows;
             (shared.a.view(), shared.weight.views(), shared.out.view_mut(), shared.kept.view_mut())
         });
-        assert_eq!(gemm::select(&desc, kernels.device()).unwrap().kernel.variant(), Kernel::Gemm(variant));
+        assert_eq!(gemm::select(&desc, kernels.device()).unwrap().kernel.variant(), variant.kernel);
         let mut args = GemmArgs::new(&a, weight.weight(), &mut out);
         args.pre_activation = more.as_mut().map(|(kept, _)| Out::from(kept));
         args.shared = shared
@@ -265,20 +291,20 @@ fn run<T: Storage>(variant: Gemm, rng: &mut fastrand::Rng, desc: &GemmDesc, case
     assert!(same, "{name}: a row that no tile covers was written");
 }
 
-fn arithmetic(dtype: Dtype) -> Arithmetic {
+pub fn arithmetic(dtype: Dtype) -> Arithmetic {
     if dtype == Dtype::F32 { Arithmetic::Tf32x3 } else { Arithmetic::Mma16 }
 }
 
 /// Expected products, and by how much each may be off before it is rounded.
-struct Products {
+pub struct Products {
     /// Before the activation: `[rows, N]`, or `[rows, 2N]` with gates first.
-    before: Vec<Bounded>,
+    pub before: Vec<Bounded>,
     /// Bounds of the outputs `[rows, N]`.
-    after: Vec<f64>,
+    pub after: Vec<f64>,
 }
 
 /// Each product's bound, carried through scale, bias and activation.
-fn products<T: Storage>(
+pub fn products<T: Storage>(
     a: &[T],
     matrix: &ExpertMatrix<T>,
     plan: &Plan,
@@ -326,14 +352,14 @@ fn assert_products<T: Storage>(name: &str, got: &[T], want: &[Bounded]) {
 }
 
 /// A weight of `experts` matrices, and its bias.
-struct Values<T> {
-    b: Vec<T>,
-    bias: Option<Vec<T>>,
+pub struct Values<T> {
+    pub b: Vec<T>,
+    pub bias: Option<Vec<T>>,
 }
 
 impl<T: Storage> Values<T> {
     /// For products of unit scale.
-    fn draw(rng: &mut fastrand::Rng, case: &Case, experts: usize) -> Values<T> {
+    pub fn draw(rng: &mut fastrand::Rng, case: &Case, experts: usize) -> Values<T> {
         let columns = experts * if case.glu.is_gated() { 2 * case.n } else { case.n };
         Values {
             b: normals(rng, columns * case.k, (case.k as f64).powf(-0.5)),
@@ -341,14 +367,15 @@ impl<T: Storage> Values<T> {
         }
     }
 
-    fn matrix(&self, variant: Gemm, case: &Case) -> ExpertMatrix<'_, T> {
+    pub fn matrix(&self, variant: Variant, case: &Case) -> ExpertMatrix<'_, T> {
         let Case { k, n, glu, .. } = *case;
         ExpertMatrix { weight: &self.b, bias: self.bias.as_deref(), n, k, glu, layout: variant.layout }
     }
 
-    fn on_device(&self, variant: Gemm, case: &Case) -> OnDevice<T> {
+    fn on_device(&self, variant: Variant, case: &Case) -> OnDevice<T> {
         let Case { k, n, .. } = *case;
-        let input = |name| move |values: &Vec<T>| Guarded::input(&device::stream(), name, values);
+        let input =
+            |name| move |values: &Vec<T>| Guarded::shifted_input(&device::stream(), name, values, variant.shift);
         let parts = |values: &Vec<T>, layout, depth| match case.glu {
             Glu::Apart => apart(values, layout, n, depth).to_vec(),
             _ => vec![values.clone()],
@@ -362,12 +389,12 @@ impl<T: Storage> Values<T> {
 }
 
 /// A weight in one tensor, or gate and up each in its own.
-struct OnDevice<T> {
+pub struct OnDevice<T> {
     weights: Vec<Guarded<T>>,
     biases: Vec<Guarded<T>>,
 }
 
-struct Views<'a, T> {
+pub struct Views<'a, T> {
     weights: Vec<CudaView<'a, T>>,
     biases: Vec<CudaView<'a, T>>,
 }
@@ -411,9 +438,9 @@ struct Shared<T> {
 
 impl<T: Storage> Shared<T> {
     /// One row, or a tile and one more.
-    fn new(variant: Gemm, rng: &mut fastrand::Rng, case: &Case) -> Shared<T> {
+    fn new(variant: Variant, rng: &mut fastrand::Rng, case: &Case) -> Shared<T> {
         let stream = device::stream();
-        let rows = [1, variant.tile.bm as usize + 1][rng.usize(..2)];
+        let rows = [1, variant.tile_m + 1][rng.usize(..2)];
         let (a, values) = (normals(rng, rows * case.k, 1.0), Values::draw(rng, case, 1));
         let plan = dispatch(&vec![0; rows], &rule(1, 1, 16)).unwrap();
         let matrix = values.matrix(variant, case);

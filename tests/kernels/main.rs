@@ -17,6 +17,7 @@ mod expert_choice;
 mod expert_map;
 mod gating;
 mod gemm;
+mod gemm_any;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -26,9 +27,11 @@ mod mutants;
 mod noise_state;
 mod noisy;
 mod router;
+mod row_groups;
 mod rows;
 mod sampled;
 mod sinkhorn;
+mod strides;
 mod timing;
 
 use std::process::{Command, ExitCode};
@@ -77,6 +80,7 @@ fn check(kernel: Kernel) {
         Kernel::Gating(variant) => gating::check(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
+        Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
@@ -92,6 +96,7 @@ fn check(kernel: Kernel) {
         Kernel::UpdateBias => balance::check_bias(rng),
         Kernel::ExpertMap { ids_bytes } => expert_map::check(ids_bytes, rng),
         Kernel::CheckLists => lists::check(rng),
+        Kernel::RowGroups => row_groups::check(rng),
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),

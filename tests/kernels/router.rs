@@ -36,6 +36,7 @@ fn check_as<X: Storage, W: Storage>(variant: Router, rng: &mut fastrand::Rng) {
             [2, 7, 72],
             [6, 9, 1000],
         ],
+        RouterShape::Any => &[[1, 1, 1], [3, 65, 41], [70, 9, 133], [65, 129, 7], [5, 60, 1001]],
         RouterShape::Tile => &[[4095, 96, 8], [2050, 129, 24], [701, 500, 72], [150, 4096, 8]],
     };
     for &shape in shapes {
@@ -85,11 +86,13 @@ fn case<X: Storage, W: Storage>(
     let desc = RouterDesc::new(variant.x, tokens, experts, hidden).weight(variant.weight).shared_gate(gated);
     let selected = router::select(&desc, kernels.device()).unwrap().kernel.variant();
     assert_eq!(selected, Kernel::Router(variant), "{name}: the shape does not test this variant");
-    let x = Guarded::input(&stream, "x", &x);
-    let weight = Guarded::input(&stream, "weight", &weight);
+    // Where rows begin on any element, so do buffers.
+    let shift = |elements: usize| if variant.shape == RouterShape::Any { elements } else { 0 };
+    let x = Guarded::shifted_input(&stream, "x", &x, shift(1));
+    let weight = Guarded::shifted_input(&stream, "weight", &weight, shift(3));
     let bias = bias.map(|values| Guarded::input(&stream, "bias", &values));
     let mut logits = Guarded::<f32>::output(&stream, "logits", tokens * experts);
-    let gate_weight = Guarded::input(&stream, "shared_gate.weight", &gate_weight);
+    let gate_weight = Guarded::shifted_input(&stream, "shared_gate.weight", &gate_weight, shift(5));
     let mut gate = Guarded::<f32>::output(&stream, "shared_gate.logits", tokens);
     let launch = |logits: &mut Guarded<f32>, gate: &mut Guarded<f32>| {
         let (gate_weight, mut gate) = (gate_weight.view(), gate.view_mut());

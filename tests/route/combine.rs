@@ -49,7 +49,7 @@ fn in_order<T: Element>(
 }
 
 fn case<T: Element + Real + Pod>([tokens, k, hidden]: [usize; 3], extras: Extras) {
-    let combine = Combine { dtype: T::DTYPE };
+    let combine = Combine { dtype: T::DTYPE, any: false };
     let what = format!("{} T={tokens} k={k} H={hidden}", Kernel::Combine(combine).name());
     let mut random = Random::new((tokens * k + hidden) as u64);
     let slots = tokens * k;
@@ -142,7 +142,7 @@ fn rows_past_two_to_the_31_elements() {
     for (row, value) in rows {
         y_slots.write(row * HIDDEN as u64 * 2, &vec![bf16::from_f32(value); HIDDEN]);
     }
-    let combine = Combine { dtype: moe_kernels::Dtype::Bf16 };
+    let combine = Combine { dtype: moe_kernels::Dtype::Bf16, any: false };
     let y = Output::new::<bf16>(HIDDEN);
     launch(
         Kernel::Combine(combine),

@@ -24,17 +24,23 @@ impl<T: DeviceRepr + bytemuck::Pod + PartialEq> Guarded<T> {
         GUARD_BYTES / size_of::<T>()
     }
 
-    fn junk() -> T {
+    /// What an output holds before a launch writes it.
+    pub fn junk() -> T {
         bytemuck::pod_read_unaligned(&vec![JUNK; size_of::<T>()])
     }
 
     /// An input: its contents must be the same after the launch ([`Guarded::assert_unchanged`]).
     pub fn input(stream: &Arc<CudaStream>, name: &'static str, values: &[T]) -> Guarded<T> {
-        Self::new(stream, name, values, 0)
+        Self::new(stream, name, values, 0, 0)
     }
 
-    fn new(stream: &Arc<CudaStream>, name: &'static str, values: &[T], behind: usize) -> Guarded<T> {
-        let guard = Self::guard_elements();
+    /// An input that begins `shift` elements behind a boundary of every alignment.
+    pub fn shifted_input(stream: &Arc<CudaStream>, name: &'static str, values: &[T], shift: usize) -> Guarded<T> {
+        Self::new(stream, name, values, 0, shift)
+    }
+
+    fn new(stream: &Arc<CudaStream>, name: &'static str, values: &[T], behind: usize, shift: usize) -> Guarded<T> {
+        let guard = Self::guard_elements() + shift;
         let mut all = vec![Self::junk(); guard];
         all.extend_from_slice(values);
         all.extend(std::iter::repeat_n(Self::junk(), behind));
@@ -44,8 +50,13 @@ impl<T: DeviceRepr + bytemuck::Pod + PartialEq> Guarded<T> {
 
     /// An output of `len` elements, filled with junk.
     pub fn output(stream: &Arc<CudaStream>, name: &'static str, len: usize) -> Guarded<T> {
+        Self::filled_output(stream, name, &vec![Self::junk(); len], 0)
+    }
+
+    /// An output that holds `values`, and begins `shift` elements behind a boundary of every alignment.
+    pub fn filled_output(stream: &Arc<CudaStream>, name: &'static str, values: &[T], shift: usize) -> Guarded<T> {
         let behind = if super::device::control().is_some() { 0 } else { Self::guard_elements() };
-        Self::new(stream, name, &vec![Self::junk(); len], behind)
+        Self::new(stream, name, values, behind, shift)
     }
 
     /// Puts back what the buffer held when it was made, an output's junk: what a later launch does not write cannot pass for

@@ -1,7 +1,9 @@
 //! What a product is.
 
+use super::strides::Strides;
 use crate::Error;
 use crate::experts::dispatched::SlotShape;
+use crate::experts::weight::WeightPlace;
 use crate::rules::{Activation, Dtype, Glu, WeightDesc, WeightFormat};
 use crate::runtime::builder::settings;
 use crate::runtime::shape;
@@ -52,9 +54,9 @@ pub struct GemmDesc {
     pub rows: Rows,
     /// Whether a row reads its token's row of `a`, else its own.
     pub gather: bool,
-    /// Columns `N` of `out`, a multiple of 8.
+    /// Columns `N` of `out`. Multiples of 8, like those of `k`, are several times faster.
     pub n: usize,
-    /// Columns `K` of `a`, a multiple of 8.
+    /// Columns `K` of `a`.
     pub k: usize,
     /// Form of the weight.
     pub weight: WeightDesc,
@@ -63,13 +65,43 @@ pub struct GemmDesc {
     /// Rows of a shared expert in the same launch (`GemmArgs::shared`), of the same `n`, `k`, weight form and activation; 0 without, as
     /// with dense rows.
     pub shared_rows: usize,
+    /// Where elements lie, if not packed.
+    pub strides: Option<Strides>,
+    /// Buffers may begin on any element. Else they begin on 16 bytes if `n`, `k` and the strides let every row do so.
+    pub unaligned: bool,
+    /// What becomes of a result.
+    pub output: Output,
+}
+
+/// What becomes of a product's results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Output {
+    /// Rounded to the type of `a`.
+    Rounded,
+    /// Stored as f32, as it was summed.
+    F32,
+    /// Added to what `out`, of f32, holds: one addition after all else.
+    AddedF32,
 }
 
 impl GemmDesc {
     /// `out [rows, N] = a [rows, K] b^T`, nothing else, with a weight `[E, N, K]` of the same type.
     pub const fn new(dtype: Dtype, rows: Rows, n: usize, k: usize) -> GemmDesc {
         let weight = WeightDesc::new(dtype);
-        GemmDesc { dtype, rows, gather: false, n, k, weight, activation: Activation::Identity, shared_rows: 0 }
+        GemmDesc {
+            dtype,
+            rows,
+            gather: false,
+            n,
+            k,
+            weight,
+            activation: Activation::Identity,
+            shared_rows: 0,
+            strides: None,
+            unaligned: false,
+            output: Output::Rounded,
+        }
     }
 
     /// Rows of `a`.
@@ -88,6 +120,11 @@ impl GemmDesc {
     /// Columns of what stands before the activation: `N`, or with a gate `2N`.
     pub fn pre_activation_columns(&self) -> usize {
         if self.weight.glu.is_gated() { 2 * self.n } else { self.n }
+    }
+
+    /// Sizes and places of a weight's tensors, of so many experts.
+    pub(super) fn weight_place(&self, experts: usize, alignment: u64) -> WeightPlace {
+        WeightPlace { experts, n: self.n, k: self.k, strides: self.places().weight, alignment }
     }
 
     /// Checks all that can be checked without buffers.
@@ -110,8 +147,12 @@ impl GemmDesc {
             return Err(Error::invalid(operation, "shared_rows", "0 for dense rows", self.shared_rows));
         }
         shape::size(operation, "shared_rows", self.shared_rows)?;
-        shape::multiple_of_8(operation, "n", self.n)?;
-        shape::multiple_of_8(operation, "k", self.k)?;
+        shape::positive(operation, "n", self.n)?;
+        shape::positive(operation, "k", self.k)?;
+        if self.shared_rows > 0 && self.output != Output::Rounded {
+            let expected = "Output::Rounded with shared_rows";
+            return Err(Error::unsupported(operation, "output", expected, format!("{:?}", self.output)));
+        }
         let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
         for (argument, value, limit) in [("k", self.k, MAX_K), ("n", outputs, MAX_B_OUTPUTS)] {
             if value > limit {
@@ -125,6 +166,9 @@ impl GemmDesc {
         let widest = self.pre_activation_columns().max(self.k);
         shape::product(operation, "shared_rows", &[self.shared_rows, widest])?;
         shape::product(operation, "pre_activation", &[self.rows.count(), self.pre_activation_columns()])?;
+        if let Some(strides) = &self.strides {
+            strides.check(operation, self)?;
+        }
         let WeightFormat::Plain(weight) = self.weight.format;
         if weight != self.dtype {
             let supported = format!("the type of a ({})", self.dtype);
@@ -134,7 +178,15 @@ impl GemmDesc {
     }
 }
 
-settings!(GemmDesc { gather: bool, weight: WeightDesc, activation: Activation, shared_rows: usize });
+settings!(GemmDesc {
+    gather: bool,
+    weight: WeightDesc,
+    activation: Activation,
+    shared_rows: usize,
+    strides: Option<Strides>,
+    unaligned: bool,
+    output: Output,
+});
 
 /// Whether an activation goes with the presence of a gate.
 pub(crate) fn check_activation(

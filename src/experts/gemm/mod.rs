@@ -10,6 +10,7 @@
 
 mod desc;
 mod shared_rows;
+mod strides;
 
 use std::sync::Arc;
 
@@ -17,14 +18,16 @@ use cudarc::driver::CudaStream;
 
 use self::desc::OPERATION;
 pub(crate) use self::desc::check_activation;
-pub use self::desc::{GemmDesc, Rows};
+pub use self::desc::{GemmDesc, Output, Rows};
 use self::shared_rows::HeldShared;
 pub(crate) use self::shared_rows::SharedAddresses;
 pub use self::shared_rows::SharedRows;
+pub use self::strides::Strides;
+use self::strides::outputs_apart;
 use super::dispatched::{Dispatched, RowAddresses};
 use super::tiles::{select_tile, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
-use crate::registry::{Fold, Gemm, Kernel};
+use crate::registry::{Fold, Gemm, GemmAny, Kernel};
 use crate::rules::{Activation, Dropout, Glu, NoiseSource, drop_below, keep_scale};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
@@ -42,6 +45,15 @@ fn code(activation: Activation) -> u32 {
         Activation::Silu => 4,
         Activation::ClampedSwiglu { .. } => 5,
     }
+}
+
+/// Where a product's results go.
+#[non_exhaustive]
+pub enum ProductOut<'a, T> {
+    /// With [`Output::Rounded`].
+    Rounded(Out<'a, T>),
+    /// With the other forms of [`Output`].
+    F32(Out<'a, f32>),
 }
 
 /// Buffers of a product.
@@ -62,7 +74,7 @@ pub struct GemmArgs<'a, T> {
     /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`]. Absent, the dropout's seed and offset are all there is.
     pub noise_state: Option<In<'a, u64>>,
     /// `[rows, N]`. Rows that no tile covers are left as they are.
-    pub out: Out<'a, T>,
+    pub out: ProductOut<'a, T>,
     /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
     pub pre_activation: Option<Out<'a, T>>,
     /// The shared expert's rows; exactly with [`GemmDesc::shared_rows`].
@@ -72,15 +84,24 @@ pub struct GemmArgs<'a, T> {
 impl<'a, T> GemmArgs<'a, T> {
     /// A dense product.
     pub fn new(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, T>>) -> GemmArgs<'a, T> {
+        GemmArgs::to(a.into(), weight, ProductOut::Rounded(out.into()))
+    }
+
+    /// A dense product to f32, for [`Output::F32`] and [`Output::AddedF32`].
+    pub fn to_f32(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, f32>>) -> GemmArgs<'a, T> {
+        GemmArgs::to(a.into(), weight, ProductOut::F32(out.into()))
+    }
+
+    fn to(a: In<'a, T>, weight: Weight<'a>, out: ProductOut<'a, T>) -> GemmArgs<'a, T> {
         GemmArgs {
-            a: a.into(),
+            a,
             weight,
             dispatched: None,
             row_scale: None,
             out_scale: None,
             dropout: None,
             noise_state: None,
-            out: out.into(),
+            out,
             pre_activation: None,
             shared: None,
         }
@@ -122,6 +143,9 @@ pub fn select(desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> 
 /// [`select`] on behalf of `operation`.
 pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.check(operation)?;
+    let Some(layout) = desc.vector_layout() else {
+        return select_any(operation, desc, device);
+    };
     let (tile, tiles) = match &desc.rows {
         Rows::Dense(rows) => {
             let tile = select_tile(desc.dtype, *rows, 1, device)?;
@@ -137,11 +161,34 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
         Glu::Split | Glu::UpFirst | Glu::Apart => Fold::Glu,
         Glu::Interleaved => Fold::Iglu,
     };
-    let gemm = Gemm { dtype: desc.dtype, tile, fold, layout: desc.weight.layout };
-    let columns = desc.n.div_ceil(gemm.out_columns() as usize);
-    let blocks = (tiles.next_multiple_of(BAND) as u64).saturating_mul(columns as u64);
-    let blocks = shape::grid_x(operation, "n", blocks)?;
+    let gemm = Gemm { dtype: desc.dtype, tile, fold, layout };
+    let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
+}
+
+/// The kernel for rows of any width and place. It takes lists of tiles of any height.
+fn select_any(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    let gemm = GemmAny { dtype: desc.dtype, gated: desc.weight.glu.is_gated() };
+    let (needed, most) = (gemm.shared_bytes(), device.shared_bytes_per_block);
+    if needed > most {
+        let supported = format!("at least {needed} bytes of shared memory per block");
+        return Err(Error::unsupported(operation, "device", supported, format!("a device with {most} bytes")));
+    }
+    let height = gemm.tile().bm as usize;
+    let tiles = match &desc.rows {
+        Rows::Dense(rows) => rows.div_ceil(height),
+        Rows::Grouped(shape) => shape.max_tiles.saturating_mul(shape.tile_m.div_ceil(height)),
+    };
+    let tiles = tiles.saturating_add(desc.shared_rows.div_ceil(height));
+    let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
+    Ok(Selection::new(Kernel::GemmAny(gemm), [blocks, 1, 1]))
+}
+
+/// Blocks for so many tiles of rows.
+fn grid(operation: &'static str, tiles: usize, n: usize, out_columns: u32) -> Result<u32, Error> {
+    let columns = n.div_ceil(out_columns as usize) as u64;
+    let tiles = tiles.div_ceil(BAND) as u64 * BAND as u64;
+    shape::grid_x(operation, "n", tiles.saturating_mul(columns))
 }
 
 /// Computes `out`.
@@ -173,17 +220,33 @@ pub fn forward<T: Element>(
         return Ok(());
     }
     let rows = desc.rows.count();
-    let a = scope.read("a", args.a, desc.a_rows() * desc.k, VECTOR)?;
+    let places = desc.places();
+    let any = matches!(selection.kernel.variant(), Kernel::GemmAny(_));
+    let alignment = if any { desc.dtype.bytes().into() } else { VECTOR };
+    let a = scope.read("a", args.a, places.a_extent(desc.a_rows(), desc.k), alignment)?;
     let names = WeightNames { matrix: "weight", bias: "weight.bias", up: "weight.up", up_bias: "weight.up_bias" };
-    let weight = args.weight.open(&scope, names, &desc.weight, [desc.rows.experts(), desc.n, desc.k])?;
+    let weight = args.weight.open(&scope, names, &desc.weight, desc.weight_place(desc.rows.experts(), alignment))?;
     let dispatched = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
-    let out = scope.write("out", args.out, rows * desc.n, VECTOR)?;
+    let elements = places.out_extent(rows, desc.n);
+    let out = match (desc.output, args.out) {
+        (Output::Rounded, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
+        (Output::F32 | Output::AddedF32, ProductOut::F32(out)) => {
+            scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?
+        }
+        (output, given) => {
+            let given = match given {
+                ProductOut::Rounded(_) => "a buffer of the type of a",
+                ProductOut::F32(_) => "a buffer of f32 (GemmArgs::to_f32)",
+            };
+            return Err(Error::invalid(OPERATION, "out", format!("a buffer for Output::{output:?}"), given));
+        }
+    };
     let columns = desc.pre_activation_columns();
-    let pre_activation = scope.write_some("pre_activation", args.pre_activation, rows * columns, VECTOR)?;
-    let shared = args.shared.map(|shared| shared.open(&scope, desc)).transpose()?;
+    let pre_activation = scope.write_some("pre_activation", args.pre_activation, rows * columns, alignment)?;
+    let shared = args.shared.map(|shared| shared.open(&scope, desc, alignment)).transpose()?;
     let at = Addresses {
         a: a.address(),
         weight: weight.addresses(),
@@ -249,6 +312,12 @@ pub(crate) fn enqueue(
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
     let WeightAddresses { b, b_up, bias, bias_up } = at.weight;
     let shared_weight = at.shared.map(|shared| shared.weight);
+    let Strides { a, weight: [expert, output, depth], out } = desc.places();
+    // Where gate and up alternate, the kernel for any rows sees two matrices of every second output.
+    let apart = match selection.kernel.variant() {
+        Kernel::GemmAny(_) => outputs_apart(desc.weight.glu),
+        _ => 1,
+    };
     scope.launch(
         selection,
         GemmParams {
@@ -276,6 +345,24 @@ pub(crate) fn enqueue(
             n: desc.n as u32,
             k: desc.k as u32,
             b_outputs: desc.b_outputs() as u32,
+            tile_m: match &desc.rows {
+                Rows::Dense(_) => 1,
+                Rows::Grouped(shape) => shape.tile_m as u32,
+            },
+            a_row: a[0] as u32,
+            a_depth: a[1] as u32,
+            b_expert_lo: expert as u64 as u32,
+            b_expert_hi: (expert as u64 >> 32) as u32,
+            b_output: (apart * output) as u32,
+            b_depth: depth as u32,
+            bias_output: apart as u32,
+            out_row: out[0] as u32,
+            out_column: out[1] as u32,
+            out_form: match desc.output {
+                Output::Rounded => 0,
+                Output::F32 => 1,
+                Output::AddedF32 => 3,
+            },
             activation: code(desc.activation),
             alpha,
             limit,
@@ -314,7 +401,7 @@ mod tests {
         let fault = |desc: GemmDesc| select(&desc, &A100).unwrap_err().argument().unwrap();
         assert!(select(&dense(), &A100).is_ok());
         assert!(select(&grouped(64, 10), &A100).is_ok());
-        assert_eq!(fault(GemmDesc { n: 12, ..dense() }), "n");
+        assert_eq!(fault(GemmDesc { n: 0, ..dense() }), "n");
         assert_eq!(fault(GemmDesc { n: 1 << 30, ..dense() }), "n");
         assert_eq!(fault(GemmDesc { k: 0, ..dense() }), "k");
         assert_eq!(fault(GemmDesc { k: (1 << 23) + 8, ..dense() }), "k");

@@ -3,13 +3,13 @@
 use super::desc::{GemmDesc, OPERATION};
 use crate::experts::weight::{HeldWeight, Weight, WeightAddresses, WeightNames};
 use crate::runtime::builder::buffers;
-use crate::runtime::launch::{Address, Held, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, Scope, optional};
 use crate::{Error, In, Out};
 
 /// Rows of an expert that every token passes, in the launch of the others: neither scaled nor dropped.
 #[non_exhaustive]
 pub struct SharedRows<'a, T> {
-    /// `[shared_rows, K]`.
+    /// `[shared_rows, K]`, with the strides of the others' `a`; so are weight and `out`.
     pub a: In<'a, T>,
     /// One expert's.
     pub weight: Weight<'a>,
@@ -47,7 +47,7 @@ pub(super) struct HeldShared<'a> {
 }
 
 impl<'a, T> SharedRows<'a, T> {
-    pub(super) fn open<'b>(self, scope: &Scope<'b>, desc: &GemmDesc) -> Result<HeldShared<'b>, Error>
+    pub(super) fn open<'b>(self, scope: &Scope<'b>, desc: &GemmDesc, alignment: u64) -> Result<HeldShared<'b>, Error>
     where
         'a: 'b,
     {
@@ -57,15 +57,16 @@ impl<'a, T> SharedRows<'a, T> {
             up: "shared.weight.up",
             up_bias: "shared.weight.up_bias",
         };
+        let (places, rows) = (desc.places(), desc.shared_rows);
         Ok(HeldShared {
-            a: scope.read("shared.a", self.a, desc.shared_rows * desc.k, VECTOR)?,
-            weight: self.weight.open(scope, names, &desc.weight, [1, desc.n, desc.k])?,
-            out: scope.write("shared.out", self.out, desc.shared_rows * desc.n, VECTOR)?,
+            a: scope.read("shared.a", self.a, places.a_extent(rows, desc.k), alignment)?,
+            weight: self.weight.open(scope, names, &desc.weight, desc.weight_place(1, alignment))?,
+            out: scope.write("shared.out", self.out, places.out_extent(rows, desc.n), alignment)?,
             pre_activation: scope.write_some(
                 "shared.pre_activation",
                 self.pre_activation,
-                desc.shared_rows * desc.pre_activation_columns(),
-                VECTOR,
+                rows * desc.pre_activation_columns(),
+                alignment,
             )?,
         })
     }

@@ -18,7 +18,8 @@ use crate::routers::gating::{self, GatingArgs, Routing};
 use crate::routers::measured_gating::{self, MeasuredGatingArgs, RouterStats, Totals};
 use crate::routers::{gating_dispatch, router};
 use crate::rules::IdFormat;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::shape;
 use crate::{Element, Error, In, Kernels, Out, Workspace};
 
 impl RoutePlan {
@@ -51,7 +52,8 @@ impl RoutePlan {
             lists.filled();
             return self.without_tokens(&scope, args);
         }
-        let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, VECTOR)?;
+        let alignment = shape::row_alignment(self.desc.dtype, self.desc.hidden);
+        let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, alignment)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
         let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
