@@ -2,12 +2,12 @@
 
 use cudarc::driver::CudaView;
 use half::{bf16, f16};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows, SharedRows};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Rows, SharedRows};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::experts::{SlotShape, Weight};
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::registry::{Fold, Gemm, Kernel};
+use moe_kernels::registry::{Fold, Gemm, GemmHopper, Kernel};
 use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource, WeightDesc, drop_below};
 use moe_kernels::{Dtype, In, Out, reference};
 
@@ -25,6 +25,8 @@ use crate::timing::time;
 #[derive(Clone, Copy, Debug)]
 pub struct Variant {
     pub kernel: Kernel,
+    /// What the selection is asked for.
+    pub kernels: KernelSet,
     pub dtype: Dtype,
     pub layout: Layout,
     /// Rows of a tile in the lists.
@@ -37,12 +39,21 @@ pub struct Variant {
 impl From<Gemm> for Variant {
     fn from(gemm: Gemm) -> Variant {
         let Gemm { dtype, tile, fold, layout } = gemm;
-        Variant { kernel: Kernel::Gemm(gemm), dtype, layout, tile_m: tile.bm as usize, fold, shift: 0 }
+        let (kernel, kernels) = (Kernel::Gemm(gemm), KernelSet::Sm80);
+        Variant { kernel, kernels, dtype, layout, tile_m: tile.bm as usize, fold, shift: 0 }
     }
 }
 
-pub fn check(gemm: Gemm, rng: &mut fastrand::Rng) {
-    let variant = Variant::from(gemm);
+impl From<GemmHopper> for Variant {
+    fn from(gemm: GemmHopper) -> Variant {
+        let GemmHopper { dtype, fold, layout } = gemm;
+        let (kernel, kernels) = (Kernel::GemmHopper(gemm), KernelSet::Sm90a);
+        Variant { kernel, kernels, dtype, layout, tile_m: GemmHopper::TILE.bm as usize, fold, shift: 0 }
+    }
+}
+
+pub fn check(variant: impl Into<Variant>, rng: &mut fastrand::Rng) {
+    let variant = variant.into();
     match variant.dtype {
         Dtype::Bf16 => check_as::<bf16>(variant, rng),
         Dtype::F16 => check_as::<f16>(variant, rng),
@@ -125,6 +136,7 @@ impl Case {
             .gather(self.gather && matches!(rows, Rows::Grouped(_)))
             .weight(WeightDesc::new(variant.dtype).layout(variant.layout).glu(self.glu))
             .activation(self.activation)
+            .kernels(variant.kernels)
     }
 }
 

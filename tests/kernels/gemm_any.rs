@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 use moe_kernels::Dtype;
+use moe_kernels::experts::gemm::KernelSet;
 use moe_kernels::registry::{Fold, GemmAny, Kernel};
 use moe_kernels::rules::{Glu, Layout};
 
@@ -28,7 +29,8 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
             // A block has 64 rows: lists of lower tiles, of its own, and of higher ones, whose last part may be empty.
             let tile_m = [16, 64, 128][(index + second) % 3];
             let shift = [1, 3, 0, 5, 2][index];
-            let variant = Variant { kernel: Kernel::GemmAny(any), dtype: any.dtype, layout, tile_m, fold, shift };
+            let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
+            let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, fold, shift };
             // K: one, less than a stage, ragged, several stages; N: one, less than a tile, a tile and one more.
             let [k, n] = [[37, 13], [1, 70], [133, 1], [65, 129], [100, 12]][index];
             let (gather, bias) = (index % 2 == second, index % 3 != 1);
@@ -42,6 +44,7 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
         }
     }
     let (layout, tile_m, shift) = (Layout::Nk, 64, 1);
-    let variant = Variant { kernel: Kernel::GemmAny(any), dtype: any.dtype, layout, tile_m, fold, shift };
+    let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
+    let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, fold, shift };
     strides::check::<T>(variant, rng);
 }
