@@ -110,12 +110,26 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             Case { k: 16384, n: 8, glu, activation, gather: first, bias: !first, scale: first, out_scale: first };
         grouped::<T>(variant, rng, loads, &case);
     }
+    if matches!(variant.kernel, Kernel::GemmHopper(_)) {
+        walk::<T>(variant, rng);
+    }
     // Nothing at all to do: no tile.
     let activation = activations(variant.fold)[0];
     let (gather, bias, scale, out_scale) = (true, false, false, false);
     let case = Case { k: 16, n: 16, glu: form(0), activation, gather, bias, scale, out_scale };
     grouped::<T>(variant, rng, &[0, 0, 0], &case);
     strides::check::<T>(variant, rng);
+}
+
+/// Blocks that walk several tiles, six stages deep: three tiles a multiprocessor, in six columns of which the last is narrow. Most row tiles have
+/// one live row, some more than half of theirs.
+fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
+    let experts = device::kernels().device().multiprocessors as usize / 2 + 1;
+    let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 66, 2, 1, 1][expert % 6]).collect();
+    let n = if variant.fold == Fold::Plain { 5 * 256 + 8 } else { 5 * 128 + 8 };
+    let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
+    let case = Case { k: 328, n, glu, activation, gather: true, bias: false, scale: false, out_scale: false };
+    grouped::<T>(variant, rng, &loads, &case);
 }
 
 #[derive(Clone, Copy, Debug)]

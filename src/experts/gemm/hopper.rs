@@ -26,8 +26,9 @@ pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) ->
             Rows::Grouped(shape) => shape.tile_m == height,
         };
     let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
+    // The kernel counts tiles in 32 bits.
     let tiles = row_tiles(desc, height) as u64 * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
-    fits.then(|| (gemm, tiles.min(device.multiprocessors.into()) as u32))
+    (fits && tiles <= i32::MAX as u64).then(|| (gemm, tiles.min(device.multiprocessors.into()) as u32))
 }
 
 /// Row tiles of this height at most, those of a shared expert too.
@@ -41,14 +42,18 @@ fn row_tiles(desc: &GemmDesc, height: usize) -> usize {
 
 /// Whether the kernel is ahead of the `sm_80` one of this tile.
 ///
-/// A tile's time goes with its area over the share of the tensor cores' rate that its instructions reach on Hopper: 0.65 for `mma.sync`, 0.88
-/// for `wgmma` of 256 columns (measured on an H800 by others, arXiv:2402.13499 and later). Either set runs in rounds of a tile a
-/// multiprocessor; a round that is not full takes as long as one that is. Few tiles favour small ones.
+/// A tile's time on Hopper goes with what is slower: its products, by the share of the tensor cores' rate (2048 a cycle) that the instructions
+/// reach, 65 % for `mma.sync` and 88 % for `wgmma` of 256 columns (published measurements on an H800); or its rows and columns
+/// through L2, which gives a multiprocessor 32 bytes a cycle. Either set runs in rounds of a tile a multiprocessor; a round that is
+/// not full takes as long as one that is, so few tiles favour small ones.
 pub(super) fn is_faster(desc: &GemmDesc, gemm: &GemmHopper, other: (&Tile, u32), device: &DeviceInfo) -> bool {
     let time = |tile: &Tile, columns: u32, percent: u64| {
         let tiles = row_tiles(desc, tile.bm as usize) as u64 * desc.n.div_ceil(columns as usize) as u64;
         let rounds = tiles.div_ceil(device.multiprocessors.max(1).into());
-        u128::from(rounds * u64::from(tile.bm * tile.bn)) * 100 / u128::from(percent)
+        let [bm, bn] = [tile.bm, tile.bn].map(u64::from);
+        // Cycles for 64 depths.
+        let (products, rows) = (bm * bn * 64 * 100 / (2048 * percent), (bm + bn) * 128 / 32);
+        u128::from(rounds) * u128::from(products.max(rows))
     };
     let (tile, columns) = other;
     time(&GemmHopper::TILE, gemm.out_columns(), 88) < time(tile, columns, 65)
@@ -101,4 +106,64 @@ pub(super) fn with_maps<'a>(
     let [b, b_up] = maps(weight, desc.rows.experts())?;
     let [shared_b, shared_b_up]: [TensorMap; 2] = shared.map_or(Ok([b, b_up]), |weight| maps(weight, 1))?;
     Ok(GemmHopperParams::with(params, b, b_up, shared_b, shared_b_up))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::select;
+    use super::*;
+    use crate::experts::dispatched::SlotShape;
+    use crate::registry::Kernel;
+    use crate::rules::{Activation, Dtype, Glu, WeightDesc};
+    use crate::runtime::device::{A100, H100};
+
+    /// Qwen3-30B's first product of so many tokens, in the worst case of tiles.
+    fn qwen3(tokens: usize, tile_m: usize) -> GemmDesc {
+        let tiles = crate::experts::tiles::max_tiles(8 * tokens, 128, tile_m);
+        let rows = Rows::Grouped(SlotShape::new(tokens, 128, Some(8), 8 * tokens, tile_m, tiles));
+        GemmDesc::new(Dtype::Bf16, rows, 768, 2048)
+            .gather(true)
+            .weight(WeightDesc::new(Dtype::Bf16).glu(Glu::Split))
+            .activation(Activation::Silu)
+    }
+
+    fn is_hopper(desc: &GemmDesc, device: &DeviceInfo) -> bool {
+        matches!(select(desc, device).unwrap().kernel.variant(), Kernel::GemmHopper(_))
+    }
+
+    #[test]
+    fn only_hopper_runs_it_and_only_where_it_is_ahead() {
+        assert!(is_hopper(&qwen3(32768, 128), &H100));
+        assert!(!is_hopper(&qwen3(32768, 128), &A100));
+        assert!(!is_hopper(&qwen3(32768, 128), &DeviceInfo { compute_capability: (10, 0), ..H100 }));
+        assert!(!is_hopper(&qwen3(32768, 128), &DeviceInfo { shared_bytes_per_block: 200 << 10, ..H100 }));
+        assert!(!is_hopper(&qwen3(32768, 64), &H100), "the lists are for tiles of 64 rows");
+        assert!(!is_hopper(&qwen3(32768, 128).kernels(KernelSet::Sm80), &H100));
+        assert!(!is_hopper(&qwen3(32768, 128).unaligned(true), &H100));
+        let dense = |rows, n| GemmDesc::new(Dtype::F16, Rows::Dense(rows), n, 4096);
+        assert!(is_hopper(&dense(4096, 4096), &H100));
+        assert!(!is_hopper(&dense(1024, 1024), &H100), "64 blocks of sm_80 do it in one round");
+        assert!(!is_hopper(
+            &GemmDesc { dtype: Dtype::F32, weight: WeightDesc::new(Dtype::F32), ..dense(4096, 4096) },
+            &H100
+        ));
+    }
+
+    #[test]
+    fn a_block_a_multiprocessor_walks_the_tiles() {
+        assert_eq!(select(&qwen3(32768, 128), &H100).unwrap().grid, [132, 1, 1]);
+        let few = GemmDesc::new(Dtype::Bf16, Rows::Dense(129), 264, 64).kernels(KernelSet::Sm90a);
+        assert_eq!(select(&few, &H100).unwrap().grid, [4, 1, 1]);
+        let none = GemmDesc { rows: Rows::Dense(0), ..few };
+        assert_eq!(select(&none, &H100).unwrap().grid, [0, 1, 1]);
+    }
+
+    #[test]
+    fn what_the_set_cannot_do_is_refused() {
+        for desc in [qwen3(64, 64), qwen3(64, 128).unaligned(true)] {
+            let error = select(&desc.kernels(KernelSet::Sm90a), &H100).unwrap_err();
+            assert_eq!(error.argument(), Some("kernels"));
+        }
+        assert!(select(&qwen3(64, 128).kernels(KernelSet::Sm90a), &A100).is_err());
+    }
 }
