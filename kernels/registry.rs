@@ -299,10 +299,10 @@ impl GemmHopper {
     /// Threads of a block: those that multiply, and the warpgroup that fetches.
     pub const THREADS: u32 = GemmHopper::TILE.threads() + 128;
 
-    /// Dynamic shared memory in bytes: the stages of A and B, an f32 slab of 64 x 64 for each warpgroup that multiplies, two barriers a stage.
+    /// Dynamic shared memory in bytes: the stages of A and B, an f32 slab of 64 x 64 for each warpgroup that multiplies, three barriers a stage.
     pub const SHARED_BYTES: u32 = {
         let t = &GemmHopper::TILE;
-        t.stages * ((t.bm + t.bn) * t.bk * 2 + 16) + t.bm * 64 * 4
+        t.stages * ((t.bm + t.bn) * t.bk * 2 + 24) + t.bm * 64 * 4
     };
 
     /// Output columns of a tile.

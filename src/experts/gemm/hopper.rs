@@ -3,14 +3,22 @@
 use super::desc::{GemmDesc, KernelSet, Rows};
 use super::fold;
 use crate::experts::weight::WeightAddresses;
-use crate::registry::{GemmHopper, Tile};
+use crate::registry::{GemmHopper, Kernel, Tile};
 use crate::rules::Layout;
 use crate::runtime::launch::{Boxes, Scope};
 use crate::runtime::params::{GemmHopperParams, GemmParams, TensorMap};
-use crate::{DeviceInfo, Error};
+use crate::{DeviceInfo, Error, Selection};
 
 /// Strides of a tensor map in bytes are below this.
 const MAX_STRIDE: u64 = 1 << 40;
+
+/// Blocks of a cluster: they compute neighbouring row tiles, and fetch the weight together where it is the same.
+const CLUSTER: u32 = 2;
+
+/// A launch of so many blocks.
+pub(super) fn selection(gemm: GemmHopper, blocks: u32) -> Selection {
+    Selection { cluster: [CLUSTER, 1, 1], ..Selection::new(Kernel::GemmHopper(gemm), [blocks, 1, 1]) }
+}
 
 /// The kernel and its grid of persistent blocks, where it computes `desc` in row tiles of its own height on this device; `layout` is that of
 /// [`GemmDesc::vector_layout`].
@@ -27,8 +35,9 @@ pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) ->
         };
     let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
     // The kernel counts tiles in 32 bits.
-    let tiles = row_tiles(desc, height) as u64 * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
-    (fits && tiles <= i32::MAX as u64).then(|| (gemm, tiles.min(device.multiprocessors.into()) as u32))
+    let pairs = row_tiles(desc, height).div_ceil(2) as u64 * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
+    let clusters = pairs.min((device.multiprocessors / CLUSTER).into()) as u32;
+    (fits && device.multiprocessors >= CLUSTER && pairs <= i32::MAX as u64).then_some((gemm, CLUSTER * clusters))
 }
 
 /// Row tiles of this height at most, those of a shared expert too.
@@ -47,16 +56,27 @@ fn row_tiles(desc: &GemmDesc, height: usize) -> usize {
 /// through L2, which gives a multiprocessor 32 bytes a cycle. Either set runs in rounds of a tile a multiprocessor; a round that is
 /// not full takes as long as one that is, so few tiles favour small ones.
 pub(super) fn is_faster(desc: &GemmDesc, gemm: &GemmHopper, other: (&Tile, u32), device: &DeviceInfo) -> bool {
-    let time = |tile: &Tile, columns: u32, percent: u64| {
-        let tiles = row_tiles(desc, tile.bm as usize) as u64 * desc.n.div_ceil(columns as usize) as u64;
-        let rounds = tiles.div_ceil(device.multiprocessors.max(1).into());
-        let [bm, bn] = [tile.bm, tile.bn].map(u64::from);
-        // Cycles for 64 depths.
-        let (products, rows) = (bm * bn * 64 * 100 / (2048 * percent), (bm + bn) * 128 / 32);
-        u128::from(rounds) * u128::from(products.max(rows))
+    let time = |rows: u64, columns: u32, blocks: u32, products: u64, bytes: u64| {
+        let rounds = (rows * desc.n.div_ceil(columns as usize) as u64).div_ceil(blocks.max(1).into());
+        u128::from(rounds) * u128::from(products.max(bytes / 32))
     };
+    // Cycles of the products of 64 depths, and the bytes of 64 depths of A and B.
+    let products = |tile: &Tile, percent: u64| u64::from(tile.bm * tile.bn) * 64 * 100 / (2048 * percent);
+    let bytes = |bm: u32, bn: u32| u64::from(bm + bn) * 128;
     let (tile, columns) = other;
-    time(&GemmHopper::TILE, gemm.out_columns(), 88) < time(tile, columns, 65)
+    let other = time(
+        row_tiles(desc, tile.bm as usize) as u64,
+        columns,
+        device.multiprocessors,
+        products(tile, 65),
+        bytes(tile.bm, tile.bn),
+    );
+    let own = &GemmHopper::TILE;
+    // From four tiles an expert on, most pairs are of one expert.
+    let shares = desc.rows.count() >= 4 * own.bm as usize * desc.rows.experts();
+    let fetched = bytes(own.bm, if shares { own.bn / CLUSTER } else { own.bn });
+    let pairs = row_tiles(desc, own.bm as usize).div_ceil(2) as u64;
+    time(pairs, gemm.out_columns(), device.multiprocessors / CLUSTER, products(own, 88), fetched) < other
 }
 
 /// What [`KernelSet::Sm90a`] asks for and cannot have.
@@ -113,7 +133,6 @@ mod tests {
     use super::super::select;
     use super::*;
     use crate::experts::dispatched::SlotShape;
-    use crate::registry::Kernel;
     use crate::rules::{Activation, Dtype, Glu, WeightDesc};
     use crate::runtime::device::{A100, H100};
 
@@ -152,8 +171,8 @@ mod tests {
     #[test]
     fn a_block_a_multiprocessor_walks_the_tiles() {
         assert_eq!(select(&qwen3(32768, 128), &H100).unwrap().grid, [132, 1, 1]);
-        let few = GemmDesc::new(Dtype::Bf16, Rows::Dense(129), 264, 64).kernels(KernelSet::Sm90a);
-        assert_eq!(select(&few, &H100).unwrap().grid, [4, 1, 1]);
+        let few = GemmDesc::new(Dtype::Bf16, Rows::Dense(257), 264, 64).kernels(KernelSet::Sm90a);
+        assert_eq!(select(&few, &H100).unwrap().grid, [8, 1, 1]);
         let none = GemmDesc { rows: Rows::Dense(0), ..few };
         assert_eq!(select(&none, &H100).unwrap().grid, [0, 1, 1]);
     }

@@ -153,7 +153,7 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
     let hopper = hopper::candidate(desc, layout, device).filter(|_| desc.kernels != KernelSet::Sm80);
     match hopper {
         Some((gemm, blocks)) if desc.kernels == KernelSet::Sm90a => {
-            return Ok(Selection::new(Kernel::GemmHopper(gemm), [blocks, 1, 1]));
+            return Ok(hopper::selection(gemm, blocks));
         }
         None if desc.kernels == KernelSet::Sm90a => return Err(hopper::refusal(operation, desc, device)),
         _ => {}
@@ -173,7 +173,7 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
         && tile.bm == GemmHopper::TILE.bm
         && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
     {
-        return Ok(Selection::new(Kernel::GemmHopper(hopper), [blocks, 1, 1]));
+        return Ok(hopper::selection(hopper, blocks));
     }
     let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
