@@ -217,9 +217,7 @@ fn main_loop(sass: &str) -> Option<Loop> {
             }
         }
     }
-    let products = |range: &Range<usize>| {
-        instructions[range.clone()].iter().filter(|text| is_product(text)).count()
-    };
+    let products = |range: &Range<usize>| instructions[range.clone()].iter().filter(|text| is_product(text)).count();
     // A loop is what a backward branch closes.
     let loops: Vec<Range<usize>> = instructions
         .iter()

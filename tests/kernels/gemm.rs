@@ -121,14 +121,14 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     strides::check::<T>(variant, rng);
 }
 
-/// Blocks that walk several tiles, six stages deep: three tiles a multiprocessor, in six columns of which the last is narrow. Most row tiles have
-/// one live row, some more than half of theirs.
+/// Clusters that walk two pairs of tiles or three, five stages deep, in three columns of which the last is narrow. Most row tiles have one live row, some
+/// more than half of theirs; an expert of two tiles has a pair of its own, or halves of two.
 fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
-    let experts = device::kernels().device().multiprocessors as usize / 2 + 1;
-    let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 66, 2, 1, 1][expert % 6]).collect();
-    let n = if variant.fold == Fold::Plain { 5 * 256 + 8 } else { 5 * 128 + 8 };
+    let experts = device::kernels().device().multiprocessors as usize * 2 / 3 + 2;
+    let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1, 1, 1][expert % 12]).collect();
+    let n = if variant.fold == Fold::Plain { 2 * 256 + 8 } else { 2 * 128 + 8 };
     let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
-    let case = Case { k: 328, n, glu, activation, gather: true, bias: false, scale: false, out_scale: false };
+    let case = Case { k: 264, n, glu, activation, gather: true, bias: false, scale: false, out_scale: false };
     grouped::<T>(variant, rng, &loads, &case);
 }
 
