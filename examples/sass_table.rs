@@ -1,4 +1,4 @@
-//! Density of the main loops: what `ptxas` makes of every grouped GEMM.
+//! Density of the main loops: what `ptxas` makes of every product.
 //!
 //! ```sh
 //! cargo run --release --example sass_table -- [--only GLOB] [--arch sm_80,sm_90] [--min-share PERCENT]
@@ -25,14 +25,14 @@ use moe_kernels::registry::{self, Arch, Kernel};
 use tempfile::TempDir;
 use wildmatch::WildMatch;
 
-/// What ptxas makes of the main loop of every grouped GEMM: registers, spills, and the share of tensor core instructions.
+/// What ptxas makes of the main loop of every product: registers, spills, and the share of tensor core instructions.
 ///
 /// Needs ptxas (variable PTXAS, $CUDA_HOME/bin, or PATH) and nvdisasm (variable NVDISASM, beside ptxas, or PATH), and no GPU.
 #[derive(Debug, Parser)]
 #[command(name = "sass_table")]
 struct Options {
     /// Variants whose name fits
-    #[arg(long, value_name = "GLOB", default_value = "gemm_*")]
+    #[arg(long, value_name = "GLOB", default_value = "*")]
     only: String,
     /// Architectures to assemble for
     #[arg(long = "arch", value_name = "LIST", default_value = "sm_80", value_delimiter = ',', value_parser = arch)]
@@ -54,6 +54,11 @@ fn main() -> ExitCode {
         eprintln!("error: {message}");
         ExitCode::from(2)
     })
+}
+
+/// Whether its main loop is made of tensor core products.
+fn has_products(kernel: &Kernel) -> bool {
+    matches!(kernel, Kernel::Gemm(_) | Kernel::GemmHopper(_) | Kernel::GemmAny(_) | Kernel::KGrouped(_))
 }
 
 /// What one variant became on one architecture.
@@ -83,12 +88,10 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     let nvdisasm = find("NVDISASM", "nvdisasm", ptxas.parent().map(Path::to_path_buf))?;
 
     let glob = WildMatch::new(&options.only);
-    let variants: Vec<Kernel> = registry::all()
-        .into_iter()
-        .filter(|kernel| matches!(kernel, Kernel::Gemm(_) | Kernel::GemmHopper(_)) && glob.matches(&kernel.name()))
-        .collect();
+    let variants: Vec<Kernel> =
+        registry::all().into_iter().filter(|kernel| has_products(kernel) && glob.matches(&kernel.name())).collect();
     if variants.is_empty() {
-        return Err(format!("--only: no grouped GEMM variant matches `{}`", options.only));
+        return Err(format!("--only: no product's variant matches `{}`", options.only));
     }
     // Kernels of one architecture alone are assembled for that one.
     let suits = |kernel: &Kernel, arch: &str| kernel.arch() == Arch::Sm80 || kernel.arch().target() == arch;

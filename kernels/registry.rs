@@ -128,8 +128,8 @@ impl RouterShape {
 /// sorts the slots by expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Gate {
-    /// From logits to scores.
-    pub score: Score,
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
     /// Logits a lane holds: experts up to `32 * values`.
     pub values: u32,
     /// Whether the slots are sorted too.
@@ -140,28 +140,44 @@ impl Gate {
     /// Every number of logits a lane may hold.
     pub const VALUES: [u32; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
 
+    /// The same where the rule is said at run time.
+    pub const ANY_VALUES: [u32; 2] = [8, 32];
+
     /// Experts of a token: a lane holds one choice.
     pub const MAX_TOP_K: u32 = 32;
 
     /// Expert groups: a lane holds the score of one.
     pub const MAX_GROUPS: u32 = 32;
 
-    /// Most experts.
+    /// Most experts that a choice is among.
     pub const fn max_experts(&self) -> u32 {
         32 * self.values
+    }
+
+    /// Most experts whose slots are counted: those, and where the rule may append any, as many as a token has.
+    pub const fn max_counted(&self) -> u32 {
+        self.max_experts() + if self.score.is_none() { Gate::MAX_TOP_K } else { 0 }
     }
 
     /// Warps of a block.
     pub const fn warps(&self) -> u32 {
         warps_for_experts(self.max_experts())
     }
+
+    /// The word in kernel names.
+    pub const fn score_name(&self) -> &'static str {
+        match self.score {
+            Some(score) => score.name(),
+            None => "any",
+        }
+    }
 }
 
 /// Top-k gating that also measures the batch: balancing losses and router statistics from the same logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MeasuredGate {
-    /// From logits to scores.
-    pub score: Score,
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
     /// Logits a lane holds: experts up to `32 * values`.
     pub values: u32,
 }
@@ -357,6 +373,33 @@ impl GemmAny {
     }
 }
 
+/// A product for each expert over its rows: groups along K.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KGrouped {
+    /// Type of both operands.
+    pub dtype: Dtype,
+    /// Whether matrices have any width, address and stride.
+    pub any: bool,
+}
+
+impl KGrouped {
+    /// A block's share: rows of a stage hold 256 bytes of either operand.
+    pub const fn tile(&self) -> Tile {
+        let stages = if self.any { 1 } else { 3 };
+        match self.dtype {
+            Dtype::Bf16 | Dtype::F16 => Tile::new(128, 128, 64, 2, 2, stages),
+            Dtype::F32 => Tile::new(64, 64, 32, 2, 2, stages),
+        }
+    }
+
+    /// Dynamic shared memory in bytes: the stages, and after them the f32 tile in their place.
+    pub const fn shared_bytes(&self) -> u32 {
+        let t = self.tile();
+        let (stages, tile) = (t.stages * (t.bm + t.bn) * t.bk * self.dtype.bytes(), t.bm * t.bn * 4);
+        if stages > tile { stages } else { tile }
+    }
+}
+
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {
@@ -404,6 +447,15 @@ impl Admission {
 
 /// Tokens that a block of the affinity kernel transposes.
 pub const AFFINITY_TOKENS: u32 = 32;
+
+/// Threads of a block of the RMS normalisation, and so most that share a row.
+pub const RMS_NORM_THREADS: u32 = 512;
+
+/// Keys of each of the two lists of product keys.
+pub const MAX_PRODUCT_KEYS: u32 = 128;
+
+/// Choices of a token by product keys, and experts of one unit that a token has: two for each lane.
+pub const MAX_UNIT_TOP_K: u32 = 64;
 
 /// Warps of the kernels that work by whole blocks of 256 threads.
 pub const BLOCK_WARPS: u32 = 8;
@@ -512,6 +564,8 @@ pub enum Kernel {
     GemmHopper(GemmHopper),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
+    /// Products over the experts' rows.
+    KGrouped(KGrouped),
     /// Sums over a token's experts.
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
@@ -553,6 +607,17 @@ pub enum Kernel {
     Jitter(Dtype),
     /// A noise state moved on.
     NoiseState,
+    /// Rows divided by their root mean square.
+    RmsNorm(Dtype),
+    /// Experts by the best pairs of keys.
+    ProductKeys,
+    /// Experts of one hidden unit.
+    UnitExperts(Dtype),
+    /// One expert for the tokens of a sequence.
+    BySequence {
+        /// Bytes of an index: 4 or 8.
+        ids_bytes: u32,
+    },
 }
 
 impl Kernel {
@@ -561,7 +626,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => format!("router_{}_{}_{}", k.x, k.weight, k.shape.name()),
             Kernel::Gating(k) => {
-                format!("gating_{}_v{}{}", k.score.name(), k.values, if k.dispatch { "_dispatch" } else { "" })
+                format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::Gemm(k) => {
@@ -572,6 +637,7 @@ impl Kernel {
                 format!("gemm_{}_{tile}_{}_{}_sm90a", k.dtype, k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::Affinity => "affinity".into(),
@@ -593,6 +659,10 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
+            Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
+            Kernel::ProductKeys => "product_keys".into(),
+            Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
         }
     }
 
@@ -600,11 +670,14 @@ impl Kernel {
     pub const fn entry(&self) -> &'static str {
         match self {
             Kernel::Router(_) => "Router",
-            Kernel::Gating(Gate { dispatch: false, .. }) => "Gating",
-            Kernel::Gating(Gate { dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Gating(Gate { score: Some(_), dispatch: false, .. }) => "Gating",
+            Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
+            Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
+            Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::GemmHopper(_) => "GemmHopper",
+            Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::Affinity => "Affinity",
@@ -616,7 +689,8 @@ impl Kernel {
             Kernel::Hash => "Hash",
             Kernel::Noisy(Noisy { grouped: false, .. }) => "Noisy",
             Kernel::Noisy(Noisy { grouped: true, .. }) => "NoisyGrouped",
-            Kernel::MeasuredGating(_) => "MeasuredGating",
+            Kernel::MeasuredGating(MeasuredGate { score: Some(_), .. }) => "MeasuredGating",
+            Kernel::MeasuredGating(MeasuredGate { score: None, .. }) => "MeasuredGatingAny",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
@@ -625,6 +699,10 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
+            Kernel::RmsNorm(_) => "RmsNorm",
+            Kernel::ProductKeys => "ProductKeys",
+            Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::BySequence { .. } => "BySequence",
         }
     }
 
@@ -645,6 +723,7 @@ impl Kernel {
             Kernel::Gemm(k) => k.tile.threads(),
             Kernel::GemmHopper(_) => GemmHopper::THREADS,
             Kernel::GemmAny(k) => k.tile().threads(),
+            Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
@@ -659,6 +738,8 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_) | Kernel::RowGroups => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::RmsNorm(_) => RMS_NORM_THREADS,
+            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } => BLOCK_WARPS * 32,
         }
     }
 
@@ -668,6 +749,7 @@ impl Kernel {
             Kernel::Gemm(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
             Kernel::GemmAny(k) => k.shared_bytes(),
+            Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
@@ -686,6 +768,8 @@ impl Kernel {
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmHopper(_) => "experts/sm90a/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
+            Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
+            Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -705,6 +789,10 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
+            Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
+            Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
+            Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
         }
     }
 
@@ -720,14 +808,14 @@ impl Kernel {
                 ("block_experts", Int(k.shape.block().1)),
             ],
             Kernel::Gating(k) => vec![
-                ("score", Text(k.score.name())),
+                ("score", Text(k.score_name())),
                 ("ids_bytes", Int(4)),
                 ("values", Int(k.values)),
-                ("max_experts", Int(k.max_experts())),
+                ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
             ],
             Kernel::MeasuredGating(k) => vec![
-                ("score", Text(k.score.name())),
+                ("score", Text(k.gate().score_name())),
                 ("values", Int(k.values)),
                 ("max_experts", Int(k.gate().max_experts())),
                 ("warps", Int(k.gate().warps())),
@@ -750,6 +838,9 @@ impl Kernel {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
             }
+            Kernel::KGrouped(k) => {
+                std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
+            }
             Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
             }
@@ -767,7 +858,10 @@ impl Kernel {
                 constants
             }
             Kernel::Sampled(spread) => spread.constants(),
-            Kernel::Jitter(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
+            Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::BySequence { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
 }
@@ -801,11 +895,16 @@ pub fn all() -> Vec<Kernel> {
             }
         }
     }
-    for score in Score::ALL {
+    for score in Score::COMMON {
         for values in Gate::VALUES {
             for dispatch in [false, true] {
-                kernels.push(Kernel::Gating(Gate { score, values, dispatch }));
+                kernels.push(Kernel::Gating(Gate { score: Some(score), values, dispatch }));
             }
+        }
+    }
+    for values in Gate::ANY_VALUES {
+        for dispatch in [false, true] {
+            kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
         }
     }
     for max_experts in Dispatch::MAX_EXPERTS {
@@ -830,6 +929,7 @@ pub fn all() -> Vec<Kernel> {
     }
     for dtype in Dtype::ALL {
         for any in [false, true] {
+            kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
@@ -843,14 +943,19 @@ pub fn all() -> Vec<Kernel> {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
         kernels.push(Kernel::Sampled(spread));
     }
-    for score in Score::ALL {
+    for score in Score::COMMON {
         for values in Gate::VALUES {
-            kernels.push(Kernel::MeasuredGating(MeasuredGate { score, values }));
+            kernels.push(Kernel::MeasuredGating(MeasuredGate { score: Some(score), values }));
         }
     }
+    kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.push(Kernel::NoiseState);
+    kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
+    kernels.push(Kernel::ProductKeys);
+    kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
-use moe_kernels::experts::combine::CombineArgs;
+use moe_kernels::experts::combine::{CombineArgs, Identity};
 use moe_kernels::experts::{Dispatched, Weight, tiles};
 use moe_kernels::layer::{
     Choices, ExpertWeights, ExpertsArgs, ExpertsPlan, LayerArgs, LayerDesc, LayerWeights, MapDesc, MapTable, Measured,
@@ -31,7 +31,7 @@ use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
 use moe_kernels::rules::Dtype;
 use moe_kernels::rules::{
     AdmissionRule, Affinity, AuctionRule, BalanceRule, Capacity, Dropout, Gating, Groups, IDENTITY, IdFormat,
-    LossScore, NONE, NoiseSource, NoisyRule, Order, SamplingRule, Score, SecondExpert,
+    LossScore, NONE, NoiseSource, NoisyRule, NullExperts, Order, SamplingRule, Score, SecondExpert,
 };
 use moe_kernels::{DeviceInfo, Kernels, Workspace};
 
@@ -503,6 +503,80 @@ fn admission_map_and_capacity() {
         }
         assert_eq!(layer.read(&counts), rows);
         layer.close("admission, map, capacity", &layer.read(&y), &want);
+    }
+}
+
+/// The last experts compute nothing: by choices from elsewhere, in one call and in parts, in 32-bit ids of either kind, and as a map says it.
+#[test]
+fn null_experts_of_any_router() {
+    for seed in 150..150 + 2 * DRAWS {
+        let mut layer = Layer::new(seed, small);
+        let (tokens, experts, top_k) = (layer.tokens, layer.desc.experts, layer.desc.top_k);
+        let (hidden, count) = (layer.desc.hidden, layer.rng.usize(1..experts));
+        let here = experts - count;
+        let passes = seed % 2 == 0;
+        let null = if passes { NullExperts::identity(count) } else { NullExperts::zero(count) };
+        let scale = [1.0, 0.5][layer.rng.usize(..2)];
+        let plain = layer.desc.routed_scale(scale);
+        layer.desc = plain.null(Some(null));
+        // Every number that may occur, and some that no expert has.
+        let ids: Vec<i32> = (0..tokens * top_k).map(|_| layer.rng.i32(-1..experts as i32 + 2)).collect();
+        let weights: Vec<f32> = ids.iter().map(|_| layer.rng.f32() - 0.3).collect();
+        let mut want = vec![0.0; tokens * hidden];
+        for (slot, (&id, &weight)) in ids.iter().zip(&weights).enumerate() {
+            let (t, Ok(id)) = (slot / top_k, usize::try_from(id)) else { continue };
+            let out: Vec<f64> = match id {
+                id if id < here => layer.expert(id, t, |_, h| h),
+                id if id < experts && passes => layer.x[t * hidden..][..hidden].iter().map(|x| x.to_f64()).collect(),
+                _ => continue,
+            };
+            let weight = f64::from(scale) * f64::from(weight);
+            want[t * hidden..][..hidden].iter_mut().zip(out).for_each(|(y, out)| *y += weight * out);
+        }
+
+        let (ids_on_device, weights_on_device) = (layer.upload(&ids), layer.upload(&weights));
+        let unsigned = layer.upload(&ids.iter().map(|&id| id as u32).collect::<Vec<_>>());
+        let whole = |desc: LayerDesc, choices: Choices<'_>, map: Option<MapTable<'_>>| {
+            let plan = desc.plan(tokens, layer.device()).unwrap();
+            let mut workspace = layer.workspace(plan.workspace_bytes());
+            let mut y = layer.zeros::<bf16>(tokens * hidden);
+            let mut route = RouteArgs::new();
+            route.map = map;
+            let args = LayerArgs::new(&layer.on_device[0], &mut y).choices(choices).route(route);
+            plan.forward(layer.kernels, &layer.stream, &layer.weights(), args, &mut workspace).unwrap();
+            layer.read(&y)
+        };
+        let y = whole(layer.desc, Choices::new(&ids_on_device, &weights_on_device), None);
+        layer.close("null experts", &y, &want);
+        let of_words = whole(layer.desc.choices(IdFormat::U32), Choices::new(&unsigned, &weights_on_device), None);
+        assert_eq!(of_words, y, "unsigned ids");
+        let entry = if passes { IDENTITY } else { NONE };
+        let map: Vec<i32> = (0..experts as i32).map(|e| if e < here as i32 { e } else { entry }).collect();
+        let map = layer.upload(&map);
+        let choices = Choices::new(&ids_on_device, &weights_on_device);
+        let mapped = whole(plain.map(Some(MapDesc::new(here))), choices, Some(MapTable::new(&map)));
+        layer.close("as a map says", &mapped, &want);
+
+        let plan = layer.desc.plan(tokens, layer.device()).unwrap();
+        let mut workspace = layer.workspace(plan.workspace_bytes());
+        let mut dispatched = Dispatched::new(&layer.stream, &plan.route().rows()).unwrap();
+        let choices = Choices::new(&ids_on_device, &weights_on_device);
+        let (kernels, stream) = (layer.kernels, &layer.stream);
+        plan.route()
+            .forward_choices(kernels, stream, choices, RouteArgs::new(), &mut dispatched, &mut workspace)
+            .unwrap();
+        let mut y_slots = layer.zeros::<bf16>(plan.experts().rows().slots * hidden);
+        let args = ExpertsArgs::new(&layer.on_device[0], &dispatched, &mut y_slots);
+        plan.experts().forward(kernels, stream, &layer.weights().experts, args, &mut workspace).unwrap();
+        let mut parts = layer.zeros::<bf16>(tokens * hidden);
+        let mut args = CombineArgs::new(&y_slots, &dispatched, &mut parts);
+        if passes {
+            let numbers = here as u32..experts as u32;
+            args =
+                args.identity(Identity::of_choices(&layer.on_device[0], &ids_on_device, &weights_on_device, numbers));
+        }
+        plan.experts().combine(kernels, stream, args).unwrap();
+        assert_eq!(layer.read(&parts), y, "parts");
     }
 }
 

@@ -107,7 +107,7 @@ proptest! {
         k in 1usize..=32,
         tokens in prop_oneof![1usize..=4, 5usize..=120],
         sequence in 1usize..=130,
-        score in prop::sample::select(Score::ALL.to_vec()),
+        score in prop::sample::select(Score::COMMON.to_vec()),
         (first_choice_only, by_sigmoid) in any::<(bool, bool)>(),
         capacity in prop::option::of(1usize..=5),
         skew in 0.0f32..4.0,

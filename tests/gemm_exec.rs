@@ -120,6 +120,13 @@ struct Case {
 
 const ALPHA: f32 = 1.702;
 const LIMIT: f32 = 0.5;
+const FACTOR: f32 = 0.5;
+const OFFSET: f32 = -2.0;
+
+/// SwiGLU in full, its gate clamped after the SiLU, and both softly capped.
+const SWIGLU: u32 = 7;
+const SWIGLU_AFTER: u32 = 7 | 1 << 8;
+const SWIGLU_CAPPED: u32 = 7 | 3 << 9;
 
 fn activate(code: u32, x: f64) -> f64 {
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
@@ -129,6 +136,7 @@ fn activate(code: u32, x: f64) -> f64 {
         2 => 0.5 * x * erfc(-x / 2_f64.sqrt()),
         3 => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh()),
         4 => x * sigmoid(x),
+        6 => x.max(0.0) * x.max(0.0),
         _ => unreachable!("no such activation: {code}"),
     }
 }
@@ -157,12 +165,17 @@ fn folded(fold: Fold, code: u32, v: &[f64], n: usize, c: usize) -> f64 {
         Fold::Glu => (v[c], v[n + c]),
         Fold::Iglu => (v[2 * c], v[2 * c + 1]),
     };
-    if code != 5 {
-        return activate(code, gate) * up;
-    }
     let (alpha, limit) = (f64::from(ALPHA), f64::from(LIMIT));
+    let silu = |linear: f64, g: f64| linear / (1.0 + (-alpha * g).exp());
     let (g, u) = (gate.min(limit), up.clamp(-limit, limit));
-    (u + 1.0) * g / (1.0 + (-alpha * g).exp())
+    let linear = |u: f64| f64::from(FACTOR) * u + f64::from(OFFSET);
+    match code {
+        5 => silu(g, g) * (u + 1.0),
+        SWIGLU => silu(g, g) * linear(u),
+        SWIGLU_AFTER => silu(gate, gate).min(limit) * linear(u),
+        SWIGLU_CAPPED => silu(limit * (gate / limit).tanh(), gate) * linear(limit * (up / limit).tanh()),
+        code => activate(code, gate) * up,
+    }
 }
 
 fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
@@ -264,11 +277,18 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
     let scalars = ([0, total as u32, n as u32, k as u32, nb as u32].into_iter())
         .chain(strides)
         .chain([rounded, case.activation, ALPHA.to_bits(), LIMIT.to_bits()])
-        .chain(dropout);
+        .chain(dropout)
+        // A word between.
+        .chain([0]);
     let noise_state = 0_u64;
+    // The up value's bound, its factor and what is added; no shared expert: six numbers of its activation. Then a word between.
+    let swiglu = [LIMIT.to_bits(), FACTOR.to_bits(), OFFSET.to_bits(), 0, 0, 0, 0, 0, 0, 0];
+    let by_expert = [0_u64; 4];
     let params: Vec<u8> = (pointers.flat_map(|p: u64| p.to_le_bytes()))
         .chain(scalars.flat_map(|s: u32| s.to_le_bytes()))
         .chain(noise_state.to_le_bytes())
+        .chain(swiglu.into_iter().flat_map(u32::to_le_bytes))
+        .chain(by_expert.into_iter().flat_map(u64::to_le_bytes))
         .collect();
     let max_tiles = if case.grouped { count + 2 } else { total.div_ceil(tile.bm as usize) };
     let grid = max_tiles.next_multiple_of(8) * n.div_ceil(gemm.out_columns() as usize);
@@ -363,7 +383,10 @@ fn run(dtype: Dtype, height: u32) {
     });
     let mut failures = Vec::new();
     for (index, gemm) in variants.enumerate() {
-        let activations: [u32; 5] = if gemm.fold == Fold::Plain { [0, 1, 2, 3, 4] } else { [1, 2, 3, 4, 5] };
+        let activations: &[u32] = match gemm.fold {
+            Fold::Plain => &[0, 1, 2, 3, 4, 6],
+            _ => &[1, 2, 3, 4, 5, 6, SWIGLU, SWIGLU_AFTER, SWIGLU_CAPPED],
+        };
         let shapes: [(usize, usize, &'static [usize], bool); 5] = [
             (8, 8, &[1], false),
             (24, 40, &[0, 17, 3], true),
@@ -372,7 +395,7 @@ fn run(dtype: Dtype, height: u32) {
             (136, 1000, &[33], false),
         ];
         for (i, (n, k, rows, grouped)) in shapes.into_iter().enumerate() {
-            let activation = activations[(i + index) % 5];
+            let activation = activations[(i + 5 * index) % activations.len()];
             let case = Case { n, k, rows, grouped, scaled: (i + index) % 2 == 0, biased: i % 4 < 2, activation };
             let seed = 1000 * index as u64 + i as u64;
             if let Err(message) = check(gemm, &case, seed) {

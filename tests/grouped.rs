@@ -5,11 +5,13 @@ mod support;
 
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::bf16;
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::capacity::row_groups::{self, RowGroupsArgs, RowGroupsDesc, RowLayout};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Output, Rows, Strides};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Output, ProductOut, Rows, Strides};
+use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc};
 use moe_kernels::experts::{Dispatched, Weight};
 use moe_kernels::reference::row_groups::{by_counts, by_ends, masked};
-use moe_kernels::{Dtype, Kernels};
+use moe_kernels::{Dtype, Kernels, Workspace};
 use support::device;
 
 const EXPERTS: usize = 4;
@@ -139,5 +141,95 @@ fn groups_along_columns() {
     let mut out = stream.clone_htod(&vec![JUNK; m * n]).unwrap();
     let args = GemmArgs::to_f32(&b, Weight::new(&a), &mut out).dispatched(&dispatched);
     gemm::forward(kernels, &stream, &desc, args).unwrap();
+    assert_eq!(stream.clone_dtoh(&out).unwrap(), want);
+}
+
+/// Groups along K (`torch._grouped_mm` of two matrices): one graph for all ends. Rows from the last end on are NaN, and an expert without rows
+/// gives zeros.
+#[test]
+fn groups_along_k() {
+    let context = device::context();
+    // SAFETY: every buffer of this test is used on one stream only.
+    unsafe { context.disable_event_tracking() };
+    let stream = context.new_stream().unwrap();
+    let kernels = Kernels::new(&context).unwrap();
+    let mut rng = fastrand::Rng::with_seed(11);
+    for (m, n) in [(24, 40), (13, 5)] {
+        let rows = 150;
+        let groups = RowGroupsDesc::new(RowLayout::Ends { rows }, EXPERTS, 64);
+        let desc = KGroupedDesc::new(Dtype::Bf16, groups.shape(), m, n).f32_out(true);
+        let mut dispatched = Dispatched::new(&stream, &groups.shape()).unwrap();
+        let mut ends = stream.alloc_zeros::<i32>(EXPERTS).unwrap();
+        let mut a = stream.alloc_zeros::<bf16>(rows * m).unwrap();
+        let mut b = stream.alloc_zeros::<bf16>(rows * n).unwrap();
+        let mut out = stream.alloc_zeros::<f32>(EXPERTS * m * n).unwrap();
+        let selections = [
+            row_groups::select(&groups, kernels.device()).unwrap().kernel,
+            k_grouped::select(&desc, kernels.device()).unwrap().kernel,
+        ];
+        kernels.preload(selections).unwrap();
+        stream.synchronize().unwrap();
+        stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+        row_groups::forward(&kernels, &stream, &groups, RowGroupsArgs::new(&ends, &mut dispatched)).unwrap();
+        let args = KGroupedArgs::new(&a, &b, &dispatched, ProductOut::F32((&mut out).into()));
+        k_grouped::forward(&kernels, &stream, &desc, args).unwrap();
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().unwrap();
+        for numbers in [[3, 3, 100, 149], [0; 4], [150, 0, -1, i32::MAX], [64, 128, 129, 130]] {
+            let spans = by_ends(&numbers, rows);
+            let last = spans[EXPERTS - 1].1;
+            let mut values = |columns: usize| {
+                let mut values = whole(&mut rng, last * columns);
+                values.resize(rows * columns, bf16::NAN);
+                values
+            };
+            let (left, right) = (values(m), values(n));
+            let mut want = vec![0.0; EXPERTS * m * n];
+            for (expert, &(first, end)) in spans.iter().enumerate() {
+                for (i, j) in (0..m).flat_map(|i| (0..n).map(move |j| (i, j))) {
+                    let terms = (first..end).map(|row| left[row * m + i].to_f32() * right[row * n + j].to_f32());
+                    want[(expert * m + i) * n + j] = terms.sum::<f32>();
+                }
+            }
+            stream.memcpy_htod(&left, &mut a).unwrap();
+            stream.memcpy_htod(&right, &mut b).unwrap();
+            stream.memcpy_htod(&numbers, &mut ends).unwrap();
+            stream.memcpy_htod(&vec![JUNK; out.len()], &mut out).unwrap();
+            graph.launch().unwrap();
+            assert_eq!(stream.clone_dtoh(&out).unwrap(), want, "{numbers:?} M={m} N={n}");
+        }
+    }
+}
+
+/// The gradient of a layer's second weight, `dW[e] = sum over the expert's slots of dy[token] h[slot]^T`, by the lists of a dispatch that drops some.
+#[test]
+fn gradient_of_a_weight() {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let mut rng = fastrand::Rng::with_seed(12);
+    let (tokens, top_k, hidden, intermediate) = (70, 2, 16, 24);
+    let desc = DispatchDesc::new(tokens, EXPERTS, top_k, 16);
+    let ids: Vec<i32> = (0..tokens * top_k).map(|_| rng.i32(-1..EXPERTS as i32 - 1)).collect();
+    let (dy, h) = (whole(&mut rng, tokens * hidden), whole(&mut rng, tokens * top_k * intermediate));
+    let on_device = stream.clone_htod(&ids).unwrap();
+    let mut dispatched = Dispatched::new(&stream, &desc.shape()).unwrap();
+    let mut workspace = Workspace::new(&stream, dispatch::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
+    let args = DispatchArgs::new(&on_device, &mut dispatched, &mut workspace);
+    dispatch::forward(kernels, &stream, &desc, args).unwrap();
+    let slots = stream.clone_dtoh(dispatched.token_slot()).unwrap();
+    let mut want = vec![1.0; EXPERTS * hidden * intermediate];
+    for (choice, (&expert, &slot)) in ids.iter().zip(&slots).enumerate().filter(|(_, (id, _))| **id >= 0) {
+        for (i, j) in (0..hidden).flat_map(|i| (0..intermediate).map(move |j| (i, j))) {
+            let product = dy[choice / top_k * hidden + i].to_f32() * h[slot as usize * intermediate + j].to_f32();
+            want[(expert as usize * hidden + i) * intermediate + j] += product;
+        }
+    }
+    // Onto ones, as where gradients of micro-batches add up.
+    let product = KGroupedDesc::new(Dtype::Bf16, desc.shape(), hidden, intermediate)
+        .gathered(Gathered::A)
+        .f32_out(true)
+        .accumulate(true);
+    let (dy, h) = (stream.clone_htod(&dy).unwrap(), stream.clone_htod(&h).unwrap());
+    let mut out = stream.clone_htod(&vec![1f32; want.len()]).unwrap();
+    let args = KGroupedArgs::new(&dy, &h, &dispatched, ProductOut::F32((&mut out).into()));
+    k_grouped::forward(kernels, &stream, &product, args).unwrap();
     assert_eq!(stream.clone_dtoh(&out).unwrap(), want);
 }

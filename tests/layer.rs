@@ -1,12 +1,14 @@
 //! Whole layers on the device against a computation in f64 that knows neither slots nor tiles: token by token, expert by
 //! expert.
 
+#[path = "layer/composition.rs"]
+mod composition;
 mod support;
 
 use half::{bf16, f16};
 use moe_kernels::Dtype;
 use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc, Weighting};
-use moe_kernels::rules::{Activation, Capacity, Gating, Glu, GroupScore, Groups, Layout, Score};
+use moe_kernels::rules::{Activation, Capacity, Gating, Glu, GroupScore, Groups, Layout, Score, Swiglu};
 use support::layer_case::{Case, Device, check, open};
 
 fn mixtral(dtype: Dtype) -> LayerDesc {
@@ -53,7 +55,7 @@ fn deepseek() {
 /// gpt-oss: softmax over the chosen, clamped SwiGLU on interleaved transposed weights, biases everywhere.
 #[test]
 fn gpt_oss() {
-    let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 0.25 };
+    let activation = Activation::Swiglu(Swiglu::clamped(0.25).alpha(1.702).offset(1.0));
     let desc = LayerDesc::new(Dtype::Bf16, 72, 72, 12, 4)
         .gating(Gating::new(Score::TopkSoftmax))
         .mlp(Mlp::gpt_oss(Dtype::Bf16).activation(activation));

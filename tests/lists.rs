@@ -7,14 +7,17 @@ mod device;
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
+use half::bf16;
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::capacity::lists;
+use moe_kernels::experts::gemm::ProductOut;
+use moe_kernels::experts::k_grouped::{self, KGroupedArgs, KGroupedDesc};
 use moe_kernels::experts::{Dispatched, Lists, SlotShape};
 use moe_kernels::reference;
 use moe_kernels::reference::dispatch::DispatchRule;
 use moe_kernels::routers::expert_choice::{self, ExpertChoiceDesc};
 use moe_kernels::rules::IdFormat;
-use moe_kernels::{Error, Workspace};
+use moe_kernels::{Dtype, Error, Workspace};
 
 /// The lists of a filled dispatch, on the host.
 struct Host {
@@ -211,6 +214,31 @@ fn the_first_wrong_entry_is_named() {
     }
     host.token_slot[9] = -1;
     assert_eq!(check(&host, &ragged).unwrap_err().argument(), Some("token_slot"), "a ragged token has no holes");
+}
+
+/// Groups along K go by counts and offsets, which are looked at too, and missed only there.
+#[test]
+fn ranges_that_are_not_the_tiles_are_refused() {
+    let (stream, kernels) = (device::stream(), device::kernels());
+    let desc = DispatchDesc::new(40, 3, 2, 16);
+    let ids: Vec<i32> = (0..80).map(|choice| choice % 4 - 1).collect();
+    let filled = dispatched(&stream, &desc, &ids);
+    let values = stream.clone_htod(&[bf16::ONE; 80 * 8]).unwrap();
+    let mut out = stream.alloc_zeros::<bf16>(3 * 8 * 8).unwrap();
+    let mut run = |change: &dyn Fn(&mut Host)| {
+        let mut host = Host::of(&stream, &filled);
+        change(&mut host);
+        let lists = lists::checked(kernels, &stream, &desc.shape(), host.upload(&stream)).unwrap();
+        let product = KGroupedDesc::new(Dtype::Bf16, desc.shape(), 8, 8);
+        let args = KGroupedArgs::new(&values, &values, &lists, ProductOut::Rounded((&mut out).into()));
+        k_grouped::forward(kernels, &stream, &product, args).map_err(|error| error.argument().unwrap())
+    };
+    assert_eq!(run(&|_| ()), Ok(()));
+    assert_eq!(run(&|host| host.counts[1] += 1), Err("dispatched"));
+    assert_eq!(run(&|host| host.offsets[2] -= 1), Err("dispatched"));
+    assert_eq!(run(&|host| host.counts.fill(i32::MAX)), Err("dispatched"));
+    assert_eq!(run(&|host| host.offsets[3] = -1), Ok(()), "the last is nobody's first");
+    assert!(stream.clone_dtoh(&out).unwrap().iter().all(|&sum| sum == bf16::from_f32(20.0)));
 }
 
 #[test]

@@ -6,6 +6,8 @@
 mod admission;
 #[path = "properties/noise.rs"]
 mod noise;
+#[path = "properties/products.rs"]
+mod products;
 mod support;
 
 use half::{bf16, f16};
@@ -155,7 +157,7 @@ proptest! {
                 (Just(experts), Just(top_k), Just(tokens), prop::collection::vec(logit(), tokens * experts))
             })
         }),
-        score in prop::sample::select(Score::ALL.to_vec()),
+        score in prop::sample::select(Score::COMMON.to_vec()),
         renormalise in any::<bool>(),
         capacity in capacity(),
     ) {
@@ -189,7 +191,7 @@ proptest! {
         (hidden, intermediate) in (1usize..=12, 1usize..=10),
         tokens in prop_oneof![Just(0usize), 1usize..=4, 5usize..=60],
         mlp in prop::sample::select(vec![Mlp::swiglu(Dtype::Bf16), Mlp::relu(Dtype::Bf16), Mlp::gpt_oss(Dtype::Bf16)]),
-        score in prop::sample::select(Score::ALL.to_vec()),
+        score in prop::sample::select(Score::COMMON.to_vec()),
         capacity in capacity(),
         (renormalise, router_bias, expert_bias, residual) in any::<(bool, bool, bool, bool)>(),
     ) {

@@ -10,8 +10,10 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::{CudaContext, CudaStream};
 use half::{bf16, f16};
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
-use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows};
+use moe_kernels::capacity::row_groups::{self, RowGroupsArgs, RowGroupsDesc, RowLayout};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc, Identity};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Output, ProductOut, Rows, Strides, SwigluByExpert};
+use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc};
 use moe_kernels::experts::{Dispatched, Lists, SlotShape, Weight};
 use moe_kernels::layer::{
     ExpertWeights, LayerArgs, LayerDesc, LayerPlan, LayerWeights, Mlp, RouterWeights, SharedDesc, SharedWeights,
@@ -19,7 +21,7 @@ use moe_kernels::layer::{
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
-use moe_kernels::rules::{Activation, Gating, Glu, Score, WeightDesc};
+use moe_kernels::rules::{Activation, Gating, Glu, Score, Swiglu, WeightDesc};
 use moe_kernels::{Dtype, Error, Kernels, Workspace, device};
 
 struct Device {
@@ -228,6 +230,72 @@ fn gemm_buffers() {
     assert_eq!(run(dense, Some(shape), enough), "dispatched");
     let other = GemmDesc::new(Dtype::Bf16, Rows::Grouped(shape), n, k);
     assert_eq!(run(other, Some(shape), enough), "a");
+    // Rows of 13 elements begin anywhere, but are all there.
+    let odd = swiglu(GemmDesc::new(Dtype::F16, Rows::Grouped(shape), 13, k)).gather(true);
+    let enough = [T * k, E * 2 * 13 * k, E * 2 * 13, rows * 13];
+    for (index, name) in ["a", "weight", "weight.bias", "out"].into_iter().enumerate() {
+        let mut lengths = enough;
+        lengths[index] -= 1;
+        assert_eq!(run(odd, Some(shape), lengths), name);
+    }
+    // A view reaches from its first element to its last, and results of another type go elsewhere.
+    let places = Strides::packed(&odd).a(k + 5, 1).weight(2 * 13 * (k + 1) + 3, k + 1, 1).out(20, 1);
+    let weight = (E - 1) * (2 * 13 * (k + 1) + 3) + 25 * (k + 1) + k;
+    let enough = [(T - 1) * (k + 5) + k, weight, E * 2 * 13, (rows - 1) * 20 + 13];
+    for (index, name) in ["a", "weight", "weight.bias", "out"].into_iter().enumerate() {
+        let mut lengths = enough;
+        lengths[index] -= 1;
+        assert_eq!(run(odd.strides(Some(places)), Some(shape), lengths), name);
+    }
+    assert_eq!(run(odd.output(Output::F32), Some(shape), [1 << 16; 4]), "out");
+    assert_eq!(run(odd.output(Output::AddedF32).shared_rows(3), Some(shape), [1 << 16; 4]), "output");
+    for places in [places.out(12, 1), places.out(1, 1), places.out(0, 1), places.out(1, rows - 1)] {
+        assert_eq!(run(odd.strides(Some(places)), Some(shape), [1 << 16; 4]), "strides.out");
+    }
+    assert_eq!(run(odd.strides(Some(places.a(1 << 31, 1))), Some(shape), [1 << 16; 4]), "strides.a");
+    assert_eq!(run(odd.strides(Some(places.weight(usize::MAX, 1, 1))), Some(shape), [1 << 16; 4]), "strides.weight");
+}
+
+#[test]
+fn row_groups_buffers() {
+    let d = open();
+    let run = |layout, numbers: Option<usize>, made_for: RowLayout| {
+        let mut dispatched = Dispatched::new(&d.stream, &RowGroupsDesc::new(made_for, E, 16).shape()).unwrap();
+        let numbers = numbers.map(|len| d.zeros::<i32>(len));
+        let args = match &numbers {
+            Some(numbers) => RowGroupsArgs::new(numbers, &mut dispatched),
+            None => RowGroupsArgs::batched(&mut dispatched),
+        };
+        let desc = RowGroupsDesc::new(layout, E, 16);
+        d.refused(|| row_groups::forward(&d.kernels, &d.stream, &desc, args)).1
+    };
+    let (ends, batched) = (RowLayout::Ends { rows: 50 }, RowLayout::Batched { height: 50 });
+    assert_eq!(run(ends, Some(E - 1), ends), "numbers");
+    assert_eq!(run(ends, None, ends), "numbers");
+    assert_eq!(run(batched, Some(E), batched), "numbers");
+    assert_eq!(run(ends, Some(E), RowLayout::Counts { rows: 49 }), "dispatched.tokens");
+    assert_eq!(run(batched, None, ends), "dispatched.tokens");
+}
+
+#[test]
+fn k_grouped_buffers() {
+    let d = open();
+    let (slots, m, n) = (T * K, 24, 16);
+    let shape = SlotShape::new(T, E, Some(K), slots, 16, 3);
+    let desc = KGroupedDesc::new(Dtype::F16, shape, m, n).gathered(Gathered::B);
+    let run = |desc: KGroupedDesc, lists: SlotShape, [a, b, out]: [usize; 3]| {
+        let (a, b, mut out) = (d.zeros::<f16>(a), d.zeros::<f16>(b), d.zeros::<f16>(out));
+        let lists = Dispatched::new(&d.stream, &lists).unwrap();
+        let args = KGroupedArgs::new(&a, &b, &lists, ProductOut::Rounded((&mut out).into()));
+        d.refused(|| k_grouped::forward(&d.kernels, &d.stream, &desc, args)).1
+    };
+    // Lists as they are made have no rows: another shape.
+    assert_eq!(run(desc, shape, [slots * m, T * n, E * m * n]), "dispatched");
+    let none = SlotShape::new(0, E, Some(K), 0, 16, 0);
+    let desc = KGroupedDesc::new(Dtype::F16, none, m, n).gathered(Gathered::B);
+    assert_eq!(run(desc, none, [1, 1, E * m * n - 1]), "out");
+    assert_eq!(run(desc.f32_out(true), none, [1, 1, E * m * n]), "out");
+    assert_eq!(run(KGroupedDesc::new(Dtype::Bf16, none, m, n), none, [1, 1, E * m * n]), "a");
 }
 
 #[test]
@@ -249,6 +317,59 @@ fn combine_buffers() {
         assert_eq!(run(shape, lengths), name);
     }
     assert_eq!(run(SlotShape::new(T, E, Some(K - 1), T * K, 16, 3), enough), "dispatched");
+}
+
+#[test]
+fn what_combine_adds_besides() {
+    let d = open();
+    let shape = SlotShape::new(T, E, Some(K), T * K, 16, 3);
+    let desc = CombineDesc::new(Dtype::F32, shape, H);
+    let (y_slots, lists, x) = (d.zeros::<f32>(T * K * H), no_tiles(d, &shape), d.zeros::<f32>(T * H));
+    let run = |bias: usize, [ids, weights]: [usize; 2], experts: std::ops::Range<u32>| {
+        let (bias, ids, weights) = (d.zeros::<f32>(bias), d.zeros::<i32>(ids), d.zeros::<f32>(weights));
+        let mut y = d.zeros::<f32>(T * H);
+        let identity = Identity::of_choices(&x, &ids, &weights, experts);
+        let args = CombineArgs::new(&y_slots, &lists, &mut y).bias(&bias).identity(identity);
+        d.refused(|| combine::forward(&d.kernels, &d.stream, &desc, args)).1
+    };
+    let choices = [T * K; 2];
+    assert_eq!(run(H - 1, choices, 3..5), "bias");
+    assert_eq!(run(H, [T * K - 1, T * K], 3..5), "identity.choices.ids");
+    assert_eq!(run(H, [T * K, T * K - 1], 3..5), "identity.weight");
+    assert_eq!(run(H, choices, 3..1 << 31), "identity.choices.experts");
+    #[allow(clippy::reversed_empty_ranges)]
+    let backwards = 5..3;
+    assert_eq!(run(H, choices, backwards), "identity.choices.experts");
+}
+
+/// Numbers by expert: as many as experts, and for what the activation has.
+#[test]
+fn numbers_of_an_activation_by_expert() {
+    let d = open();
+    let (rows, n, k) = (T * K, 24, H);
+    let shape = SlotShape::new(T, E, Some(K), rows, 16, 3);
+    let desc = |activation: Activation| {
+        GemmDesc::new(Dtype::F16, Rows::Grouped(shape), n, k)
+            .gather(true)
+            .weight(WeightDesc::new(Dtype::F16).glu(Glu::Split))
+            .activation(activation)
+    };
+    let lists = no_tiles(d, &shape);
+    let (a, b) = (d.zeros::<f16>(T * k), d.zeros::<f16>(E * 2 * n * k));
+    let (enough, short) = (d.zeros::<f32>(E), d.zeros::<f32>(E - 1));
+    let run = |activation: Activation, swiglu: SwigluByExpert<'_>| {
+        let mut out = d.zeros::<f16>(rows * n);
+        let args = GemmArgs::new(&a, Weight::new(&b), &mut out).dispatched(&lists).swiglu(swiglu);
+        d.refused(|| gemm::forward(&d.kernels, &d.stream, &desc(activation), args)).1
+    };
+    let clamped = Activation::Swiglu(Swiglu::clamped(1.0));
+    assert_eq!(run(clamped, SwigluByExpert::new().alpha(&short)), "swiglu.alpha");
+    assert_eq!(run(clamped, SwigluByExpert::new().gate(&short)), "swiglu.gate");
+    assert_eq!(run(clamped, SwigluByExpert::new().up(&short)), "swiglu.up");
+    assert_eq!(run(clamped, SwigluByExpert::new().offset(&short)), "swiglu.offset");
+    assert_eq!(run(Swiglu::new().into(), SwigluByExpert::new().gate(&enough)), "swiglu.gate");
+    assert_eq!(run(Swiglu::new().into(), SwigluByExpert::new().up(&enough)), "swiglu.up");
+    assert_eq!(run(Activation::Silu, SwigluByExpert::new().alpha(&enough)), "swiglu");
 }
 
 #[test]
@@ -285,6 +406,8 @@ fn layer_weights_against_the_descriptor() {
     let rest = bias.slice(8..);
     let short = ExpertWeights::new(experts.gate_up, Weight::new(&down).bias(&rest)).shared(shared);
     assert_eq!(run(&plan, LayerWeights::new(router, short), bytes, T * H).1, "down.bias");
+    let vector = d.zeros::<bf16>(H - 1);
+    assert_eq!(run(&plan, LayerWeights::new(router, experts.bias(&vector)), bytes, T * H).1, "bias");
 }
 
 #[test]

@@ -24,7 +24,8 @@ const KINDS: [(&str, &str); 5] = [
 /// Takes `lists` of `shape` as a dispatch, if every entry that products and sums go by is right.
 ///
 /// Waits for the device, once: meant for lists that are used often. What must hold is what [`Dispatched::from_lists`] asks, and that tiles
-/// stand in the order of their rows.
+/// stand in the order of their rows. Counts and offsets may be anything where nothing goes by them: [`crate::experts::k_grouped`] refuses a
+/// dispatch whose are not those of the tiles.
 ///
 /// # Errors
 /// [`Error::Invalid`] that names the list and the first entry that is wrong; [`Error::BufferTooShort`], [`Error::Overflow`],
@@ -36,7 +37,7 @@ pub fn checked(
     lists: Lists,
 ) -> Result<Dispatched, Error> {
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    let dispatched = Dispatched::unchecked(OPERATION, shape, lists)?;
+    let dispatched = Dispatched::unchecked(OPERATION, shape, lists, false)?;
     let mut status = stream.clone_htod(&[u64::MAX]).map_err(Error::driver(OPERATION))?;
     {
         let list = dispatched.read(&scope)?;
@@ -67,7 +68,8 @@ pub fn checked(
         return Err(Error::invalid(OPERATION, "status", "one word", status.len()));
     };
     if first == u64::MAX {
-        return Ok(dispatched);
+        let ranges = dispatched.ranges_of_tiles(stream)?;
+        return Ok(dispatched.with_ranges(ranges));
     }
     let (kind, index) = ((first >> 32) as usize, first as u32 as usize);
     let (argument, expected) = KINDS[kind.min(KINDS.len() - 1)];
@@ -76,6 +78,25 @@ pub fn checked(
 }
 
 impl Dispatched {
+    /// Whether counts and offsets say which rows the tiles cover.
+    fn ranges_of_tiles(&self, stream: &Arc<CudaStream>) -> Result<bool, Error> {
+        let experts = self.shape().experts;
+        let read = |list| stream.clone_dtoh::<i32, _>(list).map_err(Error::driver(OPERATION));
+        let (counts, offsets, num_tiles) = (read(self.counts())?, read(self.offsets())?, read(self.num_tiles())?);
+        let tiles = stream.clone_dtoh(self.tiles()).map_err(Error::driver(OPERATION))?;
+        // Tiles in the order of their rows: each begins where its expert's last one ended.
+        let mut next: Vec<i64> = offsets[..experts].iter().map(|&first| first.into()).collect();
+        for &[expert, first, end, _] in &tiles[..num_tiles[0] as usize] {
+            let next = &mut next[expert as usize];
+            if *next != i64::from(first) {
+                return Ok(false);
+            }
+            *next = end.into();
+        }
+        let ends = offsets[..experts].iter().zip(&counts).map(|(&first, &count)| i64::from(first) + i64::from(count));
+        Ok(next.into_iter().eq(ends))
+    }
+
     /// Entry `index` of a list, for people to read.
     fn entry(&self, stream: &Arc<CudaStream>, list: &'static str, index: usize) -> Result<String, Error> {
         let failed = Error::driver(OPERATION);

@@ -1,7 +1,8 @@
 //! Combine: each token's sum of its experts' outputs.
 //!
-//! `y[t] = residual[t] + gate[t] * addend[t] + identity_weight[t] * identity[t] + sum of w * y_slots[s]` over the token's rows `s`, added in that
-//! order in f32 and rounded once: the same input gives the same bits. `gate[t]` is 1, or the sigmoid of a logit. A skipped or dropped slot adds nothing.
+//! `y[t] = residual[t] + bias + addend_scale * gate[t] * addend[t] + scale * (identity_weight[t] * identity[t] + sum of w * y_slots[s])` over the
+//! token's rows `s`, added in that order in f32 and rounded once: the same input gives the same bits. `gate[t]` is 1, or the sigmoid of a
+//! logit. A skipped or dropped slot adds nothing.
 //!
 //! The rows are those of a dispatch: `k` for each token (rows in the order of its choices), or any number (rows ascending). Their
 //! weights are 1 where the second product has put them into its output ([`crate::experts::gemm::GemmArgs::out_scale`]), which keeps large
@@ -14,7 +15,7 @@ use cudarc::driver::CudaStream;
 use super::dispatched::{Dispatched, RowAddresses, SlotShape};
 use crate::registry::{Combine, CombineRagged, Kernel};
 use crate::rules::Dtype;
-use crate::runtime::builder::buffers;
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{CombineParams, CombineRaggedParams};
 use crate::runtime::shape;
@@ -23,7 +24,7 @@ use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 const OPERATION: &str = "combine";
 
 /// Shapes and type of a combine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct CombineDesc {
     /// Type of `y_slots`, `residual`, `addend`, `identity` and `y`.
@@ -32,12 +33,16 @@ pub struct CombineDesc {
     pub rows: SlotShape,
     /// Hidden size `H`. Of a multiple of 8 all matrices begin on 16 bytes, else on any element, and it takes longer.
     pub hidden: usize,
+    /// Factor of the sum over the experts; 1 in most models.
+    pub scale: f32,
+    /// Factor of `addend`, beside its gate; 1 in most models. Both 1/2 make a mean of experts and shared expert (Cohere 2).
+    pub addend_scale: f32,
 }
 
 impl CombineDesc {
     /// The sums of a dispatch's rows of `hidden` elements of type `dtype`.
     pub const fn new(dtype: Dtype, rows: SlotShape, hidden: usize) -> CombineDesc {
-        CombineDesc { dtype, rows, hidden }
+        CombineDesc { dtype, rows, hidden, scale: 1.0, addend_scale: 1.0 }
     }
 
     /// Checks all that can be checked without buffers.
@@ -51,11 +56,18 @@ impl CombineDesc {
     fn check(&self, operation: &'static str) -> Result<(), Error> {
         self.rows.validate(operation)?;
         shape::positive(operation, "hidden", self.hidden)?;
+        for (argument, factor) in [("scale", self.scale), ("addend_scale", self.addend_scale)] {
+            if !factor.is_finite() {
+                return Err(Error::invalid(operation, argument, "a finite number", factor));
+            }
+        }
         shape::product(operation, "y", &[self.rows.tokens, self.hidden])?;
         shape::product(operation, "y_slots", &[self.rows.slots, self.hidden])?;
         Ok(())
     }
 }
+
+settings!(CombineDesc { scale: f32, addend_scale: f32 });
 
 /// Buffers of a combine.
 #[non_exhaustive]
@@ -70,7 +82,9 @@ pub struct CombineArgs<'a, T> {
     pub residual: Option<In<'a, T>>,
     /// Adds to what `y` holds, first: the residual is `y` itself. Not with `residual`.
     pub accumulate: bool,
-    /// `[T, H]`, added second: a shared expert's output.
+    /// `[H]`, added second, to every token: a vector that a model has learned (JetMoE).
+    pub bias: Option<In<'a, T>>,
+    /// `[T, H]`, added third: a shared expert's output.
     pub addend: Option<In<'a, T>>,
     /// `[T]`: `addend` is multiplied by the sigmoid of these (the shared expert of Qwen2-MoE).
     pub addend_gate: Option<In<'a, f32>>,
@@ -93,6 +107,7 @@ impl<'a, T> CombineArgs<'a, T> {
             weights: None,
             residual: None,
             accumulate: false,
+            bias: None,
             addend: None,
             addend_gate: None,
             identity: None,
@@ -113,7 +128,7 @@ impl<'a, T> CombineArgs<'a, T> {
     }
 }
 
-buffers!(CombineArgs<'a, T> { weights: In<f32>, residual: In<T>, addend: In<T>, addend_gate: In<f32> });
+buffers!(CombineArgs<'a, T> { weights: In<f32>, residual: In<T>, bias: In<T>, addend: In<T>, addend_gate: In<f32> });
 
 /// The part of experts whose output is their input.
 #[derive(Clone, Copy)]
@@ -121,14 +136,37 @@ buffers!(CombineArgs<'a, T> { weights: In<f32>, residual: In<T>, addend: In<T>, 
 pub struct Identity<'a, T> {
     /// `[T, H]`: the experts' input.
     pub x: In<'a, T>,
-    /// `[T]`: the sum of their weights ([`crate::capacity::expert_map`]); where it is 0, `x` is not read.
+    /// `[T]`: the sum of their weights ([`crate::capacity::expert_map`]); where it is 0, `x` is not read. With `choices` `[T, k]`.
     pub weight: In<'a, f32>,
+    /// Choices by which those of `weight` are added up that are an identity.
+    pub choices: Option<IdentityChoices<'a>>,
+}
+
+/// A token's choices, some of them of experts whose output is their input.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct IdentityChoices<'a> {
+    /// `[T, k]`.
+    pub ids: In<'a, i32>,
+    /// The numbers of such experts, at most `i32::MAX`.
+    pub experts: (u32, u32),
 }
 
 impl<'a, T> Identity<'a, T> {
     /// `weight[t] * x[t]`.
     pub fn new(x: impl Into<In<'a, T>>, weight: impl Into<In<'a, f32>>) -> Identity<'a, T> {
-        Identity { x: x.into(), weight: weight.into() }
+        Identity { x: x.into(), weight: weight.into(), choices: None }
+    }
+
+    /// The sum of those `weights` `[T, k]` whose expert is one of `experts`, times `x[t]`.
+    pub fn of_choices(
+        x: impl Into<In<'a, T>>,
+        ids: impl Into<In<'a, i32>>,
+        weights: impl Into<In<'a, f32>>,
+        experts: std::ops::Range<u32>,
+    ) -> Identity<'a, T> {
+        let choices = IdentityChoices { ids: ids.into(), experts: (experts.start, experts.end) };
+        Identity { x: x.into(), weight: weights.into(), choices: Some(choices) }
     }
 }
 
@@ -200,18 +238,34 @@ pub fn forward<T: Element>(
     let residual = scope.read_some("residual", args.residual, elements, alignment)?;
     let addend = scope.read_some("addend", args.addend, elements, alignment)?;
     let addend_gate = scope.read_some("addend_gate", args.addend_gate, rows.tokens, SCALAR)?;
+    let bias = scope.read_some("bias", args.bias, desc.hidden, alignment)?;
+    let choices = args.identity.and_then(|identity| identity.choices);
     let (x, weight) = args.identity.map(|identity| (identity.x, identity.weight)).unzip();
     let identity = scope.read_some("identity.x", x, elements, alignment)?;
-    let identity_weight = scope.read_some("identity.weight", weight, rows.tokens, SCALAR)?;
+    let weights_given = if choices.is_some() { rows.token_slots() } else { rows.tokens };
+    let identity_weight = scope.read_some("identity.weight", weight, weights_given, SCALAR)?;
+    let identity_ids = choices.map(|choices| choices.ids);
+    let identity_ids = scope.read_some("identity.choices.ids", identity_ids, rows.token_slots(), SCALAR)?;
+    if let Some(IdentityChoices { experts: (first, last), .. }) = choices
+        && (first > last || last > i32::MAX as u32)
+    {
+        let got = format!("{first}..{last}");
+        return Err(Error::invalid(operation, "identity.choices.experts", "a range of numbers of experts", got));
+    }
     let y = scope.write("y", args.y, elements, alignment)?;
     let at = Addresses {
         y_slots: y_slots.address(),
         rows: dispatched.addresses(),
         weights: optional(&weights),
         residual: if args.accumulate { Some(y.address()) } else { optional(&residual) },
+        bias: optional(&bias),
         addend: optional(&addend),
         addend_gate: optional(&addend_gate),
-        identity: optional(&identity).zip(optional(&identity_weight)),
+        identity: optional(&identity).zip(optional(&identity_weight)).map(|(x, weight)| IdentityAddresses {
+            x,
+            weight,
+            choices: optional(&identity_ids).zip(choices.map(|choices| choices.experts)),
+        }),
         y: y.address(),
     };
     enqueue(&scope, desc, &selection, at)
@@ -224,11 +278,20 @@ pub(crate) struct Addresses<'a> {
     pub(crate) weights: Option<Address<'a>>,
     /// May be `y`: each thread reads what it then writes.
     pub(crate) residual: Option<Address<'a>>,
+    pub(crate) bias: Option<Address<'a>>,
     pub(crate) addend: Option<Address<'a>>,
     pub(crate) addend_gate: Option<Address<'a>>,
-    /// Input and weights of identity experts.
-    pub(crate) identity: Option<(Address<'a>, Address<'a>)>,
+    pub(crate) identity: Option<IdentityAddresses<'a>>,
     pub(crate) y: Address<'a>,
+}
+
+/// Input and weights of identity experts.
+#[derive(Clone, Copy)]
+pub(crate) struct IdentityAddresses<'a> {
+    pub(crate) x: Address<'a>,
+    pub(crate) weight: Address<'a>,
+    /// Where `weight` is `[T, k]`: the ids beside it, and which experts are identities.
+    pub(crate) choices: Option<(Address<'a>, (u32, u32))>,
 }
 
 pub(crate) fn enqueue(
@@ -247,13 +310,17 @@ pub(crate) fn enqueue(
             residual: at.residual.into(),
             addend: at.addend.into(),
             addend_gate: at.addend_gate.into(),
+            addend_scale: desc.addend_scale,
+            scale: desc.scale,
+            bias: at.bias.into(),
             y: at.y.into(),
             tokens,
             hidden,
         };
         return scope.launch(selection, params);
     };
-    let (identity, identity_weight) = at.identity.unzip();
+    let (identity_ids, identities) = at.identity.and_then(|identity| identity.choices).unzip();
+    let (first_identity, last_identity) = identities.unwrap_or((0, 0));
     scope.launch(
         selection,
         CombineParams {
@@ -263,9 +330,15 @@ pub(crate) fn enqueue(
             residual: at.residual.into(),
             addend: at.addend.into(),
             addend_gate: at.addend_gate.into(),
+            addend_scale: desc.addend_scale,
+            scale: desc.scale,
+            bias: at.bias.into(),
             y: at.y.into(),
-            identity: identity.into(),
-            identity_weight: identity_weight.into(),
+            identity: at.identity.map(|identity| identity.x).into(),
+            identity_weight: at.identity.map(|identity| identity.weight).into(),
+            identity_ids: identity_ids.into(),
+            first_identity,
+            last_identity,
             tokens,
             top_k: top_k as u32,
             hidden,
@@ -290,6 +363,8 @@ mod tests {
             select(&desc, &A100).unwrap_err().argument().unwrap()
         };
         assert!(select(&desc(), &A100).is_ok());
+        assert_eq!(fault(&|d| d.scale = f32::NAN), "scale");
+        assert_eq!(fault(&|d| d.addend_scale = f32::INFINITY), "addend_scale");
         assert_eq!(fault(&|d| d.hidden = 0), "hidden");
         assert_eq!(fault(&|d| d.hidden = 1 << 30), "hidden");
         assert_eq!(fault(&|d| d.rows.top_k = Some(0)), "rows.top_k");

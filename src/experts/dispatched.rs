@@ -79,6 +79,8 @@ pub struct Dispatched {
     shape: SlotShape,
     /// What the buffers were made for.
     most: SlotShape,
+    /// Whether counts and offsets say which rows the tiles cover.
+    ranges: bool,
     counts: CudaSlice<i32>,
     offsets: CudaSlice<i32>,
     slot_token: CudaSlice<i32>,
@@ -101,6 +103,7 @@ impl Dispatched {
         Ok(Dispatched {
             shape: SlotShape { tokens: 0, slots: 0, max_tiles: 0, ..*most },
             most: *most,
+            ranges: true,
             counts: list(most.experts)?,
             offsets: list(most.experts + 1)?,
             slot_token: list(most.slots)?,
@@ -120,17 +123,23 @@ impl Dispatched {
     ///   `0 <= first < end <= slots`, `end - first <= tile_m`, and no two cover the same row;
     /// - `slot_token` of each covered row is in `0..tokens`;
     /// - `token_slot [tokens, top_k]` has rows in `0..slots`, or negative numbers for none. Without `top_k`, `token_offsets [tokens + 1]` rises from
-    ///   0 to at most `slots`, and so many first entries of `token_slot` are in `0..slots`.
+    ///   0 to at most `slots`, and so many first entries of `token_slot` are in `0..slots`;
+    /// - where [`crate::experts::k_grouped`] goes by them, each expert's tiles cover the rows `offsets[e]..offsets[e] + counts[e]` and no others.
     ///
     /// # Errors
     /// [`Error::BufferTooShort`], and those of [`Dispatched::new`].
     #[allow(unsafe_code)]
     pub unsafe fn from_lists(shape: &SlotShape, lists: Lists) -> Result<Dispatched, Error> {
-        Dispatched::unchecked("dispatched", shape, lists)
+        Dispatched::unchecked("dispatched", shape, lists, true)
     }
 
-    /// Lists of which only the lengths are looked at: for whoever looks at the rest.
-    pub(crate) fn unchecked(operation: &'static str, shape: &SlotShape, lists: Lists) -> Result<Dispatched, Error> {
+    /// Lists of which only the lengths are looked at: for whoever looks at the rest. `ranges`: whether counts and offsets agree with the tiles.
+    pub(crate) fn unchecked(
+        operation: &'static str,
+        shape: &SlotShape,
+        lists: Lists,
+        ranges: bool,
+    ) -> Result<Dispatched, Error> {
         shape.validate(operation)?;
         let check = |argument, got: usize, needed: usize| {
             if got < needed {
@@ -150,6 +159,7 @@ impl Dispatched {
         Ok(Dispatched {
             shape: *shape,
             most: *shape,
+            ranges,
             counts,
             offsets,
             slot_token,
@@ -159,6 +169,16 @@ impl Dispatched {
             tiles,
             num_tiles,
         })
+    }
+
+    /// Whether counts and offsets say which rows the tiles cover.
+    pub(crate) fn knows_ranges(&self) -> bool {
+        self.ranges
+    }
+
+    /// The same where a look at them said so.
+    pub(crate) fn with_ranges(self, ranges: bool) -> Dispatched {
+        Dispatched { ranges, ..self }
     }
 
     /// Sizes of what was dispatched last.
@@ -226,6 +246,7 @@ impl Dispatched {
         }
         let Dispatched {
             shape: filled,
+            ranges,
             counts,
             offsets,
             slot_token,
@@ -245,7 +266,7 @@ impl Dispatched {
             slot_weight: scope.write("slot_weight", slot_weight.into(), shape.slots, SCALAR)?,
             tiles: scope.write("tiles", tiles.into(), shape.max_tiles, VECTOR)?,
             num_tiles: scope.write("num_tiles", num_tiles.into(), 1, SCALAR)?,
-            place: filled,
+            place: (filled, ranges),
             shape: *shape,
         })
     }
@@ -254,6 +275,8 @@ impl Dispatched {
     pub(crate) fn read<'b>(&'b self, scope: &Scope<'b>) -> Result<Reading<'b>, Error> {
         let read = |argument, list: &'b CudaSlice<i32>| scope.read(argument, list.into(), 0, SCALAR);
         Ok(Reading {
+            counts: read("counts", &self.counts)?,
+            offsets: read("offsets", &self.offsets)?,
             slot_token: read("slot_token", &self.slot_token)?,
             token_slot: read("token_slot", &self.token_slot)?,
             token_offsets: read("token_offsets", &self.token_offsets)?,
@@ -288,7 +311,8 @@ pub(crate) struct Filling<'a> {
     slot_weight: Held<'a>,
     tiles: Held<'a>,
     num_tiles: Held<'a>,
-    place: &'a mut SlotShape,
+    /// Shape of the lists, and whether counts and offsets are those of the tiles.
+    place: (&'a mut SlotShape, &'a mut bool),
     shape: SlotShape,
 }
 
@@ -313,12 +337,14 @@ impl Filling<'_> {
 
     /// The lists are of the new shape from here on, in stream order.
     pub(crate) fn filled(self) {
-        *self.place = self.shape;
+        (*self.place.0, *self.place.1) = (self.shape, true);
     }
 }
 
 /// Lists opened for products and sums.
 pub(crate) struct Reading<'a> {
+    counts: Held<'a>,
+    offsets: Held<'a>,
     slot_token: Held<'a>,
     token_slot: Held<'a>,
     token_offsets: Held<'a>,
@@ -328,8 +354,15 @@ pub(crate) struct Reading<'a> {
 }
 
 impl Reading<'_> {
+    /// Of `experts` experts: the number of rows, and each row's token.
+    pub(crate) fn live(&self, experts: usize) -> (Address<'_>, Address<'_>) {
+        (self.offsets.address().offset(experts * size_of::<i32>()), self.slot_token.address())
+    }
+
     pub(crate) fn addresses(&self) -> RowAddresses<'_> {
         RowAddresses {
+            counts: self.counts.address(),
+            offsets: self.offsets.address(),
             slot_token: self.slot_token.address(),
             token_slot: self.token_slot.address(),
             token_offsets: self.token_offsets.address(),
@@ -357,6 +390,8 @@ impl<'a> ListAddresses<'a> {
     /// As products and sums read them.
     pub(crate) fn rows(self) -> RowAddresses<'a> {
         RowAddresses {
+            counts: self.counts,
+            offsets: self.offsets,
             slot_token: self.slot_token,
             token_slot: self.token_slot,
             token_offsets: self.token_offsets,
@@ -364,6 +399,11 @@ impl<'a> ListAddresses<'a> {
             tiles: self.tiles,
             num_tiles: self.num_tiles,
         }
+    }
+
+    /// Of `experts` experts: the number of rows, and each row's token.
+    pub(crate) fn live(self, experts: usize) -> (Address<'a>, Address<'a>) {
+        (self.offsets.offset(experts * size_of::<i32>()), self.slot_token)
     }
 
     /// The result for no tokens.
@@ -378,6 +418,8 @@ impl<'a> ListAddresses<'a> {
 /// What products and sums read.
 #[derive(Clone, Copy)]
 pub(crate) struct RowAddresses<'a> {
+    pub(crate) counts: Address<'a>,
+    pub(crate) offsets: Address<'a>,
     pub(crate) slot_token: Address<'a>,
     pub(crate) token_slot: Address<'a>,
     pub(crate) token_offsets: Address<'a>,

@@ -1,9 +1,9 @@
 //! What a layer is.
 
-use super::LayerPlan;
+use super::{LatentDesc, LayerPlan, Norms};
 use crate::rules::{
-    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, Score, SecondExpert,
-    WeightDesc,
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, LogitRule, NullExperts,
+    Score, SecondExpert, Swiglu, WeightDesc, Weighting,
 };
 use crate::runtime::builder::settings;
 use crate::{DeviceInfo, Error};
@@ -24,7 +24,10 @@ pub struct LayerDesc {
     pub experts: usize,
     /// Experts per token `k`, 1 to 32.
     pub top_k: usize,
-    /// How experts are chosen and weighted.
+    /// What is done to the router's product.
+    pub logits: LogitRule,
+    /// How experts are chosen and weighted. With [`Gating::appended`] the layer has `E + appended` experts, of which a token goes to `k + appended`:
+    /// their weights stand behind the others'.
     pub gating: Gating,
     /// The router's kernel chosen without regard to the number of tokens: a token's result has the same bits whatever batch it is in, and wherever
     /// (products add in the same order in tiles of every height). Not so where tokens compete: capacity, admission.
@@ -37,6 +40,8 @@ pub struct LayerDesc {
     pub admission: Option<AdmissionRule>,
     /// From experts as the router knows them to those that are here.
     pub map: Option<MapDesc>,
+    /// The last of the `E` experts compute nothing. Not with a map, which can say so of any expert, nor with an admission or appended experts.
+    pub null: Option<NullExperts>,
     /// Limit on the rows of an expert; none is dropless. Dropped slots add nothing to `y`.
     pub capacity: Option<Capacity>,
     /// What the weights of the choices scale.
@@ -45,6 +50,13 @@ pub struct LayerDesc {
     pub mlp: Mlp,
     /// An expert that every token goes to.
     pub shared: Option<SharedDesc>,
+    /// Factor of the sum over the routed experts, weights apart (Step 3, Laguna, MiniMax-M3); most models scale the weights:
+    /// [`Gating::scale`].
+    pub routed_scale: f32,
+    /// RMS norms of what router and experts see, and of what experts and the whole layer yield.
+    pub norms: Norms,
+    /// Routed experts of a width of their own, between two projections.
+    pub latent: Option<LatentDesc>,
 }
 
 impl LayerDesc {
@@ -63,22 +75,53 @@ impl LayerDesc {
             intermediate,
             experts,
             top_k,
+            logits: LogitRule::PLAIN,
             gating: Gating::new(Score::Softmax).renormalised(),
             batch_invariant: false,
             choices: IdFormat::I32,
             measure: None,
             admission: None,
             map: None,
+            null: None,
             capacity: None,
             weighting: Weighting::Output,
             mlp: Mlp::swiglu(dtype),
             shared: None,
+            routed_scale: 1.0,
+            norms: Norms::new(),
+            latent: None,
         }
+    }
+
+    /// Factor of a shared expert.
+    pub(super) fn shared_scale(&self) -> f32 {
+        self.shared.map_or(1.0, |shared| shared.scale)
+    }
+
+    /// Width of the routed experts' inputs and outputs: `H`, or the latent one.
+    pub fn expert_width(&self) -> usize {
+        self.latent.map_or(self.hidden, |latent| latent.width)
     }
 
     /// Experts whose weights are here.
     pub fn local_experts(&self) -> usize {
-        self.map.map_or(self.experts, |map| map.local_experts)
+        let null = self.null.map_or(0, |null| null.count);
+        self.map.map_or(self.all_experts().saturating_sub(null), |map| map.local_experts)
+    }
+
+    /// Experts with those that are appended.
+    pub fn all_experts(&self) -> usize {
+        self.experts.saturating_add(self.gating.appended_experts())
+    }
+
+    /// Experts of a token with those that are appended: `k` of ids and weights `[T, k]`.
+    pub fn all_choices(&self) -> usize {
+        self.top_k.saturating_add(self.gating.appended_experts())
+    }
+
+    /// Logits of a token: `E`, and a column for each appended expert that has one.
+    pub fn logit_columns(&self) -> usize {
+        self.experts.saturating_add(self.gating.appended_columns())
     }
 
     /// Whether its admission draws second experts.
@@ -97,29 +140,22 @@ impl LayerDesc {
 
 settings!(LayerDesc {
     router_dtype: Dtype,
+    logits: LogitRule,
     gating: Gating,
     batch_invariant: bool,
     choices: IdFormat,
     measure: Option<BalanceRule>,
     admission: Option<AdmissionRule>,
     map: Option<MapDesc>,
+    null: Option<NullExperts>,
     capacity: Option<Capacity>,
     weighting: Weighting,
     mlp: Mlp,
     shared: Option<SharedDesc>,
+    routed_scale: f32,
+    norms: Norms,
+    latent: Option<LatentDesc>,
 });
-
-/// What the weights of the choices scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Weighting {
-    /// Each expert's output, before it is rounded: almost every model.
-    Output,
-    /// Each expert's input, in the first product; outputs are added as they are (Llama 4).
-    Input,
-    /// What the activation yields.
-    Activation,
-}
 
 /// An expert map between choice and dispatch: see [`crate::capacity::expert_map`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -170,14 +206,13 @@ impl Mlp {
     /// gpt-oss: gate and up rows alternate, clamped SwiGLU, transposed weights `w_gate_up [E,H,2I]`, `w_down [E,I,H]`.
     pub const fn gpt_oss(dtype: Dtype) -> Mlp {
         let down = WeightDesc::new(dtype).layout(Layout::Kn);
-        let activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
-        Mlp { gate_up: down.glu(Glu::Interleaved), activation, down }
+        Mlp { gate_up: down.glu(Glu::Interleaved), activation: Activation::Swiglu(Swiglu::GPT_OSS), down }
     }
 }
 
 settings!(Mlp { gate_up: WeightDesc, activation: Activation, down: WeightDesc });
 
-/// A shared expert. With the intermediate size and inner form of the others it is computed in their launches, else in two of its own.
+/// A shared expert. With the intermediate size and weight forms of the others it is computed in their launches, else in two of its own.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SharedDesc {
@@ -187,13 +222,22 @@ pub struct SharedDesc {
     pub mlp: Mlp,
     /// Whether its output is multiplied by `sigmoid(x . gate)` (Qwen2-MoE, Qwen3-Next), else by 1.
     pub gated: bool,
+    /// Factor of its output; 1/2, with a [`LayerDesc::routed_scale`] of 1/2, is the mean of both parts (Cohere 2).
+    pub scale: f32,
 }
 
 impl SharedDesc {
     /// Added with weight 1.
     pub const fn new(intermediate: usize, mlp: Mlp) -> SharedDesc {
-        SharedDesc { intermediate, mlp, gated: false }
+        SharedDesc { intermediate, mlp, gated: false, scale: 1.0 }
+    }
+
+    /// Whether it can be computed in the launches of `layer`'s experts: only the activation may be another.
+    pub(super) fn joins(&self, layer: &LayerDesc) -> bool {
+        let Mlp { gate_up, down, .. } = layer.mlp;
+        let form = (self.intermediate, self.mlp.gate_up, self.mlp.down);
+        layer.latent.is_none() && form == (layer.intermediate, gate_up, down)
     }
 }
 
-settings!(SharedDesc { gated: bool });
+settings!(SharedDesc { mlp: Mlp, gated: bool, scale: f32 });

@@ -4,16 +4,17 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::desc::{LayerDesc, Mlp, SharedDesc, Weighting};
+use super::around::AroundPlan;
+use super::desc::{LayerDesc, Mlp, SharedDesc};
 use super::intermediates::{IntermediateAddresses, Intermediates, Regions};
 use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::{Dispatched, RowAddresses, SlotShape};
-use crate::experts::gemm::{self, GemmDesc, Rows};
+use crate::experts::gemm::{self, ByExpertAddresses, GemmDesc, Rows};
 use crate::experts::weight::HeldWeight;
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::{Activation, Dropout};
+use crate::rules::{Activation, Dropout, Weighting};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::shape;
@@ -33,6 +34,8 @@ pub struct ExpertsPlan {
     /// The shared expert's gate, where no router of the layer computes it.
     gate: Option<Step<RouterDesc>>,
     combine: Step<CombineDesc>,
+    /// Norms and projections.
+    pub(super) around: AroundPlan,
     pub(super) regions: Regions,
     workspace_bytes: usize,
 }
@@ -66,30 +69,42 @@ impl ExpertsPlan {
             return Err(Error::invalid(OPERATION, "rows.experts", desc.local_experts().to_string(), rows.experts));
         }
 
-        let steps = |mlp: &Mlp, rows: Rows, shared_rows: usize, intermediate: usize| {
-            let gate_up = GemmDesc::new(dtype, rows, intermediate, hidden)
+        let width = desc.expert_width();
+        let steps = |mlp: &Mlp, rows: Rows, shared: Option<(usize, Activation)>, [intermediate, width]: [usize; 2]| {
+            let (shared_rows, shared_activation) = shared.unzip();
+            let shared_rows = shared_rows.unwrap_or(0);
+            let gate_up = GemmDesc::new(dtype, rows, intermediate, width)
                 .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
                 .activation(mlp.activation)
-                .shared_rows(shared_rows);
-            let down = GemmDesc::new(dtype, rows, hidden, intermediate).weight(mlp.down).shared_rows(shared_rows);
+                .shared_rows(shared_rows)
+                .shared_activation(shared_activation);
+            let down = GemmDesc::new(dtype, rows, width, intermediate).weight(mlp.down).shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
-        let joins = |shared: &SharedDesc| shared.intermediate == intermediate && shared.mlp == desc.mlp;
-        let apart = desc.shared.filter(|shared| !joins(shared));
+        let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {
+            Some(shared) if shared.joins(desc) => (Some(shared), None),
+            shared => (None, shared),
+        };
         let apart =
-            apart.map(|shared| steps(&shared.mlp, Rows::Dense(rows.tokens), 0, shared.intermediate)).transpose()?;
-        let joined = desc.shared.is_some() && apart.is_none();
-        let joined_rows = if joined { rows.tokens } else { 0 };
-        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), joined_rows, intermediate)?;
+            |shared: SharedDesc| steps(&shared.mlp, Rows::Dense(rows.tokens), None, [shared.intermediate, hidden]);
+        let apart = alone.map(apart).transpose()?;
+        let joined = together.is_some();
+        let together = together.map(|shared| (rows.tokens, shared.mlp.activation)).filter(|_| rows.tokens > 0);
+        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), together, [intermediate, width])?;
         let gate = desc.has_shared_gate().then(|| {
             let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
             let selection = router::select(&desc, device).map_err(|error| error.within(OPERATION))?;
             Ok::<_, Error>(Step { desc, selection })
         });
         let gate = gate.transpose()?;
-        let combine = CombineDesc::new(dtype, *rows, hidden);
+        for (argument, factor) in [("routed_scale", desc.routed_scale), ("shared.scale", desc.shared_scale())] {
+            if !factor.is_finite() {
+                return Err(Error::invalid(OPERATION, argument, "a finite number", factor));
+            }
+        }
+        let combine = CombineDesc::new(dtype, *rows, width).scale(desc.routed_scale).addend_scale(desc.shared_scale());
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
         let element = dtype.bytes() as usize;
@@ -107,10 +122,11 @@ impl ExpertsPlan {
         let regions = Regions {
             hidden: intermediates,
             shared_hidden: shared_intermediates,
-            y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, hidden])?, element)?,
+            y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, width])?, element)?,
             addend: arena.region("addend", addend, element)?,
             shared_gate: arena.region("shared_gate", if gate.is_some() { rows.tokens } else { 0 }, 4)?,
         };
+        let around = AroundPlan::new(&mut arena, desc, rows, device)?;
         Ok(ExpertsPlan {
             desc: *desc,
             device: *device,
@@ -120,6 +136,7 @@ impl ExpertsPlan {
             apart,
             gate,
             combine,
+            around,
             regions,
             workspace_bytes: arena.bytes(),
         })
@@ -148,10 +165,14 @@ impl ExpertsPlan {
         let shared = self.apart.into_iter().flat_map(|[gate_up, down]| {
             [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
         });
-        [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)]
-            .into_iter()
+        let products = [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)];
+        self.around
+            .stages_before()
+            .chain(products)
+            .chain(self.around.stages_between())
             .chain(shared)
             .chain([(Stage::Combine, self.combine.selection)])
+            .chain(self.around.stages_after())
             .filter(move |_| rows.tokens > 0)
     }
 
@@ -202,7 +223,9 @@ impl ExpertsPlan {
         let alignment = shape::row_alignment(self.desc.dtype, hidden);
         let x = scope.read("x", args.x, tokens * hidden, alignment)?;
         let dispatched = args.dispatched.read(&scope)?;
-        let y_slots = scope.write("y_slots", args.y_slots, slots * hidden, alignment)?;
+        let width = self.desc.expert_width();
+        let narrow = shape::row_alignment(self.desc.dtype, width);
+        let y_slots = scope.write("y_slots", args.y_slots, slots * width, narrow)?;
         let wanted = Intermediates {
             hidden: args.hidden,
             pre_activation: args.pre_activation,
@@ -222,8 +245,11 @@ impl ExpertsPlan {
             });
         }
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
+        let input = self.around.enqueue_before(&scope, &weights.around, &workspace, x.address(), &mut |_| ())?;
         let at = Products {
             x: x.address(),
+            input,
+            live: dispatched.live(self.rows.experts),
             rows: dispatched.addresses(),
             kept: kept.addresses(&workspace, self.regions),
             y_slots: y_slots.address(),
@@ -253,7 +279,8 @@ impl ExpertsPlan {
         Ok(())
     }
 
-    /// Adds up each token's rows.
+    /// Adds up each token's rows. With a latent width these are `[T, L]`; their projection, and a norm of the sum, are operations of their own in
+    /// parts ([`gemm::forward`], [`crate::experts::rms_norm`]).
     ///
     /// # Errors
     /// Those of [`combine::forward`].
@@ -280,10 +307,11 @@ impl ExpertsPlan {
         let shared = weights.shared.as_ref().map(|shared| &shared.mlp).zip(at.addend);
         let joined = shared.filter(|_| self.apart.is_none());
         let first = Product {
-            a: at.x,
+            a: at.input,
             out: at.kept.hidden,
             pre_activation: at.kept.pre_activation,
             rows: Some(at.rows),
+            swiglu: weights.swiglu.addresses(),
             row_scale: weight(Weighting::Input),
             out_scale: weight(Weighting::Activation),
             dropout: at.dropout,
@@ -301,8 +329,9 @@ impl ExpertsPlan {
             a: at.kept.hidden,
             out: at.y_slots,
             pre_activation: None,
+            swiglu: ByExpertAddresses::default(),
             row_scale: None,
-            out_scale: weight(Weighting::Output),
+            out_scale: weight(Weighting::Output).filter(|_| self.around.product_weighs()),
             dropout: None,
             shared: joined.map(|([_, weight], out)| gemm::SharedAddresses {
                 a: at.kept.shared_hidden,
@@ -315,6 +344,7 @@ impl ExpertsPlan {
         };
         second.enqueue(scope, &self.down, down)?;
         observer(Stage::Down);
+        self.around.enqueue_between(scope, &weights.around, at.y_slots, at.rows, at.live, observer)?;
 
         let Some((steps, ([gate_up, down], addend))) = self.apart.as_ref().zip(shared) else {
             return Ok(());
@@ -324,6 +354,7 @@ impl ExpertsPlan {
             out,
             pre_activation,
             rows: None,
+            swiglu: ByExpertAddresses::default(),
             row_scale: None,
             out_scale: None,
             dropout: None,
@@ -351,7 +382,7 @@ pub struct ExpertsArgs<'a, T> {
     pub x: In<'a, T>,
     /// The rows, of the plan's shape.
     pub dispatched: &'a Dispatched,
-    /// `[slots, H]`, written: the experts' outputs, weighted where the descriptor weighs outputs.
+    /// `[slots, H]`, written: the experts' outputs, weighted where the descriptor weighs outputs. With a latent width `[slots, L]`.
     pub y_slots: Out<'a, T>,
     /// `[slots, I]`, written: what stands between the products.
     pub hidden: Option<Out<'a, T>>,
@@ -414,7 +445,11 @@ buffers!(ExpertsArgs<'a, T> {
 /// Addresses of all products.
 pub(super) struct Products<'a> {
     pub(super) x: Address<'a>,
+    /// What the routed experts see.
+    pub(super) input: Address<'a>,
     pub(super) rows: RowAddresses<'a>,
+    /// Number of the rows, and each one's token.
+    pub(super) live: (Address<'a>, Address<'a>),
     pub(super) kept: IntermediateAddresses<'a>,
     pub(super) y_slots: Address<'a>,
     /// The shared expert's output.
@@ -430,6 +465,7 @@ struct Product<'a> {
     out: Address<'a>,
     pre_activation: Option<Address<'a>>,
     rows: Option<RowAddresses<'a>>,
+    swiglu: ByExpertAddresses<'a>,
     row_scale: Option<Address<'a>>,
     out_scale: Option<Address<'a>>,
     dropout: Option<Dropout>,
@@ -449,6 +485,7 @@ impl Product<'_> {
             out_scale: self.out_scale,
             shared: self.shared,
             noise_state: self.noise_state,
+            swiglu: self.swiglu,
         };
         gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
     }

@@ -4,13 +4,14 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+use super::around::Tail;
 use super::experts::{ExpertsPlan, Products};
 use super::intermediates::Intermediates;
 use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RoutePlan};
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::{combine, gemm};
-use crate::rules::Dropout;
+use crate::rules::{Dropout, NullOutput};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
@@ -74,6 +75,12 @@ impl LayerPlan {
     /// The stages with their launches where the choices come from elsewhere ([`LayerArgs::choices`]).
     pub fn stages_of_choices(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         self.route.stages_of_choices().chain(self.experts.stages())
+    }
+
+    /// The stages with their launches where the logits come from elsewhere ([`RouteArgs::given_logits`]).
+    pub fn stages_of_logits(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let asked = |stage: &Stage| matches!(stage, Stage::Router | Stage::RouterNorm);
+        self.route.stages().filter(move |(stage, _)| !asked(stage)).chain(self.experts.stages())
     }
 
     /// Kernel launches of a forward pass.
@@ -154,12 +161,22 @@ impl LayerPlan {
             None => Some(weights.router.open(&scope, desc)?),
             Some(_) => None,
         };
+        let given_logits = route.given_logits.is_some();
+        if args.router_x.is_some() && (args.choices.is_some() || given_logits) {
+            let reason = "the layer's router is not asked";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "router_x", reason });
+        }
+        if given_logits && args.choices.is_some() {
+            let reason = "the choices are given";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "given_logits", reason });
+        }
         let experts = weights.experts.open(&scope, desc)?;
         if self.tokens == 0 {
             return self.route.without_tokens(&scope, route);
         }
         let alignment = shape::row_alignment(desc.dtype, desc.hidden);
         let x = scope.read("x", args.x, elements, alignment)?;
+        let router_x = scope.read_some("router_x", args.router_x, elements, alignment)?;
         let given = self.tokens * self.route.candidates();
         let (ids, choice_weights) = args.choices.map(|choices| (choices.ids, choices.weights)).unzip();
         let given_ids = ids.map(|ids| self.route.open_ids(&scope, ids)).transpose()?;
@@ -176,16 +193,22 @@ impl LayerPlan {
         let noise_state = scope.read_noise_state(args.noise_state)?;
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
         let shared_gate = self.open_gate(&scope, args.shared_gate)?;
-        let (held, mut extras) = HeldRoute::open(&scope, &self.route, route)?;
+        let (held, mut extras) = HeldRoute::open(&scope, &self.route, router.is_some(), route)?;
 
         let lists = self.route.regions.lists(&workspace);
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);
         let regions = self.experts.regions;
         let gate_logits = optional(&shared_gate).unwrap_or_else(|| workspace.at(regions.shared_gate));
-        match (&router, optional(&given_ids).zip(optional(&given_weights))) {
+        let given_choices = optional(&given_ids).zip(optional(&given_weights));
+        match (&router, given_choices) {
+            (Some(router), _) if given_logits => {
+                self.route.enqueue_choice(&scope, router, &workspace, &mut extras, &at, observer)?;
+                self.experts.enqueue_gate(&scope, &experts, x.address(), gate_logits, observer)?;
+            }
             (Some(router), _) => {
                 let gate = experts.shared_gate().map(|weight| (weight, gate_logits));
-                self.route.enqueue_router(&scope, router, x.address(), gate, &at, observer)?;
+                let seen = optional(&router_x).unwrap_or_else(|| x.address());
+                self.route.enqueue_router(&scope, router, seen, gate, &workspace, &at, observer)?;
                 self.route.enqueue_choice(&scope, router, &workspace, &mut extras, &at, observer)?;
             }
             (None, Some((ids, weights))) => {
@@ -195,8 +218,11 @@ impl LayerPlan {
             }
             (None, None) => {}
         }
+        let input = self.experts.around.enqueue_before(&scope, &experts.around, &workspace, x.address(), observer)?;
         let products = Products {
             x: x.address(),
+            input,
+            live: at.lists.live(desc.local_experts()),
             rows: at.lists.rows(),
             kept: kept.addresses(&workspace, regions),
             y_slots: workspace.at(regions.y_slots),
@@ -205,18 +231,41 @@ impl LayerPlan {
             noise_state: optional(&noise_state),
         };
         self.experts.enqueue(&scope, &experts, &products, observer)?;
+        // What comes after the sum takes the residual, and where the sum has a width of its own, the shared expert too.
+        let around = &self.experts.around;
+        let residual = if args.accumulate { Some(y.address()) } else { optional(&residual) };
+        let shared_gate = desc.has_shared_gate().then_some(gate_logits);
+        let elsewhere = around.sum_place(&workspace);
+        let sums_shared = around.sums_shared();
         let sum = combine::Addresses {
             y_slots: products.y_slots,
             rows: products.rows,
             weights: None,
-            residual: if args.accumulate { Some(y.address()) } else { optional(&residual) },
-            addend: products.addend,
-            addend_gate: desc.has_shared_gate().then_some(gate_logits),
-            identity: desc.map.map(|_| (x.address(), at.identity_weight)),
-            y: y.address(),
+            residual: residual.filter(|_| elsewhere.is_none()),
+            bias: experts.bias(),
+            addend: products.addend.filter(|_| sums_shared),
+            addend_gate: shared_gate.filter(|_| sums_shared),
+            identity: match (desc.map, desc.null.map(|null| null.output)) {
+                (Some(_), _) => {
+                    Some(combine::IdentityAddresses { x: input, weight: at.identity_weight, choices: None })
+                }
+                (None, Some(NullOutput::Input)) => {
+                    let (ids, weight) = given_choices.unwrap_or((at.ids, at.weights));
+                    let identities = (desc.local_experts() as u32, desc.experts as u32);
+                    Some(combine::IdentityAddresses { x: input, weight, choices: Some((ids, identities)) })
+                }
+                _ => None,
+            },
+            y: elsewhere.unwrap_or_else(|| y.address()),
         };
         self.experts.enqueue_combine(&scope, sum)?;
         observer(Stage::Combine);
+        if elsewhere.is_some() {
+            let shared = products.addend.filter(|_| !sums_shared).map(|addend| (addend, shared_gate));
+            let tail =
+                Tail { rows: products.rows, shared, shared_scale: desc.shared_scale(), residual, y: y.address() };
+            around.enqueue_after(&scope, &experts.around, &workspace, tail, observer)?;
+        }
         Ok(())
     }
 }
@@ -226,6 +275,8 @@ impl LayerPlan {
 pub struct LayerArgs<'a, T> {
     /// `[T, H]`.
     pub x: In<'a, T>,
+    /// `[T, H]`: what the router sees (with the gate of a shared expert) in place of `x`: jittered rows, say.
+    pub router_x: Option<In<'a, T>>,
     /// `[T, H]`, added to `y`.
     pub residual: Option<In<'a, T>>,
     /// Adds to what `y` holds: the residual is `y` itself. Not with `residual`.
@@ -259,6 +310,7 @@ impl<'a, T> LayerArgs<'a, T> {
     pub fn new(x: impl Into<In<'a, T>>, y: impl Into<Out<'a, T>>) -> LayerArgs<'a, T> {
         LayerArgs {
             x: x.into(),
+            router_x: None,
             residual: None,
             accumulate: false,
             y: y.into(),
@@ -300,6 +352,7 @@ impl<'a, T> LayerArgs<'a, T> {
 }
 
 buffers!(LayerArgs<'a, T> {
+    router_x: In<T>,
     residual: In<T>,
     hidden: Out<T>,
     pre_activation: Out<T>,

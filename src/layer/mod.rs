@@ -33,6 +33,7 @@
 //! What is drawn (dropout, an admission's second experts) is the same at each replay, unless seed and offset lie on the device:
 //! [`LayerArgs::noise_state`].
 
+mod around;
 mod desc;
 mod experts;
 mod forward;
@@ -42,13 +43,15 @@ mod route;
 mod tests;
 mod weights;
 
-pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc, Weighting};
+pub use around::{LatentDesc, LatentWeights, NormWeights, Norms};
+pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc};
 pub use experts::{ExpertsArgs, ExpertsPlan};
 pub use forward::{LayerArgs, LayerPlan};
 pub use route::{Choices, MapTable, Measured, RouteArgs, RoutePlan};
 pub use weights::{ExpertWeights, LayerWeights, RouterWeights, SharedWeights};
 
 use crate::Selection;
+pub use crate::rules::Weighting;
 
 const OPERATION: &str = "layer";
 
@@ -63,6 +66,8 @@ struct Step<D> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Stage {
+    /// Norm of what the router sees.
+    RouterNorm,
     /// Logits, and those of a shared expert's gate.
     Router,
     /// Logits of a shared expert's gate alone, where the layer's router is not asked.
@@ -77,22 +82,37 @@ pub enum Stage {
     Map,
     /// Rows.
     Dispatch,
+    /// Norm of what the experts see.
+    ExpertNorm,
+    /// Projection to the experts' own width.
+    LatentInput,
+    /// Norm of the projected rows.
+    LatentNorm,
     /// First grouped product with the activation.
     GateUp,
     /// Second grouped product.
     Down,
+    /// Norm of each expert's output.
+    SlotNorm,
     /// The shared expert's first product.
     SharedGateUp,
     /// The shared expert's second product.
     SharedDown,
     /// Weighted sum.
     Combine,
+    /// Projection of the sum from the experts' own width.
+    LatentOutput,
+    /// Addition of a shared expert's output, or of a residual, to the projection.
+    Sum,
+    /// Norm of the sum.
+    OutputNorm,
 }
 
 impl Stage {
     /// A word for tables.
     pub const fn name(self) -> &'static str {
         match self {
+            Stage::RouterNorm => "router norm",
             Stage::Router => "router",
             Stage::SharedGate => "shared gate",
             Stage::GateDispatch => "gate+dispatch",
@@ -100,11 +120,18 @@ impl Stage {
             Stage::Admission => "admission",
             Stage::Map => "map",
             Stage::Dispatch => "dispatch",
+            Stage::ExpertNorm => "expert norm",
+            Stage::LatentInput => "latent input",
+            Stage::LatentNorm => "latent norm",
             Stage::GateUp => "gate_up",
             Stage::Down => "down",
+            Stage::SlotNorm => "slot norm",
             Stage::SharedGateUp => "shared gate_up",
             Stage::SharedDown => "shared down",
             Stage::Combine => "combine",
+            Stage::LatentOutput => "latent output",
+            Stage::Sum => "sum",
+            Stage::OutputNorm => "output norm",
         }
     }
 }

@@ -3,7 +3,9 @@
 use super::*;
 use crate::DeviceInfo;
 use crate::registry::Kernel;
-use crate::rules::{Activation, AdmissionRule, BalanceRule, Capacity, Dtype, LossScore, Order, SecondExpert};
+use crate::rules::{
+    Activation, AdmissionRule, BalanceRule, Capacity, Dtype, IdFormat, LossScore, NullExperts, Order, SecondExpert,
+};
 use crate::runtime::device::{A100, H100};
 
 fn mixtral() -> LayerDesc {
@@ -105,6 +107,19 @@ fn a_choice_without_regard_to_the_batch_has_one_router() {
 }
 
 #[test]
+fn null_experts_cost_no_launch_and_stand_alone() {
+    let identity = mixtral().null(Some(NullExperts::identity(3)));
+    let plan = identity.plan(64, &A100).unwrap();
+    assert_eq!((plan.launches(), plan.experts().rows().experts), (5, 5));
+    let fault = |desc: LayerDesc| desc.plan(1, &A100).unwrap_err().argument().unwrap();
+    assert_eq!(fault(mixtral().null(Some(NullExperts::zero(8)))), "null.count");
+    assert_eq!(fault(identity.map(Some(MapDesc::new(2)))), "map");
+    assert_eq!(fault(identity.admission(in_many_steps().admission)), "admission");
+    assert_eq!(fault(identity.choices(IdFormat::I64)), "choices");
+    assert!(mixtral().null(Some(NullExperts::zero(3))).choices(IdFormat::I64).plan(1, &A100).is_ok());
+}
+
+#[test]
 fn faults_name_their_field() {
     let error = |desc: LayerDesc, tokens| desc.plan(tokens, &A100).unwrap_err();
     let fault = |change: &dyn Fn(&mut LayerDesc), tokens| {
@@ -123,6 +138,12 @@ fn faults_name_their_field() {
     assert_eq!(fault(&|d| d.shared = Some(SharedDesc::new(0, Mlp::swiglu(Dtype::Bf16))), 1), "shared.intermediate");
     assert_eq!(fault(&|d| d.map = Some(MapDesc::new(0)), 1), "experts");
     assert_eq!(fault(&|d| (d.admission, d.top_k) = (in_many_steps().admission, 1), 1), "admission");
+    assert_eq!(fault(&|d| d.routed_scale = f32::NAN, 1), "routed_scale");
+    let shared = SharedDesc::new(8, Mlp::swiglu(Dtype::Bf16)).scale(f32::INFINITY);
+    assert_eq!(fault(&|d| d.shared = Some(shared), 1), "shared.scale");
+    let wrong = Activation::Swiglu(crate::rules::Swiglu::clamped(-1.0));
+    assert_eq!(fault(&|d| d.mlp.activation = wrong, 1), "mlp.activation");
+    assert_eq!(fault(&|d| d.shared = Some(shared.scale(1.0).mlp(d.mlp.activation(wrong))), 1), "shared.mlp.activation");
     let text = error(LayerDesc::new(Dtype::Bf16, 64, 64, 8, 9), 1).to_string();
     assert!(text.starts_with("layer: `top_k` is 9"), "an error of a layer names the layer: {text}");
 }

@@ -66,6 +66,52 @@ pub fn gate_addend(addend: &mut [f64], logits: &[f64]) -> Result<(), ReferenceEr
     Ok(())
 }
 
+/// `y[t] = residual[t] + bias + addend_scale addend[t] + scale y[t]`: what a layer makes of its experts' sum `y [T,H]`. `bias` is `[H]` (JetMoE),
+/// `residual` and `addend` are `[T,H]`. A `scale` on the sum is Step 3's; both 1/2 are Cohere 2's mean of experts and shared expert.
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn add_around<A: Real>(
+    y: &mut [f64],
+    [scale, addend_scale]: [f64; 2],
+    bias: Option<&[A]>,
+    residual: Option<&[A]>,
+    addend: Option<&[A]>,
+) -> Result<(), ReferenceError> {
+    for (name, rows) in [("residual", residual), ("addend", addend)] {
+        if let Some(rows) = rows {
+            require_shape(name, rows, &[y.len()])?;
+        }
+    }
+    let hidden = bias.map_or(1, <[A]>::len);
+    require("bias", hidden > 0 && y.len().is_multiple_of(hidden), || "a number a column".into(), hidden)?;
+    let at = |rows: Option<&[A]>, i: usize| rows.map_or(0.0, |rows| rows[i].into());
+    for (i, y) in y.iter_mut().enumerate() {
+        *y = at(residual, i) + at(bias, i % hidden) + addend_scale * at(addend, i) + scale * *y;
+    }
+    Ok(())
+}
+
+/// The weight of each token's identity experts, `[T]`: the sum of those of its `weights [T,k]` whose id is one of `experts`. Numbers behind the
+/// experts that have weights are experts without computation (LongCat-Flash, arXiv:2509.01322, section 2.1).
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn identity_weight(
+    ids: &[i32],
+    weights: &[f64],
+    top_k: usize,
+    experts: std::ops::Range<i32>,
+) -> Result<Vec<f64>, ReferenceError> {
+    require("top_k", top_k > 0, || "at least 1".into(), top_k)?;
+    require("ids", ids.len().is_multiple_of(top_k), || format!("rows of {top_k}"), ids.len())?;
+    require_shape("weights", weights, &[ids.len()])?;
+    let of = |(ids, weights): (&[i32], &[f64])| {
+        ids.iter().zip(weights).filter(|(id, _)| experts.contains(id)).map(|(_, weight)| weight).sum()
+    };
+    Ok(ids.chunks(top_k).zip(weights.chunks(top_k)).map(of).collect())
+}
+
 /// `y[t] += weight[t] * x[t]` where `weight[t]` is not 0: what experts contribute whose output is their input (LongCat-Flash; see
 /// [`super::expert_map`]). `y` and `x` are `[T,H]`, `weight` is `[T]`.
 ///
@@ -118,6 +164,25 @@ mod tests {
         assert_eq!(addend[..2], [1.0, -2.0]);
         assert!((addend[2] - 6.0).abs() < 1e-12 && (addend[3] - 12.0).abs() < 1e-12);
         assert_eq!(gate_addend(&mut addend, &[0.0; 3]).unwrap_err().argument, "logits");
+    }
+
+    #[test]
+    fn factors_and_a_bias_stand_around_the_sum() {
+        let mut y = [1.0, 2.0, 3.0, 4.0];
+        let all = (Some(&[0.5, 0.25][..]), Some(&[100.0; 4][..]), Some(&[1.0, 2.0, 3.0, 4.0][..]));
+        add_around(&mut y, [10.0, 3.0], all.0, all.1, all.2).unwrap();
+        assert_eq!(y, [113.5, 126.25, 139.5, 152.25]);
+        add_around::<f64>(&mut y, [0.5, 1.0], None, None, None).unwrap();
+        assert_eq!(y[0], 56.75);
+        assert_eq!(add_around(&mut y, [1.0; 2], Some(&[1.0; 3]), None, None).unwrap_err().argument, "bias");
+    }
+
+    #[test]
+    fn weights_of_identities_add_up() {
+        let ids = [0, 4, 3, -1, 2, 5];
+        let weights = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0];
+        assert_eq!(identity_weight(&ids, &weights, 3, 3..5).unwrap(), [6.0, 0.0]);
+        assert_eq!(identity_weight(&ids, &weights[1..], 3, 3..5).unwrap_err().argument, "weights");
     }
 
     #[test]

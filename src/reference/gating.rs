@@ -1,17 +1,36 @@
 //! Gating: from logits to the ids and weights of the chosen experts.
 
-use super::activation::sigmoid;
+mod scores;
+#[cfg(test)]
+mod tests;
+mod weights;
+
 use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
-use crate::rules::{Gating, GroupScore, Groups, Masked, Renormalise, Score};
+use crate::rules::{AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, Masked, Score};
+
+pub use scores::{softmax, sqrt_softplus};
 
 /// The chosen experts of every token.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gated {
-    /// `[T,k]`, by descending choice value.
+    /// `[T, k + appended]`: the choices by descending choice value, or as they are given; then the appended experts.
     pub ids: Vec<i32>,
-    /// `[T,k]`.
+    /// `[T, k + appended]`.
     pub weights: Vec<f64>,
+}
+
+/// What a rule takes beside the logits.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Inputs<'a> {
+    /// `[E]`, added for the choice.
+    pub correction_bias: Option<&'a [f64]>,
+    /// `[E]`: a factor of each expert's weight, exactly with [`Gating::expert_scale`].
+    pub expert_scale: Option<&'a [f64]>,
+    /// A factor of all weights but fixed ones, exactly with [`Gating::global_scale`].
+    pub global_scale: Option<f64>,
+    /// `[T,k]`: the ids, exactly with [`ChoiceBy::Given`].
+    pub given: Option<&'a [i32]>,
 }
 
 /// Chooses `k` of `E` experts for each row of `logits [T,E]`.
@@ -19,8 +38,8 @@ pub struct Gated {
 /// The score p of an expert is `softmax(logits)` over all experts (Shazeer et al. 2017; Switch, Mixtral, Qwen3-MoE, OLMoE), or
 /// `sigmoid(logit)` (DeepSeek-V3, GLM-4.5, MiniMax-M2, Llama 4), or the softmax over the chosen logits alone (gpt-oss, GraniteMoE).
 /// Experts are compared by the choice value: `p + bias` where there is a correction `bias [E]` (DeepSeek-V3: Wang et al. 2024,
-/// "Auxiliary-Loss-Free Load Balancing"; `logit + bias` for the softmax over the chosen, which has no p before the choice), p where groups
-/// add choice values up or are masked with 0, else the logit itself, of which p is a monotone function. Larger comes first, of equal
+/// "Auxiliary-Loss-Free Load Balancing"; `logit + bias` for [`ChoiceBy::Logit`] and for the softmax over the chosen, which has no p before the
+/// choice), p where groups add choice values up or are masked with 0, else the logit itself, of which p is a monotone function. Larger comes first, of equal
 /// values the lower id, and NaN comes after -Inf, so that ids are distinct and in range whatever the logits. With groups,
 /// only experts of the best groups can be chosen (DeepSeek-V3, section 2.1.2 of its report), or the choice value of others is 0
 /// ([`Masked`]).
@@ -40,62 +59,116 @@ pub fn gate<L: Real, B: Real>(
     top_k: usize,
     rule: &Gating,
 ) -> Result<Gated, ReferenceError> {
-    require("experts", experts > 0, || "at least 1".into(), experts)?;
-    require("logits", logits.len().is_multiple_of(experts), || format!("rows of {experts}"), logits.len())?;
-    let Groups { count, kept, masked, .. } = groups(rule);
-    require("groups.count", count > 0 && experts.is_multiple_of(count), || format!("a divisor of {experts}"), count)?;
-    require("groups.kept", (1..=count).contains(&kept), || format!("1 to {count}"), kept)?;
-    let eligible = if masked == Masked::Zero { experts } else { experts / count * kept };
-    require("top_k", (1..=eligible).contains(&top_k), || format!("1 to {eligible}"), top_k)?;
-    if let Some(bias) = bias {
-        require_shape("correction_bias", bias, &[experts])?;
-    }
     let bias: Option<Vec<f64>> = bias.map(|bias| bias.iter().map(|&b| b.into()).collect());
+    gate_by(logits, experts, top_k, rule, Inputs { correction_bias: bias.as_deref(), ..Inputs::default() })
+}
 
-    let rows: Vec<Vec<(usize, f64)>> = map_rows(logits, experts, |row| gate_token(row, bias.as_deref(), top_k, rule));
+/// [`gate`] for every rule.
+///
+/// - [`Score::SqrtSoftplus`]: `p = sqrt(ln(1 + exp(logit)))` (transformers, `DeepseekV4TopKRouter`).
+/// - [`Score::SparseMixer`]: see [`Gating::jitter`]; `sparsemixer` of transformers' `modeling_phimoe` outside training (Liu et al. 2024,
+///   arXiv:2409.12136). The first weight is a softmax over the experts with `(m - l) / max(|l|, m) <= 2 jitter`, `m` the largest logit; the second
+///   the same without the first expert.
+/// - [`ChoiceBy::Given`]: the ids are `given`, weighed by the same formulas (`DeepseekV4HashRouter`). One that is no expert's is -1 with weight 0,
+///   and counts in no sum.
+/// - [`Gating::appended`]: the logits have `appended_columns` more columns, which are weighed as choices are (`InklingTopkRouter`).
+/// - Weights are multiplied by `scale`, `global_scale` and the expert's `expert_scale` (`Gemma4TextRouter`), in this order.
+///
+/// # Errors
+/// Those of [`gate`]; inputs against the rule; what [`Gating`] says does not go together.
+pub fn gate_by<L: Real>(
+    logits: &[L],
+    experts: usize,
+    top_k: usize,
+    rule: &Gating,
+    inputs: Inputs<'_>,
+) -> Result<Gated, ReferenceError> {
+    require("experts", experts > 0, || "at least 1".into(), experts)?;
+    let columns = experts + rule.appended_columns();
+    require("logits", logits.len().is_multiple_of(columns), || format!("rows of {columns}"), logits.len())?;
+    let tokens = logits.len() / columns;
+    check(experts, top_k, rule)?;
+    for (name, wanted, given) in [
+        ("expert_scale", rule.expert_scale, inputs.expert_scale.is_some()),
+        ("global_scale", rule.global_scale, inputs.global_scale.is_some()),
+        ("given", rule.choice == ChoiceBy::Given, inputs.given.is_some()),
+    ] {
+        require(name, wanted == given, || if wanted { "values" } else { "none" }.into(), given)?;
+    }
+    for (name, values) in [("correction_bias", inputs.correction_bias), ("expert_scale", inputs.expert_scale)] {
+        if let Some(values) = values {
+            require_shape(name, values, &[experts])?;
+        }
+    }
+    if let Some(given) = inputs.given {
+        require_shape("given", given, &[tokens, top_k])?;
+    }
+
+    let tokens: Vec<usize> = (0..tokens).collect();
+    let rows: Vec<Vec<(i32, f64)>> = map_rows(&tokens, 1, |token| {
+        let row: Vec<f64> = logits[token[0] * columns..][..columns].iter().map(|&logit| logit.into()).collect();
+        let (own, appended) = row.split_at(experts);
+        let ids = match inputs.given {
+            Some(given) => given[token[0] * top_k..][..top_k].iter().map(|&id| expert(id, experts)).collect(),
+            None => choose::<L>(own, inputs.correction_bias, top_k, rule),
+        };
+        let weights = weights::weigh(own, appended, &ids, rule, &inputs);
+        let numbers = ids.iter().map(|id| id.map_or(-1, |id| id as i32));
+        let mut gated: Vec<(i32, f64)> = numbers.chain(experts as i32..).zip(weights).collect();
+        if let Some(AppendedWeight::Fixed(weight)) = rule.appended.map(|appended| appended.weight) {
+            let fixed = (experts as i32..).take(rule.appended_experts());
+            gated.extend(fixed.map(|id| (id, f64::from(weight))));
+        }
+        gated
+    });
     Ok(Gated {
-        ids: rows.iter().flatten().map(|&(id, _)| id as i32).collect(),
+        ids: rows.iter().flatten().map(|&(id, _)| id).collect(),
         weights: rows.iter().flatten().map(|&(_, weight)| weight).collect(),
     })
 }
 
-fn gate_token<L: Real>(logits: &[L], bias: Option<&[f64]>, top_k: usize, rule: &Gating) -> Vec<(usize, f64)> {
-    let logits: Vec<f64> = logits.iter().map(|&logit| logit.into()).collect();
-    let scores = match rule.score {
-        Score::Softmax => softmax(&logits),
-        Score::Sigmoid => logits.iter().map(|&logit| sigmoid(logit)).collect(),
-        Score::TopkSoftmax => logits.clone(),
+fn check(experts: usize, top_k: usize, rule: &Gating) -> Result<(), ReferenceError> {
+    let Groups { count, kept, masked, .. } = groups(rule);
+    require("groups.count", count > 0 && experts.is_multiple_of(count), || format!("a divisor of {experts}"), count)?;
+    require("groups.kept", (1..=count).contains(&kept), || format!("1 to {count}"), kept)?;
+    let eligible = match rule.choice {
+        ChoiceBy::Given => usize::MAX,
+        _ if masked == Masked::Zero => experts,
+        _ => experts / count * kept,
     };
-    let choice: Vec<f64> = match bias {
+    require("top_k", (1..=eligible).contains(&top_k), || format!("1 to {eligible}"), top_k)?;
+    let mixes = rule.score == Score::SparseMixer;
+    require("top_k", !mixes || top_k <= 2, || "1 or 2 for SparseMixer".into(), top_k)?;
+    let shares = mixes || rule.score == Score::Softmax;
+    require(
+        "appended",
+        !shares || rule.appended_columns() == 0,
+        || "no columns with this score".into(),
+        rule.appended_columns(),
+    )
+}
+
+/// The number of an expert, or of none.
+fn expert(id: i32, experts: usize) -> Option<usize> {
+    usize::try_from(id).ok().filter(|&id| id < experts)
+}
+
+fn choose<L: Real>(logits: &[f64], bias: Option<&[f64]>, top_k: usize, rule: &Gating) -> Vec<Option<usize>> {
+    let scores = if rule.chooses_logits() { logits.to_vec() } else { scores::scores(rule.score, logits) };
+    let mut choice: Vec<f64> = match bias {
         Some(bias) => scores.iter().zip(bias).map(|(&p, &b)| L::round(L::round(p) + L::round(b))).collect(),
         None if rule.compares_scores() => scores.iter().map(|&p| L::round(p)).collect(),
-        None => logits.clone(),
+        None => logits.to_vec(),
     };
     let kept = kept::<L>(&choice, groups(rule));
     let mut candidates: Vec<usize> = (0..choice.len()).collect();
-    let mut choice = choice;
     match groups(rule).masked {
         Masked::Zero => candidates.iter().filter(|&&e| !kept[e]).for_each(|&e| choice[e] = 0.0),
         Masked::Out => candidates.retain(|&e| kept[e]),
     }
     candidates.sort_by(|&a, &b| descending(choice[a], choice[b]).then(a.cmp(&b)));
     candidates.truncate(top_k);
-
-    let mut weights: Vec<f64> = candidates.iter().map(|&id| scores[id]).collect();
-    if rule.score == Score::TopkSoftmax {
-        weights = softmax(&weights);
-    }
-    if let Some(renormalise) = rule.renormalise {
-        let sum = weights.iter().sum::<f64>();
-        let divisor = match renormalise {
-            Renormalise::Plus(epsilon) => sum + f64::from(epsilon),
-            // NaN stays NaN, which f64::max would drop.
-            Renormalise::AtLeast(epsilon) if sum < f64::from(epsilon) => epsilon.into(),
-            Renormalise::AtLeast(_) => sum,
-        };
-        weights.iter_mut().for_each(|weight| *weight /= divisor);
-    }
-    candidates.into_iter().zip(weights).map(|(id, weight)| (id, weight * f64::from(rule.scale))).collect()
+    candidates.into_iter().map(Some).collect()
 }
 
 /// One group of all experts where there are none.
@@ -131,122 +204,4 @@ pub(super) fn top(values: &[f64], k: usize) -> Vec<usize> {
     order.sort_by(|&a, &b| descending(values[a], values[b]).then(a.cmp(&b)));
     order.truncate(k);
     order
-}
-
-/// `exp(v - max) / sum exp(v - max)`.
-pub fn softmax(values: &[f64]) -> Vec<f64> {
-    let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let exponentials: Vec<f64> = values.iter().map(|&value| (value - max).exp()).collect();
-    let sum: f64 = exponentials.iter().sum();
-    exponentials.into_iter().map(|exponential| exponential / sum).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn gate_f32(logits: &[f32], bias: Option<&[f32]>, experts: usize, top_k: usize, rule: Gating) -> Gated {
-        gate(logits, bias, experts, top_k, &rule).unwrap()
-    }
-
-    fn near(got: &[f64], want: &[f64]) {
-        assert_eq!(got.len(), want.len());
-        for (got, want) in got.iter().zip(want) {
-            assert!((got - want).abs() < 1e-12 || (got.is_nan() && want.is_nan()), "{got} is not {want}");
-        }
-    }
-
-    // exp(ln 4), exp(ln 3), ... make scores that can be computed by hand.
-    fn ln(values: &[f64]) -> Vec<f64> {
-        values.iter().map(|value| value.ln()).collect()
-    }
-
-    #[test]
-    fn softmax_with_and_without_renormalisation() {
-        let logits = ln(&[1.0, 4.0, 2.0, 3.0]);
-        let mut rule = Gating::new(Score::Softmax);
-        let gated = gate::<f64, f64>(&logits, None, 4, 2, &rule).unwrap();
-        assert_eq!(gated.ids, [1, 3]);
-        near(&gated.weights, &[0.4, 0.3]);
-        rule = rule.renormalised();
-        rule.scale = 7.0;
-        near(&gate::<f64, f64>(&logits, None, 4, 2, &rule).unwrap().weights, &[4.0, 3.0]);
-    }
-
-    #[test]
-    fn softmax_over_the_chosen_only() {
-        let rule = Gating::new(Score::TopkSoftmax);
-        let gated = gate::<f64, f64>(&ln(&[1.0, 4.0, 2.0, 3.0]), None, 4, 3, &rule).unwrap();
-        assert_eq!(gated.ids, [1, 3, 2]);
-        near(&gated.weights, &[4.0 / 9.0, 3.0 / 9.0, 2.0 / 9.0]);
-    }
-
-    #[test]
-    fn the_bias_chooses_but_does_not_weigh() {
-        // sigmoid(ln(a / (1 - a))) = a
-        let logit = |a: f64| (a / (1.0 - a)).ln();
-        let logits = [logit(0.8), logit(0.5), logit(0.25), logit(0.2)];
-        let rule = Gating { scale: 3.0, ..Gating::new(Score::Sigmoid).renormalised() };
-        let gated = gate(&logits, Some(&[0.0, 0.0, 0.0, 0.7]), 4, 2, &rule).unwrap();
-        assert_eq!(gated.ids, [3, 0]);
-        near(&gated.weights, &[0.6, 2.4]);
-    }
-
-    fn grouped(count: usize, kept: usize, score: GroupScore) -> Gating {
-        Gating::new(Score::Sigmoid).groups(Some(Groups::new(count, kept).score(score)))
-    }
-
-    #[test]
-    fn groups_by_their_two_best() {
-        // Sums of the two best scores: 1.98, 1.50, 1.99; the largest single one is in the group that loses.
-        let logits = [4.0f32, 6.0, 0.0, 9.0, 0.0, 0.0, 5.0, 6.0, 1.0];
-        assert_eq!(gate_f32(&logits, None, 9, 3, grouped(3, 2, GroupScore::TOP_TWO)).ids, [1, 7, 6]);
-        assert_eq!(gate_f32(&logits, None, 9, 3, grouped(3, 1, GroupScore::Max)).ids, [3, 4, 5]);
-    }
-
-    #[test]
-    fn equal_values_prefer_the_lower_id_and_group() {
-        assert_eq!(gate_f32(&[0.0, -0.0, 0.0, -0.0], None, 4, 3, Gating::new(Score::Softmax)).ids, [0, 1, 2]);
-        assert_eq!(gate_f32(&[1.0; 4], None, 4, 1, grouped(2, 1, GroupScore::TOP_TWO)).ids, [0]);
-    }
-
-    #[test]
-    fn nan_comes_last_and_ids_stay_distinct() {
-        let (nan, inf) = (f32::NAN, f32::INFINITY);
-        let gated = gate_f32(&[nan, -inf, 1.0, nan], None, 4, 4, Gating::new(Score::Sigmoid));
-        assert_eq!(gated.ids, [2, 1, 0, 3]);
-        near(&gated.weights, &[sigmoid(1.0), 0.0, f64::NAN, f64::NAN]);
-        let gated = gate_f32(&[nan; 4], None, 4, 2, Gating::new(Score::TopkSoftmax));
-        assert_eq!(gated.ids, [0, 1]);
-        let gated = gate_f32(&[0.0, nan, 1.0, inf], None, 4, 2, Gating::new(Score::TopkSoftmax));
-        assert_eq!(gated.ids, [3, 2]);
-        near(&gated.weights, &[f64::NAN, f64::NAN]);
-        // A number's weight is lost only through the sum over all experts.
-        let gated = gate_f32(&[0.0, nan, 1.0, 0.0], None, 4, 2, Gating::new(Score::Softmax));
-        assert_eq!(gated.ids, [2, 0]);
-        near(&gated.weights, &[f64::NAN, f64::NAN]);
-    }
-
-    #[test]
-    fn choice_values_are_f32_sums() {
-        // 0.5 + 2^-25 is 0.5 in f32, so that the lower id wins; in f64 the second is larger.
-        let bias = [0.0, 2f64.powi(-26)];
-        let rule = Gating::new(Score::Sigmoid);
-        assert_eq!(gate(&[0.0f32, 0.0], Some(&bias), 2, 1, &rule).unwrap().ids, [0]);
-        assert_eq!(gate(&[0.0f64, 0.0], Some(&bias), 2, 1, &rule).unwrap().ids, [1]);
-    }
-
-    #[test]
-    fn more_experts_than_eligible_is_an_error() {
-        let error = gate::<f32, f32>(&[0.0; 4], None, 4, 3, &grouped(2, 1, GroupScore::Max)).unwrap_err();
-        assert_eq!((error.argument, error.expected.as_str()), ("top_k", "1 to 2"));
-    }
-
-    #[test]
-    fn a_bias_on_chosen_logits_moves_the_choice_only() {
-        let rule = Gating::new(Score::TopkSoftmax);
-        let gated = gate(&[3.0f32, 2.0, 1.0], Some(&[0.0f32, 0.0, 2.5]), 3, 2, &rule).unwrap();
-        assert_eq!(gated.ids, [2, 0]);
-        near(&gated.weights, &[sigmoid(-2.0), sigmoid(2.0)]);
-    }
 }

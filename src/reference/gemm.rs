@@ -79,8 +79,26 @@ pub fn grouped_gemm<A: Real, W: Real>(
     row_scale: Option<&[f64]>,
     activation: Activation,
 ) -> Result<Vec<f64>, ReferenceError> {
-    check(matrix, plan.counts.len(), activation)?;
+    grouped_gemm_by_expert(a, matrix, plan, gather, row_scale, &vec![activation; plan.counts.len()])
+}
+
+/// [`grouped_gemm`] with an activation for each expert, `[E]`: limits, steepness and offsets of a SwiGLU that differ from expert to expert.
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn grouped_gemm_by_expert<A: Real, W: Real>(
+    a: &[A],
+    matrix: &ExpertMatrix<W>,
+    plan: &Dispatched,
+    gather: bool,
+    row_scale: Option<&[f64]>,
+    activations: &[Activation],
+) -> Result<Vec<f64>, ReferenceError> {
+    require_shape("activations", activations, &[plan.counts.len()])?;
+    check(matrix, plan.counts.len(), Activation::Identity)?;
+    activations.iter().try_for_each(|&activation| check(matrix, plan.counts.len(), activation))?;
     let each = |a: &[A], scale: f64, expert: usize, out: &mut [f64]| {
+        let activation = activations[expert];
         out.iter_mut().enumerate().for_each(|(c, value)| *value = matrix.element(a, scale, expert, c, activation));
     };
     rows_of_experts(a, [matrix.n, matrix.k], plan, gather, row_scale, each)
@@ -185,8 +203,7 @@ fn check<W: Real>(matrix: &ExpertMatrix<W>, experts: usize, activation: Activati
     if let Some(bias) = matrix.bias {
         require_shape("bias", bias, &[experts, matrix.weight_rows()])?;
     }
-    let needs_gate = matches!(activation, Activation::ClampedSwiglu { .. });
-    require("activation", !needs_gate || matrix.glu != Glu::None, || "a gated matrix".into(), "none")
+    require("activation", !activation.needs_gate() || matrix.glu != Glu::None, || "a gated matrix".into(), "none")
 }
 
 #[cfg(test)]

@@ -1,14 +1,12 @@
 //! The whole layer: router, gating, dispatch, two expert matrices, combine.
 
-use super::combine::{combine, gate_addend};
+use super::combine::{add_around, add_identity, combine, gate_addend, identity_weight};
 use super::dispatch::{DispatchRule, Dispatched, dispatch};
 use super::gating::{Gated, gate};
 use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
 use super::router::router;
 use super::{Real, ReferenceError, require};
-use crate::rules::Activation;
-use crate::rules::Capacity;
-use crate::rules::Gating;
+use crate::rules::{Activation, Capacity, Gating, NullExperts, NullOutput, Weighting};
 
 /// A Mixture-of-Experts layer and its parameters, of type `W` (router and its biases: `R`).
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +23,8 @@ pub struct Layer<'a, R, W> {
     pub top_k: usize,
     /// How experts are chosen and weighed.
     pub gating: Gating,
-    /// Whether the weight multiplies the expert's input instead of its output (Llama 4).
-    pub weigh_input: bool,
+    /// What the weights multiply: an expert's output, its input (Llama 4), or what its activation yields.
+    pub weighting: Weighting,
     /// Limit of slots per expert (Switch).
     pub capacity: Option<Capacity>,
     /// First matrix, `K = H`, `N = I`.
@@ -37,8 +35,16 @@ pub struct Layer<'a, R, W> {
     pub down: ExpertMatrix<'a, W>,
     /// The two matrices of the expert that every token passes, with their own intermediate size.
     pub shared: Option<(ExpertMatrix<'a, W>, ExpertMatrix<'a, W>)>,
+    /// The shared expert's activation, where it is not that of the others (Hunyuan 4: without their clamps).
+    pub shared_activation: Option<Activation>,
     /// `[1,H]`: the shared expert's output times `sigmoid(x . gate)` (Qwen2-MoE).
     pub shared_gate: Option<&'a [R]>,
+    /// Factors of the sum over the routed experts and of the shared expert (Step 3; Cohere 2: 1/2 and 1/2).
+    pub scales: [f64; 2],
+    /// `[H]`, added to every token's sum (JetMoE).
+    pub bias: Option<&'a [W]>,
+    /// The last of the experts have no matrices and compute nothing.
+    pub null: Option<NullExperts>,
 }
 
 /// Everything that the layer computes on its way.
@@ -64,8 +70,8 @@ pub struct Forward {
     pub y: Vec<f64>,
 }
 
-/// `y = s shared(x) + sum_j weights[j] down(act(up(x)))` over the chosen experts, each stage as its own module defines it; `s` is 1, or the
-/// sigmoid of the shared expert's gate.
+/// `y = bias + scales[1] s shared(x) + scales[0] sum_j weights[j] down(act(up(x)))` over the chosen experts, each stage as its own module
+/// defines it; `s` is 1, or the sigmoid of the shared expert's gate. An identity expert is `x` in place of `down(act(up(x)))`.
 ///
 /// `x` is `[T,H]`.
 ///
@@ -89,18 +95,27 @@ pub fn forward_gated<X: Real, R: Real, W: Real>(
     logits: Vec<f64>,
     gated: Gated,
 ) -> Result<Forward, ReferenceError> {
-    let experts = layer.router_weight.len() / layer.hidden.max(1);
+    let all = layer.router_weight.len() / layer.hidden.max(1);
+    let null = layer.null.map_or(0, |null| null.count);
+    require("null", null < all, || format!("less than {all} experts"), null)?;
+    let experts = all - null;
     let rule = DispatchRule { experts, top_k: layer.top_k, capacity: layer.capacity, tile_m: 16 };
     let plan = dispatch(&gated.ids, &rule)?;
     chain("up", "down", &layer.up, &layer.down, layer.hidden)?;
 
-    let row_scale = layer.weigh_input.then(|| plan.slot_weight(&gated.weights));
-    let hidden = grouped_gemm(x, &layer.up, &plan, true, row_scale.as_deref(), layer.activation)?;
+    let slot_weight = plan.slot_weight(&gated.weights);
+    let row_scale = (layer.weighting == Weighting::Input).then_some(&slot_weight[..]);
+    let mut hidden = grouped_gemm(x, &layer.up, &plan, true, row_scale, layer.activation)?;
+    if layer.weighting == Weighting::Activation {
+        let rows = hidden.chunks_mut(layer.up.n).zip(&slot_weight);
+        rows.for_each(|(row, weight)| row.iter_mut().for_each(|value| *value *= weight));
+    }
     let y_slots = grouped_gemm(&hidden, &layer.down, &plan, false, None, Activation::Identity)?;
     let shared = match &layer.shared {
         Some((up, down)) => {
             chain("shared.up", "shared.down", up, down, layer.hidden)?;
-            Some(dense_gemm(&dense_gemm(x, up, layer.activation)?, down, Activation::Identity)?)
+            let activation = layer.shared_activation.unwrap_or(layer.activation);
+            Some(dense_gemm(&dense_gemm(x, up, activation)?, down, Activation::Identity)?)
         }
         None => None,
     };
@@ -109,8 +124,14 @@ pub fn forward_gated<X: Real, R: Real, W: Real>(
     if let Some((addend, logits)) = addend.as_mut().zip(shared_gate.as_ref()) {
         gate_addend(addend, logits)?;
     }
-    let weights = (!layer.weigh_input).then_some(gated.weights.as_slice());
-    let y = combine(&y_slots, &plan.token_slot, weights, None, addend.as_deref(), layer.top_k, layer.hidden)?;
+    let weights = (layer.weighting == Weighting::Output).then_some(gated.weights.as_slice());
+    let mut y = combine::<f64, f64>(&y_slots, &plan.token_slot, weights, None, None, layer.top_k, layer.hidden)?;
+    if layer.null.is_some_and(|null| null.output == NullOutput::Input) {
+        let identities = experts as i32..all as i32;
+        add_identity(&mut y, x, &identity_weight(&gated.ids, &gated.weights, layer.top_k, identities)?)?;
+    }
+    let bias: Option<Vec<f64>> = layer.bias.map(|bias| bias.iter().map(|&value| value.into()).collect());
+    add_around(&mut y, layer.scales, bias.as_deref(), None, addend.as_deref())?;
     Ok(Forward { logits, ids: gated.ids, weights: gated.weights, plan, hidden, y_slots, shared, shared_gate, y })
 }
 
@@ -145,13 +166,17 @@ mod tests {
             correction_bias: None,
             top_k: 1,
             gating: Gating::new(Score::Sigmoid),
-            weigh_input: false,
+            weighting: Weighting::Output,
             capacity: None,
             up: plain(&[2.0, 3.0]),
             activation: Activation::Relu,
             down: plain(&[10.0, 10.0]),
             shared: shared.then_some((plain(&[1.0]), plain(&[7.0]))),
+            shared_activation: None,
             shared_gate: None,
+            scales: [1.0; 2],
+            bias: None,
+            null: None,
         }
     }
 
@@ -177,13 +202,38 @@ mod tests {
     #[test]
     fn weighing_the_input_passes_through_the_activation() {
         let squared = Layer {
-            weigh_input: true,
+            weighting: Weighting::Input,
             up: ExpertMatrix { glu: Glu::Split, ..plain(&[2.0, 2.0, 3.0, 3.0]) },
             ..layer(false)
         };
         let got = forward(&[4.0], &squared).unwrap();
         let input = 4.0 * sigmoid(4.0);
         assert!((got.y[0] - 10.0 * (2.0 * input) * (2.0 * input)).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_stands_around_the_sum() {
+        let other = Layer { shared_activation: Some(Activation::Identity), scales: [0.5, 3.0], ..layer(true) };
+        let got = forward(&[-5.0], &Layer { bias: Some(&[0.25]), ..other }).unwrap();
+        assert_eq!(got.y, [0.25 - 3.0 * 35.0]);
+        let got = forward(&[4.0], &other).unwrap();
+        assert_eq!(got.y, [3.0 * 28.0 + 0.5 * 80.0 * sigmoid(4.0)]);
+        let weighed = Layer { weighting: Weighting::Activation, ..layer(false) };
+        assert_eq!(forward(&[4.0], &weighed).unwrap().hidden, [8.0 * sigmoid(4.0)]);
+    }
+
+    #[test]
+    fn null_experts_have_no_rows() {
+        // The second of three experts is out of reach; the last computes nothing.
+        let all = Layer { router_weight: &[1.0, -9.0, 2.0], top_k: 2, ..layer(false) };
+        let skips = Layer { null: Some(NullExperts::zero(1)), ..all };
+        let got = forward(&[1.0], &skips).unwrap();
+        assert_eq!((&got.ids, &got.plan.counts), (&vec![2, 0], &vec![1, 0]));
+        assert_eq!(got.y, [20.0 * sigmoid(1.0)]);
+        let passes = Layer { null: Some(NullExperts::identity(1)), ..all };
+        assert_eq!(forward(&[1.0], &passes).unwrap().y, [20.0 * sigmoid(1.0) + sigmoid(2.0)]);
+        let none = Layer { null: Some(NullExperts::zero(3)), ..all };
+        assert_eq!(forward(&[1.0], &none).unwrap_err().argument, "null");
     }
 
     #[test]

@@ -11,6 +11,7 @@ pub mod activation;
 pub mod admission;
 pub mod balance;
 pub mod base;
+pub mod by_sequence;
 pub mod combine;
 pub mod dispatch;
 pub mod expert_choice;
@@ -19,15 +20,19 @@ pub mod gating;
 pub mod gemm;
 pub mod hash;
 pub mod jitter;
+pub mod k_grouped;
 pub mod layer;
 pub mod noise_state;
 pub mod noisy;
 mod parallel;
 
+pub mod product_keys;
+pub mod rms_norm;
 pub mod router;
 pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod unit_experts;
 
 /// A storage type whose every value is an f64.
 pub trait Real: Copy + Into<f64> + Send + Sync {

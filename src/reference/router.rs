@@ -5,6 +5,7 @@
 
 use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
+use crate::rules::LogitRule;
 
 /// `logits[t,e] = sum_h x[t,h] weight[e,h] + bias[e]`, `[T,E]`.
 ///
@@ -31,6 +32,13 @@ pub fn router<X: Real, W: Real, B: Real>(
     Ok(map_rows(x, hidden, logits).concat())
 }
 
+/// What `rule` makes of the product's logits: `cap(factor l)` with `cap(l) = c tanh(l / c)` (transformers, `MuseSparkTopkRouter`,
+/// `LagunaTopKRouter`).
+pub fn finish(logits: &[f64], rule: LogitRule) -> Vec<f64> {
+    let cap = |l: f64| rule.softcap.map_or(l, |c| f64::from(c) * (l / f64::from(c)).tanh());
+    logits.iter().map(|&l| cap(f64::from(rule.factor) * l)).collect()
+}
+
 pub(crate) fn dot<A: Real, B: Real>(a: &[A], b: &[B]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| a.into() * b.into()).sum()
 }
@@ -43,6 +51,13 @@ mod tests {
     fn adds_the_bias_of_each_expert() {
         let logits = router(&[1f32, 2.0, 3.0, 4.0], &[1f32, 0.0, 0.5, -1.0, 2.0, 2.0], Some(&[0.0f32, 10.0, -1.0]), 2);
         assert_eq!(logits.unwrap(), [1.0, 8.5, 5.0, 3.0, 7.5, 13.0]);
+    }
+
+    #[test]
+    fn a_cap_bends_and_a_factor_scales() {
+        let rule = LogitRule::PLAIN.factor(0.5).softcap(Some(2.0));
+        let logits = finish(&[0.0, 4.0, -1e9], rule);
+        assert_eq!(logits, [0.0, 2.0 * 1f64.tanh(), -2.0]);
     }
 
     #[test]

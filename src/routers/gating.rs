@@ -8,26 +8,64 @@
 //!    lower id, NaN after everything else. With no bias the logits themselves are compared: the same order, exactly;
 //! 4. the weight of a choice is its `p`, divided as [`crate::rules::Renormalise`] says, times `scale`.
 //!    With [`Score::TopkSoftmax`] the choice value is the logit, and `p` the softmax over the chosen logits only: a correction
-//!    bias, which adds to scores before the choice, is refused there.
+//!    bias, which adds to scores before the choice, is refused there, unless the rule says [`crate::rules::ChoiceBy::Logit`].
+//!
+//! [`Gating`] has more: other scores, choice by logits or of given ids, other norms, learned factors, experts that every token goes to.
+//! The rules of the common models have kernels of their own, the rest others, for up to 1024 experts.
 //!
 //! Ids are always in range and distinct; a NaN logit can reach weights, never ids.
 //!
 //! Sources: softmax top-k of Shazeer et al., *Outrageously Large Neural Networks* (2017) and Mixtral; sigmoid scores with
 //! correction bias, groups and scale of DeepSeek-V3 (2024), sections 2.1.2; softmax over the chosen of gpt-oss.
 
+mod inputs;
+mod words;
+
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Gate, Kernel};
-use crate::rules::{Gating, Groups, Masked, Renormalise, Score};
+use crate::rules::{Appended, AppendedWeight, ChoiceBy, Gating, Groups, Masked, Renormalise, Score};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::GatingParams;
+use crate::runtime::params::{GatingAnyParams, GatingParams};
 use crate::runtime::shape;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
 
+pub use inputs::{Given, RuleInputs, TableRows};
+pub(crate) use inputs::{GivenAddress, HeldGiven, HeldInputs, InputAddresses, check_given, check_scales};
+pub(crate) use words::{AnyWords, RuleWords};
+
 const OPERATION: &str = "gating";
+
+/// Launches a gating: the parameters of the kernels for common rules, and for the others those with the rest of the rule.
+macro_rules! launch_rule {
+    ($scope:expr, $selection:expr, $gating:expr, $inputs:expr, $common:ident or $any:ident { $($field:ident: $value:expr),* $(,)? }) => {
+        if $gating.is_common() {
+            $scope.launch($selection, $common { $($field: $value),* })
+        } else {
+            let rest = $crate::routers::gating::AnyWords::new($gating, $inputs);
+            $scope.launch(
+                $selection,
+                $any {
+                    $($field: $value,)*
+                    rules: rest.rules,
+                    appended: rest.appended,
+                    appended_weight: rest.appended_weight,
+                    power: rest.power,
+                    mixer_limit: rest.mixer_limit,
+                    expert_scale: rest.expert_scale,
+                    global_scale: rest.global_scale,
+                    given: rest.given,
+                    words: rest.words,
+                    vocabulary: rest.vocabulary,
+                },
+            )
+        }
+    };
+}
+pub(crate) use launch_rule;
 
 /// Shapes and rule of a gating.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,11 +73,11 @@ const OPERATION: &str = "gating";
 pub struct GatingDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
-    /// Experts `E`, 1 to 4096.
+    /// Experts `E` that the choice is among, 1 to 4096.
     pub experts: usize,
     /// Experts per token `k`, 1 to 32 and at most the number of eligible experts.
     pub top_k: usize,
-    /// The rule.
+    /// The rule. With [`Gating::appended`] ids and weights are `[T, k + appended]`.
     pub gating: Gating,
 }
 
@@ -53,10 +91,12 @@ impl GatingDesc {
 /// Buffers of a gating.
 #[non_exhaustive]
 pub struct GatingArgs<'a> {
-    /// `[T, E]`.
+    /// `[T, E]`; `[T, E + appended]` where appended experts have columns.
     pub logits: In<'a, f32>,
     /// `[E]`, added to the scores for the choice only, not for the weights (DeepSeek-V3's auxiliary-loss-free balancing).
     pub correction_bias: Option<In<'a, f32>>,
+    /// What else the rule asks for.
+    pub rule: RuleInputs<'a>,
     /// `[T, k]`, written: chosen experts by falling choice value.
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
@@ -70,7 +110,19 @@ impl<'a> GatingArgs<'a> {
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
     ) -> GatingArgs<'a> {
-        GatingArgs { logits: logits.into(), correction_bias: None, ids: ids.into(), weights: weights.into() }
+        GatingArgs {
+            logits: logits.into(),
+            correction_bias: None,
+            rule: RuleInputs::new(),
+            ids: ids.into(),
+            weights: weights.into(),
+        }
+    }
+
+    /// With what else the rule asks for.
+    #[must_use]
+    pub fn rule(self, rule: RuleInputs<'a>) -> GatingArgs<'a> {
+        GatingArgs { rule, ..self }
     }
 }
 
@@ -85,17 +137,78 @@ impl GatingDesc {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, self.experts)?;
         shape::top_k(OPERATION, self.top_k, self.experts)?;
-        shape::product_i32(OPERATION, "ids", &[self.tokens, self.top_k])?;
-        shape::product(OPERATION, "logits", &[self.tokens, self.experts])?;
-        if let Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) = self.gating.renormalise
-            && !(epsilon.is_finite() && epsilon >= 0.0)
-        {
-            return Err(Error::invalid(OPERATION, "renormalise", "an epsilon of at least 0", epsilon));
+        shape::product_i32(OPERATION, "ids", &[self.tokens, self.all_choices()])?;
+        shape::product(OPERATION, "logits", &[self.tokens, self.columns()])?;
+        match self.gating.renormalise {
+            Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon))
+                if !(epsilon.is_finite() && epsilon >= 0.0) =>
+            {
+                return Err(Error::invalid(OPERATION, "renormalise", "an epsilon of at least 0", epsilon));
+            }
+            Some(Renormalise::PNorm(p)) if p.is_nan() || p <= 0.0 => {
+                return Err(Error::invalid(OPERATION, "renormalise", "a p above 0", p));
+            }
+            _ => {}
         }
         if !self.gating.scale.is_finite() {
             return Err(Error::invalid(OPERATION, "scale", "a finite number", self.gating.scale));
         }
+        if !self.gating.is_common() {
+            self.validate_any()?;
+        }
         self.gating.groups.map_or(Ok(()), |groups| self.validate_groups(groups))
+    }
+
+    /// Ids of a token, with those of appended experts.
+    pub(crate) fn all_choices(&self) -> usize {
+        self.top_k.saturating_add(self.gating.appended_experts())
+    }
+
+    /// Logits of a token.
+    pub(crate) fn columns(&self) -> usize {
+        self.experts.saturating_add(self.gating.appended_columns())
+    }
+
+    /// Limits of the kernels for all rules.
+    fn validate_any(&self) -> Result<(), Error> {
+        let Gating { score, groups, jitter, appended, .. } = self.gating;
+        let most = 32 * Gate::ANY_VALUES[Gate::ANY_VALUES.len() - 1] as usize;
+        if self.experts > most {
+            return Err(Error::unsupported(
+                OPERATION,
+                "experts",
+                format!("at most {most} with this rule"),
+                self.experts,
+            ));
+        }
+        if score == Score::SparseMixer {
+            if self.top_k > 2 {
+                return Err(Error::unsupported(OPERATION, "top_k", "1 or 2 with Score::SparseMixer", self.top_k));
+            }
+            if groups.is_some() {
+                return Err(Error::unsupported(OPERATION, "groups", "none with Score::SparseMixer", "Some"));
+            }
+            if !(jitter.is_finite() && jitter >= 0.0) {
+                return Err(Error::invalid(OPERATION, "jitter", "a finite number of at least 0", jitter));
+            }
+        }
+        let Some(Appended { count, weight, .. }) = appended else { return Ok(()) };
+        shape::positive(OPERATION, "appended.count", count)?;
+        if self.all_choices() > crate::MAX_TOP_K {
+            let supported = format!("at most {} with top_k", crate::MAX_TOP_K);
+            return Err(Error::unsupported(OPERATION, "appended.count", supported, count));
+        }
+        match weight {
+            AppendedWeight::Column if matches!(score, Score::Softmax | Score::SparseMixer) => {
+                let supported =
+                    format!("AppendedWeight::Fixed with Score::{score:?}, which shares 1 among the experts");
+                Err(Error::unsupported(OPERATION, "appended.weight", supported, "AppendedWeight::Column"))
+            }
+            AppendedWeight::Fixed(weight) if !weight.is_finite() => {
+                Err(Error::invalid(OPERATION, "appended.weight", "a finite number", weight))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn validate_groups(&self, groups: Groups) -> Result<(), Error> {
@@ -112,8 +225,8 @@ impl GatingDesc {
             return Err(Error::invalid(OPERATION, "groups.kept", format!("1 to groups.count = {count}"), kept));
         }
         let size = self.experts / count;
-        if masked == Masked::Zero && self.gating.score == Score::TopkSoftmax && count > 1 {
-            let supported = "Masked::Out with Score::TopkSoftmax, which chooses by logits: 0 is no score there";
+        if masked == Masked::Zero && self.gating.chooses_logits() && count > 1 {
+            let supported = "Masked::Out where the choice is by logits: 0 is no score there";
             return Err(Error::unsupported(OPERATION, "groups.masked", supported, "Masked::Zero"));
         }
         let terms = score.terms();
@@ -121,7 +234,8 @@ impl GatingDesc {
             let expected = format!("the sum of 1 to {size} choice values, as groups have {size} experts");
             return Err(Error::invalid(OPERATION, "groups.score", expected, format!("{score:?}")));
         }
-        if kept * size < self.top_k && masked == Masked::Out {
+        let chooses = self.gating.choice != ChoiceBy::Given;
+        if kept * size < self.top_k && masked == Masked::Out && chooses {
             let expected = format!("at most {kept} groups kept * {size} experts = {}", kept * size);
             return Err(Error::invalid(OPERATION, "top_k", expected, self.top_k));
         }
@@ -129,10 +243,14 @@ impl GatingDesc {
     }
 }
 
-/// The kernel for `experts` experts.
-pub(crate) fn kernel(score: Score, experts: usize, dispatch: bool) -> Gate {
-    let fits = |values: &u32| 32 * *values as usize >= experts;
-    let values = Gate::VALUES.into_iter().find(fits).unwrap_or(Gate::VALUES[Gate::VALUES.len() - 1]);
+/// The kernel of a rule for `experts` experts: the rule's own, else the one for all rules.
+pub(crate) fn kernel(gating: &Gating, experts: usize, dispatch: bool) -> Gate {
+    let (score, widths) = match gating.is_common() {
+        true => (Some(gating.score), &Gate::VALUES[..]),
+        false => (None, &Gate::ANY_VALUES[..]),
+    };
+    let fits = |values: &&u32| 32 * **values as usize >= experts;
+    let values = *widths.iter().find(fits).unwrap_or(&widths[widths.len() - 1]);
     Gate { score, values, dispatch }
 }
 
@@ -143,7 +261,7 @@ pub(crate) fn kernel(score: Score, experts: usize, dispatch: bool) -> Gate {
 /// Those of [`GatingDesc::validate`].
 pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let gate = kernel(desc.gating.score, desc.experts, false);
+    let gate = kernel(&desc.gating, desc.experts, false);
     let blocks = (desc.tokens as u32).div_ceil(gate.warps()).min(8 * device.multiprocessors).max(1);
     Ok(Selection::new(Kernel::Gating(gate), [blocks, 1, 1]))
 }
@@ -153,8 +271,8 @@ pub fn select(desc: &GatingDesc, device: &DeviceInfo) -> Result<Selection, Error
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`GatingDesc::validate`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a
-/// buffer: [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
+/// Those of [`GatingDesc::validate`]; [`Error::Unexpected`] or [`Error::Missing`] for inputs against the rule, a correction bias with
+/// [`Score::TopkSoftmax`] among them; those of a buffer: [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
@@ -166,22 +284,27 @@ pub fn forward(
     if desc.tokens == 0 {
         return Ok(());
     }
-    let choices = desc.tokens * desc.top_k;
-    let logits = scope.read("logits", args.logits, desc.tokens * desc.experts, SCALAR)?;
+    let choices = desc.tokens * desc.all_choices();
+    let logits = scope.read("logits", args.logits, desc.tokens * desc.columns(), SCALAR)?;
     check_correction_bias(OPERATION, &desc.gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, desc.experts, SCALAR)?;
+    let inputs = HeldInputs::open(&scope, &desc.gating, [desc.tokens, desc.experts, desc.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let routing = Routing {
         logits: logits.address(),
         correction_bias: optional(&bias),
+        inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
     };
     let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(&desc.gating);
-    scope.launch(
+    launch_rule!(
+        scope,
         &selection,
-        GatingParams {
+        &desc.gating,
+        routing.inputs,
+        GatingParams or GatingAnyParams {
             logits: routing.logits.into(),
             correction_bias: routing.correction_bias.into(),
             ids: routing.ids.into(),
@@ -189,19 +312,19 @@ pub fn forward(
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             top_k: desc.top_k as u32,
-            groups,
-            groups_kept,
-            flags,
-            scale,
-            epsilon,
-        },
+            groups: groups,
+            groups_kept: groups_kept,
+            flags: flags,
+            scale: scale,
+            epsilon: epsilon,
+        }
     )
 }
 
-/// The kernels of [`Score::TopkSoftmax`] have no score before the choice that a bias could correct.
+/// Some scores follow the choice: there is none before it that a bias could correct, only the logit, which the rule must name.
 pub(crate) fn check_correction_bias(operation: &'static str, gating: &Gating, given: bool) -> Result<(), Error> {
-    if given && gating.score == Score::TopkSoftmax {
-        let reason = "the score is TopkSoftmax, which has no scores before the choice";
+    if given && gating.choice == ChoiceBy::Score && !gating.score.precedes_choice() {
+        let reason = "the rule has no scores before the choice; ChoiceBy::Logit adds it to logits";
         return Err(Error::Unexpected { operation, argument: "correction_bias", reason });
     }
     Ok(())
@@ -211,46 +334,9 @@ pub(crate) fn check_correction_bias(operation: &'static str, gating: &Gating, gi
 pub(crate) struct Routing<'a> {
     pub(crate) logits: Address<'a>,
     pub(crate) correction_bias: Option<Address<'a>>,
+    pub(crate) inputs: InputAddresses<'a>,
     pub(crate) ids: Address<'a>,
     pub(crate) weights: Address<'a>,
-}
-
-const RENORMALISE: u32 = 1;
-const AT_LEAST: u32 = 2;
-const BY_SCORE: u32 = 32;
-const MASKED_ZERO: u32 = 64;
-/// Where the number of choice values begins that make a group's score.
-const GROUP_TERMS: u32 = 8;
-
-/// A rule as every gating kernel takes it.
-pub(crate) struct RuleWords {
-    pub(crate) flags: u32,
-    pub(crate) groups: u32,
-    pub(crate) groups_kept: u32,
-    pub(crate) scale: f32,
-    pub(crate) epsilon: f32,
-}
-
-impl RuleWords {
-    pub(crate) fn new(gating: &Gating) -> RuleWords {
-        let (mut flags, epsilon) = match gating.renormalise {
-            None => (0, 0.0),
-            Some(Renormalise::Plus(epsilon)) => (RENORMALISE, epsilon),
-            Some(Renormalise::AtLeast(epsilon)) => (RENORMALISE | AT_LEAST, epsilon),
-        };
-        let (mut groups, mut groups_kept) = (1, 1);
-        if let Some(of) = gating.groups.filter(|groups| groups.count > 1) {
-            (groups, groups_kept) = (of.count as u32, of.kept as u32);
-            flags |= (of.score.terms() as u32) << GROUP_TERMS;
-            if gating.compares_scores() {
-                flags |= BY_SCORE;
-            }
-            if of.masked == Masked::Zero {
-                flags |= MASKED_ZERO;
-            }
-        }
-        RuleWords { flags, groups, groups_kept, scale: gating.scale, epsilon }
-    }
 }
 
 #[cfg(test)]

@@ -8,11 +8,11 @@ use cudarc::driver::CudaStream;
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::Dispatched;
 use crate::registry::Kernel;
-use crate::routers::gating::{self, GatingDesc, Routing, RuleWords};
+use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs, RuleWords, launch_rule};
 use crate::rules::{Gating, Score};
-use crate::runtime::builder::buffers;
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::GatingDispatchParams;
+use crate::runtime::params::{GatingAnyDispatchParams, GatingDispatchParams};
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, Workspace};
 
 const OPERATION: &str = "gating_dispatch";
@@ -23,14 +23,17 @@ const OPERATION: &str = "gating_dispatch";
 pub struct GatingDispatchDesc {
     /// The rule by which experts are chosen.
     pub gating: Gating,
-    /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts.
+    /// Tokens, experts, choices, and how slots are laid out; `top_k` is at most the number of eligible experts. Appended experts count among
+    /// both.
     pub dispatch: DispatchDesc,
+    /// Experts behind those of `dispatch` that may be chosen too and have no rows: their slots are -1. Not with appended experts.
+    pub null_experts: usize,
 }
 
 impl GatingDispatchDesc {
     /// Choices by the rule `gating`, laid out as `dispatch` says.
     pub const fn new(gating: Gating, dispatch: DispatchDesc) -> GatingDispatchDesc {
-        GatingDispatchDesc { gating, dispatch }
+        GatingDispatchDesc { gating, dispatch, null_experts: 0 }
     }
 
     /// Checks all that can be checked without buffers.
@@ -38,19 +41,33 @@ impl GatingDispatchDesc {
     /// # Errors
     /// Those of [`DispatchDesc::validate`] and [`GatingDesc::validate`].
     pub fn validate(&self) -> Result<(), Error> {
-        let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
         self.dispatch.validate()?;
-        GatingDesc::new(tokens, experts, top_k, self.gating).validate()
+        if self.null_experts > 0 && self.gating.appended.is_some() {
+            return Err(Error::invalid(OPERATION, "null_experts", "0 with appended experts", self.null_experts));
+        }
+        self.choice().validate()
+    }
+
+    /// The gating alone: without appended experts.
+    fn choice(&self) -> GatingDesc {
+        let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
+        let appended = self.gating.appended_experts();
+        let own = experts.saturating_sub(appended).saturating_add(self.null_experts);
+        GatingDesc::new(tokens, own, top_k.saturating_sub(appended), self.gating)
     }
 }
+
+settings!(GatingDispatchDesc { null_experts: usize });
 
 /// Buffers of gating and dispatch in one launch.
 #[non_exhaustive]
 pub struct GatingDispatchArgs<'a> {
-    /// `[T, E]`.
+    /// `[T, E]`; see [`gating::GatingArgs`].
     pub logits: In<'a, f32>,
     /// `[E]`; see [`gating::GatingArgs`].
     pub correction_bias: Option<In<'a, f32>>,
+    /// What else the rule asks for.
+    pub rule: RuleInputs<'a>,
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
@@ -73,11 +90,18 @@ impl<'a> GatingDispatchArgs<'a> {
         GatingDispatchArgs {
             logits: logits.into(),
             correction_bias: None,
+            rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
             dispatched,
             workspace,
         }
+    }
+
+    /// With what else the rule asks for.
+    #[must_use]
+    pub fn rule(self, rule: RuleInputs<'a>) -> GatingDispatchArgs<'a> {
+        GatingDispatchArgs { rule, ..self }
     }
 }
 
@@ -89,12 +113,14 @@ buffers!(GatingDispatchArgs<'a> { correction_bias: In<f32> });
 /// Those of [`GatingDispatchDesc::validate`].
 pub fn workspace_bytes(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<usize, Error> {
     desc.validate()?;
-    Ok(dispatch::barrier_bytes(&desc.dispatch, blocks(&desc.dispatch, device)))
+    Ok(dispatch::barrier_bytes(&desc.dispatch, blocks(desc, device)))
 }
 
 /// The instructions of a token are those that the gate kernel's header states.
-fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    let gate = gating::kernel(Score::Softmax, desc.experts, true);
+fn blocks(both: &GatingDispatchDesc, device: &DeviceInfo) -> u32 {
+    let desc = &both.dispatch;
+    let experts = desc.experts.saturating_add(both.null_experts);
+    let gate = gating::kernel(&Gating::new(Score::Softmax), experts, true);
     let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
     dispatch::blocks(desc, gate.warps(), work, device)
 }
@@ -105,8 +131,8 @@ fn blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
 /// Those of [`GatingDispatchDesc::validate`].
 pub fn select(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let gate = gating::kernel(desc.gating.score, desc.dispatch.experts, true);
-    Ok(Selection::cooperative(Kernel::Gating(gate), blocks(&desc.dispatch, device)))
+    let gate = gating::kernel(&desc.gating, desc.choice().experts, true);
+    Ok(Selection::cooperative(Kernel::Gating(gate), blocks(desc, device)))
 }
 
 /// Chooses experts and sorts the slots.
@@ -124,7 +150,7 @@ pub fn forward(
     args: GatingDispatchArgs<'_>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
-    let GatingDispatchDesc { gating, dispatch } = desc;
+    let GatingDispatchDesc { gating, dispatch, .. } = desc;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     let lists = args.dispatched.fill(&scope, &dispatch.shape())?;
     if dispatch.tokens == 0 {
@@ -133,15 +159,18 @@ pub fn forward(
         return Ok(());
     }
     let choices = dispatch.tokens * dispatch.top_k;
-    let logits = scope.read("logits", args.logits, dispatch.tokens * dispatch.experts, SCALAR)?;
+    let choice = desc.choice();
+    let logits = scope.read("logits", args.logits, dispatch.tokens * choice.columns(), SCALAR)?;
     gating::check_correction_bias(OPERATION, gating, args.correction_bias.is_some())?;
-    let bias = scope.read_some("correction_bias", args.correction_bias, dispatch.experts, SCALAR)?;
+    let bias = scope.read_some("correction_bias", args.correction_bias, choice.experts, SCALAR)?;
+    let inputs = HeldInputs::open(&scope, gating, [dispatch.tokens, choice.experts, choice.top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let workspace = args.workspace.open(&scope, workspace_bytes(desc, kernels.device())?)?;
     let routing = Routing {
         logits: logits.address(),
         correction_bias: optional(&bias),
+        inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
     };
@@ -159,28 +188,32 @@ pub(crate) fn enqueue(
     outputs: dispatch::Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
-    let GatingDispatchDesc { gating, dispatch } = desc;
+    let GatingDispatchDesc { gating, dispatch, null_experts } = desc;
     let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(gating);
     let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
-    scope.launch(
+    launch_rule!(
+        scope,
         selection,
-        GatingDispatchParams {
+        gating,
+        routing.inputs,
+        GatingDispatchParams or GatingAnyDispatchParams {
             logits: routing.logits.into(),
             correction_bias: routing.correction_bias.into(),
             ids: routing.ids.into(),
             weights: routing.weights.into(),
             tokens: dispatch.tokens as u32,
-            experts: dispatch.experts as u32,
-            top_k: dispatch.top_k as u32,
-            groups,
-            groups_kept,
-            flags,
-            scale,
-            epsilon,
-            capacity,
-            tokens_per_sequence,
-            padded_rows,
+            experts: (dispatch.experts + null_experts) as u32,
+            top_k: desc.choice().top_k as u32,
+            groups: groups,
+            groups_kept: groups_kept,
+            flags: flags,
+            scale: scale,
+            epsilon: epsilon,
+            capacity: capacity,
+            tokens_per_sequence: tokens_per_sequence,
+            padded_rows: padded_rows,
             tile_m: dispatch.tile_m as u32,
+            row_experts: dispatch.experts as u32,
             counts: outputs.counts.into(),
             offsets: outputs.offsets.into(),
             slot_token: outputs.slot_token.into(),
@@ -189,15 +222,15 @@ pub(crate) fn enqueue(
             tiles: outputs.tiles.into(),
             num_tiles: outputs.num_tiles.into(),
             workspace: workspace.into(),
-        },
+        }
     )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rules::GroupScore;
     use crate::rules::Groups;
+    use crate::rules::{Appended, AppendedWeight, GroupScore};
     use crate::runtime::device::A100;
 
     fn desc(tokens: usize, experts: usize, top_k: usize) -> GatingDispatchDesc {
@@ -214,6 +247,9 @@ mod tests {
         };
         assert_eq!(desc(1000, 64, 4).validate(), Ok(()));
         assert_eq!(fault(&|d| d.dispatch.tile_m = 0), "tile_m");
+        let appended = Appended::new(1, AppendedWeight::Fixed(1.0));
+        assert_eq!(fault(&|d| (d.gating.appended, d.null_experts) = (Some(appended), 1)), "null_experts");
+        assert_eq!(fault(&|d| d.null_experts = 5000), "experts");
         assert_eq!(fault(&|d| d.gating.scale = f32::NAN), "scale");
         // Dispatch alone takes more choices than experts, gating does not.
         assert_eq!(fault(&|d| (d.dispatch.experts, d.dispatch.top_k) = (4, 5)), "top_k");

@@ -3,6 +3,7 @@
 pub mod affinity;
 pub mod balance_loss;
 pub mod base;
+pub mod by_sequence;
 pub mod expert_choice;
 pub mod gating;
 pub mod gating_dispatch;
@@ -10,8 +11,10 @@ pub mod hash;
 pub mod hierarchical;
 pub mod jitter;
 pub mod measured_gating;
+pub mod network;
 pub mod noise_state;
 pub mod noisy;
+pub mod product_keys;
 pub mod router;
 pub mod sampled;
 pub mod sinkhorn;

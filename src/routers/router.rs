@@ -1,6 +1,6 @@
 //! Router: the scores of every expert for every token, before gating.
 //!
-//! `logits[t,e] = sum_h x[t,h] * weight[e,h] + bias[e]`, in f32 arithmetic whatever the type of `x` (selective precision of
+//! `logits[t,e] = rule(sum_h x[t,h] * weight[e,h] + bias[e])`, with a factor and a soft cap where a model has them ([`LogitRule`]), in f32 arithmetic whatever the type of `x` (selective precision of
 //! Fedus et al., *Switch Transformers*, 2021, section 2.4), summed in a fixed order.
 //!
 //! A shared expert's gate is one more row of the same product, `gate[t] = sum_h x[t,h] * gate_weight[h]`: the layer multiplies the shared
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, Router, RouterShape};
-use crate::rules::Dtype;
+use crate::rules::{Dtype, LogitRule};
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::RouterParams;
@@ -21,7 +21,7 @@ use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 const OPERATION: &str = "router";
 
 /// Shapes and types of a router.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RouterDesc {
     /// Type of `x`.
@@ -39,16 +39,19 @@ pub struct RouterDesc {
     pub batch_invariant: bool,
     /// Whether there is a shared expert's gate ([`RouterArgs::shared_gate`]).
     pub shared_gate: bool,
+    /// What is done to the product; not to a shared expert's gate.
+    pub logits: LogitRule,
 }
 
 impl RouterDesc {
     /// Logits of `experts` experts for `tokens` rows of `hidden` elements of type `x`, with a weight of the same type.
     pub const fn new(x: Dtype, tokens: usize, experts: usize, hidden: usize) -> RouterDesc {
-        RouterDesc { x, weight: x, tokens, experts, hidden, batch_invariant: false, shared_gate: false }
+        let logits = LogitRule::PLAIN;
+        RouterDesc { x, weight: x, tokens, experts, hidden, batch_invariant: false, shared_gate: false, logits }
     }
 }
 
-settings!(RouterDesc { weight: Dtype, batch_invariant: bool, shared_gate: bool });
+settings!(RouterDesc { weight: Dtype, batch_invariant: bool, shared_gate: bool, logits: LogitRule });
 
 /// Buffers of a router.
 #[non_exhaustive]
@@ -114,6 +117,13 @@ impl RouterDesc {
         if self.weight != self.x && self.weight != Dtype::F32 {
             let supported = format!("the type of x ({}) or f32", self.x);
             return Err(Error::unsupported(OPERATION, "weight", supported, self.weight));
+        }
+        let LogitRule { factor, softcap, .. } = self.logits;
+        if !factor.is_finite() {
+            return Err(Error::invalid(OPERATION, "logits.factor", "a finite number", factor));
+        }
+        if let Some(cap) = softcap.filter(|cap| !(1e-30..=1e30).contains(cap)) {
+            return Err(Error::invalid(OPERATION, "logits.softcap", "a number from 1e-30 to 1e30", cap));
         }
         shape::product(OPERATION, "x", &[self.tokens, self.hidden])?;
         shape::product(OPERATION, "weight", &[self.experts, self.hidden])?;
@@ -241,6 +251,8 @@ pub(crate) fn enqueue(
             tokens: desc.tokens as u32,
             experts: desc.experts as u32,
             hidden: desc.hidden as u32,
+            factor: desc.logits.factor,
+            softcap: desc.logits.softcap.unwrap_or(0.0),
         },
     )
 }

@@ -9,18 +9,39 @@ use super::settings::settings;
 pub struct Gating {
     /// Score of each expert.
     pub score: Score,
+    /// What the choice compares, or that the ids are given.
+    pub choice: ChoiceBy,
     /// Divide each weight by the sum of the token's weights.
     pub renormalise: Option<Renormalise>,
-    /// Factor of every weight, after renormalisation (DeepSeek's `routed_scaling_factor`).
+    /// Factor of every weight, after renormalisation (DeepSeek's `routed_scaling_factor`; `1 / k`: OpenAI's privacy filter).
     pub scale: f32,
     /// Choose among the experts of the best groups only.
     pub groups: Option<Groups>,
+    /// [`Score::SparseMixer`] masks experts whose logit is relatively more than twice this below the largest
+    /// (PhiMoE's `router_jitter_noise`).
+    pub jitter: f32,
+    /// Whether each expert has a factor of its weight, `expert_scale [E]` (Gemma 4's `per_expert_scale`).
+    pub expert_scale: bool,
+    /// Whether all weights have a learned factor, `global_scale [1]` (Inkling).
+    pub global_scale: bool,
+    /// Experts behind the `E`, which every token goes to.
+    pub appended: Option<Appended>,
 }
 
 impl Gating {
     /// `score`, not renormalised, not scaled, no groups.
     pub const fn new(score: Score) -> Gating {
-        Gating { score, renormalise: None, scale: 1.0, groups: None }
+        Gating {
+            score,
+            choice: ChoiceBy::Score,
+            renormalise: None,
+            scale: 1.0,
+            groups: None,
+            jitter: 0.01,
+            expert_scale: false,
+            global_scale: false,
+            appended: None,
+        }
     }
 
     /// The same, renormalised without an epsilon (Mixtral).
@@ -29,7 +50,82 @@ impl Gating {
     }
 }
 
-settings!(Gating { renormalise: Option<Renormalise>, scale: f32, groups: Option<Groups> });
+settings!(Gating {
+    choice: ChoiceBy,
+    renormalise: Option<Renormalise>,
+    scale: f32,
+    groups: Option<Groups>,
+    jitter: f32,
+    expert_scale: bool,
+    global_scale: bool,
+    appended: Option<Appended>,
+});
+
+/// Where a token's ids come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ChoiceBy {
+    /// The largest scores, with the correction bias if there is one: almost every model. [`Score::TopkSoftmax`] and [`Score::SparseMixer`] have no
+    /// score before the choice: the largest logits, without a bias.
+    Score,
+    /// The largest logits, with the correction bias if there is one; weights are still the scores of the chosen (Kolibri 1).
+    Logit,
+    /// Nothing is chosen: the caller gives ids, from a rollout (router replay) or from a table by token id (hash layers of DeepSeek-V4), and
+    /// scores only weigh. Correction bias and groups have no say. An id that is no expert's becomes -1, with weight 0; one may occur twice.
+    Given,
+}
+
+/// Experts `E .. E + count` that every token goes to (shared experts computed as the others are). Their ids and weights stand behind a
+/// token's `k` choices: rows of `k + count`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct Appended {
+    /// How many; `k + count` is at most 32.
+    pub count: usize,
+    /// What weighs them.
+    pub weight: AppendedWeight,
+}
+
+impl Appended {
+    /// `count` experts of this weight.
+    pub const fn new(count: usize, weight: AppendedWeight) -> Appended {
+        Appended { count, weight }
+    }
+
+    /// Whether the logits have columns for them.
+    pub const fn has_columns(&self) -> bool {
+        matches!(self.weight, AppendedWeight::Column)
+    }
+}
+
+/// What weighs an appended expert.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum AppendedWeight {
+    /// The score of a column of its own: logits are `[T, E + count]`. It is treated as a choice is, and so where the rule renormalises, the sum
+    /// is that of `k + count` scores (Inkling). Not with [`Score::Softmax`] and [`Score::SparseMixer`], which share 1 among the `E`.
+    Column,
+    /// This number, to which no scale is applied.
+    Fixed(f32),
+}
+
+/// What is done to the router's product before anything else sees it, `cap(factor (x W^T + bias))`: the logits that are returned, measured
+/// and chosen by.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct LogitRule {
+    /// Factor of every logit (Muse Spark's `output_multiplier`).
+    pub factor: f32,
+    /// `cap(l) = c tanh(l / c)`, c > 0 (Laguna's `moe_router_logit_softcapping`).
+    pub softcap: Option<f32>,
+}
+
+impl LogitRule {
+    /// Logits as the product has them.
+    pub const PLAIN: LogitRule = LogitRule { factor: 1.0, softcap: None };
+}
+
+settings!(LogitRule { factor: f32, softcap: Option<f32> });
 
 /// What a token's weights are divided by, of which `sum` is the sum.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,6 +135,8 @@ pub enum Renormalise {
     Plus(f32),
     /// `max(sum, epsilon)`: 1e-12 (ERNIE 4.5).
     AtLeast(f32),
+    /// The p-norm `(sum w^p)^(1/p)`, p > 0 (DBRX's `moe_normalize_expert_weights`); infinity is the largest weight.
+    PNorm(f32),
 }
 
 /// Group-limited choice (DeepSeek-V3's node-limited routing, section 2.1.2).
@@ -65,7 +163,7 @@ impl Groups {
 settings!(Groups { score: GroupScore, masked: Masked });
 
 /// What ranks a group of experts. Choice values are scores plus the correction bias, whether there is one or not; logits with
-/// [`Score::TopkSoftmax`], which has no scores before the choice.
+/// [`ChoiceBy::Logit`] and [`Score::TopkSoftmax`], which has no scores before the choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum GroupScore {
@@ -106,6 +204,33 @@ impl Gating {
     pub(crate) fn compares_scores(&self) -> bool {
         let by_groups =
             |groups: Groups| groups.count > 1 && (groups.score.terms() != 1 || groups.masked == Masked::Zero);
-        self.score != Score::TopkSoftmax && self.groups.is_some_and(by_groups)
+        !self.chooses_logits() && self.groups.is_some_and(by_groups)
+    }
+
+    /// Whether choice values are logits, with a bias or without.
+    pub(crate) fn chooses_logits(&self) -> bool {
+        self.choice == ChoiceBy::Logit || !self.score.precedes_choice()
+    }
+
+    /// Whether it is one of the common models' rules, which kernels are made for: beside scores, their biased choice, groups, sums and a scale
+    /// there is nothing.
+    pub(crate) fn is_common(&self) -> bool {
+        let common = matches!(self.score, Score::Softmax | Score::TopkSoftmax | Score::Sigmoid);
+        let by_sum = match self.renormalise {
+            Some(Renormalise::PNorm(p)) => p == 1.0,
+            _ => true,
+        };
+        let learned = self.expert_scale || self.global_scale;
+        common && self.choice == ChoiceBy::Score && by_sum && !learned && self.appended.is_none()
+    }
+
+    /// How many experts are appended to a token's choices.
+    pub fn appended_experts(&self) -> usize {
+        self.appended.map_or(0, |appended| appended.count)
+    }
+
+    /// Columns of the logits behind those of the experts that a choice is among.
+    pub fn appended_columns(&self) -> usize {
+        self.appended.filter(Appended::has_columns).map_or(0, |appended| appended.count)
     }
 }

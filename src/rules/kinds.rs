@@ -74,11 +74,19 @@ pub enum Score {
     TopkSoftmax,
     /// Sigmoid of each logit (DeepSeek-V3, GLM-4, MiniMax, Llama 4).
     Sigmoid,
+    /// `sqrt(ln(1 + exp(l)))` of each logit (DeepSeek-V4).
+    SqrtSoftplus,
+    /// Each choice by a softmax over the logits near the largest of those that are left; k is 1 or 2 (PhiMoE, evaluation).
+    SparseMixer,
 }
 
 impl Score {
     /// Every rule.
-    pub const ALL: [Score; 3] = [Score::Softmax, Score::TopkSoftmax, Score::Sigmoid];
+    pub const ALL: [Score; 5] =
+        [Score::Softmax, Score::TopkSoftmax, Score::Sigmoid, Score::SqrtSoftplus, Score::SparseMixer];
+
+    /// Those of the common models, which have kernels of their own.
+    pub const COMMON: [Score; 3] = [Score::Softmax, Score::TopkSoftmax, Score::Sigmoid];
 
     /// The word in kernel names.
     pub const fn name(self) -> &'static str {
@@ -86,7 +94,14 @@ impl Score {
             Score::Softmax => "softmax",
             Score::TopkSoftmax => "topksoftmax",
             Score::Sigmoid => "sigmoid",
+            Score::SqrtSoftplus => "sqrtsoftplus",
+            Score::SparseMixer => "sparsemixer",
         }
+    }
+
+    /// Whether an expert has a score before it is chosen.
+    pub const fn precedes_choice(self) -> bool {
+        matches!(self, Score::Softmax | Score::Sigmoid | Score::SqrtSoftplus)
     }
 }
 

@@ -15,7 +15,9 @@ use moe_kernels::reference::activation::{activate, activate_glu};
 use moe_kernels::reference::dispatch::DispatchRule;
 use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::registry::{Gemm, Kernel};
-use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource, WeightDesc, drop_below, keep_scale};
+use moe_kernels::rules::{
+    Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc, drop_below, keep_scale,
+};
 use moe_kernels::{Dtype, Workspace};
 
 use crate::buffer::Guarded;
@@ -50,12 +52,22 @@ struct Case {
     keeps: bool,
 }
 
+/// With every bound, alone and together.
+const SWIGLUS: [Swiglu; 6] = [
+    Swiglu::clamped(0.75).alpha(1.702).offset(1.0),
+    Swiglu::clamped(0.5),
+    Swiglu::clamped(0.25).clamp_after(true).factor(-0.5),
+    Swiglu::softcapped(0.75, 1.5),
+    Swiglu::new().gate(Bound::Softcap(2.0)).up(Bound::Clamp(0.5)).alpha(0.5).offset(-1.0),
+    Swiglu::new().up(Bound::Softcap(0.5)).factor(2.0).offset(0.25),
+];
+
 fn activations(glu: Glu) -> Vec<Activation> {
-    let all = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+    let all = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::ReluSquared];
     match glu {
         Glu::None => [&all[..], &[Activation::Identity]].concat(),
-        // The limit is low enough that values of unit scale are clamped.
-        _ => [&all[..], &[Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 }]].concat(),
+        // The limits are low enough that values of unit scale are clamped.
+        _ => [&all[..], &SWIGLUS.map(Activation::Swiglu)].concat(),
     }
 }
 

@@ -171,13 +171,17 @@ impl Layer {
             correction_bias: None,
             top_k,
             gating,
-            weigh_input: self.desc.weighting == Weighting::Input,
+            weighting: self.desc.weighting,
             capacity: None,
             up,
             activation: self.desc.mlp.activation,
             down,
             shared: Some(mlp(2)),
+            shared_activation: None,
             shared_gate: self.gated().then_some(&self.gate[..]),
+            scales: [1.0; 2],
+            bias: None,
+            null: None,
         };
         reference::layer::forward(&self.x, &layer).unwrap()
     }
@@ -274,7 +278,7 @@ fn faults_name_their_argument() {
     let without = |weights: &mut LayerWeights<'_>| weights.experts.shared.as_mut().unwrap().gate = None;
     assert_eq!(fault(&gated, &without, [false, false]), named("shared.gate"));
     let with = |weights: &mut LayerWeights<'_>| {
-        let matrix = weights.router.matrix;
+        let matrix = weights.router.matrix.unwrap();
         weights.experts.shared.as_mut().unwrap().gate = Some(matrix);
     };
     assert_eq!(fault(&plain, &with, [false, false]), named("shared.gate"));

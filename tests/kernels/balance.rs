@@ -4,12 +4,13 @@ use moe_kernels::reference::balance::{Balance, cv_squared, probabilities};
 use moe_kernels::reference::{self, sampled::log_sum_exp};
 use moe_kernels::registry::{Gate, Kernel, MeasuredGate};
 use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
-use moe_kernels::routers::gating::GatingDesc;
+use moe_kernels::routers::gating::{GatingDesc, RuleInputs};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
 use moe_kernels::rules::{BalanceRule, Gating, LossScore, Score};
 use moe_kernels::{In, Workspace};
 
+use crate::any_rule;
 use crate::gating::{Logits, coarse, correction_bias, every_group_rule, groups, logits, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
@@ -17,6 +18,7 @@ use crate::support::device;
 use crate::timing::time;
 
 pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
+    let Some(score) = variant.score else { return any_rule::check_measured(variant, rng) };
     let most = variant.gate().max_experts() as usize;
     let least = Gate::VALUES.iter().map(|&v| 32 * v as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
     let wide = most > 1024;
@@ -30,15 +32,15 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
                     continue;
                 }
                 let top_k = top_k.min(experts);
-                let gating = Gating::new(variant.score)
+                let gating = Gating::new(score)
                     .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
-                    .groups(groups(rng, variant.score, experts, top_k));
-                let sigmoid = variant.score == Score::Sigmoid && rng.bool();
-                let score = if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
+                    .groups(groups(rng, score, experts, top_k));
+                let sigmoid = score == Score::Sigmoid && rng.bool();
+                let loss = if sigmoid { LossScore::Sigmoid } else { LossScore::Softmax };
                 // All choices, first ones, or those of largest score.
                 let loss_counts = rng.u32(..3);
-                let rule = BalanceRule::new(score, sequence)
+                let rule = BalanceRule::new(loss, sequence)
                     .first_choice_only(loss_counts == 1)
                     .unbiased(loss_counts == 2)
                     .capacity(rng.bool().then(|| 1 + rng.usize(..4)));
@@ -47,8 +49,8 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
             }
         }
     }
-    for (experts, top_k, groups) in every_group_rule(variant.score, most) {
-        let gating = GatingDesc::new(23, experts, top_k, Gating::new(variant.score).groups(Some(groups)));
+    for (experts, top_k, groups) in every_group_rule(score, most) {
+        let gating = GatingDesc::new(23, experts, top_k, Gating::new(score).groups(Some(groups)));
         case(variant, rng, &MeasuredGatingDesc::new(gating), Logits::Normal);
     }
 }
@@ -78,12 +80,24 @@ impl Measured {
 
 /// Runs `desc` `times` times, the later ones onto the totals of the earlier, which must each give the same bits if they start anew.
 pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, times: usize) -> Measured {
+    measure_by(desc, values, bias, RuleInputs::new(), times)
+}
+
+/// [`measure`] with what else the rule takes.
+pub fn measure_by(
+    desc: &MeasuredGatingDesc,
+    values: &[f32],
+    bias: Option<&[f32]>,
+    inputs: RuleInputs<'_>,
+    times: usize,
+) -> Measured {
     let (kernels, stream) = (device::kernels(), device::stream());
     let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
     let logits = Guarded::input(&stream, "logits", values);
     let bias = bias.map(|bias| Guarded::input(&stream, "correction_bias", bias));
-    let mut ids = Guarded::output(&stream, "ids", tokens * top_k);
-    let mut weights = Guarded::output(&stream, "weights", tokens * top_k);
+    let row = top_k + desc.gating.gating.appended_experts();
+    let mut ids = Guarded::output(&stream, "ids", tokens * row);
+    let mut weights = Guarded::output(&stream, "weights", tokens * row);
     let mut lse = Guarded::output(&stream, "log_sum_exp", tokens);
     let mut shares = Guarded::output(&stream, "probabilities", tokens * experts);
     let mut counts = Guarded::output(&stream, "counts", experts);
@@ -115,6 +129,7 @@ pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, 
             args = args.log_sum_exp(&mut lse_to).probabilities(&mut shares_to);
         }
         args.correction_bias = bias.as_ref().map(In::from);
+        args.rule = inputs;
         measured_gating::forward(kernels, &stream, desc, args).unwrap();
         Measured {
             ids: ids.read(&stream),
@@ -146,7 +161,8 @@ pub fn measure(desc: &MeasuredGatingDesc, values: &[f32], bias: Option<&[f32]>, 
 /// `got` is `want` to within `tolerance` of `scale + |want|`, NaN where that is NaN.
 fn near(name: &str, got: f32, want: f64, tolerance: f64, scale: f64) {
     let close = (f64::from(got) - want).abs() <= tolerance * (scale + want.abs());
-    assert!(close || (got.is_nan() && want.is_nan()), "{name}: got {got:e}, want {want:e}");
+    let same = f64::from(got) == want || (got.is_nan() && want.is_nan());
+    assert!(close || same, "{name}: got {got:e}, want {want:e}");
 }
 
 fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDesc, kind: Logits) {
@@ -154,7 +170,7 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
     let selection = measured_gating::select(desc, device::kernels().device()).unwrap();
     assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
     let mut values = logits(rng, kind, tokens * experts);
-    let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
+    let with_bias = gating.score != Score::TopkSoftmax && rng.bool();
     if with_bias || gating.groups.is_some() {
         coarse(&mut values);
     }
@@ -167,8 +183,21 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
     let shares = Shares::of(gating.score, experts, top_k);
     assert_weights(&name, &got.weights, &gated.weights, shares, if gating.renormalise.is_some() { top_k } else { 0 });
 
-    let weights = to_f64(&got.weights);
-    let want = reference::balance::balance(&values, &got.ids, &weights, experts, top_k, &desc.rule).unwrap();
+    check_measures(&name, &got, desc, [&values, &got.weights], &got.ids, layers);
+}
+
+/// What was measured in `layers` calls, of the same logits `values [T,E]`, `weights [T,k]` and ids each.
+pub fn check_measures(
+    name: &str,
+    got: &Measured,
+    desc: &MeasuredGatingDesc,
+    [values, weights]: [&[f32]; 2],
+    ids: &[i32],
+    layers: usize,
+) {
+    let GatingDesc { tokens, experts, top_k, .. } = desc.gating;
+    let weights = to_f64(weights);
+    let want = reference::balance::balance(values, ids, &weights, experts, top_k, &desc.rule).unwrap();
     assert_eq!(got.counts, want.counts, "{name}: counts");
     for (e, (&got, &want)) in got.loss_counts.iter().zip(&want.totals.counts).enumerate() {
         assert_eq!(got as u64, layers as u64 * want, "{name}: loss_counts[{e}]");
@@ -204,13 +233,14 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
             divided,
         );
     }
-    check_stats(&name, &got.stats, &want, desc, layers);
+    check_stats(name, &got.stats, &want, desc, layers);
 }
 
 fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasuredGatingDesc, layers: usize) {
     let GatingDesc { tokens, top_k, .. } = desc.gating;
     assert_eq!(got.tokens as usize, tokens, "{name}");
-    assert_eq!(got.slots as usize, tokens * top_k, "{name}");
+    let slots: i64 = want.counts.iter().map(|&count| i64::from(count)).sum();
+    assert_eq!(i64::from(got.slots), slots, "{name}");
     assert_eq!(u64::from(got.dropped), want.dropped, "{name}: dropped");
     assert_eq!(got.max_load as i32, want.counts.iter().copied().max().unwrap_or(0), "{name}");
     let mut totals = want.totals.clone();
@@ -223,8 +253,8 @@ fn check_stats(name: &str, got: &RouterStats, want: &Balance, desc: &MeasuredGat
     let counts: Vec<f64> = want.counts.iter().map(|&count| f64::from(count)).collect();
     near(&format!("{name}: load_cv2"), got.load_cv2, cv_squared(&counts), FEW_ROUNDINGS, 0.0);
     near(&format!("{name}: max_over_mean"), got.max_over_mean, want.max_over_mean(), FEW_ROUNDINGS, 0.0);
-    let slots = (tokens * top_k) as f64;
-    near(&format!("{name}: dropped_fraction"), got.dropped_fraction, want.dropped as f64 / slots, FEW_ROUNDINGS, 0.0);
+    let fraction = want.dropped as f64 / (tokens * top_k) as f64;
+    near(&format!("{name}: dropped_fraction"), got.dropped_fraction, fraction, FEW_ROUNDINGS, 0.0);
 }
 
 /// Losses of totals that were made elsewhere; the fields that totals do not determine stay.

@@ -29,17 +29,17 @@ fn check_as<T: Storage>(variant: Combine, rng: &mut fastrand::Rng) {
         [(1, 1, 8), (1, 32, 2056), (7, 2, 104), (130, 8, 96), (3, 5, 4104), (65, 3, 2048)]
     };
     for (tokens, top_k, hidden) in shapes {
-        for options in 0..16 {
+        for options in 0..32 {
             case::<T>(variant, rng, [tokens, top_k, hidden], options);
         }
     }
 }
 
-/// Bits of `options`: weights, residual, addend, identity experts.
+/// Bits of `options`: weights, residual, addend, identity experts, factors and a bias.
 fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, hidden]: [usize; 3], options: u32) {
     let kernels = device::kernels();
     let stream = device::stream();
-    let name = format!("T={tokens} k={top_k} H={hidden} options={options:04b}");
+    let name = format!("T={tokens} k={top_k} H={hidden} options={options:05b}");
     // More rows than choices, and rows that no choice refers to hold NaN: they must not be read into any sum.
     let slots = tokens * top_k + 3;
     let mut order: Vec<i32> = (0..slots as i32).collect();
@@ -56,9 +56,25 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let (residual, addend, mut identity) = (rows(2), rows(4), rows(8));
     // A shared expert's gate, of either sign.
     let gate: Option<Vec<f32>> = (addend.is_some() && rng.bool()).then(|| normals(rng, tokens, 2.0));
-    // A third of the tokens have no identity expert: their x is not read.
-    let identity_weight: Vec<f32> =
-        (0..tokens).map(|_| if rng.u32(..3) == 0 { 0.0 } else { normal(rng) as f32 }).collect();
+    let bias: Option<Vec<T>> = (options & 16 != 0).then(|| normals(rng, hidden, 1.0));
+    let mut factor = || if options & 16 != 0 && rng.u32(..4) != 0 { normal(rng) as f32 } else { 1.0 };
+    let [scale, addend_scale] = [factor(), factor()];
+    // A third of the tokens have no identity expert: their x is not read. Which ones they are, choices say, or a weight alone.
+    let by_choices = rng.bool();
+    let identities = 5..9;
+    let ids: Vec<i32> = (0..tokens)
+        .flat_map(|_| {
+            let from = if rng.u32(..3) == 0 { [-1, 0, 4, 9] } else { [-1, 5, 8, 9] };
+            (0..top_k).map(|_| from[rng.usize(..4)]).collect::<Vec<_>>()
+        })
+        .collect();
+    let choice_weights: Vec<f32> = normals(rng, tokens * top_k, 1.0);
+    let identity_weight: Vec<f32> = if by_choices {
+        let sums = reference::combine::identity_weight(&ids, &to_f64(&choice_weights), top_k, identities.clone());
+        sums.unwrap().into_iter().map(|sum| sum as f32).collect()
+    } else {
+        (0..tokens).map(|_| if rng.u32(..3) == 0 { 0.0 } else { normal(rng) as f32 }).collect()
+    };
     if let Some(identity) = &mut identity {
         for (row, &weight) in identity.chunks_mut(hidden).zip(&identity_weight) {
             if weight == 0.0 {
@@ -76,28 +92,32 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
             gate.iter().for_each(|gate| reference::combine::gate_addend(&mut addend, &to_f64(gate)).unwrap());
             addend
         });
-        let mut sum = reference::combine::combine(
-            &of(to_f64(&y_slots)),
-            &token_slot,
-            weights.as_deref(),
-            residual.as_deref(),
-            addend.as_deref(),
-            top_k,
-            hidden,
-        )
-        .unwrap();
+        let weights = weights.as_deref();
+        let y_slots = of(to_f64(&y_slots));
+        let mut sum =
+            reference::combine::combine::<f64, f64>(&y_slots, &token_slot, weights, None, None, top_k, hidden).unwrap();
         if let Some(identity) = &identity {
-            reference::combine::add_identity(&mut sum, &of(to_f64(identity)), &of(to_f64(&identity_weight))).unwrap();
+            let weight = match by_choices {
+                true => {
+                    reference::combine::identity_weight(&ids, &of(to_f64(&choice_weights)), top_k, identities.clone())
+                }
+                false => Ok(of(to_f64(&identity_weight))),
+            };
+            reference::combine::add_identity(&mut sum, &of(to_f64(identity)), &weight.unwrap()).unwrap();
         }
+        let (residual, addend) = (residual.as_deref(), addend.as_deref());
+        let (bias, factors) =
+            (bias.as_deref().map(|bias| of(to_f64(bias))), [scale, addend_scale].map(|v| f(v.into())));
+        reference::combine::add_around(&mut sum, factors, bias.as_deref(), residual, addend).unwrap();
         sum
     };
     let (want, magnitudes) = (sum(|v| v), sum(f64::abs));
     let sigmoid = if gate.is_some() { FEW_ROUNDINGS } else { 0.0 };
     let bounds: Vec<f64> =
-        magnitudes.iter().map(|&m| Arithmetic::Fma.sum_bound(top_k + 3, m, m, m) + sigmoid * m).collect();
+        magnitudes.iter().map(|&m| Arithmetic::Fma.sum_bound(2 * top_k + 6, m, m, m) + sigmoid * m).collect();
 
     let shape = SlotShape::new(tokens, 1, Some(top_k), slots, 16, 0);
-    let desc = CombineDesc::new(variant.dtype, shape, hidden);
+    let desc = CombineDesc::new(variant.dtype, shape, hidden).scale(scale).addend_scale(addend_scale);
     assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel.variant(), Kernel::Combine(variant));
     // Where rows begin on any element, so do buffers.
     let shift = |elements: usize| if variant.any { elements } else { 0 };
@@ -110,7 +130,10 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let addend = addend.map(|values| Guarded::shifted_input(&stream, "addend", &values, shift(7)));
     let gate = gate.map(|values| Guarded::input(&stream, "addend_gate", &values));
     let identity = identity.map(|values| Guarded::shifted_input(&stream, "identity", &values, shift(1)));
-    let identity_weight = Guarded::input(&stream, "identity_weight", &identity_weight);
+    let identity_weight =
+        Guarded::input(&stream, "identity_weight", if by_choices { &choice_weights } else { &identity_weight });
+    let ids = Guarded::input(&stream, "ids", &ids);
+    let bias = bias.map(|values| Guarded::shifted_input(&stream, "bias", &values, shift(3)));
     let junk = vec![Guarded::<T>::junk(); tokens * hidden];
     let mut y = Guarded::filled_output(&stream, "y", &junk, shift(1));
     let launch = |y: &mut Guarded<T>, accumulate: bool| {
@@ -123,7 +146,13 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         args.addend_gate = gate.as_ref().map(In::from);
         args.weights = weights.as_ref().map(In::from);
         args.addend = addend.as_ref().map(In::from);
-        args.identity = identity.as_ref().map(|x| Identity::new(x, &identity_weight));
+        let (ids, bias) = (ids.view(), bias.as_ref().map(Guarded::view));
+        let numbers = identities.start as u32..identities.end as u32;
+        args.identity = identity.as_ref().map(|x| match by_choices {
+            true => Identity::of_choices(x, &ids, &identity_weight, numbers),
+            false => Identity::new(x, &identity_weight),
+        });
+        args.bias = bias.as_ref().map(In::from);
         if accumulate {
             args = args.accumulate();
         } else {

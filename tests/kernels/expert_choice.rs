@@ -4,14 +4,14 @@ use half::{bf16, f16};
 use moe_kernels::capacity::token_slots::{self, TokenSlotsArgs, TokenSlotsDesc};
 use moe_kernels::experts::SlotShape;
 use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
-use moe_kernels::reference::combine::gate_addend;
+use moe_kernels::reference::combine::{add_around, gate_addend};
 use moe_kernels::reference::expert_choice as reference;
 use moe_kernels::reference::expert_choice::{Chosen, TokenSlots};
 use moe_kernels::registry::{CombineRagged, Kernel};
 use moe_kernels::routers::affinity::{self, AffinityArgs, AffinityDesc};
 use moe_kernels::routers::expert_choice::{self, ExpertChoiceArgs, ExpertChoiceDesc};
 use moe_kernels::rules::Affinity;
-use moe_kernels::{Dtype, Workspace};
+use moe_kernels::{Dtype, In, Workspace};
 
 use crate::noisy::assert_same_bits;
 use crate::rows::{self, Rows};
@@ -211,16 +211,18 @@ fn combine_ragged<T: Storage>(variant: CombineRagged, rng: &mut fastrand::Rng) {
         [(1, 1, 8), (9, 40, 72), (50, 30, 256), (3, 100, 2056), (4, 0, 8)]
     };
     let shift = |elements: usize| if variant.any { elements } else { 0 };
-    for ((tokens, slots, hidden), options) in shapes.into_iter().flat_map(|shape| (0..8).map(move |o| (shape, o))) {
-        let [weighted, with_residual, with_addend] = [1, 2, 4].map(|bit| options & bit != 0);
+    for ((tokens, slots, hidden), options) in shapes.into_iter().flat_map(|shape| (0..16).map(move |o| (shape, o))) {
+        let [weighted, with_residual, with_addend, with_factors] = [1, 2, 4, 8].map(|bit| options & bit != 0);
         let name = format!(
-            "{dtype}, {tokens} tokens, {slots} slots, hidden {hidden}, weights {weighted}, residual {with_residual}, addend {with_addend}"
+            "{dtype}, {tokens} tokens, {slots} slots, hidden {hidden}, weights {weighted}, residual {with_residual}, addend {with_addend}, factors and bias {with_factors}"
         );
         let slot_token: Vec<i32> = (0..slots).map(|_| rng.usize(..tokens) as i32).collect();
         let of: TokenSlots = reference::token_slots(&slot_token, tokens).unwrap();
         let y_slots = normals::<T>(rng, slots * hidden, 1.0);
         let (residual, addend) = (normals::<T>(rng, tokens * hidden, 1.0), normals::<T>(rng, tokens * hidden, 1.0));
         let weights: Vec<f32> = (0..slots).map(|_| rng.f32()).collect();
+        let bias: Option<Vec<T>> = with_factors.then(|| normals(rng, hidden, 1.0));
+        let [scale, addend_scale] = [(); 2].map(|()| if with_factors { normal(rng) as f32 } else { 1.0 });
         // A shared expert's gate, of either sign.
         let (gated, gate) = (with_addend && rng.bool(), normals::<f32>(rng, tokens, 2.0));
         let sum = |f: fn(f64) -> f64| {
@@ -230,19 +232,18 @@ fn combine_ragged<T: Storage>(variant: CombineRagged, rng: &mut fastrand::Rng) {
             if gated {
                 gate_addend(&mut addend, &to_f64(&gate)).unwrap();
             }
-            reference::combine_ragged(
-                &of_f64(&y_slots),
-                &of,
-                weighted.then_some(weights.as_slice()),
-                with_residual.then_some(residual.as_slice()),
-                with_addend.then_some(addend.as_slice()),
-                hidden,
-            )
-            .unwrap()
+            let weights = weighted.then_some(weights.as_slice());
+            let mut sum =
+                reference::combine_ragged::<f64, f64>(&of_f64(&y_slots), &of, weights, None, None, hidden).unwrap();
+            let residual = with_residual.then_some(residual.as_slice());
+            let addend = with_addend.then_some(addend.as_slice());
+            let (bias, factors) = (bias.as_deref().map(of_f64), [scale, addend_scale].map(|v| f(v.into())));
+            add_around(&mut sum, factors, bias.as_deref(), residual, addend).unwrap();
+            sum
         };
         let (want, magnitudes) = (sum(|v| v), sum(f64::abs));
         let sigmoid = if gated { FEW_ROUNDINGS } else { 0.0 };
-        let terms = of.offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize + 2);
+        let terms = of.offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize * 2 + 5);
         let bounds: Vec<f64> = terms
             .zip(magnitudes.chunks(hidden))
             .flat_map(|(terms, row)| row.iter().map(move |&m| Arithmetic::Fma.sum_bound(terms, m, m, m) + sigmoid * m))
@@ -260,7 +261,8 @@ fn combine_ragged<T: Storage>(variant: CombineRagged, rng: &mut fastrand::Rng) {
         let gate = Guarded::input(&stream, "addend_gate", &gate);
         let junk = vec![Guarded::<T>::junk(); tokens * hidden];
         let mut y = Guarded::filled_output(&stream, "y", &junk, shift(7));
-        let desc = CombineDesc::new(dtype, shape, hidden);
+        let desc = CombineDesc::new(dtype, shape, hidden).scale(scale).addend_scale(addend_scale);
+        let bias = bias.map(|values| Guarded::shifted_input(&stream, "bias", &values, shift(1)));
         let selected = combine::select(&desc, kernels.device()).unwrap().kernel.variant();
         assert_eq!(selected, Kernel::CombineRagged(variant));
         let mut run = || {
@@ -268,11 +270,13 @@ fn combine_ragged<T: Storage>(variant: CombineRagged, rng: &mut fastrand::Rng) {
             {
                 let (rows, weights, residual, addend) = (rows.view(), weights.view(), residual.view(), addend.view());
                 let (gate, mut to) = (gate.view(), y.view_mut());
+                let bias = bias.as_ref().map(Guarded::view);
                 let mut args = CombineArgs::new(&rows, &dispatched, &mut to);
                 args.weights = weighted.then_some((&weights).into());
                 args.residual = with_residual.then_some((&residual).into());
                 args.addend = with_addend.then_some((&addend).into());
                 args.addend_gate = gated.then_some((&gate).into());
+                args.bias = bias.as_ref().map(In::from);
                 combine::forward(kernels, &stream, &desc, args).unwrap();
             }
             y.read(&stream)

@@ -7,6 +7,7 @@ use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDisp
 use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, Masked, Renormalise, Score};
 use moe_kernels::{In, reference};
 
+use crate::any_rule;
 use crate::dispatch::{Outputs, rule_of};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
@@ -15,6 +16,7 @@ use crate::support::inputs::normal;
 use crate::timing::time;
 
 pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
+    let Some(score) = variant.score else { return any_rule::check(variant, rng) };
     let most = variant.max_experts() as usize;
     let least = Gate::VALUES.iter().map(|&v| 32 * v as usize).filter(|&e| e < most).max().unwrap_or(0) + 1;
     let middle = (least + most) / 2;
@@ -23,26 +25,26 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
             let tokens = if variant.dispatch && tokens == 70 { 300 } else { tokens };
             let top_k = top_k.min(experts);
             for logits in [Logits::Normal, Logits::Ties, Logits::NotFinite] {
-                let gating = Gating::new(variant.score)
+                let gating = Gating::new(score)
                     .renormalise(renormalise(rng))
                     .scale(if rng.bool() { 1.0 } else { 2.5 })
-                    .groups(groups(rng, variant.score, experts, top_k));
-                let with_bias = variant.score != Score::TopkSoftmax && rng.bool();
+                    .groups(groups(rng, score, experts, top_k));
+                let with_bias = score != Score::TopkSoftmax && rng.bool();
                 let desc = GatingDesc::new(tokens, experts, top_k, gating);
                 case(variant, rng, &desc, logits, with_bias);
             }
         }
     }
-    for (experts, top_k, groups) in every_group_rule(variant.score, most) {
-        let desc = GatingDesc::new(23, experts, top_k, Gating::new(variant.score).groups(Some(groups)));
+    for (experts, top_k, groups) in every_group_rule(score, most) {
+        let desc = GatingDesc::new(23, experts, top_k, Gating::new(score).groups(Some(groups)));
         case(variant, rng, &desc, Logits::Normal, false);
     }
     // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
     if !variant.dispatch && variant.values <= 32 {
         let warps = 8 * device::kernels().device().multiprocessors * variant.warps();
-        let gating = Gating::new(variant.score);
+        let gating = Gating::new(score);
         let desc = GatingDesc::new(warps as usize + 5, least.max(2), 2, gating);
-        case(variant, rng, &desc, Logits::Normal, variant.score != Score::TopkSoftmax);
+        case(variant, rng, &desc, Logits::Normal, score != Score::TopkSoftmax);
         case(variant, rng, &desc, Logits::Ties, false);
     }
 }
@@ -151,8 +153,10 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     let mut weights = Guarded::<f32>::output(&stream, "weights", choices);
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, desc.tokens).padded(true))];
     let capacity = capacities[rng.usize(..3)];
-    let order = DispatchDesc::new(desc.tokens, desc.experts, desc.top_k, 16).capacity(capacity);
-    let fused = GatingDispatchDesc::new(desc.gating, order);
+    // Some of the experts have no rows.
+    let null = if variant.dispatch && rng.bool() { rng.usize(..desc.experts) } else { 0 };
+    let order = DispatchDesc::new(desc.tokens, desc.experts - null, desc.top_k, 16).capacity(capacity);
+    let fused = GatingDispatchDesc::new(desc.gating, order).null_experts(null);
     let selection = if variant.dispatch {
         gating_dispatch::select(&fused, kernels.device())
     } else {
@@ -179,7 +183,7 @@ fn case(variant: Gate, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits,
     launch(&mut ids, &mut weights, &mut outputs);
     let (got_ids, got_weights) = (ids.read(&stream), weights.read(&stream));
     assert_eq!(got_ids, want.ids, "{name}: ids");
-    let shares = Shares::of(variant.score, desc.experts, desc.top_k);
+    let shares = Shares::of(desc.gating.score, desc.experts, desc.top_k);
     assert_weights(
         &name,
         &got_weights,

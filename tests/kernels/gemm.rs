@@ -8,7 +8,7 @@ use moe_kernels::experts::{SlotShape, Weight};
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::registry::{Fold, Gemm, GemmHopper, Kernel};
-use moe_kernels::rules::{Activation, Dropout, Glu, Layout, NoiseSource, WeightDesc, drop_below};
+use moe_kernels::rules::{Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc, drop_below};
 use moe_kernels::{Dtype, In, Out, reference};
 
 use crate::dispatch::rule;
@@ -63,12 +63,33 @@ pub fn check(variant: impl Into<Variant>, rng: &mut fastrand::Rng) {
 }
 
 pub fn activations(fold: Fold) -> Vec<Activation> {
-    let gated = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+    let all = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::ReluSquared];
     match fold {
-        Fold::Plain => [&[Activation::Identity][..], &gated].concat(),
-        // The limit is low enough that values of unit scale are clamped.
-        Fold::Glu | Fold::Iglu => [&gated[..], &[Activation::ClampedSwiglu { alpha: 1.702, limit: 0.75 }]].concat(),
+        Fold::Plain => [&[Activation::Identity][..], &all].concat(),
+        Fold::Glu | Fold::Iglu => [&all[..], &SWIGLUS.map(Activation::Swiglu)].concat(),
     }
+}
+
+/// Every bound, alone and with others, low enough that values of unit scale meet it.
+const SWIGLUS: [Swiglu; 5] = [
+    Swiglu::clamped(0.75).alpha(1.702).offset(1.0),
+    Swiglu::clamped(0.25).clamp_after(true).factor(-0.5),
+    Swiglu::softcapped(0.75, 1.5),
+    // A large cap: what cancels in its hyperbolic tangent would be seen.
+    Swiglu::new().gate(Bound::Softcap(1e4)).up(Bound::Clamp(0.5)).alpha(0.5).offset(-1.0),
+    Swiglu::new().up(Bound::Softcap(1e4)).factor(2.0).offset(0.25),
+];
+
+/// Numbers of a SwiGLU that an expert has in place of the descriptor's: alpha, bound of the gate, of the up value, offset.
+fn of_expert(activation: Activation, [alpha, gate, up, offset]: [Option<f32>; 4]) -> Activation {
+    let Activation::Swiglu(unit) = activation else { return activation };
+    let bound = |bound, value: Option<f32>| match (bound, value) {
+        (Bound::Clamp(_), Some(limit)) => Bound::Clamp(limit),
+        (Bound::Softcap(_), Some(cap)) => Bound::Softcap(cap),
+        (bound, _) => bound,
+    };
+    let unit = unit.alpha(alpha.unwrap_or(unit.alpha)).offset(offset.unwrap_or(unit.offset));
+    unit.gate(bound(unit.gate, gate)).up(bound(unit.up, up)).into()
 }
 
 /// The forms of a weight that the variant takes.
@@ -91,8 +112,8 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     let form = |index: usize| forms[index % forms.len()];
     for (index, activation) in activations(variant.fold).into_iter().enumerate() {
         // K: less than a stage, ragged, several stages; N: less than a tile, ragged, two tiles.
-        let k = [40, 8, 200, 328, 72][index];
-        let n = [24, 72, 8, 136, 40][index];
+        let k = [40, 8, 200, 328, 72, 16, 24, 80, 8, 40][index];
+        let n = [24, 72, 8, 136, 40, 8, 24, 16, 72, 8][index];
         let (gather, bias) = (index % 2 == 0, index % 3 != 1);
         let (scale, out_scale) = (index % 2 == 0, index % 2 == 1);
         let case = Case { k, n, glu: form(index), activation, gather, bias, scale, out_scale };
@@ -202,15 +223,18 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let values = Values::draw(rng, case, experts);
     let scale: Option<Vec<f32>> = case.scale.then(|| normals(rng, rows, 1.0));
     let out_scale: Option<Vec<f32>> = case.out_scale.then(|| normals(rng, rows, 1.0));
+    let by_expert = ByExpert::draw(rng, activation, experts);
+    let activations = by_expert.activations(activation, experts);
 
     let matrix = values.matrix(variant, case);
     let scale64 = scale.as_deref().map(to_f64);
     let live = plan.slot_token.len();
     let scale_live = scale64.as_ref().map(|scale| &scale[..live]);
     let a_live = if gather { &a[..] } else { &a[..live * k] };
-    let mut want = reference::gemm::grouped_gemm(a_live, &matrix, plan, gather, scale_live, activation).unwrap();
+    let grouped_gemm = reference::gemm::grouped_gemm_by_expert;
+    let mut want = grouped_gemm(a_live, &matrix, plan, gather, scale_live, &activations).unwrap();
     let Products { before, after: mut bounds } =
-        products(a_live, &matrix, plan, gather, scale_live, activation, arithmetic(variant.dtype));
+        products(a_live, &matrix, plan, gather, scale_live, &activations, arithmetic(variant.dtype));
     // The factor of the result, and its own rounding.
     for (i, (want, bound)) in want.iter_mut().zip(&mut bounds).enumerate() {
         let factor = out_scale.as_ref().map_or(1.0, |scale| f64::from(scale[i / n]));
@@ -223,6 +247,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let weight = values.on_device(variant, case);
     let scale = scale.map(|values| Guarded::input(&stream, "row_scale", &values));
     let out_scale = out_scale.map(|values| Guarded::input(&stream, "out_scale", &values));
+    let by_expert = by_expert.on_device();
     let dispatched = match &desc.rows {
         Rows::Grouped(shape) => Some(Lists::of(plan).dispatched(&stream, shape)),
         _ => None,
@@ -241,6 +266,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
         let (mut desc, mut more) = (*desc, more.map(|(kept, shared)| (kept.view_mut(), shared.as_mut())));
         let mut shared = more.as_mut().and_then(|(_, shared)| shared.take()).map(|shared| {
             desc.shared_rows = shared.rows;
+            desc.shared_activation = shared.activation;
             (shared.a.view(), shared.weight.views(), shared.out.view_mut(), shared.kept.view_mut())
         });
         assert_eq!(gemm::select(&desc, kernels.device()).unwrap().kernel.variant(), variant.kernel);
@@ -250,6 +276,12 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
             .as_mut()
             .map(|(a, weight, out, kept)| SharedRows::new(&*a, weight.weight(), out).pre_activation(kept));
         args.dispatched = dispatched.as_ref();
+        let by_expert = by_expert.each_ref().map(|values| values.as_ref().map(Guarded::view));
+        let [alpha, gate, up, offset] = by_expert.each_ref().map(|values| values.as_ref().map(In::from));
+        args.swiglu.alpha = alpha;
+        args.swiglu.gate = gate;
+        args.swiglu.up = up;
+        args.swiglu.offset = offset;
         args.row_scale = scale.as_ref().map(In::from);
         args.out_scale = out_scale.as_ref().map(In::from);
         args.dropout = dropout.map(|(dropout, _)| dropout);
@@ -264,6 +296,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     assert!(same, "{name}: a row that no tile covers was written");
     a.assert_unchanged(&stream);
     weight.assert_unchanged();
+    by_expert.iter().flatten().for_each(|values| values.assert_unchanged(&stream));
     time(&stream, &name, || launch(&mut out, None, None));
     out.reset(&stream);
     launch(&mut out, None, Some((&mut kept, &mut shared)));
@@ -336,7 +369,7 @@ pub fn products<T: Storage>(
     plan: &Plan,
     gather: bool,
     scale: Option<&[f64]>,
-    activation: Activation,
+    activations: &[Activation],
     arithmetic: Arithmetic,
 ) -> Products {
     let (columns, n) = (matrix.weight_rows(), matrix.n);
@@ -355,7 +388,8 @@ pub fn products<T: Storage>(
         Bounded { value: sums[i], error }.scaled(scale.map_or(1.0, |scale| scale[i / columns]))
     };
     let (mut before, mut after) = (vec![], vec![]);
-    for row in (0..plan.slot_token.len()).map(|row| row * columns) {
+    let experts = (0..).zip(&plan.counts).flat_map(|(e, &count)| std::iter::repeat_n(e, count as usize));
+    for (row, expert) in experts.enumerate().map(|(row, expert): (usize, usize)| (row * columns, expert)) {
         let gate_and_up = |c: usize| match matrix.glu {
             Glu::None => (at(row + c), None),
             Glu::Split | Glu::Apart => (at(row + c), Some(at(row + n + c))),
@@ -366,7 +400,7 @@ pub fn products<T: Storage>(
         let pairs: Vec<(Bounded, Option<Bounded>)> = (0..n).map(gate_and_up).collect();
         before.extend(pairs.iter().map(|(gate, _)| *gate));
         before.extend(pairs.iter().filter_map(|(_, up)| *up));
-        after.extend(pairs.iter().map(|&(gate, up)| Bounded::activated(activation, gate, up).error));
+        after.extend(pairs.iter().map(|&(gate, up)| Bounded::activated(activations[expert], gate, up).error));
     }
     Products { before, after }
 }
@@ -375,6 +409,31 @@ fn assert_products<T: Storage>(name: &str, got: &[T], want: &[Bounded]) {
     let values: Vec<f64> = want.iter().map(|want| want.value).collect();
     let bounds: Vec<f64> = want.iter().map(|want| want.error).collect();
     assert_sums(name, &to_f64(got), &values, &bounds, T::DTYPE);
+}
+
+/// Numbers of a SwiGLU by expert, where they are given: alpha, bounds of gate and up value, offset.
+struct ByExpert([Option<Vec<f32>>; 4]);
+
+impl ByExpert {
+    /// Each or none of them, for a SwiGLU that takes it.
+    fn draw(rng: &mut fastrand::Rng, activation: Activation, experts: usize) -> ByExpert {
+        let Activation::Swiglu(unit) = activation else { return ByExpert([const { None }; 4]) };
+        let bounded = |bound| bound != Bound::None;
+        let takes = [true, bounded(unit.gate), bounded(unit.up), true];
+        ByExpert(takes.map(|takes| {
+            (takes && rng.bool()).then(|| (0..experts).map(|_| 0.25 + 1.5 * rng.f32()).collect::<Vec<f32>>())
+        }))
+    }
+
+    fn activations(&self, activation: Activation, experts: usize) -> Vec<Activation> {
+        let of = |expert: usize| self.0.each_ref().map(|values| values.as_ref().map(|values| values[expert]));
+        (0..experts).map(|expert| of_expert(activation, of(expert))).collect()
+    }
+
+    fn on_device(&self) -> [Option<Guarded<f32>>; 4] {
+        let input = |values: &Vec<f32>| Guarded::input(&device::stream(), "swiglu", values);
+        self.0.each_ref().map(|values| values.as_ref().map(input))
+    }
 }
 
 /// A weight of `experts` matrices, and its bias.
@@ -451,9 +510,10 @@ impl<T: Storage> Views<'_, T> {
     }
 }
 
-/// Rows of a shared expert, neither scaled nor dropped, of a weight like the others'.
+/// Rows of a shared expert, neither scaled nor dropped, of a weight like the others', with their activation or another.
 struct Shared<T> {
     rows: usize,
+    activation: Option<Activation>,
     a: Guarded<T>,
     weight: OnDevice<T>,
     out: Guarded<T>,
@@ -470,10 +530,14 @@ impl<T: Storage> Shared<T> {
         let (a, values) = (normals(rng, rows * case.k, 1.0), Values::draw(rng, case, 1));
         let plan = dispatch(&vec![0; rows], &rule(1, 1, 16)).unwrap();
         let matrix = values.matrix(variant, case);
-        let want = reference::gemm::grouped_gemm(&a, &matrix, &plan, false, None, case.activation).unwrap();
-        let products = products(&a, &matrix, &plan, false, None, case.activation, arithmetic(variant.dtype));
+        let others = activations(variant.fold);
+        let own = rng.bool().then(|| others[rng.usize(..others.len())]);
+        let activation = own.unwrap_or(case.activation);
+        let want = reference::gemm::grouped_gemm(&a, &matrix, &plan, false, None, activation).unwrap();
+        let products = products(&a, &matrix, &plan, false, None, &[activation], arithmetic(variant.dtype));
         Shared {
             rows,
+            activation: own,
             a: Guarded::input(&stream, "shared.a", &a),
             weight: values.on_device(variant, case),
             out: Guarded::output(&stream, "shared.out", want.len()),

@@ -28,19 +28,21 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
             let second = usize::from(layout == Layout::Kn);
             // A block has 64 rows: lists of lower tiles, of its own, and of higher ones, whose last part may be empty.
             let tile_m = [16, 64, 128][(index + second) % 3];
-            let shift = [1, 3, 0, 5, 2][index];
+            // Chunks are read by elements, or by 16 or 4 bytes at once.
+            let shift = [1, 3, 0, 5, 2][index % 5];
             let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
             let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, fold, shift };
             // K: one, less than a stage, ragged, several stages; N: one, less than a tile, a tile and one more.
-            let [k, n] = [[37, 13], [1, 70], [133, 1], [65, 129], [100, 12]][index];
+            let [k, n] = [[37, 13], [8, 70], [136, 1], [65, 129], [100, 12]][index % 5];
             let (gather, bias) = (index % 2 == second, index % 3 != 1);
             let (scale, out_scale) = (index % 2 == 0, index % 2 == 1);
             let glu = |more: usize| forms[(index + second + more) % forms.len()];
             let case = Case { k, n, glu: glu(0), activation, gather, bias, scale, out_scale };
             let loads = [tile_m, 0, 1, tile_m / 2 + 1, 0, tile_m - 1];
             grouped::<T>(variant, rng, &loads, &case);
-            let rows = [[1], [63], [65], [133], [9]][index];
-            dense::<T>(variant, rng, &rows, &Case { glu: glu(1), out_scale: !out_scale, ..case });
+            let rows = [[1], [63], [65], [133], [9]][index % 5];
+            let k = [1, 133, 70, 130, 64][index % 5];
+            dense::<T>(variant, rng, &rows, &Case { k, glu: glu(1), out_scale: !out_scale, ..case });
         }
     }
     let (layout, tile_m, shift) = (Layout::Nk, 64, 1);

@@ -9,8 +9,10 @@
 mod support;
 
 mod admission;
+mod any_rule;
 mod balance;
 mod base;
+mod by_sequence;
 mod combine;
 mod dispatch;
 mod expert_choice;
@@ -22,10 +24,13 @@ mod hash;
 mod hierarchical;
 mod ids;
 mod jitter;
+mod k_grouped;
 mod lists;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod product_keys;
+mod rms_norm;
 mod router;
 mod row_groups;
 mod rows;
@@ -33,6 +38,7 @@ mod sampled;
 mod sinkhorn;
 mod strides;
 mod timing;
+mod unit_experts;
 
 use std::process::{Command, ExitCode};
 
@@ -92,6 +98,7 @@ fn check(kernel: Kernel) {
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmHopper(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
+        Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
@@ -111,6 +118,10 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::ProductKeys => product_keys::check(rng),
+        Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
     }
 }
 

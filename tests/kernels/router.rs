@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use moe_kernels::registry::{Kernel, Router, RouterShape};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc, SharedGate};
-use moe_kernels::rules::Dtype;
+use moe_kernels::rules::{Dtype, LogitRule};
 use moe_kernels::{In, reference};
 
 use crate::support::buffer::Guarded;
@@ -40,8 +40,16 @@ fn check_as<X: Storage, W: Storage>(variant: Router, rng: &mut fastrand::Rng) {
         RouterShape::Tile => &[[4095, 96, 8], [2050, 129, 24], [701, 500, 72], [150, 4096, 8]],
     };
     for &shape in shapes {
-        case::<X, W>(variant, rng, shape, false, false);
-        case::<X, W>(variant, rng, shape, true, true);
+        case::<X, W>(variant, rng, shape, [false, false], LogitRule::PLAIN);
+        case::<X, W>(variant, rng, shape, [true, true], LogitRule::PLAIN);
+        // Past the cap, far below it, and where the two formulas of tanh meet.
+        for (factor, softcap) in [(0.25, None), (1.0, Some(3.0)), (1e-3, Some(0.5)), (-0.125, Some(2.0))] {
+            if variant.shape == RouterShape::Warp || rng.u32(..3) == 0 {
+                let rule = LogitRule::PLAIN.factor(factor).softcap(softcap);
+                let options = [rng.bool(), rng.bool()];
+                case::<X, W>(variant, rng, shape, options, rule);
+            }
+        }
     }
 }
 
@@ -69,21 +77,29 @@ fn case<X: Storage, W: Storage>(
     variant: Router,
     rng: &mut fastrand::Rng,
     [tokens, experts, hidden]: [usize; 3],
-    with_bias: bool,
-    gated: bool,
+    [with_bias, gated]: [bool; 2],
+    rule: LogitRule,
 ) {
     let kernels = device::kernels();
     let stream = device::stream();
-    let name = format!("T={tokens} E={experts} H={hidden} bias={with_bias} gate={gated}");
+    let name = format!("T={tokens} E={experts} H={hidden} bias={with_bias} gate={gated} {rule:?}");
     let x: Vec<X> = normals(rng, tokens * hidden, 1.0);
     let weight: Vec<W> = normals(rng, experts * hidden, 1.0);
     let bias: Option<Vec<f32>> = with_bias.then(|| normals(rng, experts, 1.0));
-    let (want, bounds) = expected(&x, &weight, bias.as_deref(), hidden);
+    let (mut want, mut bounds) = expected(&x, &weight, bias.as_deref(), hidden);
+    if rule != LogitRule::PLAIN {
+        want = reference::router::finish(&want, rule);
+        // No value moves by more than the factor under a cap; tanh is off by 4 units, a product, a quotient and a product by one each.
+        bounds.iter_mut().zip(&want).for_each(|(bound, l)| {
+            *bound = f64::from(rule.factor.abs()) * *bound + 7.0 * l.abs() / 16_777_216.0;
+        });
+    }
     // A shared expert's gate: one more row, without a bias.
     let gate_weight: Vec<W> = normals(rng, hidden, 1.0);
     let (gate_want, gate_bounds) = expected(&x, &gate_weight, None, hidden);
 
-    let desc = RouterDesc::new(variant.x, tokens, experts, hidden).weight(variant.weight).shared_gate(gated);
+    let desc =
+        RouterDesc::new(variant.x, tokens, experts, hidden).weight(variant.weight).shared_gate(gated).logits(rule);
     let selected = router::select(&desc, kernels.device()).unwrap().kernel.variant();
     assert_eq!(selected, Kernel::Router(variant), "{name}: the shape does not test this variant");
     // Where rows begin on any element, so do buffers.

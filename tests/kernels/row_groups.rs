@@ -18,9 +18,10 @@ pub fn check(rng: &mut fastrand::Rng) {
             let mut counts = even.clone();
             if wild {
                 // Negative, falling and too large.
-                let strange = |number: &mut i32, rng: &mut fastrand::Rng| match rng.u32(..4) {
-                    0 => *number = [i32::MIN, -1, i32::MAX, rows as i32 + 1][rng.usize(..4)],
-                    _ => {}
+                let strange = |number: &mut i32, rng: &mut fastrand::Rng| {
+                    if rng.u32(..4) == 0 {
+                        *number = [i32::MIN, -1, i32::MAX, rows as i32 + 1][rng.usize(..4)];
+                    }
                 };
                 ends.iter_mut().chain(&mut counts).for_each(|number| strange(number, rng));
             } else {

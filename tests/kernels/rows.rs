@@ -11,6 +11,8 @@ use crate::support::device;
 /// Lists on the host. What is shorter than its buffer is followed by numbers that are no row, token or expert.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
+    pub counts: Vec<i32>,
+    pub offsets: Vec<i32>,
     pub slot_token: Vec<i32>,
     pub token_slot: Vec<i32>,
     pub token_offsets: Vec<i32>,
@@ -22,6 +24,8 @@ impl Rows {
     /// What the reference's dispatch lists.
     pub fn of(plan: &Plan) -> Rows {
         Rows {
+            counts: vec![],
+            offsets: vec![],
             slot_token: plan.slot_token.clone(),
             token_slot: plan.token_slot.clone(),
             token_offsets: vec![],
@@ -35,8 +39,8 @@ impl Rows {
         let token_slots = shape.top_k.map_or(shape.slots, |top_k| shape.tokens * top_k);
         let token_offsets = if shape.top_k.is_some() { 0 } else { shape.tokens + 1 };
         Lists {
-            counts: filled(stream, &[], shape.experts, i32::MAX),
-            offsets: filled(stream, &[], shape.experts + 1, i32::MAX),
+            counts: filled(stream, &self.counts, shape.experts, i32::MAX),
+            offsets: filled(stream, &self.offsets, shape.experts + 1, i32::MAX),
             slot_token: filled(stream, &self.slot_token, shape.slots, i32::MAX),
             token_slot: filled(stream, &self.token_slot, token_slots, i32::MAX),
             token_offsets: filled(stream, &self.token_offsets, token_offsets, i32::MAX),

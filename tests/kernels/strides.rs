@@ -21,10 +21,15 @@ use crate::support::inputs::normals;
 /// Every output form of the variant, each with other strides.
 pub fn check<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     let any = matches!(variant.kernel, Kernel::GemmAny(_));
-    for (index, output) in [Output::Rounded, Output::F32, Output::AddedF32].into_iter().enumerate() {
+    let outputs = [Output::Rounded, Output::F32, Output::AddedF32, Output::Added];
+    for (index, output) in outputs.into_iter().enumerate() {
         let activations = activations(variant.fold);
         let forms = forms(variant.fold);
-        let [k, n] = if any { [[40, 24], [27, 70], [70, 5]][index] } else { [[72, 40], [40, 136], [136, 8]][index] };
+        let [k, n] = if any {
+            [[40, 24], [27, 70], [70, 5], [33, 9]][index]
+        } else {
+            [[72, 40], [40, 136], [136, 8], [24, 40]][index]
+        };
         let case = Case {
             k,
             n,
@@ -61,7 +66,7 @@ fn strides(case: &Case, variant: Variant, [rows, a_rows]: [usize; 2], which: usi
 }
 
 /// `values` of packed dimensions at `strides`, `gap` between them.
-fn spread<T: Copy>(values: &[T], dimensions: [usize; 3], strides: [usize; 3], gap: T) -> Vec<T> {
+pub fn spread<T: Copy>(values: &[T], dimensions: [usize; 3], strides: [usize; 3], gap: T) -> Vec<T> {
     let at = places(dimensions, strides);
     let mut all = vec![gap; at.iter().max().map_or(0, |last| last + 1)];
     at.iter().zip(values).for_each(|(&at, &value)| all[at] = value);
@@ -69,7 +74,7 @@ fn spread<T: Copy>(values: &[T], dimensions: [usize; 3], strides: [usize; 3], ga
 }
 
 /// Where the elements of a packed tensor are.
-fn places([d0, d1, d2]: [usize; 3], [s0, s1, s2]: [usize; 3]) -> Vec<usize> {
+pub fn places([d0, d1, d2]: [usize; 3], [s0, s1, s2]: [usize; 3]) -> Vec<usize> {
     let inner = |i: usize, j: usize| (0..d2).map(move |l| i * s0 + j * s1 + l * s2);
     (0..d0).flat_map(|i| (0..d1).flat_map(move |j| inner(i, j))).collect()
 }
@@ -105,16 +110,28 @@ fn grouped<T: Storage>(
     let a_live = if case.gather { &a[..] } else { &a[..live * k] };
     let product =
         reference::gemm::grouped_gemm(a_live, &matrix, &plan, case.gather, scale_live, case.activation).unwrap();
-    let Products { after, .. } =
-        products(a_live, &matrix, &plan, case.gather, scale_live, case.activation, arithmetic(variant.dtype));
-    let old: Vec<f32> = normals(rng, live * n, 1.0);
+    let Products { after, .. } = products(
+        a_live,
+        &matrix,
+        &plan,
+        case.gather,
+        scale_live,
+        &vec![case.activation; experts],
+        arithmetic(variant.dtype),
+    );
+    let (old, old_wide): (Vec<T>, Vec<f32>) = (normals(rng, live * n, 1.0), normals(rng, live * n, 1.0));
+    let old64 = match output {
+        Output::Added => to_f64(&old),
+        Output::AddedF32 => to_f64(&old_wide),
+        _ => vec![0.0; live * n],
+    };
+    let adds = matches!(output, Output::Added | Output::AddedF32);
     let (mut want, mut bounds) = (vec![], vec![]);
     for (i, (value, error)) in product.into_iter().zip(after).enumerate() {
         let factor = out_scale.as_ref().map_or(1.0, |scale| f64::from(scale[i / n]));
         let scaled = Bounded { value: value * factor, error }.scaled(factor);
-        let added = if output == Output::AddedF32 { f64::from(old[i]) } else { 0.0 };
-        want.push(scaled.value + added);
-        bounds.push(scaled.error + if added == 0.0 { 0.0 } else { UNIT * (scaled.value + added).abs() });
+        want.push(scaled.value + old64[i]);
+        bounds.push(scaled.error + if adds { UNIT * (scaled.value + old64[i]).abs() } else { 0.0 });
     }
 
     let strides = strides(case, variant, [tokens, tokens], which, any);
@@ -160,11 +177,12 @@ fn grouped<T: Storage>(
     let at = places([1, live, n], [0, strides.out[0], strides.out[1]]);
     let all = places([1, tokens, n], [0, strides.out[0], strides.out[1]]).into_iter().max().unwrap() + 1;
 
-    let mut rounded = Guarded::filled_output(&stream, "out", &vec![Guarded::<T>::junk(); all], variant.shift);
-    let mut wide = vec![Guarded::<f32>::junk(); all];
-    if output == Output::AddedF32 {
-        at.iter().zip(&old).for_each(|(&at, &old)| wide[at] = old);
+    let (mut rounded, mut wide) = (vec![Guarded::<T>::junk(); all], vec![Guarded::<f32>::junk(); all]);
+    if adds {
+        at.iter().zip(&old).for_each(|(&at, &old)| rounded[at] = old);
+        at.iter().zip(&old_wide).for_each(|(&at, &old)| wide[at] = old);
     }
+    let mut rounded = Guarded::filled_output(&stream, "out", &rounded, variant.shift);
     let mut wide = Guarded::filled_output(&stream, "out", &wide, variant.shift);
     let before = (rounded.read(&stream), wide.read(&stream));
     let launch = |rounded: &mut Guarded<T>, wide: &mut Guarded<f32>| {
@@ -179,7 +197,7 @@ fn grouped<T: Storage>(
             weight = if index == 0 { weight.bias(bias) } else { weight.up_bias(bias) };
         }
         let mut args = match output {
-            Output::Rounded => GemmArgs::new(&a, weight, &mut rounded),
+            Output::Rounded | Output::Added => GemmArgs::new(&a, weight, &mut rounded),
             _ => GemmArgs::to_f32(&a, weight, &mut wide),
         };
         let [scale, out_scale] = [&scale, &out_scale].map(|scale| scale.as_ref().map(Guarded::view));
@@ -194,7 +212,7 @@ fn grouped<T: Storage>(
         launch(&mut rounded, &mut wide);
         let got = (rounded.read(&stream), wide.read(&stream));
         let (values, dtype) = match output {
-            Output::Rounded => (to_f64(&got.0), variant.dtype),
+            Output::Rounded | Output::Added => (to_f64(&got.0), variant.dtype),
             _ => (to_f64(&got.1), Dtype::F32),
         };
         let values: Vec<f64> = at.iter().map(|&at| values[at]).collect();

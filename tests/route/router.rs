@@ -41,6 +41,8 @@ fn case<X: Element + Real + Pod, W: Element + Real + Pod>(
                 Arg::U32(tokens as u32),
                 Arg::U32(experts as u32),
                 Arg::U32(hidden as u32),
+                Arg::F32(1.0),
+                Arg::F32(0.0),
             ],
         );
         assert_eq!(counters.shared.wavefronts, counters.shared.ideal_wavefronts, "{what}: bank conflicts");

@@ -3,8 +3,8 @@
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::reference::Real;
-use moe_kernels::reference::activation::{activate, activate_glu};
-use moe_kernels::rules::{Activation, Score};
+use moe_kernels::reference::activation::{activate, activate_glu, sigmoid};
+use moe_kernels::rules::{Activation, Bound, Score};
 use moe_kernels::{Dtype, Element};
 
 /// A storage type that tests can make from f64, rounding to nearest even.
@@ -196,6 +196,15 @@ impl Bounded {
         let own = value.abs() * UNIT * (1.0 + activation_units(activation, gate.value));
         let tail = if activation == Activation::Gelu && gate.value - gate.error < -6.0 { GELU_TAIL } else { 0.0 };
         let own = own + tail * up.map_or(1.0, |up| up.value.abs() + up.error);
+        // The up value's own error is relative to it before an offset takes some of it away.
+        let own = own
+            + match (activation, up) {
+                (Activation::Swiglu(unit), Some(up)) if matches!(unit.up, Bound::Softcap(_)) => {
+                    let alone = Activation::Swiglu(unit.offset(0.0));
+                    SOFTCAP * UNIT * activate_glu(alone, gate.value, up.value).abs()
+                }
+                _ => 0.0,
+            };
         // The reference's 1 + erf and 1 + tanh keep no more of a small value than f64 has beside 1.
         let reference = f64::EPSILON * gate.value.abs() * up.map_or(1.0, |up| 1.0 + up.value.abs());
         Bounded { value, error: moved + own + reference }
@@ -213,15 +222,30 @@ fn activation_units(activation: Activation, x: f64) -> f64 {
     let (z, fit) = match activation {
         Activation::Identity | Activation::Relu => return 0.0,
         Activation::Silu => (x, 0.0),
-        Activation::ClampedSwiglu { alpha, limit } => (f64::from(alpha) * x.min(limit.into()), 0.0),
+        Activation::ReluSquared => return 1.0,
+        Activation::Swiglu(unit) => {
+            let gate = match unit.gate {
+                Bound::Clamp(limit) if !unit.clamp_after => x.min(limit.into()),
+                _ => x,
+            };
+            let capped = if matches!(unit.gate, Bound::Softcap(_)) { SOFTCAP } else { 0.0 };
+            return capped + gate_units(sigmoid(f64::from(unit.alpha) * gate), f64::from(unit.alpha) * gate, 0.0);
+        }
         Activation::GeluTanh => (2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x), 0.0),
         // ln Phi(x) of negative x is about -x^2/2 - ln |x| - 1.
         Activation::Gelu => (if x < 0.0 { x * x / 2.0 + 2.0 } else { 2.0 }, 4.4),
         other => unreachable!("no test has {other:?}"),
     };
-    let share = if x == 0.0 { 0.5 } else { activate(activation, x) / x.min(f64::INFINITY) };
+    gate_units(if x == 0.0 { 0.5 } else { activate(activation, x) / x.min(f64::INFINITY) }, z, fit)
+}
+
+/// Of `x s(z)` with `s(z) = share`.
+fn gate_units(share: f64, z: f64, fit: f64) -> f64 {
     4.0 + (2.0 * (1.0 - share)).clamp(0.0, 1.0) * (2.9 + fit + 5.0 * z.abs())
 }
+
+/// Of `c tanh(v / c)`: 3 of the quotient by a reciprocal, at most 12 of the hyperbolic tangent, which is off most just above 0.625, a product.
+const SOFTCAP: f64 = 16.0;
 
 /// Relative error of one of the shares into which a softmax over `experts` divides 1, in units, by `kernels/common/exp`.
 ///
@@ -242,15 +266,18 @@ pub enum Shares {
     Product(usize, usize),
     /// Sigmoid of each: 1.5 units of the exponential, a sum and a quotient.
     Sigmoid,
+    /// sqrt(softplus) of each: half of an exponential's and a logarithm's errors, a root and a product.
+    SqrtSoftplus,
 }
 
 impl Shares {
     /// Those of a gating: over all `experts`, over the `top_k` chosen, or each by itself.
     pub fn of(score: Score, experts: usize, top_k: usize) -> Shares {
         match score {
-            Score::Softmax => Shares::Softmax(experts),
+            Score::Softmax | Score::SparseMixer => Shares::Softmax(experts),
             Score::TopkSoftmax => Shares::Softmax(top_k),
             Score::Sigmoid => Shares::Sigmoid,
+            Score::SqrtSoftplus => Shares::SqrtSoftplus,
             other => unreachable!("no test has {other:?}"),
         }
     }
@@ -263,6 +290,7 @@ pub fn weight_bounds(want: &[f64], shares: Shares, chosen: usize) -> Vec<f64> {
         Shares::Softmax(experts) => share_units(share, experts),
         Shares::Product(first, second) => 5.0 + share_units(share, first * second),
         Shares::Sigmoid => 3.5,
+        Shares::SqrtSoftplus => 4.0,
     };
     let divided = |w: f64| if chosen > 0 { units(w) + (chosen as f64).log2().ceil() + 1.0 } else { 0.0 };
     want.iter().map(|&w| UNIT * w.abs() * (units(w) + divided(w) + 1.0) + 4.0 * smallest(Dtype::F32)).collect()

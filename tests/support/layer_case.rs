@@ -5,11 +5,12 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use moe_kernels::experts::Weight;
+use moe_kernels::experts::gemm::SwigluByExpert;
 use moe_kernels::layer::{
     ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights, Stage, Weighting,
 };
 use moe_kernels::reference::{activation, gating};
-use moe_kernels::rules::{Activation, Glu, Layout};
+use moe_kernels::rules::{Activation, Bound, Glu, Layout, NullOutput, Swiglu};
 use moe_kernels::{Element, Kernels, Workspace};
 
 use super::{compare, device};
@@ -38,11 +39,24 @@ pub struct Case {
     pub correction_bias: bool,
     pub expert_bias: bool,
     pub residual: bool,
+    /// A vector added to every token's sum.
+    pub bias: bool,
+    /// Every number of a SwiGLU by expert.
+    pub by_expert: bool,
 }
 
 impl Case {
     pub fn new(desc: LayerDesc, tokens: usize) -> Case {
-        Case { desc, tokens, router_bias: false, correction_bias: false, expert_bias: false, residual: false }
+        Case {
+            desc,
+            tokens,
+            router_bias: false,
+            correction_bias: false,
+            expert_bias: false,
+            residual: false,
+            bias: false,
+            by_expert: false,
+        }
     }
 }
 
@@ -88,6 +102,10 @@ struct Values<T, W> {
     correction_bias: Option<Vec<f32>>,
     routed: MlpValues<T>,
     shared: Option<MlpValues<T>>,
+    shared_gate: Option<Vec<W>>,
+    bias: Option<Vec<T>>,
+    /// Alpha, bounds of gate and up value, offset, each for every expert.
+    swiglu: Option<[Vec<f32>; 4]>,
 }
 
 impl<T: Element, W: Element> Values<T, W> {
@@ -100,11 +118,19 @@ impl<T: Element, W: Element> Values<T, W> {
             router: Random::tensor(3, experts * hidden, 0.3),
             router_bias: case.router_bias.then(|| Random::tensor(4, *experts, 0.5)),
             correction_bias: case.correction_bias.then(|| Random::tensor(5, *experts, 0.5)),
-            routed: MlpValues::new(10, case, mlp, *experts, *intermediate, case.expert_bias),
+            routed: MlpValues::new(10, case, mlp, case.desc.local_experts(), *intermediate, case.expert_bias),
             shared: case
                 .desc
                 .shared
                 .map(|shared| MlpValues::new(20, case, &shared.mlp, 1, shared.intermediate, case.expert_bias)),
+            shared_gate: case.desc.shared.filter(|shared| shared.gated).map(|_| Random::tensor(30, *hidden, 0.3)),
+            bias: case.bias.then(|| Random::tensor(31, *hidden, 0.5)),
+            swiglu: case.by_expert.then(|| {
+                let around = |seed, middle: f32| -> Vec<f32> {
+                    Random::tensor::<f32>(seed, *experts, 0.2).iter().map(|v| middle + v).collect()
+                };
+                [around(32, 1.3), around(33, 0.4), around(34, 0.5), around(35, 0.7)]
+            }),
         }
     }
 }
@@ -152,26 +178,41 @@ fn apply(activation: Activation, value: f64) -> f64 {
             let inner = (2.0 / std::f64::consts::PI).sqrt() * (value + 0.044715 * value.powi(3));
             0.5 * value * (1.0 + inner.tanh())
         }
+        Activation::ReluSquared => value.max(0.0).powi(2),
         Activation::Silu => value / (1.0 + (-value).exp()),
         other => unreachable!("only with a gate: {other:?}"),
     }
 }
 
+/// [`Swiglu`]'s table.
+fn swiglu(unit: &Swiglu, gate: f64, up: f64) -> f64 {
+    let silu = |linear: f64, gate: f64| linear / (1.0 + (-f64::from(unit.alpha) * gate).exp());
+    let gate = match unit.gate {
+        Bound::Clamp(limit) if unit.clamp_after => silu(gate, gate).min(limit.into()),
+        Bound::Clamp(limit) => silu(gate.min(limit.into()), gate.min(limit.into())),
+        Bound::Softcap(cap) => silu(f64::from(cap) * (gate / f64::from(cap)).tanh(), gate),
+        _ => silu(gate, gate),
+    };
+    let up = match unit.up {
+        Bound::Clamp(limit) => up.clamp(-f64::from(limit), limit.into()),
+        Bound::Softcap(cap) => f64::from(cap) * (up / f64::from(cap)).tanh(),
+        _ => up,
+    };
+    gate * (f64::from(unit.factor) * up + f64::from(unit.offset))
+}
+
+/// `scales`: of the input and of what the activation yields.
 fn expert_mlp<T: Element>(
     values: &MlpValues<T>,
     mlp: &Mlp,
     expert: usize,
     intermediate: usize,
     x: &[f64],
-    scale: f64,
+    [scale, of_hidden]: [f64; 2],
 ) -> Vec<f64> {
     let first = linear(&values.gate_up, mlp.gate_up.layout, expert, x, scale);
     let gated = |gate: f64, up: f64| match mlp.activation {
-        Activation::ClampedSwiglu { alpha, limit } => {
-            let (alpha, limit) = (f64::from(alpha), f64::from(limit));
-            let (gate, up) = (gate.min(limit), up.clamp(-limit, limit));
-            (up + 1.0) * gate / (1.0 + (-alpha * gate).exp())
-        }
+        Activation::Swiglu(unit) => swiglu(&unit, gate, up),
         activation => apply(activation, gate) * up,
     };
     let n = intermediate;
@@ -179,12 +220,24 @@ fn expert_mlp<T: Element>(
         .map(|i| match mlp.gate_up.glu {
             Glu::None => apply(mlp.activation, first(i, n)),
             Glu::Split => gated(first(i, 2 * n), first(n + i, 2 * n)),
+            Glu::UpFirst => gated(first(n + i, 2 * n), first(i, 2 * n)),
             Glu::Interleaved => gated(first(2 * i, 2 * n), first(2 * i + 1, 2 * n)),
             other => unreachable!("no case has a gate {other:?}"),
         })
+        .map(|value| of_hidden * value)
         .collect();
     let second = linear(&values.down, mlp.down.layout, expert, &hidden, 1.0);
     (0..x.len()).map(|row| second(row, x.len())).collect()
+}
+
+/// A unit of which every number is an expert's own.
+fn of_expert(unit: Swiglu, [alpha, gate, up, offset]: [f32; 4]) -> Swiglu {
+    let bound = |bound, value| match bound {
+        Bound::Clamp(_) => Bound::Clamp(value),
+        Bound::Softcap(_) => Bound::Softcap(value),
+        _ => unreachable!("of a bound that there is"),
+    };
+    unit.alpha(alpha).gate(bound(unit.gate, gate)).up(bound(unit.up, up)).offset(offset)
 }
 
 fn expected<T: Element, W: Element>(case: &Case, values: &Values<T, W>) -> Expected {
@@ -202,7 +255,7 @@ fn expected<T: Element, W: Element>(case: &Case, values: &Values<T, W>) -> Expec
     }
     let gated = gating::gate(&logits, values.correction_bias.as_deref(), experts, top_k, &desc.gating).unwrap();
 
-    let mut counts = vec![0; experts];
+    let mut counts = vec![0; desc.local_experts()];
     // Slots that an expert took of the current sequence.
     let mut taken = vec![0; experts];
     let mut y = Vec::new();
@@ -218,22 +271,42 @@ fn expected<T: Element, W: Element>(case: &Case, values: &Values<T, W>) -> Expec
         let mut add = |values: Vec<f64>, weight: f64| {
             sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += weight * value);
         };
-        if let (Some(shared), Some(values)) = (&desc.shared, &values.shared) {
-            add(expert_mlp(values, &shared.mlp, 0, shared.intermediate, &x, 1.0), 1.0);
+        if let (Some(shared), Some(mlp)) = (&desc.shared, &values.shared) {
+            let gate = values.shared_gate.as_ref().map(|gate| {
+                let logit: f64 = gate.iter().zip(&x).map(|(&w, &x)| wide(w) * x).sum();
+                1.0 / (1.0 + (-logit).exp())
+            });
+            let weight = f64::from(shared.scale) * gate.unwrap_or(1.0);
+            add(expert_mlp(mlp, &shared.mlp, 0, shared.intermediate, &x, [1.0; 2]), weight);
         }
+        if let Some(bias) = &values.bias {
+            add(bias.iter().map(|&value| wide(value)).collect(), 1.0);
+        }
+        let routed = f64::from(desc.routed_scale);
         for j in t * top_k..(t + 1) * top_k {
             let (expert, weight) = (gated.ids[j] as usize, gated.weights[j]);
+            if expert >= desc.local_experts() {
+                if desc.null.is_some_and(|null| null.output == NullOutput::Input) {
+                    add(x.clone(), routed * weight);
+                }
+                continue;
+            }
             taken[expert] += 1;
             if desc.capacity.is_some_and(|capacity| taken[expert] > capacity.per_expert) {
                 continue;
             }
             counts[expert] += 1;
-            let (scale, weight) = match desc.weighting {
-                Weighting::Input => (weight, 1.0),
-                Weighting::Output => (1.0, weight),
+            let (scales, weight) = match desc.weighting {
+                Weighting::Input => ([weight, 1.0], 1.0),
+                Weighting::Activation => ([1.0, weight], 1.0),
+                Weighting::Output => ([1.0; 2], weight),
                 other => unreachable!("no case weighs {other:?}"),
             };
-            add(expert_mlp(&values.routed, &desc.mlp, expert, desc.intermediate, &x, scale), weight);
+            let mut mlp = desc.mlp;
+            if let (Some(numbers), Activation::Swiglu(unit)) = (&values.swiglu, &mut mlp.activation) {
+                *unit = of_expert(*unit, numbers.each_ref().map(|numbers| numbers[expert]));
+            }
+            add(expert_mlp(&values.routed, &mlp, expert, desc.intermediate, &x, scales), routed * weight);
         }
         y.extend(sum);
     }
@@ -332,7 +405,7 @@ pub fn run<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(
     let mut pass = || {
         let mut logits = junk::<f32>(stream, case.tokens * experts);
         let (mut ids, mut weights) = (int_junk(stream, choices), junk::<f32>(stream, choices));
-        let (mut counts, mut y) = (int_junk(stream, experts), junk::<T>(stream, elements));
+        let (mut counts, mut y) = (int_junk(stream, case.desc.local_experts()), junk::<T>(stream, elements));
         let route = RouteArgs::new().logits(&mut logits).ids(&mut ids).weights(&mut weights).counts(&mut counts);
         let mut args = LayerArgs::new(&inputs.x, &mut y).route(route);
         args.residual = inputs.residual.as_ref().map(Into::into);
@@ -377,6 +450,9 @@ struct Inputs<T, W> {
     gate_up: Uploaded<T>,
     down: Uploaded<T>,
     shared: Option<(Uploaded<T>, Uploaded<T>)>,
+    shared_gate: Option<CudaSlice<W>>,
+    bias: Option<CudaSlice<T>>,
+    swiglu: Option<[CudaSlice<f32>; 4]>,
 }
 
 impl<T: Element + PartialEq, W: Element + PartialEq> Inputs<T, W> {
@@ -393,6 +469,9 @@ impl<T: Element + PartialEq, W: Element + PartialEq> Inputs<T, W> {
                 .shared
                 .as_ref()
                 .map(|mlp| (Uploaded::new(stream, &mlp.gate_up), Uploaded::new(stream, &mlp.down))),
+            shared_gate: values.shared_gate.as_ref().map(|gate| upload(stream, gate)),
+            bias: values.bias.as_ref().map(|bias| upload(stream, bias)),
+            swiglu: values.swiglu.as_ref().map(|all| all.each_ref().map(|numbers| upload(stream, numbers))),
         }
     }
 
@@ -401,8 +480,14 @@ impl<T: Element + PartialEq, W: Element + PartialEq> Inputs<T, W> {
         router.bias = self.router_bias.as_ref().map(Into::into);
         router.correction_bias = self.correction_bias.as_ref().map(Into::into);
         let mut experts = ExpertWeights::new(self.gate_up.weight(), self.down.weight());
-        experts.shared =
-            self.shared.as_ref().map(|(gate_up, down)| SharedWeights::new(gate_up.weight(), down.weight()));
+        experts.shared = self.shared.as_ref().map(|(gate_up, down)| {
+            let shared = SharedWeights::new(gate_up.weight(), down.weight());
+            self.shared_gate.iter().fold(shared, |shared, gate| shared.gate(gate))
+        });
+        experts.bias = self.bias.as_ref().map(Into::into);
+        if let Some([alpha, gate, up, offset]) = &self.swiglu {
+            experts.swiglu = SwigluByExpert::new().alpha(alpha).gate(gate).up(up).offset(offset);
+        }
         LayerWeights::new(router, experts)
     }
 

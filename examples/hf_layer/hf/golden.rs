@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use moe_kernels::layer::{LayerDesc, Weighting};
+use moe_kernels::layer::LayerDesc;
 use moe_kernels::reference::gating::{Gated, gate};
 use moe_kernels::reference::layer::{Layer, forward, forward_gated};
 use moe_kernels::rules::Glu;
@@ -157,12 +157,16 @@ fn reference_layer<'a, T: Element + reference::Real>(
         correction_bias: weights.correction_bias.as_deref(),
         top_k: layer.top_k,
         gating: layer.gating,
-        weigh_input: layer.weighting == Weighting::Input,
+        weighting: layer.weighting,
         capacity: layer.capacity,
         up: weights.gate_up.reference(layer.intermediate, hidden, mlp.gate_up.glu, mlp.gate_up.layout),
         activation: mlp.activation,
         down: weights.down.reference(hidden, layer.intermediate, Glu::None, mlp.down.layout),
         shared,
+        shared_activation: None,
         shared_gate: None,
+        scales: [1.0; 2],
+        bias: None,
+        null: None,
     }
 }

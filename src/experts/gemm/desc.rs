@@ -1,10 +1,11 @@
 //! What a product is.
 
+use super::activation::{check_activation, check_shared};
 use super::strides::Strides;
 use crate::Error;
 use crate::experts::dispatched::SlotShape;
 use crate::experts::weight::WeightPlace;
-use crate::rules::{Activation, Dtype, Glu, WeightDesc, WeightFormat};
+use crate::rules::{Activation, Dtype, WeightDesc, WeightFormat};
 use crate::runtime::builder::settings;
 use crate::runtime::shape;
 
@@ -54,7 +55,7 @@ pub struct GemmDesc {
     pub rows: Rows,
     /// Whether a row reads its token's row of `a`, else its own.
     pub gather: bool,
-    /// Columns `N` of `out`. Multiples of 8, like those of `k`, are several times faster.
+    /// Columns `N` of `out`. Multiples of 8, like those of `k`, are fastest.
     pub n: usize,
     /// Columns `K` of `a`.
     pub k: usize,
@@ -62,9 +63,11 @@ pub struct GemmDesc {
     pub weight: WeightDesc,
     /// What is applied to the product.
     pub activation: Activation,
-    /// Rows of a shared expert in the same launch (`GemmArgs::shared`), of the same `n`, `k`, weight form and activation; 0 without, as
-    /// with dense rows.
+    /// Rows of a shared expert in the same launch (`GemmArgs::shared`), of the same `n`, `k` and weight form; 0 without, as with dense
+    /// rows.
     pub shared_rows: usize,
+    /// The activation of a shared expert's rows; absent, that of the others.
+    pub shared_activation: Option<Activation>,
     /// Where elements lie, if not packed.
     pub strides: Option<Strides>,
     /// Buffers may begin on any element. Else they begin on 16 bytes if `n`, `k` and the strides let every row do so.
@@ -93,6 +96,8 @@ pub enum KernelSet {
 pub enum Output {
     /// Rounded to the type of `a`.
     Rounded,
+    /// Added to what `out` holds, in f32 and after all else, and rounded to the type of `a`.
+    Added,
     /// Stored as f32, as it was summed.
     F32,
     /// Added to what `out`, of f32, holds: one addition after all else.
@@ -112,6 +117,7 @@ impl GemmDesc {
             weight,
             activation: Activation::Identity,
             shared_rows: 0,
+            shared_activation: None,
             strides: None,
             unaligned: false,
             output: Output::Rounded,
@@ -189,7 +195,8 @@ impl GemmDesc {
             let supported = format!("the type of a ({})", self.dtype);
             return Err(Error::unsupported(operation, "weight.format", supported, weight));
         }
-        check_activation(operation, "activation", self.activation, self.weight.glu)
+        check_activation(operation, "activation", self.activation, self.weight.glu)?;
+        check_shared(operation, self)
     }
 }
 
@@ -198,33 +205,9 @@ settings!(GemmDesc {
     weight: WeightDesc,
     activation: Activation,
     shared_rows: usize,
+    shared_activation: Option<Activation>,
     strides: Option<Strides>,
     unaligned: bool,
     output: Output,
     kernels: KernelSet,
 });
-
-/// Whether an activation goes with the presence of a gate.
-pub(crate) fn check_activation(
-    operation: &'static str,
-    argument: &'static str,
-    activation: Activation,
-    glu: Glu,
-) -> Result<(), Error> {
-    match activation {
-        Activation::Identity if glu.is_gated() => {
-            Err(Error::unsupported(operation, argument, "a gated unit needs an activation", "Activation::Identity"))
-        }
-        Activation::ClampedSwiglu { .. } if !glu.is_gated() => Err(Error::unsupported(
-            operation,
-            argument,
-            "clamped SwiGLU needs a gated unit",
-            "Activation::ClampedSwiglu",
-        )),
-        Activation::ClampedSwiglu { alpha, limit } if !alpha.is_finite() || limit.is_nan() || limit < 0.0 => {
-            let expected = "a finite alpha and a limit of at least 0";
-            Err(Error::invalid(operation, argument, expected, format!("{activation:?}")))
-        }
-        _ => Ok(()),
-    }
-}

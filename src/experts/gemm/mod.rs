@@ -5,9 +5,10 @@
 //!
 //! `v[n] = row_scale[r] * sum_k a[.,k] * b[e,n,k] + bias[e,n]`
 //!
-//! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`]. Products are summed in f32; f32 inputs
+//! and `out[r]` is `out_scale[r]` times an activation of `v`, rounded once. See [`Activation`](crate::rules::Activation). Products are summed in f32; f32 inputs
 //! keep a relative error of 1e-5, up to the largest; an infinite one makes its sums infinite or NaN.
 
+mod activation;
 mod desc;
 mod hopper;
 mod shared_rows;
@@ -17,8 +18,10 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
+pub use self::activation::SwigluByExpert;
+use self::activation::Unit;
+pub(crate) use self::activation::{ByExpertAddresses, HeldByExpert, check_activation};
 use self::desc::OPERATION;
-pub(crate) use self::desc::check_activation;
 pub use self::desc::{GemmDesc, KernelSet, Output, Rows};
 use self::shared_rows::HeldShared;
 pub(crate) use self::shared_rows::SharedAddresses;
@@ -29,29 +32,17 @@ use super::dispatched::{Dispatched, RowAddresses};
 use super::tiles::{select_tile, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
 use crate::registry::{Fold, Gemm, GemmAny, GemmHopper, Kernel};
-use crate::rules::{Activation, Dropout, Glu, NoiseSource, drop_below, keep_scale};
+use crate::rules::{Dropout, Glu, NoiseSource, drop_below, keep_scale};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::GemmParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 
-/// The kernel's number of an activation.
-fn code(activation: Activation) -> u32 {
-    match activation {
-        Activation::Identity => 0,
-        Activation::Relu => 1,
-        Activation::Gelu => 2,
-        Activation::GeluTanh => 3,
-        Activation::Silu => 4,
-        Activation::ClampedSwiglu { .. } => 5,
-    }
-}
-
 /// Where a product's results go.
 #[non_exhaustive]
 pub enum ProductOut<'a, T> {
-    /// With [`Output::Rounded`].
+    /// With [`Output::Rounded`] and [`Output::Added`].
     Rounded(Out<'a, T>),
     /// With the other forms of [`Output`].
     F32(Out<'a, f32>),
@@ -80,6 +71,8 @@ pub struct GemmArgs<'a, T> {
     pub pre_activation: Option<Out<'a, T>>,
     /// The shared expert's rows; exactly with [`GemmDesc::shared_rows`].
     pub shared: Option<SharedRows<'a, T>>,
+    /// Numbers of the activation that differ from expert to expert.
+    pub swiglu: SwigluByExpert<'a>,
 }
 
 impl<'a, T> GemmArgs<'a, T> {
@@ -105,6 +98,7 @@ impl<'a, T> GemmArgs<'a, T> {
             out,
             pre_activation: None,
             shared: None,
+            swiglu: SwigluByExpert::new(),
         }
     }
 
@@ -118,6 +112,12 @@ impl<'a, T> GemmArgs<'a, T> {
     #[must_use]
     pub fn dropout(self, dropout: Dropout) -> GemmArgs<'a, T> {
         GemmArgs { dropout: Some(dropout), ..self }
+    }
+
+    /// With numbers of the activation that differ from expert to expert.
+    #[must_use]
+    pub fn swiglu(self, swiglu: SwigluByExpert<'a>) -> GemmArgs<'a, T> {
+        GemmArgs { swiglu, ..self }
     }
 
     /// With the rows of a shared expert.
@@ -254,7 +254,7 @@ pub fn forward<T: Element>(
     let noise_state = scope.read_noise_state(args.noise_state)?;
     let elements = places.out_extent(rows, desc.n);
     let out = match (desc.output, args.out) {
-        (Output::Rounded, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
+        (Output::Rounded | Output::Added, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
         (Output::F32 | Output::AddedF32, ProductOut::F32(out)) => {
             scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?
         }
@@ -269,6 +269,7 @@ pub fn forward<T: Element>(
     let columns = desc.pre_activation_columns();
     let pre_activation = scope.write_some("pre_activation", args.pre_activation, rows * columns, alignment)?;
     let shared = args.shared.map(|shared| shared.open(&scope, desc, alignment)).transpose()?;
+    let swiglu = args.swiglu.open(&scope, desc.activation, desc.rows.experts())?;
     let at = Addresses {
         a: a.address(),
         weight: weight.addresses(),
@@ -279,6 +280,7 @@ pub fn forward<T: Element>(
         out_scale: optional(&out_scale),
         shared: shared.as_ref().map(HeldShared::addresses),
         noise_state: optional(&noise_state),
+        swiglu: swiglu.addresses(),
     };
     enqueue(&scope, desc, &selection, at, args.dropout)
 }
@@ -317,6 +319,25 @@ pub(crate) struct Addresses<'a> {
     pub(crate) shared: Option<SharedAddresses<'a>>,
     /// Of the dropout.
     pub(crate) noise_state: Option<Address<'a>>,
+    pub(crate) swiglu: ByExpertAddresses<'a>,
+}
+
+impl<'a> Addresses<'a> {
+    /// Of a dense product.
+    pub(crate) fn dense(a: Address<'a>, weight: WeightAddresses<'a>, out: Address<'a>) -> Addresses<'a> {
+        Addresses {
+            a,
+            weight,
+            out,
+            pre_activation: None,
+            rows: None,
+            row_scale: None,
+            out_scale: None,
+            shared: None,
+            noise_state: None,
+            swiglu: ByExpertAddresses::default(),
+        }
+    }
 }
 
 pub(crate) fn enqueue(
@@ -326,10 +347,8 @@ pub(crate) fn enqueue(
     at: Addresses<'_>,
     dropout: Option<Dropout>,
 ) -> Result<(), Error> {
-    let (alpha, limit) = match desc.activation {
-        Activation::ClampedSwiglu { alpha, limit } => (alpha, limit),
-        _ => (0.0, 0.0),
-    };
+    let Unit { activation, alpha, gate_bound, up_bound, factor, offset } = Unit::new(desc.activation, at.swiglu);
+    let shared = Unit::new(desc.shared_activation.unwrap_or(desc.activation), ByExpertAddresses::default());
     let Dropout { probability, noise } = dropout.unwrap_or(Dropout { probability: 0.0, noise: NoiseSource::default() });
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
     let WeightAddresses { b, b_up, bias, bias_up } = at.weight;
@@ -381,11 +400,12 @@ pub(crate) fn enqueue(
         out_form: match desc.output {
             Output::Rounded => 0,
             Output::F32 => 1,
+            Output::Added => 2,
             Output::AddedF32 => 3,
         },
-        activation: code(desc.activation),
+        activation,
         alpha,
-        limit,
+        gate_bound,
         drop_below: drop_below(probability),
         keep_scale: keep_scale(probability),
         seed_lo,
@@ -393,6 +413,19 @@ pub(crate) fn enqueue(
         offset_lo,
         offset_hi,
         noise_state: at.noise_state.into(),
+        up_bound,
+        factor,
+        offset,
+        shared_activation: shared.activation,
+        shared_alpha: shared.alpha,
+        shared_gate_bound: shared.gate_bound,
+        shared_up_bound: shared.up_bound,
+        shared_factor: shared.factor,
+        shared_offset: shared.offset,
+        expert_alpha: at.swiglu.alpha.into(),
+        expert_gate_bound: at.swiglu.gate.into(),
+        expert_up_bound: at.swiglu.up.into(),
+        expert_offset: at.swiglu.offset.into(),
     };
     match selection.kernel.variant() {
         Kernel::GemmHopper(gemm) => {
@@ -406,7 +439,7 @@ pub(crate) fn enqueue(
 mod tests {
     use super::*;
     use crate::experts::dispatched::SlotShape;
-    use crate::rules::{Dtype, WeightDesc};
+    use crate::rules::{Activation, Bound, Dtype, Swiglu, WeightDesc};
     use crate::runtime::device::A100;
 
     fn swiglu() -> WeightDesc {
@@ -434,10 +467,25 @@ mod tests {
         assert_eq!(fault(dense().gather(true)), "gather");
         assert_eq!(fault(dense().activation(Activation::Identity)), "activation");
         assert_eq!(fault(dense().weight(WeightDesc::new(Dtype::F16).glu(Glu::Split))), "weight.format");
-        let clamped = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 };
-        assert_eq!(fault(dense().activation(clamped).weight(WeightDesc::new(Dtype::Bf16))), "activation");
-        let negative = Activation::ClampedSwiglu { alpha: 1.702, limit: -1.0 };
-        assert_eq!(fault(dense().activation(negative)), "activation");
+        let swiglu = |unit: Swiglu| dense().activation(unit.into());
+        assert_eq!(fault(swiglu(Swiglu::GPT_OSS).weight(WeightDesc::new(Dtype::Bf16))), "activation");
+        let limits = [0.0, f32::INFINITY].map(|limit| select(&swiglu(Swiglu::clamped(limit)), &A100).is_ok());
+        assert_eq!(limits, [true; 2]);
+        for wrong in [
+            Swiglu::clamped(-1.0),
+            Swiglu::clamped(f32::NAN),
+            Swiglu::softcapped(0.0, 1.0),
+            Swiglu::softcapped(1.0, f32::INFINITY),
+            Swiglu::new().alpha(f32::NAN),
+            Swiglu::new().factor(f32::INFINITY),
+            Swiglu::new().offset(f32::NAN),
+            Swiglu::new().up(Bound::Clamp(1.0)).clamp_after(true),
+        ] {
+            assert_eq!(fault(swiglu(wrong)), "activation", "{wrong:?}");
+        }
+        assert_eq!(fault(grouped(64, 10).shared_activation(Some(Activation::Silu))), "shared_activation");
+        let plain = grouped(64, 10).shared_rows(1).shared_activation(Some(Activation::Identity));
+        assert_eq!(fault(plain), "shared_activation");
         assert_eq!(fault(dense().shared_rows(1)), "shared_rows");
         assert_eq!(fault(grouped(64, 10).shared_rows(1 << 31)), "shared_rows");
         assert_eq!(fault(grouped(63, 10)), "tile_m");

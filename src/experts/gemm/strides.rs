@@ -7,8 +7,9 @@ use crate::runtime::shape::{self, reach};
 
 /// Distances between elements of a product's matrices, counted in elements: views into larger tensors, and matrices of any order.
 ///
-/// The kernels for packed rows take what they can read 16 bytes at a time; all else goes element by element. A distance of an input may be
-/// 0 (a row for all); no two elements of `out` may be the same one.
+/// The fastest kernels take rows that begin and end on 16 bytes with columns side by side; for all else there is one that reads 16 bytes, 4 or an
+/// element at a time, as it can. A distance of an input may be 0 (a row for all); no two elements of `out` may be the same one. Where `a` has its
+/// columns apart and the weight its depths ([`Layout::Kn`]), [`crate::experts::k_grouped`] computes a product without more to it faster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Strides {

@@ -1,6 +1,7 @@
 //! What the caller hands to a route.
 
 use crate::capacity::Ids;
+use crate::routers::gating::Given;
 use crate::routers::measured_gating::{RouterStats, Totals};
 use crate::runtime::builder::buffers;
 use crate::{In, Out};
@@ -9,11 +10,15 @@ use crate::{In, Out};
 #[derive(Default)]
 #[non_exhaustive]
 pub struct RouteArgs<'a> {
-    /// `[T, E]`, written: the router's logits.
+    /// `[T, E]`, written: the router's logits, with a column for each appended expert that has one.
     pub logits: Option<Out<'a, f32>>,
-    /// `[T, k]`, written: chosen experts, after admission.
+    /// `[T, E]`: logits that a router of another form has made ([`crate::routers::network`]): the layer's own is not asked then. Not with `logits`.
+    pub given_logits: Option<In<'a, f32>>,
+    /// Ids of tokens or words, exactly with [`crate::rules::ChoiceBy::Given`].
+    pub given: Option<Given<'a>>,
+    /// `[T, k]`, written: chosen experts, after admission; `[T, k + appended]` where the rule appends experts.
     pub ids: Option<Out<'a, i32>>,
-    /// `[T, k]`, written: their weights.
+    /// Likewise, written: their weights.
     pub weights: Option<Out<'a, f32>>,
     /// `[local experts]`, written: rows of each expert. In parts, the dispatch has them.
     pub counts: Option<Out<'a, i32>>,
@@ -35,6 +40,12 @@ impl<'a> RouteArgs<'a> {
         RouteArgs::default()
     }
 
+    /// With ids that are given.
+    #[must_use]
+    pub fn given(self, given: Given<'a>) -> RouteArgs<'a> {
+        RouteArgs { given: Some(given), ..self }
+    }
+
     /// With losses and statistics.
     #[must_use]
     pub fn measured(self, measured: Measured<'a>) -> RouteArgs<'a> {
@@ -50,6 +61,7 @@ impl<'a> RouteArgs<'a> {
 
 buffers!(RouteArgs<'a> {
     logits: Out<f32>,
+    given_logits: In<f32>,
     ids: Out<i32>,
     weights: Out<f32>,
     counts: Out<i32>,
@@ -103,7 +115,7 @@ buffers!(MapTable<'a> { replicas: In<i32> });
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Choices<'a> {
-    /// `[T, k]`: experts, stored as the descriptor says; one outside `0..E` is a choice of nothing.
+    /// `[T, k]` (`[T, k + appended]`): experts, stored as the descriptor says; one outside `0..E` (`0..E + appended`) is a choice of nothing.
     pub ids: Ids<'a>,
     /// `[T, k]`.
     pub weights: In<'a, f32>,

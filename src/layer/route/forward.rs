@@ -11,10 +11,11 @@ use crate::capacity::admission::{self, AdmissionArgs};
 use crate::capacity::expert_map::{self, ExpertMapArgs};
 use crate::capacity::{Ids, dispatch};
 use crate::experts::dispatched::Dispatched;
+use crate::experts::rms_norm;
 use crate::layer::experts::check_device;
 use crate::layer::weights::{HeldRouter, RouterWeights};
 use crate::layer::{OPERATION, Stage};
-use crate::routers::gating::{self, GatingArgs, Routing};
+use crate::routers::gating::{self, GatingArgs, InputAddresses, Routing};
 use crate::routers::measured_gating::{self, MeasuredGatingArgs, RouterStats, Totals};
 use crate::routers::{gating_dispatch, router};
 use crate::rules::IdFormat;
@@ -46,6 +47,7 @@ impl RoutePlan {
         check_device(&scope, &self.device)?;
         scope.check_dtype::<T>("x", self.desc.dtype)?;
         let weights = weights.open(&scope, &self.desc)?;
+        let given_logits = args.given_logits.is_some();
         let lists = dispatched.fill(&scope, &self.rows())?;
         if self.tokens == 0 {
             lists.zero(&scope)?;
@@ -55,9 +57,11 @@ impl RoutePlan {
         let alignment = shape::row_alignment(self.desc.dtype, self.desc.hidden);
         let x = scope.read("x", x.into(), self.tokens * self.desc.hidden, alignment)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
-        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, true, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
-        self.enqueue_router(&scope, &weights, x.address(), None, &at, &mut |_| ())?;
+        if !given_logits {
+            self.enqueue_router(&scope, &weights, x.address(), None, &workspace, &at, &mut |_| ())?;
+        }
         self.enqueue_choice(&scope, &weights, &workspace, &mut extras, &at, &mut |_| ())?;
         lists.filled();
         Ok(())
@@ -90,7 +94,7 @@ impl RoutePlan {
         let ids = self.open_ids(&scope, choices.ids)?;
         let weights = scope.read("choices.weights", choices.weights, given, SCALAR)?;
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
-        let (held, mut extras) = HeldRoute::open(&scope, self, args)?;
+        let (held, mut extras) = HeldRoute::open(&scope, self, false, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
         let choices = ChoiceAddresses { format: self.desc.choices, ids: ids.address(), weights: weights.address() };
         self.enqueue_rows(&scope, &workspace, &mut extras, &at, choices, &mut |_| ())?;
@@ -103,8 +107,14 @@ impl RoutePlan {
         ids.open(scope, "choices.ids", self.desc.choices, self.tokens * self.candidates())
     }
 
+    /// Ids of a token before admission.
     pub(in crate::layer) fn candidates(&self) -> usize {
-        self.desc.admission.map_or(self.desc.top_k, |rule| rule.candidates)
+        self.desc.admission.map_or(self.desc.all_choices(), |rule| rule.candidates)
+    }
+
+    /// The same without those of appended experts.
+    pub(super) fn chosen(&self) -> usize {
+        self.candidates() - self.desc.gating.appended_experts()
     }
 
     /// The result for no tokens: what is summed up over tokens is zero.
@@ -124,18 +134,31 @@ impl RoutePlan {
     }
 
     /// The logits; with `gate`, weight and logits of a shared expert's gate, those too.
+    #[allow(clippy::too_many_arguments)]
     pub(in crate::layer) fn enqueue_router(
         &self,
         scope: &Scope<'_>,
         weights: &HeldRouter<'_>,
         x: Address<'_>,
         gate: Option<(Address<'_>, Address<'_>)>,
+        workspace: &Held<'_>,
         at: &RouteAddresses<'_>,
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
+        let Some(matrix) = optional(&weights.matrix) else {
+            let reason = "the logits are not given";
+            return Err(Error::Missing { operation: OPERATION, argument: "router.matrix", reason });
+        };
+        let mut seen = x;
+        if let Some(step) = &self.norm {
+            seen = workspace.at(self.regions.router_x);
+            let at = rms_norm::Addresses { weight: optional(&weights.norm), ..rms_norm::Addresses::new(x, seen) };
+            rms_norm::enqueue(scope, &step.desc, &step.selection, at)?;
+            observer(Stage::RouterNorm);
+        }
         let addresses = router::Addresses {
-            x,
-            weight: Some(weights.matrix.address()),
+            x: seen,
+            weight: Some(matrix),
             bias: optional(&weights.bias),
             logits: Some(at.logits),
             gate,
@@ -157,8 +180,10 @@ impl RoutePlan {
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
         let correction_bias = optional(&weights.correction_bias);
+        let (expert_scale, global_scale) = (optional(&weights.expert_scale), optional(&weights.global_scale));
+        let inputs = InputAddresses { expert_scale, global_scale, given: at.given };
         if let Choice::WithDispatch(step) = &self.choice {
-            let routing = Routing { logits: at.logits, correction_bias, ids: at.ids, weights: at.weights };
+            let routing = Routing { logits: at.logits, correction_bias, inputs, ids: at.ids, weights: at.weights };
             let lists = dispatch::Outputs::of(at.lists, true);
             let scratch = workspace.at(self.regions.scratch);
             gating_dispatch::enqueue(scope, &step.desc, &step.selection, routing, lists, scratch)?;
@@ -171,7 +196,8 @@ impl RoutePlan {
         } else {
             [at.ids, at.weights]
         };
-        let logits = at.logits.input(self.tokens * self.desc.experts);
+        let logits = at.logits.input(self.tokens * self.desc.logit_columns());
+        let rule = inputs.inputs([self.tokens, self.desc.experts, self.chosen()]);
         let bias = correction_bias.map(|bias| bias.input(self.desc.experts));
         let (kernels, stream) = (scope.kernels, scope.stream);
         match &self.choice {
@@ -191,6 +217,7 @@ impl RoutePlan {
                 let mut args =
                     MeasuredGatingArgs::new(logits, ids, weights, totals, measured.stats.reborrow(), &mut scratch);
                 args.correction_bias = bias;
+                args.rule = rule;
                 args.log_sum_exp = measured.log_sum_exp.as_mut().map(Out::reborrow);
                 args.probabilities = measured.probabilities.as_mut().map(Out::reborrow);
                 measured_gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
@@ -198,6 +225,7 @@ impl RoutePlan {
             Choice::Gating(step) => {
                 let mut args = GatingArgs::new(logits, ids.out(given), chosen_weights.out(given));
                 args.correction_bias = bias;
+                args.rule = rule;
                 gating::forward(kernels, stream, &step.desc, args).map_err(|error| error.within(OPERATION))?;
             }
             Choice::WithDispatch(_) => {}
@@ -220,7 +248,7 @@ impl RoutePlan {
         let within = |error: Error| error.within(OPERATION);
         let (kernels, stream) = (scope.kernels, scope.stream);
         let ChoiceAddresses { mut format, mut ids, mut weights } = choices;
-        let (choices, given) = (self.tokens * self.desc.top_k, self.tokens * self.candidates());
+        let (choices, given) = (self.tokens * self.desc.all_choices(), self.tokens * self.candidates());
         if let Some(step) = &self.admission {
             let mut scratch = workspace.part(self.regions.scratch);
             let mut args = AdmissionArgs::new(

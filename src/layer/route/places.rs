@@ -5,6 +5,7 @@ use super::plan::RoutePlan;
 use crate::capacity::Ids;
 use crate::experts::dispatched::ListAddresses;
 use crate::layer::OPERATION;
+use crate::routers::gating::{self, GivenAddress, HeldGiven};
 use crate::rules::IdFormat;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::workspace::Region;
@@ -37,22 +38,28 @@ pub(in crate::layer) struct Extras<'a> {
 
 /// A route's own buffers, opened.
 pub(in crate::layer) struct HeldRoute<'a> {
+    /// The caller's, written or given.
     logits: Option<Held<'a>>,
     ids: Option<Held<'a>>,
     weights: Option<Held<'a>>,
     counts: Option<Held<'a>>,
     identity_weight: Option<Held<'a>>,
+    given: Option<HeldGiven<'a>>,
 }
 
 impl<'a> HeldRoute<'a> {
-    /// What is opened here, and what is handed on.
+    /// What is opened here, and what is handed on. `routes`: whether the route's own router and gating are asked.
     pub(in crate::layer) fn open<'c: 'a>(
         scope: &Scope<'a>,
         plan: &RoutePlan,
+        routes: bool,
         args: RouteArgs<'c>,
     ) -> Result<(HeldRoute<'a>, Extras<'c>), Error> {
         let (tokens, desc) = (plan.tokens, &plan.desc);
-        let choices = tokens * desc.top_k;
+        let choices = tokens * desc.all_choices();
+        if routes {
+            gating::check_given(OPERATION, &desc.gating, args.given.is_some())?;
+        }
         let unexpected = |argument, reason| Err(Error::Unexpected { operation: OPERATION, argument, reason });
         if args.measured.is_some() && desc.measure.is_none() {
             return unexpected("measured", "the descriptor does not measure the batch");
@@ -71,8 +78,18 @@ impl<'a> HeldRoute<'a> {
         if args.noise_state.is_some() && !desc.draws() {
             return unexpected("noise_state", "the descriptor's admission draws nothing");
         }
+        if args.given_logits.is_some() && args.logits.is_some() {
+            return unexpected("logits", "they are given");
+        }
+        let logits = tokens * desc.logit_columns();
+        let given_logits = scope.read_some("given_logits", args.given_logits, logits, SCALAR)?;
+        let given = args.given.filter(|_| routes);
         let held = HeldRoute {
-            logits: scope.write_some("logits", args.logits, tokens * desc.experts, SCALAR)?,
+            given: given.map(|given| given.open(scope, tokens, plan.chosen())).transpose()?,
+            logits: match given_logits {
+                Some(given) => Some(given),
+                None => scope.write_some("logits", args.logits, logits, SCALAR)?,
+            },
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
             weights: scope.write_some("weights", args.weights, choices, SCALAR)?,
             counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,
@@ -89,6 +106,7 @@ pub(in crate::layer) struct RouteAddresses<'a> {
     pub(in crate::layer) logits: Address<'a>,
     pub(in crate::layer) ids: Address<'a>,
     pub(in crate::layer) weights: Address<'a>,
+    pub(super) given: Option<GivenAddress<'a>>,
     pub(super) local_ids: Address<'a>,
     pub(in crate::layer) identity_weight: Address<'a>,
     pub(in crate::layer) lists: ListAddresses<'a>,
@@ -107,6 +125,7 @@ impl<'a> RouteAddresses<'a> {
             logits: optional(&held.logits).unwrap_or_else(|| at(regions.logits)),
             ids: optional(&held.ids).unwrap_or_else(|| at(regions.ids)),
             weights: optional(&held.weights).unwrap_or_else(|| at(regions.weights)),
+            given: held.given.as_ref().map(HeldGiven::address),
             local_ids: at(regions.local_ids),
             identity_weight: optional(&held.identity_weight).unwrap_or_else(|| at(regions.identity_weight)),
             lists: ListAddresses { counts: optional(&held.counts).unwrap_or(lists.counts), ..lists },

@@ -5,6 +5,7 @@ use crate::capacity::admission::{self, AdmissionDesc};
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::capacity::expert_map::{self, ExpertMapDesc};
 use crate::experts::dispatched::SlotShape;
+use crate::experts::rms_norm::{self, RmsNormDesc};
 use crate::experts::tiles::{lowest_tile, max_tiles, select_tile};
 use crate::layer::desc::LayerDesc;
 use crate::layer::{OPERATION, Stage, Step};
@@ -12,7 +13,7 @@ use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::IdFormat;
+use crate::rules::{Dtype, IdFormat, NullOutput};
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
 
@@ -22,6 +23,8 @@ pub struct RoutePlan {
     pub(in crate::layer) desc: LayerDesc,
     pub(super) device: DeviceInfo,
     pub(super) tokens: usize,
+    /// Norm of what the router sees.
+    pub(super) norm: Option<Step<RmsNormDesc>>,
     pub(super) router: Step<RouterDesc>,
     /// The same with a shared expert's gate, in a whole layer that has one.
     pub(super) gated_router: Step<RouterDesc>,
@@ -52,24 +55,42 @@ impl RoutePlan {
     ) -> Result<(RoutePlan, Arena), Error> {
         let within = |error: Error| error.within(OPERATION);
         let &LayerDesc { dtype, router_dtype, hidden, experts, top_k, gating, .. } = desc;
-        let router =
-            RouterDesc::new(dtype, tokens, experts, hidden).weight(router_dtype).batch_invariant(desc.batch_invariant);
+        // What a norm hands to a router in f32 is not rounded in between.
+        let router_x = if desc.norms.router.is_some() && router_dtype == Dtype::F32 { Dtype::F32 } else { dtype };
+        let router = RouterDesc::new(router_x, tokens, desc.logit_columns(), hidden)
+            .weight(router_dtype)
+            .logits(desc.logits)
+            .batch_invariant(desc.batch_invariant);
         let step = |desc| Ok::<_, Error>(Step { desc, selection: router::select(&desc, device).map_err(within)? });
         let (router, gated_router) = (step(router)?, step(router.shared_gate(desc.has_shared_gate()))?);
 
+        if desc.norms.router.is_some() && desc.has_shared_gate() {
+            let supported = "no norm of the router's input beside a gated shared expert";
+            return Err(Error::unsupported(OPERATION, "norms.router", supported, "one"));
+        }
+        let norm = desc.norms.router.map(|norm| {
+            let desc = RmsNormDesc::new(dtype, tokens, hidden, norm).output(router_x);
+            Ok::<_, Error>(Step { desc, selection: rms_norm::select_for(OPERATION, &desc, device)? })
+        });
+        let norm = norm.transpose()?;
+
+        check_null(desc)?;
         // The height of a tile follows from the number of slots, which is checked by `validate` below.
-        let (slots, local_experts) = (tokens.saturating_mul(top_k), desc.local_experts());
+        let (of_token, local_experts) = (desc.all_choices(), desc.local_experts());
+        let slots = tokens.saturating_mul(of_token);
         let tile_m = select_tile(dtype, slots, local_experts, device).map_err(within)?.bm as usize;
-        let dispatch = DispatchDesc::new(tokens, local_experts, top_k, tile_m).capacity(desc.capacity);
+        let dispatch = DispatchDesc::new(tokens, local_experts, of_token, tile_m).capacity(desc.capacity);
         let dispatch = Step { desc: dispatch, selection: dispatch::select(&dispatch, device).map_err(within)? };
 
         let candidates = desc.admission.map_or(top_k, |rule| rule.candidates);
         let gating = GatingDesc::new(tokens, experts, candidates, gating);
         let alone = desc.measure.is_none() && desc.admission.is_none() && desc.map.is_none();
+        let null_experts = desc.null.map_or(0, |null| null.count);
+        let both = |gating, dispatch| GatingDispatchDesc::new(gating, dispatch).null_experts(null_experts);
         let choice = match desc.measure {
             // Without blocks that are all resident, one block would do all of the gating: two launches take many for it.
             None if alone && device.cooperative_launch => {
-                let both = GatingDispatchDesc::new(gating.gating, dispatch.desc);
+                let both = both(gating.gating, dispatch.desc);
                 let selection = gating_dispatch::select(&both, device).map_err(within)?;
                 Choice::WithDispatch(Step { desc: both, selection })
             }
@@ -87,6 +108,10 @@ impl RoutePlan {
                 let got = format!("one for {} and {}", rule.experts, rule.top_k);
                 return Err(Error::invalid(OPERATION, "admission", expected, got));
             }
+            if desc.gating.appended.is_some() {
+                let supported = "no appended experts, where an admission drops choices";
+                return Err(Error::unsupported(OPERATION, "gating.appended", supported, "Some"));
+            }
             if desc.choices == IdFormat::I64 {
                 let supported = "ids of 32 bits, where an admission looks at them";
                 return Err(Error::unsupported(OPERATION, "choices", supported, "IdFormat::I64"));
@@ -96,7 +121,8 @@ impl RoutePlan {
         });
         let admission = admission.transpose()?;
         let map = desc.map.map(|map| {
-            let desc = ExpertMapDesc::new(tokens, experts, top_k).max_replicas(map.max_replicas).seed(map.seed);
+            let desc =
+                ExpertMapDesc::new(tokens, desc.all_experts(), of_token).max_replicas(map.max_replicas).seed(map.seed);
             Ok::<_, Error>(Step { desc, selection: expert_map::select(&desc, device).map_err(within)? })
         });
         let map = map.transpose()?;
@@ -105,8 +131,7 @@ impl RoutePlan {
         // the least height, whichever they are.
         let scratch = [
             dispatch::workspace_bytes(&dispatch.desc, device).map_err(within)?,
-            gating_dispatch::workspace_bytes(&GatingDispatchDesc::new(gating.gating, dispatch.desc), device)
-                .unwrap_or(0),
+            gating_dispatch::workspace_bytes(&both(gating.gating, dispatch.desc), device).unwrap_or(0),
             match &choice {
                 Choice::Measured(step) => measured_gating::workspace_bytes(&step.desc, device).map_err(within)?,
                 _ => 0,
@@ -117,12 +142,17 @@ impl RoutePlan {
             },
         ];
         let slots = dispatch.desc.slots();
-        let most_tiles = max_tiles(tokens * top_k, local_experts, lowest_tile(dtype, device));
-        let (choices, all) = (tokens * top_k, if admission.is_some() { tokens * candidates } else { 0 });
+        let most_tiles = max_tiles(tokens * of_token, local_experts, lowest_tile(dtype, device));
+        let (choices, all) = (tokens * of_token, if admission.is_some() { tokens * candidates } else { 0 });
         let mut arena = Arena::new(OPERATION);
         let regions = Regions {
             scratch: arena.region("workspace", scratch.into_iter().max().unwrap_or(0), 1)?,
-            logits: arena.region("logits", tokens * experts, 4)?,
+            router_x: arena.region(
+                "norms.router",
+                if norm.is_some() { tokens * hidden } else { 0 },
+                router_x.bytes() as usize,
+            )?,
+            logits: arena.region("logits", tokens * desc.logit_columns(), 4)?,
             candidates: arena.region("candidates", all, 4)?,
             candidate_weights: arena.region("candidates", all, 4)?,
             ids: arena.region("ids", choices, 4)?,
@@ -142,6 +172,7 @@ impl RoutePlan {
             desc: *desc,
             device: *device,
             tokens,
+            norm,
             router,
             gated_router,
             choice,
@@ -182,8 +213,9 @@ impl RoutePlan {
         };
         let dispatch = (choice.0 == Stage::Gate).then_some((Stage::Dispatch, self.dispatch.selection));
         let tokens = self.tokens;
-        [(Stage::Router, router.selection), choice]
-            .into_iter()
+        let norm = self.norm.map(|step| (Stage::RouterNorm, step.selection));
+        norm.into_iter()
+            .chain([(Stage::Router, router.selection), choice])
             .chain(self.admission.map(|step| (Stage::Admission, step.selection)))
             .chain(self.map.map(|step| (Stage::Map, step.selection)))
             .chain(dispatch)
@@ -212,4 +244,26 @@ impl RoutePlan {
             .chain([(Stage::Dispatch, dispatch)])
             .filter(move |_| tokens > 0)
     }
+}
+
+/// Experts that compute nothing leave some that do, and nothing else says what becomes of a choice.
+fn check_null(desc: &LayerDesc) -> Result<(), Error> {
+    let Some(null) = desc.null else { return Ok(()) };
+    if null.count >= desc.experts {
+        let expected = format!("less than all {} experts", desc.experts);
+        return Err(Error::invalid(OPERATION, "null.count", expected, null.count));
+    }
+    let beside = [
+        ("map", desc.map.is_some()),
+        ("admission", desc.admission.is_some()),
+        ("gating.appended", desc.gating.appended.is_some()),
+    ];
+    if let Some((argument, _)) = beside.into_iter().find(|(_, there)| *there) {
+        return Err(Error::unsupported(OPERATION, argument, "none beside null experts", "Some"));
+    }
+    if desc.choices == IdFormat::I64 && null.output == NullOutput::Input {
+        let supported = "ids of 32 bits, where identities are read off them";
+        return Err(Error::unsupported(OPERATION, "choices", supported, "IdFormat::I64"));
+    }
+    Ok(())
 }

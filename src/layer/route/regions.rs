@@ -9,6 +9,8 @@ use crate::runtime::workspace::Region;
 pub(in crate::layer) struct Regions {
     /// First, at 0: the grid barrier, and what kernels that meet at it or work alone keep behind it.
     pub(super) scratch: Region,
+    /// What the router sees, after a norm.
+    pub(super) router_x: Region,
     pub(super) logits: Region,
     /// Candidates and their weights, where admission has a say.
     pub(super) candidates: Region,

@@ -1,6 +1,7 @@
 //! Buffers of a measured gating.
 
 use super::RouterStats;
+use crate::routers::gating::RuleInputs;
 use crate::runtime::builder::buffers;
 use crate::{In, Out, Workspace};
 
@@ -41,6 +42,8 @@ pub struct MeasuredGatingArgs<'a> {
     pub logits: In<'a, f32>,
     /// `[E]`; see [`crate::routers::gating::GatingArgs`].
     pub correction_bias: Option<In<'a, f32>>,
+    /// What else the rule asks for.
+    pub rule: RuleInputs<'a>,
     /// `[T, k]`, written.
     pub ids: Out<'a, i32>,
     /// `[T, k]`, written.
@@ -70,6 +73,7 @@ impl<'a> MeasuredGatingArgs<'a> {
         MeasuredGatingArgs {
             logits: logits.into(),
             correction_bias: None,
+            rule: RuleInputs::new(),
             ids: ids.into(),
             weights: weights.into(),
             log_sum_exp: None,
@@ -78,6 +82,12 @@ impl<'a> MeasuredGatingArgs<'a> {
             stats: stats.into(),
             workspace,
         }
+    }
+
+    /// With what else the rule asks for.
+    #[must_use]
+    pub fn rule(self, rule: RuleInputs<'a>) -> MeasuredGatingArgs<'a> {
+        MeasuredGatingArgs { rule, ..self }
     }
 }
 

@@ -82,11 +82,11 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Kernel, MeasuredGate};
-use crate::routers::gating::{self, GatingDesc, Routing, RuleWords};
+use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleWords, launch_rule};
 use crate::rules::{BalanceRule, LossScore, Score};
 use crate::runtime::builder::settings;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
-use crate::runtime::params::MeasuredGatingParams;
+use crate::runtime::params::{MeasuredGatingAnyParams, MeasuredGatingParams};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Error, Kernels, Selection};
@@ -116,7 +116,7 @@ impl MeasuredGatingDesc {
     pub const fn new(gating: GatingDesc) -> MeasuredGatingDesc {
         let score = match gating.gating.score {
             Score::Sigmoid => LossScore::Sigmoid,
-            Score::Softmax | Score::TopkSoftmax => LossScore::Softmax,
+            Score::Softmax | Score::TopkSoftmax | Score::SqrtSoftplus | Score::SparseMixer => LossScore::Softmax,
         };
         let tokens_per_sequence = if gating.tokens > 0 { gating.tokens } else { 1 };
         let rule = BalanceRule::new(score, tokens_per_sequence);
@@ -146,7 +146,7 @@ impl MeasuredGatingDesc {
     }
 
     fn kernel(&self) -> MeasuredGate {
-        let gate = gating::kernel(self.gating.gating.score, self.gating.experts, false);
+        let gate = gating::kernel(&self.gating.gating, self.gating.experts, false);
         MeasuredGate { score: gate.score, values: gate.values }
     }
 }
@@ -203,10 +203,11 @@ pub fn forward(
         scope.zero(stats.address(), size_of::<RouterStats>())?;
         return totals.zero(&scope, experts, desc.earlier_tokens > 0);
     }
-    let choices = tokens * top_k;
-    let logits = scope.read("logits", args.logits, tokens * experts, SCALAR)?;
+    let choices = tokens * desc.gating.all_choices();
+    let logits = scope.read("logits", args.logits, tokens * desc.gating.columns(), SCALAR)?;
     gating::check_correction_bias(OPERATION, &desc.gating.gating, args.correction_bias.is_some())?;
     let bias = scope.read_some("correction_bias", args.correction_bias, experts, SCALAR)?;
+    let inputs = HeldInputs::open(&scope, &desc.gating.gating, [tokens, experts, top_k], args.rule)?;
     let ids = scope.write("ids", args.ids, choices, SCALAR)?;
     let weights = scope.write("weights", args.weights, choices, SCALAR)?;
     let log_sum_exp = scope.write_some("log_sum_exp", args.log_sum_exp, tokens, SCALAR)?;
@@ -215,6 +216,7 @@ pub fn forward(
     let routing = Routing {
         logits: logits.address(),
         correction_bias: optional(&bias),
+        inputs: inputs.addresses(),
         ids: ids.address(),
         weights: weights.address(),
     };
@@ -297,9 +299,12 @@ fn enqueue(
         flags |= ADDS;
     }
     let [counts, loss_counts, probability, importance] = at.totals;
-    scope.launch(
+    launch_rule!(
+        scope,
         selection,
-        MeasuredGatingParams {
+        &gating.gating,
+        routing.inputs,
+        MeasuredGatingParams or MeasuredGatingAnyParams {
             logits: routing.logits.into(),
             correction_bias: routing.correction_bias.into(),
             ids: routing.ids.into(),
@@ -307,11 +312,11 @@ fn enqueue(
             tokens: gating.tokens as u32,
             experts: gating.experts as u32,
             top_k: gating.top_k as u32,
-            groups,
-            groups_kept,
-            flags,
-            scale,
-            epsilon,
+            groups: groups,
+            groups_kept: groups_kept,
+            flags: flags,
+            scale: scale,
+            epsilon: epsilon,
             log_sum_exp: at.log_sum_exp.into(),
             probabilities: at.probabilities.into(),
             tokens_per_sequence: parts.sequence as u32,
@@ -329,7 +334,7 @@ fn enqueue(
             importance: importance.into(),
             stats: at.stats.into(),
             workspace: at.workspace.into(),
-        },
+        }
     )
 }
 
@@ -367,7 +372,7 @@ mod tests {
     fn every_variant_fits_the_smallest_multiprocessor_that_runs_it() {
         // 99 KiB for one block of compute capability 8.6, 8.9 and 12.0.
         for values in Gate::VALUES {
-            assert!(MeasuredGate { score: Score::Softmax, values }.shared_bytes() <= 99 << 10);
+            assert!(MeasuredGate { score: Some(Score::Softmax), values }.shared_bytes() <= 99 << 10);
         }
     }
 }

@@ -73,7 +73,7 @@ fn neutral(key: &str, value: &Value, block: &BlockSpec) -> Option<bool> {
         "hidden_act" | "hidden_activation" | "mlp_hidden_act" | "activation_function" => {
             let named = value.as_str().and_then(activation_named);
             named.is_some_and(|named| match block.layer.mlp.activation {
-                Activation::ClampedSwiglu { .. } => named == Activation::Silu,
+                Activation::Swiglu(_) => named == Activation::Silu,
                 other => named == other,
             })
         }

@@ -15,13 +15,12 @@ pub const FAMILY: Family = Family {
         if activation(config, "hidden_act", "silu")? != Activation::Silu {
             return Err(HfError::config("hidden_act", "is not \"silu\", which the clamped unit is made of"));
         }
-        let activation = Activation::ClampedSwiglu {
-            alpha: config.number("swiglu_alpha", 1.702)? as f32,
-            limit: config.number("swiglu_limit", 7.0)? as f32,
-        };
+        let unit = Swiglu::clamped(config.number("swiglu_limit", 7.0)? as f32)
+            .alpha(config.number("swiglu_alpha", 1.702)? as f32)
+            .offset(1.0);
         let gating = Gating::new(Score::TopkSoftmax);
         let layer = gated_layer(config, config.size("intermediate_size")?, experts, top_k, gating)?
-            .mlp(Mlp::gpt_oss(Dtype::F32).activation(activation));
+            .mlp(Mlp::gpt_oss(Dtype::F32).activation(unit.into()));
         Ok(BlockSpec {
             router: "router.weight",
             router_bias: Some("router.bias"),

@@ -2,7 +2,7 @@
 
 use moe_kernels::Dtype;
 use moe_kernels::layer::{LayerDesc, Mlp, SharedDesc};
-use moe_kernels::rules::{Activation, Gating, Groups, Renormalise, Score};
+use moe_kernels::rules::{Activation, Gating, Groups, Renormalise, Score, Swiglu};
 
 use super::config::Config;
 use super::error::HfError;

@@ -1,0 +1,334 @@
+//! Products over the rows of each expert: groups along K, the depth of the sums.
+//!
+//! `out[e,i,j] = sum over the rows r of expert e of a[row_a(r),i] * b[row_b(r),j]`, `[E, M, N]`
+//!
+//! What gradients of weights are made of: where a product gave `v_r = w_e x_r`, `dw_e` is the sum of `dv_r x_r^T`. Also `torch._grouped_mm` of two
+//! matrices, and DeepGEMM's k-grouped product; [`crate::capacity::row_groups`] makes the rows of ends or counts. A row is `r` itself, or its token's
+//! row `slot_token[r]` of a matrix that is gathered. Rows of no expert are not read, whatever they hold. Sums are f32, in a fixed order.
+
+use std::sync::Arc;
+
+use cudarc::driver::CudaStream;
+
+use super::dispatched::{Dispatched, SlotShape};
+use super::gemm::ProductOut;
+use crate::registry::{KGrouped, Kernel};
+use crate::rules::Dtype;
+use crate::runtime::builder::settings;
+use crate::runtime::launch::{SCALAR, Scope, VECTOR};
+use crate::runtime::params::KGroupedParams;
+use crate::runtime::shape::{self, reach};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Selection};
+
+const OPERATION: &str = "k_grouped";
+
+/// Which matrices have a row for each token, read by way of `slot_token`; another has a row for each slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Gathered {
+    /// None.
+    Neither,
+    /// `a [tokens, M]`.
+    A,
+    /// `b [tokens, N]`.
+    B,
+    /// Both. Takes longer.
+    Both,
+}
+
+/// Distances between elements of a grouped product's matrices, counted in elements.
+///
+/// A distance of an input may be 0, and columns may lie further apart than rows: a matrix whose rows are contiguous along K. No two elements of `out`
+/// may be the same one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KGroupedStrides {
+    /// Of `a`: from a row to the next, from a column to the next.
+    pub a: [usize; 2],
+    /// Of `b`.
+    pub b: [usize; 2],
+    /// Of `out`: from an expert to the next, from a row to the next, from a column to the next.
+    pub out: [usize; 3],
+}
+
+impl KGroupedStrides {
+    /// Of packed matrices: what a descriptor without strides has.
+    pub const fn packed(m: usize, n: usize) -> KGroupedStrides {
+        KGroupedStrides { a: [m, 1], b: [n, 1], out: [m * n, n, 1] }
+    }
+}
+
+settings!(KGroupedStrides { a: [usize; 2], b: [usize; 2], out: [usize; 3] });
+
+/// Shapes and types of a product of groups along K.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KGroupedDesc {
+    /// Type of `a` and `b`.
+    pub dtype: Dtype,
+    /// The rows of the dispatch.
+    pub rows: SlotShape,
+    /// Columns of `a`, rows of each matrix of `out`. Multiples of 8, like those of `n`, are fastest.
+    pub m: usize,
+    /// Columns of `b`, and of `out`.
+    pub n: usize,
+    /// Which matrices have rows by token.
+    pub gathered: Gathered,
+    /// Where elements lie, if not packed.
+    pub strides: Option<KGroupedStrides>,
+    /// Buffers may begin on any element. Else they begin on 16 bytes if `m`, `n` and the strides let every row do so.
+    pub unaligned: bool,
+    /// Whether `out` is f32 whatever the type of `a` and `b`.
+    pub f32_out: bool,
+    /// Whether the sums are added to what `out` holds, in f32 and once, before they are rounded; else they replace it.
+    pub accumulate: bool,
+    /// Whether the matrix of an expert without rows is left as it is; else it becomes zero, or with `accumulate` stays.
+    pub keep_empty: bool,
+}
+
+impl KGroupedDesc {
+    /// `out [E, M, N]` of `a [slots, M]` and `b [slots, N]`, all packed and of one type.
+    pub const fn new(dtype: Dtype, rows: SlotShape, m: usize, n: usize) -> KGroupedDesc {
+        KGroupedDesc {
+            dtype,
+            rows,
+            m,
+            n,
+            gathered: Gathered::Neither,
+            strides: None,
+            unaligned: false,
+            f32_out: false,
+            accumulate: false,
+            keep_empty: false,
+        }
+    }
+
+    fn places(&self) -> KGroupedStrides {
+        self.strides.unwrap_or(KGroupedStrides::packed(self.m, self.n))
+    }
+
+    /// Rows of `a` and of `b`.
+    fn sides(&self) -> [usize; 2] {
+        let of = |gathered| if gathered { self.rows.tokens } else { self.rows.slots };
+        [
+            of(matches!(self.gathered, Gathered::A | Gathered::Both)),
+            of(matches!(self.gathered, Gathered::B | Gathered::Both)),
+        ]
+    }
+
+    /// Checks all that can be checked without buffers.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::Unsupported`] or [`Error::Overflow`], naming the field.
+    pub fn validate(&self) -> Result<(), Error> {
+        self.rows.validate(OPERATION)?;
+        let (m, n) = (self.m, self.n);
+        shape::positive(OPERATION, "m", m)?;
+        shape::positive(OPERATION, "n", n)?;
+        shape::product(OPERATION, "out", &[self.rows.experts, m, n])?;
+        let KGroupedStrides { a, b, out } = self.places();
+        let [a_rows, b_rows] = self.sides();
+        for (argument, stride) in [("strides.a", a), ("strides.b", b), ("strides.out", [out[1], out[2]])] {
+            shape::size(OPERATION, argument, stride[0].max(stride[1]))?;
+        }
+        for (argument, rows, columns, [row, column]) in
+            [("strides.a", a_rows, m, a), ("strides.b", b_rows, n, b), ("strides.out", m, n, [out[1], out[2]])]
+        {
+            shape::product(OPERATION, argument, &[rows, row])?;
+            shape::product(OPERATION, argument, &[columns, column])?;
+        }
+        shape::product(OPERATION, "strides.out", &[self.rows.experts, out[0]])?;
+        let apart = |inner: (usize, usize), outer: (usize, usize)| inner.1 > 0 && outer.1 > (inner.0 - 1) * inner.1;
+        let (row, column) = ((m, out[1]), (n, out[2]));
+        if !apart(column, row) && !apart(row, column) || (self.rows.experts > 1 && out[0] < reach(&[row, column])) {
+            let expected = "matrices, rows and columns that do not overlap";
+            return Err(Error::invalid(OPERATION, "strides.out", expected, format!("{out:?}")));
+        }
+        Ok(())
+    }
+
+    /// Whether every row begins and ends on 16 bytes, and offsets between a few of them have 32 bits.
+    fn packed_in_vectors(&self) -> bool {
+        const MOST: usize = 1 << 26;
+        let vector = 16 / self.dtype.bytes() as usize;
+        let KGroupedStrides { a, b, out } = self.places();
+        let rows = [a[0], b[0]].iter().all(|row| row.is_multiple_of(vector) && *row <= MOST);
+        let outs = out[..2].iter().all(|stride| stride.is_multiple_of(vector));
+        let columns = [a[1], b[1], out[2]] == [1; 3];
+        let whole = self.m.is_multiple_of(8) && self.n.is_multiple_of(8);
+        rows && outs && columns && whole && !self.unaligned && self.gathered != Gathered::Both
+    }
+}
+
+settings!(KGroupedDesc {
+    gathered: Gathered,
+    strides: Option<KGroupedStrides>,
+    unaligned: bool,
+    f32_out: bool,
+    accumulate: bool,
+    keep_empty: bool,
+});
+
+/// Buffers of a product of groups along K.
+#[non_exhaustive]
+pub struct KGroupedArgs<'a, T> {
+    /// `[slots, M]`, or where gathered `[tokens, M]`.
+    pub a: In<'a, T>,
+    /// `[slots, N]`, or where gathered `[tokens, N]`.
+    pub b: In<'a, T>,
+    /// The dispatch whose rows these are, of the descriptor's shape.
+    pub dispatched: &'a Dispatched,
+    /// `[E, M, N]`, written.
+    pub out: ProductOut<'a, T>,
+}
+
+impl<'a, T> KGroupedArgs<'a, T> {
+    /// `a` and `b` to `out`, by the rows of `dispatched`.
+    pub fn new(
+        a: impl Into<In<'a, T>>,
+        b: impl Into<In<'a, T>>,
+        dispatched: &'a Dispatched,
+        out: ProductOut<'a, T>,
+    ) -> KGroupedArgs<'a, T> {
+        KGroupedArgs { a: a.into(), b: b.into(), dispatched, out }
+    }
+}
+
+/// Chooses kernel and grid.
+///
+/// # Errors
+/// Those of [`KGroupedDesc::validate`]; [`Error::Unsupported`] for a device with too little shared memory; [`Error::Overflow`] for a grid
+/// past the device's limit.
+pub fn select(desc: &KGroupedDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    desc.validate()?;
+    let fits = |kernel: &KGrouped| kernel.shared_bytes() <= device.shared_bytes_per_block;
+    let any = KGrouped { dtype: desc.dtype, any: true };
+    let fast = KGrouped { any: false, ..any };
+    let kernel = if desc.packed_in_vectors() && fits(&fast) { fast } else { any };
+    if !fits(&kernel) {
+        let supported = format!("at least {} bytes of shared memory per block", kernel.shared_bytes());
+        let got = format!("a device with {} bytes", device.shared_bytes_per_block);
+        return Err(Error::unsupported(OPERATION, "device", supported, got));
+    }
+    let tile = kernel.tile();
+    let tiles = desc.m.div_ceil(tile.bm as usize).saturating_mul(desc.n.div_ceil(tile.bn as usize));
+    let blocks = shape::grid_x(OPERATION, "m", tiles.saturating_mul(desc.rows.experts) as u64)?;
+    Ok(Selection::new(Kernel::KGrouped(kernel), [blocks, 1, 1]))
+}
+
+/// Computes `out`.
+///
+/// # Errors
+/// Those of [`select`]; [`Error::Invalid`] for a dispatch of another shape, one whose counts and offsets nobody knows to be right
+/// ([`crate::capacity::lists::checked`] of lists that have none), or an `out` of another type than the descriptor's; those of a buffer:
+/// [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
+pub fn forward<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &KGroupedDesc,
+    args: KGroupedArgs<'_, T>,
+) -> Result<(), Error> {
+    let operation = OPERATION;
+    let selection = select(desc, kernels.device())?;
+    let scope = Scope::begin(operation, kernels, stream)?;
+    scope.check_dtype::<T>("a", desc.dtype)?;
+    if args.dispatched.shape() != &desc.rows {
+        let got = format!("{:?}", args.dispatched.shape());
+        return Err(Error::invalid(operation, "dispatched", format!("a dispatch of {:?}", desc.rows), got));
+    }
+    if !args.dispatched.knows_ranges() {
+        let expected = "counts and offsets that say which rows the tiles cover";
+        return Err(Error::invalid(operation, "dispatched", expected, "checked lists with others"));
+    }
+    let any = matches!(selection.kernel.variant(), Kernel::KGrouped(KGrouped { any: true, .. }));
+    let alignment = if any { desc.dtype.bytes().into() } else { VECTOR };
+    let KGroupedStrides { a: a_at, b: b_at, out: out_at } = desc.places();
+    let [a_rows, b_rows] = desc.sides();
+    let a = scope.read("a", args.a, reach(&[(a_rows, a_at[0]), (desc.m, a_at[1])]), alignment)?;
+    let b = scope.read("b", args.b, reach(&[(b_rows, b_at[0]), (desc.n, b_at[1])]), alignment)?;
+    let elements = reach(&[(desc.rows.experts, out_at[0]), (desc.m, out_at[1]), (desc.n, out_at[2])]);
+    let out = match (args.out, desc.f32_out) {
+        (ProductOut::Rounded(out), false) => scope.write("out", out, elements, alignment)?,
+        (ProductOut::F32(out), true) => scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?,
+        (_, f32_out) => {
+            let (expected, got) = ("a buffer of the type of a", "a buffer of f32");
+            let (expected, got) = if f32_out { (got, expected) } else { (expected, got) };
+            return Err(Error::invalid(operation, "out", expected, got));
+        }
+    };
+    let lists = args.dispatched.read(&scope)?;
+    let at = lists.addresses();
+    let flag = |set, bit: u32| if set { bit } else { 0 };
+    scope.launch(
+        &selection,
+        KGroupedParams {
+            a: a.address().into(),
+            b: b.address().into(),
+            out: out.address().into(),
+            slot_token: at.slot_token.into(),
+            offsets: at.offsets.into(),
+            counts: at.counts.into(),
+            slots: desc.rows.slots as u32,
+            m: desc.m as u32,
+            n: desc.n as u32,
+            gather: match desc.gathered {
+                Gathered::Neither => 0,
+                Gathered::A => 1,
+                Gathered::B => 2,
+                Gathered::Both => 3,
+            },
+            a_row: a_at[0] as u32,
+            a_column: a_at[1] as u32,
+            b_row: b_at[0] as u32,
+            b_column: b_at[1] as u32,
+            out_expert_lo: out_at[0] as u64 as u32,
+            out_expert_hi: (out_at[0] as u64 >> 32) as u32,
+            out_row: out_at[1] as u32,
+            out_column: out_at[2] as u32,
+            out_form: flag(desc.f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4),
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::device::A100;
+
+    fn desc() -> KGroupedDesc {
+        KGroupedDesc::new(Dtype::Bf16, SlotShape::new(64, 8, Some(2), 128, 64, 10), 200, 264)
+    }
+
+    #[test]
+    fn faults_name_their_field() {
+        let fault = |desc: KGroupedDesc| select(&desc, &A100).unwrap_err().argument().unwrap();
+        let strides = |strides| KGroupedDesc { strides: Some(strides), ..desc() };
+        let packed = KGroupedStrides::packed(200, 264);
+        assert!(select(&desc(), &A100).is_ok());
+        assert_eq!(fault(KGroupedDesc { m: 0, ..desc() }), "m");
+        assert_eq!(fault(KGroupedDesc { n: 1 << 31, ..desc() }), "n");
+        assert_eq!(fault(strides(packed.a([1 << 31, 1]))), "strides.a");
+        assert_eq!(fault(strides(packed.out([200 * 264, 263, 1]))), "strides.out");
+        assert_eq!(fault(strides(packed.out([200 * 264 - 1, 264, 1]))), "strides.out");
+        assert!(select(&strides(packed.out([200 * 264, 1, 200])), &A100).is_ok());
+    }
+
+    #[test]
+    fn what_vectors_cannot_read_goes_element_by_element() {
+        let any = |desc: KGroupedDesc| match select(&desc, &A100).unwrap().kernel.variant() {
+            Kernel::KGrouped(kernel) => kernel.any,
+            _ => unreachable!(),
+        };
+        let strides = |strides| KGroupedDesc { strides: Some(strides), ..desc() };
+        let packed = KGroupedStrides::packed(200, 264);
+        assert!(!any(desc()));
+        assert!(!any(desc().gathered(Gathered::B)));
+        assert!(any(desc().gathered(Gathered::Both)));
+        assert!(any(KGroupedDesc { m: 201, ..desc() }));
+        assert!(any(desc().unaligned(true)));
+        assert!(!any(strides(packed.a([208, 1]))));
+        assert!(any(strides(packed.b([268, 1]))));
+        assert!(any(strides(packed.a([1, 64]))));
+        assert_eq!(select(&desc(), &A100).unwrap().grid, [8 * 2 * 3, 1, 1]);
+    }
+}

@@ -1,0 +1,217 @@
+//! Checks of `k_grouped_*`.
+
+use half::{bf16, f16};
+use moe_kernels::Dtype;
+use moe_kernels::experts::gemm::ProductOut;
+use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides};
+use moe_kernels::experts::{SlotShape, TileEntry};
+use moe_kernels::reference::k_grouped::{RowMatrix, k_grouped as reference};
+use moe_kernels::registry::{KGrouped, Kernel};
+
+use crate::rows::Rows;
+use crate::strides::{places, spread};
+use crate::support::buffer::Guarded;
+use crate::support::compare::{Arithmetic, Storage, UNIT, assert_sums, to_f64};
+use crate::support::device;
+use crate::support::inputs::normals;
+use crate::timing::time;
+
+pub fn check(variant: KGrouped, rng: &mut fastrand::Rng) {
+    match variant.dtype {
+        Dtype::Bf16 => check_as::<bf16>(variant, rng),
+        Dtype::F16 => check_as::<f16>(variant, rng),
+        Dtype::F32 => check_as::<f32>(variant, rng),
+        other => unreachable!("no kernel has {other}"),
+    }
+}
+
+/// What a case has, and where its matrices lie.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    m: usize,
+    n: usize,
+    gathered: Gathered,
+    f32_out: bool,
+    accumulate: bool,
+    keep_empty: bool,
+    /// Strides: packed, or one of three sets.
+    places: usize,
+}
+
+fn check_as<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng) {
+    let tile = variant.tile();
+    let (bm, bk) = (tile.bm as usize, tile.bk as usize);
+    // M and N: less than a tile, a part of a chunk's row, a tile and more.
+    let widths = if variant.any {
+        [[5, bm + 3], [bm + 1, 1], [33, 70], [1, 12], [bm, 40], [7, 7]]
+    } else {
+        [[8, bm + 8], [bm + 16, 40], [24, bm], [8, 8], [2 * bm + 8, 16], [40, 72]]
+    };
+    // Rows: none, one, a stage less one, a stage, one more, several stages with a remainder and without.
+    let loads =
+        [[0, 1, bk - 1], [bk, 0, bk + 1], [3 * bk + 5, 2, 0], [4 * bk, 7, 1], [0, 0, 0], [2 * bk, 6 * bk + 1, 9]];
+    let gathered = [Gathered::A, Gathered::B, Gathered::Neither, Gathered::Both];
+    for (index, [m, n]) in widths.into_iter().enumerate() {
+        for more in 0..2 {
+            let gathered = gathered[(index + more) % if variant.any { 4 } else { 3 }];
+            let (f32_out, accumulate, keep_empty) =
+                ((index + more) % 2 == 0, (index / 2 + more) % 2 == 0, index % 3 == 0);
+            let case = Case { m, n, gathered, f32_out, accumulate, keep_empty, places: (index + 2 * more) % 4 };
+            run::<T>(variant, rng, &loads[(index + 3 * more) % loads.len()], &case);
+        }
+    }
+}
+
+fn strides(variant: KGrouped, case: &Case, [a_rows, b_rows]: [usize; 2]) -> Option<KGroupedStrides> {
+    let Case { m, n, .. } = *case;
+    let packed = KGroupedStrides::packed(m, n);
+    match (case.places, variant.any) {
+        (0, _) => None,
+        (which, false) => Some(packed.a([m + 8 * which, 1]).b([n + 16, 1]).out([m * (n + 8) + 16, n + 8, 1])),
+        (1, true) => Some(packed.a([1, a_rows + 3]).b([n + 1, 1]).out([m * n + 1, 1, m])),
+        (2, true) => Some(packed.a([m + 3, 1]).b([1, b_rows]).out([m * (n + 1), n + 1, 1])),
+        (_, true) => Some(packed.a([2 * m + 1, 2]).b([3 * n, 3]).out([2 * m * n + 5, 2 * n, 2])),
+    }
+}
+
+/// `loads[e]` rows for expert `e`, a few rows of nobody before, between and behind, which hold NaN and no token.
+fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let name = format!("{loads:?} {case:?}");
+    let Case { m, n, .. } = *case;
+    let experts = loads.len();
+    let mut slots = 2;
+    let mut spans = vec![];
+    for &load in loads {
+        spans.push((slots, slots + load));
+        slots += load + rng.usize(..3);
+    }
+    slots += 1;
+    let tokens = slots / 2 + 1;
+    let (mut slot_token, mut covered) = (vec![i32::MAX; slots], vec![false; slots]);
+    for row in spans.iter().flat_map(|&(first, end)| first..end) {
+        // The last token is nobody's.
+        slot_token[row] = rng.usize(..tokens - 1) as i32;
+        covered[row] = true;
+    }
+    let by_token =
+        [matches!(case.gathered, Gathered::A | Gathered::Both), matches!(case.gathered, Gathered::B | Gathered::Both)];
+    let nan = T::from_f64(f64::NAN);
+    let mut matrix = |columns: usize, by_token: bool| -> Vec<T> {
+        let rows = if by_token { tokens } else { slots };
+        let mut values: Vec<T> = normals(rng, rows * columns, 1.0);
+        for (row, values) in values.chunks_mut(columns).enumerate() {
+            if if by_token { row == tokens - 1 } else { !covered[row] } {
+                values.fill(nan);
+            }
+        }
+        values
+    };
+    let (a, b) = (matrix(m, by_token[0]), matrix(n, by_token[1]));
+    let tokens_of = |by_token: bool| by_token.then_some(&slot_token[..]);
+    let of = |f: fn(f64) -> f64| {
+        let [a, b] = [&a, &b].map(|values| to_f64(values).into_iter().map(f).collect::<Vec<f64>>());
+        let a = RowMatrix { values: &a[..], columns: m, slot_token: tokens_of(by_token[0]) };
+        let b = RowMatrix { values: &b[..], columns: n, slot_token: tokens_of(by_token[1]) };
+        reference(a, b, &spans).unwrap()
+    };
+    let (sums, magnitudes, squares) = (of(|v| v), of(f64::abs), of(|v| v * v));
+    let arithmetic = if variant.dtype == Dtype::F32 { Arithmetic::Tf32x3 } else { Arithmetic::Mma16 };
+    // What is there before: of the type of out, so rounded to it.
+    let old: Vec<T> = normals(rng, experts * m * n, 1.0);
+    let old32: Vec<f32> = normals(rng, experts * m * n, 1.0);
+    let old64 = if case.f32_out { to_f64(&old32) } else { to_f64(&old) };
+    let (mut want, mut bounds) = (vec![], vec![]);
+    for i in 0..sums.len() {
+        let (first, end) = spans[i / (m * n)];
+        let kept = first == end && (case.keep_empty || case.accumulate);
+        let value = if kept || case.accumulate { sums[i] + old64[i] } else { sums[i] };
+        let own = arithmetic.sum_bound(end - first, sums[i], magnitudes[i], squares[i].sqrt());
+        want.push(value);
+        bounds.push(if kept || first == end {
+            0.0
+        } else {
+            own + if case.accumulate { UNIT * value.abs() } else { 0.0 }
+        });
+    }
+
+    let shape = SlotShape::new(tokens, experts, Some(1), slots, 16, slots);
+    let [a_rows, b_rows] = by_token.map(|by_token| if by_token { tokens } else { slots });
+    let strides = strides(variant, case, [a_rows, b_rows]);
+    let desc = KGroupedDesc::new(variant.dtype, shape, m, n)
+        .gathered(case.gathered)
+        .strides(strides)
+        .f32_out(case.f32_out)
+        .accumulate(case.accumulate)
+        .keep_empty(case.keep_empty)
+        .unaligned(variant.any);
+    let selected = k_grouped::select(&desc, kernels.device()).unwrap().kernel.variant();
+    assert_eq!(selected, Kernel::KGrouped(variant), "{name}");
+    let at = strides.unwrap_or(KGroupedStrides::packed(m, n));
+    // Chunks are read by elements, or by 16 or 4 bytes at once.
+    let shift = if variant.any { [1, 0, 2][(m + n) % 3] } else { 0 };
+    let [a, b] =
+        [("a", &a, a_rows, m, at.a), ("b", &b, b_rows, n, at.b)].map(|(name, values, rows, columns, [row, column])| {
+            let spread = spread(values, [1, rows, columns], [0, row, column], nan);
+            Guarded::shifted_input(&stream, name, &spread, shift)
+        });
+    let outs = places([experts, m, n], at.out);
+    let all = outs.iter().max().unwrap() + 1;
+    let mut before = (vec![Guarded::<T>::junk(); all], vec![Guarded::<f32>::junk(); all]);
+    if case.accumulate || case.keep_empty {
+        outs.iter().zip(&old).for_each(|(&at, &old)| before.0[at] = old);
+        outs.iter().zip(&old32).for_each(|(&at, &old)| before.1[at] = old);
+    }
+    let mut rounded = Guarded::filled_output(&stream, "out", &before.0, shift);
+    let mut wide = Guarded::filled_output(&stream, "out", &before.1, shift);
+    let tiles: Vec<TileEntry> = (spans.iter().enumerate())
+        .flat_map(|(e, &(first, end))| {
+            let tile = move |at: usize| [e as i32, at as i32, (at + 16).min(end) as i32, 0];
+            (first..end).step_by(16).map(tile)
+        })
+        .collect();
+    let lists = Rows {
+        counts: spans.iter().map(|&(first, end)| (end - first) as i32).collect(),
+        offsets: spans.iter().map(|&(first, _)| first as i32).collect(),
+        num_tiles: tiles.len() as i32,
+        slot_token,
+        tiles,
+        ..Rows::default()
+    };
+    let dispatched = lists.dispatched(&stream, &shape);
+    let launch = |rounded: &mut Guarded<T>, wide: &mut Guarded<f32>| {
+        let (a, b, mut rounded, mut wide) = (a.view(), b.view(), rounded.view_mut(), wide.view_mut());
+        let out =
+            if case.f32_out { ProductOut::F32((&mut wide).into()) } else { ProductOut::Rounded((&mut rounded).into()) };
+        k_grouped::forward(kernels, &stream, &desc, KGroupedArgs::new(&a, &b, &dispatched, out)).unwrap();
+    };
+    let mut first = None;
+    for _ in 0..2 {
+        rounded.reset(&stream);
+        wide.reset(&stream);
+        launch(&mut rounded, &mut wide);
+        let got = (rounded.read(&stream), wide.read(&stream));
+        let (values, dtype) = if case.f32_out { (to_f64(&got.1), Dtype::F32) } else { (to_f64(&got.0), variant.dtype) };
+        let values: Vec<f64> = outs.iter().map(|&at| values[at]).collect();
+        assert_sums(&name, &values, &want, &bounds, dtype);
+        let bits = |(rounded, wide): &(Vec<T>, Vec<f32>)| {
+            (bytemuck::cast_slice::<T, u8>(rounded).to_vec(), bytemuck::cast_slice::<f32, u8>(wide).to_vec())
+        };
+        let (now, mut expected) = (bits(&got), bits(&before));
+        // All but the outputs is as it was.
+        for &at in &outs {
+            let (narrow, wide) = (at * size_of::<T>()..(at + 1) * size_of::<T>(), at * 4..(at + 1) * 4);
+            if case.f32_out {
+                expected.1[wide.clone()].copy_from_slice(&now.1[wide]);
+            } else {
+                expected.0[narrow.clone()].copy_from_slice(&now.0[narrow]);
+            }
+        }
+        assert!(now == expected, "{name}: written where no output is");
+        assert!(first.is_none_or(|first| first == now), "{name}: another run gave other bits");
+        first = Some(now);
+    }
+    a.assert_unchanged(&stream);
+    b.assert_unchanged(&stream);
+    time(&stream, &name, || launch(&mut rounded, &mut wide));
+}
