@@ -11,6 +11,7 @@
 //! `ptxas`: the variable `PTXAS`, `$CUDA_HOME/bin`, or `PATH`. `nvdisasm`: the variable `NVDISASM`, beside `ptxas`, or
 //! `PATH`. No GPU is needed.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Parser;
 use moe_kernels::kernels::embedded;
-use moe_kernels::registry::{self, Kernel};
+use moe_kernels::registry::{self, Arch, Kernel};
 use tempfile::TempDir;
 use wildmatch::WildMatch;
 
@@ -57,7 +58,7 @@ fn main() -> ExitCode {
 
 /// Whether its main loop is made of tensor core products.
 fn has_products(kernel: &Kernel) -> bool {
-    matches!(kernel, Kernel::Gemm(_) | Kernel::GemmAny(_) | Kernel::KGrouped(_))
+    matches!(kernel, Kernel::Gemm(_) | Kernel::GemmHopper(_) | Kernel::GemmAny(_) | Kernel::KGrouped(_))
 }
 
 /// What one variant became on one architecture.
@@ -92,8 +93,14 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     if variants.is_empty() {
         return Err(format!("--only: no product's variant matches `{}`", options.only));
     }
-    let jobs: Vec<(Kernel, &str)> =
-        options.archs.iter().flat_map(|arch| variants.iter().map(move |kernel| (*kernel, arch.as_str()))).collect();
+    // Kernels of one architecture alone are assembled for that one.
+    let suits = |kernel: &Kernel, arch: &str| kernel.arch() == Arch::Sm80 || kernel.arch().target() == arch;
+    let jobs: Vec<(Kernel, &str)> = (options.archs.iter())
+        .flat_map(|arch| variants.iter().filter(|kernel| suits(kernel, arch)).map(|kernel| (*kernel, arch.as_str())))
+        .collect();
+    if jobs.is_empty() {
+        return Err(format!("--arch: no variant that matches `{}` is for {}", options.only, options.archs.join(", ")));
+    }
 
     let folder = TempDir::with_prefix("sass_table-").map_err(|error| format!("a temporary folder: {error}"))?;
     let results: Vec<Mutex<Option<Result<Row, String>>>> = jobs.iter().map(|_| Mutex::new(None)).collect();
@@ -112,8 +119,8 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     });
 
     println!(
-        "{:<32} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>7}",
-        "variant", "arch", "registers", "spilled", "shared", "loop", "HMMA", "share"
+        "{:<40} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>7}",
+        "variant", "arch", "registers", "spilled", "shared", "loop", "MMA", "share"
     );
     let mut below = 0;
     for ((kernel, arch), result) in jobs.iter().zip(results) {
@@ -122,7 +129,7 @@ fn run(options: &Options) -> Result<ExitCode, String> {
         let low = options.min_share.is_some_and(|least| share < least);
         below += usize::from(low);
         println!(
-            "{:<32} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>6.1}%{}",
+            "{:<40} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>6.1}%{}",
             kernel.name(),
             arch,
             row.registers,
@@ -179,7 +186,7 @@ fn measure(ptxas: &Path, nvdisasm: &Path, folder: &Path, kernel: &Kernel, arch: 
         spilled: number(" bytes spill stores").unwrap_or(0),
         shared: number(" bytes smem").unwrap_or(0) + kernel.shared_bytes(),
         main_loop: main_loop(&sass)
-            .ok_or_else(|| format!("{name} for {arch}: no loop with HMMA in the disassembly"))?,
+            .ok_or_else(|| format!("{name} for {arch}: no loop with HMMA or HGMMA in the disassembly"))?,
     })
 }
 
@@ -198,7 +205,7 @@ fn number_before(text: &str, suffix: &str) -> Option<u32> {
     before[start..].parse().ok()
 }
 
-/// Of the loops that hold HMMA instructions and no other such loop, the one with the most of them.
+/// Of the loops that hold tensor core instructions and no other such loop, the one with the most of them.
 fn main_loop(sass: &str) -> Option<Loop> {
     let mut instructions: Vec<&str> = Vec::new();
     let mut labels: HashMap<&str, usize> = HashMap::new();
@@ -213,9 +220,7 @@ fn main_loop(sass: &str) -> Option<Loop> {
             }
         }
     }
-    let products = |range: &Range<usize>| {
-        instructions[range.clone()].iter().filter(|text| opcode(text).starts_with("HMMA")).count()
-    };
+    let products = |range: &Range<usize>| instructions[range.clone()].iter().filter(|text| is_product(text)).count();
     // A loop is what a backward branch closes.
     let loops: Vec<Range<usize>> = instructions
         .iter()
@@ -236,7 +241,13 @@ fn main_loop(sass: &str) -> Option<Loop> {
         .iter()
         .filter(|range| !loops.iter().any(|other| holds(range, other)))
         .map(|range| Loop { instructions: range.len(), products: products(range) })
-        .max_by_key(|main| main.products)
+        // Waits that stand elsewhere lead back into the middle of a loop: such a circle is longer.
+        .max_by_key(|main| (main.products, Reverse(main.instructions)))
+}
+
+/// Whether it is a product of a warp, or of a warpgroup.
+fn is_product(instruction: &str) -> bool {
+    ["HMMA", "HGMMA"].iter().any(|name| opcode(instruction).starts_with(name))
 }
 
 /// The opcode of an instruction, without its predicate.

@@ -25,7 +25,39 @@ pub fn structs(rendered: &Path, kernels: &[Kernel]) -> String {
             kernel.entry()
         );
     }
-    entries.iter().map(|(entry, (_, list))| structure(entry, list)).collect()
+    let mut text: String = entries.iter().map(|(entry, (_, list))| structure(entry, list)).collect();
+    // An entry that takes what another takes, and tensor maps after it, is made from that one's.
+    for (entry, (_, list)) in &entries {
+        for (shorter, (_, first)) in &entries {
+            if let Some(more) = list.strip_prefix(first.as_slice())
+                && !more.is_empty()
+                && more.iter().all(|(_, rust)| rust == "TensorMap")
+            {
+                text.push_str(&extension(entry, shorter, first, more));
+            }
+        }
+    }
+    text
+}
+
+/// `entry`'s parameters from those of `shorter`, which its list begins with, and `more`.
+fn extension(entry: &str, shorter: &str, first: &[Parameter], more: &[Parameter]) -> String {
+    let life = if first.iter().any(|(_, rust)| rust.contains("'a")) { "<'a>" } else { "" };
+    let mut text = format!(
+        "impl{life} {entry}Params{life} {{\n    /// What `{shorter}` takes, and more.\n    pub(crate) fn with(first: {shorter}Params{life}"
+    );
+    for (name, rust) in more {
+        write!(text, ", {name}: {rust}").unwrap();
+    }
+    writeln!(text, ") -> Self {{\n        {entry}Params {{").unwrap();
+    for (name, _) in first {
+        writeln!(text, "            {name}: first.{name},").unwrap();
+    }
+    for (name, _) in more {
+        writeln!(text, "            {name},").unwrap();
+    }
+    text.push_str("        }\n    }\n}\n\n");
+    text
 }
 
 /// The `.param` list of the one entry of a module.

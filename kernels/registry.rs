@@ -338,6 +338,50 @@ impl Gemm {
     }
 }
 
+/// [`Gemm`] by wgmma and TMA: two warpgroups multiply, a third fetches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemmHopper {
+    /// Type of all matrices, of 16 bits.
+    pub dtype: Dtype,
+    /// How weight outputs fold into columns.
+    pub fold: Fold,
+    /// Memory order of the weight.
+    pub layout: Layout,
+}
+
+impl GemmHopper {
+    /// The types it multiplies.
+    pub const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+
+    /// A block's share, of the warps that multiply.
+    pub const TILE: Tile = Tile::new(128, 256, 64, 8, 1, 4);
+
+    /// Threads of a block: those that multiply, and the warpgroup that fetches.
+    pub const THREADS: u32 = GemmHopper::TILE.threads() + 128;
+
+    /// Dynamic shared memory in bytes: the stages of A and B, an f32 slab of 64 x 64 for each warpgroup that multiplies, three barriers a stage.
+    pub const SHARED_BYTES: u32 = {
+        let t = &GemmHopper::TILE;
+        t.stages * ((t.bm + t.bn) * t.bk * 2 + 24) + t.bm * 64 * 4
+    };
+
+    /// Output columns of a tile.
+    pub const fn out_columns(&self) -> u32 {
+        match self.fold {
+            Fold::Plain => GemmHopper::TILE.bn,
+            Fold::Glu | Fold::Iglu => GemmHopper::TILE.bn / 2,
+        }
+    }
+
+    /// Weight outputs and depths in a box of the weight's tensor maps: 128 bytes of what lies side by side.
+    pub const fn map_box(&self) -> (u32, u32) {
+        match self.layout {
+            Layout::Nk => (128, 64),
+            _ => (64, 64),
+        }
+    }
+}
+
 /// One GEMM for all experts over rows of any width, address and stride.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GemmAny {
@@ -611,6 +655,8 @@ pub enum Kernel {
     },
     /// The experts' products.
     Gemm(Gemm),
+    /// The experts' products on Hopper.
+    GemmHopper(GemmHopper),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
     /// Products over the experts' rows.
@@ -699,6 +745,10 @@ impl Kernel {
             Kernel::Gemm(k) => {
                 format!("gemm_{}_{}_{}_{}", k.dtype, k.tile.name(), k.fold.name(), k.layout.name())
             }
+            Kernel::GemmHopper(k) => {
+                let tile = GemmHopper::TILE.name();
+                format!("gemm_{}_{tile}_{}_{}_sm90a", k.dtype, k.fold.name(), k.layout.name())
+            }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
@@ -752,6 +802,7 @@ impl Kernel {
             Kernel::ChunkRows => "ChunkRows",
             Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
+            Kernel::GemmHopper(_) => "GemmHopper",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
@@ -789,7 +840,10 @@ impl Kernel {
 
     /// Oldest architecture that runs it.
     pub const fn arch(&self) -> Arch {
-        Arch::Sm80
+        match self {
+            Kernel::GemmHopper(_) => Arch::Sm90a,
+            _ => Arch::Sm80,
+        }
     }
 
     /// Threads of a block.
@@ -806,6 +860,7 @@ impl Kernel {
             | Kernel::ChunkRows
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) => k.tile.threads(),
+            Kernel::GemmHopper(_) => GemmHopper::THREADS,
             Kernel::GemmAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
@@ -837,6 +892,7 @@ impl Kernel {
     pub const fn shared_bytes(&self) -> u32 {
         match self {
             Kernel::Gemm(k) => k.shared_bytes(),
+            Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
             Kernel::GemmAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
@@ -861,6 +917,7 @@ impl Kernel {
             Kernel::ChunkRows => "capacity/chunk_rows.ptx.jinja",
             Kernel::Permute { .. } => "experts/permute.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
+            Kernel::GemmHopper(_) => "experts/sm90a/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
@@ -946,6 +1003,11 @@ impl Kernel {
                 let own =
                     [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
                 own.into_iter().chain(k.tile.constants()).collect()
+            }
+            Kernel::GemmHopper(k) => {
+                let own =
+                    [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
+                own.into_iter().chain(GemmHopper::TILE.constants()).collect()
             }
             Kernel::GemmAny(k) => {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
@@ -1048,6 +1110,11 @@ pub fn all() -> Vec<Kernel> {
                     kernels.push(Kernel::Gemm(Gemm { dtype, tile, fold, layout }));
                 }
             }
+        }
+    }
+    for dtype in GemmHopper::DTYPES {
+        for fold in Fold::ALL {
+            kernels.extend(Layout::ALL.map(|layout| Kernel::GemmHopper(GemmHopper { dtype, fold, layout })));
         }
     }
     for dtype in Dtype::ALL {

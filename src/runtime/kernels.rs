@@ -85,12 +85,13 @@ impl Kernels {
         kernels.into_iter().try_for_each(|kernel| self.load_kernel(kernel).map(|_| ()))
     }
 
-    /// Loads every kernel of the registry.
+    /// Loads every kernel of the registry that the device runs.
     ///
     /// # Errors
     /// [`Error::ModuleLoad`], [`Error::Driver`].
     pub fn load_all(&self) -> Result<(), Error> {
-        self.preload(sorted().iter().map(|&(kernel, _)| kernel))
+        let runs = |kernel: &Kernel| kernel.variant().arch().runs_on(self.device.compute_capability);
+        self.preload(sorted().iter().map(|&(kernel, _)| kernel).filter(runs))
     }
 
     /// The loaded form of `kernel`, for a launch of `scope`.

@@ -544,6 +544,9 @@ fn load_module(entry: &Embedded, device: &DeviceInfo) -> Result<sys::CUmodule, D
     unsafe { result::module::load_data(text.as_ptr().cast()) }
 }
 
+mod tensor_map;
+pub(crate) use tensor_map::Boxes;
+
 #[cfg(test)]
 mod fewer_blocks;
 #[cfg(test)]

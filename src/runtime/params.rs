@@ -35,7 +35,6 @@ impl Pointer<'_> {
 /// A tensor map as a kernel's parameter, by value: `.param .align 64 .b8 name[128]`. What `cuTensorMapEncodeTiled` makes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[repr(C, align(64))]
-#[cfg_attr(not(test), expect(dead_code, reason = "no kernel of the registry takes one yet"))]
 pub(crate) struct TensorMap(pub(crate) [u64; 16]);
 
 include!(concat!(env!("OUT_DIR"), "/params.rs"));

@@ -2,12 +2,12 @@
 
 use cudarc::driver::CudaView;
 use half::{bf16, f16};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows, SharedRows};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Rows, SharedRows};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::experts::{SlotShape, Weight};
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::registry::{Fold, Gemm, Kernel};
+use moe_kernels::registry::{Fold, Gemm, GemmHopper, Kernel};
 use moe_kernels::rules::{Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc, drop_below};
 use moe_kernels::{Dtype, In, Out, reference};
 
@@ -25,6 +25,8 @@ use crate::timing::time;
 #[derive(Clone, Copy, Debug)]
 pub struct Variant {
     pub kernel: Kernel,
+    /// What the selection is asked for.
+    pub kernels: KernelSet,
     pub dtype: Dtype,
     pub layout: Layout,
     /// Rows of a tile in the lists.
@@ -37,12 +39,21 @@ pub struct Variant {
 impl From<Gemm> for Variant {
     fn from(gemm: Gemm) -> Variant {
         let Gemm { dtype, tile, fold, layout } = gemm;
-        Variant { kernel: Kernel::Gemm(gemm), dtype, layout, tile_m: tile.bm as usize, fold, shift: 0 }
+        let (kernel, kernels) = (Kernel::Gemm(gemm), KernelSet::Sm80);
+        Variant { kernel, kernels, dtype, layout, tile_m: tile.bm as usize, fold, shift: 0 }
     }
 }
 
-pub fn check(gemm: Gemm, rng: &mut fastrand::Rng) {
-    let variant = Variant::from(gemm);
+impl From<GemmHopper> for Variant {
+    fn from(gemm: GemmHopper) -> Variant {
+        let GemmHopper { dtype, fold, layout } = gemm;
+        let (kernel, kernels) = (Kernel::GemmHopper(gemm), KernelSet::Sm90a);
+        Variant { kernel, kernels, dtype, layout, tile_m: GemmHopper::TILE.bm as usize, fold, shift: 0 }
+    }
+}
+
+pub fn check(variant: impl Into<Variant>, rng: &mut fastrand::Rng) {
+    let variant = variant.into();
     match variant.dtype {
         Dtype::Bf16 => check_as::<bf16>(variant, rng),
         Dtype::F16 => check_as::<f16>(variant, rng),
@@ -120,12 +131,26 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             Case { k: 16384, n: 8, glu, activation, gather: first, bias: !first, scale: first, out_scale: first };
         grouped::<T>(variant, rng, loads, &case);
     }
+    if matches!(variant.kernel, Kernel::GemmHopper(_)) {
+        walk::<T>(variant, rng);
+    }
     // Nothing at all to do: no tile.
     let activation = activations(variant.fold)[0];
     let (gather, bias, scale, out_scale) = (true, false, false, false);
     let case = Case { k: 16, n: 16, glu: form(0), activation, gather, bias, scale, out_scale };
     grouped::<T>(variant, rng, &[0, 0, 0], &case);
     strides::check::<T>(variant, rng);
+}
+
+/// Clusters that walk two pairs of tiles or three, five stages deep, in three columns of which the last is narrow. Most row tiles have one live row, some
+/// more than half of theirs; an expert of two tiles has a pair of its own, or halves of two.
+fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
+    let experts = device::kernels().device().multiprocessors as usize * 2 / 3 + 2;
+    let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1, 1, 1][expert % 12]).collect();
+    let n = if variant.fold == Fold::Plain { 2 * 256 + 8 } else { 2 * 128 + 8 };
+    let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
+    let case = Case { k: 264, n, glu, activation, gather: true, bias: false, scale: false, out_scale: false };
+    grouped::<T>(variant, rng, &loads, &case);
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -146,6 +171,7 @@ impl Case {
             .gather(self.gather && matches!(rows, Rows::Grouped(_)))
             .weight(WeightDesc::new(variant.dtype).layout(variant.layout).glu(self.glu))
             .activation(self.activation)
+            .kernels(variant.kernels)
     }
 }
 

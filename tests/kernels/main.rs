@@ -88,8 +88,18 @@ fn main() -> ExitCode {
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
-/// Every check of the variant.
+/// Every check of the variant, where the device runs it.
 fn check(kernel: Kernel) {
+    let capability = support::device::kernels().device().compute_capability;
+    if !kernel.arch().runs_on(capability) {
+        println!(
+            "{}: not tested: the device is of compute capability {}.{}",
+            kernel.name(),
+            capability.0,
+            capability.1
+        );
+        return;
+    }
     let rng = &mut support::inputs::generator(&kernel.name());
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
@@ -105,6 +115,7 @@ fn check(kernel: Kernel) {
         Kernel::ChunkRows => chunks::check(rng),
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
+        Kernel::GemmHopper(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),

@@ -74,6 +74,20 @@ pub struct GemmDesc {
     pub unaligned: bool,
     /// What becomes of a result.
     pub output: Output,
+    /// Which kernels may compute it.
+    pub kernels: KernelSet,
+}
+
+/// Kernels by the architecture that they are written for. Each set gives the same bits wherever it runs; between two, sums differ in their last bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum KernelSet {
+    /// Those that a model of the device finds fastest.
+    Fastest,
+    /// `sm_80`: they run on every device.
+    Sm80,
+    /// `sm_90a`, on compute capability 9.0 alone: 16-bit products of dense rows or tiles of 128, of weights whose rows begin on 16 bytes.
+    Sm90a,
 }
 
 /// What becomes of a product's results.
@@ -107,6 +121,7 @@ impl GemmDesc {
             strides: None,
             unaligned: false,
             output: Output::Rounded,
+            kernels: KernelSet::Fastest,
         }
     }
 
@@ -194,4 +209,5 @@ settings!(GemmDesc {
     strides: Option<Strides>,
     unaligned: bool,
     output: Output,
+    kernels: KernelSet,
 });

@@ -10,6 +10,7 @@
 
 mod activation;
 mod desc;
+mod hopper;
 mod shared_rows;
 mod strides;
 
@@ -21,7 +22,7 @@ pub use self::activation::SwigluByExpert;
 use self::activation::Unit;
 pub(crate) use self::activation::{ByExpertAddresses, HeldByExpert, check_activation};
 use self::desc::OPERATION;
-pub use self::desc::{GemmDesc, Output, Rows};
+pub use self::desc::{GemmDesc, KernelSet, Output, Rows};
 use self::shared_rows::HeldShared;
 pub(crate) use self::shared_rows::SharedAddresses;
 pub use self::shared_rows::SharedRows;
@@ -30,7 +31,7 @@ use self::strides::outputs_apart;
 use super::dispatched::{Dispatched, RowAddresses};
 use super::tiles::{select_tile, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
-use crate::registry::{Fold, Gemm, GemmAny, Kernel};
+use crate::registry::{Fold, Gemm, GemmAny, GemmHopper, Kernel};
 use crate::rules::{Dropout, Glu, NoiseSource, drop_below, keep_scale};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
@@ -147,8 +148,19 @@ pub fn select(desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> 
 pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.check(operation)?;
     let Some(layout) = desc.vector_layout() else {
-        return select_any(operation, desc, device);
+        return match desc.kernels {
+            KernelSet::Sm90a => Err(hopper::refusal(operation, desc, device)),
+            _ => select_any(operation, desc, device),
+        };
     };
+    let hopper = hopper::candidate(desc, layout, device).filter(|_| desc.kernels != KernelSet::Sm80);
+    match hopper {
+        Some((gemm, blocks)) if desc.kernels == KernelSet::Sm90a => {
+            return Ok(hopper::selection(gemm, blocks));
+        }
+        None if desc.kernels == KernelSet::Sm90a => return Err(hopper::refusal(operation, desc, device)),
+        _ => {}
+    }
     let (tile, tiles) = match &desc.rows {
         Rows::Dense(rows) => {
             let tile = select_tile(desc.dtype, *rows, 1, device)?;
@@ -159,14 +171,24 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
             shape.max_tiles + desc.shared_rows.div_ceil(shape.tile_m),
         ),
     };
-    let fold = match desc.weight.glu {
+    let gemm = Gemm { dtype: desc.dtype, tile, fold: fold(desc.weight.glu), layout };
+    if let Some((hopper, blocks)) = hopper
+        && tile.bm == GemmHopper::TILE.bm
+        && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
+    {
+        return Ok(hopper::selection(hopper, blocks));
+    }
+    let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
+    Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
+}
+
+/// How the outputs of such a weight fold into columns.
+fn fold(glu: Glu) -> Fold {
+    match glu {
         Glu::None => Fold::Plain,
         Glu::Split | Glu::UpFirst | Glu::Apart => Fold::Glu,
         Glu::Interleaved => Fold::Iglu,
-    };
-    let gemm = Gemm { dtype: desc.dtype, tile, fold, layout };
-    let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
-    Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
+    }
 }
 
 /// The kernel for rows of any width and place. It takes lists of tiles of any height.
@@ -340,77 +362,80 @@ pub(crate) fn enqueue(
         Kernel::GemmAny(_) => outputs_apart(desc.weight.glu),
         _ => 1,
     };
-    scope.launch(
-        selection,
-        GemmParams {
-            a: at.a.into(),
-            b: b.into(),
-            b_up: b_up.into(),
-            bias: bias.into(),
-            bias_up: bias_up.into(),
-            out: at.out.into(),
-            pre_activation: at.pre_activation.into(),
-            slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
-            row_scale: at.row_scale.into(),
-            out_scale: at.out_scale.into(),
-            tiles: at.rows.map(|rows| rows.tiles).into(),
-            num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
-            shared_a: at.shared.map(|shared| shared.a).into(),
-            shared_b: shared_weight.map(|weight| weight.b).into(),
-            shared_b_up: shared_weight.and_then(|weight| weight.b_up).into(),
-            shared_bias: shared_weight.and_then(|weight| weight.bias).into(),
-            shared_bias_up: shared_weight.and_then(|weight| weight.bias_up).into(),
-            shared_out: at.shared.map(|shared| shared.out).into(),
-            shared_pre_activation: at.shared.and_then(|shared| shared.pre_activation).into(),
-            shared_rows: desc.shared_rows as u32,
-            m: desc.rows.count() as u32,
-            n: desc.n as u32,
-            k: desc.k as u32,
-            b_outputs: desc.b_outputs() as u32,
-            tile_m: match &desc.rows {
-                Rows::Dense(_) => 1,
-                Rows::Grouped(shape) => shape.tile_m as u32,
-            },
-            a_row: a[0] as u32,
-            a_depth: a[1] as u32,
-            b_expert_lo: expert as u64 as u32,
-            b_expert_hi: (expert as u64 >> 32) as u32,
-            b_output: (apart * output) as u32,
-            b_depth: depth as u32,
-            bias_output: apart as u32,
-            out_row: out[0] as u32,
-            out_column: out[1] as u32,
-            out_form: match desc.output {
-                Output::Rounded => 0,
-                Output::F32 => 1,
-                Output::Added => 2,
-                Output::AddedF32 => 3,
-            },
-            activation,
-            alpha,
-            gate_bound,
-            drop_below: drop_below(probability),
-            keep_scale: keep_scale(probability),
-            seed_lo,
-            seed_hi,
-            offset_lo,
-            offset_hi,
-            noise_state: at.noise_state.into(),
-            up_bound,
-            factor,
-            offset,
-            shared_activation: shared.activation,
-            shared_alpha: shared.alpha,
-            shared_gate_bound: shared.gate_bound,
-            shared_up_bound: shared.up_bound,
-            shared_factor: shared.factor,
-            shared_offset: shared.offset,
-            expert_alpha: at.swiglu.alpha.into(),
-            expert_gate_bound: at.swiglu.gate.into(),
-            expert_up_bound: at.swiglu.up.into(),
-            expert_offset: at.swiglu.offset.into(),
+    let params = GemmParams {
+        a: at.a.into(),
+        b: b.into(),
+        b_up: b_up.into(),
+        bias: bias.into(),
+        bias_up: bias_up.into(),
+        out: at.out.into(),
+        pre_activation: at.pre_activation.into(),
+        slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
+        row_scale: at.row_scale.into(),
+        out_scale: at.out_scale.into(),
+        tiles: at.rows.map(|rows| rows.tiles).into(),
+        num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
+        shared_a: at.shared.map(|shared| shared.a).into(),
+        shared_b: shared_weight.map(|weight| weight.b).into(),
+        shared_b_up: shared_weight.and_then(|weight| weight.b_up).into(),
+        shared_bias: shared_weight.and_then(|weight| weight.bias).into(),
+        shared_bias_up: shared_weight.and_then(|weight| weight.bias_up).into(),
+        shared_out: at.shared.map(|shared| shared.out).into(),
+        shared_pre_activation: at.shared.and_then(|shared| shared.pre_activation).into(),
+        shared_rows: desc.shared_rows as u32,
+        m: desc.rows.count() as u32,
+        n: desc.n as u32,
+        k: desc.k as u32,
+        b_outputs: desc.b_outputs() as u32,
+        tile_m: match &desc.rows {
+            Rows::Dense(_) => 1,
+            Rows::Grouped(shape) => shape.tile_m as u32,
         },
-    )
+        a_row: a[0] as u32,
+        a_depth: a[1] as u32,
+        b_expert_lo: expert as u64 as u32,
+        b_expert_hi: (expert as u64 >> 32) as u32,
+        b_output: (apart * output) as u32,
+        b_depth: depth as u32,
+        bias_output: apart as u32,
+        out_row: out[0] as u32,
+        out_column: out[1] as u32,
+        out_form: match desc.output {
+            Output::Rounded => 0,
+            Output::F32 => 1,
+            Output::Added => 2,
+            Output::AddedF32 => 3,
+        },
+        activation,
+        alpha,
+        gate_bound,
+        drop_below: drop_below(probability),
+        keep_scale: keep_scale(probability),
+        seed_lo,
+        seed_hi,
+        offset_lo,
+        offset_hi,
+        noise_state: at.noise_state.into(),
+        up_bound,
+        factor,
+        offset,
+        shared_activation: shared.activation,
+        shared_alpha: shared.alpha,
+        shared_gate_bound: shared.gate_bound,
+        shared_up_bound: shared.up_bound,
+        shared_factor: shared.factor,
+        shared_offset: shared.offset,
+        expert_alpha: at.swiglu.alpha.into(),
+        expert_gate_bound: at.swiglu.gate.into(),
+        expert_up_bound: at.swiglu.up.into(),
+        expert_offset: at.swiglu.offset.into(),
+    };
+    match selection.kernel.variant() {
+        Kernel::GemmHopper(gemm) => {
+            scope.launch(selection, hopper::with_maps(scope, desc, &gemm, params, at.weight, shared_weight)?)
+        }
+        _ => scope.launch(selection, params),
+    }
 }
 
 #[cfg(test)]

@@ -163,7 +163,8 @@ impl Accessor<'_> {
         if other.home == me.home {
             let same_lanes = || other.lanes() == me.lanes() && me.lanes().1 != MANY;
             let warp = other.warp();
-            if if warp == me.warp() {
+            // What an engine did before is known, or not, as what another one did: its copies are in no order.
+            if if warp == me.warp() && !self.engine {
                 self.lanes >= other.time || same_lanes()
             } else {
                 self.known[warp as usize] >= other.time

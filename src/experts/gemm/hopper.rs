@@ -1,0 +1,188 @@
+//! The `sm_90a` kernels: when they are chosen, and the tensor maps of their weights.
+
+use super::desc::{GemmDesc, KernelSet, Rows};
+use super::fold;
+use crate::experts::weight::WeightAddresses;
+use crate::registry::{GemmHopper, Kernel, Tile};
+use crate::rules::Layout;
+use crate::runtime::launch::{Boxes, Scope};
+use crate::runtime::params::{GemmHopperParams, GemmParams, TensorMap};
+use crate::{DeviceInfo, Error, Selection};
+
+/// Strides of a tensor map in bytes are below this.
+const MAX_STRIDE: u64 = 1 << 40;
+
+/// Blocks of a cluster: they compute neighbouring row tiles, and fetch the weight together where it is the same.
+const CLUSTER: u32 = 2;
+
+/// A launch of so many blocks.
+pub(super) fn selection(gemm: GemmHopper, blocks: u32) -> Selection {
+    Selection { cluster: [CLUSTER, 1, 1], ..Selection::new(Kernel::GemmHopper(gemm), [blocks, 1, 1]) }
+}
+
+/// The kernel and its grid of persistent blocks, where it computes `desc` in row tiles of its own height on this device; `layout` is that of
+/// [`GemmDesc::vector_layout`].
+pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) -> Option<(GemmHopper, u32)> {
+    let [expert, output, depth] = desc.places().weight;
+    let height = GemmHopper::TILE.bm as usize;
+    let fits = device.compute_capability == (9, 0)
+        && device.shared_bytes_per_block >= GemmHopper::SHARED_BYTES
+        && GemmHopper::DTYPES.contains(&desc.dtype)
+        && [expert, output.max(depth)].iter().all(|&stride| stride > 0 && stride as u64 * 2 < MAX_STRIDE)
+        && match desc.rows {
+            Rows::Dense(_) => true,
+            Rows::Grouped(shape) => shape.tile_m == height,
+        };
+    let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
+    // The kernel counts tiles in 32 bits.
+    let pairs = row_tiles(desc, height).div_ceil(2) as u64 * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
+    let clusters = pairs.min((device.multiprocessors / CLUSTER).into()) as u32;
+    (fits && device.multiprocessors >= CLUSTER && pairs <= i32::MAX as u64).then_some((gemm, CLUSTER * clusters))
+}
+
+/// Row tiles of this height at most, those of a shared expert too.
+fn row_tiles(desc: &GemmDesc, height: usize) -> usize {
+    let own = match desc.rows {
+        Rows::Dense(rows) => rows.div_ceil(height),
+        Rows::Grouped(shape) => shape.max_tiles,
+    };
+    own + desc.shared_rows.div_ceil(height)
+}
+
+/// Whether the kernel is ahead of the `sm_80` one of this tile.
+///
+/// A tile's time on Hopper goes with what is slower: its products, by the share of the tensor cores' rate (2048 a cycle) that the instructions
+/// reach, 65 % for `mma.sync` and 88 % for `wgmma` of 256 columns (published measurements on an H800); or its rows and columns
+/// through L2, which gives a multiprocessor 32 bytes a cycle. Either set runs in rounds of a tile a multiprocessor; a round that is
+/// not full takes as long as one that is, so few tiles favour small ones.
+pub(super) fn is_faster(desc: &GemmDesc, gemm: &GemmHopper, other: (&Tile, u32), device: &DeviceInfo) -> bool {
+    let time = |rows: u64, columns: u32, blocks: u32, products: u64, bytes: u64| {
+        let rounds = (rows * desc.n.div_ceil(columns as usize) as u64).div_ceil(blocks.max(1).into());
+        u128::from(rounds) * u128::from(products.max(bytes / 32))
+    };
+    // Cycles of the products of 64 depths, and the bytes of 64 depths of A and B.
+    let products = |tile: &Tile, percent: u64| u64::from(tile.bm * tile.bn) * 64 * 100 / (2048 * percent);
+    let bytes = |bm: u32, bn: u32| u64::from(bm + bn) * 128;
+    let (tile, columns) = other;
+    let other = time(
+        row_tiles(desc, tile.bm as usize) as u64,
+        columns,
+        device.multiprocessors,
+        products(tile, 65),
+        bytes(tile.bm, tile.bn),
+    );
+    let own = &GemmHopper::TILE;
+    // From four tiles an expert on, most pairs are of one expert.
+    let shares = desc.rows.count() >= 4 * own.bm as usize * desc.rows.experts();
+    let fetched = bytes(own.bm, if shares { own.bn / CLUSTER } else { own.bn });
+    let pairs = row_tiles(desc, own.bm as usize).div_ceil(2) as u64;
+    time(pairs, gemm.out_columns(), device.multiprocessors / CLUSTER, products(own, 88), fetched) < other
+}
+
+/// What [`KernelSet::Sm90a`] asks for and cannot have.
+pub(super) fn refusal(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Error {
+    let (major, minor) = device.compute_capability;
+    let rows = match desc.rows {
+        Rows::Dense(_) => "dense rows".to_owned(),
+        Rows::Grouped(shape) => format!("tiles of {} rows", shape.tile_m),
+    };
+    let got = format!("{:?} of {}, {rows} on compute capability {major}.{minor}", KernelSet::Sm90a, desc.dtype);
+    let expected = "another set, unless 16-bit, dense or in tiles of 128 rows, of rows that begin on 16 bytes, on 9.0";
+    Error::unsupported(operation, "kernels", expected, got)
+}
+
+/// The launch's parameters with the maps of the weights; `shared` are those of the shared expert.
+pub(super) fn with_maps<'a>(
+    scope: &Scope<'_>,
+    desc: &GemmDesc,
+    gemm: &GemmHopper,
+    params: GemmParams<'a>,
+    weight: WeightAddresses<'_>,
+    shared: Option<WeightAddresses<'_>>,
+) -> Result<GemmHopperParams<'a>, Error> {
+    let [expert, output, depth] = desc.places().weight;
+    let (box_outputs, box_depths) = gemm.map_box();
+    // Gate and up have a map each; where they alternate one has both.
+    let outputs = if desc.weight.glu == crate::rules::Glu::Interleaved { 2 * desc.n } else { desc.n };
+    let maps = |weight: WeightAddresses<'_>, experts| {
+        let boxes = match gemm.layout {
+            Layout::Nk => Boxes {
+                dtype: desc.dtype,
+                sizes: [desc.k, outputs, experts],
+                strides: [output, expert],
+                extent: [box_depths, box_outputs],
+            },
+            _ => Boxes {
+                dtype: desc.dtype,
+                sizes: [outputs, desc.k, experts],
+                strides: [depth, expert],
+                extent: [box_outputs, box_depths],
+            },
+        };
+        let first = scope.tensor_map(weight.b, &boxes)?;
+        let up = weight.b_up.filter(|_| gemm.fold == crate::registry::Fold::Glu);
+        Ok::<_, Error>([first, up.map_or(Ok(first), |up| scope.tensor_map(up, &boxes))?])
+    };
+    let [b, b_up] = maps(weight, desc.rows.experts())?;
+    let [shared_b, shared_b_up]: [TensorMap; 2] = shared.map_or(Ok([b, b_up]), |weight| maps(weight, 1))?;
+    Ok(GemmHopperParams::with(params, b, b_up, shared_b, shared_b_up))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::select;
+    use super::*;
+    use crate::experts::dispatched::SlotShape;
+    use crate::rules::{Activation, Dtype, Glu, WeightDesc};
+    use crate::runtime::device::{A100, H100};
+
+    /// Qwen3-30B's first product of so many tokens, in the worst case of tiles.
+    fn qwen3(tokens: usize, tile_m: usize) -> GemmDesc {
+        let tiles = crate::experts::tiles::max_tiles(8 * tokens, 128, tile_m);
+        let rows = Rows::Grouped(SlotShape::new(tokens, 128, Some(8), 8 * tokens, tile_m, tiles));
+        GemmDesc::new(Dtype::Bf16, rows, 768, 2048)
+            .gather(true)
+            .weight(WeightDesc::new(Dtype::Bf16).glu(Glu::Split))
+            .activation(Activation::Silu)
+    }
+
+    fn is_hopper(desc: &GemmDesc, device: &DeviceInfo) -> bool {
+        matches!(select(desc, device).unwrap().kernel.variant(), Kernel::GemmHopper(_))
+    }
+
+    #[test]
+    fn only_hopper_runs_it_and_only_where_it_is_ahead() {
+        assert!(is_hopper(&qwen3(32768, 128), &H100));
+        assert!(!is_hopper(&qwen3(32768, 128), &A100));
+        assert!(!is_hopper(&qwen3(32768, 128), &DeviceInfo { compute_capability: (10, 0), ..H100 }));
+        assert!(!is_hopper(&qwen3(32768, 128), &DeviceInfo { shared_bytes_per_block: 200 << 10, ..H100 }));
+        assert!(!is_hopper(&qwen3(32768, 64), &H100), "the lists are for tiles of 64 rows");
+        assert!(!is_hopper(&qwen3(32768, 128).kernels(KernelSet::Sm80), &H100));
+        assert!(!is_hopper(&qwen3(32768, 128).unaligned(true), &H100));
+        let dense = |rows, n| GemmDesc::new(Dtype::F16, Rows::Dense(rows), n, 4096);
+        assert!(is_hopper(&dense(4096, 4096), &H100));
+        assert!(!is_hopper(&dense(1024, 1024), &H100), "64 blocks of sm_80 do it in one round");
+        assert!(!is_hopper(
+            &GemmDesc { dtype: Dtype::F32, weight: WeightDesc::new(Dtype::F32), ..dense(4096, 4096) },
+            &H100
+        ));
+    }
+
+    #[test]
+    fn a_block_a_multiprocessor_walks_the_tiles() {
+        assert_eq!(select(&qwen3(32768, 128), &H100).unwrap().grid, [132, 1, 1]);
+        let few = GemmDesc::new(Dtype::Bf16, Rows::Dense(257), 264, 64).kernels(KernelSet::Sm90a);
+        assert_eq!(select(&few, &H100).unwrap().grid, [8, 1, 1]);
+        let none = GemmDesc { rows: Rows::Dense(0), ..few };
+        assert_eq!(select(&none, &H100).unwrap().grid, [0, 1, 1]);
+    }
+
+    #[test]
+    fn what_the_set_cannot_do_is_refused() {
+        for desc in [qwen3(64, 64), qwen3(64, 128).unaligned(true)] {
+            let error = select(&desc.kernels(KernelSet::Sm90a), &H100).unwrap_err();
+            assert_eq!(error.argument(), Some("kernels"));
+        }
+        assert!(select(&qwen3(64, 128).kernels(KernelSet::Sm90a), &A100).is_err());
+    }
+}
