@@ -102,7 +102,12 @@ impl Case {
             let rule = DispatchRule { experts, top_k, capacity, tile_m };
             Results::new(&want.ids, rule, blocks)
         });
-        args.extend(sorted.iter().flat_map(Results::args));
+        if let Some(sorted) = &sorted {
+            let mut lists = sorted.args();
+            // Behind the rows of a tile: experts that have rows.
+            lists.insert(4, Arg::U32(experts as u32));
+            args.extend(lists);
+        }
         let counters = launch(kernel, [blocks, 1, 1], tokens as u64, &args);
         check(&what, &want, &ids.read(), &weights.read(), top_k);
         match sorted {
