@@ -153,3 +153,19 @@ fn workspace_is_shared_by_plans() {
 fn captured_in_a_graph() {
     support::layer_case::captured(&Case::new(mixtral(Dtype::Bf16), 70));
 }
+
+/// Enough rows an expert that a Hopper device takes its own kernels (wgmma), with a shared expert's rows in their launches; on other devices the
+/// same layer on theirs. `batch_invariant` keeps to the one set that every batch has.
+#[test]
+fn many_rows_an_expert() {
+    let desc = LayerDesc::new(Dtype::Bf16, 256, 256, 2, 1).shared(Some(SharedDesc::new(256, Mlp::swiglu(Dtype::Bf16))));
+    let device = open().kernels.device();
+    let own = |desc: LayerDesc| {
+        let plan = desc.plan(2600, device).unwrap();
+        plan.kernels().filter(|kernel| kernel.name().ends_with("_sm90a")).count()
+    };
+    let is_hopper = device.compute_capability == (9, 0);
+    assert_eq!(own(desc) > 0, is_hopper);
+    assert_eq!(own(desc.batch_invariant(true)), 0);
+    check::<bf16, bf16>(&Case { expert_bias: true, ..Case::new(desc, 2600) });
+}

@@ -1,6 +1,7 @@
 //! What a layer is.
 
 use super::{LatentDesc, LayerPlan, Norms};
+use crate::experts::gemm::KernelSet;
 use crate::rules::{
     Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, LogitRule, NullExperts,
     Score, SecondExpert, Swiglu, WeightDesc, Weighting,
@@ -29,8 +30,8 @@ pub struct LayerDesc {
     /// How experts are chosen and weighted. With [`Gating::appended`] the layer has `E + appended` experts, of which a token goes to `k + appended`:
     /// their weights stand behind the others'.
     pub gating: Gating,
-    /// The router's kernel chosen without regard to the number of tokens: a token's result has the same bits whatever batch it is in, and wherever
-    /// (products add in the same order in tiles of every height). Not so where tokens compete: capacity, admission.
+    /// Kernels chosen without regard to the number of tokens, the products' from the `sm_80` set alone: a token's result has the same bits whatever
+    /// batch it is in, and wherever (products of one set add in the same order in tiles of every height). Not so where tokens compete: capacity, admission.
     pub batch_invariant: bool,
     /// How the ids of choices from elsewhere are stored ([`super::LayerArgs::choices`]).
     pub choices: IdFormat,
@@ -122,6 +123,11 @@ impl LayerDesc {
     /// Logits of a token: `E`, and a column for each appended expert that has one.
     pub fn logit_columns(&self) -> usize {
         self.experts.saturating_add(self.gating.appended_columns())
+    }
+
+    /// Kernels that may compute its products: one set where bits must not depend on the batch.
+    pub(super) const fn kernels(&self) -> KernelSet {
+        if self.batch_invariant { KernelSet::Sm80 } else { KernelSet::Fastest }
     }
 
     /// Whether its admission draws second experts.

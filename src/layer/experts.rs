@@ -75,12 +75,16 @@ impl ExpertsPlan {
             let (shared_rows, shared_activation) = shared.unzip();
             let shared_rows = shared_rows.unwrap_or(0);
             let gate_up = GemmDesc::new(dtype, rows, intermediate, width)
+                .kernels(desc.kernels())
                 .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
                 .activation(mlp.activation)
                 .shared_rows(shared_rows)
                 .shared_activation(shared_activation);
-            let down = GemmDesc::new(dtype, rows, width, intermediate).weight(mlp.down).shared_rows(shared_rows);
+            let down = GemmDesc::new(dtype, rows, width, intermediate)
+                .kernels(desc.kernels())
+                .weight(mlp.down)
+                .shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };

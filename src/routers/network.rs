@@ -14,7 +14,7 @@ use cudarc::driver::CudaStream;
 
 use super::router::{self, RouterDesc};
 use crate::experts::Weight;
-use crate::experts::gemm::{self, GemmDesc, Output, Rows};
+use crate::experts::gemm::{self, GemmDesc, KernelSet, Output, Rows};
 use crate::experts::rms_norm::{self, RmsNormDesc, check_weight};
 use crate::experts::weight::{HeldWeight, WeightNames, WeightPlace};
 use crate::rules::{Activation, Dtype, RmsNorm, WeightDesc};
@@ -159,7 +159,11 @@ impl NetworkPlan {
             return Err(Error::unsupported(OPERATION, "state", supported, state));
         }
         gemm::check_activation(OPERATION, "activation", activation, WeightDesc::new(dtype).glu)?;
-        let product = |desc: GemmDesc| Ok::<_, Error>((desc, gemm::select_for(OPERATION, &desc, device)?));
+        let kernels = if batch_invariant { KernelSet::Sm80 } else { KernelSet::Fastest };
+        let product = |desc: GemmDesc| {
+            let desc = desc.kernels(kernels);
+            Ok::<_, Error>((desc, gemm::select_for(OPERATION, &desc, device)?))
+        };
         let rows = Rows::Dense(tokens);
         let form = if state == dtype { Output::Rounded } else { Output::F32 };
         let norm = RmsNormDesc::new(state, tokens, width, norm);

@@ -58,6 +58,7 @@ impl AroundPlan {
         device: &DeviceInfo,
     ) -> Result<AroundPlan, Error> {
         let &LayerDesc { dtype, hidden, norms, .. } = desc;
+        let kernels = desc.kernels();
         let (tokens, width) = (rows.tokens, desc.expert_width());
         let norm = |norm: Option<RmsNorm>, rows: usize, width: usize| {
             let step = |norm| {
@@ -68,7 +69,7 @@ impl AroundPlan {
         };
         let latent = desc.latent.map(|latent| {
             let product = |n, k, weight| {
-                let desc = GemmDesc::new(dtype, Rows::Dense(tokens), n, k).weight(weight);
+                let desc = GemmDesc::new(dtype, Rows::Dense(tokens), n, k).kernels(kernels).weight(weight);
                 Ok::<_, Error>(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })
             };
             let sum = CombineDesc::new(dtype, SlotShape::new(tokens, 1, Some(1), tokens, 1, 0), hidden);
