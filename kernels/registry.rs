@@ -519,6 +519,9 @@ pub const fn permute_grid(rows: u32, units: u32) -> [u32; 3] {
 /// Threads of a block of the RMS normalisation, and so most that share a row.
 pub const RMS_NORM_THREADS: u32 = 512;
 
+/// Tokens that a block of `load_importance` adds up.
+pub const LOAD_IMPORTANCE_TOKENS: u32 = 256;
+
 /// Keys of each of the two lists of product keys.
 pub const MAX_PRODUCT_KEYS: u32 = 128;
 
@@ -630,6 +633,8 @@ pub enum Kernel {
     KeepLargest,
     /// The correction bias that shares a batch out evenly.
     QuantileBias,
+    /// The loss of importance and of loads under noise.
+    LoadImportance,
     /// Slots sorted by expert.
     Dispatch(Dispatch),
     /// The same with each expert's rows rounded up to a multiple, and a limit on all rows.
@@ -766,6 +771,7 @@ impl Kernel {
             Kernel::MeasuredGating(k) => format!("{}_measured", Kernel::Gating(k.gate()).name()),
             Kernel::KeepLargest => "keep_largest".into(),
             Kernel::QuantileBias => "quantile_bias".into(),
+            Kernel::LoadImportance => "load_importance".into(),
             Kernel::BalanceLoss => "balance_loss".into(),
             Kernel::UpdateBias => "update_bias".into(),
             Kernel::ExpertMap { ids_bytes } => format!("expert_map{}", wide(*ids_bytes)),
@@ -819,6 +825,7 @@ impl Kernel {
             Kernel::MeasuredGating(MeasuredGate { score: None, .. }) => "MeasuredGatingAny",
             Kernel::KeepLargest => "KeepLargest",
             Kernel::QuantileBias => "QuantileBias",
+            Kernel::LoadImportance => "LoadImportance",
             Kernel::BalanceLoss => "BalanceLoss",
             Kernel::UpdateBias => "UpdateBias",
             Kernel::ExpertMap { .. } => "ExpertMap",
@@ -852,7 +859,7 @@ impl Kernel {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
-            Kernel::KeepLargest | Kernel::QuantileBias => BLOCK_WARPS * 32,
+            Kernel::KeepLargest | Kernel::QuantileBias | Kernel::LoadImportance => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
             Kernel::ExpertCounts { .. }
             | Kernel::MapToIds
@@ -934,6 +941,7 @@ impl Kernel {
             Kernel::MeasuredGating(_) => "routers/gating_measured.ptx.jinja",
             Kernel::KeepLargest => "capacity/keep_largest.ptx.jinja",
             Kernel::QuantileBias => "routers/quantile_bias.ptx.jinja",
+            Kernel::LoadImportance => "routers/load_importance.ptx.jinja",
             Kernel::BalanceLoss => "routers/balance_loss.ptx.jinja",
             Kernel::UpdateBias => "routers/update_bias.ptx.jinja",
             Kernel::ExpertMap { .. } => "capacity/expert_map.ptx.jinja",
@@ -1031,6 +1039,9 @@ impl Kernel {
             | Kernel::KeepLargest
             | Kernel::QuantileBias => {
                 vec![("warps", Int(BLOCK_WARPS))]
+            }
+            Kernel::LoadImportance => {
+                vec![("warps", Int(BLOCK_WARPS)), ("block_tokens", Int(LOAD_IMPORTANCE_TOKENS))]
             }
             Kernel::Noisy(k) => {
                 let mut constants = k.spread.constants();
@@ -1143,7 +1154,7 @@ pub fn all() -> Vec<Kernel> {
     }
     kernels.extend(Gate::ANY_VALUES.map(|values| Kernel::MeasuredGating(MeasuredGate { score: None, values })));
     kernels.extend([Kernel::BalanceLoss, Kernel::UpdateBias, Kernel::CheckLists, Kernel::RowGroups]);
-    kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias]);
+    kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);

@@ -20,6 +20,7 @@ use moe_kernels::layer::{
 use moe_kernels::reference;
 use moe_kernels::routers::affinity::{self, AffinityArgs, AffinityDesc};
 use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};
+use moe_kernels::routers::cosine::{CosineDesc, CosineWeights};
 use moe_kernels::routers::expert_choice::{self, ExpertChoiceDesc};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
 use moe_kernels::routers::hash::{self, HashArgs, HashBy, HashDesc};
@@ -323,6 +324,49 @@ fn sampling() {
         let want = reference::sampled::gumbel_top_k(&layer.logits, experts, &rule).unwrap();
         assert_eq!(layer.read(&ids), want.ids);
         layer.check("sampled", &ids, &weights);
+    }
+}
+
+#[test]
+fn cosines() {
+    for seed in 45..45 + DRAWS {
+        let mut layer = Layer::new(seed, small);
+        let LayerDesc { hidden, experts, top_k, .. } = layer.desc;
+        let (tokens, width) = (layer.tokens, layer.rng.usize(1..40));
+        let mut values = |len: usize| -> Vec<f32> { (0..len).map(|_| 2.0 * layer.rng.f32() - 1.0).collect() };
+        let (projection, bias, similar) = (values(width * hidden), values(width), values(experts * width));
+        let [projection_on, bias_on, similar_on] = [&projection, &bias, &similar].map(|values| layer.upload(values));
+        let desc = CosineDesc::new(Dtype::Bf16, tokens, hidden, width, experts).weight(Dtype::F32).temperature(2.5);
+        let plan = desc.plan(layer.device()).unwrap();
+        let mut workspace = layer.workspace(plan.workspace_bytes());
+        let mut logits = layer.zeros::<f32>(tokens * experts);
+        let weights = CosineWeights::new(&projection_on, &similar_on).bias(&bias_on);
+        let (kernels, stream, x) = (layer.kernels, &layer.stream, &layer.on_device[0]);
+        plan.forward::<bf16, f32>(kernels, stream, weights, x, &mut logits, &mut workspace).unwrap();
+        let wide = |values: &[f32]| values.iter().map(|&value| value.into()).collect::<Vec<f64>>();
+        let x: Vec<f64> = layer.x.iter().map(|x| x.to_f64()).collect();
+        let bounds = [2.5, f64::from(desc.most)];
+        let want =
+            reference::cosine::cosine(&x, &wide(&projection), &wide(&bias), &wide(&similar), bounds, None).unwrap();
+        let got = layer.read(&logits);
+        let off = got.iter().zip(&want).map(|(got, want)| (f64::from(*got) - want).abs()).fold(0.0, f64::max);
+        // Of cosines of at most e^2.5, by sums of at most 96 f32 products; a short projection makes the most of its rounding.
+        assert!(off <= 1e-3, "logits are off by {off:e}");
+
+        // The layer's own gating of the same logits.
+        layer.desc = layer.desc.gating(Gating::new(Score::Softmax).renormalised());
+        let plan = layer.desc.plan(tokens, layer.device()).unwrap();
+        let mut workspace = layer.workspace(plan.workspace_bytes());
+        let (mut ids, mut weights) = (layer.zeros(tokens * top_k), layer.zeros(tokens * top_k));
+        let mut y = layer.zeros::<bf16>(tokens * hidden);
+        let route = RouteArgs::new().given_logits(&logits).ids(&mut ids).weights(&mut weights);
+        let args = LayerArgs::new(&layer.on_device[0], &mut y).route(route);
+        let mut params = layer.weights();
+        params.router = RouterWeights::of_logits();
+        plan.forward(layer.kernels, &layer.stream, &params, args, &mut workspace).unwrap();
+        let chosen = reference::gating::gate(&got, None::<&[f64]>, experts, top_k, &layer.desc.gating).unwrap();
+        assert_eq!(layer.read(&ids), chosen.ids);
+        layer.check("cosine", &ids, &weights);
     }
 }
 

@@ -7,6 +7,7 @@ mod data;
 mod support;
 
 mod composed;
+mod cosine;
 mod doge;
 mod ernie_vl;
 mod folder;
@@ -36,6 +37,7 @@ macro_rules! in_every_type {
 
 in_every_type! {
     norms_and_projections_alone_and_together => composed::parts;
+    tutel_cosine_gate => cosine::logits;
     gemma4_normed_and_scaled_router => gemma4::gemma4;
     diffusion_gemma_normed_and_scaled_router => gemma4::diffusion_gemma;
     muse_spark_norms_and_projections => muse_spark::block;

@@ -31,6 +31,7 @@ mod jitter;
 mod k_grouped;
 mod keep_largest;
 mod lists;
+mod load_importance;
 mod mutants;
 mod noise_state;
 mod noisy;
@@ -106,6 +107,7 @@ fn check(kernel: Kernel) {
         Kernel::Gating(variant) => gating::check(variant, rng),
         Kernel::KeepLargest => keep_largest::check(rng),
         Kernel::QuantileBias => keep_largest::check_bias(rng),
+        Kernel::LoadImportance => load_importance::check(rng),
         Kernel::GatingWide(variant) => gating::check_wide(variant, rng),
         Kernel::Dispatch(variant) => dispatch::check(variant, rng),
         Kernel::DispatchRows(variant) => dispatch::check_rows(variant, rng),

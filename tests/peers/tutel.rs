@@ -4,17 +4,16 @@
 //! the layer's output is compared, from which they come.
 
 use moe_kernels::Dtype;
-use moe_kernels::experts::gemm::{GemmDesc, Rows};
 use moe_kernels::layer::{LayerDesc, Mlp};
+use moe_kernels::routers::cosine::CosineDesc;
 use moe_kernels::rules::{
-    Activation, AdmissionRule, BalanceRule, Gating, LogitRule, LossCounts, LossScore, Order, Renormalise, Score,
+    Activation, AdmissionRule, BalanceRule, Gating, LossCounts, LossScore, Order, Renormalise, Score,
 };
 
 use crate::calls::{self, Experts};
 use crate::close::{assert_choice, assert_layer, assert_norm};
 use crate::data::{rng, scores, values, wide, wide32, with_type};
-use crate::formulas::{linear, order, relu, softmax};
-use crate::products::Product;
+use crate::formulas::{erf, linear, order, relu, softmax};
 use crate::suite::{Peer, Section, product};
 use crate::support::compare::Storage;
 use crate::support::inputs::normals;
@@ -134,12 +133,46 @@ fn losses() -> Section {
             assert!((f64::from(got.stats.balance_loss) - want).abs() <= 1e-5 * want);
         });
     }
-    section.refuse(2, "the loss of importance and of loads under noise of one deviation for all experts");
+    for (experts, top_k) in product(&[2, 8, 64], &[1, 2]) {
+        let name = format!("load importance e={experts} top={top_k}");
+        let point = name.clone();
+        section.point(name, move || load_importance_point(&point, experts, top_k, 1.0));
+    }
     section
 }
 
-/// Logits are cosines of a projected token and a column of each expert, times `exp(min(temperature, ln 100))`, at first 2: a linear layer, two
-/// normalisations, and a router's product.
+/// Normal noise of `gate_noise / E` joins the logits that choose; the loss is of the softmax without it, and of the chance that noise lifts each
+/// share above the last chosen logit.
+fn load_importance_point(name: &str, experts: usize, top_k: usize, gate_noise: f32) {
+    let tokens = 64;
+    let rng = &mut rng(name);
+    let clean = scores(rng, tokens * experts, Dtype::F32);
+    let deviation = gate_noise / experts as f32;
+    let noise: Vec<f32> = normals(rng, tokens * experts, deviation.into());
+    let noisy: Vec<f32> = clean.iter().zip(&noise).map(|(l, n)| l + n).collect();
+    let chosen = calls::gate(&noisy, experts, top_k, Gating::new(Score::Softmax), None);
+    let shares: Vec<f32> = wide32(&clean).chunks(experts).flat_map(softmax).map(|share| share as f32).collect();
+    let got = calls::load_importance(&shares, &noisy, &chosen.ids, experts, deviation);
+
+    let (mut importance, mut load) = (vec![0.0; experts], vec![0.0; experts]);
+    for (shares, noisy) in wide32(&shares).chunks(experts).zip(wide32(&noisy).chunks(experts)) {
+        let last = noisy[order(noisy)[top_k - 1]];
+        for (e, share) in shares.iter().enumerate() {
+            importance[e] += share;
+            let z = (share - last) / f64::from(deviation);
+            load[e] += 0.5 * (1.0 + erf(z * std::f64::consts::FRAC_1_SQRT_2));
+        }
+    }
+    let spread = |values: &[f64]| {
+        let mean = values.iter().sum::<f64>() / experts as f64;
+        let variance = values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / (experts as f64 - 1.0);
+        variance / (mean * mean + 1e-10)
+    };
+    let want = (spread(&importance) + spread(&load)) / 2.0;
+    assert!((f64::from(got) - want).abs() <= 1e-4 * want + 1e-9, "{got:e}, want {want:e}");
+}
+
+/// Logits are cosines of a projected token and a column of each expert, times `exp(min(temperature, ln 100))`, at first 2.
 fn cosine_gate() -> Section {
     let mut section = Section::new("cosine_gate");
     for top_k in [1, 2] {
@@ -154,17 +187,8 @@ fn cosine_gate() -> Section {
             // One row an expert.
             let sim: Vec<f32> = normals(rng, experts * projected, 0.01);
             let scale = 100.0f32.ln().min(2.0f32.ln()).exp();
-            let product = Product {
-                desc: GemmDesc::new(Dtype::F32, Rows::Dense(tokens), projected, width),
-                a: &x,
-                weight: &projector,
-                bias: Some(&bias),
-                lists: None,
-                len: tokens * projected,
-            };
-            let along = calls::normed(&product.run(), projected);
-            let rule = LogitRule::PLAIN.factor(scale / projected as f32);
-            let logits = calls::router_by(&along, &calls::normed(&sim, projected), None, projected, rule);
+            let desc = CosineDesc::new(Dtype::F32, tokens, width, projected, experts);
+            let logits = calls::cosine(desc, &x, &projector, &bias, &sim);
             let chosen = calls::gate(&logits, experts, top_k, Gating::new(Score::Softmax), None);
 
             let [x, projector, bias, sim] = [&x, &projector, &bias, &sim].map(|values| wide32(values));

@@ -11,8 +11,8 @@ use moe_kernels::Kernels;
 
 pub use self::layer::{Experts, weight};
 pub use self::routers::{
-    balance_loss, draw, gate, gate_as, measure, measure_padded, normed, quantile_bias, router, router_by, sinkhorn,
-    update_bias,
+    balance_loss, cosine, draw, gate, gate_as, load_importance, measure, measure_padded, quantile_bias, router,
+    sinkhorn, update_bias,
 };
 pub use self::rows::{
     Sorted, admit, admit_by, count, count_wide, ids_to_map, keep_largest, map_ids, map_to_ids, sort, sort_chunks,

@@ -1,15 +1,16 @@
 //! Routers, choices and what is measured of them.
 
-use moe_kernels::experts::rms_norm::{self, RmsNormArgs, RmsNormDesc};
 use moe_kernels::routers::balance_loss::{self, BalanceLossArgs, BalanceLossDesc};
+use moe_kernels::routers::cosine::{CosineDesc, CosineWeights};
 use moe_kernels::routers::gating::{self, GatingArgs, GatingDesc};
+use moe_kernels::routers::load_importance::{self, LoadImportanceArgs, LoadImportanceDesc};
 use moe_kernels::routers::measured_gating::{self, MeasuredGatingArgs, MeasuredGatingDesc, RouterStats, Totals};
 use moe_kernels::routers::quantile_bias::{self, QuantileBiasArgs, QuantileBiasDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc};
 use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
 use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};
 use moe_kernels::routers::update_bias::{self, UpdateBiasArgs, UpdateBiasDesc};
-use moe_kernels::rules::{BalanceRule, Gain, Gating, LogitRule, NoiseSource, RmsNorm, SamplingRule};
+use moe_kernels::rules::{BalanceRule, Gating, NoiseSource, SamplingRule};
 use moe_kernels::{Dtype, In, TokenMask, Workspace};
 
 use super::{Chosen, down, gpu, junk, up};
@@ -175,28 +176,42 @@ pub fn quantile_bias(scores: &[f32], ids: &[i32], bias: &[f32], top_k: usize) ->
     down(&stream, &updated, experts)
 }
 
-/// Rows over the root of the mean of their squares.
-pub fn normed<T: Storage>(x: &[T], width: usize) -> Vec<T> {
-    let (kernels, stream) = gpu();
-    let desc = RmsNormDesc::new(T::DTYPE, x.len() / width, width, RmsNorm::new(1e-24).gain(Gain::One));
-    let (on_device, mut y) = (up(&stream, x), junk::<T>(&stream, x.len()));
-    rms_norm::forward(kernels, &stream, &desc, RmsNormArgs::new(&on_device, &mut y)).unwrap();
-    down(&stream, &y, x.len())
-}
-
 /// A router's logits.
 pub fn router<T: Storage>(x: &[T], weight: &[T], bias: Option<&[f32]>, hidden: usize) -> Vec<f32> {
-    router_by(x, weight, bias, hidden, LogitRule::PLAIN)
-}
-
-/// The same with a rule for the logits.
-pub fn router_by<T: Storage>(x: &[T], weight: &[T], bias: Option<&[f32]>, hidden: usize, rule: LogitRule) -> Vec<f32> {
     let (kernels, stream) = gpu();
     let (tokens, experts) = (x.len() / hidden, weight.len() / hidden);
     let (x, weight, bias) = (up(&stream, x), up(&stream, weight), bias.map(|bias| up(&stream, bias)));
     let mut logits = junk::<f32>(&stream, tokens * experts);
     let mut args = RouterArgs::new(&x, &weight, &mut logits);
     args.bias = bias.as_ref().map(In::from);
-    router::forward(kernels, &stream, &RouterDesc::new(T::DTYPE, tokens, experts, hidden).logits(rule), args).unwrap();
+    router::forward(kernels, &stream, &RouterDesc::new(T::DTYPE, tokens, experts, hidden), args).unwrap();
     down(&stream, &logits, tokens * experts)
+}
+
+/// The loss of importance and of loads: of `scores` without noise and of `logits` with it, which chose `ids`.
+pub fn load_importance(scores: &[f32], logits: &[f32], ids: &[i32], experts: usize, deviation: f32) -> f32 {
+    let (kernels, stream) = gpu();
+    let tokens = scores.len() / experts;
+    let desc = LoadImportanceDesc::new(tokens, experts, ids.len() / tokens, deviation);
+    let (scores, logits, ids) = (up(&stream, scores), up(&stream, logits), up(&stream, ids));
+    let [mut importance, mut load, mut losses] = [experts, experts, 3].map(|len| junk::<f32>(&stream, len));
+    let bytes = load_importance::workspace_bytes(&desc, kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let sums = [&mut importance, &mut load];
+    let args = LoadImportanceArgs::new([&scores, &logits], &ids, sums, &mut losses, &mut workspace);
+    load_importance::forward(kernels, &stream, &desc, args).unwrap();
+    down(&stream, &losses, 3)[0]
+}
+
+/// Logits by cosine: of `x`, `projection` with `bias`, and a row of `similar` for each expert.
+pub fn cosine(desc: CosineDesc, x: &[f32], projection: &[f32], bias: &[f32], similar: &[f32]) -> Vec<f32> {
+    let (kernels, stream) = gpu();
+    let (x, projection, bias, similar) =
+        (up(&stream, x), up(&stream, projection), up(&stream, bias), up(&stream, similar));
+    let mut logits = junk::<f32>(&stream, desc.tokens * desc.experts);
+    let plan = desc.plan(kernels.device()).unwrap();
+    let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).unwrap();
+    let weights = CosineWeights::new(&projection, &similar).bias(&bias);
+    plan.forward::<f32, f32>(kernels, &stream, weights, &x, &mut logits, &mut workspace).unwrap();
+    down(&stream, &logits, desc.tokens * desc.experts)
 }
