@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use half::bf16;
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
@@ -17,6 +19,12 @@ use support::device;
 const EXPERTS: usize = 4;
 const JUNK: f32 = -12345.0;
 
+/// One test captures at a time: another thread's new stream waits for the context, which a capture does not allow.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Whole numbers from -4 to 4.
 fn whole(rng: &mut fastrand::Rng, len: usize) -> Vec<bf16> {
     (0..len).map(|_| bf16::from_f32(rng.i32(-4..=4) as f32)).collect()
@@ -24,6 +32,7 @@ fn whole(rng: &mut fastrand::Rng, len: usize) -> Vec<bf16> {
 
 /// Replays one graph with each of `numbers` and compares with plain sums. A row of nobody is NaN and stays unread, its output unwritten.
 fn grouped(layout: RowLayout, numbers: &[[i32; EXPERTS]], [n, k]: [usize; 2]) {
+    let _turn = turn();
     let context = device::context();
     // SAFETY: every buffer of this test is used on one stream only.
     unsafe { context.disable_event_tracking() };
@@ -119,6 +128,7 @@ fn batched() {
 /// the transposed matrices, whose result is written by columns.
 #[test]
 fn groups_along_columns() {
+    let _turn = turn();
     let (kernels, stream) = (device::kernels(), device::stream());
     let mut rng = fastrand::Rng::with_seed(7);
     let (m, n, k) = (10, 33, 18);
@@ -148,6 +158,7 @@ fn groups_along_columns() {
 /// gives zeros.
 #[test]
 fn groups_along_k() {
+    let _turn = turn();
     let context = device::context();
     // SAFETY: every buffer of this test is used on one stream only.
     unsafe { context.disable_event_tracking() };
@@ -203,6 +214,7 @@ fn groups_along_k() {
 /// The gradient of a layer's second weight, `dW[e] = sum over the expert's slots of dy[token] h[slot]^T`, by the lists of a dispatch that drops some.
 #[test]
 fn gradient_of_a_weight() {
+    let _turn = turn();
     let (kernels, stream) = (device::kernels(), device::stream());
     let mut rng = fastrand::Rng::with_seed(12);
     let (tokens, top_k, hidden, intermediate) = (70, 2, 16, 24);
