@@ -61,9 +61,10 @@ fn a_chain_of_operations_on_lent_buffers() {
         let stream = lend::stream(&context, &own_stream);
         let x: In<'_, half::bf16> = lend::input(&x_on_device);
         let weight: In<'_, half::bf16> = lend::input(&router_on_device);
-        router::forward(&kernels, &stream, &routing, RouterArgs::new(x, weight, lend::out(&mut logits))).unwrap();
+        router::forward(&kernels, &stream, &routing, RouterArgs::new(x, weight, lend::out::<f32, f32>(&mut logits)))
+            .unwrap();
         // A `DevicePointer` is an address.
-        let of_pointer = In::from_raw(logits.as_device_ptr().as_raw(), T * E);
+        let of_pointer = In::<f32>::from_raw(logits.as_device_ptr().as_raw(), T * E);
         let args = GatingArgs::new(of_pointer, lend::out(&mut ids), lend::out(&mut weights));
         gating::forward(&kernels, &stream, &choice, args).unwrap();
         let expert: In<'_, half::bf16> = lend::input(&expert_on_device);
