@@ -73,8 +73,12 @@ fn a_chain_of_operations_on_lent_buffers() {
         // Too little is refused, as for any buffer.
         let part = x_on_device.index(..T * H - 1);
         let short: In<'_, half::bf16> = lend::input(&part);
-        let refused =
-            router::forward(&kernels, &stream, &routing, RouterArgs::new(short, weight, lend::out(&mut logits)));
+        let refused = router::forward(
+            &kernels,
+            &stream,
+            &routing,
+            RouterArgs::new(short, weight, lend::out::<f32, f32>(&mut logits)),
+        );
         assert_eq!(refused.unwrap_err().argument(), Some("x"));
     }
     own_stream.synchronize().unwrap();
