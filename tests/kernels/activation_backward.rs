@@ -45,8 +45,9 @@ fn check_in<T: Storage>(rng: &mut fastrand::Rng) {
 }
 
 fn case<T: Storage>(rng: &mut fastrand::Rng, activation: Activation, glu: Glu) {
-    // 300 columns: more than one round of the block.
-    for (rows, width) in [(1, 1), (5, 300), (67, 33)] {
+    // 300 columns: more than one round of the block. 1200 rows: more than one of a block.
+    let many = activation == Activation::Silu && glu == Glu::Split;
+    for (rows, width) in [(1, 1), (5, 300), (67, 33)].into_iter().chain(many.then_some((1200, 3))) {
         let desc = ActivationBackwardDesc::new(T::DTYPE, rows, width, activation).glu(glu);
         let live = [None, Some(rows.div_ceil(2)), Some(rows + 3), Some(0)][rng.usize(..4)];
         run::<T>(rng, &desc, live);

@@ -24,6 +24,7 @@ pub fn check(rng: &mut fastrand::Rng) {
             Some(Renormalise::AtLeast(3.0)),
             Some(Renormalise::PNorm(1.0)),
             Some(Renormalise::PNorm(0.5)),
+            Some(Renormalise::PNorm(0.1)),
             Some(Renormalise::PNorm(3.0)),
         ] {
             for (tokens, experts, top_k) in [(1, 1, 1), (37, 8, 2), (10, 33, 5), (3, 130, 32), (2, 70, 50), (300, 4, 1)]
@@ -125,9 +126,15 @@ fn run(rng: &mut fastrand::Rng, desc: &GatingBackwardDesc, logits: &[f32], ids: 
     let d: Vec<f64> = to_f64(&d_weights);
     let of_losses = losses.as_ref().map(|losses| (losses, &counts[..], counted.map_or(tokens, |n| n as usize)));
     let want = gate_backward(logits, ids, &d, experts, top_k, gating, of_losses).unwrap();
+    // Nothing but rounding would reach what was not chosen.
+    let chosen_alone = gating.renormalise == Some(Renormalise::Plus(0.0)) && losses.is_none() && !accumulate;
     for t in 0..tokens {
         let range = t * experts..(t + 1) * experts;
         let row = &want[range.clone()];
+        if chosen_alone {
+            let others = (0..experts).filter(|&e| !ids[t * top_k..][..top_k].contains(&(e as i32)));
+            others.for_each(|e| assert_eq!(got[t * experts + e], 0.0, "{name}: token {t}, expert {e} was not chosen"));
+        }
         // Terms of both signs cancel: relative to what the token's own terms are, upstream times weight, and the losses' parts.
         let upstream = d[t * top_k..][..top_k].iter().filter(|d| d.is_finite()).map(|d| d * d).sum::<f64>().sqrt();
         let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
