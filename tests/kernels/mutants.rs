@@ -132,9 +132,12 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
             add(Kind::Wait, i, text, without());
         }
         let fence = starts(&["fence", "membar"]);
+        // `barrier.cluster` is a name and not a scope, and its wait only ever acquires.
+        let whole_cluster = starts(&["barrier.cluster"]);
+        let waits = starts(&["barrier.cluster.wait"]);
         for order in [".acquire", ".release", ".acq_rel"] {
             // A fence that orders nothing is none, which is a mutant already.
-            if instruction.contains(&format!("{order}.")) && !fence {
+            if instruction.contains(&format!("{order}.")) && !fence && !waits {
                 add(Kind::Order, i, text, text.replacen(order, ".relaxed", 1));
                 if order == ".acq_rel" {
                     add(Kind::Order, i, text, text.replacen(order, ".acquire", 1));
@@ -145,7 +148,7 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
         let ordered = fence || [".relaxed", ".acquire", ".release", ".acq_rel"].iter().any(|o| instruction.contains(o));
         for scope in [".cluster", ".gpu", ".sys"] {
             let named = instruction.contains(&format!("{scope}.")) || instruction.ends_with(&format!("{scope};"));
-            if ordered && named {
+            if ordered && named && !whole_cluster {
                 add(Kind::Scope, i, text, text.replacen(scope, ".cta", 1));
             }
         }
