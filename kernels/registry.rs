@@ -708,7 +708,12 @@ pub enum Kernel {
     /// A noise state moved on.
     NoiseState,
     /// The gradient of a gating's logits.
-    GatingBackward,
+    GatingBackward {
+        /// Every rule and loss, else those of the common models.
+        any: bool,
+    },
+    /// Gradients of the factors of a gating's weights.
+    ScaleSums,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
     /// Back through the router's product.
@@ -780,7 +785,8 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
-            Kernel::GatingBackward => "gating_backward".into(),
+            Kernel::GatingBackward { any } => format!("gating_backward{}", if *any { "_any" } else { "" }),
+            Kernel::ScaleSums => "scale_sums".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
@@ -834,7 +840,9 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
-            Kernel::GatingBackward => "GatingBackward",
+            Kernel::GatingBackward { any: false } => "GatingBackward",
+            Kernel::GatingBackward { any: true } => "GatingBackwardAny",
+            Kernel::ScaleSums => "ScaleSums",
             Kernel::ActivationBackward(_) => "ActivationBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
@@ -884,7 +892,8 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_)
             | Kernel::RowGroups
-            | Kernel::GatingBackward
+            | Kernel::GatingBackward { .. }
+            | Kernel::ScaleSums
             | Kernel::ActivationBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
@@ -950,7 +959,8 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
-            Kernel::GatingBackward => "routers/gating_backward.ptx.jinja",
+            Kernel::GatingBackward { .. } => "routers/gating_backward.ptx.jinja",
+            Kernel::ScaleSums => "routers/scale_sums.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
@@ -1030,7 +1040,8 @@ impl Kernel {
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
-            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::GatingBackward => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ScaleSums => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::GatingBackward { any } => vec![("warps", Int(BLOCK_WARPS)), ("any", Int(u32::from(*any)))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
             Kernel::ExpertChoice
             | Kernel::TokenSlots
@@ -1157,7 +1168,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
-    kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);
+    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums]);
+    kernels.extend([false, true].map(|any| Kernel::GatingBackward { any }));
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {
         // Into the weight f32; into x its type, which is that of the weight unless that is f32.
