@@ -207,6 +207,7 @@ impl MlpPlan {
     }
 
     /// From `dy` to gradients of the weights, of each row's weight, and where `input` asks for it, of each row's input.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn enqueue<T: Element>(
         &self,
         scope: &Scope<'_>,
