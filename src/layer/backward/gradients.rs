@@ -49,6 +49,19 @@ impl<'a, T> LayerGradients<'a, T> {
         }
     }
 
+    /// The same for a shorter time: for another micro-batch.
+    pub fn reborrow(&mut self) -> LayerGradients<'_, T> {
+        LayerGradients {
+            x: self.x.as_mut().map(Out::reborrow),
+            router_x: self.router_x.as_mut().map(Out::reborrow),
+            logits: self.logits.as_mut().map(Out::reborrow),
+            router: RouterGradients { matrix: self.router.matrix.as_mut().map(Out::reborrow) },
+            gate_up: self.gate_up.reborrow(),
+            down: self.down.reborrow(),
+            shared: SharedGradients { gate_up: self.shared.gate_up.reborrow(), down: self.shared.down.reborrow() },
+        }
+    }
+
     /// With the router's.
     #[must_use]
     pub fn router(self, router: RouterGradients<'a>) -> LayerGradients<'a, T> {
@@ -112,6 +125,13 @@ impl<'a> WeightGradients<'a> {
     /// Of a weight in one tensor.
     pub fn new(matrix: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
         WeightGradients { matrix: Some(matrix.into()), up: None }
+    }
+
+    fn reborrow(&mut self) -> WeightGradients<'_> {
+        WeightGradients {
+            matrix: self.matrix.as_mut().map(OutTensor::reborrow),
+            up: self.up.as_mut().map(OutTensor::reborrow),
+        }
     }
 
     /// Of gate and up in two tensors.
