@@ -719,6 +719,10 @@ pub enum Kernel {
     ProductKeys,
     /// Experts of one hidden unit.
     UnitExperts(Dtype),
+    /// Gradients of the weights of choices.
+    ChoiceBackward(Dtype),
+    /// A shared expert's gate, and its slope.
+    SigmoidGate,
     /// One expert for the tokens of a sequence.
     BySequence {
         /// Bytes of an index: 4 or 8.
@@ -786,6 +790,8 @@ impl Kernel {
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::ChoiceBackward(dtype) => format!("choice_backward_{dtype}"),
+            Kernel::SigmoidGate => "sigmoid_gate".into(),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
             Kernel::TokenBanks { ids_bytes } => format!("token_banks{}", wide(*ids_bytes)),
         }
@@ -840,6 +846,8 @@ impl Kernel {
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::ChoiceBackward(_) => "ChoiceBackward",
+            Kernel::SigmoidGate => "SigmoidGate",
             Kernel::BySequence { .. } => "BySequence",
             Kernel::TokenBanks { .. } => "TokenBanks",
         }
@@ -888,6 +896,7 @@ impl Kernel {
             | Kernel::ActivationBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
                 BLOCK_WARPS * 32
@@ -956,6 +965,8 @@ impl Kernel {
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::ChoiceBackward(_) => "experts/choice_backward.ptx.jinja",
+            Kernel::SigmoidGate => "experts/sigmoid_gate.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
             Kernel::TokenBanks { .. } => "routers/token_banks.ptx.jinja",
         }
@@ -1059,6 +1070,8 @@ impl Kernel {
             ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::ChoiceBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::SigmoidGate => vec![],
             Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
@@ -1172,6 +1185,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(Dtype::ALL.map(Kernel::ChoiceBackward));
+    kernels.push(Kernel::SigmoidGate);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::TokenBanks { ids_bytes }));
     kernels

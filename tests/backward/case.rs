@@ -57,7 +57,13 @@ fn halves<T: Copy>(all: &[T], weight: &WeightDesc, [n, k]: [usize; 2]) -> [Vec<T
 }
 
 impl<T: Element> Mlp<T> {
-    fn new(stream: &Arc<CudaStream>, rng: &mut fastrand::Rng, case: &Case, desc: moe_kernels::layer::Mlp, [experts, inner]: [usize; 2]) -> Mlp<T> {
+    fn new(
+        stream: &Arc<CudaStream>,
+        rng: &mut fastrand::Rng,
+        case: &Case,
+        desc: moe_kernels::layer::Mlp,
+        [experts, inner]: [usize; 2],
+    ) -> Mlp<T> {
         let hidden = case.desc.hidden;
         let rows = if desc.gate_up.glu == Glu::None { inner } else { 2 * inner };
         let up = random::<T>(rng, experts * rows * hidden, 1.0 / (hidden as f32).sqrt());
@@ -165,8 +171,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         let router = random::<W>(&mut rng, desc.experts * desc.hidden, 0.5);
         let router_bias = case.router_bias.then(|| random::<f32>(&mut rng, desc.experts, 0.5));
         let routed = Mlp::new(&stream, &mut rng, &case, desc.mlp, [desc.local_experts(), desc.intermediate]);
-        let shared =
-            desc.shared.map(|shared| Mlp::new(&stream, &mut rng, &case, shared.mlp, [1, shared.intermediate]));
+        let shared = desc.shared.map(|shared| Mlp::new(&stream, &mut rng, &case, shared.mlp, [1, shared.intermediate]));
         let bytes = plan.workspace_bytes().max(back.workspace_bytes());
         Problem {
             x_on_device: upload(&stream, &x),
@@ -240,7 +245,8 @@ impl<T: Element, W: Element> Problem<T, W> {
     /// What all of `buffers` are for.
     pub fn gradients<'a, G: Element>(&self, buffers: &'a mut Buffers<T, G>) -> LayerGradients<'a, T> {
         fn mlp<'a, G: Element>(glu: Glu, [first, second, down]: &'a mut [CudaSlice<G>; 3]) -> [WeightGradients<'a>; 2] {
-            let up = if glu == Glu::Apart { WeightGradients::apart(first, second) } else { WeightGradients::new(first) };
+            let up =
+                if glu == Glu::Apart { WeightGradients::apart(first, second) } else { WeightGradients::new(first) };
             [up, WeightGradients::new(down)]
         }
         let desc = &self.case.desc;

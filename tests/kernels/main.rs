@@ -14,6 +14,7 @@ mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;
+mod choice_backward;
 mod chunks;
 mod combine;
 mod dispatch;
@@ -145,6 +146,8 @@ fn check(kernel: Kernel) {
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),
+        Kernel::SigmoidGate => choice_backward::check_gate(rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
         Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }
