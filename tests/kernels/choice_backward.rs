@@ -60,7 +60,7 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, [tokens, hidden, experts, top_k]: [
     let is_one = |id: i32| identities.contains(&(id as u32));
     // With rows for the others, of which few get one.
     let local: Vec<i32> = ids.iter().map(|&id| if (0..experts as i32).contains(&id) { id } else { -1 }).collect();
-    let capacity = Capacity::new(1.max(count / 4), tokens.max(1));
+    let capacity = Capacity::new(1.max(tokens / 8), tokens.max(1));
     let shape = DispatchDesc::new(tokens, experts, top_k, 16).capacity(Some(capacity));
     let mut dispatched = Dispatched::new(&stream, &shape.shape()).unwrap();
     let bytes = dispatch::workspace_bytes(&shape, kernels.device()).unwrap();
