@@ -5,7 +5,7 @@ use moe_kernels::Dtype;
 use moe_kernels::layer::{BackwardDesc, LayerDesc, Mlp, SharedDesc};
 use moe_kernels::rules::{
     Activation, Bound, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, Swiglu,
-    WeightDesc,
+    WeightDesc, Weighting,
 };
 
 use crate::case::{Case, check, fits};
@@ -105,7 +105,33 @@ fn dropped_choices_and_null_experts() {
         check::<f32, f32, f32>(Case::new(layer(Dtype::F32).capacity(Some(capacity)), TOKENS));
         check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16).capacity(Some(capacity)), TOKENS));
     }
-    check::<f32, f32, f32>(Case::new(layer(Dtype::F32).null(Some(NullExperts::zero(2))), TOKENS));
+    for null in [NullExperts::zero(2), NullExperts::identity(2)] {
+        check::<f32, f32, f32>(Case::new(layer(Dtype::F32).null(Some(null)), TOKENS));
+        check::<bf16, bf16, f32>(Case::new(layer(Dtype::Bf16).null(Some(null)), TOKENS));
+    }
+}
+
+#[test]
+fn weightings_and_scales() {
+    for weighting in [Weighting::Output, Weighting::Input, Weighting::Activation] {
+        for [up, down] in [[Layout::Nk, Layout::Nk], [Layout::Kn, Layout::Kn]] {
+            let mlp = mlp(Dtype::F32, Glu::Interleaved, [up, down], Activation::Silu);
+            let desc = layer(Dtype::F32).mlp(mlp).weighting(weighting).routed_scale(0.5);
+            let case = Case { up_bias: true, ..Case::new(desc, TOKENS) };
+            check::<f32, f32, f32>(case);
+            check::<f32, f32, f32>(case.back(BackwardDesc::new().recompute(true)));
+        }
+        check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16).weighting(weighting), TOKENS));
+    }
+}
+
+#[test]
+fn numbers_by_expert() {
+    let unit = Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6));
+    let mlp = mlp(Dtype::F32, Glu::Interleaved, [Layout::Kn; 2], unit.into());
+    let case = Case { by_expert: true, up_bias: true, ..Case::new(layer(Dtype::F32).mlp(mlp), TOKENS) };
+    check::<f32, f32, f32>(case);
+    check::<f32, f32, f32>(case.back(BackwardDesc::new().recompute(true)));
 }
 
 #[test]
@@ -114,6 +140,13 @@ fn shared_experts() {
     check::<bf16, bf16, f32>(Case::new(layer(Dtype::Bf16).shared(joined), TOKENS));
     let apart = Some(SharedDesc::new(56, Mlp::relu(Dtype::F32)));
     check::<f32, f32, f32>(Case::new(layer(Dtype::F32).shared(apart), TOKENS));
+    for shared in [SharedDesc::new(24, Mlp::swiglu(Dtype::F32)), SharedDesc::new(56, Mlp::relu(Dtype::F32))] {
+        let desc = layer(Dtype::F32).shared(Some(shared.gated(true).scale(0.5))).routed_scale(0.25);
+        check::<f32, f32, f32>(Case::new(desc, TOKENS));
+        check::<f32, f32, f32>(Case::new(desc, TOKENS).back(BackwardDesc::new().accumulate(true)));
+    }
+    let gated = SharedDesc::new(24, Mlp::swiglu(Dtype::Bf16)).gated(true);
+    check::<bf16, f32, f32>(Case::new(layer(Dtype::Bf16).router_dtype(Dtype::F32).shared(Some(gated)), TOKENS));
 }
 
 #[test]

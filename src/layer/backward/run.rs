@@ -138,7 +138,7 @@ impl BackwardPlan {
         scope.check_dtype::<T>("x", desc.dtype)?;
         check_device(&scope, self.layer().experts().device()).map_err(|error| error.within(OPERATION))?;
         let other_rows = saved.check(self)?;
-        self.check_args(&args, other_rows)?;
+        self.check_args(&args, weights, other_rows)?;
         // The weights' buffers are looked at before anything is launched.
         let _router = match self.desc().origin {
             Origin::Router => Some(weights.router.open(&scope, desc)?),
@@ -178,7 +178,12 @@ impl BackwardPlan {
         desc.map.map_or(0, |map| desc.all_experts() * map.max_replicas)
     }
 
-    fn check_args<T>(&self, args: &BackwardArgs<'_, T>, other_rows: bool) -> Result<(), Error> {
+    fn check_args<T>(
+        &self,
+        args: &BackwardArgs<'_, T>,
+        weights: &LayerWeights<'_>,
+        other_rows: bool,
+    ) -> Result<(), Error> {
         let operation = OPERATION;
         let exactly =
             |argument, there: bool, given: bool, [missing, unexpected]: [&'static str; 2]| match (there, given) {
@@ -213,6 +218,13 @@ impl BackwardPlan {
         if origin != Origin::Router && args.gradients.router.matrix.is_some() {
             let reason = "the layer's router was not asked";
             return Err(Error::Unexpected { operation, argument: "gradients.router.matrix", reason });
+        }
+        let biased = [
+            ("down.bias", weights.experts.down.bias.is_some()),
+            ("shared.down.bias", weights.experts.shared.is_some_and(|shared| shared.down.bias.is_some())),
+        ];
+        if let Some((argument, _)) = biased.into_iter().find(|(_, there)| *there) {
+            return Err(Error::unsupported(operation, argument, "no bias of the second product", "some"));
         }
         Ok(())
     }
