@@ -711,6 +711,8 @@ pub enum Kernel {
     GatingBackward,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Back through the sums over a token's experts.
+    CombineBackward(Combine),
     /// Back through the router's product.
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
@@ -782,6 +784,7 @@ impl Kernel {
             Kernel::NoiseState => "noise_state".into(),
             Kernel::GatingBackward => "gating_backward".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
@@ -836,6 +839,7 @@ impl Kernel {
             Kernel::NoiseState => "NoiseState",
             Kernel::GatingBackward => "GatingBackward",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
@@ -886,6 +890,7 @@ impl Kernel {
             | Kernel::RowGroups
             | Kernel::GatingBackward
             | Kernel::ActivationBackward(_)
+            | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
@@ -952,6 +957,7 @@ impl Kernel {
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
             Kernel::GatingBackward => "routers/gating_backward.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
@@ -1051,6 +1057,9 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::CombineBackward(Combine { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::RouterBackward(k) => vec![
                 ("b_dtype", Text(k.b.name())),
                 ("out_dtype", Text(k.out.name())),
@@ -1135,6 +1144,7 @@ pub fn all() -> Vec<Kernel> {
         for any in [false, true] {
             kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
     }
