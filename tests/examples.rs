@@ -1,5 +1,11 @@
 //! The examples as programs: their command lines, and that what they write is whole or not there.
 
+#[path = "examples/experts.rs"]
+mod experts;
+#[path = "examples/gradients.rs"]
+mod gradients;
+#[path = "examples/training.rs"]
+mod training;
 #[path = "../examples/support/whole_file.rs"]
 mod whole_file;
 

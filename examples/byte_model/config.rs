@@ -3,7 +3,7 @@
 use clap::ValueEnum;
 use moe_kernels::Dtype;
 use moe_kernels::layer::{LayerDesc, Mlp};
-use moe_kernels::rules::{Activation, Gating, Score};
+use moe_kernels::rules::{Activation, BalanceRule, Gating, LossScore, Score};
 use serde_json::{Value, json};
 
 use super::plain::dense::Unit;
@@ -62,7 +62,8 @@ impl Config {
     /// The MoE layer. Its router computes in f32 whatever the experts' type (Switch Transformers, section 2.4).
     pub fn layer(&self, dtype: Dtype) -> LayerDesc {
         let layer = |top_k| LayerDesc::new(dtype, self.sizes.hidden, self.intermediate, self.experts, top_k);
-        let layer = |top_k| layer(top_k).router_dtype(Dtype::F32);
+        let measure = BalanceRule::new(LossScore::Softmax, self.sizes.context);
+        let layer = |top_k| layer(top_k).router_dtype(Dtype::F32).measure(Some(measure));
         match self.rule {
             Rule::Switch => layer(1).gating(Gating::new(Score::Softmax)).mlp(Mlp::relu(dtype)),
             Rule::Glam => layer(2).mlp(Mlp::swiglu(dtype).activation(Activation::GeluTanh)),

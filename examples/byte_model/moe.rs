@@ -11,7 +11,7 @@ use super::Outcome;
 use super::device::Device;
 use super::plain::model::FeedForward;
 use super::plain::parameter::Parameter;
-use super::step::{self, Kept, Weights};
+use super::step::{self, Pass, Weights};
 
 /// Variance of an expert's weights times their inputs: a tenth of what is usual (Switch Transformers, section 2.4).
 const SCALE: f64 = 0.1;
@@ -26,7 +26,7 @@ pub struct Moe<T> {
     /// `[E, I or 2I, H]`, gates first, and `[E, H, I]`.
     experts: [Parameter; 2],
     /// Of the last forward pass, until the way back has used it.
-    kept: Option<(Weights<T>, Kept<T>)>,
+    pass: Option<Pass<T>>,
     load: Vec<i32>,
 }
 
@@ -52,7 +52,7 @@ impl<T: Element> Moe<T> {
             normal("experts.down", &[experts, hidden, intermediate]),
         ];
         let experts = experts.map(|parameter| Parameter { frozen, ..parameter });
-        Moe { device, desc, losses, router, experts, kept: None, load: Vec::new() }
+        Moe { device, desc, losses, router, experts, pass: None, load: Vec::new() }
     }
 
     fn upload(&self, values: &[f32]) -> Outcome<CudaSlice<T>> {
@@ -63,28 +63,24 @@ impl<T: Element> Moe<T> {
     fn download(&self, values: &CudaSlice<T>) -> Outcome<Vec<f32>> {
         Ok(self.device.stream.clone_dtoh(values)?.into_iter().map(T::to_f32).collect())
     }
-
-    fn is_frozen(&self) -> bool {
-        self.experts[0].frozen
-    }
 }
 
 impl<T: Element> FeedForward for Moe<T> {
     fn forward(&mut self, x: Vec<f32>) -> Outcome<Vec<f32>> {
+        let [gate_up, down] = &self.experts;
         let weights = Weights {
             router: self.device.stream.clone_htod(&self.router.value)?,
-            gate_up: self.upload(&self.experts[0].value)?,
-            down: self.upload(&self.experts[1].value)?,
+            experts: [self.upload(&gate_up.value)?, self.upload(&down.value)?],
         };
-        let (y, load, kept) = step::forward(&self.device, &self.desc, &weights, self.upload(&x)?)?;
-        (self.load, self.kept) = (load, Some((weights, kept)));
+        let (y, pass) = step::forward(&self.device, &self.desc, self.losses, weights, self.upload(&x)?)?;
+        self.load = self.device.stream.clone_dtoh(&pass.counts)?;
+        self.pass = Some(pass);
         self.download(&y)
     }
 
     fn backward(&mut self, dy: &[f32]) -> Outcome<Vec<f32>> {
-        let (weights, kept) = self.kept.take().ok_or("a backward pass follows a forward pass")?;
-        let (dy, frozen) = (self.upload(dy)?, self.is_frozen());
-        let gradients = step::backward(&self.device, &self.desc, &weights, self.losses, frozen, kept, dy)?;
+        let pass = self.pass.take().ok_or("a backward pass follows a forward pass")?;
+        let gradients = step::backward(&self.device, pass, &self.upload(dy)?, self.experts[0].frozen)?;
         let stream = &self.device.stream;
         let add = |parameter: &mut Parameter, gradient: &CudaSlice<f32>| -> Outcome<()> {
             let gradient = stream.clone_dtoh(gradient)?;
