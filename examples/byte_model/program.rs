@@ -20,7 +20,7 @@ pub struct Common {
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
     /// Steps
-    #[arg(long, value_name = "N", default_value_t = 500, value_parser = count)]
+    #[arg(long, value_name = "N", default_value_t = 600, value_parser = count)]
     pub steps: usize,
     /// Ends the training after so many minutes, whatever --steps says
     #[arg(long, value_name = "M", value_parser = number::<f64>, allow_negative_numbers = true)]

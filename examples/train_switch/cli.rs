@@ -22,10 +22,10 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = Type::Bf16)]
     pub dtype: Type,
     /// Width of a token's row
-    #[arg(long, value_name = "H", default_value_t = 64, value_parser = program::count)]
+    #[arg(long, value_name = "H", default_value_t = 128, value_parser = program::count)]
     pub hidden: usize,
     /// Width of an expert
-    #[arg(long, value_name = "I", default_value_t = 128, value_parser = program::count)]
+    #[arg(long, value_name = "I", default_value_t = 256, value_parser = program::count)]
     pub intermediate: usize,
     /// Experts of a layer
     #[arg(long, value_name = "E", default_value_t = 8, value_parser = program::count)]

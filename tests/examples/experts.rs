@@ -11,7 +11,7 @@ use moe_kernels::Dtype;
 use moe_kernels::rules::{LossGradient, LossScore};
 
 #[path = "../../examples/byte_model/mod.rs"]
-mod byte_model;
+pub mod byte_model;
 
 const SIZES: Sizes = Sizes { hidden: 16, heads: 2, context: 8 };
 

@@ -7,7 +7,7 @@ use plain::model::{FeedForward, Model, Sizes};
 use plain::products::{product, transposed};
 
 #[path = "../../examples/byte_model/plain/mod.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, clippy::useless_conversion)]
 mod plain;
 
 /// The programs compute in f32.

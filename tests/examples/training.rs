@@ -149,7 +149,7 @@ fn arguments_that_cannot_be() {
         (&["--text", "none.txt"][..], "none.txt: "),
         (&["--text", "short.txt"], "short.txt: expected at least 650 bytes, found 9"),
         (&["--from", "no.safetensors"], "no.safetensors: "),
-        (&["--heads", "3"], "heads: expected a divisor of 64"),
+        (&["--heads", "3"], "heads: expected a divisor of 128"),
         (&["--blocks", "1"], "blocks: expected at least 2"),
         (&["--rule", "mixtral", "--experts", "1"], "top_k"),
         (
