@@ -22,6 +22,7 @@ mod expert_counts;
 mod expert_map;
 mod gating;
 mod gating_backward;
+mod gating_backward_any;
 mod gemm;
 mod gemm_any;
 mod gemm_backward;
@@ -142,7 +143,9 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
-        Kernel::GatingBackward => gating_backward::check(rng),
+        Kernel::GatingBackward { any: false } => gating_backward::check(rng),
+        Kernel::GatingBackward { any: true } => gating_backward_any::check(rng),
+        Kernel::ScaleSums => gating_backward_any::check_scale_sums(rng),
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
