@@ -17,6 +17,7 @@ pub mod combine;
 pub mod combine_backward;
 pub(crate) mod dispatched;
 pub mod gemm;
+pub mod gemm_backward;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;
