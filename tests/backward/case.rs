@@ -25,6 +25,8 @@ pub struct Case {
     pub back: BackwardDesc,
     pub router_bias: bool,
     pub up_bias: bool,
+    /// A vector added to every token's sum.
+    pub bias: bool,
     /// Every number of a SwiGLU by expert.
     pub by_expert: bool,
     pub dropout: Option<Dropout>,
@@ -46,6 +48,7 @@ impl Case {
             back,
             router_bias: false,
             up_bias: false,
+            bias: false,
             by_expert: false,
             dropout: None,
             padding: 0,
@@ -172,6 +175,8 @@ pub struct Problem<T, W> {
     pub routed: Mlp<T>,
     pub shared: Option<Mlp<T>>,
     pub shared_gate: Vec<W>,
+    bias: Vec<T>,
+    bias_on_device: CudaSlice<T>,
     swiglu: [Vec<f32>; 4],
     shared_gate_on_device: CudaSlice<W>,
     swiglu_on_device: [CudaSlice<f32>; 4],
@@ -195,7 +200,9 @@ pub struct Buffers<T, G> {
     pub logits: CudaSlice<f32>,
     pub weights: CudaSlice<f32>,
     pub router: CudaSlice<f32>,
+    pub router_bias: CudaSlice<f32>,
     pub shared_gate: CudaSlice<f32>,
+    pub bias: CudaSlice<f32>,
     pub routed: [CudaSlice<G>; 3],
     pub shared: [CudaSlice<G>; 3],
 }
@@ -222,6 +229,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         let routed = Mlp::new(&stream, &mut rng, &case, desc.mlp, [desc.local_experts(), desc.intermediate]);
         let shared = desc.shared.map(|shared| Mlp::new(&stream, &mut rng, &case, shared.mlp, [1, shared.intermediate]));
         let shared_gate = random::<W>(&mut rng, desc.hidden, 0.5);
+        let bias = random::<T>(&mut rng, desc.hidden, 0.5);
         let mut around = |middle: f32| {
             random::<f32>(&mut rng, desc.local_experts(), 0.2).iter().map(|v| middle + v).collect::<Vec<f32>>()
         };
@@ -240,6 +248,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         let bytes = plan.workspace_bytes().max(back.workspace_bytes());
         Problem {
             shared_gate_on_device: upload(&stream, &shared_gate),
+            bias_on_device: upload(&stream, &bias),
             swiglu_on_device: swiglu.each_ref().map(|numbers| upload(&stream, numbers)),
             x_on_device: upload(&stream, &x),
             router_x_on_device: upload(&stream, &router_x),
@@ -271,6 +280,7 @@ impl<T: Element, W: Element> Problem<T, W> {
             routed,
             shared,
             shared_gate,
+            bias,
             swiglu,
         }
     }
@@ -286,6 +296,9 @@ impl<T: Element, W: Element> Problem<T, W> {
         if self.case.by_expert {
             let [alpha, gate, up, offset] = &self.swiglu_on_device;
             experts = experts.swiglu(SwigluByExpert::new().alpha(alpha).gate(gate).up(up).offset(offset));
+        }
+        if self.case.bias {
+            experts = experts.bias(&self.bias_on_device);
         }
         let Some((shared, of)) = self.shared.as_ref().zip(self.case.desc.shared) else { return experts };
         let (gate_up, down) = shared.weights();
@@ -360,6 +373,8 @@ impl<T: Element, W: Element> Problem<T, W> {
             logits: full(&self.stream, if routed { self.case.tokens * desc.experts } else { 0 }, JUNK),
             weights: full(&self.stream, self.case.tokens * desc.top_k, JUNK),
             router: full(&self.stream, if asked { desc.experts * desc.hidden } else { 0 }, held),
+            router_bias: full(&self.stream, if asked && self.case.router_bias { desc.experts } else { 0 }, held),
+            bias: full(&self.stream, if self.case.bias { desc.hidden } else { 0 }, held),
             shared_gate: full(&self.stream, if self.gated() { desc.hidden } else { 0 }, held),
             routed: mlp(Some(&self.routed)),
             shared: mlp(self.shared.as_ref()),
@@ -376,13 +391,15 @@ impl<T: Element, W: Element> Problem<T, W> {
         let desc = &self.case.desc;
         let gated = self.gated();
         let (routes, asked, other) = (self.routed_here(), self.case.back.origin == Origin::Router, self.case.router_x);
-        let Buffers { x, router_x, logits, weights, router, shared_gate, routed, shared } = buffers;
+        let Buffers { x, router_x, logits, weights, router, router_bias, shared_gate, bias, routed, shared } = buffers;
         let [gate_up, down] = mlp(desc.mlp.gate_up.glu, routed);
         let mut gradients = LayerGradients::new().x(x).weights(weights).gate_up(gate_up).down(down);
         gradients.router_x = other.then_some(router_x.into());
         gradients.logits = routes.then_some(logits.into());
+        gradients.bias = self.case.bias.then_some(bias.into());
         if asked {
-            gradients = gradients.router(RouterGradients::new().matrix(router));
+            let of = RouterGradients::new().matrix(router);
+            gradients = gradients.router(if self.case.router_bias { of.bias(router_bias) } else { of });
         }
         let Some(of) = desc.shared else { return gradients };
         let [gate_up, down] = mlp(of.mlp.gate_up.glu, shared);
@@ -444,6 +461,8 @@ impl<T: Element, W: Element> Problem<T, W> {
             ("logits", read(&self.stream, "logits", &buffers.logits)),
             ("weights", read(&self.stream, "weights", &buffers.weights)),
             ("router", read(&self.stream, "router", &buffers.router)),
+            ("router_bias", read(&self.stream, "router_bias", &buffers.router_bias)),
+            ("bias", read(&self.stream, "bias", &buffers.bias)),
         ];
         found.retain(|(_, values)| !values.is_empty());
         if self.gated() {
@@ -465,6 +484,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         let router_bias: Option<Vec<f64>> =
             self.router_bias.as_ref().map(|bias| bias.iter().map(|&v| v.into()).collect());
         let shared_gate: Vec<f64> = self.shared_gate.iter().map(|v| v.to_f32().into()).collect();
+        let bias = wide(&self.bias);
         let activations: Vec<Activation> = (0..desc.local_experts())
             .map(|expert| of_expert(desc.mlp.activation, self.swiglu.each_ref().map(|numbers| numbers[expert])))
             .collect();
@@ -488,7 +508,7 @@ impl<T: Element, W: Element> Problem<T, W> {
             shared_activation: desc.shared.map(|shared| shared.mlp.activation),
             shared_gate: self.gated().then_some(&shared_gate[..]),
             scales: [f64::from(desc.routed_scale), desc.shared.map_or(1.0, |shared| f64::from(shared.scale))],
-            bias: None,
+            bias: self.case.bias.then_some(&bias[..]),
             null: desc.null,
         };
         let (x, dy) = (wide(&self.x), wide(&self.dy));
@@ -500,6 +520,8 @@ impl<T: Element, W: Element> Problem<T, W> {
         let want = layer::backward(&x, &of, &forward, &dy, losses).unwrap();
         let mut found = vec![("x", want.x), ("logits", want.logits), ("weights", want.weights)];
         found.push(("router", want.router_weight));
+        found.extend(want.router_bias.map(|bias| ("router_bias", bias)));
+        found.extend(want.bias.map(|bias| ("bias", bias)));
         found.extend(want.shared_gate.map(|gate| ("shared.gate", gate)));
         let mut mlp = |of: &Mlp<T>, names: [&'static str; 3], up: MatrixGradient, down: MatrixGradient| {
             let [_, inner, hidden] = of.sizes;
@@ -581,7 +603,8 @@ pub fn check<T: Element, W: Element, G: Element>(case: Case) {
     // All that is planned, and gradients by choice, which are asked for here.
     let planned = |stage: &BackwardStage| problem.back.stages().any(|(known, _)| known == *stage);
     let beside: Vec<BackwardStage> = stages.iter().copied().filter(|stage| !planned(stage)).collect();
-    assert!(beside.is_empty() || beside == [BackwardStage::Choices], "{beside:?}");
+    let on_request = [BackwardStage::Choices, BackwardStage::RouterBias, BackwardStage::Bias];
+    assert!(beside.iter().all(|stage| on_request.contains(stage)), "{beside:?}");
     assert_eq!(stages.len() - beside.len(), problem.back.launches());
     compare(T::DTYPE, &problem.found(&buffers), &problem.expected());
 }
