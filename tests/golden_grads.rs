@@ -22,11 +22,8 @@ const NOT_YET: &[&str] = &[
     "ernie4_5_vl_moe",
     "gemma4",
     "gpt_oss",
-    "inkling",
-    "laguna",
     "muse_spark",
     "nemotron_h_latent",
-    "phimoe",
     "vitpose_backbone",
     "zaya",
 ];
