@@ -24,6 +24,7 @@ mod gating;
 mod gating_backward;
 mod gemm;
 mod gemm_any;
+mod gemm_combine;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -38,6 +39,7 @@ mod noisy;
 mod permute;
 mod product_keys;
 mod rms_norm;
+mod route;
 mod router;
 mod router_backward;
 mod routing_map;
@@ -105,6 +107,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::Route(variant) => route::check(variant, rng),
         Kernel::KeepLargest => keep_largest::check(rng),
         Kernel::QuantileBias => keep_largest::check_bias(rng),
         Kernel::LoadImportance => load_importance::check(rng),
@@ -118,6 +121,8 @@ fn check(kernel: Kernel) {
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmHopper(variant) => gemm::check(variant, rng),
+        Kernel::GemmSwapped(variant) if variant.combines => gemm_combine::check(variant, rng),
+        Kernel::GemmSwapped(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
