@@ -30,6 +30,7 @@
 //! Nothing is guessed: an unknown `model_type`, a key of `config.json` that would change the block, a tensor of the block that nothing reads, a
 //! tensor of another shape or type than expected is a [`CheckpointError`] that names it.
 
+mod backward;
 mod config;
 mod error;
 mod facts;
@@ -43,6 +44,7 @@ mod load;
 mod locate;
 mod model;
 mod nearest;
+mod places;
 mod run;
 mod spec;
 mod store;
@@ -50,6 +52,7 @@ mod table;
 mod tensors;
 mod weights;
 
+pub use backward::{BlockBackward, BlockGradients};
 pub use config::Config;
 pub use error::{CheckpointError, Lost};
 pub use facts::{Experts, Matrices};
@@ -59,6 +62,7 @@ pub use folder::Checkpoint;
 pub use kind::{Bank, Kind, Network};
 pub use load::Progress;
 pub use model::{Block, Model, Needs};
+pub use places::{ByName, Places, Values};
 pub use run::{BlockInputs, BlockRun, Results};
 pub use store::{DeviceBuffer, HostBuffer};
 pub use table::{COLUMNS, table};

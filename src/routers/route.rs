@@ -178,8 +178,8 @@ pub(crate) fn enqueue(
         workspace,
         RouteParams or RouteAnyParams {
             x: product.x.into(),
-            router: product.weight.into(),
-            router_bias: product.bias.into(),
+            weight: product.weight.into(),
+            bias: product.bias.into(),
             gate_weight: gate_weight.into(),
             gate_logits: gate_logits.into(),
             hidden: router.hidden as u32,

@@ -22,8 +22,10 @@ mod expert_counts;
 mod expert_map;
 mod gating;
 mod gating_backward;
+mod gating_backward_any;
 mod gemm;
 mod gemm_any;
+mod gemm_backward;
 mod gemm_combine;
 mod hash;
 mod hierarchical;
@@ -124,6 +126,8 @@ fn check(kernel: Kernel) {
         Kernel::GemmSwapped(variant) if variant.combines => gemm_combine::check(variant, rng),
         Kernel::GemmSwapped(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
+        Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
+        Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
@@ -144,7 +148,9 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
-        Kernel::GatingBackward => gating_backward::check(rng),
+        Kernel::GatingBackward { any: false } => gating_backward::check(rng),
+        Kernel::GatingBackward { any: true } => gating_backward_any::check(rng),
+        Kernel::ScaleSums => gating_backward_any::check_scale_sums(rng),
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
