@@ -867,6 +867,8 @@ pub enum Kernel {
     ScaleSums,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Back through the sums over a token's experts.
+    CombineBackward(Combine),
     /// Back through the router's product.
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
@@ -946,6 +948,7 @@ impl Kernel {
             Kernel::GatingBackward { any } => format!("gating_backward{}", if *any { "_any" } else { "" }),
             Kernel::ScaleSums => "scale_sums".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
@@ -1006,6 +1009,7 @@ impl Kernel {
             Kernel::GatingBackward { any: true } => "GatingBackwardAny",
             Kernel::ScaleSums => "ScaleSums",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
@@ -1059,6 +1063,7 @@ impl Kernel {
             | Kernel::GatingBackward { .. }
             | Kernel::ScaleSums
             | Kernel::ActivationBackward(_)
+            | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
@@ -1133,6 +1138,7 @@ impl Kernel {
             Kernel::GatingBackward { .. } => "routers/gating_backward.ptx.jinja",
             Kernel::ScaleSums => "routers/scale_sums.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
@@ -1260,6 +1266,9 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::CombineBackward(Combine { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::RouterBackward(k) => vec![
                 ("b_dtype", Text(k.b.name())),
                 ("out_dtype", Text(k.out.name())),
@@ -1361,6 +1370,7 @@ pub fn all() -> Vec<Kernel> {
         for any in [false, true] {
             kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
     }

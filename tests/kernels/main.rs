@@ -16,6 +16,7 @@ mod base;
 mod by_sequence;
 mod chunks;
 mod combine;
+mod combine_backward;
 mod dispatch;
 mod expert_choice;
 mod expert_counts;
@@ -130,6 +131,7 @@ fn check(kernel: Kernel) {
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
+        Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
         Kernel::ExpertChoice => expert_choice::check_choice(rng),
