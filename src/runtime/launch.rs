@@ -90,7 +90,7 @@ impl Held<'_> {
     }
 
     /// The same access, known by what lies `bytes` further on in the buffer.
-    pub(super) fn from_byte(self, bytes: usize) -> Self {
+    pub(super) fn at_byte(self, bytes: usize) -> Self {
         Held { value: self.value + bytes as u64, ..self }
     }
 }

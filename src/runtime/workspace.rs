@@ -66,7 +66,7 @@ impl Workspace {
         }
         let open = |memory, needed| scope.write("workspace", memory, needed, REGION_ALIGNMENT as u64);
         match &mut self.memory {
-            Memory::Owned(memory) => Ok(open(memory.into(), needed + COUNTER_BYTES)?.from_byte(COUNTER_BYTES)),
+            Memory::Owned(memory) => Ok(open(memory.into(), needed + COUNTER_BYTES)?.at_byte(COUNTER_BYTES)),
             Memory::Part { address, bytes } => open(Out::of_part(*address, *bytes), needed),
         }
     }
