@@ -53,6 +53,11 @@ impl<'a> Address<'a> {
         Out::of_part(self.value, len)
     }
 
+    /// The address `bytes` further back, within the same buffer.
+    pub(super) fn back(self, bytes: usize) -> Address<'a> {
+        Address { value: self.value - bytes as u64, _held: PhantomData }
+    }
+
     /// The address `bytes` further on, within the same buffer.
     pub(crate) fn offset(self, bytes: usize) -> Address<'a> {
         Address { value: self.value + bytes as u64, _held: PhantomData }
@@ -82,6 +87,11 @@ pub(crate) struct Held<'a> {
 impl Held<'_> {
     pub(crate) fn address(&self) -> Address<'_> {
         Address { value: self.value, _held: PhantomData }
+    }
+
+    /// The same access, known by what lies `bytes` further on in the buffer.
+    pub(super) fn at_byte(self, bytes: usize) -> Self {
+        Held { value: self.value + bytes as u64, ..self }
     }
 }
 
