@@ -24,6 +24,7 @@ pub mod noisy_backward;
 pub mod product_keys;
 pub mod product_keys_backward;
 pub mod quantile_bias;
+pub mod route;
 pub mod router;
 pub mod router_backward;
 pub mod sampled;
