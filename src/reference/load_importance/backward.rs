@@ -25,7 +25,7 @@ pub fn load_importance_backward(
     require_shape("logits", logits, &[valid.len(), experts])?;
     let top_k = ids.len().checked_div(valid.len()).unwrap_or(0);
     require_shape("ids", ids, &[valid.len(), top_k])?;
-    let [of_importance, of_load] = [importance, load].map(|values| cv_squared_gradient(values));
+    let [of_importance, of_load] = [importance, load].map(cv_squared_gradient);
     let [mut d_scores, mut d_logits] = [scores, logits].map(|of| vec![0.0; of.len()]);
     for (t, _) in valid.iter().enumerate().filter(|(_, valid)| **valid) {
         let [scores, logits] = [scores, logits].map(|rows| &rows[t * experts..][..experts]);

@@ -90,7 +90,7 @@ impl CosineBackwardPlan {
             of_experts: [Region::default(); 2],
             workspace_bytes: 0,
         };
-        let sums = [plan.into_rows(), plan.into_projection()].map(|desc| router_backward::workspace_bytes(&desc));
+        let sums = [plan.rows_product(), plan.projection_product()].map(|desc| router_backward::workspace_bytes(&desc));
         let [rows, projection] = sums;
         let shared = rows?.max(projection?).max(BARRIER_HEADER + experts * size_of::<f32>());
         let mut arena = Arena::new(OPERATION);
@@ -115,13 +115,13 @@ impl CosineBackwardPlan {
     }
 
     /// The product of unit rows, as a router of `D` columns.
-    fn into_rows(&self) -> RouterBackwardDesc {
+    fn rows_product(&self) -> RouterBackwardDesc {
         let CosineDesc { tokens, experts, width, .. } = *self.desc();
         RouterBackwardDesc::new(Dtype::F32, tokens, experts, width)
     }
 
     /// The projection, as a router of `D` experts.
-    fn into_projection(&self) -> RouterBackwardDesc {
+    fn projection_product(&self) -> RouterBackwardDesc {
         let CosineDesc { tokens, width, hidden, dtype, weight, .. } = *self.desc();
         RouterBackwardDesc::new(dtype, tokens, width, hidden).weight(weight).accumulate(self.accumulate)
     }
@@ -203,7 +203,7 @@ impl CosineBackwardPlan {
         // The experts' rows.
         let d_logits = || d_logits.address().input::<f32>(tokens * experts);
         let mut lent = held.part(self.shared);
-        let rows = self.into_rows();
+        let rows = self.rows_product();
         let args = WeightArgs::new(d_logits(), unit.input::<f32>(tokens * width), d_similar_unit.out(experts * width));
         router_backward::weight::<f32>(kernels, stream, &rows, args.workspace(&mut lent)).map_err(within)?;
         let factor = temperature.min(most).exp();
@@ -249,7 +249,7 @@ impl CosineBackwardPlan {
         .map_err(within)?;
         units(false, [projected, d_unit, d_projected])?;
         let d_projected = || d_projected.input::<f32>(tokens * width);
-        let desc = self.into_projection();
+        let desc = self.projection_product();
         if let Some(to) = optional(&d_projection) {
             let mut args =
                 WeightArgs::new(d_projected(), x.address().input::<T>(tokens * hidden), to.out(width * hidden));
