@@ -498,6 +498,12 @@ pub const AFFINITY_TOKENS: u32 = 32;
 /// Most experts whose slots are counted alone.
 pub const MAX_COUNTED: u32 = 8192;
 
+/// Buffers of gradients that one launch measures or scales.
+pub const GRADIENT_BUFFERS: u32 = 4;
+
+/// Elements that a block adds up at once.
+pub const GRADIENT_CHUNK: u32 = 1 << 15;
+
 /// Most chunks of rows that change places at once.
 pub const MAX_CHUNKS: u32 = 4096;
 
@@ -715,6 +721,10 @@ pub enum Kernel {
     GatingBackward,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Norm, finiteness and clipping factor of gradients.
+    GradientNorm,
+    /// Gradients times a factor.
+    GradientScale,
     /// Back through the router's product.
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
@@ -788,6 +798,8 @@ impl Kernel {
             Kernel::NoiseState => "noise_state".into(),
             Kernel::GatingBackward => "gating_backward".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::GradientNorm => "gradient_norm".into(),
+            Kernel::GradientScale => "gradient_scale".into(),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
@@ -843,6 +855,8 @@ impl Kernel {
             Kernel::NoiseState => "NoiseState",
             Kernel::GatingBackward => "GatingBackward",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::GradientNorm => "GradientNorm",
+            Kernel::GradientScale => "GradientScale",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
@@ -893,6 +907,8 @@ impl Kernel {
             | Kernel::RowGroups
             | Kernel::GatingBackward
             | Kernel::ActivationBackward(_)
+            | Kernel::GradientNorm
+            | Kernel::GradientScale
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
@@ -960,6 +976,7 @@ impl Kernel {
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
             Kernel::GatingBackward => "routers/gating_backward.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::GradientNorm | Kernel::GradientScale => "experts/gradient_norm.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
@@ -1069,6 +1086,12 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::GradientNorm | Kernel::GradientScale => vec![
+                ("scales", Int(u32::from(matches!(self, Kernel::GradientScale)))),
+                ("buffers", Int(GRADIENT_BUFFERS)),
+                ("chunk", Int(GRADIENT_CHUNK)),
+                ("warps", Int(BLOCK_WARPS)),
+            ],
             Kernel::RouterBackward(k) => vec![
                 ("b_dtype", Text(k.b.name())),
                 ("out_dtype", Text(k.out.name())),
@@ -1182,7 +1205,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
-    kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);
+    kernels.extend([Kernel::NoiseState, Kernel::GatingBackward, Kernel::GradientNorm, Kernel::GradientScale]);
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {
         // Into the weight f32; into x its type, which is that of the weight unless that is f32.

@@ -17,6 +17,7 @@ pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
 pub mod gemm_backward;
+pub mod gradient_norm;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;

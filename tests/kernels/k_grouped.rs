@@ -47,7 +47,7 @@ fn check_as<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng) {
     let widths = if variant.any {
         [[5, bm + 3], [bm + 1, 1], [33, 70], [1, 12], [bm, 40], [7, 7], [bm - 1, 4 * bm + 1], [50, 8 * bm]]
     } else {
-        [[8, bm + 8], [bm + 16, 40], [24, bm], [8, 8], [2 * bm + 8, 16], [40, 72], [bm, 16 * bm + 8], [56, 9 * bm]]
+        [[8, bm + 8], [bm + 16, 40], [24, bm], [8, 8], [2 * bm + 8, 16], [40, 72], [bm + 8, 16 * bm + 8], [56, 9 * bm]]
     };
     // Rows: none, one, a stage less one, a stage, one more, several stages with a remainder and without.
     let loads =

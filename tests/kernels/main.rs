@@ -25,6 +25,7 @@ mod gating_backward;
 mod gemm;
 mod gemm_any;
 mod gemm_backward;
+mod gradient_norm;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -143,6 +144,8 @@ fn check(kernel: Kernel) {
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
         Kernel::GatingBackward => gating_backward::check(rng),
+        Kernel::GradientNorm => gradient_norm::check(rng),
+        Kernel::GradientScale => gradient_norm::check_scale(rng),
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
