@@ -102,7 +102,9 @@ impl<'s> GradientNormDesc<'s> {
             return Err(Error::invalid(OPERATION, "scale", "a finite number", self.scale));
         }
         match self.max_norm {
-            Some(most) if !(most >= 0.0) => Err(Error::invalid(OPERATION, "max_norm", "a number from 0 on", most)),
+            Some(most) if most.is_nan() || most < 0.0 => {
+                Err(Error::invalid(OPERATION, "max_norm", "a number from 0 on", most))
+            }
             _ => Ok(()),
         }
     }

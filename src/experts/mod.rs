@@ -14,6 +14,7 @@
 
 pub mod activation_backward;
 pub mod combine;
+pub mod combine_backward;
 pub(crate) mod dispatched;
 pub mod gemm;
 pub mod gemm_backward;
