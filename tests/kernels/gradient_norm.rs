@@ -158,46 +158,57 @@ fn run(gradients: &[Gradient], scale: f32, max_norm: Option<f32>, frozen: Option
     let frozen = frozen.map(|frozen| Guarded::input(&stream, "frozen", frozen));
     let [mut norm, mut factor] = ["norm", "factor"].map(|name| Guarded::<f32>::output(&stream, name, 1));
     let mut overflow = Guarded::<i32>::output(&stream, "overflow", 1);
-    let mut launch = |norm: &mut Guarded<f32>, factor: &mut Guarded<f32>, overflow: &mut Guarded<i32>| {
-        enum View<'a> {
-            Bf16(cudarc::driver::CudaView<'a, bf16>),
-            F16(cudarc::driver::CudaView<'a, f16>),
-            F32(cudarc::driver::CudaView<'a, f32>),
-        }
-        let views: Vec<View<'_>> = gradients
-            .iter()
-            .map(|gradient| match &gradient.values {
-                Values::Bf16(_, buffer) => View::Bf16(buffer.view()),
-                Values::F16(_, buffer) => View::F16(buffer.view()),
-                Values::F32(_, buffer) => View::F32(buffer.view()),
-            })
-            .collect();
-        let tensors: Vec<Tensor<'_>> = views
-            .iter()
-            .map(|view| match view {
-                View::Bf16(view) => view.into(),
-                View::F16(view) => view.into(),
-                View::F32(view) => view.into(),
-            })
-            .collect();
-        let frozen = frozen.as_ref().map(Guarded::view);
-        let (mut norm, mut factor, mut overflow) = (norm.view_mut(), factor.view_mut(), overflow.view_mut());
-        let mut args = GradientNormArgs::new(&tensors).norm(&mut norm).factor(&mut factor);
-        args.overflow = Some(Out::from(&mut overflow));
-        args.frozen = frozen.as_ref().map(In::from);
-        gradient_norm::forward(kernels, &stream, &desc, args, &mut workspace).unwrap();
-    };
-    launch(&mut norm, &mut factor, &mut overflow);
+    let mut launch =
+        |norm: &mut Guarded<f32>, factor: &mut Guarded<f32>, overflow: &mut Guarded<i32>, wants: [bool; 3]| {
+            enum View<'a> {
+                Bf16(cudarc::driver::CudaView<'a, bf16>),
+                F16(cudarc::driver::CudaView<'a, f16>),
+                F32(cudarc::driver::CudaView<'a, f32>),
+            }
+            let views: Vec<View<'_>> = gradients
+                .iter()
+                .map(|gradient| match &gradient.values {
+                    Values::Bf16(_, buffer) => View::Bf16(buffer.view()),
+                    Values::F16(_, buffer) => View::F16(buffer.view()),
+                    Values::F32(_, buffer) => View::F32(buffer.view()),
+                })
+                .collect();
+            let tensors: Vec<Tensor<'_>> = views
+                .iter()
+                .map(|view| match view {
+                    View::Bf16(view) => view.into(),
+                    View::F16(view) => view.into(),
+                    View::F32(view) => view.into(),
+                })
+                .collect();
+            let frozen = frozen.as_ref().map(Guarded::view);
+            let (mut norm, mut factor, mut overflow) = (norm.view_mut(), factor.view_mut(), overflow.view_mut());
+            let mut args = GradientNormArgs::new(&tensors);
+            args.norm = wants[0].then(|| Out::from(&mut norm));
+            args.factor = wants[1].then(|| Out::from(&mut factor));
+            args.overflow = wants[2].then(|| Out::from(&mut overflow));
+            args.frozen = frozen.as_ref().map(In::from);
+            gradient_norm::forward(kernels, &stream, &desc, args, &mut workspace).unwrap();
+        };
+    launch(&mut norm, &mut factor, &mut overflow, [true; 3]);
     let bits = |norm: &Guarded<f32>, factor: &Guarded<f32>| {
         [norm.read(&stream)[0].to_bits(), factor.read(&stream)[0].to_bits()]
     };
     let first = bits(&norm, &factor);
+    // What is not asked for is not written.
     norm.reset(&stream);
     factor.reset(&stream);
+    overflow.reset(&stream);
+    launch(&mut norm, &mut factor, &mut overflow, [true, false, false]);
+    assert_eq!(first[0], norm.read(&stream)[0].to_bits(), "{name}: norm alone");
+    factor.assert_unchanged(&stream);
+    overflow.assert_unchanged(&stream);
+    launch(&mut norm, &mut factor, &mut overflow, [false; 3]);
+    norm.reset(&stream);
     // In the workspace as it was left.
-    launch(&mut norm, &mut factor, &mut overflow);
+    launch(&mut norm, &mut factor, &mut overflow, [true; 3]);
     assert_eq!(first, bits(&norm, &factor), "{name}: another run gave other bits");
-    time(&stream, name, || launch(&mut norm, &mut factor, &mut overflow));
+    time(&stream, name, || launch(&mut norm, &mut factor, &mut overflow, [true; 3]));
     for gradient in gradients {
         match &gradient.values {
             Values::Bf16(_, buffer) => buffer.assert_unchanged(&stream),

@@ -146,7 +146,7 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         });
     }
 
-    let mut columns = (rng.u8(..4) > 0).then(|| {
+    let mut columns = (rng.u8(..4) > 0 || n > 500).then(|| {
         let tokens = tokens_of(by_token[0]);
         Columns::draw(rng, case, &a, tokens, &spans, slots, &is_frozen)
     });
