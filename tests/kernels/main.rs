@@ -14,6 +14,7 @@ mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;
+mod choice_backward;
 mod chunks;
 mod combine;
 mod combine_backward;
@@ -27,6 +28,7 @@ mod gating_backward_any;
 mod gemm;
 mod gemm_any;
 mod gemm_backward;
+mod gemm_combine;
 mod gradient_norm;
 mod hash;
 mod hierarchical;
@@ -42,6 +44,7 @@ mod noisy;
 mod permute;
 mod product_keys;
 mod rms_norm;
+mod route;
 mod router;
 mod router_backward;
 mod routing_map;
@@ -109,6 +112,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::Route(variant) => route::check(variant, rng),
         Kernel::KeepLargest => keep_largest::check(rng),
         Kernel::QuantileBias => keep_largest::check_bias(rng),
         Kernel::LoadImportance => load_importance::check(rng),
@@ -122,6 +126,8 @@ fn check(kernel: Kernel) {
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmHopper(variant) => gemm::check(variant, rng),
+        Kernel::GemmSwapped(variant) if variant.combines => gemm_combine::check(variant, rng),
+        Kernel::GemmSwapped(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
@@ -156,6 +162,8 @@ fn check(kernel: Kernel) {
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),
+        Kernel::SigmoidGate => choice_backward::check_gate(rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
         Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }
