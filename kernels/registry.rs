@@ -650,6 +650,12 @@ pub const AFFINITY_TOKENS: u32 = 32;
 /// Most experts whose slots are counted alone.
 pub const MAX_COUNTED: u32 = 8192;
 
+/// Buffers of gradients that one launch measures or scales.
+pub const GRADIENT_BUFFERS: u32 = 4;
+
+/// Elements that a block adds up at once.
+pub const GRADIENT_CHUNK: u32 = 1 << 15;
+
 /// Most chunks of rows that change places at once.
 pub const MAX_CHUNKS: u32 = 4096;
 
@@ -893,6 +899,10 @@ pub enum Kernel {
     ProductKeysBackward,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Norm, finiteness and clipping factor of gradients.
+    GradientNorm,
+    /// Gradients times a factor.
+    GradientScale,
     /// Back through the sums over a token's experts.
     CombineBackward(Combine),
     /// Back through the router's product.
@@ -985,6 +995,8 @@ impl Kernel {
             Kernel::ProductKeysBackward => "product_keys_backward".into(),
             Kernel::UnitBackward(dtype) => format!("unit_backward_{dtype}"),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::GradientNorm => "gradient_norm".into(),
+            Kernel::GradientScale => "gradient_scale".into(),
             Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
@@ -1056,6 +1068,8 @@ impl Kernel {
             Kernel::ProductKeysBackward => "ProductKeysBackward",
             Kernel::UnitBackward(_) => "UnitBackward",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::GradientNorm => "GradientNorm",
+            Kernel::GradientScale => "GradientScale",
             Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
@@ -1119,6 +1133,8 @@ impl Kernel {
             | Kernel::ProductKeysBackward
             | Kernel::UnitBackward(_)
             | Kernel::ActivationBackward(_)
+            | Kernel::GradientNorm
+            | Kernel::GradientScale
             | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
@@ -1202,6 +1218,7 @@ impl Kernel {
             Kernel::ProductKeysBackward => "routers/product_keys_backward.ptx.jinja",
             Kernel::UnitBackward(_) => "routers/unit_backward.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::GradientNorm | Kernel::GradientScale => "experts/gradient_norm.ptx.jinja",
             Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
@@ -1341,6 +1358,12 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::GradientNorm | Kernel::GradientScale => vec![
+                ("scales", Int(u32::from(matches!(self, Kernel::GradientScale)))),
+                ("buffers", Int(GRADIENT_BUFFERS)),
+                ("chunk", Int(GRADIENT_CHUNK)),
+                ("warps", Int(BLOCK_WARPS)),
+            ],
             Kernel::CombineBackward(Combine { dtype, any }) => {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
             }
@@ -1476,6 +1499,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::SampledBackward, Kernel::AffinityBackward]);
     kernels.extend([Kernel::LoadImportanceBackward, Kernel::ProductKeysBackward]);
     kernels.extend(Dtype::ALL.map(Kernel::UnitBackward));
+    kernels.extend([Kernel::GradientNorm, Kernel::GradientScale]);
     kernels.extend([false, true].map(|any| Kernel::GatingBackward { any }));
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {
