@@ -22,6 +22,8 @@ pub struct LoadImportanceBackwardDesc {
     pub forward: LoadImportanceDesc,
     /// Factor of the loss, the mean of both squared coefficients of variation.
     pub factor: f32,
+    /// Whether scores are a softmax, and `d_scores` the gradient of what it was taken of (Tutel: the logits without noise).
+    pub softmax: bool,
     /// Adds to the gradients instead of writing them.
     pub accumulate: bool,
 }
@@ -29,7 +31,7 @@ pub struct LoadImportanceBackwardDesc {
 impl LoadImportanceBackwardDesc {
     /// Of `factor` times the loss of `forward`.
     pub const fn new(forward: LoadImportanceDesc, factor: f32) -> LoadImportanceBackwardDesc {
-        LoadImportanceBackwardDesc { forward, factor, accumulate: false }
+        LoadImportanceBackwardDesc { forward, factor, softmax: false, accumulate: false }
     }
 
     /// Checks all that can be checked without buffers.
@@ -45,7 +47,7 @@ impl LoadImportanceBackwardDesc {
     }
 }
 
-settings!(LoadImportanceBackwardDesc { accumulate: bool });
+settings!(LoadImportanceBackwardDesc { softmax: bool, accumulate: bool });
 
 /// Buffers of the loss's backward pass.
 #[non_exhaustive]
@@ -60,7 +62,7 @@ pub struct LoadImportanceBackwardArgs<'a> {
     pub importance: In<'a, f32>,
     /// `[E]`: what the forward pass wrote.
     pub load: In<'a, f32>,
-    /// `[T, E]`, written, or added to: of the scores.
+    /// `[T, E]`, written, or added to: of the scores, or through their softmax.
     pub d_scores: Out<'a, f32>,
     /// `[T, E]`, written, or added to: of the logits, one of a token's.
     pub d_logits: Out<'a, f32>,
@@ -151,6 +153,7 @@ pub fn forward(
             d_scores: d_scores.address().into(),
             d_logits: d_logits.address().into(),
             accumulate: u32::from(desc.accumulate),
+            softmax: u32::from(desc.softmax),
         },
     )
 }
