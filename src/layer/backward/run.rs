@@ -17,7 +17,7 @@ use crate::layer::experts::check_device;
 use crate::layer::weights::LayerWeights;
 use crate::layer::{Choices, MapTable};
 use crate::routers::gating_backward::{self, GatingBackwardArgs};
-use crate::routers::router_backward::{self, RouterBackwardDesc};
+use crate::routers::router_backward::{self, RouterBackwardDesc, WeightArgs};
 use crate::rules::Weighting;
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
@@ -408,14 +408,16 @@ impl BackwardPlan {
                     seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
                     matrix: weights.router.matrix,
                     d_matrix: optional(&gradients.router),
+                    d_bias: optional(&gradients.router_bias),
                     d_input: optional(router_input),
+                    lent: workspace.part(self.regions.scratch),
                     added: false,
                     accumulate: self.desc().accumulate,
                 };
                 let stages = [BackwardStage::RouterWeight, BackwardStage::RouterInput];
                 back.enqueue::<T>(scope, stages, observer)?;
                 written = router_input.is_some();
-                if let Some(gradient) = optional(&gradients.router_bias) {
+                if let Some(gradient) = optional(&gradients.router_bias).filter(|_| gradients.router.is_none()) {
                     let d_logits = d_logits.input::<f32>(tokens * columns);
                     self.column_sums::<f32>(scope, workspace, d_logits, [columns, 1], gradient)?;
                     observer(BackwardStage::RouterBias);
@@ -613,7 +615,9 @@ impl BackwardPlan {
             seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
             matrix: shared.gate,
             d_matrix: optional(&gradients.shared_gate),
+            d_bias: None,
             d_input: input,
+            lent: workspace.part(self.regions.scratch),
             added: written,
             accumulate: self.desc().accumulate,
         };
@@ -631,7 +635,11 @@ struct RouterBack<'a> {
     seen: Address<'a>,
     matrix: Option<Tensor<'a>>,
     d_matrix: Option<Address<'a>>,
+    /// In the matrix's launch.
+    d_bias: Option<Address<'a>>,
     d_input: Option<Address<'a>>,
+    /// Memory of sums of parts.
+    lent: Workspace,
     /// Whether the input's gradient is added to what lies there.
     added: bool,
     /// Whether the matrix's is.
@@ -641,7 +649,7 @@ struct RouterBack<'a> {
 impl RouterBack<'_> {
     /// Both gradients, each where it is asked for.
     fn enqueue<T: Element>(
-        self,
+        mut self,
         scope: &Scope<'_>,
         [of_matrix, of_input]: [BackwardStage; 2],
         observer: &mut dyn FnMut(BackwardStage),
@@ -654,7 +662,9 @@ impl RouterBack<'_> {
             let desc = self.steps.desc.accumulate(self.accumulate);
             let seen = self.seen.input::<T>(tokens * hidden);
             let gradient = gradient.out(experts * hidden);
-            router_backward::into_weight::<T>(kernels, stream, &desc, d_logits, seen, gradient).map_err(within)?;
+            let mut args = WeightArgs::new(d_logits, seen, gradient);
+            args.d_bias = self.d_bias.map(|gradient| gradient.out(experts));
+            router_backward::weight::<T>(kernels, stream, &desc, args.workspace(&mut self.lent)).map_err(within)?;
             observer(of_matrix);
         }
         if let (Some(gradient), Some(matrix)) = (self.d_input, self.matrix) {
