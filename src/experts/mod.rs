@@ -13,12 +13,14 @@
 //! | an f32 result; `accumulate`, `beta = 1` | [`gemm::Output`]; [`k_grouped::KGroupedDesc::accumulate`] |
 
 pub mod activation_backward;
+pub mod column_products;
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;
+pub mod rms_norm_backward;
 pub mod tiles;
 pub mod unit_experts;
 pub(crate) mod weight;

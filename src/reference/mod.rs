@@ -13,6 +13,7 @@ pub mod balance;
 pub mod base;
 pub mod by_sequence;
 pub mod chunks;
+pub mod column_products;
 pub mod combine;
 pub mod cosine;
 pub mod dispatch;

@@ -15,6 +15,7 @@ mod balance;
 mod base;
 mod by_sequence;
 mod chunks;
+mod column_products;
 mod combine;
 mod dispatch;
 mod expert_choice;
@@ -38,6 +39,7 @@ mod noisy;
 mod permute;
 mod product_keys;
 mod rms_norm;
+mod rms_norm_backward;
 mod router;
 mod router_backward;
 mod routing_map;
@@ -143,6 +145,8 @@ fn check(kernel: Kernel) {
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::RmsNormBackward(dtype) => rms_norm_backward::check(dtype, rng),
+        Kernel::ColumnProducts(dtype) => column_products::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
