@@ -100,26 +100,49 @@ impl RouterBackward {
     pub const TILE: u32 = 64;
 }
 
-/// How a router's work is cut into blocks.
+/// How a router's work is cut into blocks, and by which unit its products are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RouterShape {
-    /// 64 tokens by 64 experts a block.
+    /// 64 tokens by 64 experts a block, in f32.
     Tile,
-    /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
+    /// One warp for an expert and up to four tokens, in f32: for a few tokens, where every SM must pull its part of the weight.
     Warp,
-    /// 64 tokens by 64 experts a block, of rows of any width that begin on any element.
+    /// 64 tokens by 64 experts a block, in f32, of rows of any width that begin on any element.
     Any,
+    /// 128 tokens by 128 experts a block on tensor cores.
+    Mma128,
+    /// 64 tokens by 64 experts.
+    Mma64,
+    /// 32 tokens by 64 experts.
+    Mma32,
+    /// 16 tokens by 8 experts a block on tensor cores, whose warps share the depth: for a few tokens.
+    Few,
 }
 
 impl RouterShape {
     /// Every cut.
-    pub const ALL: [RouterShape; 3] = [RouterShape::Tile, RouterShape::Warp, RouterShape::Any];
+    pub const ALL: [RouterShape; 7] = [
+        RouterShape::Tile,
+        RouterShape::Warp,
+        RouterShape::Any,
+        RouterShape::Mma128,
+        RouterShape::Mma64,
+        RouterShape::Mma32,
+        RouterShape::Few,
+    ];
+
+    /// Those on tensor cores. All of them give a token the same bits.
+    pub const TENSOR: [RouterShape; 4] =
+        [RouterShape::Mma128, RouterShape::Mma64, RouterShape::Mma32, RouterShape::Few];
 
     /// Tokens and experts that one block covers.
     pub const fn block(self) -> (u32, u32) {
         match self {
-            RouterShape::Tile | RouterShape::Any => (64, 64),
+            RouterShape::Tile | RouterShape::Any | RouterShape::Mma64 => (64, 64),
             RouterShape::Warp => (4, 8),
+            RouterShape::Mma128 => (128, 128),
+            RouterShape::Mma32 => (32, 64),
+            RouterShape::Few => (16, 8),
         }
     }
 
@@ -128,12 +151,72 @@ impl RouterShape {
         256
     }
 
+    /// Whether tensor cores make the products.
+    pub const fn is_tensor(self) -> bool {
+        matches!(self, RouterShape::Mma128 | RouterShape::Mma64 | RouterShape::Mma32 | RouterShape::Few)
+    }
+
+    /// Warps over tokens and over experts, and stages in flight, of a tile on tensor cores.
+    const fn tile(self) -> [u32; 3] {
+        match self {
+            RouterShape::Mma128 => [2, 4, 3],
+            _ => [2, 4, 4],
+        }
+    }
+
     /// The word in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
             RouterShape::Tile => "tile",
             RouterShape::Warp => "warp",
             RouterShape::Any => "any",
+            RouterShape::Mma128 => "mma128x128",
+            RouterShape::Mma64 => "mma64x64",
+            RouterShape::Mma32 => "mma32x64",
+            RouterShape::Few => "few",
+        }
+    }
+}
+
+impl Router {
+    /// Whether the products of such numbers are exact on tensor cores: of 16 bits, and of a number of bf16 with the three parts of an f32.
+    pub const fn is_exact(x: Dtype, weight: Dtype) -> bool {
+        matches!((x, weight), (Dtype::Bf16, Dtype::Bf16 | Dtype::F32) | (Dtype::F16, Dtype::F16))
+    }
+
+    /// Whether there is such a kernel.
+    pub const fn exists(&self) -> bool {
+        match self.shape {
+            RouterShape::Any => true,
+            // The parts of so many columns of an f32 weight are more than the registers hold, and products outweigh bytes there.
+            RouterShape::Mma128 if self.is_split() => false,
+            shape => shape.is_tensor() == Router::is_exact(self.x, self.weight),
+        }
+    }
+
+    const fn is_split(&self) -> bool {
+        matches!(self.weight, Dtype::F32)
+    }
+
+    /// Dynamic shared memory in bytes: the stages, or the logits in f32.
+    pub const fn shared_bytes(&self) -> u32 {
+        let (tokens, experts) = self.shape.block();
+        match self.shape {
+            RouterShape::Mma128 | RouterShape::Mma64 | RouterShape::Mma32 => {
+                let [_, _, stages] = self.shape.tile();
+                let stage = tokens * 128 + experts * if self.is_split() { 256 } else { 128 };
+                let [stages, logits] = [stages * stage, tokens * experts * 4];
+                if stages > logits { stages } else { logits }
+            }
+            _ => 0,
+        }
+    }
+
+    /// Blocks that a multiprocessor of sm_80 to sm_90 is asked to hold at once.
+    const fn blocks_resident(&self) -> u32 {
+        match self.shape {
+            RouterShape::Mma128 | RouterShape::Few => 1,
+            _ => 2,
         }
     }
 }
@@ -667,6 +750,10 @@ pub enum Kernel {
     GemmHopper(GemmHopper),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
+    /// The second product's way back, with the activation's behind it: a plain product's shape.
+    GemmBackward(Gemm),
+    /// The same whatever the rows' width.
+    GemmBackwardAny(GemmAny),
     /// Products over the experts' rows.
     KGrouped(KGrouped),
     /// Sums over a token's experts.
@@ -711,9 +798,16 @@ pub enum Kernel {
     /// A noise state moved on.
     NoiseState,
     /// The gradient of a gating's logits.
-    GatingBackward,
+    GatingBackward {
+        /// Every rule and loss, else those of the common models.
+        any: bool,
+    },
+    /// Gradients of the factors of a gating's weights.
+    ScaleSums,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Back through the sums over a token's experts.
+    CombineBackward(Combine),
     /// Back through the router's product.
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
@@ -762,6 +856,8 @@ impl Kernel {
                 format!("gemm_{}_{tile}_{}_{}_sm90a", k.dtype, k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::GemmBackward(k) => format!("gemm_backward_{}_{}_{}", k.dtype, k.tile.name(), k.layout.name()),
+            Kernel::GemmBackwardAny(k) => format!("gemm_backward_{}_{}_any", k.dtype, k.tile().name()),
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
@@ -787,8 +883,10 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
-            Kernel::GatingBackward => "gating_backward".into(),
+            Kernel::GatingBackward { any } => format!("gating_backward{}", if *any { "_any" } else { "" }),
+            Kernel::ScaleSums => "scale_sums".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::RmsNormBackward(dtype) => format!("rms_norm_backward_{dtype}"),
@@ -818,6 +916,7 @@ impl Kernel {
             Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::GemmHopper(_) => "GemmHopper",
+            Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
@@ -843,8 +942,11 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
-            Kernel::GatingBackward => "GatingBackward",
+            Kernel::GatingBackward { any: false } => "GatingBackward",
+            Kernel::GatingBackward { any: true } => "GatingBackwardAny",
+            Kernel::ScaleSums => "ScaleSums",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::RmsNormBackward(_) => "RmsNormBackward",
@@ -877,9 +979,9 @@ impl Kernel {
             | Kernel::IdsToMap { .. }
             | Kernel::ChunkRows
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
-            Kernel::Gemm(k) => k.tile.threads(),
+            Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.tile.threads(),
             Kernel::GemmHopper(_) => GemmHopper::THREADS,
-            Kernel::GemmAny(k) => k.tile().threads(),
+            Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
@@ -895,8 +997,10 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_)
             | Kernel::RowGroups
-            | Kernel::GatingBackward
+            | Kernel::GatingBackward { .. }
+            | Kernel::ScaleSums
             | Kernel::ActivationBackward(_)
+            | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
@@ -910,9 +1014,10 @@ impl Kernel {
     /// Dynamic shared memory in bytes.
     pub const fn shared_bytes(&self) -> u32 {
         match self {
-            Kernel::Gemm(k) => k.shared_bytes(),
+            Kernel::Router(k) => k.shared_bytes(),
+            Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
-            Kernel::GemmAny(k) => k.shared_bytes(),
+            Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
@@ -926,6 +1031,8 @@ impl Kernel {
                 "routers/router_tile.ptx.jinja"
             }
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Few, .. }) => "routers/router_few.ptx.jinja",
+            Kernel::Router(_) => "routers/router_mma.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
             Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
@@ -938,6 +1045,7 @@ impl Kernel {
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmHopper(_) => "experts/sm90a/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
+            Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
@@ -962,8 +1070,10 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
-            Kernel::GatingBackward => "routers/gating_backward.ptx.jinja",
+            Kernel::GatingBackward { .. } => "routers/gating_backward.ptx.jinja",
+            Kernel::ScaleSums => "routers/scale_sums.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::RmsNormBackward(_) => "experts/rms_norm_backward.ptx.jinja",
@@ -979,13 +1089,20 @@ impl Kernel {
     pub fn constants(&self) -> Vec<(&'static str, Constant)> {
         use Constant::{Int, Text};
         match self {
-            Kernel::Router(k) => vec![
-                ("x_dtype", Text(k.x.name())),
-                ("w_dtype", Text(k.weight.name())),
-                ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
-                ("block_tokens", Int(k.shape.block().0)),
-                ("block_experts", Int(k.shape.block().1)),
-            ],
+            Kernel::Router(k) => {
+                let [warps_m, warps_n, stages] = k.shape.tile();
+                vec![
+                    ("x_dtype", Text(k.x.name())),
+                    ("w_dtype", Text(k.weight.name())),
+                    ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
+                    ("block_tokens", Int(k.shape.block().0)),
+                    ("block_experts", Int(k.shape.block().1)),
+                    ("warps_m", Int(warps_m)),
+                    ("warps_n", Int(warps_n)),
+                    ("stages", Int(stages)),
+                    ("resident", Int(k.blocks_resident())),
+                ]
+            }
             Kernel::Gating(k) => vec![
                 ("score", Text(k.score_name())),
                 ("ids_bytes", Int(4)),
@@ -1035,6 +1152,16 @@ impl Kernel {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
             }
+            Kernel::GemmBackward(k) => {
+                let mut constants = Kernel::Gemm(*k).constants();
+                constants.push(("any_width", Int(0)));
+                constants
+            }
+            Kernel::GemmBackwardAny(k) => {
+                let mut constants = Kernel::GemmAny(*k).constants();
+                constants.push(("any_width", Int(1)));
+                constants
+            }
             Kernel::KGrouped(k) => {
                 std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
             }
@@ -1044,7 +1171,8 @@ impl Kernel {
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
-            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::GatingBackward => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ScaleSums => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::GatingBackward { any } => vec![("warps", Int(BLOCK_WARPS)), ("any", Int(u32::from(*any)))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
             Kernel::ExpertChoice
             | Kernel::TokenSlots
@@ -1068,6 +1196,9 @@ impl Kernel {
             | Kernel::RmsNormBackward(dtype)
             | Kernel::ColumnProducts(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::CombineBackward(Combine { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::RouterBackward(k) => vec![
                 ("b_dtype", Text(k.b.name())),
                 ("out_dtype", Text(k.out.name())),
@@ -1106,7 +1237,7 @@ pub fn all() -> Vec<Kernel> {
     for x in Dtype::ALL {
         for weight in if x == Dtype::F32 { vec![Dtype::F32] } else { vec![x, Dtype::F32] } {
             for shape in RouterShape::ALL {
-                kernels.push(Kernel::Router(Router { x, weight, shape }));
+                kernels.extend(Some(Router { x, weight, shape }).filter(Router::exists).map(Kernel::Router));
             }
         }
     }
@@ -1149,9 +1280,17 @@ pub fn all() -> Vec<Kernel> {
         kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
     }
     for dtype in Dtype::ALL {
+        for &tile in Gemm::tiles(dtype) {
+            let backward = |layout| Kernel::GemmBackward(Gemm { dtype, tile, fold: Fold::Plain, layout });
+            kernels.extend(Layout::ALL.map(backward));
+        }
+        kernels.push(Kernel::GemmBackwardAny(GemmAny { dtype, gated: false }));
+    }
+    for dtype in Dtype::ALL {
         for any in [false, true] {
             kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
     }
@@ -1174,7 +1313,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
-    kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);
+    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums]);
+    kernels.extend([false, true].map(|any| Kernel::GatingBackward { any }));
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {
         // Into the weight f32; into x its type, which is that of the weight unless that is f32.

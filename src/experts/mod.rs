@@ -15,8 +15,10 @@
 pub mod activation_backward;
 pub mod column_products;
 pub mod combine;
+pub mod combine_backward;
 pub(crate) mod dispatched;
 pub mod gemm;
+pub mod gemm_backward;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;
