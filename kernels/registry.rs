@@ -820,6 +820,10 @@ pub enum Kernel {
     ProductKeys,
     /// Experts of one hidden unit.
     UnitExperts(Dtype),
+    /// Gradients of the weights of choices.
+    ChoiceBackward(Dtype),
+    /// A shared expert's gate, and its slope.
+    SigmoidGate,
     /// One expert for the tokens of a sequence.
     BySequence {
         /// Bytes of an index: 4 or 8.
@@ -893,6 +897,8 @@ impl Kernel {
             Kernel::ColumnProducts(dtype) => format!("column_products_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::ChoiceBackward(dtype) => format!("choice_backward_{dtype}"),
+            Kernel::SigmoidGate => "sigmoid_gate".into(),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
             Kernel::TokenBanks { ids_bytes } => format!("token_banks{}", wide(*ids_bytes)),
         }
@@ -953,6 +959,8 @@ impl Kernel {
             Kernel::ColumnProducts(_) => "ColumnProducts",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::ChoiceBackward(_) => "ChoiceBackward",
+            Kernel::SigmoidGate => "SigmoidGate",
             Kernel::BySequence { .. } => "BySequence",
             Kernel::TokenBanks { .. } => "TokenBanks",
         }
@@ -1003,6 +1011,7 @@ impl Kernel {
             | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
             Kernel::ColumnProducts(_) => COLUMN_PRODUCTS_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
@@ -1080,6 +1089,8 @@ impl Kernel {
             Kernel::ColumnProducts(_) => "experts/column_products.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::ChoiceBackward(_) => "experts/choice_backward.ptx.jinja",
+            Kernel::SigmoidGate => "experts/sigmoid_gate.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
             Kernel::TokenBanks { .. } => "routers/token_banks.ptx.jinja",
         }
@@ -1207,6 +1218,8 @@ impl Kernel {
             ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::ChoiceBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::SigmoidGate => vec![],
             Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
@@ -1331,6 +1344,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::ColumnProducts));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(Dtype::ALL.map(Kernel::ChoiceBackward));
+    kernels.push(Kernel::SigmoidGate);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::TokenBanks { ids_bytes }));
     kernels

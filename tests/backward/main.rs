@@ -1,8 +1,10 @@
 //! A layer's backward pass in one call.
 
+mod case;
 #[path = "../support/data.rs"]
 mod data;
 #[path = "../support/device.rs"]
 #[allow(dead_code)]
 mod device;
 mod torch;
+mod variants;

@@ -14,6 +14,7 @@ mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;
+mod choice_backward;
 mod chunks;
 mod column_products;
 mod combine;
@@ -157,6 +158,8 @@ fn check(kernel: Kernel) {
         Kernel::ColumnProducts(dtype) => column_products::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),
+        Kernel::SigmoidGate => choice_backward::check_gate(rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
         Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }

@@ -98,7 +98,9 @@ fn layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> Result<LayerGradients<'_, 
     let mut gradients =
         LayerGradients::new().router(router).gate_up(matrix(&mut of.gate_up)).down(matrix(&mut of.down));
     if let Some((gate_up, down)) = &mut of.shared {
-        gradients = gradients.shared(SharedGradients::new().gate_up(matrix(gate_up)).down(matrix(down)));
+        let mut shared = SharedGradients::new().gate_up(matrix(gate_up)).down(matrix(down));
+        shared.gate = of.shared_gate.as_mut().map(Into::into);
+        gradients = gradients.shared(shared);
     }
     Ok(gradients)
 }

@@ -19,6 +19,8 @@ pub struct LayerGradients<'a, T> {
     pub router_x: Option<Out<'a, T>>,
     /// `[T, E]`, written: of the logits.
     pub logits: Option<Out<'a, f32>>,
+    /// `[T, k]`, written: of the choices' weights, from which any router's way back goes on. 0 of a choice that nothing came of.
+    pub weights: Option<Out<'a, f32>>,
     /// The router's.
     pub router: RouterGradients<'a>,
     /// Of the first product's weight.
@@ -42,10 +44,29 @@ impl<'a, T> LayerGradients<'a, T> {
             x: None,
             router_x: None,
             logits: None,
+            weights: None,
             router: RouterGradients::new(),
             gate_up: WeightGradients::none(),
             down: WeightGradients::none(),
             shared: SharedGradients::new(),
+        }
+    }
+
+    /// The same for a shorter time: for another micro-batch.
+    pub fn reborrow(&mut self) -> LayerGradients<'_, T> {
+        LayerGradients {
+            x: self.x.as_mut().map(Out::reborrow),
+            router_x: self.router_x.as_mut().map(Out::reborrow),
+            logits: self.logits.as_mut().map(Out::reborrow),
+            weights: self.weights.as_mut().map(Out::reborrow),
+            router: RouterGradients { matrix: self.router.matrix.as_mut().map(Out::reborrow) },
+            gate_up: self.gate_up.reborrow(),
+            down: self.down.reborrow(),
+            shared: SharedGradients {
+                gate_up: self.shared.gate_up.reborrow(),
+                down: self.shared.down.reborrow(),
+                gate: self.shared.gate.as_mut().map(Out::reborrow),
+            },
         }
     }
 
@@ -74,7 +95,7 @@ impl<'a, T> LayerGradients<'a, T> {
     }
 }
 
-buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32> });
+buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32>, weights: Out<f32> });
 
 /// Gradients of a router's parameters.
 #[derive(Default)]
@@ -114,6 +135,13 @@ impl<'a> WeightGradients<'a> {
         WeightGradients { matrix: Some(matrix.into()), up: None }
     }
 
+    fn reborrow(&mut self) -> WeightGradients<'_> {
+        WeightGradients {
+            matrix: self.matrix.as_mut().map(OutTensor::reborrow),
+            up: self.up.as_mut().map(OutTensor::reborrow),
+        }
+    }
+
     /// Of gate and up in two tensors.
     pub fn apart(gate: impl Into<OutTensor<'a>>, up: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
         WeightGradients { matrix: Some(gate.into()), up: Some(up.into()) }
@@ -128,12 +156,16 @@ pub struct SharedGradients<'a> {
     pub gate_up: WeightGradients<'a>,
     /// Of the second product's.
     pub down: WeightGradients<'a>,
+    /// `[1, H]`, of f32: of the gate's weight.
+    pub gate: Option<Out<'a, f32>>,
 }
+
+buffers!(SharedGradients<'a> { gate: Out<f32> });
 
 impl<'a> SharedGradients<'a> {
     /// None.
     pub const fn new() -> SharedGradients<'a> {
-        SharedGradients { gate_up: WeightGradients::none(), down: WeightGradients::none() }
+        SharedGradients { gate_up: WeightGradients::none(), down: WeightGradients::none(), gate: None }
     }
 
     /// With that of the first product's weight.
@@ -149,7 +181,8 @@ impl<'a> SharedGradients<'a> {
     }
 
     fn is_some(&self) -> bool {
-        [&self.gate_up, &self.down].iter().any(|weight| weight.matrix.is_some() || weight.up.is_some())
+        let products = [&self.gate_up, &self.down];
+        self.gate.is_some() || products.iter().any(|weight| weight.matrix.is_some() || weight.up.is_some())
     }
 }
 
@@ -259,9 +292,11 @@ pub(super) struct HeldGradients<'a> {
     pub(super) x: Option<Held<'a>>,
     pub(super) router_x: Option<Held<'a>>,
     pub(super) logits: Option<Held<'a>>,
+    pub(super) weights: Option<Held<'a>>,
     pub(super) router: Option<Held<'a>>,
     pub(super) routed: HeldMlpGradients<'a>,
     pub(super) shared: Option<HeldMlpGradients<'a>>,
+    pub(super) shared_gate: Option<Held<'a>>,
 }
 
 const ROUTED: [Names; 2] = [
@@ -298,17 +333,23 @@ impl<'a, T: Element> LayerGradients<'a, T> {
                 down: down.open(scope, &names[1], desc, &form.down, second)?,
             })
         };
-        let SharedGradients { gate_up, down } = self.shared;
+        let SharedGradients { gate_up, down, gate } = self.shared;
+        if gate.is_some() && !desc.has_shared_gate() {
+            let reason = "the descriptor has no gated shared expert";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "gradients.shared.gate", reason });
+        }
         Ok(HeldGradients {
             x: scope.write_some("gradients.x", self.x, tokens * hidden, alignment)?,
             router_x: scope.write_some("gradients.router_x", self.router_x, tokens * hidden, alignment)?,
             logits: scope.write_some("gradients.logits", self.logits, tokens * columns, SCALAR)?,
+            weights: scope.write_some("gradients.weights", self.weights, tokens * desc.all_choices(), SCALAR)?,
             router: scope.write_some("gradients.router.matrix", self.router.matrix, columns * hidden, SCALAR)?,
             routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate])?,
             shared: desc
                 .shared
                 .map(|shared| mlp(&SHARED, &shared.mlp, gate_up, down, [1, shared.intermediate]))
                 .transpose()?,
+            shared_gate: scope.write_some("gradients.shared.gate", gate, desc.hidden, SCALAR)?,
         })
     }
 }
@@ -321,6 +362,7 @@ impl HeldGradients<'_> {
             None => Ok(()),
         };
         zero(self.router.as_ref().map(Held::address), desc.logit_columns() * desc.hidden)?;
+        zero(self.shared_gate.as_ref().map(Held::address), desc.hidden)?;
         if !keep_empty {
             self.routed.all().try_for_each(|gradient| gradient.zero(scope))?;
         }
