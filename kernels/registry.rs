@@ -270,6 +270,28 @@ impl Gate {
     }
 }
 
+/// Router, gating and dispatch of a few tokens in one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Route {
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
+    /// Logits a lane holds: experts up to `32 * values`.
+    pub values: u32,
+}
+
+impl Route {
+    /// Every number of logits a lane may hold.
+    pub const VALUES: [u32; 2] = [4, 16];
+
+    /// Most tokens that it is meant for: a warp each, of the block that chooses.
+    pub const MAX_TOKENS: usize = 8;
+
+    /// The gating and dispatch that it ends with.
+    pub const fn gate(&self) -> Gate {
+        Gate { score: self.score, values: self.values, dispatch: true }
+    }
+}
+
 /// Top-k gating of more than 32 experts a token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct WideGate {
@@ -461,6 +483,44 @@ impl GemmHopper {
         match self.layout {
             Layout::Nk => (128, 64),
             _ => (64, 64),
+        }
+    }
+}
+
+/// [`Gemm`] for few rows, with the weight's outputs as the M side of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemmSwapped {
+    /// Type of all matrices, of 16 bits.
+    pub dtype: Dtype,
+    /// How weight outputs fold into columns.
+    pub fold: Fold,
+    /// Memory order of the weight.
+    pub layout: Layout,
+    /// Whether each token's rows are added up at the end.
+    pub combines: bool,
+}
+
+impl GemmSwapped {
+    /// The types it multiplies.
+    pub const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+
+    /// A block's share.
+    pub const TILE: Tile = Tile::new(16, 64, 64, 1, 4, 8);
+
+    /// Dynamic shared memory in bytes: the stages of A and B.
+    pub const SHARED_BYTES: u32 = {
+        let t = &GemmSwapped::TILE;
+        t.stages * (t.bm + t.bn) * t.bk * 2
+    };
+
+    /// Bytes that a block leaves of its sums, where several share a tile's depth.
+    pub const PARTIAL_BYTES: usize = GemmSwapped::TILE.bm as usize * GemmSwapped::TILE.bn as usize * 4;
+
+    /// Output columns of a tile.
+    pub const fn out_columns(&self) -> u32 {
+        match self.fold {
+            Fold::Plain => GemmSwapped::TILE.bn,
+            Fold::Glu | Fold::Iglu => GemmSwapped::TILE.bn / 2,
         }
     }
 }
@@ -713,6 +773,8 @@ pub enum Kernel {
     Router(Router),
     /// Choice of experts, with dispatch or without.
     Gating(Gate),
+    /// Scores of experts, choice and dispatch of a few tokens.
+    Route(Route),
     /// Choice of more than 32 experts.
     GatingWide(WideGate),
     /// Slots that experts with a capacity keep by weight.
@@ -748,6 +810,8 @@ pub enum Kernel {
     Gemm(Gemm),
     /// The experts' products on Hopper.
     GemmHopper(GemmHopper),
+    /// The experts' products of few rows.
+    GemmSwapped(GemmSwapped),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
     /// The second product's way back, with the activation's behind it: a plain product's shape.
@@ -844,6 +908,7 @@ impl Kernel {
             Kernel::Gating(k) => {
                 format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
+            Kernel::Route(k) => format!("route_{}_v{}", k.gate().score_name(), k.values),
             Kernel::GatingWide(k) => format!("{}_wide", Kernel::Gating(k.gate()).name()),
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::DispatchRows(k) => format!("dispatch_rows_e{}{}", k.max_experts, wide(k.ids_bytes)),
@@ -858,6 +923,10 @@ impl Kernel {
             Kernel::GemmHopper(k) => {
                 let tile = GemmHopper::TILE.name();
                 format!("gemm_{}_{tile}_{}_{}_sm90a", k.dtype, k.fold.name(), k.layout.name())
+            }
+            Kernel::GemmSwapped(k) => {
+                let (tile, end) = (GemmSwapped::TILE.name(), if k.combines { "_combine" } else { "" });
+                format!("gemm_{}_{tile}_{}_{}_swapped{end}", k.dtype, k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::GemmBackward(k) => format!("gemm_backward_{}_{}_{}", k.dtype, k.tile.name(), k.layout.name()),
@@ -912,6 +981,8 @@ impl Kernel {
             Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
             Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
             Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
+            Kernel::Route(Route { score: Some(_), .. }) => "Route",
+            Kernel::Route(Route { score: None, .. }) => "RouteAny",
             Kernel::GatingWide(_) => "Gating",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::DispatchRows(_) => "DispatchRows",
@@ -922,6 +993,7 @@ impl Kernel {
             Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::GemmHopper(_) => "GemmHopper",
+            Kernel::GemmSwapped(_) => "GemmSwapped",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
@@ -979,6 +1051,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
+            Kernel::Route(k) => k.gate().warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
             Kernel::KeepLargest | Kernel::QuantileBias | Kernel::LoadImportance => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
@@ -989,6 +1062,7 @@ impl Kernel {
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.tile.threads(),
             Kernel::GemmHopper(_) => GemmHopper::THREADS,
+            Kernel::GemmSwapped(_) => GemmSwapped::TILE.threads(),
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
@@ -1026,6 +1100,7 @@ impl Kernel {
             Kernel::Router(k) => k.shared_bytes(),
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
+            Kernel::GemmSwapped(_) => GemmSwapped::SHARED_BYTES,
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
@@ -1044,6 +1119,7 @@ impl Kernel {
             Kernel::Router(_) => "routers/router_mma.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
+            Kernel::Route(_) => "routers/route.ptx.jinja",
             Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
             Kernel::Dispatch(_) | Kernel::DispatchRows(_) => "capacity/dispatch.ptx.jinja",
             Kernel::ExpertCounts { .. } => "capacity/expert_counts.ptx.jinja",
@@ -1053,6 +1129,7 @@ impl Kernel {
             Kernel::Permute { .. } => "experts/permute.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmHopper(_) => "experts/sm90a/gemm.ptx.jinja",
+            Kernel::GemmSwapped(_) => "experts/gemm_swapped.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
@@ -1121,6 +1198,7 @@ impl Kernel {
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
             ],
+            Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
             Kernel::GatingWide(k) => vec![
                 ("score", Text(k.score.name())),
                 ("values", Int(k.values)),
@@ -1158,6 +1236,15 @@ impl Kernel {
                 let own =
                     [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
                 own.into_iter().chain(GemmHopper::TILE.constants()).collect()
+            }
+            Kernel::GemmSwapped(k) => {
+                let own = [
+                    ("dtype", Text(k.dtype.name())),
+                    ("glu", Text(k.fold.name())),
+                    ("layout", Text(k.layout.name())),
+                    ("combines", Int(u32::from(k.combines))),
+                ];
+                own.into_iter().chain(GemmSwapped::TILE.constants()).collect()
             }
             Kernel::GemmAny(k) => {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
@@ -1269,6 +1356,9 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
         }
     }
+    for score in Score::COMMON.map(Some).into_iter().chain([None]) {
+        kernels.extend(Route::VALUES.map(|values| Kernel::Route(Route { score, values })));
+    }
     for max_experts in Dispatch::MAX_EXPERTS {
         for ids_bytes in IDS_BYTES {
             let dispatch = Dispatch { max_experts, ids_bytes };
@@ -1287,6 +1377,13 @@ pub fn all() -> Vec<Kernel> {
     for dtype in GemmHopper::DTYPES {
         for fold in Fold::ALL {
             kernels.extend(Layout::ALL.map(|layout| Kernel::GemmHopper(GemmHopper { dtype, fold, layout })));
+        }
+    }
+    for dtype in GemmSwapped::DTYPES {
+        for layout in Layout::ALL {
+            let swapped = |fold, combines| Kernel::GemmSwapped(GemmSwapped { dtype, fold, layout, combines });
+            kernels.extend(Fold::ALL.map(|fold| swapped(fold, false)));
+            kernels.push(swapped(Fold::Plain, true));
         }
     }
     for dtype in Dtype::ALL {

@@ -20,6 +20,7 @@ pub mod combine_backward;
 pub(crate) mod dispatched;
 pub mod gemm;
 pub mod gemm_backward;
+pub mod gemm_combine;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;

@@ -6,5 +6,6 @@ mod data;
 #[path = "../support/device.rs"]
 #[allow(dead_code)]
 mod device;
+mod slopes;
 mod torch;
 mod variants;

@@ -26,6 +26,10 @@ fn types() {
     check::<f32, f32, f32>(Case::new(layer(Dtype::F32), TOKENS));
     check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16), TOKENS));
     check::<f16, f16, f16>(Case::new(layer(Dtype::F16), TOKENS));
+    // A vector added to every sum, and a bias of the router.
+    check::<bf16, bf16, bf16>(Case { bias: true, router_bias: true, ..Case::new(layer(Dtype::Bf16), TOKENS) });
+    let case = Case { bias: true, router_bias: true, ..Case::new(layer(Dtype::F32), TOKENS) };
+    check::<f32, f32, f32>(case.back(BackwardDesc::new().accumulate(true)));
     // A router of f32, gradients of f32.
     check::<bf16, f32, f32>(Case::new(layer(Dtype::Bf16).router_dtype(Dtype::F32), TOKENS));
     check::<f16, f16, f32>(Case::new(layer(Dtype::F16), TOKENS));

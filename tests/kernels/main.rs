@@ -29,6 +29,7 @@ mod gating_backward_any;
 mod gemm;
 mod gemm_any;
 mod gemm_backward;
+mod gemm_combine;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -44,6 +45,7 @@ mod permute;
 mod product_keys;
 mod rms_norm;
 mod rms_norm_backward;
+mod route;
 mod router;
 mod router_backward;
 mod routing_map;
@@ -111,6 +113,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::Route(variant) => route::check(variant, rng),
         Kernel::KeepLargest => keep_largest::check(rng),
         Kernel::QuantileBias => keep_largest::check_bias(rng),
         Kernel::LoadImportance => load_importance::check(rng),
@@ -124,6 +127,8 @@ fn check(kernel: Kernel) {
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmHopper(variant) => gemm::check(variant, rng),
+        Kernel::GemmSwapped(variant) if variant.combines => gemm_combine::check(variant, rng),
+        Kernel::GemmSwapped(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),

@@ -1,5 +1,5 @@
-//! A layer whose router and experts are gone back through one by one: with norms or projections around them, a router with a network, or a rule of
-//! gating that a layer's own way back has not.
+//! A layer whose router and experts are gone back through one by one: with norms or projections around them, a router with a network, or an
+//! admission that weighs anew.
 
 use cudarc::driver::CudaSlice;
 

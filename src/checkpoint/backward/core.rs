@@ -113,7 +113,11 @@ pub(super) fn experts_alone<'a>(
 pub(super) fn of_layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> LayerGradients<'_, T> {
     let mut router = RouterGradients::new();
     router.matrix = of.router.as_mut().map(Into::into);
-    let gradients = of_products(&mut of.gate_up, &mut of.down).router(router);
+    router.bias = of.router_bias.as_mut().map(Into::into);
+    router.expert_scale = of.expert_scale.as_mut().map(Into::into);
+    router.global_scale = of.global_scale.as_mut().map(Into::into);
+    let mut gradients = of_products(&mut of.gate_up, &mut of.down).router(router);
+    gradients.bias = of.output_bias.as_mut().map(Into::into);
     match &mut of.shared {
         None => gradients,
         Some((gate_up, down)) => {

@@ -40,12 +40,11 @@ use super::kind::Kind;
 use super::run::BlockInputs;
 use super::weights::DeviceBlock;
 use crate::layer::{LayerDesc, Norms};
-use crate::rules::{Gating, LogitRule, Score};
 use crate::{Element, Error, In, Kernels, TokenMask};
 use apart::Apart;
 use banks::Banks;
 use core::{Core, of_layer, without_map};
-use parts::{Queue, Tokens};
+use parts::Queue;
 use sequences::Sequences;
 
 pub use gradients::BlockGradients;
@@ -94,10 +93,9 @@ impl<T: Element> BlockBackward<T> {
         let apart =
             || Apart::new(&block.kind, &block.weights, &desc, tokens, queue).map(|of| Steps::Apart(Box::new(of)));
         let steps = match &block.kind {
-            Kind::Layer if is_whole(&desc) => Steps::Layer {
-                core: Box::new(Core::routed(&without_map(&desc, &block.weights), tokens, queue)?),
-                tokens: Tokens::new(tokens, queue)?,
-            },
+            Kind::Layer if is_whole(&desc) => {
+                Steps::Layer(Box::new(Core::routed(&without_map(&desc, &block.weights), tokens, queue)?))
+            }
             Kind::Layer | Kind::Network(_) => apart()?,
             Kind::Banks(bank) => Steps::Banks(Box::new(Banks::new(block, bank, &desc, tokens, queue)?)),
             Kind::UnitExperts { .. } => return Err(no_way_back("experts of one unit")),
@@ -123,15 +121,11 @@ impl<T: Element> BlockBackward<T> {
         let queue = Queue { kernels, stream };
         let gradients = &mut self.gradients;
         match &mut self.steps {
-            Steps::Layer { core, tokens } => {
+            Steps::Layer(core) => {
                 let weights = block.weights.layer()?;
                 core.forward(queue, &weights, x, block.weights.route(inputs.words)?)?;
                 let BlockGradients { x: dx, weights: of, .. } = gradients;
-                core.backward(queue, &weights, (x, dy), of_layer(of).x(dx))?;
-                match &mut of.output_bias {
-                    Some(bias) => tokens.columns(queue, dy, block.desc.hidden, bias),
-                    None => Ok(()),
-                }
+                core.backward(queue, &weights, (x, dy), of_layer(of).x(dx))
             }
             Steps::Apart(apart) => {
                 apart.run(queue, &block.weights, &block.kind, (x, dy), (inputs, TokenMask::all()), &mut gradients.all())
@@ -149,14 +143,8 @@ impl<T: Element> BlockBackward<T> {
 
 /// Whether a layer's own way back has all that the layer has.
 fn is_whole(desc: &LayerDesc) -> bool {
-    let Gating { score, expert_scale, global_scale, appended, .. } = desc.gating;
-    let by_common_rule = score != Score::SparseMixer && !expert_scale && !global_scale && appended.is_none();
-    let renormalises = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
-    by_common_rule
-        && !renormalises
-        && desc.logits == LogitRule::PLAIN
-        && desc.norms == Norms::new()
-        && desc.latent.is_none()
+    let weighs_anew = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
+    !weighs_anew && desc.norms == Norms::new() && desc.latent.is_none()
 }
 
 fn no_way_back(part: &str) -> Error {

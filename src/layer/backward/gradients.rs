@@ -17,7 +17,7 @@ pub struct LayerGradients<'a, T> {
     pub x: Option<Out<'a, T>>,
     /// `[T, H]`, written: of what the router saw in place of `x` ([`crate::layer::LayerArgs::router_x`]), only with that.
     pub router_x: Option<Out<'a, T>>,
-    /// `[T, E]`, written: of the logits.
+    /// `[T, E]`, written: of the logits; where the descriptor does something to the router's product ([`LayerDesc::logits`]), of that product.
     pub logits: Option<Out<'a, f32>>,
     /// `[T, k]`, written: of the choices' weights, from which any router's way back goes on. 0 of a choice that nothing came of.
     pub weights: Option<Out<'a, f32>>,
@@ -29,6 +29,8 @@ pub struct LayerGradients<'a, T> {
     pub down: WeightGradients<'a>,
     /// The shared expert's.
     pub shared: SharedGradients<'a>,
+    /// `[H]`, of f32: of the vector that is added to every token's sum.
+    pub bias: Option<Out<'a, f32>>,
 }
 
 impl<T> Default for LayerGradients<'_, T> {
@@ -49,6 +51,7 @@ impl<'a, T> LayerGradients<'a, T> {
             gate_up: WeightGradients::none(),
             down: WeightGradients::none(),
             shared: SharedGradients::new(),
+            bias: None,
         }
     }
 
@@ -59,7 +62,8 @@ impl<'a, T> LayerGradients<'a, T> {
             router_x: self.router_x.as_mut().map(Out::reborrow),
             logits: self.logits.as_mut().map(Out::reborrow),
             weights: self.weights.as_mut().map(Out::reborrow),
-            router: RouterGradients { matrix: self.router.matrix.as_mut().map(Out::reborrow) },
+            router: self.router.reborrow(),
+            bias: self.bias.as_mut().map(Out::reborrow),
             gate_up: self.gate_up.reborrow(),
             down: self.down.reborrow(),
             shared: SharedGradients {
@@ -95,7 +99,7 @@ impl<'a, T> LayerGradients<'a, T> {
     }
 }
 
-buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32>, weights: Out<f32> });
+buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32>, weights: Out<f32>, bias: Out<f32> });
 
 /// Gradients of a router's parameters.
 #[derive(Default)]
@@ -103,16 +107,36 @@ buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32>, 
 pub struct RouterGradients<'a> {
     /// `[E, H]`, of f32 whatever the matrix is of.
     pub matrix: Option<Out<'a, f32>>,
+    /// `[E]`: of the bias of the logits.
+    pub bias: Option<Out<'a, f32>>,
+    /// `[E]`: of the factors of each expert's weight, where the rule has them.
+    pub expert_scale: Option<Out<'a, f32>>,
+    /// `[1]`: of the factor of all weights, where the rule has one.
+    pub global_scale: Option<Out<'a, f32>>,
 }
 
 impl RouterGradients<'_> {
     /// None.
     pub const fn new() -> Self {
-        RouterGradients { matrix: None }
+        RouterGradients { matrix: None, bias: None, expert_scale: None, global_scale: None }
+    }
+
+    fn reborrow(&mut self) -> RouterGradients<'_> {
+        RouterGradients {
+            matrix: self.matrix.as_mut().map(Out::reborrow),
+            bias: self.bias.as_mut().map(Out::reborrow),
+            expert_scale: self.expert_scale.as_mut().map(Out::reborrow),
+            global_scale: self.global_scale.as_mut().map(Out::reborrow),
+        }
     }
 }
 
-buffers!(RouterGradients<'a> { matrix: Out<f32> });
+buffers!(RouterGradients<'a> {
+    matrix: Out<f32>,
+    bias: Out<f32>,
+    expert_scale: Out<f32>,
+    global_scale: Out<f32>,
+});
 
 /// Gradients of a product's weight, each in the order of its tensor, and of its type or f32.
 #[derive(Default)]
@@ -294,6 +318,10 @@ pub(super) struct HeldGradients<'a> {
     pub(super) logits: Option<Held<'a>>,
     pub(super) weights: Option<Held<'a>>,
     pub(super) router: Option<Held<'a>>,
+    pub(super) router_bias: Option<Held<'a>>,
+    pub(super) expert_scale: Option<Held<'a>>,
+    pub(super) global_scale: Option<Held<'a>>,
+    pub(super) bias: Option<Held<'a>>,
     pub(super) routed: HeldMlpGradients<'a>,
     pub(super) shared: Option<HeldMlpGradients<'a>>,
     pub(super) shared_gate: Option<Held<'a>>,
@@ -338,12 +366,17 @@ impl<'a, T: Element> LayerGradients<'a, T> {
             let reason = "the descriptor has no gated shared expert";
             return Err(Error::Unexpected { operation: OPERATION, argument: "gradients.shared.gate", reason });
         }
+        let some = |argument, buffer, elements| scope.write_some::<f32>(argument, buffer, elements, SCALAR);
         Ok(HeldGradients {
             x: scope.write_some("gradients.x", self.x, tokens * hidden, alignment)?,
             router_x: scope.write_some("gradients.router_x", self.router_x, tokens * hidden, alignment)?,
             logits: scope.write_some("gradients.logits", self.logits, tokens * columns, SCALAR)?,
             weights: scope.write_some("gradients.weights", self.weights, tokens * desc.all_choices(), SCALAR)?,
             router: scope.write_some("gradients.router.matrix", self.router.matrix, columns * hidden, SCALAR)?,
+            router_bias: some("gradients.router.bias", self.router.bias, columns)?,
+            expert_scale: some("gradients.router.expert_scale", self.router.expert_scale, desc.experts)?,
+            global_scale: some("gradients.router.global_scale", self.router.global_scale, 1)?,
+            bias: some("gradients.bias", self.bias, hidden)?,
             routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate])?,
             shared: desc
                 .shared
@@ -362,7 +395,14 @@ impl HeldGradients<'_> {
             None => Ok(()),
         };
         zero(self.router.as_ref().map(Held::address), desc.logit_columns() * desc.hidden)?;
-        zero(self.shared_gate.as_ref().map(Held::address), desc.hidden)?;
+        let words = [
+            (&self.shared_gate, desc.hidden),
+            (&self.router_bias, desc.logit_columns()),
+            (&self.expert_scale, desc.experts),
+            (&self.global_scale, 1),
+            (&self.bias, desc.hidden),
+        ];
+        words.into_iter().try_for_each(|(held, elements)| zero(held.as_ref().map(Held::address), elements))?;
         if !keep_empty {
             self.routed.all().try_for_each(|gradient| gradient.zero(scope))?;
         }

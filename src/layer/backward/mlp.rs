@@ -29,6 +29,8 @@ pub(super) struct MlpPlan {
 }
 
 /// From the pre-activations' gradient to that of the rows' inputs.
+// A plan is copied, not boxed.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Copy, Debug)]
 enum Input {
     /// A product, and one of up's tensor, where it has one, onto what gate's left.

@@ -160,12 +160,14 @@ pub enum BackwardStage {
     GateUpWeight,
     /// From rows to choices, where somebody asks for these or there are identities.
     Choices,
-    /// From weights and losses to logits.
+    /// From weights and losses to logits, and where somebody asks for those of learned factors to these, by a launch more.
     Gating,
     /// Gradient of the router's weight.
     RouterWeight,
     /// Logits through the router's product.
     RouterInput,
+    /// Gradient of the router's bias, where somebody asks for it.
+    RouterBias,
     /// A shared expert's gate, as a weight of its rows.
     SharedGate,
     /// [`BackwardStage::Hidden`] of the shared expert.
@@ -182,6 +184,8 @@ pub enum BackwardStage {
     SharedGateWeight,
     /// [`BackwardStage::RouterInput`] of the gate.
     SharedGateInput,
+    /// Gradient of the vector that is added to every token's sum, where somebody asks for it.
+    Bias,
     /// Sum of a token's rows.
     Sum,
 }
@@ -198,6 +202,8 @@ impl BackwardStage {
             BackwardStage::Gating => "d gating",
             BackwardStage::RouterWeight => "d W router",
             BackwardStage::RouterInput => "d router input",
+            BackwardStage::RouterBias => "d router bias",
+            BackwardStage::Bias => "d bias",
             BackwardStage::Input => "d input",
             BackwardStage::Sum => "d sum",
             BackwardStage::SharedHidden => "d shared hidden",

@@ -58,6 +58,10 @@ pub(super) struct Regions {
     pub(super) d_logits: Region,
     pub(super) d_weights: Region,
     pub(super) pre_activation: Region,
+    /// `[T]` of 1.
+    pub(super) ones: Region,
+    /// Sums of learned factors' gradients.
+    pub(super) gating: Region,
     pub(super) shared_gate: Region,
     pub(super) d_shared_gate: Region,
 }
@@ -102,7 +106,9 @@ impl BackwardPlan {
 
         let gating = (desc.origin != Origin::Choices).then(|| {
             let top_k = of.admission.map_or(of.top_k, |rule| rule.candidates);
-            let desc = GatingBackwardDesc::new(tokens, of.experts, top_k, of.gating).losses(desc.losses);
+            let desc = GatingBackwardDesc::new(tokens, of.experts, top_k, of.gating)
+                .losses(desc.losses)
+                .logit_rule(if desc.origin == Origin::Router { of.logits } else { LogitRule::PLAIN });
             Ok::<_, Error>(Step { desc, selection: gating_backward::select(&desc, device).map_err(within)? })
         });
         let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, of.logit_columns(), device));
@@ -111,11 +117,19 @@ impl BackwardPlan {
         let sum = Step { desc: sum, selection: combine::select_for(OPERATION, &sum, device)? };
         let logits = if desc.origin == Origin::Choices { 0 } else { tokens * of.logit_columns() };
         let kept = if desc.recompute { rows.slots * routed.columns() } else { 0 };
+        let gating = gating.transpose()?;
+        let learned = of.gating.expert_scale || of.gating.global_scale;
+        let gating_bytes = match &gating {
+            Some(step) if learned => gating_backward::workspace_bytes(&step.desc).map_err(within)?,
+            _ => 0,
+        };
         let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
             d_weights: arena.region("d_weights", tokens * of.all_choices(), 4)?,
             pre_activation: arena.region("pre_activation", kept, of.dtype.bytes() as usize)?,
+            ones: arena.region("ones", tokens, 4)?,
+            gating: arena.region("workspace", gating_bytes, 1)?,
             shared_gate: arena.region("shared_gate", gated, 4)?,
             d_shared_gate: arena.region("d_shared_gate", gated, 4)?,
         };
@@ -127,7 +141,7 @@ impl BackwardPlan {
             gate: gate.transpose()?,
             choices,
             again: again.map(|(_, selection)| selection),
-            gating: gating.transpose()?,
+            gating,
             router: router.transpose()?,
             sum,
             regions,
@@ -235,7 +249,7 @@ fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
     let weighs_anew = of.admission.is_some_and(|rule| rule.renormalise.is_some());
     let two_tensors = of.weighting == Weighting::Input && of.mlp.gate_up.glu == Glu::Apart;
     let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    let refused: [(&'static str, bool, &'static str); 11] = [
+    let refused: [(&'static str, bool, &'static str); 10] = [
         ("norms.router", asked && of.norms.router.is_some(), "no norm of the router's input"),
         ("norms.experts", of.norms.experts.is_some(), "no norm of the experts' input"),
         ("norms.slots", of.norms.slots.is_some(), "no norm of an expert's output"),
@@ -246,7 +260,6 @@ fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
         ("routed_scale", scaled, "1 beside experts whose output is their input, and a map"),
         ("mlp.gate_up.glu", two_tensors, "one tensor with Weighting::Input"),
         ("choices", wide_ids, "ids of 32 bits, where identities are read off them"),
-        ("logits", asked && of.logits != LogitRule::PLAIN, "LogitRule::PLAIN"),
     ];
     if let Some((argument, _, supported)) = refused.into_iter().find(|(_, there, _)| *there) {
         return Err(Error::unsupported(OPERATION, argument, supported, "another"));

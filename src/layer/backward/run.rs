@@ -42,6 +42,12 @@ pub struct BackwardArgs<'a, T> {
     pub loss_counts: Option<In<'a, i32>>,
     /// `[1]`: tokens of which the losses are means, T if absent.
     pub counted: Option<In<'a, u32>>,
+    /// `[E]`: sums of weights, exactly where their loss has a factor ([`crate::routers::measured_gating::Totals`]).
+    pub importance: Option<In<'a, f32>>,
+    /// `[B, E]`: the slots that the loss by sequence counts, exactly where it has a factor.
+    pub sequence_counts: Option<In<'a, i32>>,
+    /// `[B]`: tokens of each sequence that count, all of them if absent.
+    pub sequence_tokens: Option<In<'a, u32>>,
     /// What is asked for.
     pub gradients: LayerGradients<'a, T>,
 }
@@ -62,6 +68,9 @@ impl<'a, T> BackwardArgs<'a, T> {
             dy: dy.into(),
             loss_counts: None,
             counted: None,
+            importance: None,
+            sequence_counts: None,
+            sequence_tokens: None,
             gradients,
         }
     }
@@ -81,7 +90,15 @@ impl<'a, T> BackwardArgs<'a, T> {
     }
 }
 
-buffers!(BackwardArgs<'a, T> { router_x: In<T>, given_logits: In<f32>, loss_counts: In<i32>, counted: In<u32> });
+buffers!(BackwardArgs<'a, T> {
+    router_x: In<T>,
+    given_logits: In<f32>,
+    loss_counts: In<i32>,
+    counted: In<u32>,
+    importance: In<f32>,
+    sequence_counts: In<i32>,
+    sequence_tokens: In<u32>,
+});
 
 /// Buffers of a pass, opened, but for those of weights.
 struct Opened<'a> {
@@ -94,6 +111,9 @@ struct Opened<'a> {
     map: Option<Held<'a>>,
     loss_counts: Option<Held<'a>>,
     counted: Option<Held<'a>>,
+    importance: Option<Held<'a>>,
+    sequence_counts: Option<Held<'a>>,
+    sequence_tokens: Option<Held<'a>>,
     gradients: HeldGradients<'a>,
 }
 
@@ -141,8 +161,8 @@ impl BackwardPlan {
         self.check_args(&args, weights, other_rows)?;
         // The weights' buffers are looked at before anything is launched.
         let _router = match self.desc().origin {
-            Origin::Router => Some(weights.router.open(&scope, desc)?),
-            _ => None,
+            Origin::Choices => None,
+            _ => Some(weights.router.open(&scope, desc)?),
         };
         let _experts = weights.experts.open(&scope, desc)?;
         if tokens == 0 {
@@ -166,6 +186,14 @@ impl BackwardPlan {
             dy: scope.read("dy", args.dy, elements, alignment)?,
             loss_counts: scope.read_some("loss_counts", args.loss_counts, desc.experts, SCALAR)?,
             counted: scope.read_some("counted", args.counted, 1, SCALAR)?,
+            importance: scope.read_some("importance", args.importance, desc.experts, SCALAR)?,
+            sequence_counts: scope.read_some(
+                "sequence_counts",
+                args.sequence_counts,
+                self.sequences() * desc.experts,
+                SCALAR,
+            )?,
+            sequence_tokens: scope.read_some("sequence_tokens", args.sequence_tokens, self.sequences(), SCALAR)?,
             gradients: args.gradients.open(&scope, desc, tokens)?,
         };
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
@@ -208,6 +236,16 @@ impl BackwardPlan {
         let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);
         let reasons = ["the balancing loss has a factor", "no balancing loss has a factor"];
         exactly("loss_counts", balances, args.loss_counts.is_some(), reasons)?;
+        let losses = self.desc().losses;
+        let of_weights = losses.is_some_and(|losses| losses.importance != 0.0);
+        let reasons = ["the loss of importance has a factor", "no loss of importance has a factor"];
+        exactly("importance", of_weights, args.importance.is_some(), reasons)?;
+        let by_sequence = losses.is_some_and(|losses| losses.sequence != 0.0);
+        let reasons = ["the loss by sequence has a factor", "no loss by sequence has a factor"];
+        exactly("sequence_counts", by_sequence, args.sequence_counts.is_some(), reasons)?;
+        if args.sequence_tokens.is_some() && !by_sequence {
+            return Err(Error::Unexpected { operation, argument: "sequence_tokens", reason: reasons[1] });
+        }
         if args.counted.is_some() && self.desc().losses.is_none() {
             return Err(Error::Unexpected { operation, argument: "counted", reason: "there are no losses" });
         }
@@ -215,9 +253,28 @@ impl BackwardPlan {
             let reason = "the choices come from elsewhere";
             return Err(Error::Unexpected { operation, argument: "gradients.logits", reason });
         }
-        if origin != Origin::Router && args.gradients.router.matrix.is_some() {
-            let reason = "the layer's router was not asked";
-            return Err(Error::Unexpected { operation, argument: "gradients.router.matrix", reason });
+        let (of_router, gating) = (&args.gradients.router, &self.layer().desc().gating);
+        let (asked, gates) = (origin == Origin::Router, origin != Origin::Choices);
+        let unasked = "the layer's router was not asked";
+        for (argument, there, given, reason) in [
+            ("gradients.router.matrix", asked, of_router.matrix.is_some(), unasked),
+            ("gradients.router.bias", asked, of_router.bias.is_some(), unasked),
+            (
+                "gradients.router.expert_scale",
+                gates && gating.expert_scale,
+                of_router.expert_scale.is_some(),
+                "no rule multiplies by it",
+            ),
+            (
+                "gradients.router.global_scale",
+                gates && gating.global_scale,
+                of_router.global_scale.is_some(),
+                "no rule multiplies by it",
+            ),
+        ] {
+            if given && !there {
+                return Err(Error::Unexpected { operation, argument, reason });
+            }
         }
         let biased = [
             ("down.bias", weights.experts.down.bias.is_some()),
@@ -246,9 +303,19 @@ impl BackwardPlan {
         let gradients = &at.gradients;
         // Through the router's product to x, or to what the router saw instead.
         let router_input = if at.router_x.is_some() { &gradients.router_x } else { &gradients.x };
-        let router_input = router_input.as_ref().filter(|_| self.router.is_some());
+        let none = None;
+        let router_input = if self.router.is_some() { router_input } else { &none };
         let of_logits = self.gating.is_some()
-            && (router_input.is_some() || gradients.router.is_some() || gradients.logits.is_some());
+            && [
+                &gradients.router,
+                &gradients.router_bias,
+                &gradients.logits,
+                &gradients.expert_scale,
+                &gradients.global_scale,
+                router_input,
+            ]
+            .into_iter()
+            .any(Option::is_some);
         let wanted = Wanted { weights: of_logits || gradients.weights.is_some(), input: gradients.x.is_some() };
 
         if wanted.weights || wanted.input || gradients.routed.is_some() {
@@ -289,6 +356,15 @@ impl BackwardPlan {
             args.dispatched = by_choice.is_none().then_some(&saved.dispatched);
             args.counts = optional(&at.loss_counts).map(|counts| counts.input(desc.experts));
             args.counted = optional(&at.counted).map(|counted| counted.input(1));
+            args.importance = optional(&at.importance).map(|sums| sums.input(desc.experts));
+            args.sequence_counts =
+                optional(&at.sequence_counts).map(|counts| counts.input(self.sequences() * desc.experts));
+            args.sequence_tokens = optional(&at.sequence_tokens).map(|tokens| tokens.input(self.sequences()));
+            (args.expert_scale, args.global_scale) = (weights.router.expert_scale, weights.router.global_scale);
+            args.d_expert_scale = optional(&gradients.expert_scale).map(|gradient| gradient.out(desc.experts));
+            args.d_global_scale = optional(&gradients.global_scale).map(|gradient| gradient.out(1));
+            let mut part = workspace.part(self.regions.gating);
+            args.workspace = Some(&mut part);
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
             if let Some(steps) = &self.router {
@@ -298,16 +374,25 @@ impl BackwardPlan {
                     seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
                     matrix: weights.router.matrix,
                     d_matrix: optional(&gradients.router),
-                    d_input: router_input.map(Held::address),
+                    d_input: optional(router_input),
                     added: false,
                     accumulate: self.desc().accumulate,
                 };
                 let stages = [BackwardStage::RouterWeight, BackwardStage::RouterInput];
                 back.enqueue::<T>(scope, stages, observer)?;
                 written = router_input.is_some();
+                if let Some(gradient) = optional(&gradients.router_bias) {
+                    let d_logits = d_logits.input::<f32>(tokens * columns);
+                    self.column_sums::<f32>(scope, workspace, d_logits, [columns, 1], gradient)?;
+                    observer(BackwardStage::RouterBias);
+                }
             }
         }
         written |= self.enqueue_shared(scope, weights, saved, at, workspace, written, observer)?;
+        if let Some(gradient) = optional(&gradients.bias) {
+            self.column_sums::<T>(scope, workspace, dy, [1, desc.hidden], gradient)?;
+            observer(BackwardStage::Bias);
+        }
         let Some(dx) = optional(&gradients.x) else { return Ok(()) };
         let d_rows = workspace.at(self.routed.regions.d_rows).input::<T>(rows.slots * desc.hidden);
         let mut args = CombineArgs::new(d_rows, &saved.dispatched, dx.out::<T>(elements));
@@ -317,6 +402,35 @@ impl BackwardPlan {
         combine::forward(kernels, stream, &self.sum.desc, args).map_err(within)?;
         observer(BackwardStage::Sum);
         Ok(())
+    }
+
+    /// Sums over all tokens, as a router's product with ones: of `rows [T, columns]` of gradients of logits with one column of ones (`[columns, 1]`), or of rows
+    /// of any type with gradients of 1 (`[1, columns]`).
+    fn column_sums<R: Element>(
+        &self,
+        scope: &Scope<'_>,
+        workspace: &Held<'_>,
+        rows: In<'_, R>,
+        [experts, hidden]: [usize; 2],
+        sums: Address<'_>,
+    ) -> Result<(), Error> {
+        let tokens = self.layer().tokens();
+        let ones = workspace.at(self.regions.ones);
+        scope.fill(ones, 1.0, tokens)?;
+        let desc = RouterBackwardDesc::new(R::DTYPE, tokens, experts, hidden).accumulate(self.desc().accumulate);
+        let (kernels, stream, sums) = (scope.kernels, scope.stream, sums.out::<f32>(experts * hidden));
+        match f32::of_tensor(R::tensor(rows)).filter(|_| hidden == 1) {
+            Some(logits) => {
+                router_backward::into_weight::<f32>(kernels, stream, &desc, logits, ones.input::<f32>(tokens), sums)
+            }
+            None => router_backward::into_weight::<R>(kernels, stream, &desc, ones.input::<f32>(tokens), rows, sums),
+        }
+        .map_err(|error| error.within(OPERATION))
+    }
+
+    /// Sequences of the loss by sequence.
+    fn sequences(&self) -> usize {
+        self.gating.as_ref().map_or(1, |step| step.desc.sequences())
     }
 
     /// The part of `dx` that comes through experts whose output is their input.
