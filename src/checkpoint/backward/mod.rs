@@ -59,10 +59,7 @@ pub struct BlockBackward<T> {
 
 enum Steps<T> {
     /// A layer with its own way back.
-    Layer {
-        core: Box<Core<T>>,
-        tokens: Tokens,
-    },
+    Layer(Box<Core<T>>),
     Apart(Box<Apart<T>>),
     Banks(Box<Banks<T>>),
     Sequences(Box<Sequences<T>>),
