@@ -641,6 +641,12 @@ pub const AFFINITY_TOKENS: u32 = 32;
 /// Most experts whose slots are counted alone.
 pub const MAX_COUNTED: u32 = 8192;
 
+/// Buffers of gradients that one launch measures or scales.
+pub const GRADIENT_BUFFERS: u32 = 4;
+
+/// Elements that a block adds up at once.
+pub const GRADIENT_CHUNK: u32 = 1 << 15;
+
 /// Most chunks of rows that change places at once.
 pub const MAX_CHUNKS: u32 = 4096;
 
@@ -870,6 +876,10 @@ pub enum Kernel {
     ScaleSums,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Norm, finiteness and clipping factor of gradients.
+    GradientNorm,
+    /// Gradients times a factor.
+    GradientScale,
     /// Back through the sums over a token's experts.
     CombineBackward(Combine),
     /// Back through the router's product.
@@ -959,6 +969,8 @@ impl Kernel {
             Kernel::GatingBackward { any } => format!("gating_backward{}", if *any { "_any" } else { "" }),
             Kernel::ScaleSums => "scale_sums".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::GradientNorm => "gradient_norm".into(),
+            Kernel::GradientScale => "gradient_scale".into(),
             Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
@@ -1024,6 +1036,8 @@ impl Kernel {
             Kernel::GatingBackward { any: true } => "GatingBackwardAny",
             Kernel::ScaleSums => "ScaleSums",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::GradientNorm => "GradientNorm",
+            Kernel::GradientScale => "GradientScale",
             Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
@@ -1082,6 +1096,8 @@ impl Kernel {
             | Kernel::GatingBackward { .. }
             | Kernel::ScaleSums
             | Kernel::ActivationBackward(_)
+            | Kernel::GradientNorm
+            | Kernel::GradientScale
             | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
@@ -1159,6 +1175,7 @@ impl Kernel {
             Kernel::GatingBackward { .. } => "routers/gating_backward.ptx.jinja",
             Kernel::ScaleSums => "routers/scale_sums.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::GradientNorm | Kernel::GradientScale => "experts/gradient_norm.ptx.jinja",
             Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
@@ -1294,6 +1311,12 @@ impl Kernel {
             | Kernel::RmsNormBackward(dtype)
             | Kernel::ColumnProducts(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::GradientNorm | Kernel::GradientScale => vec![
+                ("scales", Int(u32::from(matches!(self, Kernel::GradientScale)))),
+                ("buffers", Int(GRADIENT_BUFFERS)),
+                ("chunk", Int(GRADIENT_CHUNK)),
+                ("warps", Int(BLOCK_WARPS)),
+            ],
             Kernel::CombineBackward(Combine { dtype, any }) => {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
             }
@@ -1423,7 +1446,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
-    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums]);
+    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums, Kernel::GradientNorm, Kernel::GradientScale]);
     kernels.extend([false, true].map(|any| Kernel::GatingBackward { any }));
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {

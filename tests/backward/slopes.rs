@@ -80,7 +80,11 @@ fn check(case: Case) {
                 ((above_rows, below_rows) == (rows.clone(), rows.clone())).then_some((above - below) / (2.0 * step))
             });
             *values(&mut problem, name) = kept;
-            let got = slopes.into_iter().flatten().next().expect("another seed, whose choices are further apart");
+            let got = slopes
+                .into_iter()
+                .flatten()
+                .next()
+                .unwrap_or_else(|| panic!("{name}: another seed, whose choices are further apart"));
             // Terms of third order in the step, and roundings of f32 divided by it.
             assert!((got - want).abs() <= 4e-3 * size, "{name}: {got} where the gradient says {want}, of {size}");
         }
@@ -127,9 +131,9 @@ fn choices_and_logits_from_elsewhere() {
     for origin in [Origin::Logits, Origin::Choices] {
         let back = BackwardDesc::new().origin(origin);
         let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
-        check(Case::new(layer().shared(shared), TOKENS).back(back));
-        check(Case::new(layer().null(Some(NullExperts::identity(2))), TOKENS).back(back));
-        check(Case::new(layer().weighting(Weighting::Input), TOKENS).back(back));
+        check(Case { seed: 3, ..Case::new(layer().shared(shared), TOKENS).back(back) });
+        check(Case { seed: 3, ..Case::new(layer().null(Some(NullExperts::identity(2))), TOKENS).back(back) });
+        check(Case { seed: 3, ..Case::new(layer().weighting(Weighting::Input), TOKENS).back(back) });
     }
 }
 

@@ -35,6 +35,18 @@ fn types() {
     check::<f16, f16, f32>(Case::new(layer(Dtype::F16), TOKENS));
 }
 
+/// Where the forward pass has kernels of its own.
+#[test]
+fn few_tokens() {
+    for tokens in [1, 2, 5, 16] {
+        check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16), tokens));
+        let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
+        check::<f32, f32, f32>(Case::new(layer(Dtype::F32).shared(shared), tokens));
+        let wide = LayerDesc::new(Dtype::Bf16, 256, 512, 6, 2);
+        check::<bf16, bf16, bf16>(Case::new(wide, tokens));
+    }
+}
+
 #[test]
 fn layouts() {
     for glu in Glu::ALL {

@@ -30,6 +30,7 @@ mod gemm;
 mod gemm_any;
 mod gemm_backward;
 mod gemm_combine;
+mod gradient_norm;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -153,6 +154,8 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::GradientNorm => gradient_norm::check(rng),
+        Kernel::GradientScale => gradient_norm::check_scale(rng),
         Kernel::GatingBackward { any: false } => gating_backward::check(rng),
         Kernel::GatingBackward { any: true } => gating_backward_any::check(rng),
         Kernel::ScaleSums => gating_backward_any::check_scale_sums(rng),

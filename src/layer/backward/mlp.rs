@@ -25,6 +25,8 @@ pub(super) struct MlpPlan {
     input: Input,
     /// Of each tensor of the first product's weight.
     gate_up: Step<KGroupedDesc>,
+    /// What its launches keep at the workspace's begin.
+    pub(super) scratch_bytes: usize,
     pub(super) regions: Regions,
 }
 
@@ -72,7 +74,7 @@ impl Sizes {
 }
 
 /// Places in the workspace.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Regions {
     /// `[rows, I]`: what stands between the products, weighted.
     pub(super) hidden: Region,
@@ -84,8 +86,6 @@ pub(super) struct Regions {
     pub(super) d_slot_weight: Region,
     /// `[rows, H]`: the rows of x, weighted, where the weights scale them.
     weighted_x: Region,
-    /// What the launches keep behind one another.
-    scratch: Region,
 }
 
 /// A launch's stages in an expert's way back: the routed experts' or the shared one's.
@@ -120,13 +120,8 @@ fn turned(weight: &WeightDesc) -> WeightDesc {
 }
 
 impl MlpPlan {
-    pub(super) fn new(
-        arena: &mut Arena,
-        mlp: &Mlp,
-        sizes: Sizes,
-        desc: &BackwardDesc,
-        device: &DeviceInfo,
-    ) -> Result<MlpPlan, Error> {
+    /// Without places: [`MlpPlan::lay`].
+    pub(super) fn new(mlp: &Mlp, sizes: Sizes, desc: &BackwardDesc, device: &DeviceInfo) -> Result<MlpPlan, Error> {
         let within = |error: Error| error.within(OPERATION);
         let Sizes { dtype, rows, width, intermediate, kernels, scale, .. } = sizes;
         let product =
@@ -191,19 +186,6 @@ impl MlpPlan {
             Input::Product(..) => scratch(&hidden)?,
             Input::Weighted(step) => scratch(&hidden)?.max(scratch(&step.desc)?),
         };
-        let element = dtype.bytes() as usize;
-        let rows = rows.count();
-        let of = |columns: usize, name| shape::product(OPERATION, name, &[rows, columns]);
-        let (inner, outer) = (of(intermediate, "intermediate")?, of(width, "hidden")?);
-        let both = arena.region("hidden", inner.max(outer), element)?;
-        let regions = Regions {
-            hidden: Region { bytes: inner * element, ..both },
-            d_rows: Region { bytes: outer * element, ..both },
-            d_pre_activation: arena.region("d_pre_activation", of(columns, "intermediate")?, element)?,
-            d_slot_weight: arena.region("d_slot_weight", rows, 4)?,
-            weighted_x: arena.region("weighted_x", if sizes.weighs_input() { outer } else { 0 }, element)?,
-            scratch: arena.region("workspace", scratch_bytes, 1)?,
-        };
         Ok(MlpPlan {
             mlp: *mlp,
             sizes,
@@ -211,8 +193,28 @@ impl MlpPlan {
             down: groups(down)?,
             input,
             gate_up: groups(gate_up)?,
-            regions,
+            scratch_bytes,
+            regions: Regions::default(),
         })
+    }
+
+    /// Finds places for what lies between the launches.
+    pub(super) fn lay(&mut self, arena: &mut Arena) -> Result<(), Error> {
+        let Sizes { dtype, rows, width, intermediate, .. } = self.sizes;
+        let (columns, weighs_input) = (self.columns(), self.sizes.weighs_input());
+        let element = dtype.bytes() as usize;
+        let rows = rows.count();
+        let of = |columns: usize, name| shape::product(OPERATION, name, &[rows, columns]);
+        let (inner, outer) = (of(intermediate, "intermediate")?, of(width, "hidden")?);
+        let both = arena.region("hidden", inner.max(outer), element)?;
+        self.regions = Regions {
+            hidden: Region { bytes: inner * element, ..both },
+            d_rows: Region { bytes: outer * element, ..both },
+            d_pre_activation: arena.region("d_pre_activation", of(columns, "intermediate")?, element)?,
+            d_slot_weight: arena.region("d_slot_weight", rows, 4)?,
+            weighted_x: arena.region("weighted_x", if weighs_input { outer } else { 0 }, element)?,
+        };
+        Ok(())
     }
 
     /// Columns of the pre-activations.
@@ -253,7 +255,8 @@ impl MlpPlan {
         let (rows, columns) = (rows.count(), self.columns());
         let (inner, outer) = (rows * intermediate, rows * width);
         let place = |region: Region| workspace.at(region);
-        let Regions { hidden, d_rows, d_pre_activation, d_slot_weight, weighted_x, scratch } = self.regions;
+        let Regions { hidden, d_rows, d_pre_activation, d_slot_weight, weighted_x } = self.regions;
+        let scratch = Region { offset: 0, bytes: self.scratch_bytes };
         let grouped = self.sizes.gathers().then_some(at.rows);
         let of_weights = wanted.weights.then(|| place(d_slot_weight));
         let weighs_input = weighting == Weighting::Input;

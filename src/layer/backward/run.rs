@@ -363,7 +363,7 @@ impl BackwardPlan {
             (args.expert_scale, args.global_scale) = (weights.router.expert_scale, weights.router.global_scale);
             args.d_expert_scale = optional(&gradients.expert_scale).map(|gradient| gradient.out(desc.experts));
             args.d_global_scale = optional(&gradients.global_scale).map(|gradient| gradient.out(1));
-            let mut part = workspace.part(self.regions.gating);
+            let mut part = workspace.part(self.regions.scratch);
             args.workspace = Some(&mut part);
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
