@@ -337,8 +337,8 @@ impl<T: Element> Apart<T> {
         let places = (&mut *d_sum, &around.latent, &mut of.around.latent);
         if let (Some(latent), (Some(d_sum), Some([_, matrix]), Some([_, of_output]))) = (latent.as_ref(), places) {
             let y = self.core.y().into();
-            latent.output.into_weight(queue, tokens, (dy, y), of_output)?;
-            latent.output.into_input(queue, tokens, (dy, matrix), false, d_sum.into())?;
+            latent.output.back_to_weight(queue, tokens, (dy, y), of_output)?;
+            latent.output.back_to_input(queue, tokens, (dy, matrix), false, d_sum.into())?;
         }
         let d_sum: In<'_, T> = d_sum.as_ref().map_or(dy, Into::into);
         if let Some(bias) = &mut of.output_bias {
@@ -426,12 +426,12 @@ impl<T: Element> Before<T> {
                 norm.backward(queue, count, (rows, Gradient::from(d)), gains, false, (&mut *d_projected).into())?;
             }
             let (d, input) = ((&*d_projected).into(), self.normed.as_ref().map_or(x, |[normed, _]| normed.into()));
-            latent.input.into_weight(queue, tokens, (d, input), of_input)?;
+            latent.input.back_to_weight(queue, tokens, (d, input), of_input)?;
             let to: Out<'_, T> = match &mut self.normed {
                 Some([_, d]) => d.into(),
                 None => (&mut *dx).into(),
             };
-            latent.input.into_input(queue, tokens, (d, matrix), false, to)?;
+            latent.input.back_to_input(queue, tokens, (d, matrix), false, to)?;
         }
         if let (Some(norm), Some([_, d])) = (&mut self.norm, &self.normed) {
             let gains = (&around.experts, of.experts.as_mut());
@@ -483,25 +483,25 @@ impl<T: Element> RouterPass<T> {
     ) -> Result<(), Error> {
         let (rounded, wide) = (Product::new(T::DTYPE, columns, hidden), Product::new(Dtype::F32, columns, hidden));
         let weight = |seen: In<'_, T>, d_matrix: Option<&mut CudaSlice<f32>>| match d_matrix {
-            Some(d_matrix) => rounded.into_weight(queue, tokens, (d_logits, seen), d_matrix),
+            Some(d_matrix) => rounded.back_to_weight(queue, tokens, (d_logits, seen), d_matrix),
             None => Ok(()),
         };
         match (&mut self.norm, &self.normed, &mut self.d_normed) {
             (Some(norm), Some(Rows::Rounded(seen)), Some(Rows::Rounded(d))) => {
                 weight(seen.into(), d_matrix)?;
-                rounded.into_input(queue, tokens, (d_logits, matrix), false, (&mut *d).into())?;
+                rounded.back_to_input(queue, tokens, (d_logits, matrix), false, (&mut *d).into())?;
                 norm.backward(queue, tokens.count, (x, Gradient::from(&*d)), (gain, d_gain), true, dx)
             }
             (Some(norm), Some(Rows::F32(seen)), Some(Rows::F32(d))) => {
                 if let Some(d_matrix) = d_matrix {
-                    wide.into_weight::<f32>(queue, tokens, (d_logits, seen.into()), d_matrix)?;
+                    wide.back_to_weight::<f32>(queue, tokens, (d_logits, seen.into()), d_matrix)?;
                 }
-                wide.into_input::<f32>(queue, tokens, (d_logits, matrix), false, (&mut *d).into())?;
+                wide.back_to_input::<f32>(queue, tokens, (d_logits, matrix), false, (&mut *d).into())?;
                 norm.backward(queue, tokens.count, (x, Gradient::F32((&*d).into())), (gain, d_gain), true, dx)
             }
             _ => {
                 weight(x, d_matrix)?;
-                rounded.into_input(queue, tokens, (d_logits, matrix), true, dx)
+                rounded.back_to_input(queue, tokens, (d_logits, matrix), true, dx)
             }
         }
     }

@@ -115,8 +115,8 @@ impl NetworkPass {
         let [normed, first, second] = &self.values;
         let [d, other] = &mut self.d;
         let output = Product::new(Dtype::F32, self.experts, width);
-        output.into_weight::<f32>(queue, tokens, (d_logits, second.into()), &mut of.output)?;
-        output.into_input::<f32>(queue, tokens, (d_logits, tensor(&network.output)?), false, (&mut *d).into())?;
+        output.back_to_weight::<f32>(queue, tokens, (d_logits, second.into()), &mut of.output)?;
+        output.back_to_input::<f32>(queue, tokens, (d_logits, tensor(&network.output)?), false, (&mut *d).into())?;
         let seen = [normed, first];
         for i in [1, 0] {
             // `other` is the gradient before the activation, `d` becomes that of what the layer has seen.
@@ -124,8 +124,8 @@ impl NetworkPass {
                 ActivationBackwardDesc::new(Dtype::F32, count, width, ACTIVATION).glu(crate::rules::Glu::None);
             let args = ActivationBackwardArgs::new(&self.pre_activations[i], &*d, &mut *other);
             activation_backward::forward(kernels, stream, &through, args)?;
-            self.layer.into_weight(queue, tokens, ((&*other).into(), seen[i].into()), &mut of.layers[i])?;
-            self.layer.into_input(queue, tokens, ((&*other).into(), &network.layers[i]), false, (&mut *d).into())?;
+            self.layer.back_to_weight(queue, tokens, ((&*other).into(), seen[i].into()), &mut of.layers[i])?;
+            self.layer.back_to_input(queue, tokens, ((&*other).into(), &network.layers[i]), false, (&mut *d).into())?;
         }
 
         // Back through the norm to the state.
@@ -145,10 +145,10 @@ impl NetworkPass {
             column_products::sum::<f32>(kernels, stream, &desc, previous, Gradient::from(d_state), to)?;
         }
         let down = Product::new(T::DTYPE, width, self.hidden);
-        down.into_weight(queue, tokens, (d_state.into(), x), &mut of.down.matrix)?;
+        down.back_to_weight(queue, tokens, (d_state.into(), x), &mut of.down.matrix)?;
         if let Some(bias) = &mut of.down.bias {
             tokens.columns::<f32>(queue, d_state.into(), width, bias)?;
         }
-        down.into_input(queue, tokens, (d_state.into(), tensor(&network.down.matrix)?), true, dx)
+        down.back_to_input(queue, tokens, (d_state.into(), tensor(&network.down.matrix)?), true, dx)
     }
 }

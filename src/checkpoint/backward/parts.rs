@@ -101,7 +101,7 @@ impl Dense {
     }
 
     /// `d W`, written, or added to what is there.
-    pub(super) fn into_input<T: Element>(
+    pub(super) fn back_to_input<T: Element>(
         &self,
         queue: Queue<'_>,
         tokens: &Tokens,
@@ -118,7 +118,7 @@ impl Dense {
     }
 
     /// Gradients of matrix and bias from those of the product and from `x`.
-    pub(super) fn into_weight<T: Element>(
+    pub(super) fn back_to_weight<T: Element>(
         &self,
         queue: Queue<'_>,
         tokens: &Tokens,
@@ -149,7 +149,7 @@ impl Product {
     }
 
     /// `d W`, written, or added to what is there.
-    pub(super) fn into_input<X: Element>(
+    pub(super) fn back_to_input<X: Element>(
         &self,
         queue: Queue<'_>,
         tokens: &Tokens,
@@ -167,7 +167,7 @@ impl Product {
     }
 
     /// The matrix's gradient.
-    pub(super) fn into_weight<X: Element>(
+    pub(super) fn back_to_weight<X: Element>(
         &self,
         queue: Queue<'_>,
         tokens: &Tokens,

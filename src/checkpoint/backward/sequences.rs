@@ -97,8 +97,8 @@ impl<T: Element> Sequences<T> {
         let between: In<'_, T> = (&self.between).into();
 
         // Both second products.
-        self.second.into_weight(queue, tokens, (dy, between), of_second)?;
-        self.second.into_input(queue, tokens, (dy, second), false, (&mut self.d_between).into())?;
+        self.second.back_to_weight(queue, tokens, (dy, between), of_second)?;
+        self.second.back_to_input(queue, tokens, (dy, second), false, (&mut self.d_between).into())?;
         let (shape, LayerDesc { dtype, hidden, intermediate, .. }) = (*self.rows.shape(), block.desc);
         let sums = |m, n| KGroupedDesc::new(dtype, shape, m, n).f32_out(true);
         let to = ProductOut::F32((&mut of.down.matrix).into());
@@ -124,7 +124,7 @@ impl<T: Element> Sequences<T> {
         let args = ActivationBackwardArgs::new(&self.pre_activation, &self.d_between, &mut self.d_rows);
         activation_backward::forward(kernels, stream, &through, args)?;
         let d: In<'_, T> = (&self.d_rows).into();
-        self.first.into_weight(queue, tokens, (d, x), of_first)?;
-        self.first.into_input(queue, tokens, (d, first), false, dx.into())
+        self.first.back_to_weight(queue, tokens, (d, x), of_first)?;
+        self.first.back_to_input(queue, tokens, (d, first), false, dx.into())
     }
 }
