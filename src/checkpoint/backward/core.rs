@@ -145,5 +145,9 @@ pub(super) fn of_shared<'a>(
 }
 
 fn matrix(of: &mut MatrixWeight<CudaSlice<f32>>) -> WeightGradients<'_> {
-    WeightGradients::new(&mut of.matrix)
+    let gradients = WeightGradients::new(&mut of.matrix);
+    match &mut of.bias {
+        Some(bias) => gradients.bias(bias),
+        None => gradients,
+    }
 }
