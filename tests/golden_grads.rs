@@ -16,7 +16,7 @@ use moe_kernels::{Dtype, Error};
 const OF_OTHER_FUNCTIONS: &[&str] = &["nllb_moe"];
 
 /// Folders with a part that has no way back on the device yet.
-const NOT_YET: &[&str] = &["doge", "muse_spark"];
+const NOT_YET: &[&str] = &["doge"];
 
 fn check(dtype: Dtype) {
     let device = Device::open().unwrap();
