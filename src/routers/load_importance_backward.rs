@@ -22,8 +22,6 @@ pub struct LoadImportanceBackwardDesc {
     pub forward: LoadImportanceDesc,
     /// Factor of the loss, the mean of both squared coefficients of variation.
     pub factor: f32,
-    /// Whether scores are a softmax, and `d_scores` the gradient of what it was taken of (Tutel: the logits without noise).
-    pub softmax: bool,
     /// Adds to the gradients instead of writing them.
     pub accumulate: bool,
 }
@@ -31,7 +29,7 @@ pub struct LoadImportanceBackwardDesc {
 impl LoadImportanceBackwardDesc {
     /// Of `factor` times the loss of `forward`.
     pub const fn new(forward: LoadImportanceDesc, factor: f32) -> LoadImportanceBackwardDesc {
-        LoadImportanceBackwardDesc { forward, factor, softmax: false, accumulate: false }
+        LoadImportanceBackwardDesc { forward, factor, accumulate: false }
     }
 
     /// Checks all that can be checked without buffers.
@@ -47,7 +45,7 @@ impl LoadImportanceBackwardDesc {
     }
 }
 
-settings!(LoadImportanceBackwardDesc { softmax: bool, accumulate: bool });
+settings!(LoadImportanceBackwardDesc { accumulate: bool });
 
 /// Buffers of the loss's backward pass.
 #[non_exhaustive]
@@ -62,7 +60,7 @@ pub struct LoadImportanceBackwardArgs<'a> {
     pub importance: In<'a, f32>,
     /// `[E]`: what the forward pass wrote.
     pub load: In<'a, f32>,
-    /// `[T, E]`, written, or added to: of the scores, or through their softmax.
+    /// `[T, E]`, written, or added to: of the scores.
     pub d_scores: Out<'a, f32>,
     /// `[T, E]`, written, or added to: of the logits, one of a token's.
     pub d_logits: Out<'a, f32>,
@@ -153,7 +151,6 @@ pub fn forward(
             d_scores: d_scores.address().into(),
             d_logits: d_logits.address().into(),
             accumulate: u32::from(desc.accumulate),
-            softmax: u32::from(desc.softmax),
         },
     )
 }

@@ -21,7 +21,7 @@ use crate::support::device;
 
 pub fn check(rng: &mut fastrand::Rng) {
     for (tokens, experts, top_k) in
-        [(0, 4, 2), (1, 1, 1), (37, 8, 2), (200, 5, 5), (60, 33, 4), (9, 130, 8), (5, 260, 32), (3, 1000, 1)]
+        [(1, 1, 1), (37, 8, 2), (200, 5, 5), (60, 33, 4), (9, 130, 8), (5, 260, 32), (3, 1000, 1)]
     {
         for kind in Logits::ALL {
             for losses in [true, false] {
