@@ -364,6 +364,21 @@ impl<'a> Scope<'a> {
         .map_err(Error::driver(self.operation))
     }
 
+    /// Copies the first `bytes` of a buffer to another, in stream order.
+    pub(crate) fn copy(&self, from: Address<'_>, to: Address<'_>, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller opened both buffers for at least `bytes` bytes, one of them for writing.
+        unsafe { result::memcpy_dtod_async(to.value, from.value, bytes, self.stream.cu_stream()) }
+            .map_err(Error::driver(self.operation))
+    }
+
+    /// Sets the first `len` words of a buffer to `value`, in stream order.
+    pub(crate) fn fill(&self, address: Address<'_>, value: f32, len: usize) -> Result<(), Error> {
+        // SAFETY: the caller opened the buffer for at least `len` words.
+        unsafe { sys::cuMemsetD32Async(address.value, value.to_bits(), len, self.stream.cu_stream()) }
+            .result()
+            .map_err(Error::driver(self.operation))
+    }
+
     /// Sets the first `bytes` of a buffer to zero, in stream order.
     pub(crate) fn zero(&self, address: Address<'_>, bytes: usize) -> Result<(), Error> {
         if bytes == 0 {

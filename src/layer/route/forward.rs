@@ -247,7 +247,7 @@ impl RoutePlan {
         }
         let given = self.tokens * self.candidates();
         let [ids, chosen_weights] = if self.admission.is_some() {
-            [self.regions.candidates, self.regions.candidate_weights].map(|region| workspace.at(region))
+            [at.candidates, workspace.at(self.regions.candidate_weights)]
         } else {
             [at.ids, at.weights]
         };
