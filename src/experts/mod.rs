@@ -14,6 +14,7 @@
 
 pub mod activation_backward;
 pub mod combine;
+pub mod cost;
 pub(crate) mod dispatched;
 pub mod gemm;
 pub mod gemm_backward;
