@@ -85,6 +85,10 @@ pub const LAYER_WEIGHTS: f64 = 1e-5;
 /// p-norm carry the error of an exponent of some tens.
 pub const GATING_GRADIENT: f64 = 4e-6;
 
+/// Of the gradient of a factor of weights, relative to the sum of its terms' magnitudes: a weight good to a few 1e-7, and as many additions in a row
+/// as a thread has choices.
+pub const GATING_SCALE_GRADIENT: f64 = 4e-6;
+
 /// Of a sum of f32 products in stages of 16 that are then added, relative to the sum of magnitudes: 16 roundings in a stage, and one for each of
 /// some tens of stages.
 pub const ROUTER_GRADIENT: f64 = 32.0 * UNIT;
