@@ -21,6 +21,7 @@ pub(crate) mod dispatched;
 pub mod gemm;
 pub mod gemm_backward;
 pub mod gemm_combine;
+pub mod gradient_norm;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;

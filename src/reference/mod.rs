@@ -23,6 +23,7 @@ pub mod expert_map;
 pub mod gating;
 pub mod gemm;
 pub mod gemm_backward;
+pub mod gradient_norm;
 pub mod hash;
 pub mod jitter;
 pub mod k_grouped;

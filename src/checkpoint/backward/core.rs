@@ -109,5 +109,9 @@ fn layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> Result<LayerGradients<'_, 
 }
 
 fn matrix(of: &mut MatrixWeight<CudaSlice<f32>>) -> WeightGradients<'_> {
-    WeightGradients::new(&mut of.matrix)
+    let gradients = WeightGradients::new(&mut of.matrix);
+    match &mut of.bias {
+        Some(bias) => gradients.bias(bias),
+        None => gradients,
+    }
 }
