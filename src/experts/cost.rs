@@ -2,7 +2,7 @@
 //!
 //! A block of `bm x bn` weight outputs takes, for each 64 depths, the time of the slower of two: its `64 bm bn` multiplications on tensor cores, or its
 //! `128 (bm + bn)` bytes of 16-bit rows and weights out of L2. Blocks run in rounds of one a multiprocessor; a last round that is not full takes as
-//! long as one that is. Nothing is searched.
+//! long as one that is. Nothing is searched; [`super::overrides`] has what was measured.
 
 use crate::DeviceInfo;
 use crate::registry::Tile;

@@ -23,6 +23,7 @@ pub mod gemm_backward;
 pub mod gemm_combine;
 pub mod gradient_norm;
 pub mod k_grouped;
+pub mod overrides;
 pub mod permute;
 pub mod rms_norm;
 pub mod sigmoid_gate;
