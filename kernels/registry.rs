@@ -255,15 +255,6 @@ impl Gate {
     /// Expert groups: a lane holds the score of one.
     pub const MAX_GROUPS: u32 = 32;
 
-    /// Blocks of the gating that sorts slots too which a multiprocessor holds at once, on every architecture: what its registers are enough for.
-    pub const fn dispatch_resident(&self) -> u32 {
-        match (self.score.is_some(), self.values) {
-            (true, ..=4) => 4,
-            (true, 8) => 3,
-            _ => 2,
-        }
-    }
-
     /// Most experts that a choice is among.
     pub const fn max_experts(&self) -> u32 {
         32 * self.values
@@ -1273,7 +1264,6 @@ impl Kernel {
                 ("values", Int(k.values)),
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
-                ("dispatch_resident", Int(k.dispatch_resident())),
             ],
             Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
             Kernel::GatingWide(k) => vec![
