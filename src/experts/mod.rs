@@ -14,6 +14,7 @@
 
 pub mod activation_backward;
 pub mod choice_backward;
+pub mod column_products;
 pub mod combine;
 pub mod combine_backward;
 pub mod cost;
@@ -26,6 +27,7 @@ pub mod k_grouped;
 pub mod overrides;
 pub mod permute;
 pub mod rms_norm;
+pub mod rms_norm_backward;
 pub mod sigmoid_gate;
 pub mod tiles;
 pub mod unit_experts;

@@ -7,7 +7,10 @@ mod data;
 #[path = "../support/device.rs"]
 #[allow(dead_code)]
 mod device;
+mod gating;
 mod mlp;
+mod properties;
+mod refusals;
 mod slopes;
 mod torch;
 mod variants;
