@@ -96,8 +96,17 @@ pub struct RouterBackward {
 }
 
 impl RouterBackward {
-    /// Rows and columns of a block.
-    pub const TILE: u32 = 64;
+    /// Rows of a block.
+    pub const ROWS: u32 = 64;
+    /// Columns of a block.
+    pub const COLUMNS: u32 = 128;
+    /// Depth of a stage.
+    pub const DEPTH: u32 = 32;
+
+    /// Blocks that a multiprocessor holds at once.
+    pub const fn resident_blocks(&self) -> u32 {
+        if matches!(self.b, Dtype::F32) { 1 } else { 2 }
+    }
 }
 
 /// How a router's work is cut into blocks, and by which unit its products are made.
@@ -267,6 +276,28 @@ impl Gate {
             Some(score) => score.name(),
             None => "any",
         }
+    }
+}
+
+/// Router, gating and dispatch of a few tokens in one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Route {
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
+    /// Logits a lane holds: experts up to `32 * values`.
+    pub values: u32,
+}
+
+impl Route {
+    /// Every number of logits a lane may hold.
+    pub const VALUES: [u32; 2] = [4, 16];
+
+    /// Most tokens that it is meant for: a warp each, of the block that chooses.
+    pub const MAX_TOKENS: usize = 8;
+
+    /// The gating and dispatch that it ends with.
+    pub const fn gate(&self) -> Gate {
+        Gate { score: self.score, values: self.values, dispatch: true }
     }
 }
 
@@ -465,6 +496,44 @@ impl GemmHopper {
     }
 }
 
+/// [`Gemm`] for few rows, with the weight's outputs as the M side of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemmSwapped {
+    /// Type of all matrices, of 16 bits.
+    pub dtype: Dtype,
+    /// How weight outputs fold into columns.
+    pub fold: Fold,
+    /// Memory order of the weight.
+    pub layout: Layout,
+    /// Whether each token's rows are added up at the end.
+    pub combines: bool,
+}
+
+impl GemmSwapped {
+    /// The types it multiplies.
+    pub const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+
+    /// A block's share.
+    pub const TILE: Tile = Tile::new(16, 64, 64, 1, 4, 8);
+
+    /// Dynamic shared memory in bytes: the stages of A and B.
+    pub const SHARED_BYTES: u32 = {
+        let t = &GemmSwapped::TILE;
+        t.stages * (t.bm + t.bn) * t.bk * 2
+    };
+
+    /// Bytes that a block leaves of its sums, where several share a tile's depth.
+    pub const PARTIAL_BYTES: usize = GemmSwapped::TILE.bm as usize * GemmSwapped::TILE.bn as usize * 4;
+
+    /// Output columns of a tile.
+    pub const fn out_columns(&self) -> u32 {
+        match self.fold {
+            Fold::Plain => GemmSwapped::TILE.bn,
+            Fold::Glu | Fold::Iglu => GemmSwapped::TILE.bn / 2,
+        }
+    }
+}
+
 /// One GEMM for all experts over rows of any width, address and stride.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct GemmAny {
@@ -580,6 +649,12 @@ pub const AFFINITY_TOKENS: u32 = 32;
 
 /// Most experts whose slots are counted alone.
 pub const MAX_COUNTED: u32 = 8192;
+
+/// Buffers of gradients that one launch measures or scales.
+pub const GRADIENT_BUFFERS: u32 = 4;
+
+/// Elements that a block adds up at once.
+pub const GRADIENT_CHUNK: u32 = 1 << 15;
 
 /// Most chunks of rows that change places at once.
 pub const MAX_CHUNKS: u32 = 4096;
@@ -710,6 +785,8 @@ pub enum Kernel {
     Router(Router),
     /// Choice of experts, with dispatch or without.
     Gating(Gate),
+    /// Scores of experts, choice and dispatch of a few tokens.
+    Route(Route),
     /// Choice of more than 32 experts.
     GatingWide(WideGate),
     /// Slots that experts with a capacity keep by weight.
@@ -745,6 +822,8 @@ pub enum Kernel {
     Gemm(Gemm),
     /// The experts' products on Hopper.
     GemmHopper(GemmHopper),
+    /// The experts' products of few rows.
+    GemmSwapped(GemmSwapped),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
     /// The second product's way back, with the activation's behind it: a plain product's shape.
@@ -801,8 +880,31 @@ pub enum Kernel {
     },
     /// Gradients of the factors of a gating's weights.
     ScaleSums,
+    /// Slots of each expert in each sequence.
+    SequenceCounts,
+    /// The gradients of a noisy gating's products.
+    NoisyBackward {
+        /// The second level of a hierarchy.
+        grouped: bool,
+    },
+    /// The gradient of sampled routing's logits.
+    SampledBackward,
+    /// The gradient of the logits by which experts chose tokens.
+    AffinityBackward,
+    /// The gradient of the loss of importance and of loads.
+    LoadImportanceBackward,
+    /// The way back from rows of length 1 to what they were made of, of this type.
+    UnitBackward(Dtype),
+    /// The gradient of both lists' scores of product keys.
+    ProductKeysBackward,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Norm, finiteness and clipping factor of gradients.
+    GradientNorm,
+    /// Gradients times a factor.
+    GradientScale,
+    /// Back through the sums over a token's experts.
+    CombineBackward(Combine),
     /// Back through the router's product.
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
@@ -811,6 +913,10 @@ pub enum Kernel {
     ProductKeys,
     /// Experts of one hidden unit.
     UnitExperts(Dtype),
+    /// Gradients of the weights of choices.
+    ChoiceBackward(Dtype),
+    /// A shared expert's gate, and its slope.
+    SigmoidGate,
     /// One expert for the tokens of a sequence.
     BySequence {
         /// Bytes of an index: 4 or 8.
@@ -831,6 +937,7 @@ impl Kernel {
             Kernel::Gating(k) => {
                 format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
+            Kernel::Route(k) => format!("route_{}_v{}", k.gate().score_name(), k.values),
             Kernel::GatingWide(k) => format!("{}_wide", Kernel::Gating(k.gate()).name()),
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::DispatchRows(k) => format!("dispatch_rows_e{}{}", k.max_experts, wide(k.ids_bytes)),
@@ -845,6 +952,10 @@ impl Kernel {
             Kernel::GemmHopper(k) => {
                 let tile = GemmHopper::TILE.name();
                 format!("gemm_{}_{tile}_{}_{}_sm90a", k.dtype, k.fold.name(), k.layout.name())
+            }
+            Kernel::GemmSwapped(k) => {
+                let (tile, end) = (GemmSwapped::TILE.name(), if k.combines { "_combine" } else { "" });
+                format!("gemm_{}_{tile}_{}_{}_swapped{end}", k.dtype, k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::GemmBackward(k) => format!("gemm_backward_{}_{}_{}", k.dtype, k.tile.name(), k.layout.name()),
@@ -876,11 +987,23 @@ impl Kernel {
             Kernel::NoiseState => "noise_state".into(),
             Kernel::GatingBackward { any } => format!("gating_backward{}", if *any { "_any" } else { "" }),
             Kernel::ScaleSums => "scale_sums".into(),
+            Kernel::NoisyBackward { grouped } => format!("noisy_backward{}", if *grouped { "_grouped" } else { "" }),
+            Kernel::SequenceCounts => "sequence_counts".into(),
+            Kernel::SampledBackward => "sampled_backward".into(),
+            Kernel::AffinityBackward => "affinity_backward".into(),
+            Kernel::LoadImportanceBackward => "load_importance_backward".into(),
+            Kernel::ProductKeysBackward => "product_keys_backward".into(),
+            Kernel::UnitBackward(dtype) => format!("unit_backward_{dtype}"),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::GradientNorm => "gradient_norm".into(),
+            Kernel::GradientScale => "gradient_scale".into(),
+            Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::ChoiceBackward(dtype) => format!("choice_backward_{dtype}"),
+            Kernel::SigmoidGate => "sigmoid_gate".into(),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
             Kernel::TokenBanks { ids_bytes } => format!("token_banks{}", wide(*ids_bytes)),
         }
@@ -894,6 +1017,8 @@ impl Kernel {
             Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
             Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
             Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
+            Kernel::Route(Route { score: Some(_), .. }) => "Route",
+            Kernel::Route(Route { score: None, .. }) => "RouteAny",
             Kernel::GatingWide(_) => "Gating",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::DispatchRows(_) => "DispatchRows",
@@ -904,6 +1029,7 @@ impl Kernel {
             Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::GemmHopper(_) => "GemmHopper",
+            Kernel::GemmSwapped(_) => "GemmSwapped",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
@@ -933,11 +1059,24 @@ impl Kernel {
             Kernel::GatingBackward { any: false } => "GatingBackward",
             Kernel::GatingBackward { any: true } => "GatingBackwardAny",
             Kernel::ScaleSums => "ScaleSums",
+            Kernel::NoisyBackward { grouped: false } => "NoisyBackward",
+            Kernel::NoisyBackward { grouped: true } => "NoisyBackwardGrouped",
+            Kernel::SequenceCounts => "SequenceCounts",
+            Kernel::SampledBackward => "SampledBackward",
+            Kernel::AffinityBackward => "AffinityBackward",
+            Kernel::LoadImportanceBackward => "LoadImportanceBackward",
+            Kernel::ProductKeysBackward => "ProductKeysBackward",
+            Kernel::UnitBackward(_) => "UnitBackward",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::GradientNorm => "GradientNorm",
+            Kernel::GradientScale => "GradientScale",
+            Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::ChoiceBackward(_) => "ChoiceBackward",
+            Kernel::SigmoidGate => "SigmoidGate",
             Kernel::BySequence { .. } => "BySequence",
             Kernel::TokenBanks { .. } => "TokenBanks",
         }
@@ -956,6 +1095,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
+            Kernel::Route(k) => k.gate().warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
             Kernel::KeepLargest | Kernel::QuantileBias | Kernel::LoadImportance => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
@@ -966,6 +1106,7 @@ impl Kernel {
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.tile.threads(),
             Kernel::GemmHopper(_) => GemmHopper::THREADS,
+            Kernel::GemmSwapped(_) => GemmSwapped::TILE.threads(),
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
@@ -984,9 +1125,20 @@ impl Kernel {
             | Kernel::RowGroups
             | Kernel::GatingBackward { .. }
             | Kernel::ScaleSums
+            | Kernel::NoisyBackward { .. }
+            | Kernel::SequenceCounts
+            | Kernel::SampledBackward
+            | Kernel::AffinityBackward
+            | Kernel::LoadImportanceBackward
+            | Kernel::ProductKeysBackward
+            | Kernel::UnitBackward(_)
             | Kernel::ActivationBackward(_)
+            | Kernel::GradientNorm
+            | Kernel::GradientScale
+            | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
                 BLOCK_WARPS * 32
@@ -1000,6 +1152,7 @@ impl Kernel {
             Kernel::Router(k) => k.shared_bytes(),
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
+            Kernel::GemmSwapped(_) => GemmSwapped::SHARED_BYTES,
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
@@ -1018,6 +1171,7 @@ impl Kernel {
             Kernel::Router(_) => "routers/router_mma.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
+            Kernel::Route(_) => "routers/route.ptx.jinja",
             Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
             Kernel::Dispatch(_) | Kernel::DispatchRows(_) => "capacity/dispatch.ptx.jinja",
             Kernel::ExpertCounts { .. } => "capacity/expert_counts.ptx.jinja",
@@ -1027,6 +1181,7 @@ impl Kernel {
             Kernel::Permute { .. } => "experts/permute.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmHopper(_) => "experts/sm90a/gemm.ptx.jinja",
+            Kernel::GemmSwapped(_) => "experts/gemm_swapped.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
@@ -1055,11 +1210,22 @@ impl Kernel {
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
             Kernel::GatingBackward { .. } => "routers/gating_backward.ptx.jinja",
             Kernel::ScaleSums => "routers/scale_sums.ptx.jinja",
+            Kernel::NoisyBackward { .. } => "routers/noisy_backward.ptx.jinja",
+            Kernel::SequenceCounts => "routers/sequence_counts.ptx.jinja",
+            Kernel::SampledBackward => "routers/sampled_backward.ptx.jinja",
+            Kernel::AffinityBackward => "routers/affinity_backward.ptx.jinja",
+            Kernel::LoadImportanceBackward => "routers/load_importance_backward.ptx.jinja",
+            Kernel::ProductKeysBackward => "routers/product_keys_backward.ptx.jinja",
+            Kernel::UnitBackward(_) => "routers/unit_backward.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::GradientNorm | Kernel::GradientScale => "experts/gradient_norm.ptx.jinja",
+            Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::ChoiceBackward(_) => "experts/choice_backward.ptx.jinja",
+            Kernel::SigmoidGate => "experts/sigmoid_gate.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
             Kernel::TokenBanks { .. } => "routers/token_banks.ptx.jinja",
         }
@@ -1090,6 +1256,7 @@ impl Kernel {
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
             ],
+            Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
             Kernel::GatingWide(k) => vec![
                 ("score", Text(k.score.name())),
                 ("values", Int(k.values)),
@@ -1128,6 +1295,15 @@ impl Kernel {
                     [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
                 own.into_iter().chain(GemmHopper::TILE.constants()).collect()
             }
+            Kernel::GemmSwapped(k) => {
+                let own = [
+                    ("dtype", Text(k.dtype.name())),
+                    ("glu", Text(k.fold.name())),
+                    ("layout", Text(k.layout.name())),
+                    ("combines", Int(u32::from(k.combines))),
+                ];
+                own.into_iter().chain(GemmSwapped::TILE.constants()).collect()
+            }
             Kernel::GemmAny(k) => {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
@@ -1151,6 +1327,15 @@ impl Kernel {
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
+            Kernel::SampledBackward
+            | Kernel::AffinityBackward
+            | Kernel::LoadImportanceBackward
+            | Kernel::ProductKeysBackward => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::NoisyBackward { grouped } => {
+                vec![("warps", Int(BLOCK_WARPS)), ("grouped", Int(u32::from(*grouped)))]
+            }
+            Kernel::UnitBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::SequenceCounts => vec![("warps", Int(BLOCK_WARPS)), ("max_experts", Int(4096))],
             Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ScaleSums => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::GatingBackward { any } => vec![("warps", Int(BLOCK_WARPS)), ("any", Int(u32::from(*any)))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
@@ -1173,14 +1358,26 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::GradientNorm | Kernel::GradientScale => vec![
+                ("scales", Int(u32::from(matches!(self, Kernel::GradientScale)))),
+                ("buffers", Int(GRADIENT_BUFFERS)),
+                ("chunk", Int(GRADIENT_CHUNK)),
+                ("warps", Int(BLOCK_WARPS)),
+            ],
+            Kernel::CombineBackward(Combine { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::RouterBackward(k) => vec![
                 ("b_dtype", Text(k.b.name())),
                 ("out_dtype", Text(k.out.name())),
-                ("tile", Int(RouterBackward::TILE)),
-                ("depth", Int(16)),
+                ("bm", Int(RouterBackward::ROWS)),
+                ("bn", Int(RouterBackward::COLUMNS)),
+                ("depth", Int(RouterBackward::DEPTH)),
             ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::ChoiceBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::SigmoidGate => vec![],
             Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
@@ -1230,6 +1427,9 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
         }
     }
+    for score in Score::COMMON.map(Some).into_iter().chain([None]) {
+        kernels.extend(Route::VALUES.map(|values| Kernel::Route(Route { score, values })));
+    }
     for max_experts in Dispatch::MAX_EXPERTS {
         for ids_bytes in IDS_BYTES {
             let dispatch = Dispatch { max_experts, ids_bytes };
@@ -1250,6 +1450,13 @@ pub fn all() -> Vec<Kernel> {
             kernels.extend(Layout::ALL.map(|layout| Kernel::GemmHopper(GemmHopper { dtype, fold, layout })));
         }
     }
+    for dtype in GemmSwapped::DTYPES {
+        for layout in Layout::ALL {
+            let swapped = |fold, combines| Kernel::GemmSwapped(GemmSwapped { dtype, fold, layout, combines });
+            kernels.extend(Fold::ALL.map(|fold| swapped(fold, false)));
+            kernels.push(swapped(Fold::Plain, true));
+        }
+    }
     for dtype in Dtype::ALL {
         kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
     }
@@ -1264,6 +1471,7 @@ pub fn all() -> Vec<Kernel> {
         for any in [false, true] {
             kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
     }
@@ -1286,7 +1494,12 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
-    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums]);
+    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums, Kernel::SequenceCounts]);
+    kernels.extend([false, true].map(|grouped| Kernel::NoisyBackward { grouped }));
+    kernels.extend([Kernel::SampledBackward, Kernel::AffinityBackward]);
+    kernels.extend([Kernel::LoadImportanceBackward, Kernel::ProductKeysBackward]);
+    kernels.extend(Dtype::ALL.map(Kernel::UnitBackward));
+    kernels.extend([Kernel::GradientNorm, Kernel::GradientScale]);
     kernels.extend([false, true].map(|any| Kernel::GatingBackward { any }));
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {
@@ -1302,6 +1515,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(Dtype::ALL.map(Kernel::ChoiceBackward));
+    kernels.push(Kernel::SigmoidGate);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::TokenBanks { ids_bytes }));
     kernels

@@ -10,12 +10,15 @@ mod support;
 
 mod activation_backward;
 mod admission;
+mod affinity_backward;
 mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;
+mod choice_backward;
 mod chunks;
 mod combine;
+mod combine_backward;
 mod dispatch;
 mod expert_choice;
 mod expert_counts;
@@ -26,6 +29,9 @@ mod gating_backward_any;
 mod gemm;
 mod gemm_any;
 mod gemm_backward;
+mod gemm_combine;
+mod gradient_norm;
+mod gradients;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -34,23 +40,30 @@ mod k_grouped;
 mod keep_largest;
 mod lists;
 mod load_importance;
+mod load_importance_backward;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod noisy_backward;
 mod permute;
 mod product_keys;
+mod product_keys_backward;
 mod rms_norm;
+mod route;
 mod router;
 mod router_backward;
 mod routing_map;
 mod row_groups;
 mod rows;
 mod sampled;
+mod sampled_backward;
+mod sequence_counts;
 mod sinkhorn;
 mod strides;
 mod timing;
 mod token_banks;
 mod tokens;
+mod unit_backward;
 mod unit_experts;
 
 use std::process::{Command, ExitCode};
@@ -107,6 +120,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::Route(variant) => route::check(variant, rng),
         Kernel::KeepLargest => keep_largest::check(rng),
         Kernel::QuantileBias => keep_largest::check_bias(rng),
         Kernel::LoadImportance => load_importance::check(rng),
@@ -120,11 +134,14 @@ fn check(kernel: Kernel) {
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmHopper(variant) => gemm::check(variant, rng),
+        Kernel::GemmSwapped(variant) if variant.combines => gemm_combine::check(variant, rng),
+        Kernel::GemmSwapped(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
+        Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
         Kernel::ExpertChoice => expert_choice::check_choice(rng),
@@ -143,14 +160,26 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::GradientNorm => gradient_norm::check(rng),
+        Kernel::GradientScale => gradient_norm::check_scale(rng),
         Kernel::GatingBackward { any: false } => gating_backward::check(rng),
         Kernel::GatingBackward { any: true } => gating_backward_any::check(rng),
         Kernel::ScaleSums => gating_backward_any::check_scale_sums(rng),
+        Kernel::SequenceCounts => sequence_counts::check(rng),
+        Kernel::NoisyBackward { grouped: false } => noisy_backward::check(rng),
+        Kernel::NoisyBackward { grouped: true } => noisy_backward::check_grouped(rng),
+        Kernel::SampledBackward => sampled_backward::check(rng),
+        Kernel::AffinityBackward => affinity_backward::check(rng),
+        Kernel::LoadImportanceBackward => load_importance_backward::check(rng),
+        Kernel::UnitBackward(dtype) => unit_backward::check(dtype, rng),
+        Kernel::ProductKeysBackward => product_keys_backward::check(rng),
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),
+        Kernel::SigmoidGate => choice_backward::check_gate(rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
         Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }

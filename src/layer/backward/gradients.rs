@@ -17,8 +17,10 @@ pub struct LayerGradients<'a, T> {
     pub x: Option<Out<'a, T>>,
     /// `[T, H]`, written: of what the router saw in place of `x` ([`crate::layer::LayerArgs::router_x`]), only with that.
     pub router_x: Option<Out<'a, T>>,
-    /// `[T, E]`, written: of the logits.
+    /// `[T, E]`, written: of the logits; where the descriptor does something to the router's product ([`LayerDesc::logits`]), of that product.
     pub logits: Option<Out<'a, f32>>,
+    /// `[T, k]`, written: of the choices' weights, from which any router's way back goes on. 0 of a choice that nothing came of.
+    pub weights: Option<Out<'a, f32>>,
     /// The router's.
     pub router: RouterGradients<'a>,
     /// Of the first product's weight.
@@ -27,6 +29,8 @@ pub struct LayerGradients<'a, T> {
     pub down: WeightGradients<'a>,
     /// The shared expert's.
     pub shared: SharedGradients<'a>,
+    /// `[H]`, of f32: of the vector that is added to every token's sum.
+    pub bias: Option<Out<'a, f32>>,
 }
 
 impl<T> Default for LayerGradients<'_, T> {
@@ -42,10 +46,31 @@ impl<'a, T> LayerGradients<'a, T> {
             x: None,
             router_x: None,
             logits: None,
+            weights: None,
             router: RouterGradients::new(),
             gate_up: WeightGradients::none(),
             down: WeightGradients::none(),
             shared: SharedGradients::new(),
+            bias: None,
+        }
+    }
+
+    /// The same for a shorter time: for another micro-batch.
+    pub fn reborrow(&mut self) -> LayerGradients<'_, T> {
+        LayerGradients {
+            x: self.x.as_mut().map(Out::reborrow),
+            router_x: self.router_x.as_mut().map(Out::reborrow),
+            logits: self.logits.as_mut().map(Out::reborrow),
+            weights: self.weights.as_mut().map(Out::reborrow),
+            router: self.router.reborrow(),
+            bias: self.bias.as_mut().map(Out::reborrow),
+            gate_up: self.gate_up.reborrow(),
+            down: self.down.reborrow(),
+            shared: SharedGradients {
+                gate_up: self.shared.gate_up.reborrow(),
+                down: self.shared.down.reborrow(),
+                gate: self.shared.gate.as_mut().map(Out::reborrow),
+            },
         }
     }
 
@@ -74,7 +99,7 @@ impl<'a, T> LayerGradients<'a, T> {
     }
 }
 
-buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32> });
+buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32>, weights: Out<f32>, bias: Out<f32> });
 
 /// Gradients of a router's parameters.
 #[derive(Default)]
@@ -82,16 +107,36 @@ buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32> }
 pub struct RouterGradients<'a> {
     /// `[E, H]`, of f32 whatever the matrix is of.
     pub matrix: Option<Out<'a, f32>>,
+    /// `[E]`: of the bias of the logits.
+    pub bias: Option<Out<'a, f32>>,
+    /// `[E]`: of the factors of each expert's weight, where the rule has them.
+    pub expert_scale: Option<Out<'a, f32>>,
+    /// `[1]`: of the factor of all weights, where the rule has one.
+    pub global_scale: Option<Out<'a, f32>>,
 }
 
 impl RouterGradients<'_> {
     /// None.
     pub const fn new() -> Self {
-        RouterGradients { matrix: None }
+        RouterGradients { matrix: None, bias: None, expert_scale: None, global_scale: None }
+    }
+
+    fn reborrow(&mut self) -> RouterGradients<'_> {
+        RouterGradients {
+            matrix: self.matrix.as_mut().map(Out::reborrow),
+            bias: self.bias.as_mut().map(Out::reborrow),
+            expert_scale: self.expert_scale.as_mut().map(Out::reborrow),
+            global_scale: self.global_scale.as_mut().map(Out::reborrow),
+        }
     }
 }
 
-buffers!(RouterGradients<'a> { matrix: Out<f32> });
+buffers!(RouterGradients<'a> {
+    matrix: Out<f32>,
+    bias: Out<f32>,
+    expert_scale: Out<f32>,
+    global_scale: Out<f32>,
+});
 
 /// Gradients of a product's weight, each in the order of its tensor, and of its type or f32.
 #[derive(Default)]
@@ -101,22 +146,51 @@ pub struct WeightGradients<'a> {
     pub matrix: Option<OutTensor<'a>>,
     /// Of the matrix of [`crate::experts::Weight::up`].
     pub up: Option<OutTensor<'a>>,
+    /// Of [`crate::experts::Weight::bias`], where there is one.
+    pub bias: Option<OutTensor<'a>>,
+    /// Of the bias of [`crate::experts::Weight::up`], where there is one.
+    pub up_bias: Option<OutTensor<'a>>,
 }
 
 impl<'a> WeightGradients<'a> {
     /// None.
     pub const fn none() -> WeightGradients<'a> {
-        WeightGradients { matrix: None, up: None }
+        WeightGradients { matrix: None, up: None, bias: None, up_bias: None }
     }
 
     /// Of a weight in one tensor.
     pub fn new(matrix: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
-        WeightGradients { matrix: Some(matrix.into()), up: None }
+        WeightGradients { matrix: Some(matrix.into()), ..WeightGradients::none() }
+    }
+
+    fn reborrow(&mut self) -> WeightGradients<'_> {
+        WeightGradients {
+            matrix: self.matrix.as_mut().map(OutTensor::reborrow),
+            up: self.up.as_mut().map(OutTensor::reborrow),
+            bias: self.bias.as_mut().map(OutTensor::reborrow),
+            up_bias: self.up_bias.as_mut().map(OutTensor::reborrow),
+        }
+    }
+
+    /// With that of a bias.
+    #[must_use]
+    pub fn bias(self, bias: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
+        WeightGradients { bias: Some(bias.into()), ..self }
+    }
+
+    /// With that of up's bias, where gate and up are apart.
+    #[must_use]
+    pub fn up_bias(self, bias: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
+        WeightGradients { up_bias: Some(bias.into()), ..self }
+    }
+
+    fn is_some(&self) -> bool {
+        [&self.matrix, &self.up, &self.bias, &self.up_bias].into_iter().any(Option::is_some)
     }
 
     /// Of gate and up in two tensors.
     pub fn apart(gate: impl Into<OutTensor<'a>>, up: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
-        WeightGradients { matrix: Some(gate.into()), up: Some(up.into()) }
+        WeightGradients { matrix: Some(gate.into()), up: Some(up.into()), ..WeightGradients::none() }
     }
 }
 
@@ -128,12 +202,16 @@ pub struct SharedGradients<'a> {
     pub gate_up: WeightGradients<'a>,
     /// Of the second product's.
     pub down: WeightGradients<'a>,
+    /// `[1, H]`, of f32: of the gate's weight.
+    pub gate: Option<Out<'a, f32>>,
 }
+
+buffers!(SharedGradients<'a> { gate: Out<f32> });
 
 impl<'a> SharedGradients<'a> {
     /// None.
     pub const fn new() -> SharedGradients<'a> {
-        SharedGradients { gate_up: WeightGradients::none(), down: WeightGradients::none() }
+        SharedGradients { gate_up: WeightGradients::none(), down: WeightGradients::none(), gate: None }
     }
 
     /// With that of the first product's weight.
@@ -149,7 +227,8 @@ impl<'a> SharedGradients<'a> {
     }
 
     fn is_some(&self) -> bool {
-        [&self.gate_up, &self.down].iter().any(|weight| weight.matrix.is_some() || weight.up.is_some())
+        let products = [&self.gate_up, &self.down];
+        self.gate.is_some() || products.iter().any(|weight| weight.is_some())
     }
 }
 
@@ -180,12 +259,16 @@ impl HeldGradient<'_> {
 pub(super) struct HeldWeightGradients<'a> {
     pub(super) matrix: Option<HeldGradient<'a>>,
     pub(super) up: Option<HeldGradient<'a>>,
+    pub(super) bias: Option<HeldGradient<'a>>,
+    pub(super) up_bias: Option<HeldGradient<'a>>,
 }
 
 /// What a product's tensors are called in errors.
 struct Names {
     matrix: &'static str,
     up: &'static str,
+    bias: &'static str,
+    up_bias: &'static str,
 }
 
 impl<'a> WeightGradients<'a> {
@@ -201,9 +284,10 @@ impl<'a> WeightGradients<'a> {
     where
         'a: 'b,
     {
-        if weight.glu != Glu::Apart && self.up.is_some() {
+        let of_up = [(names.up, self.up.is_some()), (names.up_bias, self.up_bias.is_some())];
+        if let Some((argument, _)) = of_up.into_iter().find(|(_, given)| *given && weight.glu != Glu::Apart) {
             let reason = "the descriptor has one tensor";
-            return Err(Error::Unexpected { operation: OPERATION, argument: names.up, reason });
+            return Err(Error::Unexpected { operation: OPERATION, argument, reason });
         }
         let outputs = weight.outputs(n);
         let width = if weight.layout == Layout::Kn { outputs } else { k };
@@ -211,7 +295,16 @@ impl<'a> WeightGradients<'a> {
         let open = |argument, tensor: Option<OutTensor<'a>>| {
             tensor.map(|tensor| open_tensor(scope, argument, tensor, desc.dtype, elements, width)).transpose()
         };
-        Ok(HeldWeightGradients { matrix: open(names.matrix, self.matrix)?, up: open(names.up, self.up)? })
+        let open_bias = |argument, tensor: Option<OutTensor<'a>>| {
+            // One element wide: a bias may begin on any.
+            tensor.map(|tensor| open_tensor(scope, argument, tensor, desc.dtype, experts * outputs, 1)).transpose()
+        };
+        Ok(HeldWeightGradients {
+            matrix: open(names.matrix, self.matrix)?,
+            up: open(names.up, self.up)?,
+            bias: open_bias(names.bias, self.bias)?,
+            up_bias: open_bias(names.up_bias, self.up_bias)?,
+        })
     }
 }
 
@@ -250,7 +343,9 @@ impl HeldMlpGradients<'_> {
     }
 
     fn all(&self) -> impl Iterator<Item = &HeldGradient<'_>> {
-        [&self.gate_up.matrix, &self.gate_up.up, &self.down.matrix].into_iter().flatten()
+        let (first, second) = (&self.gate_up, &self.down);
+        let of_first = [&first.matrix, &first.up, &first.bias, &first.up_bias];
+        of_first.into_iter().chain([&second.matrix, &second.bias]).flatten()
     }
 }
 
@@ -259,18 +354,44 @@ pub(super) struct HeldGradients<'a> {
     pub(super) x: Option<Held<'a>>,
     pub(super) router_x: Option<Held<'a>>,
     pub(super) logits: Option<Held<'a>>,
+    pub(super) weights: Option<Held<'a>>,
     pub(super) router: Option<Held<'a>>,
+    pub(super) router_bias: Option<Held<'a>>,
+    pub(super) expert_scale: Option<Held<'a>>,
+    pub(super) global_scale: Option<Held<'a>>,
+    pub(super) bias: Option<Held<'a>>,
     pub(super) routed: HeldMlpGradients<'a>,
     pub(super) shared: Option<HeldMlpGradients<'a>>,
+    pub(super) shared_gate: Option<Held<'a>>,
 }
 
 const ROUTED: [Names; 2] = [
-    Names { matrix: "gradients.gate_up", up: "gradients.gate_up.up" },
-    Names { matrix: "gradients.down", up: "gradients.down.up" },
+    Names {
+        matrix: "gradients.gate_up",
+        up: "gradients.gate_up.up",
+        bias: "gradients.gate_up.bias",
+        up_bias: "gradients.gate_up.up_bias",
+    },
+    Names {
+        matrix: "gradients.down",
+        up: "gradients.down.up",
+        bias: "gradients.down.bias",
+        up_bias: "gradients.down.up_bias",
+    },
 ];
 const SHARED: [Names; 2] = [
-    Names { matrix: "gradients.shared.gate_up", up: "gradients.shared.gate_up.up" },
-    Names { matrix: "gradients.shared.down", up: "gradients.shared.down.up" },
+    Names {
+        matrix: "gradients.shared.gate_up",
+        up: "gradients.shared.gate_up.up",
+        bias: "gradients.shared.gate_up.bias",
+        up_bias: "gradients.shared.gate_up.up_bias",
+    },
+    Names {
+        matrix: "gradients.shared.down",
+        up: "gradients.shared.down.up",
+        bias: "gradients.shared.down.bias",
+        up_bias: "gradients.shared.down.up_bias",
+    },
 ];
 
 impl<'a, T: Element> LayerGradients<'a, T> {
@@ -298,17 +419,28 @@ impl<'a, T: Element> LayerGradients<'a, T> {
                 down: down.open(scope, &names[1], desc, &form.down, second)?,
             })
         };
-        let SharedGradients { gate_up, down } = self.shared;
+        let SharedGradients { gate_up, down, gate } = self.shared;
+        if gate.is_some() && !desc.has_shared_gate() {
+            let reason = "the descriptor has no gated shared expert";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "gradients.shared.gate", reason });
+        }
+        let some = |argument, buffer, elements| scope.write_some::<f32>(argument, buffer, elements, SCALAR);
         Ok(HeldGradients {
             x: scope.write_some("gradients.x", self.x, tokens * hidden, alignment)?,
             router_x: scope.write_some("gradients.router_x", self.router_x, tokens * hidden, alignment)?,
             logits: scope.write_some("gradients.logits", self.logits, tokens * columns, SCALAR)?,
+            weights: scope.write_some("gradients.weights", self.weights, tokens * desc.all_choices(), SCALAR)?,
             router: scope.write_some("gradients.router.matrix", self.router.matrix, columns * hidden, SCALAR)?,
+            router_bias: some("gradients.router.bias", self.router.bias, columns)?,
+            expert_scale: some("gradients.router.expert_scale", self.router.expert_scale, desc.experts)?,
+            global_scale: some("gradients.router.global_scale", self.router.global_scale, 1)?,
+            bias: some("gradients.bias", self.bias, hidden)?,
             routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate])?,
             shared: desc
                 .shared
                 .map(|shared| mlp(&SHARED, &shared.mlp, gate_up, down, [1, shared.intermediate]))
                 .transpose()?,
+            shared_gate: scope.write_some("gradients.shared.gate", gate, desc.hidden, SCALAR)?,
         })
     }
 }
@@ -321,6 +453,14 @@ impl HeldGradients<'_> {
             None => Ok(()),
         };
         zero(self.router.as_ref().map(Held::address), desc.logit_columns() * desc.hidden)?;
+        let words = [
+            (&self.shared_gate, desc.hidden),
+            (&self.router_bias, desc.logit_columns()),
+            (&self.expert_scale, desc.experts),
+            (&self.global_scale, 1),
+            (&self.bias, desc.hidden),
+        ];
+        words.into_iter().try_for_each(|(held, elements)| zero(held.as_ref().map(Held::address), elements))?;
         if !keep_empty {
             self.routed.all().try_for_each(|gradient| gradient.zero(scope))?;
         }
