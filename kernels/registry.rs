@@ -677,6 +677,9 @@ pub const fn permute_grid(rows: u32, units: u32) -> [u32; 3] {
 /// Threads of a block of the RMS normalisation, and so most that share a row.
 pub const RMS_NORM_THREADS: u32 = 512;
 
+/// Threads of a block that sums down columns: a warp for each of 32 rows at a time.
+pub const COLUMN_PRODUCTS_THREADS: u32 = 1024;
+
 /// Tokens that a block of `load_importance` adds up.
 pub const LOAD_IMPORTANCE_TOKENS: u32 = 256;
 
@@ -909,6 +912,10 @@ pub enum Kernel {
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
     RmsNorm(Dtype),
+    /// Back through that.
+    RmsNormBackward(Dtype),
+    /// Sums down columns of rows times rows.
+    ColumnProducts(Dtype),
     /// Experts by the best pairs of keys.
     ProductKeys,
     /// Experts of one hidden unit.
@@ -1000,6 +1007,8 @@ impl Kernel {
             Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
+            Kernel::RmsNormBackward(dtype) => format!("rms_norm_backward_{dtype}"),
+            Kernel::ColumnProducts(dtype) => format!("column_products_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
             Kernel::ChoiceBackward(dtype) => format!("choice_backward_{dtype}"),
@@ -1073,6 +1082,8 @@ impl Kernel {
             Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
+            Kernel::RmsNormBackward(_) => "RmsNormBackward",
+            Kernel::ColumnProducts(_) => "ColumnProducts",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
             Kernel::ChoiceBackward(_) => "ChoiceBackward",
@@ -1139,7 +1150,8 @@ impl Kernel {
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
-            Kernel::RmsNorm(_) => RMS_NORM_THREADS,
+            Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
+            Kernel::ColumnProducts(_) => COLUMN_PRODUCTS_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
                 BLOCK_WARPS * 32
             }
@@ -1222,6 +1234,8 @@ impl Kernel {
             Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
+            Kernel::RmsNormBackward(_) => "experts/rms_norm_backward.ptx.jinja",
+            Kernel::ColumnProducts(_) => "experts/column_products.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
             Kernel::ChoiceBackward(_) => "experts/choice_backward.ptx.jinja",
@@ -1356,7 +1370,10 @@ impl Kernel {
                 constants
             }
             Kernel::Sampled(spread) => spread.constants(),
-            Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::Jitter(dtype)
+            | Kernel::RmsNorm(dtype)
+            | Kernel::RmsNormBackward(dtype)
+            | Kernel::ColumnProducts(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
             Kernel::GradientNorm | Kernel::GradientScale => vec![
                 ("scales", Int(u32::from(matches!(self, Kernel::GradientScale)))),
@@ -1513,6 +1530,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::MapToIds, Kernel::ChunkRows]);
     kernels.extend(PERMUTE_UNITS.map(|unit| Kernel::Permute { unit }));
     kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
+    kernels.extend(Dtype::ALL.map(Kernel::RmsNormBackward));
+    kernels.extend(Dtype::ALL.map(Kernel::ColumnProducts));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
     kernels.extend(Dtype::ALL.map(Kernel::ChoiceBackward));

@@ -14,6 +14,7 @@ pub mod base;
 pub mod by_sequence;
 pub mod choice_backward;
 pub mod chunks;
+pub mod column_products;
 pub mod combine;
 pub mod cosine;
 pub mod dispatch;

@@ -1,5 +1,6 @@
 //! A layer with random weights, its gradients from the device and from the reference.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
@@ -105,10 +106,12 @@ pub struct Problem<T, W> {
     given_on_device: (CudaSlice<f32>, CudaSlice<i32>, CudaSlice<f32>),
     map_on_device: CudaSlice<i32>,
     mask_on_device: CudaSlice<u8>,
+    /// Experts whose weights have no gradient.
+    pub frozen: Option<CudaSlice<i32>>,
     pub dy_on_device: CudaSlice<T>,
     router_on_device: CudaSlice<W>,
     router_bias_on_device: Option<CudaSlice<f32>>,
-    pub workspace: Workspace,
+    workspace: RefCell<Workspace>,
     pub saved: Saved<T>,
     pub y: CudaSlice<T>,
 }
@@ -182,10 +185,11 @@ impl<T: Element, W: Element> Problem<T, W> {
             ),
             map_on_device: upload_numbers(&stream, &map),
             mask_on_device: upload_numbers(&stream, &mask),
+            frozen: None,
             dy_on_device: upload(&stream, &dy),
             router_on_device: upload(&stream, &router),
             router_bias_on_device: router_bias.as_ref().map(|bias| upload(&stream, bias)),
-            workspace: Workspace::new(&stream, bytes).unwrap(),
+            workspace: RefCell::new(Workspace::new(&stream, bytes).unwrap()),
             saved: Saved::new(&stream, &back).unwrap(),
             y: upload(&stream, &x),
             case,
@@ -253,9 +257,19 @@ impl<T: Element, W: Element> Problem<T, W> {
     }
 
     pub fn forward(&mut self) {
+        let fresh = Saved::new(&self.stream, &self.back).unwrap();
+        self.forward_into(fresh);
+    }
+
+    /// The same on memory that an earlier pass has filled.
+    pub fn forward_into_what_was_saved(&mut self) {
+        let fresh = Saved::new(&self.stream, &self.back).unwrap();
+        let used = std::mem::replace(&mut self.saved, fresh);
+        self.forward_into(used);
+    }
+
+    fn forward_into(&mut self, mut saved: Saved<T>) {
         let mut y = self.y.clone();
-        let mut workspace = std::mem::replace(&mut self.workspace, Workspace::new(&self.stream, 0).unwrap());
-        let mut saved = Saved::new(&self.stream, &self.back).unwrap();
         let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
         let mut args = LayerArgs::new(&self.x_on_device, &mut y);
         args.dropout = self.case.dropout;
@@ -269,8 +283,10 @@ impl<T: Element, W: Element> Problem<T, W> {
         if self.case.router_x {
             args.router_x = Some((&self.router_x_on_device).into());
         }
+        let mut workspace = self.workspace.borrow_mut();
         self.plan.forward_saving(self.kernels, &self.stream, &weights, args, &mut saved, &mut workspace).unwrap();
-        (self.y, self.workspace, self.saved) = (y, workspace, saved);
+        drop(workspace);
+        (self.y, self.saved) = (y, saved);
     }
 
     /// All gradients that there are.
@@ -327,26 +343,39 @@ impl<T: Element, W: Element> Problem<T, W> {
         self.case.desc.shared.is_some_and(|shared| shared.gated)
     }
 
-    pub fn backward(&mut self, mut gradients: LayerGradients<'_, T>) -> Result<Vec<BackwardStage>, Error> {
+    /// Choices of each expert, on the device.
+    pub fn loss_counts(&self) -> CudaSlice<i32> {
+        self.stream.clone_htod(&self.counts()).unwrap()
+    }
+
+    pub fn backward(&self, gradients: LayerGradients<'_, T>) -> Result<Vec<BackwardStage>, Error> {
+        let counts = self.loss_counts();
+        self.backward_by(gradients, &counts)
+    }
+
+    /// The launches alone, with the counts of the balancing loss.
+    pub fn backward_by(
+        &self,
+        mut gradients: LayerGradients<'_, T>,
+        counts: &CudaSlice<i32>,
+    ) -> Result<Vec<BackwardStage>, Error> {
         let mut stages = Vec::new();
-        let mut workspace = std::mem::replace(&mut self.workspace, Workspace::new(&self.stream, 0).unwrap());
         let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
-        let counts = self.stream.clone_htod(&self.counts()).unwrap();
         let (logits, ids, chosen) = &self.given_on_device;
         let choices = (self.case.desc.map.is_some() || self.identities()).then(|| Choices::new(ids, chosen));
         let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients.reborrow());
         if self.case.back.losses.is_some_and(|losses| losses.balance != 0.0) {
-            args = args.loss_counts(&counts);
+            args = args.loss_counts(counts);
         }
         args.router_x = self.case.router_x.then_some((&self.router_x_on_device).into());
         args.given_logits = (self.case.back.origin == Origin::Logits).then_some(logits.into());
         args.choices = choices.filter(|_| self.case.back.origin == Origin::Choices);
         args.map = self.case.desc.map.map(|_| MapTable::new(&self.map_on_device));
+        args.frozen = self.frozen.as_ref().map(Into::into);
+        let workspace = &mut *self.workspace.borrow_mut();
         let observer = &mut |stage| stages.push(stage);
         let (kernels, stream) = (self.kernels, &self.stream);
-        let result =
-            self.back.backward_observed(kernels, stream, &weights, &self.saved, args, &mut workspace, observer);
-        self.workspace = workspace;
+        let result = self.back.backward_observed(kernels, stream, &weights, &self.saved, args, workspace, observer);
         result.map(|()| stages)
     }
 

@@ -8,6 +8,8 @@ mod data;
 #[allow(dead_code)]
 mod device;
 mod mlp;
+mod properties;
+mod refusals;
 mod slopes;
 mod torch;
 mod variants;

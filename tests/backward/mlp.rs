@@ -16,7 +16,7 @@ pub struct Mlp<T> {
     pub up: Vec<T>,
     pub down: Vec<T>,
     /// Of the first product and of the second.
-    biases: Option<[Vec<T>; 2]>,
+    pub biases: Option<[Vec<T>; 2]>,
     /// Gate or all, up, down, and as many biases.
     on_device: [CudaSlice<T>; 6],
 }

@@ -44,7 +44,7 @@ fn value(problem: &mut Problem<f32, f32>) -> (f64, Vec<i32>) {
     (value, rows)
 }
 
-fn gradients(problem: &mut Problem<f32, f32>) -> Found {
+fn gradients(problem: &Problem<f32, f32>) -> Found {
     let mut buffers = problem.buffers::<f32>();
     let gradients = problem.gradients(&mut buffers);
     problem.backward(gradients).unwrap();
@@ -55,7 +55,7 @@ fn gradients(problem: &mut Problem<f32, f32>) -> Found {
 fn check(case: Case) {
     let mut problem = Problem::<f32, f32>::new(case);
     let (_, rows) = value(&mut problem);
-    let found = gradients(&mut problem);
+    let found = gradients(&problem);
     let mut rng = fastrand::Rng::with_seed(5);
     let inner = |name: &str| match name {
         name if name.ends_with("bias") => true,

@@ -17,6 +17,7 @@ mod base;
 mod by_sequence;
 mod choice_backward;
 mod chunks;
+mod column_products;
 mod combine;
 mod combine_backward;
 mod dispatch;
@@ -49,6 +50,7 @@ mod permute;
 mod product_keys;
 mod product_keys_backward;
 mod rms_norm;
+mod rms_norm_backward;
 mod route;
 mod router;
 mod router_backward;
@@ -176,6 +178,8 @@ fn check(kernel: Kernel) {
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::RmsNormBackward(dtype) => rms_norm_backward::check(dtype, rng),
+        Kernel::ColumnProducts(dtype) => column_products::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
         Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),
