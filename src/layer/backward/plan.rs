@@ -123,10 +123,6 @@ impl BackwardPlan {
         };
         // First what operations keep at the begin of a workspace, one behind the other.
         let scratch = routed.scratch_bytes.max(shared.as_ref().map_or(0, |shared| shared.scratch_bytes));
-        let (router, gate) = (router.transpose()?, gate.transpose()?);
-        let products = router.iter().chain(gate.as_ref().map(|gate| &gate.router));
-        let sums = products.map(|steps| router_backward::workspace_bytes(&steps.desc).map_err(within));
-        let scratch = sums.collect::<Result<Vec<_>, _>>()?.into_iter().fold(scratch, usize::max);
         let mut arena = Arena::new(OPERATION);
         let scratch = arena.region("workspace", scratch.max(gating_bytes).max(BARRIER_HEADER), 1)?;
         routed.lay(&mut arena)?;
@@ -146,11 +142,11 @@ impl BackwardPlan {
             desc: *desc,
             routed,
             shared,
-            gate,
+            gate: gate.transpose()?,
             choices,
             again: again.map(|(_, selection)| selection),
             gating,
-            router,
+            router: router.transpose()?,
             sum,
             regions,
             workspace_bytes: arena.bytes(),
@@ -241,7 +237,7 @@ impl RouterSteps {
         let desc = RouterBackwardDesc::new(of.dtype, tokens, columns, of.hidden).weight(of.router_dtype);
         Ok(RouterSteps {
             desc,
-            weight: router_backward::select_weight(&desc, device).map_err(within)?.0,
+            weight: router_backward::select_into_weight(&desc, device).map_err(within)?,
             input: router_backward::select_into_x(&desc, device).map_err(within)?,
         })
     }
