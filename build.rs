@@ -248,7 +248,8 @@ fn deflated(path: &Path) -> PathBuf {
     let mut bytes = std::fs::read(path).expect("the build's own folder can be read");
     if extension == "ptx" {
         let text = String::from_utf8(bytes).expect("the build renders UTF-8");
-        let lines = text.lines().map(str::trim).map(|line| if line.starts_with("//") { "" } else { line });
+        let comment = |line: &str| line.starts_with("//") && !later::is_for_later(line);
+        let lines = text.lines().map(str::trim).map(|line| if comment(line) { "" } else { line });
         bytes = lines.collect::<Vec<_>>().join("\n").into_bytes();
     }
     let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());

@@ -3,6 +3,12 @@
 /// What a line for compute capability 9.0 and later begins with.
 const MARK: &str = "//sm_90 ";
 
+/// Whether a line is one of those.
+#[allow(dead_code)]
+pub fn is_for_later(line: &str) -> bool {
+    line.starts_with(MARK)
+}
+
 /// The text for devices of at least that capability, where it has such lines: they are instructions there.
 pub fn for_sm_90(ptx: &str) -> Option<String> {
     if !ptx.contains(MARK) {
