@@ -91,7 +91,11 @@ impl ExpertsPlan {
                 .split(!desc.batch_invariant)
                 .weight(mlp.down)
                 .shared_rows(shared_rows);
-            let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
+            let step = |product: GemmDesc| {
+                let measured = desc.overrides.map_or(Ok(product), |measured| measured.apply(&product, device));
+                let desc = measured.map_err(|error| error.within(OPERATION))?;
+                Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })
+            };
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
         let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {
@@ -408,7 +412,9 @@ impl ExpertsPlan {
         };
         if let Some((sum, selection)) = at.sum.as_ref().zip(self.down_combine) {
             let together = Step { desc: self.down.desc, selection };
-            let sum = Some(combine::sum_of(&self.combine.desc, sum));
+            // The first product is right in front, and waits for what made the lists.
+            let early = self.gate_up.selection.programmatic;
+            let sum = Some(combine::sum_of(&self.combine.desc, sum, early));
             Product { sum, ..second }.enqueue(scope, &together, down)?;
             observer(Stage::DownCombine);
             return Ok(());
