@@ -13,6 +13,7 @@ use super::folder::Checkpoint;
 use super::kind::KindSpec;
 use super::load::{Progress, load};
 use super::locate::{Found, full_name};
+use super::places::{Places, ToPlaces};
 use super::spec::{BlockSpec, Scene};
 use super::store::{Store, ToDevice, ToHost, ToNowhere};
 use super::weights::{DeviceBlock, HostBlock, Loaded};
@@ -164,6 +165,14 @@ impl Block<'_> {
     /// Those of [`Block::load`].
     pub fn load_host(&self, dtype: Dtype) -> Result<HostBlock, CheckpointError> {
         self.load_into(&mut ToHost, dtype, &mut |_| ())
+    }
+
+    /// Which of the checkpoint's tensors each of the buffers of a load is made of; gradients lie as their weights do.
+    ///
+    /// # Errors
+    /// Those of [`Block::check`].
+    pub fn places(&self) -> Result<Loaded<Places>, CheckpointError> {
+        self.load_into(&mut ToPlaces, Dtype::F32, &mut |_| ())
     }
 
     fn load_into<S: Store>(

@@ -23,8 +23,13 @@ pub(super) trait Store {
     /// The values of a tensor of whole numbers.
     fn integers(&mut self, values: &FileTensor<'_>) -> Result<Self::Buffer, CheckpointError>;
 
-    /// Values as they are in no file, rounded.
-    fn floats(&mut self, dtype: Dtype, values: &[f32]) -> Result<Self::Buffer, CheckpointError>;
+    /// The values of a matrix with its rows as columns, rounded; `turned` are they.
+    fn turned(
+        &mut self,
+        dtype: Dtype,
+        matrix: &FileTensor<'_>,
+        turned: &[f32],
+    ) -> Result<Self::Buffer, CheckpointError>;
 
     /// Whole numbers that are in no file.
     fn numbers(&mut self, values: &[i32]) -> Result<Self::Buffer, CheckpointError>;
@@ -197,7 +202,7 @@ impl Store for ToDevice<'_> {
         Ok(buffer)
     }
 
-    fn floats(&mut self, dtype: Dtype, values: &[f32]) -> Result<DeviceBuffer, CheckpointError> {
+    fn turned(&mut self, dtype: Dtype, _: &FileTensor<'_>, values: &[f32]) -> Result<DeviceBuffer, CheckpointError> {
         let mut buffer = self.buffer(dtype, values.len())?;
         match &mut buffer {
             DeviceBuffer::Bf16(buffer) => self.copy(buffer, 0, &rounded(values))?,
@@ -246,7 +251,7 @@ impl Store for ToHost {
         Ok(HostBuffer::I32(values.integers()?))
     }
 
-    fn floats(&mut self, dtype: Dtype, values: &[f32]) -> Result<HostBuffer, CheckpointError> {
+    fn turned(&mut self, dtype: Dtype, _: &FileTensor<'_>, values: &[f32]) -> Result<HostBuffer, CheckpointError> {
         match dtype {
             Dtype::Bf16 => Ok(HostBuffer::Bf16(rounded(values))),
             Dtype::F16 => Ok(HostBuffer::F16(rounded(values))),
@@ -284,7 +289,7 @@ impl Store for ToNowhere {
         values.check_integers()
     }
 
-    fn floats(&mut self, _: Dtype, _: &[f32]) -> Result<(), CheckpointError> {
+    fn turned(&mut self, _: Dtype, _: &FileTensor<'_>, _: &[f32]) -> Result<(), CheckpointError> {
         Ok(())
     }
 

@@ -137,7 +137,7 @@ impl TensorFile {
         let (path, name) = (self.path.as_path(), name.to_owned());
         // The header's offsets lie within the file: it was checked when it was opened.
         let bytes = self.data.as_deref().map_or(&[][..], |data| &data[start..end]);
-        Ok(FileTensor { path, name, dtype: info.dtype, shape: info.shape.clone(), bytes })
+        Ok(FileTensor { path, name, dtype: info.dtype, shape: info.shape.clone(), bytes, whole: None })
     }
 
     /// Has the system read ahead what will be used soon.
@@ -158,6 +158,8 @@ pub struct FileTensor<'a> {
     dtype: FileDtype,
     shape: Vec<usize>,
     bytes: &'a [u8],
+    /// Of a part, the extents of the whole, and its first element there.
+    whole: Option<(Vec<usize>, usize)>,
 }
 
 const FLOATS: &str = "BF16, F16 or F32";
@@ -188,7 +190,14 @@ impl<'a> FileTensor<'a> {
     pub(super) fn part(&self, start: usize, elements: usize) -> FileTensor<'a> {
         let size = self.bytes.len().checked_div(self.elements()).unwrap_or(0);
         let bytes = &self.bytes[start * size..][..elements * size];
-        FileTensor { path: self.path, name: self.name.clone(), dtype: self.dtype, shape: vec![elements], bytes }
+        let (extents, first) = self.whole();
+        let whole = Some((extents.to_vec(), first + start));
+        FileTensor { path: self.path, name: self.name.clone(), dtype: self.dtype, shape: vec![elements], bytes, whole }
+    }
+
+    /// The extents of the whole tensor, and the number there of the first element here.
+    pub(super) fn whole(&self) -> (&[usize], usize) {
+        self.whole.as_ref().map_or((&self.shape, 0), |(extents, first)| (extents, *first))
     }
 
     /// Fails unless it is of a type that is read.

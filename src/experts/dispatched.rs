@@ -115,6 +115,37 @@ impl Dispatched {
         })
     }
 
+    /// All of `rows` rows as those of one expert, for products along K that gather nothing: what these do not read is not there.
+    pub(crate) fn of_one_expert(stream: &Arc<CudaStream>, rows: usize) -> Result<Dispatched, Error> {
+        const OPERATION: &str = "dispatched";
+        let shape = Dispatched::shape_of_one_expert(rows);
+        let mut lists = Dispatched::new(stream, &SlotShape { tokens: 0, slots: 0, ..shape })?;
+        let upload = |values: &[i32], list: &mut CudaSlice<i32>| {
+            stream.memcpy_htod(values, list).map_err(Error::driver(OPERATION))
+        };
+        upload(&[rows as i32], &mut lists.counts)?;
+        upload(&[0, rows as i32], &mut lists.offsets)?;
+        Ok(Dispatched { shape, ..lists })
+    }
+
+    /// The shape of [`Dispatched::of_one_expert`].
+    pub(crate) const fn shape_of_one_expert(rows: usize) -> SlotShape {
+        SlotShape { tokens: rows, experts: 1, top_k: Some(1), slots: rows, tile_m: 1, max_tiles: 0 }
+    }
+
+    /// Bytes of what [`Dispatched::new`] allocates.
+    pub(crate) fn bytes_of(most: &SlotShape) -> usize {
+        let lists =
+            [most.experts, most.experts + 1, most.slots, most.token_slots(), most.token_offsets(), most.slots, 1];
+        let words: usize = lists.into_iter().map(|elements| elements.max(1)).sum();
+        4 * words + size_of::<TileEntry>() * most.max_tiles.max(1)
+    }
+
+    /// Bytes of [`Dispatched::of_one_expert`].
+    pub(crate) fn bytes_of_one_expert() -> usize {
+        Dispatched::bytes_of(&Dispatched::shape_of_one_expert(0))
+    }
+
     /// Takes lists from elsewhere as they are.
     ///
     /// # Safety

@@ -147,6 +147,16 @@ impl ExpertsPlan {
         })
     }
 
+    /// The device that was planned for.
+    pub(super) fn device(&self) -> &DeviceInfo {
+        &self.device
+    }
+
+    /// The first product of the routed experts, without rows of a shared one.
+    pub(super) fn gate_up_alone(&self) -> GemmDesc {
+        self.gate_up.desc.shared_rows(0).shared_activation(None)
+    }
+
     /// The dispatch's shape that was planned for.
     pub fn rows(&self) -> &SlotShape {
         &self.rows

@@ -10,6 +10,7 @@ use super::intermediates::Intermediates;
 use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RoutePlan};
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
+use crate::experts::dispatched::{Dispatched, Filling};
 use crate::experts::{combine, gemm};
 use crate::rules::{Dropout, NullOutput};
 use crate::runtime::builder::buffers;
@@ -138,6 +139,21 @@ impl LayerPlan {
         workspace: &mut Workspace,
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
+        self.run(kernels, stream, weights, args, None, workspace, observer)
+    }
+
+    /// [`LayerPlan::forward_observed`] with the rows in `keep`, else in the workspace.
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn run<T: Element>(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        weights: &LayerWeights<'_>,
+        args: LayerArgs<'_, T>,
+        keep: Option<&mut Dispatched>,
+        workspace: &mut Workspace,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<(), Error> {
         let scope = Scope::begin(OPERATION, kernels, stream)?;
         let desc = self.desc();
         scope.check_dtype::<T>("x", desc.dtype)?;
@@ -174,7 +190,12 @@ impl LayerPlan {
             return Err(Error::Unexpected { operation: OPERATION, argument: "given_logits", reason });
         }
         let experts = weights.experts.open(&scope, desc)?;
+        let filling = keep.map(|dispatched| dispatched.fill(&scope, &self.route.rows())).transpose()?;
         if self.tokens == 0 {
+            if let Some(filling) = filling {
+                filling.zero(&scope)?;
+                filling.filled();
+            }
             return self.route.without_tokens(&scope, route);
         }
         let alignment = shape::row_alignment(desc.dtype, desc.hidden);
@@ -198,7 +219,10 @@ impl LayerPlan {
         let shared_gate = self.open_gate(&scope, args.shared_gate)?;
         let (held, mut extras) = HeldRoute::open(&scope, &self.route, router.is_some(), route)?;
 
-        let lists = self.route.regions.lists(&workspace);
+        let lists = match &filling {
+            Some(filling) => filling.addresses(),
+            None => self.route.regions.lists(&workspace),
+        };
         let at = RouteAddresses::new(&self.route, &workspace, &held, lists);
         let regions = self.experts.regions;
         let gate_logits = optional(&shared_gate).unwrap_or_else(|| workspace.at(regions.shared_gate));
@@ -269,6 +293,7 @@ impl LayerPlan {
                 Tail { rows: products.rows, shared, shared_scale: desc.shared_scale(), residual, y: y.address() };
             around.enqueue_after(&scope, &experts.around, &workspace, tail, observer)?;
         }
+        filling.into_iter().for_each(Filling::filled);
         Ok(())
     }
 }
@@ -326,6 +351,29 @@ impl<'a, T> LayerArgs<'a, T> {
             shared_gate: None,
             dropout: None,
             noise_state: None,
+        }
+    }
+
+    /// The same for a shorter time.
+    pub(super) fn reborrow(&mut self) -> LayerArgs<'_, T> {
+        fn again<'b, U>(buffer: &'b mut Option<Out<'_, U>>) -> Option<Out<'b, U>> {
+            buffer.as_mut().map(Out::reborrow)
+        }
+        LayerArgs {
+            x: self.x,
+            router_x: self.router_x,
+            residual: self.residual,
+            accumulate: self.accumulate,
+            y: self.y.reborrow(),
+            choices: self.choices,
+            route: self.route.reborrow(),
+            hidden: again(&mut self.hidden),
+            pre_activation: again(&mut self.pre_activation),
+            shared_hidden: again(&mut self.shared_hidden),
+            shared_pre_activation: again(&mut self.shared_pre_activation),
+            shared_gate: again(&mut self.shared_gate),
+            dropout: self.dropout,
+            noise_state: self.noise_state,
         }
     }
 

@@ -34,6 +34,7 @@
 //! [`LayerArgs::noise_state`].
 
 mod around;
+mod backward;
 mod banks;
 mod desc;
 mod experts;
@@ -45,6 +46,10 @@ mod tests;
 mod weights;
 
 pub use around::{LatentDesc, LatentWeights, NormWeights, Norms};
+pub use backward::{
+    BackwardArgs, BackwardDesc, BackwardPlan, BackwardStage, LayerGradients, Origin, RouterGradients, Saved,
+    SharedGradients, WeightGradients,
+};
 pub use banks::{BanksArgs, BanksPlan};
 pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc};
 pub use experts::{ExpertsArgs, ExpertsPlan};

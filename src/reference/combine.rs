@@ -1,8 +1,12 @@
 //! Combine: every token's sum of its experts' outputs.
 
+mod backward;
+
 use super::activation::sigmoid;
 use super::parallel::for_each_row;
 use super::{Real, ReferenceError, require, require_shape};
+
+pub use backward::{CombineGradient, add_identity_backward, combine_backward, gate_addend_backward};
 
 /// `y[t] = residual[t] + addend[t] + sum_j weights[t,j] y_slots[token_slot[t,j]]`, `[T,H]`.
 ///

@@ -1,5 +1,7 @@
 //! Grouped GEMM: each row times the matrix of its expert, with scale, bias and activation.
 
+mod backward;
+
 use super::activation::{activate, activate_glu};
 use super::dispatch::Dispatched;
 use super::parallel::{for_each_row, map_rows};
@@ -8,6 +10,8 @@ use crate::rules::Activation;
 use crate::rules::NoiseSource;
 use crate::rules::{Glu, Layout};
 use crate::rules::{drop_below, keep_scale};
+
+pub use backward::{MatrixGradient, ProductGradient, dense_backward, grouped_backward};
 
 /// One matrix for each expert.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +34,16 @@ impl<W: Real> ExpertMatrix<'_, W> {
     /// Rows of the weight, `Nb`.
     pub fn weight_rows(&self) -> usize {
         if self.glu == Glu::None { self.n } else { 2 * self.n }
+    }
+
+    /// Where an element is: of an expert's row `row < Nb`, that of column `column < K`.
+    fn index(&self, expert: usize, row: usize, column: usize) -> usize {
+        let rows = self.weight_rows();
+        expert * rows * self.k
+            + match self.layout {
+                Layout::Nk => row * self.k + column,
+                Layout::Kn => column * rows + row,
+            }
     }
 
     /// `scale * (a . W[expert]^T)[row] + bias[expert, row]`.
@@ -152,10 +166,7 @@ fn rows_of_experts<A: Real>(
         require_shape("row_scale", scale, &[rows])?;
     }
 
-    let mut expert_of = vec![None; rows];
-    for (expert, (&first, &count)) in plan.offsets.iter().zip(&plan.counts).enumerate() {
-        expert_of[first as usize..][..count as usize].fill(Some(expert));
-    }
+    let expert_of = row_experts(plan);
     let mut out = vec![f64::NAN; rows * width];
     for_each_row(&mut out, width, |row, out| {
         let Some(expert) = expert_of[row] else { return };
@@ -163,6 +174,15 @@ fn rows_of_experts<A: Real>(
         each(&a[source * k..][..k], row_scale.map_or(1.0, |scale| scale[row]), expert, out);
     });
     Ok(out)
+}
+
+/// The expert of each row; none where no slot fills it.
+fn row_experts(plan: &Dispatched) -> Vec<Option<usize>> {
+    let mut expert_of = vec![None; plan.slot_token.len()];
+    for (expert, (&first, &count)) in plan.offsets.iter().zip(&plan.counts).enumerate() {
+        expert_of[first as usize..][..count as usize].fill(Some(expert));
+    }
+    expert_of
 }
 
 /// The same with a single expert for all rows: `out = act(a W^T + bias)`, `[rows, N]`. The shared expert.

@@ -1,12 +1,18 @@
 //! The whole layer: router, gating, dispatch, two expert matrices, combine.
 
+mod backward;
+#[cfg(test)]
+mod differences;
+
 use super::combine::{add_around, add_identity, combine, gate_addend, identity_weight};
 use super::dispatch::{DispatchRule, Dispatched, dispatch};
 use super::gating::{Gated, gate};
-use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
+use super::gemm::{ExpertMatrix, dense_gemm, grouped_gemm, grouped_gemm_by_expert};
 use super::router::router;
 use super::{Real, ReferenceError, require};
 use crate::rules::{Activation, Capacity, Gating, NullExperts, NullOutput, Weighting};
+
+pub use backward::{Gradients, Losses, backward};
 
 /// A Mixture-of-Experts layer and its parameters, of type `W` (router and its biases: `R`).
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +37,8 @@ pub struct Layer<'a, R, W> {
     pub up: ExpertMatrix<'a, W>,
     /// Between the two.
     pub activation: Activation,
+    /// In its place, one for each expert that has matrices: limits, steepness and offsets of a SwiGLU by expert.
+    pub activations: Option<&'a [Activation]>,
     /// Second matrix, `K = I`, `N = H`.
     pub down: ExpertMatrix<'a, W>,
     /// The two matrices of the expert that every token passes, with their own intermediate size.
@@ -45,6 +53,13 @@ pub struct Layer<'a, R, W> {
     pub bias: Option<&'a [W]>,
     /// The last of the experts have no matrices and compute nothing.
     pub null: Option<NullExperts>,
+}
+
+impl<R, W> Layer<'_, R, W> {
+    /// The activation of each of so many experts.
+    fn activations_of(&self, experts: usize) -> Vec<Activation> {
+        self.activations.map_or_else(|| vec![self.activation; experts], <[Activation]>::to_vec)
+    }
 }
 
 /// Everything that the layer computes on its way.
@@ -105,7 +120,8 @@ pub fn forward_gated<X: Real, R: Real, W: Real>(
 
     let slot_weight = plan.slot_weight(&gated.weights);
     let row_scale = (layer.weighting == Weighting::Input).then_some(&slot_weight[..]);
-    let mut hidden = grouped_gemm(x, &layer.up, &plan, true, row_scale, layer.activation)?;
+    let activations = layer.activations_of(experts);
+    let mut hidden = grouped_gemm_by_expert(x, &layer.up, &plan, true, row_scale, &activations)?;
     if layer.weighting == Weighting::Activation {
         let rows = hidden.chunks_mut(layer.up.n).zip(&slot_weight);
         rows.for_each(|(row, weight)| row.iter_mut().for_each(|value| *value *= weight));
@@ -170,6 +186,7 @@ mod tests {
             capacity: None,
             up: plain(&[2.0, 3.0]),
             activation: Activation::Relu,
+            activations: None,
             down: plain(&[10.0, 10.0]),
             shared: shared.then_some((plain(&[1.0]), plain(&[7.0]))),
             shared_activation: None,

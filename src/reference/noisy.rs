@@ -55,6 +55,8 @@ pub fn noise_deviation(raw: f32, noise_epsilon: f32) -> f32 {
 /// `P(x,i) = Phi((clean_i - kth_excluding(H,k,i)) / softplus(raw_i))` (eq. 8, 9), with the epsilon where H has it. Where k is the number of
 /// experts there is no k-th other one, and P is 1: the authors' code counts tokens then.
 ///
+/// Garbage stays where it is: a gate or a P that is no number, of logits that are NaN or +Inf, is 0, which the paper leaves open.
+///
 /// # Errors
 /// Lengths that do not fit `experts`, `top_k` of 0 or above `experts`.
 pub fn noisy_top_k(clean: &[f32], raw: &[f32], experts: usize, rule: &NoisyRule) -> Result<NoisyGated, ReferenceError> {
@@ -202,18 +204,21 @@ fn level(
         // One more than are kept: kth_excluding needs it.
         let order = top(&wide, rule.top_k + 1);
         let kept = &order[..rule.top_k];
-        let gates = softmax(&kept.iter().map(|&e| wide[e]).collect::<Vec<_>>());
+        let numbers = |values: Vec<f64>| values.into_iter().map(|value| if value.is_nan() { 0.0 } else { value });
+        let gates: Vec<f64> = numbers(softmax(&kept.iter().map(|&e| wide[e]).collect::<Vec<_>>())).collect();
         for (&e, &gate) in kept.iter().zip(&gates) {
             result.ids.push(e as i32);
             result.weights.push(gate);
             result.counts[e] += 1;
             result.importance[e] += gate;
         }
-        for e in 0..experts {
+        let chances = (0..experts).map(|e| {
             let excluding = if kept.contains(&e) { order.get(rule.top_k) } else { kept.last() };
             // With no other expert left, e is always kept.
-            result.load[e] += excluding
-                .map_or(1.0, |&other| normal_cdf((f64::from(clean[e]) - wide[other]) / f64::from(deviation[e])));
+            excluding.map_or(1.0, |&other| normal_cdf((f64::from(clean[e]) - wide[other]) / f64::from(deviation[e])))
+        });
+        for (load, chance) in result.load.iter_mut().zip(numbers(chances.collect())) {
+            *load += chance;
         }
         let bound = |at: Option<&usize>| at.map_or(f32::NEG_INFINITY, |&other| noisy[other]);
         result.thresholds.extend([bound(kept.last()), bound(order.get(rule.top_k))]);

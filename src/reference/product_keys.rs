@@ -1,9 +1,13 @@
 //! Product keys: Lample et al. 2019, "Large Memory Layers with Product Keys", section 3.2; as a router of experts He 2024, "Mixture of A Million
 //! Experts" (PEER), section 2.
 
+mod backward;
+
 use super::gating::{Gated, descending, softmax, top};
 use super::{Real, ReferenceError, require};
 use crate::rules::KeySplit;
+
+pub use backward::product_keys_backward;
 
 /// The `top_k` experts `a * keys + b` with the largest `first[a] + second[b]` of each row, and the softmax over their sums.
 ///

@@ -2,8 +2,12 @@
 //!
 //! Where a model keeps a row in its storage type before it is normalised, so does this: the sum with an addend, and a row with its gain first.
 
+mod backward;
+
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{Gain, RmsNorm};
+
+pub use backward::{NormGradient, rms_norm_backward};
 
 /// Rows that are normalised, and what goes with them.
 #[derive(Clone, Copy, Debug)]

@@ -1,9 +1,13 @@
 //! Experts of one hidden unit: He 2024, "Mixture of A Million Experts" (PEER), eq. 2; Doge's retrieved experts.
 
+mod backward;
+
 use super::activation::activate;
 use super::parallel::for_each_row;
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::Activation;
+
+pub use backward::{UnitGradients, unit_experts_backward};
 
 /// `y[t] = addend[t] + sum_j weights[t,j] act(input[e_j] . x[t]) output[e_j]`, `e_j = ids[t,j]`, `[T, H]`.
 ///

@@ -175,6 +175,7 @@ impl Layer {
             capacity: None,
             up,
             activation: self.desc.mlp.activation,
+            activations: None,
             down,
             shared: Some(mlp(2)),
             shared_activation: None,

@@ -8,7 +8,7 @@ use moe_kernels::rules::{NoiseSource, NoisyRule};
 use moe_kernels::{In, Workspace};
 
 use crate::noise_state::State;
-use crate::noisy::{Got, Logits, assert_loss, assert_same_bits, assert_sums, tokens_of_parts};
+use crate::noisy::{Got, Logits, assert_finite, assert_loss, assert_same_bits, assert_sums, tokens_of_parts};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
@@ -156,6 +156,7 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: 
     assert_eq!(got.ids, want.ids, "{name}: ids");
     assert_weights(&name, &got.weights, &want.weights, Shares::Product(primary.top_k, secondary.top_k), 0);
     assert_eq!(got.counts, want.counts, "{name}: counts");
+    [&first, &got].into_iter().for_each(|level| assert_finite(&name, level));
     assert_sums(&format!("{name}: importance"), &got.importance, &want.importance);
     assert_sums(&format!("{name}: load"), &got.load, &want.load);
     assert_loss(&format!("{name}: importance loss"), got.losses[0], &got.importance);

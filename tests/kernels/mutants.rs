@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use moe_kernels::kernels::embedded;
 use moe_kernels::registry::Kernel;
+use softcuda::lower::{Environment, lower_module};
 use wildmatch::WildMatch;
 
 use super::ALONE;
@@ -44,9 +45,21 @@ struct Mutant {
     kind: Kind,
     /// From 1.
     line: usize,
+    /// Of `.version`.
+    version_line: usize,
     old: String,
     new: String,
     place: Place,
+}
+
+impl Mutant {
+    /// Lines, from 1, and what they become: its own, and the module's version where that has no such instruction. An mbarrier's relaxed
+    /// forms are of PTX 8.6.
+    fn rows(&self) -> impl Iterator<Item = (usize, &str)> {
+        let later = self.new.contains("mbarrier.") && self.new.contains(".relaxed.");
+        let version = later.then_some((self.version_line, ".version 8.6"));
+        version.into_iter().chain([(self.line, self.new.as_str())])
+    }
 }
 
 /// What stands around a line.
@@ -108,12 +121,21 @@ enum Verdict {
 /// Every way to break a kernel.
 fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
     let around = places(ptx);
+    let version_line = 1 + ptx.lines().position(|line| line.starts_with(".version")).expect("a module has a version");
     let mut alike: BTreeMap<(Kind, String), Vec<Mutant>> = BTreeMap::new();
     let mut add = |kind, line: usize, old: &str, new: String| {
         let old = old.split("//").next().unwrap_or_default().trim().to_owned();
         let key = (kind, old.replace(|c: char| c.is_ascii_digit(), ""));
         let place = around.get(&line).cloned().unwrap_or_default();
-        alike.entry(key).or_default().push(Mutant { kernel: kernel.to_owned(), kind, line, old, new, place });
+        alike.entry(key).or_default().push(Mutant {
+            kernel: kernel.to_owned(),
+            kind,
+            line,
+            version_line,
+            old,
+            new,
+            place,
+        });
     };
     let body = ptx.lines().enumerate().skip_while(|(_, line)| !line.starts_with('{'));
     for (i, text) in body.map(|(i, text)| (i + 1, text.trim())) {
@@ -132,9 +154,10 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
             add(Kind::Wait, i, text, without());
         }
         let fence = starts(&["fence", "membar"]);
-        // `barrier.cluster` is a name and not a scope, and its wait only ever acquires.
+        // `barrier.cluster` is a name and not a scope, and its wait only ever acquires; `fence.mbarrier_init` has one scope.
         let whole_cluster = starts(&["barrier.cluster"]);
         let waits = starts(&["barrier.cluster.wait"]);
+        let initialises = starts(&["fence.mbarrier_init"]);
         for order in [".acquire", ".release", ".acq_rel"] {
             // A fence that orders nothing is none, which is a mutant already.
             if instruction.contains(&format!("{order}.")) && !fence && !waits {
@@ -148,7 +171,7 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
         let ordered = fence || [".relaxed", ".acquire", ".release", ".acq_rel"].iter().any(|o| instruction.contains(o));
         for scope in [".cluster", ".gpu", ".sys"] {
             let named = instruction.contains(&format!("{scope}.")) || instruction.ends_with(&format!("{scope};"));
-            if ordered && named && !whole_cluster {
+            if ordered && named && !whole_cluster && !initialises {
                 add(Kind::Scope, i, text, text.replacen(scope, ".cta", 1));
             }
         }
@@ -198,7 +221,8 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, (thread
     let _ = std::fs::create_dir_all(&folder);
     let path = |what: &str| -> PathBuf { folder.join(format!("{id}.{what}")) };
     let (patch_file, findings_file, log) = (path("patch"), path("findings"), path("log"));
-    let text = patch.map_or(String::new(), |m| format!("{}\t{}\t{}\n", m.kernel, m.line, m.new));
+    let rows = |m: &Mutant| m.rows().map(|(line, new)| format!("{}\t{line}\t{new}\n", m.kernel)).collect::<String>();
+    let text = patch.map_or(String::new(), rows);
     std::fs::write(&patch_file, text).expect("a temporary file");
     let this = std::env::current_exe().expect("this program");
     let output = std::fs::File::create(&log).expect("a temporary file");
@@ -236,7 +260,7 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, (thread
     for file in [patch_file, findings_file, log] {
         let _ = std::fs::remove_file(file);
     }
-    assert!(!last.contains("CUDA_ERROR_INVALID_PTX"), "no mutant but a spelling mistake: {last}");
+    assert!(!last.contains("CUDA_ERROR_INVALID_PTX"), "{kernel}: no mutant but a spelling mistake: {last}");
     match (status, finding) {
         (None, _) => Verdict::Case("no end".into()),
         (Some(status), _) if !status.success() => Verdict::Case(last),
@@ -282,9 +306,35 @@ fn harmless(m: &Mutant) -> Option<&'static str> {
     ROWS.get_or_init(harmless_rows).iter().find(|row| row.fits(m)).map(|row| row.reason)
 }
 
+/// Every mutant of every kernel.
+fn all_mutants() -> Vec<Mutant> {
+    embedded().iter().flat_map(|e| mutants(e.name, &e.ptx(), usize::MAX)).collect()
+}
+
+/// Mutants that are no PTX: a spelling mistake of this file. Of those that differ in numbers alone one is read.
+fn misspelt(all: &[Mutant]) -> Vec<String> {
+    let plain = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
+    let different: BTreeMap<_, &Mutant> = all.iter().map(|m| ((m.kind, plain(&m.old), plain(&m.new)), m)).collect();
+    let mut by_kernel: BTreeMap<&str, Vec<&Mutant>> = BTreeMap::new();
+    different.into_values().for_each(|m| by_kernel.entry(&m.kernel).or_default().push(m));
+    let environment = Environment { compute_capability: (9, 0), ..Default::default() };
+    let wrong = by_kernel.into_iter().flat_map(|(kernel, mutants)| {
+        let ptx = embedded().iter().find(|e| e.name == kernel).expect("every kernel is embedded").ptx();
+        let lines: Vec<&str> = ptx.lines().collect();
+        let refused = |m: &&Mutant| {
+            let mut lines = lines.clone();
+            m.rows().for_each(|(line, new)| lines[line - 1] = new);
+            let module = softcuda::ptx::parse(&lines.join("\n")).map_err(|error| error.to_string());
+            let read = module.and_then(|m| lower_module(&m, &environment).map_err(|error| error.to_string()));
+            read.err().map(|why| format!("{kernel}, line {}: `{}` as `{}`: {why}", m.line, m.old, m.new))
+        };
+        mutants.iter().filter_map(refused).collect::<Vec<_>>()
+    });
+    wrong.collect()
+}
+
 /// Rows of `harmless.txt` that fit no place in any kernel.
-fn stale_rows() -> Vec<&'static str> {
-    let all: Vec<Mutant> = embedded().iter().flat_map(|e| mutants(e.name, &e.ptx(), usize::MAX)).collect();
+fn stale_rows(all: &[Mutant]) -> Vec<&'static str> {
     harmless_rows().into_iter().filter(|row| !all.iter().any(|m| row.fits(m))).map(|row| row.row).collect()
 }
 
@@ -306,7 +356,10 @@ fn of(kernel: &Kernel, limit: usize) -> Vec<Mutant> {
 /// Breaks the kernels and prints what became of it: `limit` places of each kind, `all`, or for a number of seconds (`120s`) places that the
 /// run's seed draws.
 pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
-    let stale = stale_rows();
+    let all = all_mutants();
+    let misspelt = misspelt(&all);
+    assert!(misspelt.is_empty(), "no mutants but spelling mistakes:\n{}", misspelt.join("\n"));
+    let stale = stale_rows(&all);
     stale.iter().for_each(|row| println!("harmless.txt: fits no place in any kernel: {row}"));
     let seconds = limit.strip_suffix('s').and_then(|number| number.parse().ok()).map(Duration::from_secs);
     let limit = match limit {

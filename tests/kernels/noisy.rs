@@ -245,10 +245,18 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &NoisyDesc, kind: Logits)
     assert_same_bits(&format!("{name}: thresholds"), &got.thresholds, &positive);
     assert_weights(&name, &got.weights, &want.weights, Shares::Softmax(desc.rule.top_k), 0);
     assert_eq!(got.counts, want.counts, "{name}: counts");
+    assert_finite(&name, &got);
     assert_sums(&format!("{name}: importance"), &got.importance, &want.importance);
     assert_sums(&format!("{name}: load"), &got.load, &want.load);
     assert_loss(&format!("{name}: importance loss"), got.losses[0], &got.importance);
     assert_loss(&format!("{name}: load loss"), got.losses[1], &got.load);
+}
+
+/// Whatever the logits are.
+pub fn assert_finite(name: &str, got: &Got) {
+    for values in [&got.weights, &got.importance, &got.load, &got.losses] {
+        assert!(values.iter().all(|value| value.is_finite()), "{name}: {values:?}");
+    }
 }
 
 fn rule(top_k: usize, noise_epsilon: f32) -> NoisyRule {

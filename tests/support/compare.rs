@@ -71,6 +71,10 @@ pub const RECORDED: f64 = 1e-6;
 /// Relative, of one recorded weight: a small probability carries the absolute error of its f32 logit.
 pub const RECORDED_WEIGHT: f64 = 1e-5;
 
+/// In the norm, of gradients that autograd recorded in f32: sums of some hundred products behind one another, and in the router's differences of
+/// such.
+pub const RECORDED_GRADIENT: f64 = 4e-6;
+
 /// In the norm, of a layer's router logits: f32 sums over the hidden size.
 pub const LAYER_LOGITS: f64 = 1e-6;
 

@@ -2,7 +2,9 @@
 
 use moe_kernels::checkpoint::{HostBuffer, MatrixWeight};
 use moe_kernels::reference::dispatch::Dispatched;
-use moe_kernels::reference::gemm::{ExpertMatrix, dense_gemm, grouped_gemm};
+use moe_kernels::reference::gemm::{
+    ExpertMatrix, ProductGradient, dense_backward, dense_gemm, grouped_backward, grouped_gemm,
+};
 use moe_kernels::reference::{Real, ReferenceError};
 use moe_kernels::rules::{Activation, Glu, Layout, WeightDesc};
 
@@ -32,9 +34,18 @@ macro_rules! typed {
                 let $matrix = $of.matrix(weight, $of.weight.bias.as_ref().and_then(HostBuffer::f32));
                 $body
             }
-            _ => Ok(Vec::new()),
+            _ => Err(ReferenceError {
+                argument: "weight",
+                expected: "numbers with a fraction".into(),
+                found: "whole numbers".into(),
+            }),
         }
     };
+}
+
+/// A matrix of numbers, as `nn.Linear` holds it.
+pub fn dense<'a>(weight: &'a [f64], bias: Option<&'a [f64]>, k: usize) -> ExpertMatrix<'a, f64> {
+    ExpertMatrix { weight, bias, n: weight.len() / k.max(1), k, glu: Glu::None, layout: Layout::Nk }
 }
 
 impl<'a> Matrix<'a> {
@@ -66,5 +77,29 @@ impl<'a> Matrix<'a> {
         activation: Activation,
     ) -> Result<Vec<f64>, ReferenceError> {
         typed!(self, |matrix| grouped_gemm(a, &matrix, plan, gather, row_scale, activation))
+    }
+
+    /// What [`Matrix::dense`] passes back.
+    pub fn dense_backward<A: Real>(
+        &self,
+        a: &[A],
+        activation: Activation,
+        d_out: &[f64],
+    ) -> Result<ProductGradient, ReferenceError> {
+        typed!(self, |matrix| dense_backward(a, &matrix, activation, d_out))
+    }
+
+    /// What [`Matrix::grouped`] passes back.
+    pub fn grouped_backward<A: Real>(
+        &self,
+        a: &[A],
+        plan: &Dispatched,
+        gather: bool,
+        row_scale: Option<&[f64]>,
+        activation: Activation,
+        d_out: &[f64],
+    ) -> Result<ProductGradient, ReferenceError> {
+        let activations = vec![activation; plan.counts.len()];
+        typed!(self, |matrix| grouped_backward(a, &matrix, plan, gather, row_scale, &activations, d_out))
     }
 }

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod device;
 pub mod error;
 pub mod golden;
+pub mod grads;
 pub mod matrix;
 pub mod out;
 pub mod own;

@@ -1,11 +1,13 @@
 //! A block by the plain formulas of `moe_kernels::reference`, in f64.
 
+mod backward;
+
 use moe_kernels::checkpoint::{BlockWeights, HostBlock, HostBuffer, Kind, MatrixWeight, Network};
 use moe_kernels::layer::{LayerDesc, Weighting};
 use moe_kernels::reference::admission::admit;
 use moe_kernels::reference::by_sequence::by_sequence;
 use moe_kernels::reference::combine::{add_around, add_identity, combine, gate_addend, identity_weight};
-use moe_kernels::reference::dispatch::{DispatchRule, dispatch};
+use moe_kernels::reference::dispatch::{DispatchRule, Dispatched, dispatch};
 use moe_kernels::reference::gating::{Gated, Inputs as GatingInputs, gate_by};
 use moe_kernels::reference::product_keys::product_keys;
 use moe_kernels::reference::rms_norm::{Rows, rms_norm};
@@ -32,6 +34,32 @@ pub struct Forward {
     pub state: Option<Vec<f64>>,
     /// `[T,H]`.
     pub y: Vec<f64>,
+}
+
+/// What a layer computes on the way from its choices to its output.
+struct Pass {
+    /// After admission.
+    gated: Gated,
+    /// `[T,H]`: x, or its norm.
+    input: Vec<f64>,
+    /// `[T,L]`, before its norm, where there is a latent width.
+    projected: Option<Vec<f64>>,
+    /// `[T, width]`: what the experts see.
+    seen: Vec<f64>,
+    plan: Dispatched,
+    row_scale: Option<Vec<f64>>,
+    /// `[rows,I]`.
+    between: Vec<f64>,
+    /// `[rows, width]`.
+    y_slots: Vec<f64>,
+    /// The same after their norm.
+    normed: Vec<f64>,
+    /// `[T, width]`: of a token's rows.
+    sum: Vec<f64>,
+    /// Numbers of experts that yield their input.
+    identities: Option<std::ops::Range<i32>>,
+    /// `[T,H]`, before its norm.
+    y: Vec<f64>,
 }
 
 /// A block's weights as numbers.
@@ -190,7 +218,7 @@ impl<'a> Reference<'a> {
     }
 
     fn one_bank(&self, x: &[f64], (logits, state): Logits, gated: Gated) -> Result<Forward, HfError> {
-        let (layer, weights) = (&self.layer, self.weights);
+        let layer = &self.layer;
         match self.kind {
             Kind::UnitExperts { input, output, .. } => {
                 let dense = self.dense(x)?;
@@ -205,6 +233,23 @@ impl<'a> Reference<'a> {
             }
             _ => {}
         }
+        let pass = self.pass(x, gated)?;
+        let y = norm(&pass.y, layer.hidden, layer.norms.output, &self.weights.around.output)?;
+        let appended = layer.gating.appended_experts();
+        let (mut ids, _) = split(&pass.gated.ids, layer.top_k, appended);
+        if layer.capacity.is_some() {
+            drop_full(&mut ids, &pass.plan.token_slot);
+        }
+        let (mut weights, appended) = split(&pass.gated.weights, layer.top_k, appended);
+        if matches!(self.kind, Kind::Network(_)) {
+            skip(&mut ids, &mut weights, layer.local_experts());
+        }
+        Ok(Forward { logits, ids, weights, appended, state, y })
+    }
+
+    /// A layer's way from its choices to what its last norm sees.
+    fn pass(&self, x: &[f64], gated: Gated) -> Result<Pass, HfError> {
+        let (layer, weights) = (&self.layer, self.weights);
         let gated = match &layer.admission {
             None => gated,
             Some(rule) => {
@@ -216,12 +261,13 @@ impl<'a> Reference<'a> {
         let (hidden, width) = (layer.hidden, layer.expert_width());
         let input = norm(x, hidden, layer.norms.experts, &weights.around.experts)?;
         let latent = weights.around.latent.as_ref().zip(layer.latent);
-        let input = match &latent {
-            None => input,
-            Some(([before, _], desc)) => {
-                let projected = Matrix::plain(before, width, hidden).dense(&input, Activation::Identity)?;
-                norm(&projected, width, desc.norm, &weights.around.latent_norm)?
-            }
+        let projected = match &latent {
+            None => None,
+            Some(([before, _], _)) => Some(Matrix::plain(before, width, hidden).dense(&input, Activation::Identity)?),
+        };
+        let seen = match projected.as_ref().zip(layer.latent) {
+            None => input.clone(),
+            Some((projected, desc)) => norm(projected, width, desc.norm, &weights.around.latent_norm)?,
         };
 
         // Experts that yield their input have no rows.
@@ -233,36 +279,40 @@ impl<'a> Reference<'a> {
         let plan = dispatch(&local, &rule)?;
         let weigh_input = layer.weighting == Weighting::Input;
         let row_scale = weigh_input.then(|| plan.slot_weight(&gated.weights));
-        let first = Matrix::sized(&weights.gate_up, layer.intermediate, width, &layer.mlp.gate_up);
-        let second = Matrix::sized(&weights.down, width, layer.intermediate, &layer.mlp.down);
-        let between = first.grouped(&input, &plan, true, row_scale.as_deref(), layer.mlp.activation)?;
+        let [first, second] = self.products();
+        let between = first.grouped(&seen, &plan, true, row_scale.as_deref(), layer.mlp.activation)?;
         let y_slots = second.grouped(&between, &plan, false, None, Activation::Identity)?;
-        let y_slots = norm(&y_slots, width, layer.norms.slots, &weights.around.slots)?;
+        let normed = norm(&y_slots, width, layer.norms.slots, &weights.around.slots)?;
         let factors = (!weigh_input).then_some(gated.weights.as_slice());
-        let mut y = combine(&y_slots, &plan.token_slot, factors, None::<&[f64]>, None, choices, width)?;
-        if let Some(([_, after], _)) = &latent {
-            y = Matrix::plain(after, hidden, width).dense(&y, Activation::Identity)?;
-        }
-        if weights.map.as_ref().is_some_and(|map| map.i32().contains(&IDENTITY)) {
-            let range = here..layer.experts as i32;
+        let sum = combine(&normed, &plan.token_slot, factors, None::<&[f64]>, None, choices, width)?;
+        let mut y = match &latent {
+            None => sum.clone(),
+            Some(([_, after], _)) => Matrix::plain(after, hidden, width).dense(&sum, Activation::Identity)?,
+        };
+        let identities = weights.map.as_ref().filter(|map| map.i32().contains(&IDENTITY));
+        let identities = identities.map(|_| here..layer.experts as i32);
+        if let Some(range) = identities.clone() {
             add_identity(&mut y, x, &identity_weight(&gated.ids, &gated.weights, choices, range)?)?;
         }
         let shared = self.shared(x)?;
-        let scales = [layer.routed_scale, layer.shared.map_or(1.0, |shared| shared.scale)].map(f64::from);
         let bias = some(&weights.output_bias);
-        add_around(&mut y, scales, bias.as_deref(), None, shared.as_deref())?;
-        let y = norm(&y, hidden, layer.norms.output, &weights.around.output)?;
+        add_around(&mut y, self.scales(), bias.as_deref(), None, shared.as_deref())?;
+        Ok(Pass { gated, input, projected, seen, plan, row_scale, between, y_slots, normed, sum, identities, y })
+    }
 
-        let appended = layer.gating.appended_experts();
-        let (mut ids, _) = split(&gated.ids, layer.top_k, appended);
-        if layer.capacity.is_some() {
-            drop_full(&mut ids, &plan.token_slot);
-        }
-        let (mut weights, appended) = split(&gated.weights, layer.top_k, appended);
-        if matches!(self.kind, Kind::Network(_)) {
-            skip(&mut ids, &mut weights, layer.local_experts());
-        }
-        Ok(Forward { logits, ids, weights, appended, state, y })
+    /// Both products of every expert.
+    fn products(&self) -> [Matrix<'a>; 2] {
+        let (layer, weights) = (&self.layer, self.weights);
+        let width = layer.expert_width();
+        [
+            Matrix::sized(&weights.gate_up, layer.intermediate, width, &layer.mlp.gate_up),
+            Matrix::sized(&weights.down, width, layer.intermediate, &layer.mlp.down),
+        ]
+    }
+
+    /// Factors of the routed experts' sum and of the shared expert.
+    fn scales(&self) -> [f64; 2] {
+        [self.layer.routed_scale, self.layer.shared.map_or(1.0, |shared| shared.scale)].map(f64::from)
     }
 
     /// The dense MLP beside experts of one unit.
@@ -295,14 +345,21 @@ impl<'a> Reference<'a> {
     /// The shared expert's output, gated.
     fn shared(&self, x: &[f64]) -> Result<Option<Vec<f64>>, ReferenceError> {
         let (layer, weights) = (&self.layer, self.weights);
-        let Some(((first, second), desc)) = weights.shared.as_ref().zip(layer.shared) else { return Ok(None) };
-        let first = Matrix::sized(first, desc.intermediate, layer.hidden, &desc.mlp.gate_up);
-        let second = Matrix::sized(second, layer.hidden, desc.intermediate, &desc.mlp.down);
-        let mut y = second.dense(&first.dense(x, desc.mlp.activation)?, Activation::Identity)?;
+        let Some(([first, second], activation)) = self.shared_products() else { return Ok(None) };
+        let mut y = second.dense(&first.dense(x, activation)?, Activation::Identity)?;
         if let Some(gate) = some(&weights.shared_gate) {
             gate_addend(&mut y, &router(x, &gate, None::<&[f64]>, layer.hidden)?)?;
         }
         Ok(Some(y))
+    }
+
+    /// Both products of the shared expert, and what is between them.
+    fn shared_products(&self) -> Option<([Matrix<'a>; 2], Activation)> {
+        let (layer, weights) = (&self.layer, self.weights);
+        let ((first, second), desc) = weights.shared.as_ref().zip(layer.shared)?;
+        let first = Matrix::sized(first, desc.intermediate, layer.hidden, &desc.mlp.gate_up);
+        let second = Matrix::sized(second, layer.hidden, desc.intermediate, &desc.mlp.down);
+        Some(([first, second], desc.mlp.activation))
     }
 }
 

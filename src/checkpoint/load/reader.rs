@@ -49,7 +49,7 @@ impl<'a, S: Store> Reader<'a, S> {
             .collect();
         self.bytes += tensor.bytes() as u64;
         (self.progress)(Progress { bytes: self.bytes, of: self.total, tensor: tensor.name() });
-        self.store.floats(dtype, &turned)
+        self.store.turned(dtype, tensor, &turned)
     }
 
     /// Whether the block has a tensor.

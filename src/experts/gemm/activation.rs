@@ -60,7 +60,7 @@ impl<'a> SwigluByExpert<'a> {
         })
     }
 
-    fn is_some(&self) -> bool {
+    pub(crate) fn is_some(&self) -> bool {
         [self.alpha, self.gate, self.up, self.offset].iter().any(Option::is_some)
     }
 }

@@ -11,6 +11,9 @@
 //! gradients need is written where a buffer is given: `H` ([`NoisyArgs::noisy`]; the noise itself is [`noise`] of the same arguments) and
 //! the numbers that `load` compares with ([`NoisyArgs::thresholds`]).
 //!
+//! Logits that are NaN or +Inf, as rows behind a batch may hold, spoil nothing: ids are in range and distinct, a weight or a chance of being kept that
+//! would be no number is 0, and sums and losses are finite.
+//!
 //! For evaluation, without noise, use [`crate::routers::gating`] with [`crate::rules::Score::TopkSoftmax`] on `clean`.
 //!
 //! ```

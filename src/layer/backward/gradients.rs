@@ -1,0 +1,329 @@
+//! Where gradients go.
+
+use super::OPERATION;
+use crate::experts::gemm::ProductOut;
+use crate::layer::LayerDesc;
+use crate::layer::desc::Mlp;
+use crate::rules::{Glu, Layout, WeightDesc};
+use crate::runtime::builder::buffers;
+use crate::runtime::launch::{Address, Held, SCALAR, Scope};
+use crate::runtime::shape;
+use crate::{Dtype, Element, Error, Out, OutTensor};
+
+/// Gradients of a layer's input and parameters. One that no buffer is given for is not computed: what is frozen costs nothing.
+#[non_exhaustive]
+pub struct LayerGradients<'a, T> {
+    /// `[T, H]`, written: of `x`.
+    pub x: Option<Out<'a, T>>,
+    /// `[T, H]`, written: of what the router saw in place of `x` ([`crate::layer::LayerArgs::router_x`]), only with that.
+    pub router_x: Option<Out<'a, T>>,
+    /// `[T, E]`, written: of the logits.
+    pub logits: Option<Out<'a, f32>>,
+    /// The router's.
+    pub router: RouterGradients<'a>,
+    /// Of the first product's weight.
+    pub gate_up: WeightGradients<'a>,
+    /// Of the second product's.
+    pub down: WeightGradients<'a>,
+    /// The shared expert's.
+    pub shared: SharedGradients<'a>,
+}
+
+impl<T> Default for LayerGradients<'_, T> {
+    fn default() -> Self {
+        LayerGradients::new()
+    }
+}
+
+impl<'a, T> LayerGradients<'a, T> {
+    /// None.
+    pub const fn new() -> LayerGradients<'a, T> {
+        LayerGradients {
+            x: None,
+            router_x: None,
+            logits: None,
+            router: RouterGradients::new(),
+            gate_up: WeightGradients::none(),
+            down: WeightGradients::none(),
+            shared: SharedGradients::new(),
+        }
+    }
+
+    /// With the router's.
+    #[must_use]
+    pub fn router(self, router: RouterGradients<'a>) -> LayerGradients<'a, T> {
+        LayerGradients { router, ..self }
+    }
+
+    /// With that of the first product's weight.
+    #[must_use]
+    pub fn gate_up(self, gate_up: WeightGradients<'a>) -> LayerGradients<'a, T> {
+        LayerGradients { gate_up, ..self }
+    }
+
+    /// With that of the second product's weight.
+    #[must_use]
+    pub fn down(self, down: WeightGradients<'a>) -> LayerGradients<'a, T> {
+        LayerGradients { down, ..self }
+    }
+
+    /// With the shared expert's.
+    #[must_use]
+    pub fn shared(self, shared: SharedGradients<'a>) -> LayerGradients<'a, T> {
+        LayerGradients { shared, ..self }
+    }
+}
+
+buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32> });
+
+/// Gradients of a router's parameters.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct RouterGradients<'a> {
+    /// `[E, H]`, of f32 whatever the matrix is of.
+    pub matrix: Option<Out<'a, f32>>,
+}
+
+impl RouterGradients<'_> {
+    /// None.
+    pub const fn new() -> Self {
+        RouterGradients { matrix: None }
+    }
+}
+
+buffers!(RouterGradients<'a> { matrix: Out<f32> });
+
+/// Gradients of a product's weight, each in the order of its tensor, and of its type or f32.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct WeightGradients<'a> {
+    /// Of [`crate::experts::Weight::matrix`].
+    pub matrix: Option<OutTensor<'a>>,
+    /// Of the matrix of [`crate::experts::Weight::up`].
+    pub up: Option<OutTensor<'a>>,
+}
+
+impl<'a> WeightGradients<'a> {
+    /// None.
+    pub const fn none() -> WeightGradients<'a> {
+        WeightGradients { matrix: None, up: None }
+    }
+
+    /// Of a weight in one tensor.
+    pub fn new(matrix: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
+        WeightGradients { matrix: Some(matrix.into()), up: None }
+    }
+
+    /// Of gate and up in two tensors.
+    pub fn apart(gate: impl Into<OutTensor<'a>>, up: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
+        WeightGradients { matrix: Some(gate.into()), up: Some(up.into()) }
+    }
+}
+
+/// Gradients of a shared expert's parameters.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct SharedGradients<'a> {
+    /// Of the first product's weight.
+    pub gate_up: WeightGradients<'a>,
+    /// Of the second product's.
+    pub down: WeightGradients<'a>,
+}
+
+impl<'a> SharedGradients<'a> {
+    /// None.
+    pub const fn new() -> SharedGradients<'a> {
+        SharedGradients { gate_up: WeightGradients::none(), down: WeightGradients::none() }
+    }
+
+    /// With that of the first product's weight.
+    #[must_use]
+    pub fn gate_up(self, gate_up: WeightGradients<'a>) -> SharedGradients<'a> {
+        SharedGradients { gate_up, ..self }
+    }
+
+    /// With that of the second product's weight.
+    #[must_use]
+    pub fn down(self, down: WeightGradients<'a>) -> SharedGradients<'a> {
+        SharedGradients { down, ..self }
+    }
+
+    fn is_some(&self) -> bool {
+        [&self.gate_up, &self.down].iter().any(|weight| weight.matrix.is_some() || weight.up.is_some())
+    }
+}
+
+/// A gradient opened for writing.
+pub(super) struct HeldGradient<'a> {
+    held: Held<'a>,
+    dtype: Dtype,
+    elements: usize,
+}
+
+impl HeldGradient<'_> {
+    /// As a product's result, and whether it is f32 beside another type of activations.
+    pub(super) fn product<T: Element>(&self) -> (ProductOut<'_, T>, bool) {
+        let address = self.held.address();
+        if self.dtype == T::DTYPE {
+            (ProductOut::Rounded(address.out(self.elements)), false)
+        } else {
+            (ProductOut::F32(address.out(self.elements)), true)
+        }
+    }
+
+    fn zero(&self, scope: &Scope<'_>) -> Result<(), Error> {
+        scope.zero(self.held.address(), self.elements * self.dtype.bytes() as usize)
+    }
+}
+
+/// A product's, opened.
+pub(super) struct HeldWeightGradients<'a> {
+    pub(super) matrix: Option<HeldGradient<'a>>,
+    pub(super) up: Option<HeldGradient<'a>>,
+}
+
+/// What a product's tensors are called in errors.
+struct Names {
+    matrix: &'static str,
+    up: &'static str,
+}
+
+impl<'a> WeightGradients<'a> {
+    /// Opens what is given of a weight of `n` outputs and depth `k` for each of `experts` experts.
+    fn open<'b>(
+        self,
+        scope: &Scope<'b>,
+        names: &Names,
+        desc: &LayerDesc,
+        weight: &WeightDesc,
+        [experts, n, k]: [usize; 3],
+    ) -> Result<HeldWeightGradients<'b>, Error>
+    where
+        'a: 'b,
+    {
+        if weight.glu != Glu::Apart && self.up.is_some() {
+            let reason = "the descriptor has one tensor";
+            return Err(Error::Unexpected { operation: OPERATION, argument: names.up, reason });
+        }
+        let outputs = weight.outputs(n);
+        let width = if weight.layout == Layout::Kn { outputs } else { k };
+        let elements = experts * outputs * k;
+        let open = |argument, tensor: Option<OutTensor<'a>>| {
+            tensor.map(|tensor| open_tensor(scope, argument, tensor, desc.dtype, elements, width)).transpose()
+        };
+        Ok(HeldWeightGradients { matrix: open(names.matrix, self.matrix)?, up: open(names.up, self.up)? })
+    }
+}
+
+/// Opens `tensor`, of `dtype` or f32.
+fn open_tensor<'a: 'b, 'b>(
+    scope: &Scope<'b>,
+    argument: &'static str,
+    tensor: OutTensor<'a>,
+    dtype: Dtype,
+    elements: usize,
+    width: usize,
+) -> Result<HeldGradient<'b>, Error> {
+    let got = tensor.dtype();
+    if got != dtype && got != Dtype::F32 {
+        return Err(Error::WrongDtype { operation: OPERATION, argument, expected: dtype, got });
+    }
+    let alignment = shape::row_alignment(got, width);
+    let held = match tensor {
+        OutTensor::Bf16(buffer) => scope.write(argument, buffer, elements, alignment)?,
+        OutTensor::F16(buffer) => scope.write(argument, buffer, elements, alignment)?,
+        OutTensor::F32(buffer) => scope.write(argument, buffer, elements, alignment)?,
+    };
+    Ok(HeldGradient { held, dtype: got, elements })
+}
+
+/// Gradients of an expert's two products.
+pub(super) struct HeldMlpGradients<'a> {
+    pub(super) gate_up: HeldWeightGradients<'a>,
+    pub(super) down: HeldWeightGradients<'a>,
+}
+
+impl HeldMlpGradients<'_> {
+    /// Whether there are any.
+    pub(super) fn is_some(&self) -> bool {
+        self.all().next().is_some()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &HeldGradient<'_>> {
+        [&self.gate_up.matrix, &self.gate_up.up, &self.down.matrix].into_iter().flatten()
+    }
+}
+
+/// All of a layer's, opened.
+pub(super) struct HeldGradients<'a> {
+    pub(super) x: Option<Held<'a>>,
+    pub(super) router_x: Option<Held<'a>>,
+    pub(super) logits: Option<Held<'a>>,
+    pub(super) router: Option<Held<'a>>,
+    pub(super) routed: HeldMlpGradients<'a>,
+    pub(super) shared: Option<HeldMlpGradients<'a>>,
+}
+
+const ROUTED: [Names; 2] = [
+    Names { matrix: "gradients.gate_up", up: "gradients.gate_up.up" },
+    Names { matrix: "gradients.down", up: "gradients.down.up" },
+];
+const SHARED: [Names; 2] = [
+    Names { matrix: "gradients.shared.gate_up", up: "gradients.shared.gate_up.up" },
+    Names { matrix: "gradients.shared.down", up: "gradients.shared.down.up" },
+];
+
+impl<'a, T: Element> LayerGradients<'a, T> {
+    /// Opens what is given, for `tokens` tokens.
+    pub(super) fn open<'b>(self, scope: &Scope<'b>, desc: &LayerDesc, tokens: usize) -> Result<HeldGradients<'b>, Error>
+    where
+        'a: 'b,
+    {
+        let &LayerDesc { dtype, hidden, intermediate, .. } = desc;
+        if self.shared.is_some() && desc.shared.is_none() {
+            let reason = "the descriptor has no shared expert";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "gradients.shared", reason });
+        }
+        let alignment = shape::row_alignment(dtype, hidden);
+        let columns = desc.logit_columns();
+        let mlp = |names: &[Names; 2],
+                   form: &Mlp,
+                   gate_up: WeightGradients<'a>,
+                   down: WeightGradients<'a>,
+                   [experts, intermediate]: [usize; 2]| {
+            let first = [experts, intermediate, hidden];
+            let second = [experts, hidden, intermediate];
+            Ok::<_, Error>(HeldMlpGradients {
+                gate_up: gate_up.open(scope, &names[0], desc, &form.gate_up, first)?,
+                down: down.open(scope, &names[1], desc, &form.down, second)?,
+            })
+        };
+        let SharedGradients { gate_up, down } = self.shared;
+        Ok(HeldGradients {
+            x: scope.write_some("gradients.x", self.x, tokens * hidden, alignment)?,
+            router_x: scope.write_some("gradients.router_x", self.router_x, tokens * hidden, alignment)?,
+            logits: scope.write_some("gradients.logits", self.logits, tokens * columns, SCALAR)?,
+            router: scope.write_some("gradients.router.matrix", self.router.matrix, columns * hidden, SCALAR)?,
+            routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate])?,
+            shared: desc
+                .shared
+                .map(|shared| mlp(&SHARED, &shared.mlp, gate_up, down, [1, shared.intermediate]))
+                .transpose()?,
+        })
+    }
+}
+
+impl HeldGradients<'_> {
+    /// The result for no tokens: no parameter has a gradient.
+    pub(super) fn without_tokens(&self, scope: &Scope<'_>, desc: &LayerDesc, keep_empty: bool) -> Result<(), Error> {
+        let zero = |at: Option<Address<'_>>, elements: usize| match at {
+            Some(at) => scope.zero(at, elements * size_of::<f32>()),
+            None => Ok(()),
+        };
+        zero(self.router.as_ref().map(Held::address), desc.logit_columns() * desc.hidden)?;
+        if !keep_empty {
+            self.routed.all().try_for_each(|gradient| gradient.zero(scope))?;
+        }
+        self.shared.iter().flat_map(HeldMlpGradients::all).try_for_each(|gradient| gradient.zero(scope))
+    }
+}

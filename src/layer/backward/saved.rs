@@ -1,0 +1,207 @@
+//! What a forward pass keeps for the way back.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream};
+
+use super::{BackwardDesc, BackwardPlan, OPERATION, Origin};
+use crate::experts::dispatched::Dispatched;
+use crate::layer::desc::{LayerDesc, Mlp};
+use crate::layer::forward::{LayerArgs, LayerPlan};
+use crate::layer::weights::LayerWeights;
+use crate::{Dtype, Element, Error, Kernels, Workspace};
+
+/// What a layer's forward pass keeps for its backward pass, beside `x`: logits, choices, rows and pre-activations.
+///
+/// Made once for a plan, filled by [`LayerPlan::forward_saving`] as often as wanted, read by [`BackwardPlan::backward`]. `x` (and `router_x`) is the
+/// caller's and must be given again, unchanged; so are logits that were given.
+#[derive(Debug)]
+pub struct Saved<T> {
+    desc: LayerDesc,
+    tokens: usize,
+    /// Who chooses in the passes that fill it.
+    origin: Origin,
+    recompute: bool,
+    /// Whether the router saw other rows than `x` in the pass that filled it; none before.
+    filled: Option<bool>,
+    pub(super) logits: CudaSlice<f32>,
+    pub(super) ids: CudaSlice<i32>,
+    pub(super) dispatched: Dispatched,
+    pub(super) pre_activation: Option<CudaSlice<T>>,
+    pub(super) shared_pre_activation: Option<CudaSlice<T>>,
+    /// All tokens as the rows of one expert, for the gradients of a shared one's weights.
+    pub(super) all_tokens: Option<Dispatched>,
+}
+
+/// Elements of the pre-activations of `rows` rows.
+fn pre_activations(mlp: &Mlp, rows: usize, intermediate: usize) -> usize {
+    let columns = if mlp.gate_up.glu.is_gated() { 2 } else { 1 };
+    rows * columns * intermediate
+}
+
+/// Elements of each list that a pass of `tokens` tokens keeps, and their sizes: what [`Saved`] allocates.
+struct Sizes {
+    logits: usize,
+    ids: usize,
+    pre_activation: usize,
+    shared_pre_activation: usize,
+}
+
+impl Sizes {
+    fn of(plan: &BackwardPlan) -> Sizes {
+        let (desc, tokens) = (plan.layer().desc(), plan.layer().tokens());
+        let kept = !plan.desc().recompute;
+        let origin = plan.desc().origin;
+        Sizes {
+            logits: if origin == Origin::Router { tokens * desc.logit_columns() } else { 0 },
+            ids: if origin == Origin::Choices { 0 } else { tokens * desc.all_choices() },
+            pre_activation: if kept { pre_activations(&desc.mlp, plan.rows().slots, desc.intermediate) } else { 0 },
+            shared_pre_activation: desc
+                .shared
+                .map_or(0, |shared| pre_activations(&shared.mlp, tokens, shared.intermediate)),
+        }
+    }
+}
+
+/// Bytes that [`Saved`] allocates for `plan`: the sum over its buffers.
+pub(super) fn saved_bytes(plan: &BackwardPlan) -> usize {
+    let (sizes, element) = (Sizes::of(plan), plan.layer().desc().dtype.bytes() as usize);
+    let words = sizes.logits.max(1) + sizes.ids.max(1);
+    let elements = sizes.pre_activation + sizes.shared_pre_activation;
+    let all_tokens = if sizes.shared_pre_activation > 0 { Dispatched::bytes_of_one_expert() } else { 0 };
+    4 * words + element * elements + Dispatched::bytes_of(plan.rows()) + all_tokens
+}
+
+impl<T: Element> Saved<T> {
+    /// Allocates what `plan` reads, in stream order: [`BackwardPlan::saved_bytes`].
+    ///
+    /// # Errors
+    /// [`Error::WrongDtype`] for a layer of another type than `T`; [`Error::Driver`], out of memory included.
+    pub fn new(stream: &Arc<CudaStream>, plan: &BackwardPlan) -> Result<Saved<T>, Error> {
+        let (desc, tokens) = (plan.layer().desc(), plan.layer().tokens());
+        check_dtype::<T>(desc.dtype)?;
+        let failed = || Error::driver(OPERATION);
+        let sizes = Sizes::of(plan);
+        let some =
+            |elements: usize| (elements > 0).then(|| stream.alloc_zeros::<T>(elements).map_err(failed())).transpose();
+        let shared = sizes.shared_pre_activation > 0;
+        Ok(Saved {
+            desc: *desc,
+            tokens,
+            origin: plan.desc().origin,
+            recompute: plan.desc().recompute,
+            filled: None,
+            logits: stream.alloc_zeros(sizes.logits.max(1)).map_err(failed())?,
+            ids: stream.alloc_zeros(sizes.ids.max(1)).map_err(failed())?,
+            dispatched: Dispatched::new(stream, plan.rows())?,
+            pre_activation: some(sizes.pre_activation)?,
+            shared_pre_activation: some(sizes.shared_pre_activation)?,
+            all_tokens: shared.then(|| Dispatched::of_one_expert(stream, tokens)).transpose()?,
+        })
+    }
+
+    /// `[T, E]`: the router's logits, with [`Origin::Router`] alone. As all of these, as allocated before a pass has filled them.
+    pub fn logits(&self) -> &CudaSlice<f32> {
+        &self.logits
+    }
+
+    /// `[T, k]`: the chosen experts; not with [`Origin::Choices`].
+    pub fn ids(&self) -> &CudaSlice<i32> {
+        &self.ids
+    }
+
+    /// The rows of every expert.
+    pub fn dispatched(&self) -> &Dispatched {
+        &self.dispatched
+    }
+
+    /// `[slots, 2I]` (`[slots, I]`): what stands before the activation, unless it is computed again.
+    pub fn pre_activation(&self) -> Option<&CudaSlice<T>> {
+        self.pre_activation.as_ref()
+    }
+
+    /// Whether a pass has filled it that `plan` can go back through, and whether its router saw other rows than `x`.
+    pub(super) fn check(&self, plan: &BackwardPlan) -> Result<bool, Error> {
+        self.check_layer(plan.layer())?;
+        let BackwardDesc { origin, recompute, .. } = *plan.desc();
+        let wrong = |expected: String, got: String| Err(Error::invalid(OPERATION, "saved", expected, got));
+        if (self.origin, self.recompute) != (origin, recompute) {
+            let expected = format!("one for Origin::{origin:?} and recompute {recompute}");
+            return wrong(expected, format!("one for Origin::{:?} and recompute {}", self.origin, self.recompute));
+        }
+        match self.filled {
+            Some(other_rows) => Ok(other_rows),
+            None => wrong("one that a forward pass has filled".to_owned(), "one that none has".to_owned()),
+        }
+    }
+
+    fn check_layer(&self, plan: &LayerPlan) -> Result<(), Error> {
+        if (&self.desc, self.tokens) != (plan.desc(), plan.tokens()) {
+            let expected = format!("one of {} tokens of {:?}", plan.tokens(), plan.desc());
+            let got = format!("one of {} tokens of {:?}", self.tokens, self.desc);
+            return Err(Error::invalid(OPERATION, "saved", expected, got));
+        }
+        Ok(())
+    }
+}
+
+fn check_dtype<T: Element>(expected: Dtype) -> Result<(), Error> {
+    if T::DTYPE != expected {
+        return Err(Error::WrongDtype { operation: OPERATION, argument: "saved", expected, got: T::DTYPE });
+    }
+    Ok(())
+}
+
+impl LayerPlan {
+    /// [`LayerPlan::forward`] that keeps in `saved` what [`BackwardPlan::backward`] needs: the same launches, and the same result.
+    ///
+    /// # Errors
+    /// Those of [`LayerPlan::forward`]; [`Error::Invalid`] for a `saved` of another layer or number of tokens; [`Error::Unexpected`] for a
+    /// buffer of `args` whose content `saved` holds: logits, ids, counts, pre-activations.
+    pub fn forward_saving<T: Element>(
+        &self,
+        kernels: &Kernels,
+        stream: &Arc<CudaStream>,
+        weights: &LayerWeights<'_>,
+        mut args: LayerArgs<'_, T>,
+        saved: &mut Saved<T>,
+        workspace: &mut Workspace,
+    ) -> Result<(), Error> {
+        saved.filled = None;
+        saved.check_layer(self)?;
+        let route = &args.route;
+        let held = [
+            ("logits", route.logits.is_some()),
+            ("ids", route.ids.is_some()),
+            ("counts", route.counts.is_some()),
+            ("pre_activation", args.pre_activation.is_some()),
+            ("shared_pre_activation", args.shared_pre_activation.is_some()),
+        ];
+        if let Some((argument, _)) = held.into_iter().find(|(_, given)| *given) {
+            return Err(Error::Unexpected { operation: OPERATION, argument, reason: "saved holds it" });
+        }
+        let origin = match (&args.choices, &route.given_logits) {
+            (Some(_), _) => Origin::Choices,
+            (None, Some(_)) => Origin::Logits,
+            (None, None) => Origin::Router,
+        };
+        let other_rows = args.router_x.is_some();
+        if origin != saved.origin {
+            let (expected, got) =
+                (format!("one for Origin::{origin:?}"), format!("one for Origin::{:?}", saved.origin));
+            return Err(Error::invalid(OPERATION, "saved", expected, got));
+        }
+        let mut args = args.reborrow();
+        if origin == Origin::Router {
+            args.route.logits = Some((&mut saved.logits).into());
+        }
+        if origin != Origin::Choices {
+            args.route.ids = Some((&mut saved.ids).into());
+        }
+        args.pre_activation = saved.pre_activation.as_mut().map(Into::into);
+        args.shared_pre_activation = saved.shared_pre_activation.as_mut().map(Into::into);
+        self.run(kernels, stream, weights, args, Some(&mut saved.dispatched), workspace, &mut |_| ())?;
+        saved.filled = Some(other_rows);
+        Ok(())
+    }
+}

@@ -1,0 +1,8 @@
+//! A layer's backward pass in one call.
+
+#[path = "../support/data.rs"]
+mod data;
+#[path = "../support/device.rs"]
+#[allow(dead_code)]
+mod device;
+mod torch;
