@@ -31,7 +31,7 @@ use self::strides::outputs_apart;
 use super::dispatched::{Dispatched, RowAddresses};
 use super::tiles::{select_tile, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
-use crate::registry::{Fold, Gemm, GemmAny, GemmHopper, Kernel};
+use crate::registry::{Fold, Gemm, GemmAny, Kernel};
 use crate::rules::{Dropout, Glu, NoiseSource, drop_below, keep_scale};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
@@ -173,7 +173,6 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
     };
     let gemm = Gemm { dtype: desc.dtype, tile, fold: fold(desc.weight.glu), layout };
     if let Some((hopper, blocks)) = hopper
-        && tile.bm == GemmHopper::TILE.bm
         && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
     {
         return Ok(hopper::selection(hopper, blocks));
@@ -431,9 +430,7 @@ pub(crate) fn enqueue(
         expert_offset: at.swiglu.offset.into(),
     };
     match selection.kernel.variant() {
-        Kernel::GemmHopper(gemm) => {
-            scope.launch(selection, hopper::with_maps(scope, desc, &gemm, params, at.weight, shared_weight)?)
-        }
+        Kernel::GemmHopper(gemm) => scope.launch(selection, hopper::with_maps(scope, desc, &gemm, params, &at)?),
         _ => scope.launch(selection, params),
     }
 }
