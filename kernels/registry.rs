@@ -664,6 +664,10 @@ pub enum Kernel {
     GemmHopper(GemmHopper),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
+    /// The second product's way back, with the activation's behind it: a plain product's shape.
+    GemmBackward(Gemm),
+    /// The same whatever the rows' width.
+    GemmBackwardAny(GemmAny),
     /// Products over the experts' rows.
     KGrouped(KGrouped),
     /// Sums over a token's experts.
@@ -755,6 +759,8 @@ impl Kernel {
                 format!("gemm_{}_{tile}_{}_{}_sm90a", k.dtype, k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
+            Kernel::GemmBackward(k) => format!("gemm_backward_{}_{}_{}", k.dtype, k.tile.name(), k.layout.name()),
+            Kernel::GemmBackwardAny(k) => format!("gemm_backward_{}_{}_any", k.dtype, k.tile().name()),
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
@@ -809,6 +815,7 @@ impl Kernel {
             Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::GemmHopper(_) => "GemmHopper",
+            Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
@@ -866,9 +873,9 @@ impl Kernel {
             | Kernel::IdsToMap { .. }
             | Kernel::ChunkRows
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
-            Kernel::Gemm(k) => k.tile.threads(),
+            Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.tile.threads(),
             Kernel::GemmHopper(_) => GemmHopper::THREADS,
-            Kernel::GemmAny(k) => k.tile().threads(),
+            Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
@@ -898,9 +905,9 @@ impl Kernel {
     /// Dynamic shared memory in bytes.
     pub const fn shared_bytes(&self) -> u32 {
         match self {
-            Kernel::Gemm(k) => k.shared_bytes(),
+            Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
-            Kernel::GemmAny(k) => k.shared_bytes(),
+            Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
@@ -926,6 +933,7 @@ impl Kernel {
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmHopper(_) => "experts/sm90a/gemm.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
+            Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
@@ -1020,6 +1028,16 @@ impl Kernel {
             Kernel::GemmAny(k) => {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
+            }
+            Kernel::GemmBackward(k) => {
+                let mut constants = Kernel::Gemm(*k).constants();
+                constants.push(("any_width", Int(0)));
+                constants
+            }
+            Kernel::GemmBackwardAny(k) => {
+                let mut constants = Kernel::GemmAny(*k).constants();
+                constants.push(("any_width", Int(1)));
+                constants
             }
             Kernel::KGrouped(k) => {
                 std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
@@ -1130,6 +1148,13 @@ pub fn all() -> Vec<Kernel> {
     }
     for dtype in Dtype::ALL {
         kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
+    }
+    for dtype in Dtype::ALL {
+        for &tile in Gemm::tiles(dtype) {
+            let backward = |layout| Kernel::GemmBackward(Gemm { dtype, tile, fold: Fold::Plain, layout });
+            kernels.extend(Layout::ALL.map(backward));
+        }
+        kernels.push(Kernel::GemmBackwardAny(GemmAny { dtype, gated: false }));
     }
     for dtype in Dtype::ALL {
         for any in [false, true] {

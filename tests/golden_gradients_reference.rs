@@ -10,10 +10,11 @@ mod hf;
 
 use compare::RECORDED_GRADIENT;
 use hf::Job;
+use hf::backward::compare;
 use hf::cli::Options;
-use hf::grads::{GoldenGradients, of_module};
+use hf::grads::GoldenGradients;
 use hf::reference::Reference;
-use hf::report::relative_error;
+use hf::report::Measure;
 use moe_kernels::Dtype;
 
 /// Folders whose record is of something else than the block: NLLB's experts get a mask for numbers in the program that recorded it, so that its y and
@@ -54,25 +55,15 @@ fn check(family: &str, folder: std::path::PathBuf) -> Vec<String> {
         Err(error) => return vec![format!("\n{family}: {error}")],
     };
 
+    let (_, lines) = compare(&got, &golden.recorded().unwrap(), block.name(), Dtype::F32).unwrap();
     let mut wrong = Vec::new();
-    for recorded in golden.recorded().unwrap() {
-        let name = recorded.name.as_str();
-        let got = match (name, name.strip_prefix("d.")) {
-            ("dx", _) => Some(got.x.clone()),
-            ("d_in.prev_router_hidden_states", _) => got.previous.clone(),
-            (_, Some(parameter)) => of_module(parameter, &recorded.shape, block.name(), &got.tensors),
-            _ => None,
-        };
-        let Some(got) = got else {
-            wrong.push(format!("\n{family}: {name}: no gradient"));
-            continue;
-        };
-        let error = relative_error(&got, &recorded.values);
-        println!("{family} {name} {error:.1e}");
+    for line in lines {
+        let Measure::Relative { error, .. } = line.measure else { continue };
+        println!("{family} {} {error:.1e}", line.tensor);
         // NaN is not below anything.
         let passes = error <= RECORDED_GRADIENT;
         if !passes {
-            wrong.push(format!("\n{family}: {name}: relative error {error:e}"));
+            wrong.push(format!("\n{family}: {}: relative error {error:e}", line.tensor));
         }
     }
     wrong

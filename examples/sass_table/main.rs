@@ -59,7 +59,15 @@ fn main() -> ExitCode {
 
 /// Whether its main loop is made of tensor core products.
 fn has_products(kernel: &Kernel) -> bool {
-    matches!(kernel, Kernel::Gemm(_) | Kernel::GemmHopper(_) | Kernel::GemmAny(_) | Kernel::KGrouped(_))
+    matches!(
+        kernel,
+        Kernel::Gemm(_)
+            | Kernel::GemmHopper(_)
+            | Kernel::GemmAny(_)
+            | Kernel::GemmBackward(_)
+            | Kernel::GemmBackwardAny(_)
+            | Kernel::KGrouped(_)
+    )
 }
 
 /// What one variant became on one architecture.

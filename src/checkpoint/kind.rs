@@ -63,6 +63,49 @@ pub struct Network<B> {
     pub output: B,
 }
 
+impl<B> Kind<B> {
+    /// What `of` makes of every buffer: each has a gradient.
+    pub(super) fn parameters<C, E>(&self, mut of: impl FnMut(&B) -> Result<C, E>) -> Result<Kind<C>, E> {
+        Ok(match self {
+            Kind::Layer => Kind::Layer,
+            Kind::Network(network) => Kind::Network(Network {
+                width: network.width,
+                norm: network.norm,
+                down: network.down.map(&mut of)?,
+                state_scale: network.state_scale.as_ref().map(&mut of).transpose()?,
+                gain: of(&network.gain)?,
+                layers: [network.layers[0].map(&mut of)?, network.layers[1].map(&mut of)?],
+                output: of(&network.output)?,
+            }),
+            Kind::Banks(bank) => Kind::Banks(Box::new(Bank { desc: bank.desc, weights: bank.weights.parameters(of)? })),
+            Kind::UnitExperts { input, output, keys } => {
+                Kind::UnitExperts { input: of(input)?, output: of(output)?, keys: *keys }
+            }
+            Kind::BySequence { first, second } => {
+                Kind::BySequence { first: first.map(&mut of)?, second: second.map(of)? }
+            }
+        })
+    }
+
+    /// Every buffer, where it is there, in an order that is the same for all of a block's.
+    pub(super) fn buffers(&self) -> Vec<Option<&B>> {
+        fn matrix<B>(weight: &MatrixWeight<B>) -> [Option<&B>; 2] {
+            [Some(&weight.matrix), weight.bias.as_ref()]
+        }
+        match self {
+            Kind::Layer => Vec::new(),
+            Kind::Network(network) => {
+                let matrices = [&network.down, &network.layers[0], &network.layers[1]].map(matrix);
+                let others = [network.state_scale.as_ref(), Some(&network.gain), Some(&network.output)];
+                matrices.into_iter().flatten().chain(others).collect()
+            }
+            Kind::Banks(bank) => bank.weights.buffers(),
+            Kind::UnitExperts { input, output, .. } => vec![Some(input), Some(output)],
+            Kind::BySequence { first, second } => [first, second].map(matrix).into_iter().flatten().collect(),
+        }
+    }
+}
+
 /// The names of these tensors, and the sizes that only they have.
 #[derive(Clone, Copy)]
 pub(super) enum KindSpec {

@@ -30,6 +30,7 @@
 //! Nothing is guessed: an unknown `model_type`, a key of `config.json` that would change the block, a tensor of the block that nothing reads, a
 //! tensor of another shape or type than expected is a [`CheckpointError`] that names it.
 
+mod backward;
 mod config;
 mod error;
 mod facts;
@@ -51,6 +52,7 @@ mod table;
 mod tensors;
 mod weights;
 
+pub use backward::{BlockBackward, BlockGradients};
 pub use config::Config;
 pub use error::{CheckpointError, Lost};
 pub use facts::{Experts, Matrices};

@@ -51,6 +51,18 @@ pub struct BlockInputs<'a> {
     pub previous: Option<In<'a, f32>>,
 }
 
+impl BlockInputs<'_> {
+    /// Fails for what a block of this kind has no use for.
+    pub(super) fn check<B>(&self, kind: &Kind<B>) -> Result<(), Error> {
+        let has_state = matches!(kind, Kind::Network(_));
+        refuse("previous", self.previous.is_some() && !has_state, "the router has no state")?;
+        let by_index = matches!(kind, Kind::BySequence { .. });
+        refuse("index", self.index.is_some() && !by_index, "experts are chosen")?;
+        let banked = matches!(kind, Kind::Banks(_));
+        refuse("types", self.types.is_some() && !banked, "there is one bank of experts")
+    }
+}
+
 /// What a block yields beside its output.
 #[non_exhaustive]
 pub struct Results {
@@ -164,12 +176,7 @@ impl<T: Element> BlockRun<T> {
         observer: &mut dyn FnMut(&'static str),
     ) -> Result<(), Error> {
         let weights = &block.weights;
-        let has_state = matches!(block.kind, Kind::Network(_));
-        refuse("previous", inputs.previous.is_some() && !has_state, "the router has no state")?;
-        let by_index = matches!(block.kind, Kind::BySequence { .. });
-        refuse("index", inputs.index.is_some() && !by_index, "experts are chosen")?;
-        let banked = matches!(block.kind, Kind::Banks(_));
-        refuse("types", inputs.types.is_some() && !banked, "there is one bank of experts")?;
+        inputs.check(&block.kind)?;
         let Results { logits, ids, weights: shares, counts, state, second } = &mut self.results;
         match (&mut self.steps, &block.kind) {
             (Steps::Layer { plan, workspace }, Kind::Layer) => {

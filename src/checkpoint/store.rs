@@ -65,6 +65,16 @@ buffers!(
 );
 
 impl DeviceBuffer {
+    /// Elements allocated.
+    pub(super) fn length(&self) -> usize {
+        match self {
+            DeviceBuffer::Bf16(buffer) => buffer.len(),
+            DeviceBuffer::F16(buffer) => buffer.len(),
+            DeviceBuffer::F32(buffer) => buffer.len(),
+            DeviceBuffer::I32(buffer) => buffer.len(),
+        }
+    }
+
     /// The buffer as operations take weights; none of whole numbers.
     pub fn tensor(&self) -> Option<Tensor<'_>> {
         match self {

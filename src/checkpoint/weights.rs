@@ -8,6 +8,7 @@ use crate::layer::{
     ExpertWeights, LatentWeights, LayerDesc, LayerWeights, MapTable, RouteArgs, RouterWeights, SharedWeights,
 };
 use crate::routers::gating::Given;
+use crate::rules::NullOutput;
 use crate::{Error, In, Tensor};
 
 /// Weights of a block in the shapes of [`LayerWeights`], each in a buffer `B`.
@@ -41,6 +42,77 @@ pub struct BlockWeights<B> {
     pub vocabulary: usize,
     /// `[E]`, whole numbers: which experts have weights, where some yield their input, or nothing.
     pub map: Option<B>,
+    /// What experts without weights yield, where there is a map.
+    pub weightless: Option<NullOutput>,
+}
+
+impl<B> BlockWeights<B> {
+    /// What `of` makes of every buffer that has a gradient. Corrections of the choice, tables and maps have none.
+    pub(super) fn parameters<C, E>(&self, mut of: impl FnMut(&B) -> Result<C, E>) -> Result<BlockWeights<C>, E> {
+        let mut matrix = |weight: &MatrixWeight<B>| weight.map(&mut of);
+        let (gate_up, down) = (matrix(&self.gate_up)?, matrix(&self.down)?);
+        let shared = self.shared.as_ref().map(|(up, down)| Ok::<_, E>((matrix(up)?, matrix(down)?))).transpose()?;
+        let latent = self.around.latent.as_ref();
+        let latent = latent.map(|[input, output]| Ok::<_, E>([matrix(input)?, matrix(output)?])).transpose()?;
+        let mut some = |buffer: &Option<B>| buffer.as_ref().map(&mut of).transpose();
+        Ok(BlockWeights {
+            router: some(&self.router)?,
+            router_bias: some(&self.router_bias)?,
+            correction_bias: None,
+            gate_up,
+            down,
+            shared,
+            shared_gate: some(&self.shared_gate)?,
+            expert_scale: some(&self.expert_scale)?,
+            global_scale: some(&self.global_scale)?,
+            output_bias: some(&self.output_bias)?,
+            around: AroundWeights {
+                router: some(&self.around.router)?,
+                experts: some(&self.around.experts)?,
+                slots: some(&self.around.slots)?,
+                output: some(&self.around.output)?,
+                latent,
+                latent_norm: some(&self.around.latent_norm)?,
+            },
+            table: None,
+            vocabulary: 0,
+            map: None,
+            weightless: self.weightless,
+        })
+    }
+
+    /// Every buffer, where it is there, in an order that is the same for all of a block's.
+    pub(super) fn buffers(&self) -> Vec<Option<&B>> {
+        fn matrix<B>(weight: Option<&MatrixWeight<B>>) -> [Option<&B>; 2] {
+            [weight.map(|weight| &weight.matrix), weight.and_then(|weight| weight.bias.as_ref())]
+        }
+        let (shared, latent, around) = (self.shared.as_ref(), self.around.latent.as_ref(), &self.around);
+        let matrices = [
+            Some(&self.gate_up),
+            Some(&self.down),
+            shared.map(|(gate_up, _)| gate_up),
+            shared.map(|(_, down)| down),
+            latent.map(|[input, _]| input),
+            latent.map(|[_, output]| output),
+        ];
+        let others = [
+            &self.router,
+            &self.router_bias,
+            &self.correction_bias,
+            &self.shared_gate,
+            &self.expert_scale,
+            &self.global_scale,
+            &self.output_bias,
+            &around.router,
+            &around.experts,
+            &around.slots,
+            &around.output,
+            &around.latent_norm,
+            &self.table,
+            &self.map,
+        ];
+        matrices.into_iter().flat_map(matrix).chain(others.map(Option::as_ref)).collect()
+    }
 }
 
 /// Weights of norms, and of projections to a width of the experts' own.
@@ -72,6 +144,11 @@ pub struct MatrixWeight<B> {
 impl<B> MatrixWeight<B> {
     pub(super) fn new(matrix: B) -> MatrixWeight<B> {
         MatrixWeight { matrix, bias: None }
+    }
+
+    /// What `of` makes of matrix and bias.
+    pub(super) fn map<C, E>(&self, mut of: impl FnMut(&B) -> Result<C, E>) -> Result<MatrixWeight<C>, E> {
+        Ok(MatrixWeight { matrix: of(&self.matrix)?, bias: self.bias.as_ref().map(of).transpose()? })
     }
 }
 

@@ -128,12 +128,49 @@ pub fn select(desc: &ActivationBackwardDesc, device: &DeviceInfo) -> Result<Sele
     Ok(Selection::new(Kernel::ActivationBackward(desc.dtype), [blocks, 1, 1]))
 }
 
-/// A bound as the kernel takes it: its number, and its limit.
-fn bound(bound: Bound, after: bool) -> (u32, f32) {
-    match bound {
-        Bound::None => (0, 1.0),
-        Bound::Clamp(limit) => (if after { 2 } else { 1 }, limit),
-        Bound::Softcap(cap) => (3, cap),
+/// An activation as `kernels/common/epilogue/slopes` numbers it.
+pub(super) struct Numbered {
+    pub(super) activation: u32,
+    /// 0 none, 1 clamped, 2 clamped behind the SiLU, 3 capped.
+    pub(super) gate_bound: u32,
+    pub(super) up_bound: u32,
+    pub(super) alpha: f32,
+    /// Infinite where there is none.
+    pub(super) gate_limit: f32,
+    pub(super) up_limit: f32,
+    pub(super) factor: f32,
+    pub(super) offset: f32,
+}
+
+impl Numbered {
+    pub(super) fn new(activation: Activation) -> Numbered {
+        let (activation, unit) = match activation {
+            Activation::Identity => (0, Swiglu::new()),
+            Activation::Relu => (1, Swiglu::new()),
+            Activation::Gelu => (2, Swiglu::new()),
+            Activation::GeluTanh => (3, Swiglu::new()),
+            Activation::Silu => (4, Swiglu::new()),
+            Activation::Swiglu(unit) => (5, unit),
+            Activation::ReluSquared => (6, Swiglu::new()),
+        };
+        let bound = |bound: Bound, after: bool| match bound {
+            Bound::None => (0, f32::INFINITY),
+            Bound::Clamp(limit) => (if after { 2 } else { 1 }, limit),
+            Bound::Softcap(cap) => (3, cap),
+        };
+        let ((gate_bound, gate_limit), (up_bound, up_limit)) =
+            (bound(unit.gate, unit.clamp_after), bound(unit.up, false));
+        let Swiglu { alpha, factor, offset, .. } = unit;
+        Numbered { activation, gate_bound, up_bound, alpha, gate_limit, up_limit, factor, offset }
+    }
+}
+
+/// Where the gradients of a gate and an up value go in a row of `2 * width`: the first of each, and the distance to the next.
+pub(super) fn columns_of(glu: Glu, width: u32) -> (u32, u32, u32) {
+    match glu {
+        Glu::None | Glu::Split | Glu::Apart => (0, width, 1),
+        Glu::UpFirst => (width, 0, 1),
+        Glu::Interleaved => (0, 1, 2),
     }
 }
 
@@ -165,22 +202,10 @@ pub fn forward<T: Element>(
     let d_pre_activation = scope.write("d_pre_activation", args.d_pre_activation, elements, SCALAR)?;
     let hidden = scope.write_some("hidden", args.hidden, rows * width, SCALAR)?;
     let d_slot_weight = scope.write_some("d_slot_weight", args.d_slot_weight, rows, SCALAR)?;
-    let (activation, unit) = match desc.activation {
-        Activation::Identity => (0, Swiglu::new()),
-        Activation::Relu => (1, Swiglu::new()),
-        Activation::Gelu => (2, Swiglu::new()),
-        Activation::GeluTanh => (3, Swiglu::new()),
-        Activation::Silu => (4, Swiglu::new()),
-        Activation::Swiglu(unit) => (5, unit),
-        Activation::ReluSquared => (6, Swiglu::new()),
-    };
-    let ((gate_bound, gate_limit), (up_bound, up_limit)) = (bound(unit.gate, unit.clamp_after), bound(unit.up, false));
+    let Numbered { activation, gate_bound, up_bound, alpha, gate_limit, up_limit, factor, offset } =
+        Numbered::new(desc.activation);
     let width = width as u32;
-    let (gate_first, up_first, stride) = match desc.glu {
-        Glu::None | Glu::Split | Glu::Apart => (0, width, 1),
-        Glu::UpFirst => (width, 0, 1),
-        Glu::Interleaved => (0, 1, 2),
-    };
+    let (gate_first, up_first, stride) = columns_of(desc.glu, width);
     scope.launch(
         &selection,
         ActivationBackwardParams {
@@ -200,11 +225,11 @@ pub fn forward<T: Element>(
             activation,
             gate_bound,
             up_bound,
-            alpha: unit.alpha,
+            alpha,
             gate_limit,
             up_limit,
-            factor: unit.factor,
-            offset: unit.offset,
+            factor,
+            offset,
         },
     )
 }

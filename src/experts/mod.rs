@@ -16,6 +16,7 @@ pub mod activation_backward;
 pub mod combine;
 pub(crate) mod dispatched;
 pub mod gemm;
+pub mod gemm_backward;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;

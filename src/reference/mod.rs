@@ -21,6 +21,7 @@ pub mod expert_counts;
 pub mod expert_map;
 pub mod gating;
 pub mod gemm;
+pub mod gemm_backward;
 pub mod hash;
 pub mod jitter;
 pub mod k_grouped;

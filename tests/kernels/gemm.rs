@@ -412,11 +412,11 @@ fn assert_products<T: Storage>(name: &str, got: &[T], want: &[Bounded]) {
 }
 
 /// Numbers of a SwiGLU by expert, where they are given: alpha, bounds of gate and up value, offset.
-struct ByExpert([Option<Vec<f32>>; 4]);
+pub struct ByExpert([Option<Vec<f32>>; 4]);
 
 impl ByExpert {
     /// Each or none of them, for a SwiGLU that takes it.
-    fn draw(rng: &mut fastrand::Rng, activation: Activation, experts: usize) -> ByExpert {
+    pub fn draw(rng: &mut fastrand::Rng, activation: Activation, experts: usize) -> ByExpert {
         let Activation::Swiglu(unit) = activation else { return ByExpert([const { None }; 4]) };
         let bounded = |bound| bound != Bound::None;
         let takes = [true, bounded(unit.gate), bounded(unit.up), true];
@@ -425,12 +425,12 @@ impl ByExpert {
         }))
     }
 
-    fn activations(&self, activation: Activation, experts: usize) -> Vec<Activation> {
+    pub fn activations(&self, activation: Activation, experts: usize) -> Vec<Activation> {
         let of = |expert: usize| self.0.each_ref().map(|values| values.as_ref().map(|values| values[expert]));
         (0..experts).map(|expert| of_expert(activation, of(expert))).collect()
     }
 
-    fn on_device(&self) -> [Option<Guarded<f32>>; 4] {
+    pub fn on_device(&self) -> [Option<Guarded<f32>>; 4] {
         let input = |values: &Vec<f32>| Guarded::input(&device::stream(), "swiglu", values);
         self.0.each_ref().map(|values| values.as_ref().map(input))
     }

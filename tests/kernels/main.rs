@@ -24,6 +24,7 @@ mod gating;
 mod gating_backward;
 mod gemm;
 mod gemm_any;
+mod gemm_backward;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -119,6 +120,8 @@ fn check(kernel: Kernel) {
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmHopper(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
+        Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
+        Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),

@@ -28,6 +28,9 @@ pub struct Options {
     /// Random rows, checked against the reference, instead of those that golden.safetensors records
     #[arg(long, value_name = "N", value_parser = tokens, allow_negative_numbers = true)]
     pub tokens: Option<usize>,
+    /// Goes back as well, from the dy that golden_grads.safetensors records, and checks every gradient
+    #[arg(long, requires = "folder", conflicts_with = "tokens")]
+    pub grads: bool,
     /// Where to write x and the outputs, as safetensors
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
@@ -39,7 +42,7 @@ pub struct Options {
 impl Options {
     /// The layer of our own.
     pub fn own(dtype: Dtype) -> Options {
-        Options { folder: None, block: None, dtype, tokens: None, out: None, families: false }
+        Options { folder: None, block: None, dtype, tokens: None, grads: false, out: None, families: false }
     }
 }
 

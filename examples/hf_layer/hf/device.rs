@@ -14,7 +14,7 @@ use super::error::HfError;
 
 /// A CUDA device, real or software.
 pub struct Device {
-    context: Arc<CudaContext>,
+    pub context: Arc<CudaContext>,
     kernels: Kernels,
     name: String,
 }
@@ -110,16 +110,8 @@ fn run_in<T: Element>(
     let copies = Copies { stream };
     let x: Vec<T> = x.iter().map(|&value| T::from_f32(value)).collect();
     let x = copies.copy(&x)?;
-    let words = inputs.words.as_deref().map(|words| copies.copy(words)).transpose()?;
-    let index = inputs.index.as_deref().map(|index| copies.copy(index)).transpose()?;
-    let previous = inputs.previous.as_deref().map(|previous| copies.copy(previous)).transpose()?;
-    let types = inputs.types.as_deref().map(|types| copies.copy(types)).transpose()?;
-    let mut beside = BlockInputs::default();
-    beside.types = types.as_ref().map(Into::into);
-    beside.words = words.as_ref().map(Into::into);
-    beside.index = index.as_ref().map(Into::into);
-    beside.sequences = inputs.index.as_ref().map_or(0, Vec::len);
-    beside.previous = previous.as_ref().map(Into::into);
+    let held = HeldInputs::copy(&copies, inputs)?;
+    let beside = held.inputs();
     let mut y = copies.zeros::<T>(tokens * layer.hidden)?;
     let mut run = BlockRun::<T>::new(loaded, tokens, &device.kernels, stream)?;
 
@@ -194,6 +186,38 @@ fn run_in<T: Element>(
     })
 }
 
+/// [`Inputs`] on the device.
+pub struct HeldInputs {
+    words: Option<CudaSlice<i32>>,
+    index: Option<CudaSlice<i32>>,
+    types: Option<CudaSlice<i32>>,
+    previous: Option<CudaSlice<f32>>,
+    sequences: usize,
+}
+
+impl HeldInputs {
+    pub fn copy(copies: &Copies<'_>, inputs: &Inputs) -> Result<HeldInputs, HfError> {
+        let numbers = |values: &Option<Vec<i32>>| values.as_deref().map(|values| copies.copy(values)).transpose();
+        Ok(HeldInputs {
+            words: numbers(&inputs.words)?,
+            index: numbers(&inputs.index)?,
+            types: numbers(&inputs.types)?,
+            previous: inputs.previous.as_deref().map(|previous| copies.copy(previous)).transpose()?,
+            sequences: inputs.index.as_ref().map_or(0, Vec::len),
+        })
+    }
+
+    pub fn inputs(&self) -> BlockInputs<'_> {
+        let mut inputs = BlockInputs::default();
+        inputs.words = self.words.as_ref().map(Into::into);
+        inputs.index = self.index.as_ref().map(Into::into);
+        inputs.types = self.types.as_ref().map(Into::into);
+        inputs.previous = self.previous.as_ref().map(Into::into);
+        inputs.sequences = self.sequences;
+        inputs
+    }
+}
+
 /// Takes the rows of tokens of the second bank from there.
 pub fn choose<T: Copy>(first: &mut [T], second: &[T], types: &[i32]) {
     let columns = (first.len() / types.len().max(1)).max(1);
@@ -228,17 +252,17 @@ pub fn drop_full(ids: &mut [i32], token_slot: &[i32]) {
 }
 
 /// A driver call of ours that failed, as the library words it.
-fn failed(source: DriverError) -> HfError {
+pub fn failed(source: DriverError) -> HfError {
     Error::Driver { operation: "hf_layer", source }.into()
 }
 
-struct Copies<'a> {
-    stream: &'a Arc<CudaStream>,
+pub struct Copies<'a> {
+    pub stream: &'a Arc<CudaStream>,
 }
 
 impl Copies<'_> {
     /// One element where there are none: CUDA has no empty allocations.
-    fn copy<T: DeviceRepr + ValidAsZeroBits>(&self, values: &[T]) -> Result<CudaSlice<T>, HfError> {
+    pub fn copy<T: DeviceRepr + ValidAsZeroBits>(&self, values: &[T]) -> Result<CudaSlice<T>, HfError> {
         if values.is_empty() { self.zeros(0) } else { self.stream.clone_htod(values).map_err(failed) }
     }
 
@@ -246,7 +270,7 @@ impl Copies<'_> {
         self.stream.alloc_zeros(length.max(1)).map_err(failed)
     }
 
-    fn back<T: DeviceRepr>(&self, buffer: &CudaSlice<T>, length: usize) -> Result<Vec<T>, HfError> {
+    pub fn back<T: DeviceRepr>(&self, buffer: &CudaSlice<T>, length: usize) -> Result<Vec<T>, HfError> {
         let mut values = self.stream.clone_dtoh(buffer).map_err(failed)?;
         values.truncate(length);
         Ok(values)

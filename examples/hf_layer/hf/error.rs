@@ -12,6 +12,8 @@ pub enum HfError {
     CommandLine(#[from] clap::Error),
     #[error("{} has no {}: give --tokens", folder.display(), super::golden::Golden::NAME)]
     NoRows { folder: PathBuf },
+    #[error("gradient `{name}` is recorded, and the block has no such tensor")]
+    NoGradient { name: String },
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: {reason}", path.display())]

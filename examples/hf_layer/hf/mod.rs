@@ -4,6 +4,7 @@
 // Tests include this module and use parts of it.
 #![allow(dead_code)]
 
+pub mod backward;
 pub mod cli;
 pub mod device;
 pub mod error;
@@ -29,10 +30,12 @@ use moe_kernels::Dtype;
 use moe_kernels::checkpoint::{Block, Model};
 use tempfile::TempDir;
 
+use backward::Gradient;
 use cli::Options;
 use device::{Device, Inputs, Outputs};
 use error::HfError;
 use golden::{Expected, Golden};
+use grads::GoldenGradients;
 use random::Random;
 use report::Line;
 
@@ -77,11 +80,19 @@ pub fn execute(options: &Options, report: &mut dyn Write) -> Result<bool, HfErro
     let mut passes = true;
     for name in &job.blocks {
         let block = job.block(name)?;
-        let (outputs, lines) = job.check(&device, &block)?;
+        let (outputs, mut lines) = job.check(&device, &block)?;
+        let (gradients, of_gradients) = job.check_gradients(&device, &block)?;
+        lines.extend(of_gradients);
         print(report, &device, &job, &block, &outputs, &lines).map_err(HfError::Report)?;
         passes &= lines.iter().all(Line::passes);
         if let Some(path) = &options.out {
-            out::write(&out_path(path, name, job.blocks.len()), block.desc().hidden, &job.x(&block)?, &outputs)?;
+            out::write(
+                &out_path(path, name, job.blocks.len()),
+                block.desc().hidden,
+                &job.x(&block)?,
+                &outputs,
+                &gradients,
+            )?;
         }
     }
     Ok(passes)
@@ -104,6 +115,8 @@ pub struct Job {
     pub blocks: Vec<String>,
     pub dtype: Dtype,
     rows: Rows,
+    /// Where `dy` and the gradients are recorded, if they are asked for.
+    gradients: Option<GoldenGradients>,
     /// What the report calls the model.
     title: String,
     /// The folder of a checkpoint of our own.
@@ -140,7 +153,7 @@ impl Job {
         let blocks = vec![model.block(None)?.name().to_owned()];
         let rows = Rows::Random(options.tokens.unwrap_or(own::TOKENS));
         let title = format!("own layer ({})", own::STATED);
-        Ok(Job { model, blocks, dtype: options.dtype, rows, title, _own: Some(folder) })
+        Ok(Job { model, blocks, dtype: options.dtype, rows, gradients: None, title, _own: Some(folder) })
     }
 
     fn from_folder(folder: &Path, options: &Options) -> Result<Job, HfError> {
@@ -168,7 +181,8 @@ impl Job {
             None => Rows::Random(options.tokens.unwrap_or(0)),
         };
         let title = model.config().model_type().to_owned();
-        Ok(Job { model, blocks, dtype: options.dtype, rows, title, _own: None })
+        let gradients = options.grads.then(|| GoldenGradients::open(folder)).transpose()?;
+        Ok(Job { model, blocks, dtype: options.dtype, rows, gradients, title, _own: None })
     }
 
     /// A block by its name.
@@ -240,6 +254,18 @@ impl Job {
         };
         let lines = report::compare(&outputs, &expected, self.dtype, block.desc().top_k, block.unordered());
         Ok((outputs, lines))
+    }
+
+    /// Goes a block's way back and compares, where its gradients are asked for and recorded.
+    pub fn check_gradients(&self, device: &Device, block: &Block<'_>) -> Result<(Vec<Gradient>, Vec<Line>), HfError> {
+        let Some(golden) = self.gradients.as_ref().filter(|_| self.source(block) == Golden::NAME) else {
+            return Ok((Vec::new(), Vec::new()));
+        };
+        let x = self.x(block)?;
+        let (hidden, tokens) = (block.desc().hidden, x.len() / block.desc().hidden);
+        let inputs = self.inputs(block, tokens)?;
+        let got = backward::run(device, block, self.dtype, (&x, &golden.dy(tokens, hidden)?), &inputs)?;
+        backward::compare(&got, &golden.recorded()?, block.name(), self.dtype)
     }
 
     /// Where the expected outputs of a block are from, in words.

@@ -13,6 +13,7 @@ use super::tensors::FileTensor;
 use super::weights::{AroundWeights, BlockWeights, Loaded, MatrixWeight};
 use crate::Dtype;
 use crate::layer::LayerDesc;
+use crate::rules::{IDENTITY, NullOutput};
 use reader::Reader;
 
 /// How far a load has come.
@@ -172,6 +173,10 @@ impl<S: Store> Reader<'_, S> {
             table,
             vocabulary,
             map,
+            weightless: spec.weightless.map(|(_, target)| match target {
+                IDENTITY => NullOutput::Input,
+                _ => NullOutput::Zero,
+            }),
         };
         Ok((layer, weights))
     }

@@ -156,7 +156,7 @@ impl GemmDesc {
         self.check(OPERATION)
     }
 
-    pub(super) fn check(&self, operation: &'static str) -> Result<(), Error> {
+    pub(in crate::experts) fn check(&self, operation: &'static str) -> Result<(), Error> {
         match &self.rows {
             Rows::Dense(rows) => shape::size(operation, "rows", *rows).map(drop)?,
             Rows::Grouped(shape) => shape.validate(operation)?,

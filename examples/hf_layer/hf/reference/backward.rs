@@ -13,20 +13,11 @@ use moe_kernels::reference::unit_experts::unit_experts_backward;
 use moe_kernels::reference::{Real, ReferenceError};
 use moe_kernels::rules::{Activation, KeySplit, RmsNorm};
 
+use super::super::backward::Gradients;
 use super::super::device::choose;
 use super::super::error::HfError;
 use super::super::matrix::{self, Matrix};
 use super::{Pass, Reference, norm, rows, some, wide};
-
-/// Gradients of a block.
-pub struct Gradients {
-    /// `[T,H]`.
-    pub x: Vec<f64>,
-    /// `[T,D]`, of the state of the previous layer's router.
-    pub previous: Option<Vec<f64>>,
-    /// Of the checkpoint's tensors.
-    pub tensors: ByName<f64>,
-}
 
 impl Gradients {
     fn add_to_x(&mut self, values: &[f64]) {
