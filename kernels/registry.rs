@@ -100,26 +100,49 @@ impl RouterBackward {
     pub const TILE: u32 = 64;
 }
 
-/// How a router's work is cut into blocks.
+/// How a router's work is cut into blocks, and by which unit its products are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RouterShape {
-    /// 64 tokens by 64 experts a block.
+    /// 64 tokens by 64 experts a block, in f32.
     Tile,
-    /// One warp for an expert and up to four tokens: for a few tokens, where every SM must pull its part of the weight.
+    /// One warp for an expert and up to four tokens, in f32: for a few tokens, where every SM must pull its part of the weight.
     Warp,
-    /// 64 tokens by 64 experts a block, of rows of any width that begin on any element.
+    /// 64 tokens by 64 experts a block, in f32, of rows of any width that begin on any element.
     Any,
+    /// 128 tokens by 128 experts a block on tensor cores.
+    Mma128,
+    /// 64 tokens by 64 experts.
+    Mma64,
+    /// 32 tokens by 64 experts.
+    Mma32,
+    /// 16 tokens by 8 experts a block on tensor cores, whose warps share the depth: for a few tokens.
+    Few,
 }
 
 impl RouterShape {
     /// Every cut.
-    pub const ALL: [RouterShape; 3] = [RouterShape::Tile, RouterShape::Warp, RouterShape::Any];
+    pub const ALL: [RouterShape; 7] = [
+        RouterShape::Tile,
+        RouterShape::Warp,
+        RouterShape::Any,
+        RouterShape::Mma128,
+        RouterShape::Mma64,
+        RouterShape::Mma32,
+        RouterShape::Few,
+    ];
+
+    /// Those on tensor cores. All of them give a token the same bits.
+    pub const TENSOR: [RouterShape; 4] =
+        [RouterShape::Mma128, RouterShape::Mma64, RouterShape::Mma32, RouterShape::Few];
 
     /// Tokens and experts that one block covers.
     pub const fn block(self) -> (u32, u32) {
         match self {
-            RouterShape::Tile | RouterShape::Any => (64, 64),
+            RouterShape::Tile | RouterShape::Any | RouterShape::Mma64 => (64, 64),
             RouterShape::Warp => (4, 8),
+            RouterShape::Mma128 => (128, 128),
+            RouterShape::Mma32 => (32, 64),
+            RouterShape::Few => (16, 8),
         }
     }
 
@@ -128,12 +151,72 @@ impl RouterShape {
         256
     }
 
+    /// Whether tensor cores make the products.
+    pub const fn is_tensor(self) -> bool {
+        matches!(self, RouterShape::Mma128 | RouterShape::Mma64 | RouterShape::Mma32 | RouterShape::Few)
+    }
+
+    /// Warps over tokens and over experts, and stages in flight, of a tile on tensor cores.
+    const fn tile(self) -> [u32; 3] {
+        match self {
+            RouterShape::Mma128 => [2, 4, 3],
+            _ => [2, 4, 4],
+        }
+    }
+
     /// The word in kernel names.
     pub const fn name(self) -> &'static str {
         match self {
             RouterShape::Tile => "tile",
             RouterShape::Warp => "warp",
             RouterShape::Any => "any",
+            RouterShape::Mma128 => "mma128x128",
+            RouterShape::Mma64 => "mma64x64",
+            RouterShape::Mma32 => "mma32x64",
+            RouterShape::Few => "few",
+        }
+    }
+}
+
+impl Router {
+    /// Whether the products of such numbers are exact on tensor cores: of 16 bits, and of a number of bf16 with the three parts of an f32.
+    pub const fn is_exact(x: Dtype, weight: Dtype) -> bool {
+        matches!((x, weight), (Dtype::Bf16, Dtype::Bf16 | Dtype::F32) | (Dtype::F16, Dtype::F16))
+    }
+
+    /// Whether there is such a kernel.
+    pub const fn exists(&self) -> bool {
+        match self.shape {
+            RouterShape::Any => true,
+            // The parts of so many columns of an f32 weight are more than the registers hold, and products outweigh bytes there.
+            RouterShape::Mma128 if self.is_split() => false,
+            shape => shape.is_tensor() == Router::is_exact(self.x, self.weight),
+        }
+    }
+
+    const fn is_split(&self) -> bool {
+        matches!(self.weight, Dtype::F32)
+    }
+
+    /// Dynamic shared memory in bytes: the stages, or the logits in f32.
+    pub const fn shared_bytes(&self) -> u32 {
+        let (tokens, experts) = self.shape.block();
+        match self.shape {
+            RouterShape::Mma128 | RouterShape::Mma64 | RouterShape::Mma32 => {
+                let [_, _, stages] = self.shape.tile();
+                let stage = tokens * 128 + experts * if self.is_split() { 256 } else { 128 };
+                let [stages, logits] = [stages * stage, tokens * experts * 4];
+                if stages > logits { stages } else { logits }
+            }
+            _ => 0,
+        }
+    }
+
+    /// Blocks that a multiprocessor of sm_80 to sm_90 is asked to hold at once.
+    const fn blocks_resident(&self) -> u32 {
+        match self.shape {
+            RouterShape::Mma128 | RouterShape::Few => 1,
+            _ => 2,
         }
     }
 }
@@ -184,6 +267,28 @@ impl Gate {
             Some(score) => score.name(),
             None => "any",
         }
+    }
+}
+
+/// Router, gating and dispatch of a few tokens in one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Route {
+    /// From logits to scores; none: any rule there is, said at run time.
+    pub score: Option<Score>,
+    /// Logits a lane holds: experts up to `32 * values`.
+    pub values: u32,
+}
+
+impl Route {
+    /// Every number of logits a lane may hold.
+    pub const VALUES: [u32; 2] = [4, 16];
+
+    /// Most tokens that it is meant for: a warp each, of the block that chooses.
+    pub const MAX_TOKENS: usize = 8;
+
+    /// The gating and dispatch that it ends with.
+    pub const fn gate(&self) -> Gate {
+        Gate { score: self.score, values: self.values, dispatch: true }
     }
 }
 
@@ -378,6 +483,44 @@ impl GemmHopper {
         match self.layout {
             Layout::Nk => (128, 64),
             _ => (64, 64),
+        }
+    }
+}
+
+/// [`Gemm`] for few rows, with the weight's outputs as the M side of the products.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GemmSwapped {
+    /// Type of all matrices, of 16 bits.
+    pub dtype: Dtype,
+    /// How weight outputs fold into columns.
+    pub fold: Fold,
+    /// Memory order of the weight.
+    pub layout: Layout,
+    /// Whether each token's rows are added up at the end.
+    pub combines: bool,
+}
+
+impl GemmSwapped {
+    /// The types it multiplies.
+    pub const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+
+    /// A block's share.
+    pub const TILE: Tile = Tile::new(16, 64, 64, 1, 4, 8);
+
+    /// Dynamic shared memory in bytes: the stages of A and B.
+    pub const SHARED_BYTES: u32 = {
+        let t = &GemmSwapped::TILE;
+        t.stages * (t.bm + t.bn) * t.bk * 2
+    };
+
+    /// Bytes that a block leaves of its sums, where several share a tile's depth.
+    pub const PARTIAL_BYTES: usize = GemmSwapped::TILE.bm as usize * GemmSwapped::TILE.bn as usize * 4;
+
+    /// Output columns of a tile.
+    pub const fn out_columns(&self) -> u32 {
+        match self.fold {
+            Fold::Plain => GemmSwapped::TILE.bn,
+            Fold::Glu | Fold::Iglu => GemmSwapped::TILE.bn / 2,
         }
     }
 }
@@ -627,6 +770,8 @@ pub enum Kernel {
     Router(Router),
     /// Choice of experts, with dispatch or without.
     Gating(Gate),
+    /// Scores of experts, choice and dispatch of a few tokens.
+    Route(Route),
     /// Choice of more than 32 experts.
     GatingWide(WideGate),
     /// Slots that experts with a capacity keep by weight.
@@ -662,6 +807,8 @@ pub enum Kernel {
     Gemm(Gemm),
     /// The experts' products on Hopper.
     GemmHopper(GemmHopper),
+    /// The experts' products of few rows.
+    GemmSwapped(GemmSwapped),
     /// The experts' products, whatever the rows' width.
     GemmAny(GemmAny),
     /// The second product's way back, with the activation's behind it: a plain product's shape.
@@ -712,9 +859,16 @@ pub enum Kernel {
     /// A noise state moved on.
     NoiseState,
     /// The gradient of a gating's logits.
-    GatingBackward,
+    GatingBackward {
+        /// Every rule and loss, else those of the common models.
+        any: bool,
+    },
+    /// Gradients of the factors of a gating's weights.
+    ScaleSums,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Back through the sums over a token's experts.
+    CombineBackward(Combine),
     /// Back through the router's product.
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
@@ -723,6 +877,10 @@ pub enum Kernel {
     ProductKeys,
     /// Experts of one hidden unit.
     UnitExperts(Dtype),
+    /// Gradients of the weights of choices.
+    ChoiceBackward(Dtype),
+    /// A shared expert's gate, and its slope.
+    SigmoidGate,
     /// One expert for the tokens of a sequence.
     BySequence {
         /// Bytes of an index: 4 or 8.
@@ -743,6 +901,7 @@ impl Kernel {
             Kernel::Gating(k) => {
                 format!("gating_{}_v{}{}", k.score_name(), k.values, if k.dispatch { "_dispatch" } else { "" })
             }
+            Kernel::Route(k) => format!("route_{}_v{}", k.gate().score_name(), k.values),
             Kernel::GatingWide(k) => format!("{}_wide", Kernel::Gating(k.gate()).name()),
             Kernel::Dispatch(k) => format!("dispatch_e{}{}", k.max_experts, wide(k.ids_bytes)),
             Kernel::DispatchRows(k) => format!("dispatch_rows_e{}{}", k.max_experts, wide(k.ids_bytes)),
@@ -757,6 +916,10 @@ impl Kernel {
             Kernel::GemmHopper(k) => {
                 let tile = GemmHopper::TILE.name();
                 format!("gemm_{}_{tile}_{}_{}_sm90a", k.dtype, k.fold.name(), k.layout.name())
+            }
+            Kernel::GemmSwapped(k) => {
+                let (tile, end) = (GemmSwapped::TILE.name(), if k.combines { "_combine" } else { "" });
+                format!("gemm_{}_{tile}_{}_{}_swapped{end}", k.dtype, k.fold.name(), k.layout.name())
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::GemmBackward(k) => format!("gemm_backward_{}_{}_{}", k.dtype, k.tile.name(), k.layout.name()),
@@ -786,12 +949,16 @@ impl Kernel {
             Kernel::Sampled(spread) => format!("sampled_e{}", spread.max_experts()),
             Kernel::Jitter(dtype) => format!("jitter_{dtype}"),
             Kernel::NoiseState => "noise_state".into(),
-            Kernel::GatingBackward => "gating_backward".into(),
+            Kernel::GatingBackward { any } => format!("gating_backward{}", if *any { "_any" } else { "" }),
+            Kernel::ScaleSums => "scale_sums".into(),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::ChoiceBackward(dtype) => format!("choice_backward_{dtype}"),
+            Kernel::SigmoidGate => "sigmoid_gate".into(),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
             Kernel::TokenBanks { ids_bytes } => format!("token_banks{}", wide(*ids_bytes)),
         }
@@ -805,6 +972,8 @@ impl Kernel {
             Kernel::Gating(Gate { score: Some(_), dispatch: true, .. }) => "GatingDispatch",
             Kernel::Gating(Gate { score: None, dispatch: false, .. }) => "GatingAny",
             Kernel::Gating(Gate { score: None, dispatch: true, .. }) => "GatingAnyDispatch",
+            Kernel::Route(Route { score: Some(_), .. }) => "Route",
+            Kernel::Route(Route { score: None, .. }) => "RouteAny",
             Kernel::GatingWide(_) => "Gating",
             Kernel::Dispatch(_) => "Dispatch",
             Kernel::DispatchRows(_) => "DispatchRows",
@@ -815,6 +984,7 @@ impl Kernel {
             Kernel::Permute { .. } => "Permute",
             Kernel::Gemm(_) | Kernel::GemmAny(_) => "Gemm",
             Kernel::GemmHopper(_) => "GemmHopper",
+            Kernel::GemmSwapped(_) => "GemmSwapped",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
@@ -841,12 +1011,17 @@ impl Kernel {
             Kernel::Sampled(_) => "Sampled",
             Kernel::Jitter(_) => "Jitter",
             Kernel::NoiseState => "NoiseState",
-            Kernel::GatingBackward => "GatingBackward",
+            Kernel::GatingBackward { any: false } => "GatingBackward",
+            Kernel::GatingBackward { any: true } => "GatingBackwardAny",
+            Kernel::ScaleSums => "ScaleSums",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::ChoiceBackward(_) => "ChoiceBackward",
+            Kernel::SigmoidGate => "SigmoidGate",
             Kernel::BySequence { .. } => "BySequence",
             Kernel::TokenBanks { .. } => "TokenBanks",
         }
@@ -865,6 +1040,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
+            Kernel::Route(k) => k.gate().warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
             Kernel::KeepLargest | Kernel::QuantileBias | Kernel::LoadImportance => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
@@ -875,6 +1051,7 @@ impl Kernel {
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.tile.threads(),
             Kernel::GemmHopper(_) => GemmHopper::THREADS,
+            Kernel::GemmSwapped(_) => GemmSwapped::TILE.threads(),
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
@@ -891,10 +1068,13 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.warps() * 32,
             Kernel::Jitter(_)
             | Kernel::RowGroups
-            | Kernel::GatingBackward
+            | Kernel::GatingBackward { .. }
+            | Kernel::ScaleSums
             | Kernel::ActivationBackward(_)
+            | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
+            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) => RMS_NORM_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
                 BLOCK_WARPS * 32
@@ -905,8 +1085,10 @@ impl Kernel {
     /// Dynamic shared memory in bytes.
     pub const fn shared_bytes(&self) -> u32 {
         match self {
+            Kernel::Router(k) => k.shared_bytes(),
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
+            Kernel::GemmSwapped(_) => GemmSwapped::SHARED_BYTES,
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
             Kernel::MeasuredGating(k) => k.shared_bytes(),
@@ -921,8 +1103,11 @@ impl Kernel {
                 "routers/router_tile.ptx.jinja"
             }
             Kernel::Router(Router { shape: RouterShape::Warp, .. }) => "routers/router_warp.ptx.jinja",
+            Kernel::Router(Router { shape: RouterShape::Few, .. }) => "routers/router_few.ptx.jinja",
+            Kernel::Router(_) => "routers/router_mma.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
+            Kernel::Route(_) => "routers/route.ptx.jinja",
             Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
             Kernel::Dispatch(_) | Kernel::DispatchRows(_) => "capacity/dispatch.ptx.jinja",
             Kernel::ExpertCounts { .. } => "capacity/expert_counts.ptx.jinja",
@@ -932,6 +1117,7 @@ impl Kernel {
             Kernel::Permute { .. } => "experts/permute.ptx.jinja",
             Kernel::Gemm(_) => "experts/gemm.ptx.jinja",
             Kernel::GemmHopper(_) => "experts/sm90a/gemm.ptx.jinja",
+            Kernel::GemmSwapped(_) => "experts/gemm_swapped.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
@@ -958,12 +1144,16 @@ impl Kernel {
             Kernel::Sampled(_) => "routers/sampled.ptx.jinja",
             Kernel::Jitter(_) => "routers/jitter.ptx.jinja",
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
-            Kernel::GatingBackward => "routers/gating_backward.ptx.jinja",
+            Kernel::GatingBackward { .. } => "routers/gating_backward.ptx.jinja",
+            Kernel::ScaleSums => "routers/scale_sums.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::ChoiceBackward(_) => "experts/choice_backward.ptx.jinja",
+            Kernel::SigmoidGate => "experts/sigmoid_gate.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
             Kernel::TokenBanks { .. } => "routers/token_banks.ptx.jinja",
         }
@@ -973,13 +1163,20 @@ impl Kernel {
     pub fn constants(&self) -> Vec<(&'static str, Constant)> {
         use Constant::{Int, Text};
         match self {
-            Kernel::Router(k) => vec![
-                ("x_dtype", Text(k.x.name())),
-                ("w_dtype", Text(k.weight.name())),
-                ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
-                ("block_tokens", Int(k.shape.block().0)),
-                ("block_experts", Int(k.shape.block().1)),
-            ],
+            Kernel::Router(k) => {
+                let [warps_m, warps_n, stages] = k.shape.tile();
+                vec![
+                    ("x_dtype", Text(k.x.name())),
+                    ("w_dtype", Text(k.weight.name())),
+                    ("any", Int(u32::from(matches!(k.shape, RouterShape::Any)))),
+                    ("block_tokens", Int(k.shape.block().0)),
+                    ("block_experts", Int(k.shape.block().1)),
+                    ("warps_m", Int(warps_m)),
+                    ("warps_n", Int(warps_n)),
+                    ("stages", Int(stages)),
+                    ("resident", Int(k.blocks_resident())),
+                ]
+            }
             Kernel::Gating(k) => vec![
                 ("score", Text(k.score_name())),
                 ("ids_bytes", Int(4)),
@@ -987,6 +1184,7 @@ impl Kernel {
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
             ],
+            Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
             Kernel::GatingWide(k) => vec![
                 ("score", Text(k.score.name())),
                 ("values", Int(k.values)),
@@ -1025,6 +1223,15 @@ impl Kernel {
                     [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold.name())), ("layout", Text(k.layout.name()))];
                 own.into_iter().chain(GemmHopper::TILE.constants()).collect()
             }
+            Kernel::GemmSwapped(k) => {
+                let own = [
+                    ("dtype", Text(k.dtype.name())),
+                    ("glu", Text(k.fold.name())),
+                    ("layout", Text(k.layout.name())),
+                    ("combines", Int(u32::from(k.combines))),
+                ];
+                own.into_iter().chain(GemmSwapped::TILE.constants()).collect()
+            }
             Kernel::GemmAny(k) => {
                 let own = [("dtype", Text(k.dtype.name())), ("glu", Text(k.fold().name()))];
                 own.into_iter().chain(k.tile().constants()).collect()
@@ -1048,7 +1255,8 @@ impl Kernel {
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
-            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::GatingBackward => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ScaleSums => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::GatingBackward { any } => vec![("warps", Int(BLOCK_WARPS)), ("any", Int(u32::from(*any)))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
             Kernel::ExpertChoice
             | Kernel::TokenSlots
@@ -1069,6 +1277,9 @@ impl Kernel {
             Kernel::Sampled(spread) => spread.constants(),
             Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::CombineBackward(Combine { dtype, any }) => {
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
+            }
             Kernel::RouterBackward(k) => vec![
                 ("b_dtype", Text(k.b.name())),
                 ("out_dtype", Text(k.out.name())),
@@ -1077,6 +1288,8 @@ impl Kernel {
             ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::ChoiceBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::SigmoidGate => vec![],
             Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
         }
     }
@@ -1107,7 +1320,7 @@ pub fn all() -> Vec<Kernel> {
     for x in Dtype::ALL {
         for weight in if x == Dtype::F32 { vec![Dtype::F32] } else { vec![x, Dtype::F32] } {
             for shape in RouterShape::ALL {
-                kernels.push(Kernel::Router(Router { x, weight, shape }));
+                kernels.extend(Some(Router { x, weight, shape }).filter(Router::exists).map(Kernel::Router));
             }
         }
     }
@@ -1125,6 +1338,9 @@ pub fn all() -> Vec<Kernel> {
         for dispatch in [false, true] {
             kernels.push(Kernel::Gating(Gate { score: None, values, dispatch }));
         }
+    }
+    for score in Score::COMMON.map(Some).into_iter().chain([None]) {
+        kernels.extend(Route::VALUES.map(|values| Kernel::Route(Route { score, values })));
     }
     for max_experts in Dispatch::MAX_EXPERTS {
         for ids_bytes in IDS_BYTES {
@@ -1146,6 +1362,13 @@ pub fn all() -> Vec<Kernel> {
             kernels.extend(Layout::ALL.map(|layout| Kernel::GemmHopper(GemmHopper { dtype, fold, layout })));
         }
     }
+    for dtype in GemmSwapped::DTYPES {
+        for layout in Layout::ALL {
+            let swapped = |fold, combines| Kernel::GemmSwapped(GemmSwapped { dtype, fold, layout, combines });
+            kernels.extend(Fold::ALL.map(|fold| swapped(fold, false)));
+            kernels.push(swapped(Fold::Plain, true));
+        }
+    }
     for dtype in Dtype::ALL {
         kernels.extend([false, true].map(|gated| Kernel::GemmAny(GemmAny { dtype, gated })));
     }
@@ -1160,6 +1383,7 @@ pub fn all() -> Vec<Kernel> {
         for any in [false, true] {
             kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
     }
@@ -1182,7 +1406,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
-    kernels.extend([Kernel::NoiseState, Kernel::GatingBackward]);
+    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums]);
+    kernels.extend([false, true].map(|any| Kernel::GatingBackward { any }));
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {
         // Into the weight f32; into x its type, which is that of the weight unless that is f32.
@@ -1197,6 +1422,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(Dtype::ALL.map(Kernel::ChoiceBackward));
+    kernels.push(Kernel::SigmoidGate);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::TokenBanks { ids_bytes }));
     kernels

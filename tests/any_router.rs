@@ -15,7 +15,7 @@ use moe_kernels::experts::combine::{CombineArgs, Identity};
 use moe_kernels::experts::{Dispatched, Weight, tiles};
 use moe_kernels::layer::{
     Choices, ExpertWeights, ExpertsArgs, ExpertsPlan, LayerArgs, LayerDesc, LayerWeights, MapDesc, MapTable, Measured,
-    RouteArgs, RouterWeights,
+    RouteArgs, RouterWeights, Stage,
 };
 use moe_kernels::reference;
 use moe_kernels::routers::affinity::{self, AffinityArgs, AffinityDesc};
@@ -199,7 +199,7 @@ fn gating_of_every_score() {
         layer.check(&format!("{score:?}"), &ids, &weights);
         // The layer's own router and gating, fused with the dispatch.
         let plan = layer.desc.plan(layer.tokens, layer.device()).unwrap();
-        assert_eq!(plan.launches(), 5);
+        assert!(!plan.stages().any(|(stage, _)| matches!(stage, Stage::Gate | Stage::Dispatch)), "{score:?}");
         let mut workspace = layer.workspace(plan.workspace_bytes());
         let mut y = layer.zeros::<bf16>(layer.tokens * layer.desc.hidden);
         let args =

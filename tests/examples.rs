@@ -1,13 +1,21 @@
 //! The examples as programs: their command lines, and that what they write is whole or not there.
 
-#[path = "../examples/support/whole_file.rs"]
-mod whole_file;
+// The plain parts of `byte_model` are here twice: as the programs have them, and in f64.
+#![allow(clippy::duplicate_mod)]
+
+#[path = "examples/experts.rs"]
+mod experts;
+#[path = "examples/gradients.rs"]
+mod gradients;
+#[path = "examples/training.rs"]
+mod training;
 
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use experts::byte_model::whole_file;
 use tempfile::TempDir;
 
 /// An example as cargo built it beside this test.

@@ -3,6 +3,8 @@
 
 #[path = "layer/composition.rs"]
 mod composition;
+#[path = "layer/decode.rs"]
+mod decode;
 mod support;
 
 use half::{bf16, f16};

@@ -113,6 +113,8 @@ impl<'a> Model<'a> {
         let alone = [
             gating_dispatch::workspace_bytes(&passes.gating_dispatch_desc(), device)?,
             dispatch::workspace_bytes(&passes.dispatch_desc(), device)?,
+            gemm::workspace_bytes(&passes.gate_up_desc(), device)?,
+            gemm::workspace_bytes(&passes.down_desc(), device)?,
         ];
         let most = alone.into_iter().fold(plan.workspace_bytes(), usize::max);
         passes.workspace = Workspace::new(stream, most)?;
@@ -169,25 +171,35 @@ impl Passes<'_> {
         Ok(gating_dispatch::forward(kernels, stream, &desc, args)?)
     }
 
-    pub fn gate_up(&mut self, i: usize) -> Result<()> {
-        let Model { stream, kernels, desc, gate_up, .. } = self.model;
+    fn gate_up_desc(&self) -> GemmDesc {
+        let desc = &self.model.desc;
         let rows = Rows::Grouped(self.plan.route().rows());
-        let product = GemmDesc::new(Dtype::Bf16, rows, desc.intermediate, desc.hidden)
+        GemmDesc::new(Dtype::Bf16, rows, desc.intermediate, desc.hidden)
             .gather(true)
             .weight(desc.mlp.gate_up)
-            .activation(desc.mlp.activation);
+            .activation(desc.mlp.activation)
+            .split(true)
+    }
+
+    fn down_desc(&self) -> GemmDesc {
+        let desc = &self.model.desc;
+        let rows = Rows::Grouped(self.plan.route().rows());
+        GemmDesc::new(Dtype::Bf16, rows, desc.hidden, desc.intermediate).weight(desc.mlp.down).split(true)
+    }
+
+    pub fn gate_up(&mut self, i: usize) -> Result<()> {
+        let (product, Model { stream, kernels, gate_up, .. }) = (self.gate_up_desc(), self.model);
         let Set { x, dispatched, h, .. } = &mut self.sets[i];
-        let args = GemmArgs::new(&*x, Weight::new(gate_up), h).dispatched(dispatched);
+        let args = GemmArgs::new(&*x, Weight::new(gate_up), h).dispatched(dispatched).workspace(&mut self.workspace);
         Ok(gemm::forward(kernels, stream, &product, args)?)
     }
 
     pub fn down(&mut self, i: usize) -> Result<()> {
-        let Model { stream, kernels, desc, down, .. } = self.model;
-        let rows = Rows::Grouped(self.plan.route().rows());
-        let product = GemmDesc::new(Dtype::Bf16, rows, desc.hidden, desc.intermediate).weight(desc.mlp.down);
+        let (product, Model { stream, kernels, down, .. }) = (self.down_desc(), self.model);
         let Set { h, dispatched, y_slots, .. } = &mut self.sets[i];
         let args =
             GemmArgs::new(&*h, Weight::new(down), y_slots).dispatched(dispatched).out_scale(dispatched.slot_weight());
+        let args = args.workspace(&mut self.workspace);
         Ok(gemm::forward(kernels, stream, &product, args)?)
     }
 

@@ -6,6 +6,8 @@
 
 mod batch;
 mod cli;
+#[path = "../support/svg.rs"]
+mod drawing;
 mod layer;
 mod svg;
 mod terminal;

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, RowAddresses, SlotShape};
+use super::gemm::swapped::Sum;
 use crate::registry::{Combine, CombineRagged, Kernel};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
@@ -272,6 +273,7 @@ pub fn forward<T: Element>(
 }
 
 /// What a combine reads and writes.
+#[derive(Clone, Copy)]
 pub(crate) struct Addresses<'a> {
     pub(crate) y_slots: Address<'a>,
     pub(crate) rows: RowAddresses<'a>,
@@ -292,6 +294,22 @@ pub(crate) struct IdentityAddresses<'a> {
     pub(crate) weight: Address<'a>,
     /// Where `weight` is `[T, k]`: the ids beside it, and which experts are identities.
     pub(crate) choices: Option<(Address<'a>, (u32, u32))>,
+}
+
+/// The sums as the end of the launch that writes their rows. Rows have their weights; there is no identity.
+pub(crate) fn sum_of<'a>(desc: &CombineDesc, at: &Addresses<'a>) -> Sum<'a> {
+    Sum {
+        y: at.y,
+        token_slot: at.rows.token_slot,
+        residual: at.residual,
+        bias: at.bias,
+        addend: at.addend,
+        addend_gate: at.addend_gate,
+        addend_scale: desc.addend_scale,
+        scale: desc.scale,
+        tokens: desc.rows.tokens as u32,
+        top_k: desc.rows.top_k.unwrap_or(0) as u32,
+    }
 }
 
 pub(crate) fn enqueue(

@@ -13,13 +13,17 @@
 //! | an f32 result; `accumulate`, `beta = 1` | [`gemm::Output`]; [`k_grouped::KGroupedDesc::accumulate`] |
 
 pub mod activation_backward;
+pub mod choice_backward;
 pub mod combine;
+pub mod combine_backward;
 pub(crate) mod dispatched;
 pub mod gemm;
 pub mod gemm_backward;
+pub mod gemm_combine;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;
+pub mod sigmoid_gate;
 pub mod tiles;
 pub mod unit_experts;
 pub(crate) mod weight;

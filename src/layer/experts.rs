@@ -11,7 +11,9 @@ use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::{Dispatched, RowAddresses, SlotShape};
+use crate::experts::gemm::swapped::{Scratch, Sum};
 use crate::experts::gemm::{self, ByExpertAddresses, GemmDesc, Rows};
+use crate::experts::gemm_combine;
 use crate::experts::weight::HeldWeight;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Activation, Dropout, Weighting};
@@ -34,6 +36,8 @@ pub struct ExpertsPlan {
     /// The shared expert's gate, where no router of the layer computes it.
     gate: Option<Step<RouterDesc>>,
     combine: Step<CombineDesc>,
+    /// The second product and the sum in one launch, in a whole layer of few tokens.
+    down_combine: Option<Selection>,
     /// Norms and projections.
     pub(super) around: AroundPlan,
     pub(super) regions: Regions,
@@ -76,6 +80,7 @@ impl ExpertsPlan {
             let shared_rows = shared_rows.unwrap_or(0);
             let gate_up = GemmDesc::new(dtype, rows, intermediate, width)
                 .kernels(desc.kernels())
+                .split(!desc.batch_invariant)
                 .gather(matches!(rows, Rows::Grouped(_)))
                 .weight(mlp.gate_up)
                 .activation(mlp.activation)
@@ -83,6 +88,7 @@ impl ExpertsPlan {
                 .shared_activation(shared_activation);
             let down = GemmDesc::new(dtype, rows, width, intermediate)
                 .kernels(desc.kernels())
+                .split(!desc.batch_invariant)
                 .weight(mlp.down)
                 .shared_rows(shared_rows);
             let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
@@ -130,8 +136,19 @@ impl ExpertsPlan {
             y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, width])?, element)?,
             addend: arena.region("addend", addend, element)?,
             shared_gate: arena.region("shared_gate", if gate.is_some() { rows.tokens } else { 0 }, 4)?,
+            // For any number of tokens: few have more blocks that share than many.
+            partials: arena.region("partials", gemm::most_partial_bytes(desc.dtype, desc.kernels(), device), 1)?,
         };
         let around = AroundPlan::new(&mut arena, desc, rows, device)?;
+        // Nothing comes between the product and the sum, and the sum is of experts' rows and what stands beside them.
+        let alone = apart.is_none() && desc.map.is_none() && desc.null.is_none();
+        let alone = alone && desc.latent.is_none() && desc.norms.slots.is_none() && desc.norms.output.is_none();
+        let combines = |step: &Step<GemmDesc>| {
+            let plan = if alone { gemm_combine::plan_of(OPERATION, &step.desc, device)? } else { None };
+            let plan = plan.filter(|_| gemm_combine::is_short(rows.tokens, desc.all_choices()));
+            Ok::<_, Error>(plan.map(|plan| plan.selection()))
+        };
+        let down_combine = combines(&down)?;
         Ok(ExpertsPlan {
             desc: *desc,
             device: *device,
@@ -141,6 +158,7 @@ impl ExpertsPlan {
             apart,
             gate,
             combine,
+            down_combine,
             around,
             regions,
             workspace_bytes: arena.bytes(),
@@ -167,26 +185,41 @@ impl ExpertsPlan {
         self.workspace_bytes
     }
 
-    /// The stages with their launches, in order. None with no tokens.
+    /// The stages with their launches, in order, of [`ExpertsPlan::forward`] and [`ExpertsPlan::combine`]. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        let tokens = self.rows.tokens;
-        let gate = self.gate.filter(|_| tokens > 0).map(|step| (Stage::SharedGate, step.selection));
-        gate.into_iter().chain(self.stages_after_gate())
+        self.gate_stage().chain(self.stages_after_gate(None))
     }
 
-    /// [`ExpertsPlan::stages`] where a router of the layer has computed the shared expert's gate.
-    pub(super) fn stages_after_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+    /// Those of a whole layer.
+    pub(super) fn stages_of_layer(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        self.gate_stage().chain(self.stages_of_layer_after_gate())
+    }
+
+    /// Those of a whole layer whose router has computed the shared expert's gate.
+    pub(super) fn stages_of_layer_after_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        self.stages_after_gate(self.down_combine)
+    }
+
+    fn gate_stage(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let tokens = self.rows.tokens;
+        self.gate.filter(|_| tokens > 0).map(|step| (Stage::SharedGate, step.selection)).into_iter()
+    }
+
+    /// `together`: second product and sum in one launch.
+    fn stages_after_gate(&self, together: Option<Selection>) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         let rows = self.rows;
         let shared = self.apart.into_iter().flat_map(|[gate_up, down]| {
             [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
         });
-        let products = [(Stage::GateUp, self.gate_up.selection), (Stage::Down, self.down.selection)];
+        let second = together.map_or((Stage::Down, self.down.selection), |together| (Stage::DownCombine, together));
+        let combine = together.is_none().then_some((Stage::Combine, self.combine.selection));
+        let products = [(Stage::GateUp, self.gate_up.selection), second];
         self.around
             .stages_before()
             .chain(products)
             .chain(self.around.stages_between())
             .chain(shared)
-            .chain([(Stage::Combine, self.combine.selection)])
+            .chain(combine)
             .chain(self.around.stages_after())
             .filter(move |_| rows.tokens > 0)
     }
@@ -271,6 +304,8 @@ impl ExpertsPlan {
             addend: optional(&shared),
             dropout: args.dropout,
             noise_state: optional(&noise_state),
+            scratch: Scratch { partials: workspace.at(self.regions.partials), counters: workspace.counters() },
+            sum: None,
         };
         if let Some(logits) = optional(&shared_gate) {
             self.enqueue_gate(&scope, &weights, at.x, logits, &mut |_| ())?;
@@ -315,6 +350,11 @@ impl ExpertsPlan {
         combine::forward(kernels, stream, &self.combine.desc, args)
     }
 
+    /// Whether a whole layer's second product adds up each token's rows.
+    pub(super) fn combines(&self) -> bool {
+        self.down_combine.is_some()
+    }
+
     /// Both products, and the shared expert's.
     pub(super) fn enqueue(
         &self,
@@ -344,6 +384,8 @@ impl ExpertsPlan {
                 pre_activation: at.kept.shared_pre_activation,
             }),
             noise_state: at.noise_state,
+            scratch: at.scratch,
+            sum: None,
         };
         first.enqueue(scope, &self.gate_up, gate_up)?;
         observer(Stage::GateUp);
@@ -364,6 +406,13 @@ impl ExpertsPlan {
             noise_state: None,
             ..first
         };
+        if let Some((sum, selection)) = at.sum.as_ref().zip(self.down_combine) {
+            let together = Step { desc: self.down.desc, selection };
+            let sum = Some(combine::sum_of(&self.combine.desc, sum));
+            Product { sum, ..second }.enqueue(scope, &together, down)?;
+            observer(Stage::DownCombine);
+            return Ok(());
+        }
         second.enqueue(scope, &self.down, down)?;
         observer(Stage::Down);
         self.around.enqueue_between(scope, &weights.around, at.y_slots, at.rows, at.live, observer)?;
@@ -382,6 +431,8 @@ impl ExpertsPlan {
             dropout: None,
             noise_state: None,
             shared: None,
+            scratch: at.scratch,
+            sum: None,
         };
         let first = dense(at.x, at.kept.shared_hidden, at.kept.shared_pre_activation);
         first.enqueue(scope, &steps[0], gate_up)?;
@@ -478,6 +529,9 @@ pub(super) struct Products<'a> {
     pub(super) addend: Option<Address<'a>>,
     pub(super) dropout: Option<Dropout>,
     pub(super) noise_state: Option<Address<'a>>,
+    pub(super) scratch: Scratch<'a>,
+    /// Each token's sum, where [`ExpertsPlan::combines`].
+    pub(super) sum: Option<combine::Addresses<'a>>,
 }
 
 /// Rows in and out of one product.
@@ -493,6 +547,8 @@ struct Product<'a> {
     dropout: Option<Dropout>,
     shared: Option<gemm::SharedAddresses<'a>>,
     noise_state: Option<Address<'a>>,
+    scratch: Scratch<'a>,
+    sum: Option<Sum<'a>>,
 }
 
 impl Product<'_> {
@@ -508,6 +564,8 @@ impl Product<'_> {
             shared: self.shared,
             noise_state: self.noise_state,
             swiglu: self.swiglu,
+            scratch: Some(self.scratch),
+            sum: self.sum,
         };
         gemm::enqueue(scope, &step.desc, &step.selection, at, self.dropout)
     }

@@ -11,6 +11,7 @@ use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RouteP
 use super::weights::LayerWeights;
 use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::dispatched::{Dispatched, Filling};
+use crate::experts::gemm::swapped::Scratch;
 use crate::experts::{combine, gemm};
 use crate::rules::{Dropout, NullOutput};
 use crate::runtime::builder::buffers;
@@ -70,18 +71,17 @@ impl LayerPlan {
 
     /// The stages of a forward pass with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        self.route.stages_with_gate().chain(self.experts.stages_after_gate())
+        self.route.stages_with_gate().chain(self.experts.stages_of_layer_after_gate())
     }
 
     /// The stages with their launches where the choices come from elsewhere ([`LayerArgs::choices`]).
     pub fn stages_of_choices(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        self.route.stages_of_choices().chain(self.experts.stages())
+        self.route.stages_of_choices().chain(self.experts.stages_of_layer())
     }
 
     /// The stages with their launches where the logits come from elsewhere ([`RouteArgs::given_logits`]).
     pub fn stages_of_logits(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        let asked = |stage: &Stage| matches!(stage, Stage::Router | Stage::RouterNorm);
-        self.route.stages().filter(move |(stage, _)| !asked(stage)).chain(self.experts.stages())
+        self.route.stages_of_logits().chain(self.experts.stages_of_layer())
     }
 
     /// Kernel launches of a forward pass.
@@ -235,8 +235,7 @@ impl LayerPlan {
             (Some(router), _) => {
                 let gate = experts.shared_gate().map(|weight| (weight, gate_logits));
                 let seen = optional(&router_x).unwrap_or_else(|| x.address());
-                self.route.enqueue_router(&scope, router, seen, gate, &workspace, &at, observer)?;
-                self.route.enqueue_choice(&scope, router, &workspace, &mut extras, &at, observer)?;
+                self.route.enqueue_all(&scope, router, seen, gate, &workspace, &mut extras, &at, observer)?;
             }
             (None, Some((ids, weights))) => {
                 let choices = ChoiceAddresses { format: desc.choices, ids, weights };
@@ -256,8 +255,9 @@ impl LayerPlan {
             addend: desc.shared.map(|_| workspace.at(regions.addend)),
             dropout: args.dropout,
             noise_state: optional(&noise_state),
+            scratch: Scratch { partials: workspace.at(regions.partials), counters: workspace.counters() },
+            sum: None,
         };
-        self.experts.enqueue(&scope, &experts, &products, observer)?;
         // What comes after the sum takes the residual, and where the sum has a width of its own, the shared expert too.
         let around = &self.experts.around;
         let residual = if args.accumulate { Some(y.address()) } else { optional(&residual) };
@@ -285,8 +285,12 @@ impl LayerPlan {
             },
             y: elsewhere.unwrap_or_else(|| y.address()),
         };
-        self.experts.enqueue_combine(&scope, sum)?;
-        observer(Stage::Combine);
+        let products = Products { sum: self.experts.combines().then_some(sum), ..products };
+        self.experts.enqueue(&scope, &experts, &products, observer)?;
+        if products.sum.is_none() {
+            self.experts.enqueue_combine(&scope, sum)?;
+            observer(Stage::Combine);
+        }
         if elsewhere.is_some() {
             let shared = products.addend.filter(|_| !sums_shared).map(|addend| (addend, shared_gate));
             let tail =

@@ -20,6 +20,8 @@ pub(super) struct Regions {
     pub(super) addend: Region,
     /// The logits of its gate.
     pub(super) shared_gate: Region,
+    /// Sums that blocks leave of a product's tiles whose depth they share.
+    pub(super) partials: Region,
 }
 
 /// The caller's buffers.

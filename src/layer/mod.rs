@@ -79,6 +79,8 @@ pub enum Stage {
     Router,
     /// Logits of a shared expert's gate alone, where the layer's router is not asked.
     SharedGate,
+    /// Router, gating and dispatch in one launch.
+    Route,
     /// Gating and dispatch in one launch.
     GateDispatch,
     /// Gating, measured or not.
@@ -105,6 +107,8 @@ pub enum Stage {
     SharedGateUp,
     /// The shared expert's second product.
     SharedDown,
+    /// Second grouped product and the weighted sum in one launch.
+    DownCombine,
     /// Weighted sum.
     Combine,
     /// Projection of the sum from the experts' own width.
@@ -122,6 +126,7 @@ impl Stage {
             Stage::RouterNorm => "router norm",
             Stage::Router => "router",
             Stage::SharedGate => "shared gate",
+            Stage::Route => "route",
             Stage::GateDispatch => "gate+dispatch",
             Stage::Gate => "gate",
             Stage::Admission => "admission",
@@ -135,6 +140,7 @@ impl Stage {
             Stage::SlotNorm => "slot norm",
             Stage::SharedGateUp => "shared gate_up",
             Stage::SharedDown => "shared down",
+            Stage::DownCombine => "down+combine",
             Stage::Combine => "combine",
             Stage::LatentOutput => "latent output",
             Stage::Sum => "sum",

@@ -5,7 +5,7 @@ use crate::DeviceInfo;
 use crate::registry::Kernel;
 use crate::rules::{
     Activation, AdmissionRule, BalanceRule, Capacity, Dtype, IdFormat, LossCounts, LossScore, NullExperts, Order,
-    SecondExpert, Sequences,
+    RmsNorm, SecondExpert, Sequences,
 };
 use crate::runtime::device::{A100, H100};
 
@@ -49,11 +49,25 @@ fn in_many_steps() -> LayerDesc {
 
 #[test]
 fn five_launches_seven_with_a_shared_expert_of_another_form() {
-    assert_eq!(mixtral().plan(64, &A100).unwrap().launches(), 5);
-    assert_eq!(with_everything().plan(64, &A100).unwrap().launches(), 7);
-    assert_eq!(with_alike().plan(64, &A100).unwrap().launches(), 5);
+    assert_eq!(mixtral().plan(640, &A100).unwrap().launches(), 5);
+    assert_eq!(with_everything().plan(640, &A100).unwrap().launches(), 7);
+    assert_eq!(with_alike().plan(640, &A100).unwrap().launches(), 5);
     assert_eq!(mixtral().plan(0, &A100).unwrap().launches(), 0);
     assert_eq!(in_many_steps().plan(64, &A100).unwrap().launches(), 10, "router, gate, admission, map, dispatch first");
+}
+
+#[test]
+fn three_launches_for_few_tokens() {
+    let launches = |desc: LayerDesc, tokens: usize| desc.plan(tokens, &H100).unwrap().launches();
+    assert_eq!([1, 8, 9, 64].map(|tokens| launches(mixtral(), tokens)), [3, 3, 4, 4]);
+    assert_eq!([1, 8, 9, 33].map(|tokens| launches(with_alike(), tokens)), [3, 3, 4, 4]);
+    // Logits and choices from elsewhere.
+    let plan = mixtral().plan(1, &H100).unwrap();
+    assert_eq!([plan.stages_of_logits().count(), plan.stages_of_choices().count()], [3, 3]);
+    // Something between the products and the sum, or beside it.
+    assert_eq!(launches(mixtral().null(Some(NullExperts::identity(1))), 1), 4);
+    assert_eq!(launches(mixtral().norms(Norms::new().slots(Some(RmsNorm::new(0.0)))), 1), 5);
+    assert_eq!(launches(mixtral().batch_invariant(true), 1), 5);
 }
 
 #[test]

@@ -16,6 +16,16 @@ pub fn cv_squared(values: &[f64]) -> f64 {
     variance / (mean * mean + 1e-10)
 }
 
+/// The gradient of [`cv_squared`] by its elements: with `V = S / n` and `D = m^2 + 1e-10`,
+/// `dV/dv_e = 2 (v_e - m) / n` and `dD/dv_e = 2 m / n`. No root is taken, so it is 0 where all are equal.
+pub fn cv_squared_gradient(values: &[f64]) -> Vec<f64> {
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let variance = values.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / count;
+    let divisor = mean * mean + 1e-10;
+    values.iter().map(|v| 2.0 / count / divisor * (v - mean - variance * mean / divisor)).collect()
+}
+
 /// Sums over tokens; those of many layers or batches may be added up before the loss is taken.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Totals {

@@ -10,7 +10,7 @@ use super::parallel::map_rows;
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, Masked, Score};
 
-pub use backward::gate_backward;
+pub use backward::{BackwardInputs, GateGradients, LossInputs, gate_backward, gate_backward_by};
 pub use scores::{softmax, sqrt_softplus};
 
 /// The chosen experts of every token.

@@ -12,6 +12,7 @@ pub mod admission;
 pub mod balance;
 pub mod base;
 pub mod by_sequence;
+pub mod choice_backward;
 pub mod chunks;
 pub mod combine;
 pub mod cosine;

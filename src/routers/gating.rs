@@ -385,12 +385,16 @@ impl Routing<'_> {
             Garbage::Zero => 0,
             Garbage::Propagate => 2,
         };
-        let dtype = match self.dtype {
-            Dtype::F32 => 0,
-            Dtype::Bf16 => 4,
-            Dtype::F16 => 4 | 8,
-        };
-        self.mask.flags() | garbage | dtype
+        self.mask.flags() | garbage | logit_flags(self.dtype)
+    }
+}
+
+/// The type of logits as bits of `token_flags`.
+pub(crate) fn logit_flags(dtype: Dtype) -> u32 {
+    match dtype {
+        Dtype::F32 => 0,
+        Dtype::Bf16 => 4,
+        Dtype::F16 => 4 | 8,
     }
 }
 

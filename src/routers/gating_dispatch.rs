@@ -8,7 +8,7 @@ use cudarc::driver::CudaStream;
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::Dispatched;
 use crate::registry::Kernel;
-use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs, RuleWords, launch_rule};
+use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs};
 use crate::rules::{Gating, Score};
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
@@ -55,7 +55,7 @@ impl GatingDispatchDesc {
     }
 
     /// The gating alone: without appended experts.
-    fn choice(&self) -> GatingDesc {
+    pub(crate) fn choice(&self) -> GatingDesc {
         let DispatchDesc { tokens, experts, top_k, .. } = self.dispatch;
         let appended = self.gating.appended_experts();
         let own = experts.saturating_sub(appended).saturating_add(self.null_experts);
@@ -199,6 +199,55 @@ pub fn forward(
     Ok(())
 }
 
+/// Launches a kernel that ends with gating and dispatch: the parameters of both, and the fields given.
+macro_rules! launch_dispatching {
+    ($scope:expr, $selection:expr, $desc:expr, $routing:expr, $outputs:expr, $workspace:expr, $common:ident or $any:ident { $($field:ident: $value:expr),* $(,)? }) => {{
+        let (desc, routing, outputs): (&$crate::routers::gating_dispatch::GatingDispatchDesc, _, _) = ($desc, $routing, $outputs);
+        let (gating, dispatch) = (&desc.gating, &desc.dispatch);
+        let $crate::routers::gating::RuleWords { flags, groups, groups_kept, scale, epsilon } =
+            $crate::routers::gating::RuleWords::new(gating);
+        let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
+        $crate::routers::gating::launch_rule!(
+            $scope,
+            $selection,
+            gating,
+            routing.inputs,
+            $common or $any {
+                logits: routing.logits.into(),
+                correction_bias: routing.correction_bias.into(),
+                ids: routing.ids.into(),
+                weights: routing.weights.into(),
+                tokens: dispatch.tokens as u32,
+                experts: (dispatch.experts + desc.null_experts) as u32,
+                top_k: desc.choice().top_k as u32,
+                groups: groups,
+                groups_kept: groups_kept,
+                flags: flags,
+                scale: scale,
+                epsilon: epsilon,
+                mask: routing.mask.mask.into(),
+                valid_tokens: routing.mask.valid_tokens.into(),
+                token_flags: routing.token_flags(gating.garbage),
+                capacity: capacity,
+                tokens_per_sequence: tokens_per_sequence,
+                padded_rows: padded_rows,
+                tile_m: dispatch.tile_m as u32,
+                row_experts: dispatch.experts as u32,
+                counts: outputs.counts.into(),
+                offsets: outputs.offsets.into(),
+                slot_token: outputs.slot_token.into(),
+                token_slot: outputs.token_slot.into(),
+                slot_weight: outputs.slot_weight.into(),
+                tiles: outputs.tiles.into(),
+                num_tiles: outputs.num_tiles.into(),
+                workspace: $workspace.into(),
+                $($field: $value,)*
+            }
+        )
+    }};
+}
+pub(crate) use launch_dispatching;
+
 pub(crate) fn enqueue(
     scope: &Scope<'_>,
     desc: &GatingDispatchDesc,
@@ -207,44 +256,14 @@ pub(crate) fn enqueue(
     outputs: dispatch::Outputs<'_>,
     workspace: Address<'_>,
 ) -> Result<(), Error> {
-    let GatingDispatchDesc { gating, dispatch, null_experts } = desc;
-    let RuleWords { flags, groups, groups_kept, scale, epsilon } = RuleWords::new(gating);
-    let [capacity, tokens_per_sequence, padded_rows] = dispatch.capacity_words();
-    launch_rule!(
+    launch_dispatching!(
         scope,
         selection,
-        gating,
-        routing.inputs,
-        GatingDispatchParams or GatingAnyDispatchParams {
-            logits: routing.logits.into(),
-            correction_bias: routing.correction_bias.into(),
-            ids: routing.ids.into(),
-            weights: routing.weights.into(),
-            tokens: dispatch.tokens as u32,
-            experts: (dispatch.experts + null_experts) as u32,
-            top_k: desc.choice().top_k as u32,
-            groups: groups,
-            groups_kept: groups_kept,
-            flags: flags,
-            scale: scale,
-            epsilon: epsilon,
-            mask: routing.mask.mask.into(),
-            valid_tokens: routing.mask.valid_tokens.into(),
-            token_flags: routing.token_flags(gating.garbage),
-            capacity: capacity,
-            tokens_per_sequence: tokens_per_sequence,
-            padded_rows: padded_rows,
-            tile_m: dispatch.tile_m as u32,
-            row_experts: dispatch.experts as u32,
-            counts: outputs.counts.into(),
-            offsets: outputs.offsets.into(),
-            slot_token: outputs.slot_token.into(),
-            token_slot: outputs.token_slot.into(),
-            slot_weight: outputs.slot_weight.into(),
-            tiles: outputs.tiles.into(),
-            num_tiles: outputs.num_tiles.into(),
-            workspace: workspace.into(),
-        }
+        desc,
+        routing,
+        outputs,
+        workspace,
+        GatingDispatchParams or GatingAnyDispatchParams {}
     )
 }
 

@@ -19,6 +19,7 @@ pub mod noise_state;
 pub mod noisy;
 pub mod product_keys;
 pub mod quantile_bias;
+pub mod route;
 pub mod router;
 pub mod router_backward;
 pub mod sampled;

@@ -3,6 +3,9 @@
 //! `logits[t,e] = rule(sum_h x[t,h] * weight[e,h] + bias[e])`, with a factor and a soft cap where a model has them ([`LogitRule`]), in f32 arithmetic whatever the type of `x` (selective precision of
 //! Fedus et al., *Switch Transformers*, 2021, section 2.4), summed in a fixed order.
 //!
+//! Tensor cores make the products of 16-bit numbers, and of bf16 with an f32 weight, which are exact there; parts of 32 depths are joined by f32 additions.
+//! Products of f32, and of f16 with an f32 weight, are fused multiply-adds.
+//!
 //! A shared expert's gate is one more row of the same product, `gate[t] = sum_h x[t,h] * gate_weight[h]`: the layer multiplies the shared
 //! expert's output by its sigmoid (Qwen2-MoE). Its bits do not depend on the kernel.
 
@@ -34,8 +37,8 @@ pub struct RouterDesc {
     pub experts: usize,
     /// Hidden size `H`. Of a multiple of 8 `x` and the weights begin on 16 bytes, else on any element, and it takes longer.
     pub hidden: usize,
-    /// One kernel for any number of tokens, so that a token's logits have the same bits in every batch. For few tokens the other
-    /// reads its weight with more multiprocessors.
+    /// One order of sums for any number of tokens, so that a token's logits have the same bits in every batch. On tensor cores they do in any case; else a
+    /// kernel for few tokens, which reads the weight with more multiprocessors, is left out.
     pub batch_invariant: bool,
     /// Whether there is a shared expert's gate ([`RouterArgs::shared_gate`]).
     pub shared_gate: bool,
@@ -134,39 +137,63 @@ impl RouterDesc {
 
 /// Chooses kernel and grid.
 ///
-/// A block of the tiled kernel computes 64 x 64 logits and takes about 16 times as long as a block of the other, where
-/// each warp computes one expert's logits for 4 tokens; the fewer waves of blocks, weighed so, the better. A shared gate has no say in
-/// it, so that the logits have the same bits with and without.
+/// The kernel that takes the least time by a closed formula: what the busiest multiprocessor's blocks cost it. A shared gate has no say in it, so that the logits have the same bits with and without.
 ///
 /// # Errors
 /// Those of [`RouterDesc::validate`].
 pub fn select(desc: &RouterDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let gates = u32::from(desc.shared_gate);
-    let blocks = |shape: RouterShape, gates: u32| {
-        let ((tokens, experts), rows) = (shape.block(), desc.experts as u32);
-        let across = match shape {
+    let gates = usize::from(desc.shared_gate);
+    let router = |shape| Router { x: desc.x, weight: desc.weight, shape };
+    let blocks = |shape: RouterShape, gates: usize| {
+        let (tokens, columns) = shape.block();
+        let (tokens, columns) = (desc.tokens.div_ceil(tokens as usize), columns as usize);
+        match shape {
             // The gate has blocks of its own.
-            RouterShape::Tile | RouterShape::Any => rows.div_ceil(experts) + gates,
-            RouterShape::Warp => (rows + gates).div_ceil(experts),
+            RouterShape::Tile | RouterShape::Any => [tokens, desc.experts.div_ceil(columns) + gates],
+            RouterShape::Warp => [tokens, (desc.experts + gates).div_ceil(columns)],
+            _ => [tokens * (desc.experts + gates).div_ceil(columns), 1],
+        }
+    };
+    let cycles = |shape: RouterShape| {
+        let [x, y] = blocks(shape, if desc.experts == 0 { gates } else { 0 });
+        (x * y).div_ceil(device.multiprocessors.max(1) as usize) as u64 * block_cycles(&router(shape), desc.hidden)
+    };
+    // Offsets in a row of tensor cores' kernels have 32 bits, and so has their grid.
+    let narrow = desc.hidden < 1 << 28 && desc.tokens.saturating_mul(desc.experts + gates) < 1 << 36;
+    let candidates: &[RouterShape] =
+        if !desc.hidden.is_multiple_of(8) || (Router::is_exact(desc.x, desc.weight) && !narrow) {
+            &[RouterShape::Any]
+        } else if Router::is_exact(desc.x, desc.weight) {
+            // One sum for all: batch-invariant in any case.
+            &RouterShape::TENSOR
+        } else if desc.batch_invariant {
+            &[RouterShape::Tile]
+        } else {
+            &[RouterShape::Warp, RouterShape::Tile]
         };
-        [(desc.tokens as u32).div_ceil(tokens), across, 1]
+    let fits =
+        |shape: &RouterShape| router(*shape).exists() && router(*shape).shared_bytes() <= device.shared_bytes_per_block;
+    let shape = candidates.iter().copied().filter(fits).min_by_key(|&shape| cycles(shape)).unwrap_or(RouterShape::Any);
+    let [x, y] = blocks(shape, gates);
+    Ok(Selection::new(Kernel::Router(router(shape)), [x as u32, y as u32, 1]))
+}
+
+/// Cycles that a block keeps its multiprocessor busy, as far as the choice needs them: for each 64 depths the slower of the products, by 1024
+/// multiplications a cycle on tensor cores or 64 in f32 (an A100's), and of the rows of x and weight, of which L2 gives it 32 bytes a
+/// cycle. The kernels for few tokens load all at once instead of ahead of the products: their bytes come in half as fast.
+fn block_cycles(router: &Router, hidden: usize) -> u64 {
+    let (tokens, columns) = router.shape.block();
+    let (tokens, columns) = (u64::from(tokens), u64::from(columns));
+    let bytes = 64 * (tokens * u64::from(router.x.bytes()) + columns * u64::from(router.weight.bytes()));
+    let parts = if router.weight == router.x { 1 } else { 3 };
+    let (products, bytes) = match router.shape {
+        RouterShape::Tile | RouterShape::Any => (tokens * columns, bytes),
+        RouterShape::Warp => (tokens * columns, 2 * bytes),
+        RouterShape::Few => (tokens * columns * parts / 16, 2 * bytes),
+        _ => (tokens * columns * parts / 16, bytes),
     };
-    let waves = |shape: RouterShape| {
-        let [x, y, _] = blocks(shape, if desc.experts == 0 { gates } else { 0 });
-        (u64::from(x) * u64::from(y)).div_ceil(device.multiprocessors.into())
-    };
-    let shape = if !desc.hidden.is_multiple_of(8) {
-        RouterShape::Any
-    } else if desc.batch_invariant {
-        RouterShape::Tile
-    } else if waves(RouterShape::Warp) <= 16 * waves(RouterShape::Tile) {
-        RouterShape::Warp
-    } else {
-        RouterShape::Tile
-    };
-    let kernel = Kernel::Router(Router { x: desc.x, weight: desc.weight, shape });
-    Ok(Selection::new(kernel, blocks(shape, gates)))
+    hidden.div_ceil(64) as u64 * products.max(bytes / 32)
 }
 
 /// Computes the logits.
@@ -288,25 +315,61 @@ mod tests {
         assert_eq!(fault(RouterDesc { tokens: i32::MAX as usize, hidden: 1 << 30, ..desc() }), "x");
     }
 
+    fn shape(desc: RouterDesc, device: &DeviceInfo) -> RouterShape {
+        match select(&desc, device).unwrap().kernel.variant() {
+            Kernel::Router(router) => router.shape,
+            _ => unreachable!(),
+        }
+    }
+
     #[test]
     fn grids_cover_the_logits() {
         for (tokens, experts) in [(0, 1), (1, 1), (5, 9), (64, 64), (65, 65), (100_000, 4096)] {
-            let desc = RouterDesc { tokens, experts, ..desc() };
-            let selection = select(&desc, &A100).unwrap();
-            let Kernel::Router(router) = selection.kernel.variant() else { unreachable!() };
-            let (block_tokens, block_experts) = router.shape.block();
-            assert_eq!(selection.grid[0], (tokens as u32).div_ceil(block_tokens));
-            assert_eq!(selection.grid[1], (experts as u32).div_ceil(block_experts));
+            for dtype in [Dtype::Bf16, Dtype::F32] {
+                let desc = RouterDesc { x: dtype, weight: dtype, tokens, experts, ..desc() };
+                let selection = select(&desc, &A100).unwrap();
+                let (block_tokens, block_experts) = shape(desc, &A100).block();
+                let want = tokens.div_ceil(block_tokens as usize) * experts.div_ceil(block_experts as usize);
+                assert_eq!(selection.grid.iter().product::<u32>() as usize, want);
+            }
         }
-        let rows = |tokens, experts| {
-            select(&RouterDesc { tokens, experts, ..desc() }.shared_gate(true), &A100).unwrap().grid[1]
+        let blocks = |tokens, experts| {
+            let selection = select(&RouterDesc { tokens, experts, ..desc() }.shared_gate(true), &A100).unwrap();
+            selection.grid.iter().product::<u32>()
         };
-        assert_eq!([rows(1, 0), rows(1, 7), rows(1, 8), rows(8192, 0), rows(8192, 64)], [1, 1, 2, 1, 2]);
-        let shape = |tokens| match select(&RouterDesc { tokens, ..desc() }, &A100).unwrap().kernel.variant() {
-            Kernel::Router(router) => router.shape,
-            _ => unreachable!(),
-        };
-        assert_eq!(shape(1), RouterShape::Warp);
-        assert_eq!(shape(8192), RouterShape::Tile);
+        // The gate shares the experts' blocks where there is a column left.
+        assert_eq!(
+            [blocks(1, 0), blocks(1, 7), blocks(1, 8), blocks(16384, 127), blocks(16384, 128)],
+            [1, 1, 2, 128, 256]
+        );
+    }
+
+    #[test]
+    fn more_tokens_take_larger_blocks() {
+        let at = |tokens| shape(RouterDesc { tokens, ..desc() }, &A100);
+        assert_eq!([1, 64, 2048, 4096, 32768].map(at), {
+            use RouterShape::*;
+            [Few, Few, Mma32, Mma64, Mma128]
+        });
+        let mut last = 0;
+        for tokens in (1..40_000).step_by(13) {
+            let (rows, _) = at(tokens).block();
+            assert!(rows >= last || last - rows < 65, "{tokens} tokens");
+            last = rows;
+        }
+        let small = DeviceInfo { shared_bytes_per_block: 60 << 10, ..A100 };
+        assert_eq!(shape(RouterDesc { tokens: 32768, ..desc() }, &small), RouterShape::Mma32);
+    }
+
+    #[test]
+    fn what_is_not_exact_on_tensor_cores_stays_off_them() {
+        let at = |x, weight, tokens| shape(RouterDesc { x, weight, tokens, ..desc() }, &A100);
+        assert_eq!(at(Dtype::F32, Dtype::F32, 1), RouterShape::Warp);
+        assert_eq!(at(Dtype::F32, Dtype::F32, 8192), RouterShape::Tile);
+        assert_eq!(at(Dtype::F16, Dtype::F32, 8192), RouterShape::Tile);
+        assert!(at(Dtype::Bf16, Dtype::F32, 8192).is_tensor());
+        let desc = RouterDesc::new(Dtype::F32, 1, 128, 2048).batch_invariant(true);
+        assert_eq!(shape(desc, &A100), RouterShape::Tile);
+        assert_eq!(shape(RouterDesc { hidden: 2052, ..desc }, &A100), RouterShape::Any);
     }
 }

@@ -78,13 +78,37 @@ pub struct LossGradient {
     pub balance: f32,
     /// Factor of the mean squared log-sum-exp (ST-MoE's z-loss), 0 for none.
     pub z: f32,
+    /// Factor of the squared coefficient of variation of the sums of weights (Shazeer et al. 2017, eq. 7), 0 for none. The load of a gating
+    /// without noise is counts, which have no gradient.
+    pub importance: f32,
+    /// Factor of the mean over sequences of `sum_e f_e P_e` (DeepSeek-V3, eq. 17), 0 for none. Counts are constant.
+    pub sequence: f32,
+    /// Tokens of a sequence, for [`LossGradient::sequence`].
+    pub tokens_per_sequence: usize,
+    /// Which tokens these are.
+    pub sequences: Sequences,
 }
 
 impl LossGradient {
     /// No loss yet.
     pub const fn new(score: LossScore) -> LossGradient {
-        LossGradient { score, balance: 0.0, z: 0.0 }
+        LossGradient {
+            score,
+            balance: 0.0,
+            z: 0.0,
+            importance: 0.0,
+            sequence: 0.0,
+            tokens_per_sequence: 1,
+            sequences: Sequences::Following,
+        }
     }
 }
 
-settings!(LossGradient { balance: f32, z: f32 });
+settings!(LossGradient {
+    balance: f32,
+    z: f32,
+    importance: f32,
+    sequence: f32,
+    tokens_per_sequence: usize,
+    sequences: Sequences,
+});

@@ -186,6 +186,15 @@ impl OutTensor<'_> {
             OutTensor::F32(_) => Dtype::F32,
         }
     }
+
+    /// The same buffer for a shorter time.
+    pub fn reborrow(&mut self) -> OutTensor<'_> {
+        match self {
+            OutTensor::Bf16(buffer) => OutTensor::Bf16(buffer.reborrow()),
+            OutTensor::F16(buffer) => OutTensor::F16(buffer.reborrow()),
+            OutTensor::F32(buffer) => OutTensor::F32(buffer.reborrow()),
+        }
+    }
 }
 
 impl<'a, T: Element> From<Out<'a, T>> for OutTensor<'a> {

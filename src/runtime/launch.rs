@@ -53,6 +53,11 @@ impl<'a> Address<'a> {
         Out::of_part(self.value, len)
     }
 
+    /// The address `bytes` further back, within the same buffer.
+    pub(super) fn back(self, bytes: usize) -> Address<'a> {
+        Address { value: self.value - bytes as u64, _held: PhantomData }
+    }
+
     /// The address `bytes` further on, within the same buffer.
     pub(crate) fn offset(self, bytes: usize) -> Address<'a> {
         Address { value: self.value + bytes as u64, _held: PhantomData }
@@ -82,6 +87,11 @@ pub(crate) struct Held<'a> {
 impl Held<'_> {
     pub(crate) fn address(&self) -> Address<'_> {
         Address { value: self.value, _held: PhantomData }
+    }
+
+    /// The same access, known by what lies `bytes` further on in the buffer.
+    pub(super) fn at_byte(self, bytes: usize) -> Self {
+        Held { value: self.value + bytes as u64, ..self }
     }
 }
 
@@ -351,6 +361,21 @@ impl<'a> Scope<'a> {
             }
         }
         .map_err(Error::driver(self.operation))
+    }
+
+    /// Copies the first `bytes` of a buffer to another, in stream order.
+    pub(crate) fn copy(&self, from: Address<'_>, to: Address<'_>, bytes: usize) -> Result<(), Error> {
+        // SAFETY: the caller opened both buffers for at least `bytes` bytes, one of them for writing.
+        unsafe { result::memcpy_dtod_async(to.value, from.value, bytes, self.stream.cu_stream()) }
+            .map_err(Error::driver(self.operation))
+    }
+
+    /// Sets the first `len` words of a buffer to `value`, in stream order.
+    pub(crate) fn fill(&self, address: Address<'_>, value: f32, len: usize) -> Result<(), Error> {
+        // SAFETY: the caller opened the buffer for at least `len` words.
+        unsafe { sys::cuMemsetD32Async(address.value, value.to_bits(), len, self.stream.cu_stream()) }
+            .result()
+            .map_err(Error::driver(self.operation))
     }
 
     /// Sets the first `bytes` of a buffer to zero, in stream order.

@@ -14,12 +14,17 @@ pub(crate) const REGION_ALIGNMENT: usize = 256;
 /// Bytes of a grid barrier's header (`kernels/common/grid/barrier.ptx.jinja`), a sector; a kernel's data follow it directly.
 pub(crate) const BARRIER_HEADER: usize = 32;
 
+/// Counters of arrivals that stand in front of every workspace, 0 between launches: what blocks count that share a tile's sums.
+pub(crate) const COUNTERS: usize = 2048;
+
+const COUNTER_BYTES: usize = COUNTERS * size_of::<u32>();
+
 /// Scratch memory on the device.
 ///
 /// Sized by a pure function ([`crate::capacity::dispatch::workspace_bytes`], [`crate::layer::LayerPlan::workspace_bytes`]) and
 /// allocated once; a larger one than needed is fine, so one sized for the largest batch serves all. It holds the grid
-/// barriers, ready for the next launch after each, so two operations in flight at once on different streams need two
-/// workspaces; cudarc's tracking orders them if they share one.
+/// barriers and counters of arrivals, ready for the next launch after each, so two operations in flight at once on different streams need
+/// two workspaces; cudarc's tracking orders them if they share one.
 #[derive(Debug)]
 pub struct Workspace {
     memory: Memory,
@@ -41,14 +46,15 @@ impl Workspace {
     /// # Errors
     /// [`Error::Driver`], out of memory included.
     pub fn new(stream: &Arc<CudaStream>, bytes: usize) -> Result<Workspace, Error> {
-        let memory = stream.alloc_zeros(bytes.max(BARRIER_HEADER)).map_err(Error::driver("workspace"))?;
+        let bytes = bytes.max(BARRIER_HEADER).saturating_add(COUNTER_BYTES);
+        let memory = stream.alloc_zeros(bytes).map_err(Error::driver("workspace"))?;
         Ok(Workspace { memory: Memory::Owned(memory) })
     }
 
     /// Size in bytes.
     pub fn bytes(&self) -> usize {
         match &self.memory {
-            Memory::Owned(memory) => memory.len(),
+            Memory::Owned(memory) => memory.len() - COUNTER_BYTES,
             Memory::Part { bytes, .. } => *bytes,
         }
     }
@@ -58,11 +64,11 @@ impl Workspace {
         if got < needed {
             return Err(Error::WorkspaceTooSmall { operation: scope.operation, needed, got });
         }
-        let memory = match &mut self.memory {
-            Memory::Owned(memory) => memory.into(),
-            Memory::Part { address, bytes } => Out::of_part(*address, *bytes),
-        };
-        scope.write("workspace", memory, needed, REGION_ALIGNMENT as u64)
+        let open = |memory, needed| scope.write("workspace", memory, needed, REGION_ALIGNMENT as u64);
+        match &mut self.memory {
+            Memory::Owned(memory) => Ok(open(memory.into(), needed + COUNTER_BYTES)?.at_byte(COUNTER_BYTES)),
+            Memory::Part { address, bytes } => open(Out::of_part(*address, *bytes), needed),
+        }
     }
 }
 
@@ -72,8 +78,14 @@ impl Held<'_> {
         self.address().offset(region.offset)
     }
 
-    /// A region as the workspace of an operation.
+    /// The [`COUNTERS`] in front of an opened workspace.
+    pub(crate) fn counters(&self) -> Address<'_> {
+        self.address().back(COUNTER_BYTES)
+    }
+
+    /// A region as the workspace of an operation: the first one, which barrier and counters belong to.
     pub(crate) fn part(&self, region: Region) -> Workspace {
+        assert_eq!(region.offset, 0, "an operation's workspace begins where that of the whole does");
         Workspace { memory: Memory::Part { address: self.at(region).value(), bytes: region.bytes } }
     }
 }

@@ -1,8 +1,10 @@
 //! A router's logits and a shared expert's gate beside them.
 
+use std::collections::BTreeSet;
+
 use half::{bf16, f16};
 use moe_kernels::reference;
-use moe_kernels::registry::{Kernel, RouterShape};
+use moe_kernels::registry::{Kernel, Router, RouterShape};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc, SharedGate};
 
 use crate::buffer::Guarded;
@@ -34,11 +36,11 @@ fn run<X: Storage, W: Storage>(desc: &RouterDesc, x: &[X], weights: [&[W]; 2], b
 
 fn check<X: Storage, W: Storage>() {
     let mut rng = generator("routers", X::DTYPE);
-    let mut shapes = [0; 2];
+    let mut shapes = BTreeSet::new();
     for draw in 0..24 {
         let hidden = 8 * [rng.usize(1..9), rng.usize(9..140)][rng.usize(..2)];
         let experts = [0, rng.usize(1..20), 64, rng.usize(60..130)][draw % 4];
-        let tokens = [rng.usize(1..9), rng.usize(60..150)][rng.usize(..2)];
+        let tokens = [rng.usize(1..9), rng.usize(60..150), rng.usize(300..400)][rng.usize(..3)];
         let base = RouterDesc::new(X::DTYPE, tokens, experts, hidden).weight(W::DTYPE).shared_gate(true);
         let x: Vec<X> = normals(&mut rng, tokens * hidden, 1.0);
         let weight: Vec<W> = normals(&mut rng, experts * hidden, 1.0);
@@ -57,7 +59,7 @@ fn check<X: Storage, W: Storage>() {
             else {
                 unreachable!()
             };
-            shapes[usize::from(kernel.shape == RouterShape::Tile)] += 1;
+            shapes.insert(kernel.shape);
             let [logits, gate] = run(&desc, &x, [&weight, &gate_weight], bias.as_deref());
             let pairs = [(&logits, &weight, wide_bias.as_deref()), (&gate, &gate_weight, None)];
             for (got, weight, bias) in pairs {
@@ -76,7 +78,12 @@ fn check<X: Storage, W: Storage>() {
         }
         assert_eq!(gates[0], gates[1], "{base:?}: the gate has the same bits in both kernels");
     }
-    assert!(shapes[0] > 0 && shapes[1] > 0, "both kernels: {shapes:?}");
+    let all = if Router::is_exact(X::DTYPE, W::DTYPE) {
+        vec![RouterShape::Mma32, RouterShape::Few]
+    } else {
+        vec![RouterShape::Tile, RouterShape::Warp]
+    };
+    assert_eq!(shapes.into_iter().collect::<Vec<_>>(), all, "kernels that were asked");
 }
 
 #[test]

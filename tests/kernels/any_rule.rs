@@ -152,7 +152,7 @@ impl Case {
     }
 
     /// A rule's inputs.
-    fn new(rng: &mut fastrand::Rng, rule: Gating, [tokens, experts, top_k]: [usize; 3], kind: Logits) -> Case {
+    pub fn new(rng: &mut fastrand::Rng, rule: Gating, [tokens, experts, top_k]: [usize; 3], kind: Logits) -> Case {
         let Gating { score, choice, .. } = rule;
         let mut logits = logits(rng, kind, tokens * (experts + rule.appended_columns()));
         if matches!(score, Score::SqrtSoftplus | Score::SparseMixer) {

@@ -37,8 +37,10 @@ pub fn check(rng: &mut fastrand::Rng) {
                     Some(LossGradient::new(LossScore::Softmax).z(0.1)),
                     Some(LossGradient::new(LossScore::PlainSigmoid).balance(0.5)),
                 ][rng.usize(..5)];
-                let desc =
-                    GatingBackwardDesc::new(tokens, experts, top_k, gating).losses(losses).accumulate(rng.bool());
+                let desc = GatingBackwardDesc::new(tokens, experts, top_k, gating)
+                    .losses(losses)
+                    .parts([1, 1, 3][rng.usize(..3)])
+                    .accumulate(rng.bool());
                 case(rng, &desc, Logits::Normal);
                 case(rng, &desc, Logits::Extreme);
             }
@@ -68,6 +70,7 @@ fn case(rng: &mut fastrand::Rng, desc: &GatingBackwardDesc, kind: Logits) {
         logits[..experts].fill(f32::NAN);
         logits[experts..2 * experts].fill(f32::NEG_INFINITY);
         logits[2 * experts] = f32::INFINITY;
+        logits[3 * experts + rng.usize(..experts)] = f32::NAN;
     }
     let mut ids = gate::<f32, f32>(&logits, None, experts, top_k, &gating.renormalise(None)).unwrap().ids;
     for id in &mut ids {
@@ -86,7 +89,8 @@ fn case(rng: &mut fastrand::Rng, desc: &GatingBackwardDesc, kind: Logits) {
 fn run(rng: &mut fastrand::Rng, desc: &GatingBackwardDesc, logits: &[f32], ids: &[i32], name: &str) -> Vec<f32> {
     let (kernels, stream) = (device::kernels(), device::stream());
     let &GatingBackwardDesc { tokens, experts, top_k, ref gating, losses, accumulate, .. } = desc;
-    assert_eq!(gating_backward::select(desc, kernels.device()).unwrap().kernel.variant(), Kernel::GatingBackward);
+    let kernel = Kernel::GatingBackward { any: false };
+    assert_eq!(gating_backward::select(desc, kernels.device()).unwrap().kernel.variant(), kernel);
     let d_weights: Vec<f32> = ids
         .iter()
         // What is not chosen has any gradient.
@@ -96,7 +100,8 @@ fn run(rng: &mut fastrand::Rng, desc: &GatingBackwardDesc, logits: &[f32], ids: 
     let counted = if rng.bool() { Some(tokens.div_ceil(2) as u32) } else { None }.filter(|_| losses.is_some());
     let before: Vec<f32> = (0..tokens * experts).map(|_| normal(rng) as f32).collect();
 
-    let given = [Guarded::input(&stream, "logits", logits), Guarded::input(&stream, "d_weights", &d_weights)];
+    let (in_parts, d_weights) = parts_of(rng, &d_weights, desc.parts);
+    let given = [Guarded::input(&stream, "logits", logits), Guarded::input(&stream, "d_weights", &in_parts)];
     let (chosen, slots) = (Guarded::input(&stream, "ids", ids), Guarded::input(&stream, "counts", &counts));
     let number = Guarded::input(&stream, "counted", &[counted.unwrap_or(0)]);
     let launch = || {
@@ -156,6 +161,15 @@ fn run(rng: &mut fastrand::Rng, desc: &GatingBackwardDesc, logits: &[f32], ids: 
         }
     }
     got
+}
+
+/// `values` as the sum of `parts` vectors one behind the other, added up in f32 in their order; and that sum.
+pub fn parts_of(rng: &mut fastrand::Rng, values: &[f32], parts: usize) -> (Vec<f32>, Vec<f32>) {
+    let more: Vec<f32> = (0..(parts - 1) * values.len()).map(|_| normal(rng) as f32).collect();
+    let all = [values, &more].concat();
+    let sum = |i: usize| all.iter().skip(i).step_by(values.len()).copied().reduce(|a, b| a + b).unwrap();
+    let sums = (0..values.len()).map(sum).collect();
+    (all, sums)
 }
 
 /// How much a weight changes with a logit, about: the largest weight.

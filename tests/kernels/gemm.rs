@@ -3,13 +3,14 @@
 use cudarc::driver::CudaView;
 use half::{bf16, f16};
 use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Rows, SharedRows};
+use moe_kernels::experts::gemm_combine::{self, GemmCombineDesc, SumArgs};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::experts::{SlotShape, Weight};
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::registry::{Fold, Gemm, GemmHopper, Kernel};
+use moe_kernels::registry::{Fold, Gemm, GemmHopper, GemmSwapped, Kernel};
 use moe_kernels::rules::{Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc, drop_below};
-use moe_kernels::{Dtype, In, Out, reference};
+use moe_kernels::{Dtype, In, Out, Workspace, reference};
 
 use crate::dispatch::rule;
 use crate::noise_state::State;
@@ -49,6 +50,46 @@ impl From<GemmHopper> for Variant {
         let GemmHopper { dtype, fold, layout } = gemm;
         let (kernel, kernels) = (Kernel::GemmHopper(gemm), KernelSet::Sm90a);
         Variant { kernel, kernels, dtype, layout, tile_m: GemmHopper::TILE.bm as usize, fold, shift: 0 }
+    }
+}
+
+impl From<GemmSwapped> for Variant {
+    fn from(gemm: GemmSwapped) -> Variant {
+        let GemmSwapped { dtype, fold, layout, .. } = gemm;
+        let (kernel, kernels) = (Kernel::GemmSwapped(gemm), KernelSet::Fastest);
+        Variant { kernel, kernels, dtype, layout, tile_m: GemmSwapped::TILE.bm as usize, fold, shift: 0 }
+    }
+}
+
+impl Variant {
+    /// Whether it adds up each token's rows too.
+    fn combines(&self) -> bool {
+        matches!(self.kernel, Kernel::GemmSwapped(GemmSwapped { combines: true, .. }))
+    }
+
+    fn is_swapped(&self) -> bool {
+        matches!(self.kernel, Kernel::GemmSwapped(_))
+    }
+
+    fn workspace_bytes(&self, desc: &GemmDesc) -> usize {
+        let device = device::kernels().device();
+        let bytes = if self.combines() {
+            gemm_combine::workspace_bytes(&GemmCombineDesc::new(*desc), device)
+        } else {
+            gemm::workspace_bytes(desc, device)
+        };
+        bytes.unwrap()
+    }
+
+    /// What is chosen for `desc`.
+    fn selected(&self, desc: &GemmDesc) -> Kernel {
+        let device = device::kernels().device();
+        let selection = if self.combines() {
+            gemm_combine::select(&GemmCombineDesc::new(*desc), device)
+        } else {
+            gemm::select(desc, device)
+        };
+        selection.unwrap().kernel.variant()
     }
 }
 
@@ -121,6 +162,9 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
         // Every form with a bias and without, every activation with a factor of the result and without.
         // In a number of rows that is no multiple of the tile's.
         let rows = [1, bm - 1, bm + 5, 2 * bm + 5, 4 * bm + 5];
+        if variant.combines() {
+            continue;
+        }
         dense::<T>(variant, rng, &rows, &Case { glu: form(index + 1), out_scale: !out_scale, ..case });
     }
     // The largest depth in use, some hundred stages: few rows and columns, so that it is cheap.
@@ -137,12 +181,29 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             walk::<T>(Variant { tile_m, ..variant }, gather, rng);
         }
     }
+    if variant.is_swapped() {
+        parts::<T>(variant, rng);
+    }
     // Nothing at all to do: no tile.
     let activation = activations(variant.fold)[0];
     let (gather, bias, scale, out_scale) = (true, false, false, false);
     let case = Case { k: 16, n: 16, glu: form(0), activation, gather, bias, scale, out_scale };
     grouped::<T>(variant, rng, &[0, 0, 0], &case);
-    strides::check::<T>(variant, rng);
+    if !variant.combines() {
+        strides::check::<T>(variant, rng);
+    }
+}
+
+/// Tiles whose depth blocks share, in parts of as many stages and not; tiles of up to 8 rows and more, of several columns; more than a band of them.
+fn parts<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
+    let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
+    for (k, n, loads) in
+        [(1032, 72, [9, 1, 0, 17, 8].as_slice()), (3072, 8, &[3, 16]), (2000, 136, &[1]), (72, 72, &[9; 11])]
+    {
+        let case =
+            Case { k, n, glu, activation, gather: n == 72, bias: n == 136, scale: k == 3072, out_scale: k == 2000 };
+        grouped::<T>(variant, rng, loads, &case);
+    }
 }
 
 /// Clusters that walk two pairs of tiles or three, five stages deep, in three columns of which the last is narrow. Most row tiles have one live row, some
@@ -175,6 +236,7 @@ impl Case {
             .weight(WeightDesc::new(variant.dtype).layout(variant.layout).glu(self.glu))
             .activation(self.activation)
             .kernels(variant.kernels)
+            .split(variant.is_swapped())
     }
 }
 
@@ -195,12 +257,8 @@ pub fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[u
 
 /// One expert for all rows, in one of these numbers, the first for which the selection takes the variant.
 pub fn dense<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: &[usize], case: &Case) {
-    let device = device::kernels().device();
     let desc = |rows| case.desc(variant, Rows::Dense(rows));
-    let rows = rows
-        .iter()
-        .copied()
-        .find(|&rows| gemm::select(&desc(rows), device).unwrap().kernel.variant() == variant.kernel);
+    let rows = rows.iter().copied().find(|&rows| variant.selected(&desc(rows)) == variant.kernel);
     let rows = rows.expect("some number of rows takes each variant");
     let plan = dispatch(&vec![0; rows], &rule(1, 1, variant.tile_m)).unwrap();
     run::<T>(variant, rng, &desc(rows), case, &plan);
@@ -245,7 +303,9 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
         *bound = *bound * factor.abs() + if case.out_scale { UNIT * want.abs() } else { 0.0 };
     }
 
-    assert_eq!(gemm::select(desc, kernels.device()).unwrap().kernel.variant(), variant.kernel);
+    assert_eq!(variant.selected(desc), variant.kernel);
+    // One for all launches: each leaves it as the next needs it.
+    let mut workspace = Workspace::new(&stream, variant.workspace_bytes(desc)).unwrap();
     let a = Guarded::shifted_input(&stream, "a", &a, variant.shift);
     let weight = values.on_device(variant, case);
     let scale = scale.map(|values| Guarded::input(&stream, "row_scale", &values));
@@ -259,12 +319,13 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let mut out = output("out", rows * n);
     let junk = out.read(&stream);
     let mut kept = output("pre_activation", rows * columns);
-    let mut shared = (dispatched.is_some() && k < 1000).then(|| Shared::<T>::new(variant, rng, case));
+    let mut shared =
+        (dispatched.is_some() && k < 1000 && !variant.combines()).then(|| Shared::<T>::new(variant, rng, case));
     // What is kept and the shared expert's rows are in the launch, or neither is.
-    let launch = |out: &mut Guarded<T>,
-                  dropout: Option<(Dropout, &State)>,
-                  more: Option<(&mut Guarded<T>, &mut Option<Shared<T>>)>| {
-        let (a, mut out, weight) = (a.view(), out.view_mut(), weight.views());
+    let mut launch = |out: &mut Guarded<T>,
+                      dropout: Option<(Dropout, &State)>,
+                      more: Option<(&mut Guarded<T>, &mut Option<Shared<T>>)>| {
+        let (a, mut view, weight) = (a.view(), out.view_mut(), weight.views());
         let [scale, out_scale] = [&scale, &out_scale].map(|scale| scale.as_ref().map(Guarded::view));
         let (mut desc, mut more) = (*desc, more.map(|(kept, shared)| (kept.view_mut(), shared.as_mut())));
         let mut shared = more.as_mut().and_then(|(_, shared)| shared.take()).map(|shared| {
@@ -272,8 +333,12 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
             desc.shared_activation = shared.activation;
             (shared.a.view(), shared.weight.views(), shared.out.view_mut(), shared.kept.view_mut())
         });
-        assert_eq!(gemm::select(&desc, kernels.device()).unwrap().kernel.variant(), variant.kernel);
-        let mut args = GemmArgs::new(&a, weight.weight(), &mut out);
+        assert_eq!(variant.selected(&desc), variant.kernel);
+        let needed = variant.workspace_bytes(&desc);
+        if workspace.bytes() < needed {
+            workspace = Workspace::new(&stream, needed).unwrap();
+        }
+        let mut args = GemmArgs::new(&a, weight.weight(), &mut view).workspace(&mut workspace);
         args.pre_activation = more.as_mut().map(|(kept, _)| Out::from(kept));
         args.shared = shared
             .as_mut()
@@ -290,7 +355,17 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
         args.dropout = dropout.map(|(dropout, _)| dropout);
         let state = dropout.and_then(|(_, state)| state.view());
         args.noise_state = state.as_ref().map(In::from);
-        gemm::forward(kernels, &stream, &desc, args).unwrap()
+        if !variant.combines() {
+            return gemm::forward(kernels, &stream, &desc, args).unwrap();
+        }
+        let mut y = Guarded::output(&stream, "y", a_rows * n);
+        let sum = GemmCombineDesc::new(desc);
+        gemm_combine::forward(kernels, &stream, &sum, args, SumArgs::new(&mut y.view_mut())).unwrap();
+        let (rows, y) = (to_f64(&out.read(&stream)), to_f64(&y.read(&stream)));
+        for (y, &slot) in y.chunks(n).zip(&plan.token_slot) {
+            let zeros = vec![0.0; n];
+            assert_eq!(y, if slot < 0 { &zeros } else { &rows[slot as usize * n..][..n] }, "{name}: sum of one row");
+        }
     };
     launch(&mut out, None, None);
     let first = out.read(&stream);

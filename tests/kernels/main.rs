@@ -14,17 +14,21 @@ mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;
+mod choice_backward;
 mod chunks;
 mod combine;
+mod combine_backward;
 mod dispatch;
 mod expert_choice;
 mod expert_counts;
 mod expert_map;
 mod gating;
 mod gating_backward;
+mod gating_backward_any;
 mod gemm;
 mod gemm_any;
 mod gemm_backward;
+mod gemm_combine;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -39,6 +43,7 @@ mod noisy;
 mod permute;
 mod product_keys;
 mod rms_norm;
+mod route;
 mod router;
 mod router_backward;
 mod routing_map;
@@ -106,6 +111,7 @@ fn check(kernel: Kernel) {
     match kernel {
         Kernel::Router(variant) => router::check(variant, rng),
         Kernel::Gating(variant) => gating::check(variant, rng),
+        Kernel::Route(variant) => route::check(variant, rng),
         Kernel::KeepLargest => keep_largest::check(rng),
         Kernel::QuantileBias => keep_largest::check_bias(rng),
         Kernel::LoadImportance => load_importance::check(rng),
@@ -119,11 +125,14 @@ fn check(kernel: Kernel) {
         Kernel::Permute { unit } => permute::check(unit, rng),
         Kernel::Gemm(variant) => gemm::check(variant, rng),
         Kernel::GemmHopper(variant) => gemm::check(variant, rng),
+        Kernel::GemmSwapped(variant) if variant.combines => gemm_combine::check(variant, rng),
+        Kernel::GemmSwapped(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
+        Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
         Kernel::ExpertChoice => expert_choice::check_choice(rng),
@@ -142,12 +151,16 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
-        Kernel::GatingBackward => gating_backward::check(rng),
+        Kernel::GatingBackward { any: false } => gating_backward::check(rng),
+        Kernel::GatingBackward { any: true } => gating_backward_any::check(rng),
+        Kernel::ScaleSums => gating_backward_any::check_scale_sums(rng),
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),
+        Kernel::SigmoidGate => choice_backward::check_gate(rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),
         Kernel::TokenBanks { ids_bytes } => token_banks::check(ids_bytes, rng),
     }

@@ -25,6 +25,7 @@ pub fn check(variant: Router, rng: &mut fastrand::Rng) {
 
 fn check_as<X: Storage, W: Storage>(variant: Router, rng: &mut fastrand::Rng) {
     // Shapes at which the selection takes the variant: `case` checks that it does.
+    let searched;
     let shapes: &[[usize; 3]] = match variant.shape {
         RouterShape::Warp => &[
             [3, 1, 40],
@@ -38,13 +39,37 @@ fn check_as<X: Storage, W: Storage>(variant: Router, rng: &mut fastrand::Rng) {
         ],
         RouterShape::Any => &[[1, 1, 1], [3, 65, 41], [70, 9, 133], [65, 129, 7], [5, 60, 1001]],
         RouterShape::Tile => &[[4095, 96, 8], [2050, 129, 24], [701, 500, 72], [150, 4096, 8]],
+        RouterShape::Few => &[
+            [3, 1, 40],
+            [1, 8, 2056],
+            [17, 60, 72],
+            [9, 257, 136],
+            [5, 9, 4200],
+            [33, 31, 264],
+            [16, 129, 2048],
+            [8, 63, 2080],
+        ],
+        _ => {
+            // Fewest tokens at which it is selected, and some more: whole blocks would hide ragged ends.
+            searched = [[510, 8], [129, 40], [62, 136]].map(|[experts, hidden]| {
+                let selected = |tokens: &usize| {
+                    let desc = RouterDesc::new(variant.x, *tokens, experts, hidden).weight(variant.weight);
+                    router::select(&desc, device::kernels().device()).unwrap().kernel.variant()
+                        == Kernel::Router(variant)
+                };
+                let tokens =
+                    (1..40_000).step_by(43).find(selected).expect("there is a number of tokens for each kernel");
+                [tokens, experts, hidden]
+            });
+            &searched
+        }
     };
     for &shape in shapes {
         case::<X, W>(variant, rng, shape, [false, false], LogitRule::PLAIN);
         case::<X, W>(variant, rng, shape, [true, true], LogitRule::PLAIN);
         // Past the cap, far below it, and where the two formulas of tanh meet.
         for (factor, softcap) in [(0.25, None), (1.0, Some(3.0)), (1e-3, Some(0.5)), (-0.125, Some(2.0))] {
-            if variant.shape == RouterShape::Warp || shape[1] == 129 {
+            if matches!(variant.shape, RouterShape::Warp | RouterShape::Few) || shape[1] == 129 {
                 let rule = LogitRule::PLAIN.factor(factor).softcap(softcap);
                 let options = [rng.bool(), rng.bool()];
                 case::<X, W>(variant, rng, shape, options, rule);
@@ -59,6 +84,7 @@ fn expected<X: Storage, W: Storage>(
     weight: &[W],
     bias: Option<&[f32]>,
     hidden: usize,
+    arithmetic: Arithmetic,
 ) -> (Vec<f64>, Vec<f64>) {
     let want = reference::router::router(x, weight, bias, hidden).unwrap();
     // The sums of the terms' magnitudes and squares are logits of other numbers.
@@ -68,7 +94,7 @@ fn expected<X: Storage, W: Storage>(
         reference::router::router(&x, &weight, bias.map(|_| values.as_slice()), hidden).unwrap()
     };
     let (magnitudes, squares) = (terms(f64::abs), terms(|v| v * v));
-    let bound = |i: usize| Arithmetic::Fma.sum_bound(hidden + 1, want[i], magnitudes[i], squares[i].sqrt());
+    let bound = |i: usize| arithmetic.sum_bound(hidden + 1, want[i], magnitudes[i], squares[i].sqrt());
     let bounds = (0..want.len()).map(bound).collect();
     (want, bounds)
 }
@@ -86,7 +112,8 @@ fn case<X: Storage, W: Storage>(
     let x: Vec<X> = normals(rng, tokens * hidden, 1.0);
     let weight: Vec<W> = normals(rng, experts * hidden, 1.0);
     let bias: Option<Vec<f32>> = with_bias.then(|| normals(rng, experts, 1.0));
-    let (mut want, mut bounds) = expected(&x, &weight, bias.as_deref(), hidden);
+    let arithmetic = if variant.shape.is_tensor() { Arithmetic::MmaParts } else { Arithmetic::Fma };
+    let (mut want, mut bounds) = expected(&x, &weight, bias.as_deref(), hidden, arithmetic);
     if rule != LogitRule::PLAIN {
         want = reference::router::finish(&want, rule);
         // No value moves by more than the factor under a cap; tanh is off by 4 units, a product, a quotient and a product by one each.
@@ -96,7 +123,7 @@ fn case<X: Storage, W: Storage>(
     }
     // A shared expert's gate: one more row, without a bias.
     let gate_weight: Vec<W> = normals(rng, hidden, 1.0);
-    let (gate_want, gate_bounds) = expected(&x, &gate_weight, None, hidden);
+    let (gate_want, gate_bounds) = expected(&x, &gate_weight, None, hidden, arithmetic);
 
     let desc =
         RouterDesc::new(variant.x, tokens, experts, hidden).weight(variant.weight).shared_gate(gated).logits(rule);

@@ -162,7 +162,12 @@ fn lower(name: &str, text: &str) -> Arc<lower::Kernel> {
 
 /// Launches and waits; cooperative where there are several blocks. The seed orders warps.
 pub fn launch(kernel: registry::Kernel, grid: [u32; 3], seed: u64, args: &[Arg]) -> Counters {
-    let config = Config { seed, count: true, ..Config::default() };
+    launch_as(kernel, grid, Config { seed, ..Config::default() }, args)
+}
+
+/// The same on a device as `config` says.
+pub fn launch_as(kernel: registry::Kernel, grid: [u32; 3], config: Config, args: &[Arg]) -> Counters {
+    let config = Config { count: true, ..config };
     let counters =
         run(&lowered(&kernel), kernel, grid, grid[0] > 1, &config, args).unwrap_or_else(|fault| panic!("{fault}"));
     for arg in args {

@@ -85,6 +85,10 @@ pub const LAYER_WEIGHTS: f64 = 1e-5;
 /// p-norm carry the error of an exponent of some tens.
 pub const GATING_GRADIENT: f64 = 4e-6;
 
+/// Of the gradient of a factor of weights, relative to the sum of its terms' magnitudes: a weight good to a few 1e-7, and as many additions in a row
+/// as a thread has choices.
+pub const GATING_SCALE_GRADIENT: f64 = 4e-6;
+
 /// Of a sum of f32 products in stages of 16 that are then added, relative to the sum of magnitudes: 16 roundings in a stage, and one for each of
 /// some tens of stages.
 pub const ROUTER_GRADIENT: f64 = 32.0 * UNIT;
@@ -148,6 +152,8 @@ pub enum Arithmetic {
     Fma,
     /// 16-bit operands on the tensor cores: exact products, f32 accumulators.
     Mma16,
+    /// The same in parts of 32 terms from zero, which f32 additions join; an f32 factor in three parts of 8 bits.
+    MmaParts,
     /// Three TF32 products on the tensor cores, see `kernels/common/mma`.
     Tf32x3,
 }
@@ -166,11 +172,13 @@ impl Arithmetic {
     ///   stage joins the accumulator.
     /// - Tensor cores cut where f32 rounds: a unit for each instruction (a depth of 16, or 8 of TF32), towards zero. Of a
     ///   stage that starts from zero signs are random, of one accumulator they are not.
+    /// - Parts of 32: softcuda rounds each of 32 additions, or hardware cuts a few bits of each of four steps and the sums, here 6 units of all.
     pub fn sum_bound(self, terms: usize, value: f64, magnitude: f64, root: f64) -> f64 {
         let n = terms as f64;
         let (product, product_root, additions, cut) = match self {
             Arithmetic::Fma => (0.0, 0.0, n, 0.0),
             Arithmetic::Mma16 => (0.0, 0.0, n, (n / 16.0).ceil()),
+            Arithmetic::MmaParts => (0.0, 0.0, (n / 32.0).ceil(), 6.0),
             Arithmetic::Tf32x3 => (24.0, 3.5, 32f64.min(n) + n / 32.0, 4.0),
         };
         let never = (product + additions + cut) * magnitude;

@@ -95,10 +95,15 @@ fn without_map<B>(desc: &LayerDesc, weights: &BlockWeights<B>) -> LayerDesc {
 fn layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> Result<LayerGradients<'_, T>, Error> {
     let mut router = RouterGradients::new();
     router.matrix = of.router.as_mut().map(Into::into);
+    router.bias = of.router_bias.as_mut().map(Into::into);
+    router.expert_scale = of.expert_scale.as_mut().map(Into::into);
+    router.global_scale = of.global_scale.as_mut().map(Into::into);
     let mut gradients =
         LayerGradients::new().router(router).gate_up(matrix(&mut of.gate_up)).down(matrix(&mut of.down));
     if let Some((gate_up, down)) = &mut of.shared {
-        gradients = gradients.shared(SharedGradients::new().gate_up(matrix(gate_up)).down(matrix(down)));
+        let mut shared = SharedGradients::new().gate_up(matrix(gate_up)).down(matrix(down));
+        shared.gate = of.shared_gate.as_mut().map(Into::into);
+        gradients = gradients.shared(shared);
     }
     Ok(gradients)
 }

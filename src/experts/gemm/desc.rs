@@ -76,13 +76,16 @@ pub struct GemmDesc {
     pub output: Output,
     /// Which kernels may compute it.
     pub kernels: KernelSet,
+    /// Several blocks may share a tile's depth where there are fewer tiles than multiprocessors, by way of a workspace
+    /// ([`crate::experts::gemm::workspace_bytes`]). Which parts a sum has then depends on the device and on the number of rows.
+    pub split: bool,
 }
 
 /// Kernels by the architecture that they are written for. Each set gives the same bits wherever it runs; between two, sums differ in their last bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum KernelSet {
-    /// Those that a model of the device finds fastest.
+    /// Those that a model of the device finds fastest. For few rows an expert these are kernels of their own, which add in another order.
     Fastest,
     /// `sm_80`: they run on every device.
     Sm80,
@@ -122,6 +125,7 @@ impl GemmDesc {
             unaligned: false,
             output: Output::Rounded,
             kernels: KernelSet::Fastest,
+            split: false,
         }
     }
 
@@ -210,4 +214,5 @@ settings!(GemmDesc {
     unaligned: bool,
     output: Output,
     kernels: KernelSet,
+    split: bool,
 });

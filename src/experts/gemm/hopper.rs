@@ -6,7 +6,7 @@ use crate::experts::weight::WeightAddresses;
 use crate::registry::{GemmHopper, Kernel, Tile};
 use crate::rules::Layout;
 use crate::runtime::launch::{Boxes, Scope};
-use crate::runtime::params::{GemmHopperParams, GemmParams, TensorMap};
+use crate::runtime::params::{GemmHopperMore, GemmHopperParams, GemmParams, TensorMap};
 use crate::{DeviceInfo, Error, Selection};
 
 /// Strides of a tensor map in bytes are below this.
@@ -139,24 +139,27 @@ pub(super) fn with_maps<'a>(
         let up = weight.b_up.filter(|_| gemm.fold == crate::registry::Fold::Glu);
         Ok::<_, Error>([first, up.map_or(Ok(first), |up| scope.tensor_map(up, &boxes))?])
     };
-    let [b, b_up] = maps(at.weight, desc.rows.experts())?;
+    let [map_b, map_b_up] = maps(at.weight, desc.rows.experts())?;
     // Those that the kernel does not use are the weight's.
-    let [shared_b, shared_b_up]: [TensorMap; 2] = at.shared.map_or(Ok([b, b_up]), |shared| maps(shared.weight, 1))?;
+    let [map_shared_b, map_shared_b_up]: [TensorMap; 2] =
+        at.shared.map_or(Ok([map_b, map_b_up]), |shared| maps(shared.weight, 1))?;
     let rows_of = |first, rows: usize, width, stride| {
         let extent = [64; 2];
         scope.tensor_map(first, &Boxes { dtype: desc.dtype, sizes: [width, rows, 1], strides: [stride; 2], extent })
     };
     let a_of = |first, rows| rows_of(first, rows, desc.k, places.a[0]);
-    let a = if desc.gather || desc.a_rows() == 0 { Ok(b) } else { a_of(at.a, desc.a_rows()) }?;
-    let shared_a = at.shared.map_or(Ok(a), |shared| a_of(shared.a, desc.shared_rows))?;
+    let map_a = if desc.gather || desc.a_rows() == 0 { Ok(map_b) } else { a_of(at.a, desc.a_rows()) }?;
+    let map_shared_a = at.shared.map_or(Ok(map_a), |shared| a_of(shared.a, desc.shared_rows))?;
     let out_of = |first, rows: usize| {
         // A tile of 64 rows is stored by the map; fewer rows may have any stride.
         let used = desc.output == Output::Rounded && rows >= 64;
-        if used { rows_of(first, rows, desc.n, places.out[0]) } else { Ok(b) }
+        if used { rows_of(first, rows, desc.n, places.out[0]) } else { Ok(map_b) }
     };
-    let out = out_of(at.out, desc.rows.count())?;
-    let shared_out = at.shared.map_or(Ok(out), |shared| out_of(shared.out, desc.shared_rows))?;
-    Ok(GemmHopperParams::with(params, b, b_up, shared_b, shared_b_up, a, shared_a, out, shared_out))
+    let map_out = out_of(at.out, desc.rows.count())?;
+    let map_shared_out = at.shared.map_or(Ok(map_out), |shared| out_of(shared.out, desc.shared_rows))?;
+    let more =
+        GemmHopperMore { map_b, map_b_up, map_shared_b, map_shared_b_up, map_a, map_shared_a, map_out, map_shared_out };
+    Ok(GemmHopperParams::with(params, more))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ mod desc;
 mod hopper;
 mod shared_rows;
 mod strides;
+pub(crate) mod swapped;
 
 use std::sync::Arc;
 
@@ -28,7 +29,10 @@ pub(crate) use self::shared_rows::SharedAddresses;
 pub use self::shared_rows::SharedRows;
 pub use self::strides::Strides;
 use self::strides::outputs_apart;
+pub(crate) use self::swapped::most_partial_bytes;
+use super::combine::CombineDesc;
 use super::dispatched::{Dispatched, RowAddresses};
+use super::gemm_combine::SumArgs;
 use super::tiles::{select_tile, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
 use crate::registry::{Fold, Gemm, GemmAny, Kernel};
@@ -37,7 +41,8 @@ use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::GemmParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
+use crate::runtime::workspace::{Arena, Region};
+use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
 
 /// Where a product's results go.
 #[non_exhaustive]
@@ -73,6 +78,8 @@ pub struct GemmArgs<'a, T> {
     pub shared: Option<SharedRows<'a, T>>,
     /// Numbers of the activation that differ from expert to expert.
     pub swiglu: SwigluByExpert<'a>,
+    /// At least [`workspace_bytes`]; needed where that is more than 0.
+    pub workspace: Option<&'a mut Workspace>,
 }
 
 impl<'a, T> GemmArgs<'a, T> {
@@ -99,7 +106,14 @@ impl<'a, T> GemmArgs<'a, T> {
             pre_activation: None,
             shared: None,
             swiglu: SwigluByExpert::new(),
+            workspace: None,
         }
+    }
+
+    /// With a workspace, for blocks that share the depth of a tile.
+    #[must_use]
+    pub fn workspace(self, workspace: &'a mut Workspace) -> GemmArgs<'a, T> {
+        GemmArgs { workspace: Some(workspace), ..self }
     }
 
     /// By the rows of a dispatch.
@@ -153,6 +167,9 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
             _ => select_any(operation, desc, device),
         };
     };
+    if let Some(plan) = swapped::plan(operation, desc, layout, device)? {
+        return Ok(plan.selection());
+    }
     let hopper = hopper::candidate(desc, layout, device).filter(|_| desc.kernels != KernelSet::Sm80);
     match hopper {
         Some((gemm, blocks)) if desc.kernels == KernelSet::Sm90a => {
@@ -179,6 +196,35 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
     }
     let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
+}
+
+/// The plan of the kernels for few rows, where they compute `desc`.
+pub(crate) fn swapped_plan(
+    operation: &'static str,
+    desc: &GemmDesc,
+    device: &DeviceInfo,
+) -> Result<Option<swapped::Plan>, Error> {
+    desc.vector_layout().map_or(Ok(None), |layout| swapped::plan(operation, desc, layout, device))
+}
+
+/// Workspace of [`forward`] in bytes; 0 where it needs none.
+///
+/// # Errors
+/// Those of [`select`].
+pub fn workspace_bytes(desc: &GemmDesc, device: &DeviceInfo) -> Result<usize, Error> {
+    desc.check(OPERATION)?;
+    let plan = swapped_plan(OPERATION, desc, device)?;
+    plan.map_or(Ok(0), |plan| workspace_of(&plan).map(|(_, bytes)| bytes))
+}
+
+/// Where the partial sums of a product lie in its workspace, and how large that is.
+fn workspace_of(plan: &swapped::Plan) -> Result<(Region, usize), Error> {
+    let mut arena = Arena::new(OPERATION);
+    if plan.counts() {
+        arena.barrier()?;
+    }
+    let partials = arena.region("workspace", plan.partial_bytes(), 1)?;
+    Ok((partials, if plan.counts() { arena.bytes() } else { 0 }))
 }
 
 /// How the outputs of such a weight fold into columns.
@@ -221,7 +267,7 @@ fn grid(operation: &'static str, tiles: usize, n: usize, out_columns: u32) -> Re
 ///
 /// # Errors
 /// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch against the descriptor, for a
-/// dropout's probability outside its range, and for a noise state without dropout; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
+/// dropout's probability outside its range, for a noise state without dropout, and for a workspace that is needed; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`],
 /// [`Error::Misaligned`], [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
@@ -230,6 +276,20 @@ pub fn forward<T: Element>(
     args: GemmArgs<'_, T>,
 ) -> Result<(), Error> {
     let selection = select(desc, kernels.device())?;
+    let plan = swapped_plan(OPERATION, desc, kernels.device())?;
+    run(kernels, stream, desc, &selection, plan, args, None)
+}
+
+/// [`forward`] by a selection; with `sum`, by a plan that combines.
+pub(crate) fn run<T: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &GemmDesc,
+    selection: &Selection,
+    plan: Option<swapped::Plan>,
+    args: GemmArgs<'_, T>,
+    sum: Option<(&CombineDesc, SumArgs<'_, T>)>,
+) -> Result<(), Error> {
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<T>("a", desc.dtype)?;
     check_dispatched(desc, args.dispatched)?;
@@ -272,19 +332,37 @@ pub fn forward<T: Element>(
     let pre_activation = scope.write_some("pre_activation", args.pre_activation, rows * columns, alignment)?;
     let shared = args.shared.map(|shared| shared.open(&scope, desc, alignment)).transpose()?;
     let swiglu = args.swiglu.open(&scope, desc.activation, desc.rows.experts())?;
+    let plan = plan.filter(swapped::Plan::counts);
+    let workspace = plan.map(|plan| {
+        let (operation, argument) = (OPERATION, "workspace");
+        let reason = "blocks share sums (gemm::workspace_bytes)";
+        let given = args.workspace.ok_or(Error::Missing { operation, argument, reason })?;
+        let (partials, bytes) = workspace_of(&plan)?;
+        Ok::<_, Error>((given.open(&scope, bytes)?, partials))
+    });
+    let workspace = workspace.transpose()?;
+    let sum = sum.map(|(desc, sum)| Ok::<_, Error>((desc, sum.open(&scope, desc)?))).transpose()?;
+    let shared = shared.as_ref().map(HeldShared::addresses);
+    let rows = dispatched.as_ref().map(|dispatched| dispatched.addresses());
+    let addend = shared.map(|shared| shared.out);
     let at = Addresses {
         a: a.address(),
         weight: weight.addresses(),
         out: out.address(),
         pre_activation: optional(&pre_activation),
-        rows: dispatched.as_ref().map(|dispatched| dispatched.addresses()),
+        rows,
         row_scale: optional(&row_scale),
         out_scale: optional(&out_scale),
-        shared: shared.as_ref().map(HeldShared::addresses),
+        shared,
         noise_state: optional(&noise_state),
         swiglu: swiglu.addresses(),
+        scratch: workspace.as_ref().map(|(workspace, partials)| swapped::Scratch {
+            partials: workspace.at(*partials),
+            counters: workspace.counters(),
+        }),
+        sum: sum.as_ref().zip(rows).map(|((desc, sum), rows)| sum.addresses(desc, rows, addend)),
     };
-    enqueue(&scope, desc, &selection, at, args.dropout)
+    enqueue(&scope, desc, selection, at, args.dropout)
 }
 
 fn check_dispatched(desc: &GemmDesc, dispatched: Option<&Dispatched>) -> Result<(), Error> {
@@ -322,6 +400,10 @@ pub(crate) struct Addresses<'a> {
     /// Of the dropout.
     pub(crate) noise_state: Option<Address<'a>>,
     pub(crate) swiglu: ByExpertAddresses<'a>,
+    /// Where blocks share sums.
+    pub(crate) scratch: Option<swapped::Scratch<'a>>,
+    /// Each token's sum: exactly with a kernel that combines.
+    pub(crate) sum: Option<swapped::Sum<'a>>,
 }
 
 impl<'a> Addresses<'a> {
@@ -338,6 +420,8 @@ impl<'a> Addresses<'a> {
             shared: None,
             noise_state: None,
             swiglu: ByExpertAddresses::default(),
+            scratch: None,
+            sum: None,
         }
     }
 }
@@ -431,6 +515,13 @@ pub(crate) fn enqueue(
     };
     match selection.kernel.variant() {
         Kernel::GemmHopper(gemm) => scope.launch(selection, hopper::with_maps(scope, desc, &gemm, params, &at)?),
+        Kernel::GemmSwapped(kernel) => {
+            let plan = swapped_plan(scope.operation, desc, scope.kernels.device())?;
+            let plan = plan.and_then(|plan| if kernel.combines { plan.combining() } else { Some(plan) });
+            let plan = plan.filter(|plan| plan.selection() == *selection && (!plan.counts() || at.scratch.is_some()));
+            let plan = plan.expect("the selection is that of the descriptor, with a workspace where it asks for one");
+            scope.launch(selection, plan.params(params, at.scratch, at.sum))
+        }
         _ => scope.launch(selection, params),
     }
 }
@@ -501,6 +592,7 @@ mod tests {
         assert_eq!(select(&grouped(64, 9), &A100).unwrap().grid, [16 * columns, 1, 1]);
         assert_eq!(select(&grouped(64, 0), &A100).unwrap().grid, [0, 1, 1]);
         assert_eq!(select(&grouped(64, 7).shared_rows(65), &A100).unwrap().grid, [16 * columns, 1, 1]);
-        assert_eq!(select(&GemmDesc { rows: Rows::Dense(1), ..dense() }, &A100).unwrap().grid, [8 * columns, 1, 1]);
+        let one = GemmDesc { rows: Rows::Dense(1), ..dense() }.kernels(KernelSet::Sm80);
+        assert_eq!(select(&one, &A100).unwrap().grid, [8 * columns, 1, 1]);
     }
 }

@@ -17,8 +17,10 @@ pub struct LayerGradients<'a, T> {
     pub x: Option<Out<'a, T>>,
     /// `[T, H]`, written: of what the router saw in place of `x` ([`crate::layer::LayerArgs::router_x`]), only with that.
     pub router_x: Option<Out<'a, T>>,
-    /// `[T, E]`, written: of the logits.
+    /// `[T, E]`, written: of the logits; where the descriptor does something to the router's product ([`LayerDesc::logits`]), of that product.
     pub logits: Option<Out<'a, f32>>,
+    /// `[T, k]`, written: of the choices' weights, from which any router's way back goes on. 0 of a choice that nothing came of.
+    pub weights: Option<Out<'a, f32>>,
     /// The router's.
     pub router: RouterGradients<'a>,
     /// Of the first product's weight.
@@ -27,6 +29,8 @@ pub struct LayerGradients<'a, T> {
     pub down: WeightGradients<'a>,
     /// The shared expert's.
     pub shared: SharedGradients<'a>,
+    /// `[H]`, of f32: of the vector that is added to every token's sum.
+    pub bias: Option<Out<'a, f32>>,
 }
 
 impl<T> Default for LayerGradients<'_, T> {
@@ -42,10 +46,31 @@ impl<'a, T> LayerGradients<'a, T> {
             x: None,
             router_x: None,
             logits: None,
+            weights: None,
             router: RouterGradients::new(),
             gate_up: WeightGradients::none(),
             down: WeightGradients::none(),
             shared: SharedGradients::new(),
+            bias: None,
+        }
+    }
+
+    /// The same for a shorter time: for another micro-batch.
+    pub fn reborrow(&mut self) -> LayerGradients<'_, T> {
+        LayerGradients {
+            x: self.x.as_mut().map(Out::reborrow),
+            router_x: self.router_x.as_mut().map(Out::reborrow),
+            logits: self.logits.as_mut().map(Out::reborrow),
+            weights: self.weights.as_mut().map(Out::reborrow),
+            router: self.router.reborrow(),
+            bias: self.bias.as_mut().map(Out::reborrow),
+            gate_up: self.gate_up.reborrow(),
+            down: self.down.reborrow(),
+            shared: SharedGradients {
+                gate_up: self.shared.gate_up.reborrow(),
+                down: self.shared.down.reborrow(),
+                gate: self.shared.gate.as_mut().map(Out::reborrow),
+            },
         }
     }
 
@@ -74,7 +99,7 @@ impl<'a, T> LayerGradients<'a, T> {
     }
 }
 
-buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32> });
+buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32>, weights: Out<f32>, bias: Out<f32> });
 
 /// Gradients of a router's parameters.
 #[derive(Default)]
@@ -82,16 +107,36 @@ buffers!(LayerGradients<'a, T> { x: Out<T>, router_x: Out<T>, logits: Out<f32> }
 pub struct RouterGradients<'a> {
     /// `[E, H]`, of f32 whatever the matrix is of.
     pub matrix: Option<Out<'a, f32>>,
+    /// `[E]`: of the bias of the logits.
+    pub bias: Option<Out<'a, f32>>,
+    /// `[E]`: of the factors of each expert's weight, where the rule has them.
+    pub expert_scale: Option<Out<'a, f32>>,
+    /// `[1]`: of the factor of all weights, where the rule has one.
+    pub global_scale: Option<Out<'a, f32>>,
 }
 
 impl RouterGradients<'_> {
     /// None.
     pub const fn new() -> Self {
-        RouterGradients { matrix: None }
+        RouterGradients { matrix: None, bias: None, expert_scale: None, global_scale: None }
+    }
+
+    fn reborrow(&mut self) -> RouterGradients<'_> {
+        RouterGradients {
+            matrix: self.matrix.as_mut().map(Out::reborrow),
+            bias: self.bias.as_mut().map(Out::reborrow),
+            expert_scale: self.expert_scale.as_mut().map(Out::reborrow),
+            global_scale: self.global_scale.as_mut().map(Out::reborrow),
+        }
     }
 }
 
-buffers!(RouterGradients<'a> { matrix: Out<f32> });
+buffers!(RouterGradients<'a> {
+    matrix: Out<f32>,
+    bias: Out<f32>,
+    expert_scale: Out<f32>,
+    global_scale: Out<f32>,
+});
 
 /// Gradients of a product's weight, each in the order of its tensor, and of its type or f32.
 #[derive(Default)]
@@ -114,6 +159,13 @@ impl<'a> WeightGradients<'a> {
         WeightGradients { matrix: Some(matrix.into()), up: None }
     }
 
+    fn reborrow(&mut self) -> WeightGradients<'_> {
+        WeightGradients {
+            matrix: self.matrix.as_mut().map(OutTensor::reborrow),
+            up: self.up.as_mut().map(OutTensor::reborrow),
+        }
+    }
+
     /// Of gate and up in two tensors.
     pub fn apart(gate: impl Into<OutTensor<'a>>, up: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
         WeightGradients { matrix: Some(gate.into()), up: Some(up.into()) }
@@ -128,12 +180,16 @@ pub struct SharedGradients<'a> {
     pub gate_up: WeightGradients<'a>,
     /// Of the second product's.
     pub down: WeightGradients<'a>,
+    /// `[1, H]`, of f32: of the gate's weight.
+    pub gate: Option<Out<'a, f32>>,
 }
+
+buffers!(SharedGradients<'a> { gate: Out<f32> });
 
 impl<'a> SharedGradients<'a> {
     /// None.
     pub const fn new() -> SharedGradients<'a> {
-        SharedGradients { gate_up: WeightGradients::none(), down: WeightGradients::none() }
+        SharedGradients { gate_up: WeightGradients::none(), down: WeightGradients::none(), gate: None }
     }
 
     /// With that of the first product's weight.
@@ -149,7 +205,8 @@ impl<'a> SharedGradients<'a> {
     }
 
     fn is_some(&self) -> bool {
-        [&self.gate_up, &self.down].iter().any(|weight| weight.matrix.is_some() || weight.up.is_some())
+        let products = [&self.gate_up, &self.down];
+        self.gate.is_some() || products.iter().any(|weight| weight.matrix.is_some() || weight.up.is_some())
     }
 }
 
@@ -259,9 +316,15 @@ pub(super) struct HeldGradients<'a> {
     pub(super) x: Option<Held<'a>>,
     pub(super) router_x: Option<Held<'a>>,
     pub(super) logits: Option<Held<'a>>,
+    pub(super) weights: Option<Held<'a>>,
     pub(super) router: Option<Held<'a>>,
+    pub(super) router_bias: Option<Held<'a>>,
+    pub(super) expert_scale: Option<Held<'a>>,
+    pub(super) global_scale: Option<Held<'a>>,
+    pub(super) bias: Option<Held<'a>>,
     pub(super) routed: HeldMlpGradients<'a>,
     pub(super) shared: Option<HeldMlpGradients<'a>>,
+    pub(super) shared_gate: Option<Held<'a>>,
 }
 
 const ROUTED: [Names; 2] = [
@@ -298,17 +361,28 @@ impl<'a, T: Element> LayerGradients<'a, T> {
                 down: down.open(scope, &names[1], desc, &form.down, second)?,
             })
         };
-        let SharedGradients { gate_up, down } = self.shared;
+        let SharedGradients { gate_up, down, gate } = self.shared;
+        if gate.is_some() && !desc.has_shared_gate() {
+            let reason = "the descriptor has no gated shared expert";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "gradients.shared.gate", reason });
+        }
+        let some = |argument, buffer, elements| scope.write_some::<f32>(argument, buffer, elements, SCALAR);
         Ok(HeldGradients {
             x: scope.write_some("gradients.x", self.x, tokens * hidden, alignment)?,
             router_x: scope.write_some("gradients.router_x", self.router_x, tokens * hidden, alignment)?,
             logits: scope.write_some("gradients.logits", self.logits, tokens * columns, SCALAR)?,
+            weights: scope.write_some("gradients.weights", self.weights, tokens * desc.all_choices(), SCALAR)?,
             router: scope.write_some("gradients.router.matrix", self.router.matrix, columns * hidden, SCALAR)?,
+            router_bias: some("gradients.router.bias", self.router.bias, columns)?,
+            expert_scale: some("gradients.router.expert_scale", self.router.expert_scale, desc.experts)?,
+            global_scale: some("gradients.router.global_scale", self.router.global_scale, 1)?,
+            bias: some("gradients.bias", self.bias, hidden)?,
             routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate])?,
             shared: desc
                 .shared
                 .map(|shared| mlp(&SHARED, &shared.mlp, gate_up, down, [1, shared.intermediate]))
                 .transpose()?,
+            shared_gate: scope.write_some("gradients.shared.gate", gate, desc.hidden, SCALAR)?,
         })
     }
 }
@@ -321,6 +395,14 @@ impl HeldGradients<'_> {
             None => Ok(()),
         };
         zero(self.router.as_ref().map(Held::address), desc.logit_columns() * desc.hidden)?;
+        let words = [
+            (&self.shared_gate, desc.hidden),
+            (&self.router_bias, desc.logit_columns()),
+            (&self.expert_scale, desc.experts),
+            (&self.global_scale, 1),
+            (&self.bias, desc.hidden),
+        ];
+        words.into_iter().try_for_each(|(held, elements)| zero(held.as_ref().map(Held::address), elements))?;
         if !keep_empty {
             self.routed.all().try_for_each(|gradient| gradient.zero(scope))?;
         }

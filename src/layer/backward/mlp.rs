@@ -1,37 +1,45 @@
-//! An expert's two products on their way back: five launches, of routed rows or of a shared expert's.
+//! An expert's two products on their way back: four launches, of routed rows or of a shared expert's.
 
 use super::gradients::{HeldGradient, HeldMlpGradients};
 use super::{BackwardDesc, BackwardStage, OPERATION};
-use crate::experts::activation_backward::{self, ActivationBackwardArgs, ActivationBackwardDesc};
 use crate::experts::dispatched::{Dispatched, SlotShape};
-use crate::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Output, Rows, Strides};
+use crate::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Output, Rows, Strides, SwigluByExpert};
+use crate::experts::gemm_backward::{self, GemmBackwardArgs, GemmBackwardDesc};
 use crate::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides};
 use crate::experts::weight::Weight;
 use crate::layer::Step;
 use crate::layer::desc::Mlp;
-use crate::rules::{Activation, Dtype, Glu, Layout, WeightDesc};
-use crate::runtime::launch::{Held, Scope};
+use crate::rules::{Activation, Dropout, Dtype, Glu, Layout, WeightDesc, Weighting};
+use crate::runtime::launch::{Address, Held, Scope};
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
-use crate::{DeviceInfo, Element, Error, In, Selection};
+use crate::{DeviceInfo, Element, Error, In, Selection, Tensor};
 
 /// Launches of an expert's way back.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct MlpPlan {
     mlp: Mlp,
     sizes: Sizes,
-    hidden: Step<GemmDesc>,
-    activation: Step<ActivationBackwardDesc>,
+    hidden: Step<GemmBackwardDesc>,
     down: Step<KGroupedDesc>,
+    input: Input,
     /// Of each tensor of the first product's weight.
     gate_up: Step<KGroupedDesc>,
-    input: Step<GemmDesc>,
-    /// The same of up's tensor, where it has one, onto what gate's left.
-    input_of_up: Option<Step<GemmDesc>>,
     pub(super) regions: Regions,
 }
 
-/// Rows and columns.
+/// From the pre-activations' gradient to that of the rows' inputs.
+// A plan is copied, not boxed.
+#[allow(clippy::large_enum_variant)]
+#[derive(Clone, Copy, Debug)]
+enum Input {
+    /// A product, and one of up's tensor, where it has one, onto what gate's left.
+    Product(Step<GemmDesc>, Option<Step<GemmDesc>>),
+    /// A product that weighs each row, has the gradient of that weight and the weighted rows of x.
+    Weighted(Step<GemmBackwardDesc>),
+}
+
+/// Rows, columns, and how rows are weighted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Sizes {
     pub(super) dtype: Dtype,
@@ -40,11 +48,18 @@ pub(super) struct Sizes {
     pub(super) width: usize,
     pub(super) intermediate: usize,
     pub(super) kernels: KernelSet,
+    pub(super) weighting: Weighting,
+    /// Factor of all rows' weights.
+    pub(super) scale: f32,
 }
 
 impl Sizes {
     fn gathers(&self) -> bool {
         matches!(self.rows, Rows::Grouped(_))
+    }
+
+    fn weighs_input(&self) -> bool {
+        self.weighting == Weighting::Input
     }
 
     /// The rows as groups along K.
@@ -59,41 +74,40 @@ impl Sizes {
 /// Places in the workspace.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Regions {
-    /// `[rows, I]`: gradient of what stands between the products.
-    pub(super) d_hidden: Region,
-    /// `[rows, I]`: what stands there, weighted.
+    /// `[rows, I]`: what stands between the products, weighted.
     pub(super) hidden: Region,
+    /// `[rows, H]`, in the same place: of the rows' inputs, when the second product's weight has its gradient.
+    pub(super) d_rows: Region,
     /// `[rows, 2I]` (`[rows, I]`).
-    pub(super) d_pre_activation: Region,
+    d_pre_activation: Region,
     /// `[rows]`.
     pub(super) d_slot_weight: Region,
-    /// `[rows, H]`, in the place of the first two, which are done with then.
-    pub(super) d_rows: Region,
+    /// `[rows, H]`: the rows of x, weighted, where the weights scale them.
+    weighted_x: Region,
+    /// What the launches keep behind one another.
+    scratch: Region,
 }
 
 /// A launch's stages in an expert's way back: the routed experts' or the shared one's.
 #[derive(Clone, Copy)]
 pub(super) struct Stages {
-    pub(super) hidden: BackwardStage,
-    pub(super) activation: BackwardStage,
-    pub(super) down: BackwardStage,
-    pub(super) gate_up: BackwardStage,
-    pub(super) input: BackwardStage,
+    hidden: BackwardStage,
+    down: BackwardStage,
+    input: BackwardStage,
+    gate_up: BackwardStage,
 }
 
 pub(super) const ROUTED: Stages = Stages {
     hidden: BackwardStage::Hidden,
-    activation: BackwardStage::Activation,
     down: BackwardStage::DownWeight,
-    gate_up: BackwardStage::GateUpWeight,
     input: BackwardStage::Input,
+    gate_up: BackwardStage::GateUpWeight,
 };
 pub(super) const SHARED: Stages = Stages {
     hidden: BackwardStage::SharedHidden,
-    activation: BackwardStage::SharedActivation,
     down: BackwardStage::SharedDownWeight,
-    gate_up: BackwardStage::SharedGateUpWeight,
     input: BackwardStage::SharedInput,
+    gate_up: BackwardStage::SharedGateUpWeight,
 };
 
 /// The form of a weight whose product goes the other way: its outputs are depths.
@@ -114,22 +128,21 @@ impl MlpPlan {
         device: &DeviceInfo,
     ) -> Result<MlpPlan, Error> {
         let within = |error: Error| error.within(OPERATION);
-        let Sizes { dtype, rows, width, intermediate, kernels } = sizes;
+        let Sizes { dtype, rows, width, intermediate, kernels, scale, .. } = sizes;
         let product =
             |desc: GemmDesc| Ok::<_, Error>(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
+        let through = |desc: GemmBackwardDesc| {
+            Ok::<_, Error>(Step { desc, selection: gemm_backward::select(&desc, device).map_err(within)? })
+        };
         let groups = |desc: KGroupedDesc| {
             Ok::<_, Error>(Step { desc, selection: k_grouped::select(&desc, device).map_err(within)? })
         };
-        let through_down = GemmDesc::new(dtype, rows, intermediate, width)
+        let hidden = GemmBackwardDesc::new(dtype, rows, intermediate, width, mlp.activation)
             .gather(sizes.gathers())
-            .kernels(kernels)
-            .weight(turned(&mlp.down))
-            .activation(Activation::Identity);
-        let product_of_dy = product(through_down)?;
-        let activation =
-            ActivationBackwardDesc::new(dtype, rows.count(), intermediate, mlp.activation).glu(mlp.gate_up.glu);
-        let through =
-            Step { desc: activation, selection: activation_backward::select(&activation, device).map_err(within)? };
+            .weight(mlp.down)
+            .glu(mlp.gate_up.glu)
+            .scale(scale);
+        let columns = hidden.columns();
 
         let slots = sizes.groups();
         let sums = |m, n, gathered| {
@@ -143,10 +156,11 @@ impl MlpPlan {
             Layout::Nk => sums(width, intermediate, Gathered::A),
             Layout::Kn => sums(intermediate, width, Gathered::B),
         };
-        let (outputs, columns) = (mlp.gate_up.outputs(intermediate), activation.columns());
+        let outputs = mlp.gate_up.outputs(intermediate);
+        let of_x = |gathered| if sizes.weighs_input() { Gathered::Neither } else { gathered };
         let (gate_up, [m, n]) = match mlp.gate_up.layout {
-            Layout::Nk => (sums(outputs, width, Gathered::B), [outputs, width]),
-            Layout::Kn => (sums(width, outputs, Gathered::A), [width, outputs]),
+            Layout::Nk => (sums(outputs, width, of_x(Gathered::B)), [outputs, width]),
+            Layout::Kn => (sums(width, outputs, of_x(Gathered::A)), [width, outputs]),
         };
         // Gate's and up's gradients lie side by side in a row.
         let apart = (mlp.gate_up.glu == Glu::Apart).then(|| {
@@ -157,56 +171,71 @@ impl MlpPlan {
             }
         });
         let gate_up = gate_up.strides(apart);
-        let mut input = GemmDesc::new(dtype, rows, width, outputs).kernels(kernels).weight(turned(&mlp.gate_up));
-        if apart.is_some() {
-            input.strides = Some(Strides::packed(&input).a(columns, 1));
-        }
-        let input_of_up = apart.map(|_| product(input.output(Output::Added))).transpose()?;
+        let input = if sizes.weighs_input() {
+            let plain = WeightDesc { glu: Glu::None, ..mlp.gate_up };
+            let desc = GemmBackwardDesc::new(dtype, rows, width, outputs, Activation::Identity)
+                .weight(plain)
+                .glu(Glu::None)
+                .gather_pre_activation(sizes.gathers());
+            Input::Weighted(through(desc)?)
+        } else {
+            let mut desc = GemmDesc::new(dtype, rows, width, outputs).kernels(kernels).weight(turned(&mlp.gate_up));
+            if apart.is_some() {
+                desc.strides = Some(Strides::packed(&desc).a(columns, 1));
+            }
+            Input::Product(product(desc)?, apart.map(|_| product(desc.output(Output::Added))).transpose()?)
+        };
 
+        let scratch = |desc: &GemmBackwardDesc| gemm_backward::workspace_bytes(desc, device).map_err(within);
+        let scratch_bytes = match &input {
+            Input::Product(..) => scratch(&hidden)?,
+            Input::Weighted(step) => scratch(&hidden)?.max(scratch(&step.desc)?),
+        };
         let element = dtype.bytes() as usize;
         let rows = rows.count();
         let of = |columns: usize, name| shape::product(OPERATION, name, &[rows, columns]);
-        let inner = of(intermediate, "intermediate")?;
-        let d_pre_activation = arena.region("d_pre_activation", of(columns, "intermediate")?, element)?;
-        let d_slot_weight = arena.region("d_slot_weight", rows, 4)?;
-        let outer = of(width, "hidden")?;
-        let both = arena.region("d_hidden", (2 * inner.next_multiple_of(128)).max(outer), element)?;
-        let bytes = inner * element;
-        let d_hidden = Region { bytes, ..both };
-        let hidden = Region { offset: both.offset + inner.next_multiple_of(128) * element, bytes };
+        let (inner, outer) = (of(intermediate, "intermediate")?, of(width, "hidden")?);
+        let both = arena.region("hidden", inner.max(outer), element)?;
+        let regions = Regions {
+            hidden: Region { bytes: inner * element, ..both },
+            d_rows: Region { bytes: outer * element, ..both },
+            d_pre_activation: arena.region("d_pre_activation", of(columns, "intermediate")?, element)?,
+            d_slot_weight: arena.region("d_slot_weight", rows, 4)?,
+            weighted_x: arena.region("weighted_x", if sizes.weighs_input() { outer } else { 0 }, element)?,
+            scratch: arena.region("workspace", scratch_bytes, 1)?,
+        };
         Ok(MlpPlan {
             mlp: *mlp,
             sizes,
-            hidden: product_of_dy,
-            activation: through,
+            hidden: through(hidden)?,
             down: groups(down)?,
+            input,
             gate_up: groups(gate_up)?,
-            input: product(input)?,
-            input_of_up,
-            regions: Regions { d_hidden, hidden, d_pre_activation, d_slot_weight, d_rows: both },
+            regions,
         })
     }
 
     /// Columns of the pre-activations.
     pub(super) fn columns(&self) -> usize {
-        self.activation.desc.columns()
+        self.hidden.desc.columns()
     }
 
     /// The stages with their launches, in order, where all gradients are asked for.
-    pub(super) fn stages(&self, names: Stages) -> [Option<(BackwardStage, Selection)>; 7] {
-        let up = self.input_of_up.is_some();
-        [
-            Some((names.hidden, self.hidden.selection)),
-            Some((names.activation, self.activation.selection)),
-            Some((names.down, self.down.selection)),
-            Some((names.gate_up, self.gate_up.selection)),
-            up.then_some((names.gate_up, self.gate_up.selection)),
-            Some((names.input, self.input.selection)),
-            self.input_of_up.map(|step| (names.input, step.selection)),
-        ]
+    pub(super) fn stages(&self, names: Stages) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
+        let (input, input_of_up) = match self.input {
+            Input::Product(step, of_up) => (step.selection, of_up.map(|step| step.selection)),
+            Input::Weighted(step) => (step.selection, None),
+        };
+        let gate_up = (names.gate_up, self.gate_up.selection);
+        let first = [(names.hidden, self.hidden.selection), (names.down, self.down.selection), (names.input, input)];
+        let tensors = if self.mlp.gate_up.glu == Glu::Apart { 2 } else { 1 };
+        first
+            .into_iter()
+            .chain(input_of_up.map(|selection| (names.input, selection)))
+            .chain(std::iter::repeat_n(gate_up, tensors))
     }
 
-    /// From `dy` to gradients of the weights, of each row's weight, and where `input` asks for it, of each row's input.
+    /// From `dy` to gradients of the weights, and where they are wanted of each row's weight and of each row's input.
     #[allow(clippy::too_many_arguments)]
     pub(super) fn enqueue<T: Element>(
         &self,
@@ -215,39 +244,41 @@ impl MlpPlan {
         at: &Inputs<'_, T>,
         workspace: &Held<'_>,
         gradients: &HeldMlpGradients<'_>,
-        input: bool,
+        wanted: Wanted,
         observer: &mut dyn FnMut(BackwardStage),
     ) -> Result<(), Error> {
         let within = |error: Error| error.within(OPERATION);
         let (kernels, stream) = (scope.kernels, scope.stream);
-        let Sizes { dtype, rows, width, intermediate, .. } = self.sizes;
-        let (rows, columns) = (rows.count(), self.activation.desc.columns());
-        let inner = rows * intermediate;
+        let Sizes { dtype, rows, width, intermediate, weighting, .. } = self.sizes;
+        let (rows, columns) = (rows.count(), self.columns());
+        let (inner, outer) = (rows * intermediate, rows * width);
         let place = |region: Region| workspace.at(region);
-        let Regions { d_hidden, hidden, d_pre_activation, d_slot_weight, d_rows } = self.regions;
+        let Regions { hidden, d_rows, d_pre_activation, d_slot_weight, weighted_x, scratch } = self.regions;
         let grouped = self.sizes.gathers().then_some(at.rows);
+        let of_weights = wanted.weights.then(|| place(d_slot_weight));
+        let weighs_input = weighting == Weighting::Input;
 
-        let mut product = GemmArgs::new(at.dy, Weight::new(at.down.matrix), place(d_hidden).out::<T>(inner));
-        product.dispatched = grouped;
-        gemm::forward(kernels, stream, &self.hidden.desc, product).map_err(within)?;
-        observer(names.hidden);
-
-        let mut through = ActivationBackwardArgs::new(
+        let mut through = GemmBackwardArgs::new(
+            at.dy,
+            at.down.matrix,
             at.pre_activation,
-            place(d_hidden).input::<T>(inner),
             place(d_pre_activation).out::<T>(rows * columns),
         );
-        let live = at.rows.offsets().slice(at.rows.shape().experts..);
-        if grouped.is_some() {
-            through.slot_weight = Some(at.rows.slot_weight().into());
-            through.live = Some((&live).into());
-            through.d_slot_weight = Some(place(d_slot_weight).out(rows));
+        through.dispatched = grouped;
+        if !weighs_input {
+            through.slot_weight = at.row_weight;
+            through.d_slot_weight = of_weights.map(|place| place.out(rows));
+            // A weight of what the activation yields does not reach the bias.
+            let bias = at.down.bias.filter(|_| weighting == Weighting::Output && wanted.weights);
+            through.out_bias = bias.map(typed::<T>).transpose()?;
         }
         if gradients.down.matrix.is_some() {
             through.hidden = Some(place(hidden).out(inner));
         }
-        activation_backward::forward(kernels, stream, &self.activation.desc, through).map_err(within)?;
-        observer(names.activation);
+        (through.dropout, through.noise_state, through.swiglu) = (at.dropout, at.noise_state, at.swiglu);
+        let mut part = workspace.part(scratch);
+        gemm_backward::forward(kernels, stream, &self.hidden.desc, through, &mut part).map_err(within)?;
+        observer(names.hidden);
 
         let sums = |desc: &KGroupedDesc, a: In<'_, T>, b: In<'_, T>, gradient: &HeldGradient<'_>| {
             let (out, f32_out) = gradient.product::<T>();
@@ -255,8 +286,7 @@ impl MlpPlan {
             k_grouped::forward(kernels, stream, &desc, KGroupedArgs::new(a, b, at.rows, out)).map_err(within)
         };
         if let Some(gradient) = &gradients.down.matrix {
-            let hidden = place(hidden).input::<T>(inner);
-            let (outer, inner) = (at.dy, hidden);
+            let (outer, inner) = (at.dy, place(hidden).input::<T>(inner));
             let [a, b] = if self.mlp.down.layout == Layout::Nk { [outer, inner] } else { [inner, outer] };
             sums(&self.down.desc, a, b, gradient)?;
             observer(names.down);
@@ -266,28 +296,56 @@ impl MlpPlan {
             let skipped = number * intermediate;
             place(d_pre_activation).offset(skipped * dtype.bytes() as usize).input::<T>(rows * columns - skipped)
         };
-        for (number, gradient) in [&gradients.gate_up.matrix, &gradients.gate_up.up].into_iter().enumerate() {
+        let of_gate_up = [&gradients.gate_up.matrix, &gradients.gate_up.up];
+        match &self.input {
+            Input::Product(step, of_up) if wanted.input => {
+                let up = at.gate_up.up.map(|(matrix, _)| matrix);
+                let products = [(Some(step), Some(at.gate_up.matrix)), (of_up.as_ref(), up)];
+                for (number, (step, matrix)) in products.into_iter().enumerate() {
+                    let Some((step, matrix)) = step.zip(matrix) else { continue };
+                    let mut product = GemmArgs::new(part(number), Weight::new(matrix), place(d_rows).out::<T>(outer));
+                    product.dispatched = grouped;
+                    gemm::forward(kernels, stream, &step.desc, product).map_err(within)?;
+                    observer(names.input);
+                }
+            }
+            Input::Weighted(step) if wanted.input || wanted.weights || of_gate_up[0].is_some() => {
+                let (gradient, d_rows) = (part(0), place(d_rows).out::<T>(outer));
+                let mut through = GemmBackwardArgs::new(gradient, at.gate_up.matrix, at.x, d_rows);
+                through.dispatched = grouped;
+                through.slot_weight = at.row_weight;
+                through.d_slot_weight = of_weights.map(|place| place.out(rows));
+                through.hidden = of_gate_up[0].as_ref().map(|_| place(weighted_x).out(outer));
+                let mut part = workspace.part(scratch);
+                gemm_backward::forward(kernels, stream, &step.desc, through, &mut part).map_err(within)?;
+                observer(names.input);
+            }
+            _ => {}
+        }
+        let x = if weighs_input { place(weighted_x).input::<T>(outer) } else { at.x };
+        for (number, gradient) in of_gate_up.into_iter().enumerate() {
             let Some(gradient) = gradient else { continue };
-            let (outputs, depths) = (part(number), at.x);
-            let [a, b] = if self.mlp.gate_up.layout == Layout::Nk { [outputs, depths] } else { [depths, outputs] };
+            let outputs = part(number);
+            let [a, b] = if self.mlp.gate_up.layout == Layout::Nk { [outputs, x] } else { [x, outputs] };
             sums(&self.gate_up.desc, a, b, gradient)?;
             observer(names.gate_up);
         }
-
-        if !input {
-            return Ok(());
-        }
-        let up = at.gate_up.up.map(|(matrix, _)| matrix);
-        let products = [(Some(self.input), Some(at.gate_up.matrix)), (self.input_of_up, up)];
-        for (number, (step, matrix)) in products.into_iter().enumerate() {
-            let Some((step, matrix)) = step.zip(matrix) else { continue };
-            let mut product = GemmArgs::new(part(number), Weight::new(matrix), place(d_rows).out::<T>(rows * width));
-            product.dispatched = grouped;
-            gemm::forward(kernels, stream, &step.desc, product).map_err(within)?;
-            observer(names.input);
-        }
         Ok(())
     }
+
+    /// The gradients of the rows' weights.
+    pub(super) fn d_row_weight<'a>(&self, workspace: &'a Held<'_>) -> Address<'a> {
+        workspace.at(self.regions.d_slot_weight)
+    }
+}
+
+/// What is wanted beside gradients of weights.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    /// Gradients of the rows' weights.
+    pub(super) weights: bool,
+    /// Gradients of the rows' inputs.
+    pub(super) input: bool,
 }
 
 /// What an expert's way back reads.
@@ -296,7 +354,18 @@ pub(super) struct Inputs<'a, T> {
     pub(super) dy: In<'a, T>,
     pub(super) gate_up: Weight<'a>,
     pub(super) down: Weight<'a>,
+    pub(super) swiglu: SwigluByExpert<'a>,
     pub(super) pre_activation: In<'a, T>,
     /// The rows of the routed experts, or all tokens as those of one.
     pub(super) rows: &'a Dispatched,
+    /// `[rows]`; 1 if absent.
+    pub(super) row_weight: Option<In<'a, f32>>,
+    pub(super) dropout: Option<Dropout>,
+    pub(super) noise_state: Option<In<'a, u64>>,
+}
+
+/// A buffer whose type has been checked.
+pub(super) fn typed<T: Element>(tensor: Tensor<'_>) -> Result<In<'_, T>, Error> {
+    let got = tensor.dtype();
+    T::of_tensor(tensor).ok_or(Error::WrongDtype { operation: OPERATION, argument: "bias", expected: T::DTYPE, got })
 }

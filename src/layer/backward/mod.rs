@@ -8,9 +8,10 @@
 //! - `dW_down = sum dO^T (s A)` and `dW_gate_up = sum dz^T x` over the rows of each expert;
 //! - `dx = sum over a token's rows of dz W_gate_up`,
 //!
-//! and the router's is [`crate::routers::gating_backward`], with the gradients of its losses, and [`crate::routers::router_backward`]. Only the
+//! all of which are [`crate::experts::gemm_backward`], [`crate::experts::k_grouped`], [`crate::experts::gemm`] and [`crate::experts::combine`]; the router's part is [`crate::routers::gating_backward`], with the gradients of its losses, and [`crate::routers::router_backward`]. Only the
 //! pre-activations, the logits and the rows of the dispatch are kept from the forward pass: [`Saved`]. Sums are made in a fixed order: the same
-//! input gives the same bits. A dropped choice has no gradient; neither has the choice itself.
+//! input gives the same bits. A dropped choice has no gradient; neither has the choice itself. What was dropped between the products is drawn again.
+//! [`Weighting::Input`](super::Weighting::Input) and [`Weighting::Activation`](super::Weighting::Activation) go back their own way.
 //!
 //! A residual's gradient is `dy`, and so is that of what [`super::LayerArgs::accumulate`] adds to.
 //!
@@ -45,7 +46,7 @@
 //! let desc = LayerDesc::new(Dtype::F32, hidden, intermediate, experts, 2);
 //! let plan = desc.plan(tokens, kernels.device())?;
 //! let back = plan.backward_plan(&BackwardDesc::new())?;
-//! assert_eq!(back.launches(), 9);
+//! assert_eq!(back.launches(), 8);
 //! let workspace = Workspace::new(&stream, plan.workspace_bytes().max(back.workspace_bytes()))?;
 //! let mut moe = Moe { kernels, plan, back, workspace };
 //! # let random = |n: usize| (0..n).map(|i| (i * 7919 % 251) as f32 / 250.0 - 0.5).collect::<Vec<_>>();
@@ -149,34 +150,44 @@ pub enum Origin {
 pub enum BackwardStage {
     /// The first product once more.
     GateUp,
-    /// `dy` through the second product.
+    /// `dy` through the second product and the activation.
     Hidden,
-    /// Through the activation.
-    Activation,
     /// Gradient of the second product's weight.
     DownWeight,
+    /// Through the first product; each of its tensors.
+    Input,
     /// Gradient of the first product's weight; of each of its tensors.
     GateUpWeight,
-    /// From weights and losses to logits.
+    /// From rows to choices, where somebody asks for these or there are identities.
+    Choices,
+    /// From weights and losses to logits, and where somebody asks for those of learned factors to these, by a launch more.
     Gating,
     /// Gradient of the router's weight.
     RouterWeight,
     /// Logits through the router's product.
     RouterInput,
-    /// Through the first product; each of its tensors.
-    Input,
-    /// Sum of a token's rows.
-    Sum,
+    /// Gradient of the router's bias, where somebody asks for it.
+    RouterBias,
+    /// A shared expert's gate, as a weight of its rows.
+    SharedGate,
     /// [`BackwardStage::Hidden`] of the shared expert.
     SharedHidden,
-    /// [`BackwardStage::Activation`] of the shared expert.
-    SharedActivation,
     /// [`BackwardStage::DownWeight`] of the shared expert.
     SharedDownWeight,
-    /// [`BackwardStage::GateUpWeight`] of the shared expert.
-    SharedGateUpWeight,
     /// [`BackwardStage::Input`] of the shared expert.
     SharedInput,
+    /// [`BackwardStage::GateUpWeight`] of the shared expert.
+    SharedGateUpWeight,
+    /// Through the gate to its logit.
+    SharedGateLogit,
+    /// [`BackwardStage::RouterWeight`] of the gate.
+    SharedGateWeight,
+    /// [`BackwardStage::RouterInput`] of the gate.
+    SharedGateInput,
+    /// Gradient of the vector that is added to every token's sum, where somebody asks for it.
+    Bias,
+    /// Sum of a token's rows.
+    Sum,
 }
 
 impl BackwardStage {
@@ -185,19 +196,24 @@ impl BackwardStage {
         match self {
             BackwardStage::GateUp => "gate_up again",
             BackwardStage::Hidden => "d hidden",
-            BackwardStage::Activation => "d activation",
             BackwardStage::DownWeight => "d W down",
             BackwardStage::GateUpWeight => "d W gate_up",
+            BackwardStage::Choices => "d choices",
             BackwardStage::Gating => "d gating",
             BackwardStage::RouterWeight => "d W router",
             BackwardStage::RouterInput => "d router input",
+            BackwardStage::RouterBias => "d router bias",
+            BackwardStage::Bias => "d bias",
             BackwardStage::Input => "d input",
             BackwardStage::Sum => "d sum",
             BackwardStage::SharedHidden => "d shared hidden",
-            BackwardStage::SharedActivation => "d shared activation",
+            BackwardStage::SharedGate => "shared gate",
             BackwardStage::SharedDownWeight => "d W shared down",
             BackwardStage::SharedGateUpWeight => "d W shared gate_up",
             BackwardStage::SharedInput => "d shared input",
+            BackwardStage::SharedGateLogit => "d shared gate",
+            BackwardStage::SharedGateWeight => "d W shared gate",
+            BackwardStage::SharedGateInput => "d shared gate input",
         }
     }
 }

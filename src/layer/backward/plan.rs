@@ -3,15 +3,17 @@
 use super::mlp::{self, MlpPlan, Sizes};
 use super::saved::saved_bytes;
 use super::{BackwardDesc, BackwardStage, OPERATION, Origin};
+use crate::experts::choice_backward::{self, ChoiceBackwardDesc};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::SlotShape;
 use crate::experts::gemm::Rows;
+use crate::experts::sigmoid_gate;
 use crate::layer::desc::LayerDesc;
 use crate::layer::forward::LayerPlan;
 use crate::layer::{Stage, Step};
 use crate::routers::gating_backward::{self, GatingBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
-use crate::rules::{LogitRule, NullOutput, Weighting};
+use crate::rules::{Glu, IdFormat, LogitRule, NullOutput, Weighting};
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Error, Kernel, Selection};
 
@@ -22,8 +24,12 @@ pub struct BackwardPlan {
     desc: BackwardDesc,
     pub(super) routed: MlpPlan,
     pub(super) shared: Option<MlpPlan>,
+    /// A shared expert's gate, its slope, and its product's way back.
+    pub(super) gate: Option<GateSteps>,
     /// The first product again.
     pub(super) again: Option<Selection>,
+    /// Where somebody may ask for gradients by choice; needed where there are identities.
+    pub(super) choices: Step<ChoiceBackwardDesc>,
     pub(super) gating: Option<Step<GatingBackwardDesc>>,
     pub(super) router: Option<RouterSteps>,
     pub(super) sum: Step<CombineDesc>,
@@ -39,18 +45,33 @@ pub(super) struct RouterSteps {
     input: Selection,
 }
 
+/// A shared expert's gate.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GateSteps {
+    values: Selection,
+    pub(super) router: RouterSteps,
+}
+
 /// Places in the workspace, beside those of the products.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Regions {
     pub(super) d_logits: Region,
+    pub(super) d_weights: Region,
     pub(super) pre_activation: Region,
+    /// `[T]` of 1.
+    pub(super) ones: Region,
+    /// Sums of learned factors' gradients.
+    pub(super) gating: Region,
+    pub(super) shared_gate: Region,
+    pub(super) d_shared_gate: Region,
 }
 
 impl LayerPlan {
     /// Plans the way back.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms, a latent width, an admission, a map;
+    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms, a latent width, an admission that passes choices on or weighs them
+    /// anew;
     /// [`Error::Invalid`] or [`Error::Overflow`] for losses out of range or sizes past a limit.
     pub fn backward_plan(&self, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         BackwardPlan::new(self, desc)
@@ -65,35 +86,62 @@ impl BackwardPlan {
         let rows = *layer.experts().rows();
         let mut arena = Arena::new(OPERATION);
         arena.barrier()?;
-        let mut mlp = |mlp, rows, intermediate| {
-            let sizes = Sizes { dtype: of.dtype, rows, width: of.hidden, intermediate, kernels: of.kernels() };
+        let mut mlp = |mlp, rows, intermediate, weighting, scale| {
+            let (dtype, width, kernels) = (of.dtype, of.hidden, of.kernels());
+            let sizes = Sizes { dtype, rows, width, intermediate, kernels, weighting, scale };
             MlpPlan::new(&mut arena, mlp, sizes, desc, device)
         };
-        let routed = mlp(&of.mlp, Rows::Grouped(rows), of.intermediate)?;
-        let shared =
-            of.shared.as_ref().map(|shared| mlp(&shared.mlp, Rows::Dense(tokens), shared.intermediate)).transpose()?;
+        let routed = mlp(&of.mlp, Rows::Grouped(rows), of.intermediate, of.weighting, of.routed_scale)?;
+        let all = Rows::Dense(tokens);
+        let shared = of.shared.as_ref();
+        let shared = shared
+            .map(|shared| mlp(&shared.mlp, all, shared.intermediate, Weighting::Output, shared.scale))
+            .transpose()?;
+        let gate = of.has_shared_gate().then(|| {
+            let values = sigmoid_gate::select(tokens, device).map_err(within)?;
+            Ok::<_, Error>(GateSteps { values, router: RouterSteps::new(of, tokens, 1, device)? })
+        });
+        let choices = ChoiceBackwardDesc::new(of.dtype, rows, of.hidden);
+        let choices = Step { desc: choices, selection: choice_backward::select(&choices, device).map_err(within)? };
 
         let gating = (desc.origin != Origin::Choices).then(|| {
-            let desc = GatingBackwardDesc::new(tokens, of.experts, of.top_k, of.gating).losses(desc.losses);
+            let top_k = of.admission.map_or(of.top_k, |rule| rule.candidates);
+            let desc = GatingBackwardDesc::new(tokens, of.experts, top_k, of.gating)
+                .losses(desc.losses)
+                .logit_rule(if desc.origin == Origin::Router { of.logits } else { LogitRule::PLAIN });
             Ok::<_, Error>(Step { desc, selection: gating_backward::select(&desc, device).map_err(within)? })
         });
-        let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, device));
+        let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, of.logit_columns(), device));
         let again = layer.experts().stages().find(|(stage, _)| desc.recompute && *stage == Stage::GateUp);
         let sum = CombineDesc::new(of.dtype, rows, of.hidden);
         let sum = Step { desc: sum, selection: combine::select_for(OPERATION, &sum, device)? };
         let logits = if desc.origin == Origin::Choices { 0 } else { tokens * of.logit_columns() };
         let kept = if desc.recompute { rows.slots * routed.columns() } else { 0 };
+        let gating = gating.transpose()?;
+        let learned = of.gating.expert_scale || of.gating.global_scale;
+        let gating_bytes = match &gating {
+            Some(step) if learned => gating_backward::workspace_bytes(&step.desc).map_err(within)?,
+            _ => 0,
+        };
+        let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
+            d_weights: arena.region("d_weights", tokens * of.all_choices(), 4)?,
             pre_activation: arena.region("pre_activation", kept, of.dtype.bytes() as usize)?,
+            ones: arena.region("ones", tokens, 4)?,
+            gating: arena.region("workspace", gating_bytes, 1)?,
+            shared_gate: arena.region("shared_gate", gated, 4)?,
+            d_shared_gate: arena.region("d_shared_gate", gated, 4)?,
         };
         Ok(BackwardPlan {
             layer: *layer,
             desc: *desc,
             routed,
             shared,
+            gate: gate.transpose()?,
+            choices,
             again: again.map(|(_, selection)| selection),
-            gating: gating.transpose()?,
+            gating,
             router: router.transpose()?,
             sum,
             regions,
@@ -111,6 +159,12 @@ impl BackwardPlan {
         &self.desc
     }
 
+    /// Whether there are experts whose output is their input, or a map that may say so.
+    pub(super) fn identities(&self) -> bool {
+        let of = self.layer.desc();
+        of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input)
+    }
+
     pub(super) fn rows(&self) -> &SlotShape {
         self.layer.experts().rows()
     }
@@ -124,8 +178,9 @@ impl BackwardPlan {
     ///
     /// `4 E T + 4 k T + (4 k T + 8 S + lists of E and of tiles) + b S c I + b T c_s I_s`
     ///
-    /// of logits, ids, rows and pre-activations; `c` is 2 with a gate, else 1, `s` the shared expert's. Without the logits, or logits and ids, where these
-    /// came from elsewhere, and without `b S c I` where they are computed again.
+    /// of logits, ids, rows and pre-activations, and 16; `c` is 2 with a gate, else 1, `s` the shared expert's. Without the logits, or logits and ids, where these
+    /// came from elsewhere, and without `b S c I` where they are computed again; with `4 k T` more where identities are weighted (`4 T` by a map), and `4 T` with a
+    /// shared expert's gate.
     pub fn saved_bytes(&self) -> usize {
         saved_bytes(self)
     }
@@ -133,19 +188,30 @@ impl BackwardPlan {
     /// The stages with their launches, in order, where all gradients are asked for. One that no buffer is given for leaves its launches out.
     pub fn stages(&self) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
         let tokens = self.layer.tokens();
-        let [hidden, activation, down, gate_up, gate_up_of_up, input, input_of_up] = self.routed.stages(mlp::ROUTED);
         let shared = self.shared.map(|shared| shared.stages(mlp::SHARED));
+        let choices = self.identities().then_some((BackwardStage::Choices, self.choices.selection));
         let gating = self.gating.map(|step| (BackwardStage::Gating, step.selection));
         let router = self
             .router
             .map(|steps| [(BackwardStage::RouterWeight, steps.weight), (BackwardStage::RouterInput, steps.input)]);
         let again = self.again.map(|selection| (BackwardStage::GateUp, selection));
-        let routed = [again, hidden, activation, down, gate_up, gate_up_of_up, input, input_of_up, gating];
-        routed
+        let gate = self.gate.map(|gate| (BackwardStage::SharedGate, gate.values));
+        let through_gate = self.gate.map(|gate| {
+            [
+                (BackwardStage::SharedGateLogit, gate.values),
+                (BackwardStage::SharedGateWeight, gate.router.weight),
+                (BackwardStage::SharedGateInput, gate.router.input),
+            ]
+        });
+        again
             .into_iter()
-            .chain(router.into_iter().flatten().map(Some))
+            .chain(self.routed.stages(mlp::ROUTED))
+            .chain(choices)
+            .chain(gating)
+            .chain(router.into_iter().flatten())
+            .chain(gate)
             .chain(shared.into_iter().flatten())
-            .flatten()
+            .chain(through_gate.into_iter().flatten())
             .chain([(BackwardStage::Sum, self.sum.selection)])
             .filter(move |_| tokens > 0)
     }
@@ -162,9 +228,9 @@ impl BackwardPlan {
 }
 
 impl RouterSteps {
-    fn new(of: &LayerDesc, tokens: usize, device: &DeviceInfo) -> Result<RouterSteps, Error> {
+    fn new(of: &LayerDesc, tokens: usize, columns: usize, device: &DeviceInfo) -> Result<RouterSteps, Error> {
         let within = |error: Error| error.within(OPERATION);
-        let desc = RouterBackwardDesc::new(of.dtype, tokens, of.logit_columns(), of.hidden).weight(of.router_dtype);
+        let desc = RouterBackwardDesc::new(of.dtype, tokens, columns, of.hidden).weight(of.router_dtype);
         Ok(RouterSteps {
             desc,
             weight: router_backward::select_into_weight(&desc, device).map_err(within)?,
@@ -177,22 +243,23 @@ impl RouterSteps {
 fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
     let routed = desc.origin != Origin::Choices;
     let asked = desc.origin == Origin::Router;
-    let identity = of.null.is_some_and(|null| null.output == NullOutput::Input);
-    let shared = of.shared.as_ref();
-    let refused: [(&'static str, bool, &'static str); 13] = [
+    let identities = of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input);
+    let scaled = identities && of.routed_scale != 1.0;
+    let passes_on = of.admission.is_some_and(|rule| rule.candidates != rule.top_k);
+    let weighs_anew = of.admission.is_some_and(|rule| rule.renormalise.is_some());
+    let two_tensors = of.weighting == Weighting::Input && of.mlp.gate_up.glu == Glu::Apart;
+    let wide_ids = identities && !routed && of.choices == IdFormat::I64;
+    let refused: [(&'static str, bool, &'static str); 10] = [
         ("norms.router", asked && of.norms.router.is_some(), "no norm of the router's input"),
         ("norms.experts", of.norms.experts.is_some(), "no norm of the experts' input"),
         ("norms.slots", of.norms.slots.is_some(), "no norm of an expert's output"),
         ("norms.output", of.norms.output.is_some(), "no norm of the sum"),
         ("latent", of.latent.is_some(), "experts of the layer's width"),
-        ("admission", of.admission.is_some(), "no admission"),
-        ("map", of.map.is_some(), "no map"),
-        ("null.output", identity, "NullOutput::Zero"),
-        ("weighting", of.weighting != Weighting::Output, "Weighting::Output"),
-        ("routed_scale", of.routed_scale != 1.0, "1"),
-        ("logits", asked && of.logits != LogitRule::PLAIN, "LogitRule::PLAIN"),
-        ("shared.gated", shared.is_some_and(|shared| shared.gated), "false"),
-        ("shared.scale", shared.is_some_and(|shared| shared.scale != 1.0), "1"),
+        ("admission.candidates", passes_on, "as many as top_k"),
+        ("admission.renormalise", weighs_anew, "weights as they were given"),
+        ("routed_scale", scaled, "1 beside experts whose output is their input, and a map"),
+        ("mlp.gate_up.glu", two_tensors, "one tensor with Weighting::Input"),
+        ("choices", wide_ids, "ids of 32 bits, where identities are read off them"),
     ];
     if let Some((argument, _, supported)) = refused.into_iter().find(|(_, there, _)| *there) {
         return Err(Error::unsupported(OPERATION, argument, supported, "another"));

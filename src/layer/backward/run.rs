@@ -5,14 +5,19 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::gradients::{HeldGradients, LayerGradients};
-use super::mlp::{self, Inputs};
+use super::mlp::{self, Inputs, Wanted};
+use super::plan::RouterSteps;
 use super::{BackwardPlan, BackwardStage, OPERATION, Origin, Saved};
-use crate::experts::combine::{self, CombineArgs};
-use crate::experts::gemm::{self, GemmArgs};
+use crate::experts::choice_backward::{self, ChoiceBackwardArgs, Identities};
+use crate::experts::combine::{self, CombineArgs, Identity};
+use crate::experts::gemm::{self, GemmArgs, SwigluByExpert};
+use crate::experts::sigmoid_gate::{self, SigmoidGateArgs};
 use crate::layer::experts::check_device;
 use crate::layer::weights::LayerWeights;
+use crate::layer::{Choices, MapTable};
 use crate::routers::gating_backward::{self, GatingBackwardArgs};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
+use crate::rules::Weighting;
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
@@ -27,12 +32,22 @@ pub struct BackwardArgs<'a, T> {
     pub router_x: Option<In<'a, T>>,
     /// `[T, E]`: the logits that the forward pass was given, exactly with [`Origin::Logits`].
     pub given_logits: Option<In<'a, f32>>,
+    /// The choices that the forward pass was given, exactly with [`Origin::Choices`] where there are experts whose output is their input, or a map.
+    pub choices: Option<Choices<'a>>,
+    /// The expert map; exactly where the descriptor has one.
+    pub map: Option<MapTable<'a>>,
     /// `[T, H]`: the gradient of `y`.
     pub dy: In<'a, T>,
     /// `[E]`: the slots that the balancing loss counts, exactly where it has a factor ([`crate::routers::measured_gating::Totals`]).
     pub loss_counts: Option<In<'a, i32>>,
     /// `[1]`: tokens of which the losses are means, T if absent.
     pub counted: Option<In<'a, u32>>,
+    /// `[E]`: sums of weights, exactly where their loss has a factor ([`crate::routers::measured_gating::Totals`]).
+    pub importance: Option<In<'a, f32>>,
+    /// `[B, E]`: the slots that the loss by sequence counts, exactly where it has a factor.
+    pub sequence_counts: Option<In<'a, i32>>,
+    /// `[B]`: tokens of each sequence that count, all of them if absent.
+    pub sequence_tokens: Option<In<'a, u32>>,
     /// What is asked for.
     pub gradients: LayerGradients<'a, T>,
 }
@@ -48,15 +63,42 @@ impl<'a, T> BackwardArgs<'a, T> {
             x: x.into(),
             router_x: None,
             given_logits: None,
+            choices: None,
+            map: None,
             dy: dy.into(),
             loss_counts: None,
             counted: None,
+            importance: None,
+            sequence_counts: None,
+            sequence_tokens: None,
             gradients,
         }
     }
 }
 
-buffers!(BackwardArgs<'a, T> { router_x: In<T>, given_logits: In<f32>, loss_counts: In<i32>, counted: In<u32> });
+impl<'a, T> BackwardArgs<'a, T> {
+    /// By choices that another router made.
+    #[must_use]
+    pub fn choices(self, choices: Choices<'a>) -> BackwardArgs<'a, T> {
+        BackwardArgs { choices: Some(choices), ..self }
+    }
+
+    /// With an expert map.
+    #[must_use]
+    pub fn map(self, map: MapTable<'a>) -> BackwardArgs<'a, T> {
+        BackwardArgs { map: Some(map), ..self }
+    }
+}
+
+buffers!(BackwardArgs<'a, T> {
+    router_x: In<T>,
+    given_logits: In<f32>,
+    loss_counts: In<i32>,
+    counted: In<u32>,
+    importance: In<f32>,
+    sequence_counts: In<i32>,
+    sequence_tokens: In<u32>,
+});
 
 /// Buffers of a pass, opened, but for those of weights.
 struct Opened<'a> {
@@ -64,8 +106,14 @@ struct Opened<'a> {
     router_x: Option<Held<'a>>,
     logits: Option<Held<'a>>,
     dy: Held<'a>,
+    ids: Option<Held<'a>>,
+    weights: Option<Held<'a>>,
+    map: Option<Held<'a>>,
     loss_counts: Option<Held<'a>>,
     counted: Option<Held<'a>>,
+    importance: Option<Held<'a>>,
+    sequence_counts: Option<Held<'a>>,
+    sequence_tokens: Option<Held<'a>>,
     gradients: HeldGradients<'a>,
 }
 
@@ -76,8 +124,7 @@ impl BackwardPlan {
     ///
     /// # Errors
     /// [`Error::Invalid`] for a `saved` of another layer, number of tokens or origin, or one that no pass has filled, and for a plan made for
-    /// another device; [`Error::Missing`] or [`Error::Unexpected`] for weights and buffers against the descriptors; [`Error::Unsupported`] for a bias of the second
-    /// product and numbers of the activation by expert; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
+    /// another device; [`Error::Missing`] or [`Error::Unexpected`] for weights and buffers against the descriptors; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
     /// [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those of the driver.
     pub fn backward<T: Element>(
         &self,
@@ -114,8 +161,8 @@ impl BackwardPlan {
         self.check_args(&args, weights, other_rows)?;
         // The weights' buffers are looked at before anything is launched.
         let _router = match self.desc().origin {
-            Origin::Router => Some(weights.router.open(&scope, desc)?),
-            _ => None,
+            Origin::Choices => None,
+            _ => Some(weights.router.open(&scope, desc)?),
         };
         let _experts = weights.experts.open(&scope, desc)?;
         if tokens == 0 {
@@ -127,17 +174,36 @@ impl BackwardPlan {
         }
         let (elements, logits) = (tokens * desc.hidden, tokens * desc.logit_columns());
         let alignment = shape::row_alignment(desc.dtype, desc.hidden);
+        let choices = tokens * desc.all_choices();
+        let (ids, given_weights) = args.choices.map(|choices| (choices.ids, choices.weights)).unzip();
         let opened = Opened {
             x: scope.read("x", args.x, elements, alignment)?,
             router_x: scope.read_some("router_x", args.router_x, elements, alignment)?,
             logits: scope.read_some("given_logits", args.given_logits, logits, SCALAR)?,
+            ids: ids.map(|ids| ids.open(&scope, "choices.ids", desc.choices, choices)).transpose()?,
+            weights: scope.read_some("choices.weights", given_weights, choices, SCALAR)?,
+            map: scope.read_some("map", args.map.map(|table| table.map), self.map_entries(), SCALAR)?,
             dy: scope.read("dy", args.dy, elements, alignment)?,
             loss_counts: scope.read_some("loss_counts", args.loss_counts, desc.experts, SCALAR)?,
             counted: scope.read_some("counted", args.counted, 1, SCALAR)?,
+            importance: scope.read_some("importance", args.importance, desc.experts, SCALAR)?,
+            sequence_counts: scope.read_some(
+                "sequence_counts",
+                args.sequence_counts,
+                self.sequences() * desc.experts,
+                SCALAR,
+            )?,
+            sequence_tokens: scope.read_some("sequence_tokens", args.sequence_tokens, self.sequences(), SCALAR)?,
             gradients: args.gradients.open(&scope, desc, tokens)?,
         };
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
         self.enqueue(&scope, weights, saved, &opened, &workspace, observer)
+    }
+
+    /// Entries of the expert map.
+    fn map_entries(&self) -> usize {
+        let desc = self.layer().desc();
+        desc.map.map_or(0, |map| desc.all_experts() * map.max_replicas)
     }
 
     fn check_args<T>(
@@ -162,9 +228,24 @@ impl BackwardPlan {
         }
         let reasons = ["the forward pass was given logits", "the logits were the layer's own"];
         exactly("given_logits", origin == Origin::Logits, args.given_logits.is_some(), reasons)?;
+        let identities = self.identities() && origin == Origin::Choices;
+        let reasons = ["choices of identities are read off them", "the forward pass's are not needed"];
+        exactly("choices", identities, args.choices.is_some(), reasons)?;
+        let reasons = ["the descriptor maps experts", "the descriptor has no map"];
+        exactly("map", self.layer().desc().map.is_some(), args.map.is_some(), reasons)?;
         let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);
         let reasons = ["the balancing loss has a factor", "no balancing loss has a factor"];
         exactly("loss_counts", balances, args.loss_counts.is_some(), reasons)?;
+        let losses = self.desc().losses;
+        let of_weights = losses.is_some_and(|losses| losses.importance != 0.0);
+        let reasons = ["the loss of importance has a factor", "no loss of importance has a factor"];
+        exactly("importance", of_weights, args.importance.is_some(), reasons)?;
+        let by_sequence = losses.is_some_and(|losses| losses.sequence != 0.0);
+        let reasons = ["the loss by sequence has a factor", "no loss by sequence has a factor"];
+        exactly("sequence_counts", by_sequence, args.sequence_counts.is_some(), reasons)?;
+        if args.sequence_tokens.is_some() && !by_sequence {
+            return Err(Error::Unexpected { operation, argument: "sequence_tokens", reason: reasons[1] });
+        }
         if args.counted.is_some() && self.desc().losses.is_none() {
             return Err(Error::Unexpected { operation, argument: "counted", reason: "there are no losses" });
         }
@@ -172,19 +253,35 @@ impl BackwardPlan {
             let reason = "the choices come from elsewhere";
             return Err(Error::Unexpected { operation, argument: "gradients.logits", reason });
         }
-        if origin != Origin::Router && args.gradients.router.matrix.is_some() {
-            let reason = "the layer's router was not asked";
-            return Err(Error::Unexpected { operation, argument: "gradients.router.matrix", reason });
+        let (of_router, gating) = (&args.gradients.router, &self.layer().desc().gating);
+        let (asked, gates) = (origin == Origin::Router, origin != Origin::Choices);
+        let unasked = "the layer's router was not asked";
+        for (argument, there, given, reason) in [
+            ("gradients.router.matrix", asked, of_router.matrix.is_some(), unasked),
+            ("gradients.router.bias", asked, of_router.bias.is_some(), unasked),
+            (
+                "gradients.router.expert_scale",
+                gates && gating.expert_scale,
+                of_router.expert_scale.is_some(),
+                "no rule multiplies by it",
+            ),
+            (
+                "gradients.router.global_scale",
+                gates && gating.global_scale,
+                of_router.global_scale.is_some(),
+                "no rule multiplies by it",
+            ),
+        ] {
+            if given && !there {
+                return Err(Error::Unexpected { operation, argument, reason });
+            }
         }
-        let unsupported = |argument, supported: &str| Err(Error::unsupported(operation, argument, supported, "some"));
-        if weights.experts.down.bias.is_some() {
-            return unsupported("down.bias", "no bias of the second product");
-        }
-        if weights.experts.shared.is_some_and(|shared| shared.down.bias.is_some()) {
-            return unsupported("shared.down.bias", "no bias of the second product");
-        }
-        if weights.experts.swiglu.is_some() {
-            return unsupported("swiglu", "numbers of the activation that all experts share");
+        let biased = [
+            ("down.bias", weights.experts.down.bias.is_some()),
+            ("shared.down.bias", weights.experts.shared.is_some_and(|shared| shared.down.bias.is_some())),
+        ];
+        if let Some((argument, _)) = biased.into_iter().find(|(_, there)| *there) {
+            return Err(Error::unsupported(operation, argument, "no bias of the second product", "some"));
         }
         Ok(())
     }
@@ -206,21 +303,44 @@ impl BackwardPlan {
         let gradients = &at.gradients;
         // Through the router's product to x, or to what the router saw instead.
         let router_input = if at.router_x.is_some() { &gradients.router_x } else { &gradients.x };
-        let router_input = router_input.as_ref().filter(|_| self.router.is_some());
+        let none = None;
+        let router_input = if self.router.is_some() { router_input } else { &none };
         let of_logits = self.gating.is_some()
-            && (router_input.is_some() || gradients.router.is_some() || gradients.logits.is_some());
-        let of_rows = gradients.x.is_some();
+            && [
+                &gradients.router,
+                &gradients.router_bias,
+                &gradients.logits,
+                &gradients.expert_scale,
+                &gradients.global_scale,
+                router_input,
+            ]
+            .into_iter()
+            .any(Option::is_some);
+        let wanted = Wanted { weights: of_logits || gradients.weights.is_some(), input: gradients.x.is_some() };
 
-        if of_logits || of_rows || gradients.routed.is_some() {
-            let experts = &weights.experts;
+        if wanted.weights || wanted.input || gradients.routed.is_some() {
             let pre_activation = match &saved.pre_activation {
                 Some(kept) => kept.into(),
                 None => self.recompute(scope, weights, saved, x, workspace, observer)?,
             };
-            let inputs =
-                Inputs { x, dy, gate_up: experts.gate_up, down: experts.down, pre_activation, rows: &saved.dispatched };
-            self.routed.enqueue(scope, mlp::ROUTED, &inputs, workspace, &gradients.routed, of_rows, observer)?;
+            let experts = &weights.experts;
+            let inputs = Inputs {
+                x,
+                dy,
+                gate_up: experts.gate_up,
+                down: experts.down,
+                swiglu: experts.swiglu,
+                pre_activation,
+                rows: &saved.dispatched,
+                row_weight: Some(saved.dispatched.slot_weight().into()),
+                dropout: saved.dropout,
+                noise_state: saved.drew_by_state.then(|| (&saved.noise_state).into()),
+            };
+            self.routed.enqueue(scope, mlp::ROUTED, &inputs, workspace, &gradients.routed, wanted, observer)?;
         }
+        let by_choice = self.enqueue_choices(scope, saved, at, workspace, of_logits, observer)?;
+        // What comes through router and gate to x is written there first.
+        let mut written = false;
         if let Some(step) = self.gating.as_ref().filter(|_| of_logits) {
             let d_logits = optional(&gradients.logits).unwrap_or_else(|| workspace.at(self.regions.d_logits));
             let columns = desc.logit_columns();
@@ -228,27 +348,149 @@ impl BackwardPlan {
                 Some(given) => given.input::<f32>(tokens * columns),
                 None => (&saved.logits).into(),
             };
-            let d_weights = workspace.at(self.routed.regions.d_slot_weight).input(rows.slots);
-            let mut args = GatingBackwardArgs::new(logits, &saved.ids, d_weights, d_logits.out(tokens * columns))
-                .dispatched(&saved.dispatched);
+            let d_weights = match by_choice {
+                Some(by_choice) => by_choice.input(tokens * desc.all_choices()),
+                None => self.routed.d_row_weight(workspace).input(rows.slots),
+            };
+            let mut args = GatingBackwardArgs::new(logits, &saved.ids, d_weights, d_logits.out(tokens * columns));
+            args.dispatched = by_choice.is_none().then_some(&saved.dispatched);
             args.counts = optional(&at.loss_counts).map(|counts| counts.input(desc.experts));
             args.counted = optional(&at.counted).map(|counted| counted.input(1));
+            args.importance = optional(&at.importance).map(|sums| sums.input(desc.experts));
+            args.sequence_counts =
+                optional(&at.sequence_counts).map(|counts| counts.input(self.sequences() * desc.experts));
+            args.sequence_tokens = optional(&at.sequence_tokens).map(|tokens| tokens.input(self.sequences()));
+            (args.expert_scale, args.global_scale) = (weights.router.expert_scale, weights.router.global_scale);
+            args.d_expert_scale = optional(&gradients.expert_scale).map(|gradient| gradient.out(desc.experts));
+            args.d_global_scale = optional(&gradients.global_scale).map(|gradient| gradient.out(1));
+            let mut part = workspace.part(self.regions.gating);
+            args.workspace = Some(&mut part);
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
-            self.enqueue_router::<T>(scope, weights, at, d_logits, router_input, observer)?;
+            if let Some(steps) = &self.router {
+                let back = RouterBack {
+                    steps,
+                    d_logits,
+                    seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
+                    matrix: weights.router.matrix,
+                    d_matrix: optional(&gradients.router),
+                    d_input: optional(router_input),
+                    added: false,
+                    accumulate: self.desc().accumulate,
+                };
+                let stages = [BackwardStage::RouterWeight, BackwardStage::RouterInput];
+                back.enqueue::<T>(scope, stages, observer)?;
+                written = router_input.is_some();
+                if let Some(gradient) = optional(&gradients.router_bias) {
+                    let d_logits = d_logits.input::<f32>(tokens * columns);
+                    self.column_sums::<f32>(scope, workspace, d_logits, [columns, 1], gradient)?;
+                    observer(BackwardStage::RouterBias);
+                }
+            }
         }
-        let Some(dx) = optional(&gradients.x) else {
-            return self.enqueue_shared(scope, weights, saved, at, workspace, false, observer);
-        };
-        self.enqueue_shared(scope, weights, saved, at, workspace, true, observer)?;
+        written |= self.enqueue_shared(scope, weights, saved, at, workspace, written, observer)?;
+        if let Some(gradient) = optional(&gradients.bias) {
+            self.column_sums::<T>(scope, workspace, dy, [1, desc.hidden], gradient)?;
+            observer(BackwardStage::Bias);
+        }
+        let Some(dx) = optional(&gradients.x) else { return Ok(()) };
         let d_rows = workspace.at(self.routed.regions.d_rows).input::<T>(rows.slots * desc.hidden);
         let mut args = CombineArgs::new(d_rows, &saved.dispatched, dx.out::<T>(elements));
-        // What came through the router lies there already.
-        args.accumulate = router_input.is_some() && at.router_x.is_none();
+        args.accumulate = written && at.router_x.is_none();
         args.addend = self.shared.map(|shared| workspace.at(shared.regions.d_rows).input::<T>(elements));
+        args.identity = self.identity(saved, at, dy);
         combine::forward(kernels, stream, &self.sum.desc, args).map_err(within)?;
         observer(BackwardStage::Sum);
         Ok(())
+    }
+
+    /// Sums over all tokens, as a router's product with ones: of `rows [T, columns]` of gradients of logits with one column of ones (`[columns, 1]`), or of rows
+    /// of any type with gradients of 1 (`[1, columns]`).
+    fn column_sums<R: Element>(
+        &self,
+        scope: &Scope<'_>,
+        workspace: &Held<'_>,
+        rows: In<'_, R>,
+        [experts, hidden]: [usize; 2],
+        sums: Address<'_>,
+    ) -> Result<(), Error> {
+        let tokens = self.layer().tokens();
+        let ones = workspace.at(self.regions.ones);
+        scope.fill(ones, 1.0, tokens)?;
+        let desc = RouterBackwardDesc::new(R::DTYPE, tokens, experts, hidden).accumulate(self.desc().accumulate);
+        let (kernels, stream, sums) = (scope.kernels, scope.stream, sums.out::<f32>(experts * hidden));
+        match f32::of_tensor(R::tensor(rows)).filter(|_| hidden == 1) {
+            Some(logits) => {
+                router_backward::into_weight::<f32>(kernels, stream, &desc, logits, ones.input::<f32>(tokens), sums)
+            }
+            None => router_backward::into_weight::<R>(kernels, stream, &desc, ones.input::<f32>(tokens), rows, sums),
+        }
+        .map_err(|error| error.within(OPERATION))
+    }
+
+    /// Sequences of the loss by sequence.
+    fn sequences(&self) -> usize {
+        self.gating.as_ref().map_or(1, |step| step.desc.sequences())
+    }
+
+    /// The part of `dx` that comes through experts whose output is their input.
+    fn identity<'a, T: Element>(
+        &self,
+        saved: &'a Saved<T>,
+        at: &'a Opened<'_>,
+        dy: In<'a, T>,
+    ) -> Option<Identity<'a, T>> {
+        if let Some(weight) = &saved.identity_weight {
+            return Some(Identity::new(dy, weight));
+        }
+        let choices = self.layer().tokens() * self.layer().desc().all_choices();
+        let (ids, weights) = match (&saved.weights, optional(&at.ids), optional(&at.weights)) {
+            (_, Some(ids), Some(weights)) => (ids.input(choices), weights.input(choices)),
+            (Some(weights), ..) => ((&saved.ids).into(), weights.into()),
+            _ => return None,
+        };
+        self.identities().then(|| Identity::of_choices(dy, ids, weights, self.null_experts()))
+    }
+
+    /// Numbers of the experts that compute nothing.
+    fn null_experts(&self) -> std::ops::Range<u32> {
+        let desc = self.layer().desc();
+        desc.local_experts() as u32..desc.experts as u32
+    }
+
+    /// The gradients of weights by choice, where somebody asks for these or there are identities; where they lie.
+    fn enqueue_choices<'a, T: Element>(
+        &self,
+        scope: &Scope<'_>,
+        saved: &Saved<T>,
+        at: &'a Opened<'_>,
+        workspace: &'a Held<'_>,
+        of_logits: bool,
+        observer: &mut dyn FnMut(BackwardStage),
+    ) -> Result<Option<Address<'a>>, Error> {
+        let asked = optional(&at.gradients.weights);
+        if asked.is_none() && !(of_logits && self.identities()) {
+            return Ok(None);
+        }
+        let (desc, tokens) = (self.layer().desc(), self.layer().tokens());
+        let (choices, elements) = (tokens * desc.all_choices(), tokens * desc.hidden);
+        let to = asked.unwrap_or_else(|| workspace.at(self.regions.d_weights));
+        let by_row = self.routed.d_row_weight(workspace).input::<f32>(self.rows().slots);
+        let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, to.out(choices));
+        if self.identities() {
+            let ids = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| ids.input::<i32>(choices));
+            let (x, dy) = (at.x.address().input::<T>(elements), at.dy.address().input::<T>(elements));
+            args.identities = Some(match (optional(&at.map), desc.map) {
+                (Some(map), Some(of)) => {
+                    Identities::of_map(ids, map.input::<i32>(self.map_entries()), of.max_replicas, x, dy)
+                }
+                _ => Identities::new(ids, self.null_experts(), x, dy),
+            });
+        }
+        let (kernels, stream) = (scope.kernels, scope.stream);
+        choice_backward::forward(kernels, stream, &self.choices.desc, args).map_err(|error| error.within(OPERATION))?;
+        observer(BackwardStage::Choices);
+        Ok(Some(to))
     }
 
     /// The pre-activations, by the forward pass's launch.
@@ -266,56 +508,18 @@ impl BackwardPlan {
         let place = workspace.at(self.regions.pre_activation);
         let elements = rows * desc.pre_activation_columns();
         let hidden = workspace.at(regions.hidden).out::<T>(rows * desc.n);
-        let mut args = GemmArgs::new(x, weights.experts.gate_up, hidden).dispatched(&saved.dispatched);
+        let experts = &weights.experts;
+        let mut args = GemmArgs::new(x, experts.gate_up, hidden).dispatched(&saved.dispatched).swiglu(experts.swiglu);
         args.pre_activation = Some(place.out(elements));
+        let weighs = self.layer().desc().weighting == Weighting::Input;
+        args.row_scale = weighs.then(|| saved.dispatched.slot_weight().into());
         gemm::forward(scope.kernels, scope.stream, &desc, args).map_err(|error| error.within(OPERATION))?;
         observer(BackwardStage::GateUp);
         Ok(place.input(elements))
     }
 
-    /// Both gradients of the router's product, each where it is asked for.
-    fn enqueue_router<T: Element>(
-        &self,
-        scope: &Scope<'_>,
-        weights: &LayerWeights<'_>,
-        at: &Opened<'_>,
-        d_logits: Address<'_>,
-        input: Option<&Held<'_>>,
-        observer: &mut dyn FnMut(BackwardStage),
-    ) -> Result<(), Error> {
-        let Some(steps) = &self.router else { return Ok(()) };
-        let within = |error: Error| error.within(OPERATION);
-        let (kernels, stream) = (scope.kernels, scope.stream);
-        let RouterBackwardDesc { tokens, experts, hidden, .. } = steps.desc;
-        let d_logits = d_logits.input::<f32>(tokens * experts);
-        if let Some(gradient) = optional(&at.gradients.router) {
-            let desc = steps.desc.accumulate(self.desc().accumulate);
-            let seen = optional(&at.router_x).unwrap_or_else(|| at.x.address()).input::<T>(tokens * hidden);
-            let gradient = gradient.out(experts * hidden);
-            router_backward::into_weight::<T>(kernels, stream, &desc, d_logits, seen, gradient).map_err(within)?;
-            observer(BackwardStage::RouterWeight);
-        }
-        if let (Some(gradient), Some(matrix)) = (input, weights.router.matrix) {
-            let out = gradient.address().out::<T>(tokens * hidden);
-            match (matrix, T::of_tensor(matrix)) {
-                (_, Some(matrix)) => {
-                    router_backward::into_x::<T, T>(kernels, stream, &steps.desc, d_logits, matrix, out)
-                }
-                (Tensor::F32(matrix), None) => {
-                    router_backward::into_x::<T, f32>(kernels, stream, &steps.desc, d_logits, matrix, out)
-                }
-                (other, None) => {
-                    let (argument, expected, got) = ("router.matrix", Dtype::F32, other.dtype());
-                    Err(Error::WrongDtype { operation: OPERATION, argument, expected, got })
-                }
-            }
-            .map_err(within)?;
-            observer(BackwardStage::RouterInput);
-        }
-        Ok(())
-    }
-
-    /// The shared expert, where there is one and something is asked of it.
+    /// The shared expert, where there is one and something is asked of it; whether its gate has `written` to the gradient of what it saw, or added
+    /// where something was `written`.
     #[allow(clippy::too_many_arguments)]
     fn enqueue_shared<T: Element>(
         &self,
@@ -324,24 +528,116 @@ impl BackwardPlan {
         saved: &Saved<T>,
         at: &Opened<'_>,
         workspace: &Held<'_>,
-        input: bool,
+        written: bool,
         observer: &mut dyn FnMut(BackwardStage),
-    ) -> Result<(), Error> {
-        let Some((plan, gradients)) = self.shared.as_ref().zip(at.gradients.shared.as_ref()) else { return Ok(()) };
+    ) -> Result<bool, Error> {
+        let gradients = &at.gradients;
+        let Some((plan, of_mlp)) = self.shared.as_ref().zip(gradients.shared.as_ref()) else { return Ok(false) };
         let held = saved.shared_pre_activation.as_ref().zip(saved.all_tokens.as_ref());
-        let Some((shared, (pre_activation, rows))) = weights.experts.shared.zip(held) else { return Ok(()) };
-        if !input && !gradients.is_some() {
-            return Ok(());
+        let Some((shared, (pre_activation, rows))) = weights.experts.shared.zip(held) else { return Ok(false) };
+        let input = if at.router_x.is_some() { &gradients.router_x } else { &gradients.x };
+        let input = input.as_ref().map(Held::address);
+        let gate = self.gate.as_ref().zip(saved.shared_gate.as_ref());
+        let of_gate = gate.is_some() && (input.is_some() || gradients.shared_gate.is_some());
+        let wanted = Wanted { weights: of_gate, input: gradients.x.is_some() };
+        if !wanted.weights && !wanted.input && !of_mlp.is_some() {
+            return Ok(false);
         }
-        let elements = self.layer().tokens() * self.layer().desc().hidden;
+        let within = |error: Error| error.within(OPERATION);
+        let (kernels, stream) = (scope.kernels, scope.stream);
+        let (tokens, hidden) = (self.layer().tokens(), self.layer().desc().hidden);
+        let elements = tokens * hidden;
+        let values = workspace.at(self.regions.shared_gate);
+        if let Some((_, logits)) = gate {
+            let args = SigmoidGateArgs::new(logits, values.out(tokens));
+            sigmoid_gate::forward(kernels, stream, tokens, args).map_err(within)?;
+            observer(BackwardStage::SharedGate);
+        }
         let inputs = Inputs {
             x: at.x.address().input::<T>(elements),
             dy: at.dy.address().input::<T>(elements),
             gate_up: shared.gate_up,
             down: shared.down,
+            swiglu: SwigluByExpert::new(),
             pre_activation: pre_activation.into(),
             rows,
+            row_weight: gate.map(|_| values.input(tokens)),
+            dropout: None,
+            noise_state: None,
         };
-        plan.enqueue(scope, mlp::SHARED, &inputs, workspace, gradients, input, observer)
+        plan.enqueue(scope, mlp::SHARED, &inputs, workspace, of_mlp, wanted, observer)?;
+        let Some((steps, logits)) = gate.filter(|_| of_gate) else { return Ok(false) };
+        let d_logits = workspace.at(self.regions.d_shared_gate);
+        let d = plan.d_row_weight(workspace).input(tokens);
+        let args = SigmoidGateArgs::new(logits, d_logits.out(tokens)).d(d);
+        sigmoid_gate::forward(kernels, stream, tokens, args).map_err(within)?;
+        observer(BackwardStage::SharedGateLogit);
+        let back = RouterBack {
+            steps: &steps.router,
+            d_logits,
+            seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
+            matrix: shared.gate,
+            d_matrix: optional(&gradients.shared_gate),
+            d_input: input,
+            added: written,
+            accumulate: self.desc().accumulate,
+        };
+        let stages = [BackwardStage::SharedGateWeight, BackwardStage::SharedGateInput];
+        back.enqueue::<T>(scope, stages, observer)?;
+        Ok(input.is_some())
+    }
+}
+
+/// A router's product on its way back, or that of a shared expert's gate.
+struct RouterBack<'a> {
+    steps: &'a RouterSteps,
+    d_logits: Address<'a>,
+    /// What the router saw.
+    seen: Address<'a>,
+    matrix: Option<Tensor<'a>>,
+    d_matrix: Option<Address<'a>>,
+    d_input: Option<Address<'a>>,
+    /// Whether the input's gradient is added to what lies there.
+    added: bool,
+    /// Whether the matrix's is.
+    accumulate: bool,
+}
+
+impl RouterBack<'_> {
+    /// Both gradients, each where it is asked for.
+    fn enqueue<T: Element>(
+        self,
+        scope: &Scope<'_>,
+        [of_matrix, of_input]: [BackwardStage; 2],
+        observer: &mut dyn FnMut(BackwardStage),
+    ) -> Result<(), Error> {
+        let within = |error: Error| error.within(OPERATION);
+        let (kernels, stream) = (scope.kernels, scope.stream);
+        let RouterBackwardDesc { tokens, experts, hidden, .. } = self.steps.desc;
+        let d_logits = self.d_logits.input::<f32>(tokens * experts);
+        if let Some(gradient) = self.d_matrix {
+            let desc = self.steps.desc.accumulate(self.accumulate);
+            let seen = self.seen.input::<T>(tokens * hidden);
+            let gradient = gradient.out(experts * hidden);
+            router_backward::into_weight::<T>(kernels, stream, &desc, d_logits, seen, gradient).map_err(within)?;
+            observer(of_matrix);
+        }
+        if let (Some(gradient), Some(matrix)) = (self.d_input, self.matrix) {
+            let desc = self.steps.desc.accumulate(self.added);
+            let out = gradient.out::<T>(tokens * hidden);
+            match (matrix, T::of_tensor(matrix)) {
+                (_, Some(matrix)) => router_backward::into_x::<T, T>(kernels, stream, &desc, d_logits, matrix, out),
+                (Tensor::F32(matrix), None) => {
+                    router_backward::into_x::<T, f32>(kernels, stream, &desc, d_logits, matrix, out)
+                }
+                (other, None) => {
+                    let (argument, expected, got) = ("router.matrix", Dtype::F32, other.dtype());
+                    Err(Error::WrongDtype { operation: OPERATION, argument, expected, got })
+                }
+            }
+            .map_err(within)?;
+            observer(of_input);
+        }
+        Ok(())
     }
 }

@@ -9,6 +9,8 @@ use crate::experts::dispatched::Dispatched;
 use crate::layer::desc::{LayerDesc, Mlp};
 use crate::layer::forward::{LayerArgs, LayerPlan};
 use crate::layer::weights::LayerWeights;
+use crate::rules::Dropout;
+use crate::runtime::launch::{Scope, WIDE};
 use crate::{Dtype, Element, Error, Kernels, Workspace};
 
 /// What a layer's forward pass keeps for its backward pass, beside `x`: logits, choices, rows and pre-activations.
@@ -26,6 +28,16 @@ pub struct Saved<T> {
     filled: Option<bool>,
     pub(super) logits: CudaSlice<f32>,
     pub(super) ids: CudaSlice<i32>,
+    /// `[T, k]`, where the choices of identities are weighted.
+    pub(super) weights: Option<CudaSlice<f32>>,
+    /// `[T]`: the sum of identities' weights, where a map says which these are.
+    pub(super) identity_weight: Option<CudaSlice<f32>>,
+    /// `[T]`, of a shared expert's gate.
+    pub(super) shared_gate: Option<CudaSlice<f32>>,
+    /// What was drawn by: seed and offset on the device as the pass found them.
+    pub(super) dropout: Option<Dropout>,
+    pub(super) drew_by_state: bool,
+    pub(super) noise_state: CudaSlice<u64>,
     pub(super) dispatched: Dispatched,
     pub(super) pre_activation: Option<CudaSlice<T>>,
     pub(super) shared_pre_activation: Option<CudaSlice<T>>,
@@ -43,6 +55,9 @@ fn pre_activations(mlp: &Mlp, rows: usize, intermediate: usize) -> usize {
 struct Sizes {
     logits: usize,
     ids: usize,
+    weights: usize,
+    identity_weight: usize,
+    shared_gate: usize,
     pre_activation: usize,
     shared_pre_activation: usize,
 }
@@ -55,6 +70,9 @@ impl Sizes {
         Sizes {
             logits: if origin == Origin::Router { tokens * desc.logit_columns() } else { 0 },
             ids: if origin == Origin::Choices { 0 } else { tokens * desc.all_choices() },
+            weights: if plan.identities() && desc.map.is_none() { tokens * desc.all_choices() } else { 0 },
+            identity_weight: if desc.map.is_some() { tokens } else { 0 },
+            shared_gate: if desc.has_shared_gate() { tokens } else { 0 },
             pre_activation: if kept { pre_activations(&desc.mlp, plan.rows().slots, desc.intermediate) } else { 0 },
             shared_pre_activation: desc
                 .shared
@@ -66,10 +84,10 @@ impl Sizes {
 /// Bytes that [`Saved`] allocates for `plan`: the sum over its buffers.
 pub(super) fn saved_bytes(plan: &BackwardPlan) -> usize {
     let (sizes, element) = (Sizes::of(plan), plan.layer().desc().dtype.bytes() as usize);
-    let words = sizes.logits.max(1) + sizes.ids.max(1);
+    let words = sizes.logits.max(1) + sizes.ids.max(1) + sizes.weights + sizes.identity_weight + sizes.shared_gate;
     let elements = sizes.pre_activation + sizes.shared_pre_activation;
     let all_tokens = if sizes.shared_pre_activation > 0 { Dispatched::bytes_of_one_expert() } else { 0 };
-    4 * words + element * elements + Dispatched::bytes_of(plan.rows()) + all_tokens
+    4 * words + element * elements + Dispatched::bytes_of(plan.rows()) + all_tokens + 2 * size_of::<u64>()
 }
 
 impl<T: Element> Saved<T> {
@@ -84,6 +102,8 @@ impl<T: Element> Saved<T> {
         let sizes = Sizes::of(plan);
         let some =
             |elements: usize| (elements > 0).then(|| stream.alloc_zeros::<T>(elements).map_err(failed())).transpose();
+        let words =
+            |elements: usize| (elements > 0).then(|| stream.alloc_zeros::<f32>(elements).map_err(failed())).transpose();
         let shared = sizes.shared_pre_activation > 0;
         Ok(Saved {
             desc: *desc,
@@ -93,6 +113,12 @@ impl<T: Element> Saved<T> {
             filled: None,
             logits: stream.alloc_zeros(sizes.logits.max(1)).map_err(failed())?,
             ids: stream.alloc_zeros(sizes.ids.max(1)).map_err(failed())?,
+            weights: words(sizes.weights)?,
+            identity_weight: words(sizes.identity_weight)?,
+            shared_gate: words(sizes.shared_gate)?,
+            dropout: None,
+            drew_by_state: false,
+            noise_state: stream.alloc_zeros(2).map_err(failed())?,
             dispatched: Dispatched::new(stream, plan.rows())?,
             pre_activation: some(sizes.pre_activation)?,
             shared_pre_activation: some(sizes.shared_pre_activation)?,
@@ -174,6 +200,9 @@ impl LayerPlan {
             ("logits", route.logits.is_some()),
             ("ids", route.ids.is_some()),
             ("counts", route.counts.is_some()),
+            ("identity_weight", route.identity_weight.is_some()),
+            ("weights", route.weights.is_some() && saved.weights.is_some()),
+            ("shared_gate", args.shared_gate.is_some()),
             ("pre_activation", args.pre_activation.is_some()),
             ("shared_pre_activation", args.shared_pre_activation.is_some()),
         ];
@@ -196,11 +225,32 @@ impl LayerPlan {
             args.route.logits = Some((&mut saved.logits).into());
         }
         if origin != Origin::Choices {
-            args.route.ids = Some((&mut saved.ids).into());
+            if self.desc().admission.is_some() {
+                args.route.candidates = Some((&mut saved.ids).into());
+            } else {
+                args.route.ids = Some((&mut saved.ids).into());
+            }
+            if let Some(weights) = &mut saved.weights {
+                args.route.weights = Some(weights.into());
+            }
         }
+        if let Some(weight) = &mut saved.identity_weight {
+            args.route.identity_weight = Some(weight.into());
+        }
+        if let Some(logits) = &mut saved.shared_gate {
+            args.shared_gate = Some(logits.into());
+        }
+        (saved.dropout, saved.drew_by_state) = (args.dropout, args.dropout.is_some() && args.noise_state.is_some());
+        let noise_state = args.noise_state.filter(|_| saved.drew_by_state);
         args.pre_activation = saved.pre_activation.as_mut().map(Into::into);
         args.shared_pre_activation = saved.shared_pre_activation.as_mut().map(Into::into);
         self.run(kernels, stream, weights, args, Some(&mut saved.dispatched), workspace, &mut |_| ())?;
+        if let Some(state) = noise_state {
+            let scope = Scope::begin(OPERATION, kernels, stream)?;
+            let from = scope.read("noise_state", state, 2, WIDE)?;
+            let to = scope.write("saved", (&mut saved.noise_state).into(), 2, WIDE)?;
+            scope.copy(from.address(), to.address(), 2 * size_of::<u64>())?;
+        }
         saved.filled = Some(other_rows);
         Ok(())
     }

@@ -34,6 +34,8 @@ pub struct RouteArgs<'a> {
     pub identity_weight: Option<Out<'a, f32>>,
     /// Which tokens count: the others go to no expert, and are in no loss or statistic.
     pub mask: TokenMask<'a>,
+    /// `[T, candidates]`, written: what the gating chose, before an admission; only where there is one.
+    pub(in crate::layer) candidates: Option<Out<'a, i32>>,
 }
 
 impl<'a> RouteArgs<'a> {
@@ -49,6 +51,7 @@ impl<'a> RouteArgs<'a> {
             given_logits: self.given_logits,
             given: self.given,
             ids: self.ids.as_mut().map(Out::reborrow),
+            candidates: self.candidates.as_mut().map(Out::reborrow),
             weights: self.weights.as_mut().map(Out::reborrow),
             counts: self.counts.as_mut().map(Out::reborrow),
             priority: self.priority,

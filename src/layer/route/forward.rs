@@ -17,6 +17,7 @@ use crate::layer::weights::{HeldRouter, RouterWeights};
 use crate::layer::{OPERATION, Stage};
 use crate::routers::gating::{self, GatingArgs, InputAddresses, Routing};
 use crate::routers::measured_gating::{self, MeasuredGatingArgs, RouterStats, Totals};
+use crate::routers::route::{self, RouteDesc};
 use crate::routers::{gating_dispatch, router};
 use crate::rules::IdFormat;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
@@ -59,10 +60,11 @@ impl RoutePlan {
         let workspace = workspace.open(&scope, self.workspace_bytes)?;
         let (held, mut extras) = HeldRoute::open(&scope, self, true, args)?;
         let at = RouteAddresses::new(self, &workspace, &held, lists.addresses());
-        if !given_logits {
-            self.enqueue_router(&scope, &weights, x.address(), None, &workspace, &at, &mut |_| ())?;
+        if given_logits {
+            self.enqueue_choice(&scope, &weights, &workspace, &mut extras, &at, &mut |_| ())?;
+        } else {
+            self.enqueue_all(&scope, &weights, x.address(), None, &workspace, &mut extras, &at, &mut |_| ())?;
         }
-        self.enqueue_choice(&scope, &weights, &workspace, &mut extras, &at, &mut |_| ())?;
         lists.filled();
         Ok(())
     }
@@ -146,18 +148,47 @@ impl RoutePlan {
         scope.zero(scope.write("stats", measured.stats, 1, SCALAR)?.address(), size_of::<RouterStats>())
     }
 
-    /// The logits; with `gate`, weight and logits of a shared expert's gate, those too.
+    /// From rows of `x` to rows of experts; with `gate`, weight and logits of a shared expert's gate, those logits too.
     #[allow(clippy::too_many_arguments)]
-    pub(in crate::layer) fn enqueue_router(
+    pub(in crate::layer) fn enqueue_all(
         &self,
         scope: &Scope<'_>,
         weights: &HeldRouter<'_>,
         x: Address<'_>,
         gate: Option<(Address<'_>, Address<'_>)>,
         workspace: &Held<'_>,
+        extras: &mut Extras<'_>,
         at: &RouteAddresses<'_>,
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
+        let product = self.product(scope, weights, x, gate, workspace, at, observer)?;
+        let step = if gate.is_some() { &self.gated_router } else { &self.router };
+        if let (Some(kernel), Choice::WithDispatch(choice)) = (self.together, &self.choice) {
+            let desc = RouteDesc::new(step.desc, choice.desc);
+            let selection = route::selection(kernel, &step.desc);
+            let lists = dispatch::Outputs::of(at.lists, true);
+            let scratch = workspace.at(self.regions.scratch);
+            route::enqueue(scope, &desc, &selection, product, self.routing(weights, at), lists, scratch)?;
+            observer(Stage::Route);
+            return Ok(());
+        }
+        router::enqueue(scope, &step.desc, &step.selection, product)?;
+        observer(Stage::Router);
+        self.enqueue_choice(scope, weights, workspace, extras, at, observer)
+    }
+
+    /// What a router's launch reads and writes, after the norm before it.
+    #[allow(clippy::too_many_arguments)]
+    fn product<'b>(
+        &self,
+        scope: &Scope<'_>,
+        weights: &'b HeldRouter<'_>,
+        x: Address<'b>,
+        gate: Option<(Address<'b>, Address<'b>)>,
+        workspace: &'b Held<'_>,
+        at: &RouteAddresses<'b>,
+        observer: &mut dyn FnMut(Stage),
+    ) -> Result<router::Addresses<'b>, Error> {
         let Some(matrix) = optional(&weights.matrix) else {
             let reason = "the logits are not given";
             return Err(Error::Missing { operation: OPERATION, argument: "router.matrix", reason });
@@ -169,18 +200,28 @@ impl RoutePlan {
             rms_norm::enqueue(scope, &step.desc, &step.selection, at)?;
             observer(Stage::RouterNorm);
         }
-        let addresses = router::Addresses {
+        Ok(router::Addresses {
             x: seen,
             weight: Some(matrix),
             bias: optional(&weights.bias),
             logits: Some(at.logits),
             logits_dtype: Dtype::F32,
             gate,
-        };
-        let step = if gate.is_some() { &self.gated_router } else { &self.router };
-        router::enqueue(scope, &step.desc, &step.selection, addresses)?;
-        observer(Stage::Router);
-        Ok(())
+        })
+    }
+
+    /// What a choice reads and writes in one launch with the dispatch.
+    fn routing<'b>(&self, weights: &'b HeldRouter<'_>, at: &RouteAddresses<'b>) -> Routing<'b> {
+        let (expert_scale, global_scale) = (optional(&weights.expert_scale), optional(&weights.global_scale));
+        Routing {
+            logits: at.logits,
+            dtype: Dtype::F32,
+            correction_bias: optional(&weights.correction_bias),
+            mask: at.mask,
+            inputs: InputAddresses { expert_scale, global_scale, given: at.given },
+            ids: at.ids,
+            weights: at.weights,
+        }
     }
 
     /// From logits to rows.
@@ -197,15 +238,7 @@ impl RoutePlan {
         let (expert_scale, global_scale) = (optional(&weights.expert_scale), optional(&weights.global_scale));
         let inputs = InputAddresses { expert_scale, global_scale, given: at.given };
         if let Choice::WithDispatch(step) = &self.choice {
-            let routing = Routing {
-                logits: at.logits,
-                dtype: Dtype::F32,
-                correction_bias,
-                mask: at.mask,
-                inputs,
-                ids: at.ids,
-                weights: at.weights,
-            };
+            let routing = self.routing(weights, at);
             let lists = dispatch::Outputs::of(at.lists, true);
             let scratch = workspace.at(self.regions.scratch);
             gating_dispatch::enqueue(scope, &step.desc, &step.selection, routing, lists, scratch)?;
@@ -214,7 +247,7 @@ impl RoutePlan {
         }
         let given = self.tokens * self.candidates();
         let [ids, chosen_weights] = if self.admission.is_some() {
-            [self.regions.candidates, self.regions.candidate_weights].map(|region| workspace.at(region))
+            [at.candidates, workspace.at(self.regions.candidate_weights)]
         } else {
             [at.ids, at.weights]
         };

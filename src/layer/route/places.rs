@@ -42,6 +42,7 @@ pub(in crate::layer) struct HeldRoute<'a> {
     /// The caller's, written or given.
     logits: Option<Held<'a>>,
     ids: Option<Held<'a>>,
+    candidates: Option<Held<'a>>,
     weights: Option<Held<'a>>,
     counts: Option<Held<'a>>,
     identity_weight: Option<Held<'a>>,
@@ -95,6 +96,7 @@ impl<'a> HeldRoute<'a> {
                 None => scope.write_some("logits", args.logits, logits, SCALAR)?,
             },
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
+            candidates: scope.write_some("candidates", args.candidates, tokens * plan.candidates(), SCALAR)?,
             weights: scope.write_some("weights", args.weights, choices, SCALAR)?,
             counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,
             identity_weight: scope.write_some("identity_weight", args.identity_weight, tokens, SCALAR)?,
@@ -110,6 +112,8 @@ impl<'a> HeldRoute<'a> {
 pub(in crate::layer) struct RouteAddresses<'a> {
     pub(in crate::layer) logits: Address<'a>,
     pub(in crate::layer) ids: Address<'a>,
+    /// What the gating chose, before an admission.
+    pub(super) candidates: Address<'a>,
     pub(in crate::layer) weights: Address<'a>,
     pub(super) given: Option<GivenAddress<'a>>,
     pub(super) local_ids: Address<'a>,
@@ -130,6 +134,7 @@ impl<'a> RouteAddresses<'a> {
         RouteAddresses {
             logits: optional(&held.logits).unwrap_or_else(|| at(regions.logits)),
             ids: optional(&held.ids).unwrap_or_else(|| at(regions.ids)),
+            candidates: optional(&held.candidates).unwrap_or_else(|| at(regions.candidates)),
             weights: optional(&held.weights).unwrap_or_else(|| at(regions.weights)),
             given: held.given.as_ref().map(HeldGiven::address),
             local_ids: at(regions.local_ids),

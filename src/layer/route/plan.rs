@@ -12,6 +12,7 @@ use crate::layer::{OPERATION, Stage, Step};
 use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
+use crate::routers::route;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Dtype, IdFormat, NullOutput};
 use crate::runtime::shape;
@@ -30,6 +31,8 @@ pub struct RoutePlan {
     /// The same with a shared expert's gate, in a whole layer that has one.
     pub(super) gated_router: Step<RouterDesc>,
     pub(super) choice: Choice,
+    /// Router and choice in one launch, of few tokens.
+    pub(super) together: Option<registry::Route>,
     pub(super) admission: Option<Step<AdmissionDesc>>,
     pub(super) map: Option<Step<ExpertMapDesc>>,
     pub(super) dispatch: Step<DispatchDesc>,
@@ -102,6 +105,10 @@ impl RoutePlan {
                 let selection = measured_gating::select(&measured, device).map_err(within)?;
                 Choice::Measured(Step { desc: measured, selection })
             }
+        };
+        let together = match &choice {
+            Choice::WithDispatch(step) => route::candidate(&router.desc, &step.desc),
+            _ => None,
         };
         let admission = desc.admission.map(|rule| {
             if (rule.experts, rule.top_k) != (experts, top_k) {
@@ -177,6 +184,7 @@ impl RoutePlan {
             router,
             gated_router,
             choice,
+            together,
             admission,
             map,
             dispatch,
@@ -198,15 +206,25 @@ impl RoutePlan {
 
     /// The stages with their launches, in order. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        self.stages_after(self.router)
+        self.stages_of(self.router)
     }
 
     /// [`RoutePlan::stages`] in a whole layer, where the router has a shared expert's gate too.
     pub(in crate::layer) fn stages_with_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        self.stages_after(self.gated_router)
+        self.stages_of(self.gated_router)
     }
 
-    fn stages_after(&self, router: Step<RouterDesc>) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+    fn stages_of(&self, router: Step<RouterDesc>) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let norm = self.norm.filter(|_| self.tokens > 0).map(|step| (Stage::RouterNorm, step.selection));
+        let together = self.together.map(|kernel| (Stage::Route, route::selection(kernel, &router.desc)));
+        let apart = together.is_none();
+        let product = Some((Stage::Router, router.selection)).filter(|_| apart && self.tokens > 0);
+        let choice = self.stages_of_logits().filter(move |_| apart);
+        norm.into_iter().chain(together).chain(product).chain(choice)
+    }
+
+    /// The stages with their launches where the logits come from elsewhere.
+    pub(in crate::layer) fn stages_of_logits(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         let choice = match self.choice {
             Choice::WithDispatch(step) => (Stage::GateDispatch, step.selection),
             Choice::Gating(step) => (Stage::Gate, step.selection),
@@ -214,9 +232,8 @@ impl RoutePlan {
         };
         let dispatch = (choice.0 == Stage::Gate).then_some((Stage::Dispatch, self.dispatch.selection));
         let tokens = self.tokens;
-        let norm = self.norm.map(|step| (Stage::RouterNorm, step.selection));
-        norm.into_iter()
-            .chain([(Stage::Router, router.selection), choice])
+        [choice]
+            .into_iter()
             .chain(self.admission.map(|step| (Stage::Admission, step.selection)))
             .chain(self.map.map(|step| (Stage::Map, step.selection)))
             .chain(dispatch)

@@ -35,6 +35,11 @@ pub(super) fn ln_sigmoid(value: f64) -> f64 {
 ///
 /// An expert is masked if `(m - l) / max(|l|, m) > 2 jitter`, computed in f32 as the model does.
 pub(super) fn mixed(logits: &[f64], out: Option<usize>, of: usize, jitter: f32) -> f64 {
+    mixture(logits, out, jitter)[of]
+}
+
+/// SparseMixer's softmax, of every expert.
+pub(super) fn mixture(logits: &[f64], out: Option<usize>, jitter: f32) -> Vec<f64> {
     let left = |e: usize| if Some(e) == out { f64::NEG_INFINITY } else { logits[e] };
     let largest = (0..logits.len()).map(left).fold(f64::NEG_INFINITY, f64::max);
     let masked = |e: usize| {
@@ -44,5 +49,5 @@ pub(super) fn mixed(logits: &[f64], out: Option<usize>, of: usize, jitter: f32) 
         (largest - logit) / factor > 2.0 * jitter
     };
     let near: Vec<f64> = (0..logits.len()).map(|e| if masked(e) { f64::NEG_INFINITY } else { left(e) }).collect();
-    softmax(&near)[of]
+    softmax(&near)
 }

@@ -1,0 +1,618 @@
+//! A layer with random weights, its gradients from the device and from the reference.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
+use moe_kernels::experts::Weight;
+use moe_kernels::experts::gemm::SwigluByExpert;
+use moe_kernels::layer::{
+    BackwardArgs, BackwardDesc, BackwardPlan, BackwardStage, Choices, ExpertWeights, LayerArgs, LayerDesc,
+    LayerGradients, LayerPlan, LayerWeights, MapTable, Origin, RouteArgs, RouterGradients, RouterWeights, Saved,
+    SharedGradients, SharedWeights, WeightGradients,
+};
+use moe_kernels::reference::gemm::{ExpertMatrix, MatrixGradient};
+use moe_kernels::reference::layer::{self, Layer};
+use moe_kernels::rules::{Activation, Bound, Dropout, Glu, IDENTITY, Layout, NONE, NullOutput, WeightDesc};
+use moe_kernels::{Dtype, Element, Error, Kernels, TokenMask, Workspace};
+
+use crate::device;
+
+/// A layer, a number of tokens, what is asked for, and which optional inputs there are.
+#[derive(Clone, Copy)]
+pub struct Case {
+    pub desc: LayerDesc,
+    pub tokens: usize,
+    pub back: BackwardDesc,
+    pub router_bias: bool,
+    pub up_bias: bool,
+    /// A vector added to every token's sum.
+    pub bias: bool,
+    /// Every number of a SwiGLU by expert.
+    pub by_expert: bool,
+    pub dropout: Option<Dropout>,
+    /// The last tokens that are padding.
+    pub padding: usize,
+    /// Whether the router sees other rows than the experts.
+    pub router_x: bool,
+    /// Size of `dy`.
+    pub dy: f32,
+    pub seed: u64,
+}
+
+impl Case {
+    pub fn new(desc: LayerDesc, tokens: usize) -> Case {
+        let back = BackwardDesc::new();
+        Case {
+            desc,
+            tokens,
+            back,
+            router_bias: false,
+            up_bias: false,
+            bias: false,
+            by_expert: false,
+            dropout: None,
+            padding: 0,
+            router_x: false,
+            dy: 1.0,
+            seed: 1,
+        }
+    }
+
+    pub fn back(self, back: BackwardDesc) -> Case {
+        Case { back, ..self }
+    }
+}
+
+/// Both products' weights on host and device; of gate and up apart the halves.
+pub struct Mlp<T> {
+    desc: moe_kernels::layer::Mlp,
+    sizes: [usize; 3],
+    pub up: Vec<T>,
+    up_bias: Option<Vec<T>>,
+    pub down: Vec<T>,
+    on_device: [CudaSlice<T>; 3],
+    bias_on_device: Option<CudaSlice<T>>,
+}
+
+/// Gate's and up's tensors of one in which each expert's gate stands before its up.
+fn halves<T: Copy>(all: &[T], weight: &WeightDesc, [n, k]: [usize; 2]) -> [Vec<T>; 2] {
+    let row = if weight.layout == Layout::Kn { n } else { n * k };
+    [0, 1].map(|half| all.chunks(2 * row).flat_map(|both| both[half * row..][..row].to_vec()).collect())
+}
+
+impl<T: Element> Mlp<T> {
+    fn new(
+        stream: &Arc<CudaStream>,
+        rng: &mut fastrand::Rng,
+        case: &Case,
+        desc: moe_kernels::layer::Mlp,
+        [experts, inner]: [usize; 2],
+    ) -> Mlp<T> {
+        let hidden = case.desc.hidden;
+        let rows = if desc.gate_up.glu == Glu::None { inner } else { 2 * inner };
+        let up = random::<T>(rng, experts * rows * hidden, 1.0 / (hidden as f32).sqrt());
+        let down = random::<T>(rng, experts * hidden * inner, 1.0 / (inner as f32).sqrt());
+        let up_bias = case.up_bias.then(|| random::<T>(rng, experts * rows, 0.5));
+        let apart = desc.gate_up.glu == Glu::Apart;
+        let [gate, second] = if apart { halves(&up, &desc.gate_up, [inner, hidden]) } else { [up.clone(), Vec::new()] };
+        assert!(!(apart && case.up_bias), "no case has a bias of two tensors");
+        let on_device = [&gate, &second, &down].map(|values| upload(stream, values));
+        let bias_on_device = up_bias.as_ref().map(|bias| upload(stream, bias));
+        Mlp { desc, sizes: [experts, inner, hidden], up, up_bias, down, on_device, bias_on_device }
+    }
+
+    fn upload(&mut self, stream: &Arc<CudaStream>) {
+        let [_, inner, hidden] = self.sizes;
+        let apart = self.desc.gate_up.glu == Glu::Apart;
+        let [gate, second] =
+            if apart { halves(&self.up, &self.desc.gate_up, [inner, hidden]) } else { [self.up.clone(), Vec::new()] };
+        self.on_device = [&gate, &second, &self.down].map(|values| upload(stream, values));
+    }
+
+    fn weights(&self) -> (Weight<'_>, Weight<'_>) {
+        let [first, second, down] = &self.on_device;
+        let up = if self.desc.gate_up.glu == Glu::Apart { Weight::apart(first, second) } else { Weight::new(first) };
+        (self.bias_on_device.iter().fold(up, |up, bias| up.bias(bias)), Weight::new(down))
+    }
+
+    fn wide(&self) -> Wide {
+        let wide = |values: &[T]| values.iter().map(|v| v.to_f32().into()).collect::<Vec<f64>>();
+        Wide { up: wide(&self.up), up_bias: self.up_bias.as_deref().map(wide), down: wide(&self.down) }
+    }
+
+    fn matrices<'a>(&self, wide: &'a Wide) -> (ExpertMatrix<'a, f64>, ExpertMatrix<'a, f64>) {
+        let [_, inner, hidden] = self.sizes;
+        let (up, down) = (self.desc.gate_up, self.desc.down);
+        let bias = wide.up_bias.as_deref();
+        (
+            ExpertMatrix { weight: &wide.up, bias, n: inner, k: hidden, glu: up.glu, layout: up.layout },
+            ExpertMatrix { weight: &wide.down, bias: None, n: hidden, k: inner, glu: Glu::None, layout: down.layout },
+        )
+    }
+}
+
+struct Wide {
+    up: Vec<f64>,
+    up_bias: Option<Vec<f64>>,
+    down: Vec<f64>,
+}
+
+pub fn random<T: Element>(rng: &mut fastrand::Rng, len: usize, scale: f32) -> Vec<T> {
+    (0..len).map(|_| T::from_f32((2.0 * rng.f32() - 1.0) * scale)).collect()
+}
+
+fn upload_numbers<E: DeviceRepr + Default + Clone>(stream: &Arc<CudaStream>, values: &[E]) -> CudaSlice<E> {
+    let one = [E::default()];
+    stream.clone_htod(if values.is_empty() { &one[..] } else { values }).unwrap()
+}
+
+fn upload<T: Element>(stream: &Arc<CudaStream>, values: &[T]) -> CudaSlice<T> {
+    let one = [T::from_f32(0.0)];
+    stream.clone_htod(if values.is_empty() { &one[..] } else { values }).unwrap()
+}
+
+/// What outputs hold before a pass: junk, and with `accumulate` what is added to.
+const JUNK: f32 = 12288.0;
+const HELD: f32 = 0.25;
+/// Elements behind each output that must keep their value.
+const GUARD: usize = 64;
+
+/// Everything that a pass reads; `W` is the router's type.
+pub struct Problem<T, W> {
+    pub case: Case,
+    pub stream: Arc<CudaStream>,
+    pub kernels: &'static Kernels,
+    pub plan: LayerPlan,
+    pub back: BackwardPlan,
+    pub x: Vec<T>,
+    pub router_x: Vec<T>,
+    pub dy: Vec<T>,
+    pub router: Vec<W>,
+    /// With [`Origin::Logits`] and [`Origin::Choices`].
+    pub given_logits: Vec<f32>,
+    pub given_weights: Vec<f32>,
+    router_bias: Option<Vec<f32>>,
+    pub routed: Mlp<T>,
+    pub shared: Option<Mlp<T>>,
+    pub shared_gate: Vec<W>,
+    bias: Vec<T>,
+    bias_on_device: CudaSlice<T>,
+    swiglu: [Vec<f32>; 4],
+    shared_gate_on_device: CudaSlice<W>,
+    swiglu_on_device: [CudaSlice<f32>; 4],
+    x_on_device: CudaSlice<T>,
+    router_x_on_device: CudaSlice<T>,
+    given_on_device: (CudaSlice<f32>, CudaSlice<i32>, CudaSlice<f32>),
+    map_on_device: CudaSlice<i32>,
+    mask_on_device: CudaSlice<u8>,
+    pub dy_on_device: CudaSlice<T>,
+    router_on_device: CudaSlice<W>,
+    router_bias_on_device: Option<CudaSlice<f32>>,
+    pub workspace: Workspace,
+    pub saved: Saved<T>,
+    pub y: CudaSlice<T>,
+}
+
+/// Gradients on the device; those of weights are of `G`.
+pub struct Buffers<T, G> {
+    pub x: CudaSlice<T>,
+    pub router_x: CudaSlice<T>,
+    pub logits: CudaSlice<f32>,
+    pub weights: CudaSlice<f32>,
+    pub router: CudaSlice<f32>,
+    pub router_bias: CudaSlice<f32>,
+    pub shared_gate: CudaSlice<f32>,
+    pub bias: CudaSlice<f32>,
+    pub routed: [CudaSlice<G>; 3],
+    pub shared: [CudaSlice<G>; 3],
+}
+
+/// Named gradients.
+pub type Found = Vec<(&'static str, Vec<f64>)>;
+
+impl<T: Element, W: Element> Problem<T, W> {
+    pub fn new(case: Case) -> Problem<T, W> {
+        Problem::on(case, device::stream(), device::kernels())
+    }
+
+    pub fn on(case: Case, stream: Arc<CudaStream>, kernels: &'static Kernels) -> Problem<T, W> {
+        let desc = &case.desc;
+        let mut rng = fastrand::Rng::with_seed(case.seed);
+        let plan = desc.plan(case.tokens, kernels.device()).unwrap();
+        let back = plan.backward_plan(&case.back).unwrap();
+        let elements = case.tokens * desc.hidden;
+        let x = random::<T>(&mut rng, elements, 1.0);
+        let router_x = random::<T>(&mut rng, elements, 1.0);
+        let dy = random::<T>(&mut rng, elements, case.dy);
+        let router = random::<W>(&mut rng, desc.experts * desc.hidden, 0.5);
+        let router_bias = case.router_bias.then(|| random::<f32>(&mut rng, desc.experts, 0.5));
+        let routed = Mlp::new(&stream, &mut rng, &case, desc.mlp, [desc.local_experts(), desc.intermediate]);
+        let shared = desc.shared.map(|shared| Mlp::new(&stream, &mut rng, &case, shared.mlp, [1, shared.intermediate]));
+        let shared_gate = random::<W>(&mut rng, desc.hidden, 0.5);
+        let bias = random::<T>(&mut rng, desc.hidden, 0.5);
+        let mut around = |middle: f32| {
+            random::<f32>(&mut rng, desc.local_experts(), 0.2).iter().map(|v| middle + v).collect::<Vec<f32>>()
+        };
+        let swiglu = [around(1.3), around(0.4), around(0.5), around(0.7)];
+        let given_logits = random::<f32>(&mut rng, case.tokens * desc.experts, 2.0);
+        let given_weights = random::<f32>(&mut rng, case.tokens * desc.top_k, 1.0);
+        let mut order: Vec<i32> = (0..desc.experts as i32).collect();
+        let mut given_ids = Vec::new();
+        for _ in 0..case.tokens {
+            rng.shuffle(&mut order);
+            given_ids.extend(&order[..desc.top_k]);
+        }
+        // Every third expert is here, the next one elsewhere, the next an identity.
+        let map = (0..desc.experts as i32).map(|e| [e / 3, NONE, IDENTITY][e as usize % 3]).collect::<Vec<i32>>();
+        let mask: Vec<u8> = (0..case.tokens).map(|t| u8::from(t + case.padding < case.tokens)).collect();
+        let bytes = plan.workspace_bytes().max(back.workspace_bytes());
+        Problem {
+            shared_gate_on_device: upload(&stream, &shared_gate),
+            bias_on_device: upload(&stream, &bias),
+            swiglu_on_device: swiglu.each_ref().map(|numbers| upload(&stream, numbers)),
+            x_on_device: upload(&stream, &x),
+            router_x_on_device: upload(&stream, &router_x),
+            given_on_device: (
+                upload(&stream, &given_logits),
+                upload_numbers(&stream, &given_ids),
+                upload(&stream, &given_weights),
+            ),
+            map_on_device: upload_numbers(&stream, &map),
+            mask_on_device: upload_numbers(&stream, &mask),
+            dy_on_device: upload(&stream, &dy),
+            router_on_device: upload(&stream, &router),
+            router_bias_on_device: router_bias.as_ref().map(|bias| upload(&stream, bias)),
+            workspace: Workspace::new(&stream, bytes).unwrap(),
+            saved: Saved::new(&stream, &back).unwrap(),
+            y: upload(&stream, &x),
+            case,
+            stream,
+            kernels,
+            plan,
+            back,
+            x,
+            router_x,
+            dy,
+            given_logits,
+            given_weights,
+            router,
+            router_bias,
+            routed,
+            shared,
+            shared_gate,
+            bias,
+            swiglu,
+        }
+    }
+
+    fn router_weights(&self) -> RouterWeights<'_> {
+        let router = RouterWeights::new(&self.router_on_device);
+        self.router_bias_on_device.iter().fold(router, |router, bias| router.bias(bias))
+    }
+
+    fn expert_weights(&self) -> ExpertWeights<'_> {
+        let (gate_up, down) = self.routed.weights();
+        let mut experts = ExpertWeights::new(gate_up, down);
+        if self.case.by_expert {
+            let [alpha, gate, up, offset] = &self.swiglu_on_device;
+            experts = experts.swiglu(SwigluByExpert::new().alpha(alpha).gate(gate).up(up).offset(offset));
+        }
+        if self.case.bias {
+            experts = experts.bias(&self.bias_on_device);
+        }
+        let Some((shared, of)) = self.shared.as_ref().zip(self.case.desc.shared) else { return experts };
+        let (gate_up, down) = shared.weights();
+        let shared = SharedWeights::new(gate_up, down);
+        experts.shared(if of.gated { shared.gate(&self.shared_gate_on_device) } else { shared })
+    }
+
+    fn route(&self) -> RouteArgs<'_> {
+        let mut route = RouteArgs::new();
+        if self.case.padding > 0 {
+            route.mask = TokenMask::attention(&self.mask_on_device);
+        }
+        route.map = self.case.desc.map.map(|_| MapTable::new(&self.map_on_device));
+        route
+    }
+
+    /// Puts the values on the device again, after some were changed.
+    pub fn upload(&mut self) {
+        let stream = &self.stream;
+        self.x_on_device = upload(stream, &self.x);
+        self.router_x_on_device = upload(stream, &self.router_x);
+        self.dy_on_device = upload(stream, &self.dy);
+        self.router_on_device = upload(stream, &self.router);
+        self.shared_gate_on_device = upload(stream, &self.shared_gate);
+        (self.given_on_device.0, self.given_on_device.2) =
+            (upload(stream, &self.given_logits), upload(stream, &self.given_weights));
+        self.routed.upload(stream);
+        self.shared.iter_mut().for_each(|shared| shared.upload(stream));
+    }
+
+    pub fn forward(&mut self) {
+        let mut y = self.y.clone();
+        let mut workspace = std::mem::replace(&mut self.workspace, Workspace::new(&self.stream, 0).unwrap());
+        let mut saved = Saved::new(&self.stream, &self.back).unwrap();
+        let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
+        let mut args = LayerArgs::new(&self.x_on_device, &mut y);
+        args.dropout = self.case.dropout;
+        args.route = self.route();
+        let (logits, ids, chosen) = &self.given_on_device;
+        match self.case.back.origin {
+            Origin::Logits => args.route.given_logits = Some(logits.into()),
+            Origin::Choices => args.choices = Some(Choices::new(ids, chosen)),
+            _ => {}
+        }
+        if self.case.router_x {
+            args.router_x = Some((&self.router_x_on_device).into());
+        }
+        self.plan.forward_saving(self.kernels, &self.stream, &weights, args, &mut saved, &mut workspace).unwrap();
+        (self.y, self.workspace, self.saved) = (y, workspace, saved);
+    }
+
+    /// All gradients that there are.
+    pub fn buffers<G: Element>(&self) -> Buffers<T, G> {
+        let desc = &self.case.desc;
+        let (routed, asked) = (self.routed_here(), self.case.back.origin == Origin::Router);
+        let held = if self.case.back.accumulate { HELD } else { JUNK };
+        fn full<E: Element>(stream: &Arc<CudaStream>, len: usize, value: f32) -> CudaSlice<E> {
+            let mut all = vec![E::from_f32(value); len];
+            all.extend([E::from_f32(JUNK); GUARD]);
+            stream.clone_htod(&all).unwrap()
+        }
+        let mlp = |mlp: Option<&Mlp<T>>| {
+            let lens = mlp.map_or([0; 3], |mlp| {
+                let (up, apart) = (mlp.up.len(), mlp.desc.gate_up.glu == Glu::Apart);
+                if apart { [up / 2, up / 2, mlp.down.len()] } else { [up, 0, mlp.down.len()] }
+            });
+            lens.map(|len| full::<G>(&self.stream, len, held))
+        };
+        Buffers {
+            x: full(&self.stream, self.case.tokens * desc.hidden, JUNK),
+            router_x: full(&self.stream, if self.case.router_x { self.case.tokens * desc.hidden } else { 0 }, JUNK),
+            logits: full(&self.stream, if routed { self.case.tokens * desc.experts } else { 0 }, JUNK),
+            weights: full(&self.stream, self.case.tokens * desc.top_k, JUNK),
+            router: full(&self.stream, if asked { desc.experts * desc.hidden } else { 0 }, held),
+            router_bias: full(&self.stream, if asked && self.case.router_bias { desc.experts } else { 0 }, held),
+            bias: full(&self.stream, if self.case.bias { desc.hidden } else { 0 }, held),
+            shared_gate: full(&self.stream, if self.gated() { desc.hidden } else { 0 }, held),
+            routed: mlp(Some(&self.routed)),
+            shared: mlp(self.shared.as_ref()),
+        }
+    }
+
+    /// What all of `buffers` are for.
+    pub fn gradients<'a, G: Element>(&self, buffers: &'a mut Buffers<T, G>) -> LayerGradients<'a, T> {
+        fn mlp<'a, G: Element>(glu: Glu, [first, second, down]: &'a mut [CudaSlice<G>; 3]) -> [WeightGradients<'a>; 2] {
+            let up =
+                if glu == Glu::Apart { WeightGradients::apart(first, second) } else { WeightGradients::new(first) };
+            [up, WeightGradients::new(down)]
+        }
+        let desc = &self.case.desc;
+        let gated = self.gated();
+        let (routes, asked, other) = (self.routed_here(), self.case.back.origin == Origin::Router, self.case.router_x);
+        let Buffers { x, router_x, logits, weights, router, router_bias, shared_gate, bias, routed, shared } = buffers;
+        let [gate_up, down] = mlp(desc.mlp.gate_up.glu, routed);
+        let mut gradients = LayerGradients::new().x(x).weights(weights).gate_up(gate_up).down(down);
+        gradients.router_x = other.then_some(router_x.into());
+        gradients.logits = routes.then_some(logits.into());
+        gradients.bias = self.case.bias.then_some(bias.into());
+        if asked {
+            let of = RouterGradients::new().matrix(router);
+            gradients = gradients.router(if self.case.router_bias { of.bias(router_bias) } else { of });
+        }
+        let Some(of) = desc.shared else { return gradients };
+        let [gate_up, down] = mlp(of.mlp.gate_up.glu, shared);
+        let shared = SharedGradients::new().gate_up(gate_up).down(down);
+        gradients.shared(if gated { shared.gate(shared_gate) } else { shared })
+    }
+
+    /// Whether the layer's gating chose.
+    fn routed_here(&self) -> bool {
+        self.case.back.origin != Origin::Choices
+    }
+
+    fn gated(&self) -> bool {
+        self.case.desc.shared.is_some_and(|shared| shared.gated)
+    }
+
+    pub fn backward(&mut self, mut gradients: LayerGradients<'_, T>) -> Result<Vec<BackwardStage>, Error> {
+        let mut stages = Vec::new();
+        let mut workspace = std::mem::replace(&mut self.workspace, Workspace::new(&self.stream, 0).unwrap());
+        let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
+        let counts = self.stream.clone_htod(&self.counts()).unwrap();
+        let (logits, ids, chosen) = &self.given_on_device;
+        let choices = (self.case.desc.map.is_some() || self.identities()).then(|| Choices::new(ids, chosen));
+        let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients.reborrow());
+        if self.case.back.losses.is_some_and(|losses| losses.balance != 0.0) {
+            args = args.loss_counts(&counts);
+        }
+        args.router_x = self.case.router_x.then_some((&self.router_x_on_device).into());
+        args.given_logits = (self.case.back.origin == Origin::Logits).then_some(logits.into());
+        args.choices = choices.filter(|_| self.case.back.origin == Origin::Choices);
+        args.map = self.case.desc.map.map(|_| MapTable::new(&self.map_on_device));
+        let observer = &mut |stage| stages.push(stage);
+        let (kernels, stream) = (self.kernels, &self.stream);
+        let result =
+            self.back.backward_observed(kernels, stream, &weights, &self.saved, args, &mut workspace, observer);
+        self.workspace = workspace;
+        result.map(|()| stages)
+    }
+
+    fn identities(&self) -> bool {
+        self.case.desc.null.is_some_and(|null| null.output == NullOutput::Input)
+    }
+
+    /// Choices of each expert.
+    fn counts(&self) -> Vec<i32> {
+        let mut counts = vec![0; self.case.desc.experts];
+        if self.routed_here() {
+            let ids = self.stream.clone_dtoh(self.saved.ids()).unwrap();
+            let choices = ids[..self.case.tokens * self.case.desc.top_k].iter().filter(|id| **id >= 0);
+            choices.for_each(|&id| counts[id as usize] += 1);
+        }
+        counts
+    }
+
+    pub fn found<G: Element>(&self, buffers: &Buffers<T, G>) -> Found {
+        let mut found = vec![
+            ("x", read(&self.stream, "x", &buffers.x)),
+            ("router_x", read(&self.stream, "router_x", &buffers.router_x)),
+            ("logits", read(&self.stream, "logits", &buffers.logits)),
+            ("weights", read(&self.stream, "weights", &buffers.weights)),
+            ("router", read(&self.stream, "router", &buffers.router)),
+            ("router_bias", read(&self.stream, "router_bias", &buffers.router_bias)),
+            ("bias", read(&self.stream, "bias", &buffers.bias)),
+        ];
+        found.retain(|(_, values)| !values.is_empty());
+        if self.gated() {
+            found.push(("shared.gate", read(&self.stream, "shared.gate", &buffers.shared_gate)));
+        }
+        let names = [["gate_up", "gate_up.up", "down"], ["shared.gate_up", "shared.gate_up.up", "shared.down"]];
+        for (names, buffers) in names.into_iter().zip([&buffers.routed, &buffers.shared]) {
+            let all = names.into_iter().zip(buffers).map(|(name, buffer)| (name, read(&self.stream, name, buffer)));
+            found.extend(all.filter(|(_, values)| !values.is_empty()));
+        }
+        found
+    }
+
+    /// The same by the reference, in f64 of the same rounded inputs.
+    pub fn expected(&self) -> Found {
+        let desc = &self.case.desc;
+        let wide = |values: &[T]| values.iter().map(|v| v.to_f32().into()).collect::<Vec<f64>>();
+        let router: Vec<f64> = self.router.iter().map(|v| v.to_f32().into()).collect();
+        let router_bias: Option<Vec<f64>> =
+            self.router_bias.as_ref().map(|bias| bias.iter().map(|&v| v.into()).collect());
+        let shared_gate: Vec<f64> = self.shared_gate.iter().map(|v| v.to_f32().into()).collect();
+        let bias = wide(&self.bias);
+        let activations: Vec<Activation> = (0..desc.local_experts())
+            .map(|expert| of_expert(desc.mlp.activation, self.swiglu.each_ref().map(|numbers| numbers[expert])))
+            .collect();
+        let routed = self.routed.wide();
+        let (up, down) = self.routed.matrices(&routed);
+        let shared = self.shared.as_ref().map(|shared| (shared, shared.wide()));
+        let of = Layer {
+            hidden: desc.hidden,
+            router_weight: &router,
+            router_bias: router_bias.as_deref(),
+            correction_bias: None,
+            top_k: desc.top_k,
+            gating: desc.gating,
+            weighting: desc.weighting,
+            capacity: desc.capacity,
+            up,
+            activation: desc.mlp.activation,
+            activations: self.case.by_expert.then_some(&activations[..]),
+            down,
+            shared: shared.as_ref().map(|(shared, wide)| shared.matrices(wide)),
+            shared_activation: desc.shared.map(|shared| shared.mlp.activation),
+            shared_gate: self.gated().then_some(&shared_gate[..]),
+            scales: [f64::from(desc.routed_scale), desc.shared.map_or(1.0, |shared| f64::from(shared.scale))],
+            bias: self.case.bias.then_some(&bias[..]),
+            null: desc.null,
+        };
+        let (x, dy) = (wide(&self.x), wide(&self.dy));
+        let forward = layer::forward(&x, &of).unwrap();
+        let ids = self.stream.clone_dtoh(self.saved.ids()).unwrap();
+        assert_eq!(forward.ids, ids[..forward.ids.len()], "another choice: take another seed");
+        let counts = self.counts();
+        let losses = self.case.back.losses.as_ref().map(|losses| (losses, &counts[..], self.case.tokens));
+        let want = layer::backward(&x, &of, &forward, &dy, losses).unwrap();
+        let mut found = vec![("x", want.x), ("logits", want.logits), ("weights", want.weights)];
+        found.push(("router", want.router_weight));
+        found.extend(want.router_bias.map(|bias| ("router_bias", bias)));
+        found.extend(want.bias.map(|bias| ("bias", bias)));
+        found.extend(want.shared_gate.map(|gate| ("shared.gate", gate)));
+        let mut mlp = |of: &Mlp<T>, names: [&'static str; 3], up: MatrixGradient, down: MatrixGradient| {
+            let [_, inner, hidden] = of.sizes;
+            if of.desc.gate_up.glu == Glu::Apart {
+                let [gate, second] = halves(&up.weight, &of.desc.gate_up, [inner, hidden]);
+                found.extend([(names[0], gate), (names[1], second)]);
+            } else {
+                found.push((names[0], up.weight));
+            }
+            found.push((names[2], down.weight));
+        };
+        mlp(&self.routed, ["gate_up", "gate_up.up", "down"], want.up, want.down);
+        if let Some(((up, down), of)) = want.shared.zip(self.shared.as_ref()) {
+            mlp(of, ["shared.gate_up", "shared.gate_up.up", "shared.down"], up, down);
+        }
+        if self.case.back.accumulate {
+            let added = found.iter_mut().filter(|(name, _)| !["x", "logits", "weights"].contains(name));
+            added.flat_map(|(_, values)| values).for_each(|value| *value += f64::from(HELD));
+        }
+        found
+    }
+}
+
+/// A unit of which every number is an expert's own.
+fn of_expert(activation: Activation, [alpha, gate, up, offset]: [f32; 4]) -> Activation {
+    let bound = |bound, value| match bound {
+        Bound::Clamp(_) => Bound::Clamp(value),
+        Bound::Softcap(_) => Bound::Softcap(value),
+        other => other,
+    };
+    match activation {
+        Activation::Swiglu(unit) => {
+            unit.alpha(alpha).gate(bound(unit.gate, gate)).up(bound(unit.up, up)).offset(offset).into()
+        }
+        other => other,
+    }
+}
+
+/// An output without its guard, which must be as it was.
+fn read<E: Element>(stream: &Arc<CudaStream>, name: &str, from: &CudaSlice<E>) -> Vec<f64> {
+    let mut values: Vec<f64> = stream.clone_dtoh(from).unwrap().into_iter().map(|v| v.to_f32().into()).collect();
+    let guard = values.split_off(values.len() - GUARD);
+    assert!(guard.iter().all(|&value| value == f64::from(JUNK)), "{name}: written past its end");
+    values
+}
+
+/// In the norm: f32 sums of a few hundred terms behind one another; in 16 bits the roundings of what lies between products.
+pub fn tolerance(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::F32 => 5e-6,
+        Dtype::F16 => 2e-3,
+        Dtype::Bf16 => 1e-2,
+        other => unreachable!("no case has {other}"),
+    }
+}
+
+pub fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|v| v * v).sum::<f64>().sqrt()
+}
+
+/// Both lists name the same, and each is near in the norm.
+pub fn compare(dtype: Dtype, got: &Found, want: &Found) {
+    let names = |found: &Found| found.iter().map(|(name, values)| (*name, values.len())).collect::<Vec<_>>();
+    assert_eq!(names(got), names(want));
+    for ((name, got), (_, want)) in got.iter().zip(want) {
+        let error = norm(got.iter().zip(want).map(|(got, want)| got - want));
+        let size = norm(want.iter().copied());
+        assert!(error <= tolerance(dtype) * size, "{dtype} {name}: {error:e} of {size:e}");
+    }
+}
+
+/// Device against reference.
+pub fn check<T: Element, W: Element, G: Element>(case: Case) {
+    let mut problem = Problem::<T, W>::new(case);
+    problem.forward();
+    let mut buffers = problem.buffers::<G>();
+    let gradients = problem.gradients(&mut buffers);
+    let stages = problem.backward(gradients).unwrap();
+    // All that is planned, and gradients by choice, which are asked for here.
+    let planned = |stage: &BackwardStage| problem.back.stages().any(|(known, _)| known == *stage);
+    let beside: Vec<BackwardStage> = stages.iter().copied().filter(|stage| !planned(stage)).collect();
+    let on_request = [BackwardStage::Choices, BackwardStage::RouterBias, BackwardStage::Bias];
+    assert!(beside.iter().all(|stage| on_request.contains(stage)), "{beside:?}");
+    assert_eq!(stages.len() - beside.len(), problem.back.launches());
+    compare(T::DTYPE, &problem.found(&buffers), &problem.expected());
+}
+
+/// Whether the activation is one of a gated unit alone.
+pub fn fits(activation: Activation, glu: Glu) -> bool {
+    match activation {
+        Activation::Identity => glu == Glu::None,
+        activation => glu != Glu::None || !activation.needs_gate(),
+    }
+}

@@ -1,0 +1,141 @@
+//! Gradients against differences of the forward pass on the same device, of what the reference has no whole layer for: dropout, maps, admissions,
+//! padding, choices and logits from elsewhere, other rows for the router.
+
+use moe_kernels::Dtype;
+use moe_kernels::layer::{BackwardDesc, LayerDesc, MapDesc, Mlp, Origin, SharedDesc};
+use moe_kernels::rules::{
+    AdmissionRule, Dropout, Gating, NoiseSource, NullExperts, Order, Score, SecondExpert, Weighting,
+};
+
+use crate::case::{Case, Found, Problem, norm};
+
+const TOKENS: usize = 37;
+
+fn layer() -> LayerDesc {
+    LayerDesc::new(Dtype::F32, 40, 24, 6, 2)
+}
+
+/// The values of a name, `gate_up` of one tensor.
+fn values<'a>(problem: &'a mut Problem<f32, f32>, name: &str) -> &'a mut Vec<f32> {
+    match name {
+        "x" => &mut problem.x,
+        "router_x" => &mut problem.router_x,
+        "router" => &mut problem.router,
+        "logits" => &mut problem.given_logits,
+        "weights" => &mut problem.given_weights,
+        "gate_up" => &mut problem.routed.up,
+        "down" => &mut problem.routed.down,
+        "shared.gate_up" => &mut problem.shared.as_mut().unwrap().up,
+        "shared.down" => &mut problem.shared.as_mut().unwrap().down,
+        "shared.gate" => &mut problem.shared_gate,
+        other => unreachable!("no values of {other}"),
+    }
+}
+
+/// What is differentiated, and the rows of choices by which it was computed.
+fn value(problem: &mut Problem<f32, f32>) -> (f64, Vec<i32>) {
+    problem.upload();
+    problem.forward();
+    let y = problem.stream.clone_dtoh(&problem.y).unwrap();
+    let value = y.iter().zip(&problem.dy).map(|(&y, &d)| f64::from(y) * f64::from(d)).sum();
+    let mut rows = problem.stream.clone_dtoh(problem.saved.dispatched().token_slot()).unwrap();
+    rows.extend(problem.stream.clone_dtoh(problem.saved.ids()).unwrap());
+    (value, rows)
+}
+
+fn gradients(problem: &mut Problem<f32, f32>) -> Found {
+    let mut buffers = problem.buffers::<f32>();
+    let gradients = problem.gradients(&mut buffers);
+    problem.backward(gradients).unwrap();
+    problem.found(&buffers)
+}
+
+/// Along the gradient and along a random direction, the slope is what the gradient says.
+fn check(case: Case) {
+    let mut problem = Problem::<f32, f32>::new(case);
+    let (_, rows) = value(&mut problem);
+    let found = gradients(&mut problem);
+    let mut rng = fastrand::Rng::with_seed(5);
+    let inner = |name: &str| match name {
+        "logits" => case.back.origin != Origin::Logits,
+        "weights" => case.back.origin != Origin::Choices,
+        _ => false,
+    };
+    for (name, gradient) in found.iter().filter(|(name, _)| !inner(name)) {
+        let size = norm(gradient.iter().copied());
+        assert!(size.is_finite() && size > 1e-3, "{name}: {size}");
+        let random: Vec<f64> = gradient.iter().map(|_| rng.f64() - 0.5).collect();
+        for direction in [gradient, &random] {
+            let length = norm(direction.iter().copied());
+            let want: f64 = gradient.iter().zip(direction).map(|(g, d)| g * d / length).sum();
+            let kept = values(&mut problem, name).clone();
+            let mut at = |step: f64| {
+                let moved = kept.iter().zip(direction).map(|(&v, d)| v + (step * d / length) as f32).collect();
+                *values(&mut problem, name) = moved;
+                value(&mut problem)
+            };
+            // A step that changes a choice, and with it the rows of others, is too large.
+            let slopes = [0.02, 0.005, 0.001].map(|step| {
+                let [(above, above_rows), (below, below_rows)] = [at(step), at(-step)];
+                ((above_rows, below_rows) == (rows.clone(), rows.clone())).then_some((above - below) / (2.0 * step))
+            });
+            *values(&mut problem, name) = kept;
+            let got = slopes.into_iter().flatten().next().expect("another seed, whose choices are further apart");
+            // Terms of third order in the step, and roundings of f32 divided by it.
+            assert!((got - want).abs() <= 4e-3 * size, "{name}: {got} where the gradient says {want}, of {size}");
+        }
+    }
+}
+
+#[test]
+fn dropout() {
+    let dropout = Some(Dropout::new(0.4, NoiseSource::new(7, 9)));
+    for weighting in [Weighting::Output, Weighting::Input, Weighting::Activation] {
+        let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)));
+        let desc = layer().weighting(weighting).shared(shared);
+        check(Case { dropout, ..Case::new(desc, TOKENS) });
+    }
+}
+
+/// Some experts elsewhere, some identities.
+#[test]
+fn maps() {
+    let desc = layer().map(Some(MapDesc::new(2))).gating(Gating::new(Score::Softmax));
+    check(Case::new(desc, TOKENS));
+    check(Case::new(desc, TOKENS).back(BackwardDesc::new().origin(Origin::Choices)));
+}
+
+#[test]
+fn admissions() {
+    for gating in [Gating::new(Score::Softmax), Gating::new(Score::Softmax).renormalised()] {
+        let rule = AdmissionRule::new(6, 2, 5, 20);
+        let desc = layer().gating(gating);
+        check(Case::new(desc.admission(Some(rule)), TOKENS));
+        let rule = rule.order(Order::ByChoice).second(SecondExpert::Above(0.4));
+        check(Case::new(desc.admission(Some(rule)), TOKENS));
+    }
+}
+
+#[test]
+fn padding() {
+    let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
+    check(Case { padding: 11, ..Case::new(layer().shared(shared), TOKENS) });
+}
+
+#[test]
+fn choices_and_logits_from_elsewhere() {
+    for origin in [Origin::Logits, Origin::Choices] {
+        let back = BackwardDesc::new().origin(origin);
+        let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
+        check(Case::new(layer().shared(shared), TOKENS).back(back));
+        check(Case::new(layer().null(Some(NullExperts::identity(2))), TOKENS).back(back));
+        check(Case::new(layer().weighting(Weighting::Input), TOKENS).back(back));
+    }
+}
+
+#[test]
+fn other_rows_for_the_router() {
+    let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
+    check(Case { router_x: true, ..Case::new(layer(), TOKENS) });
+    check(Case { router_x: true, ..Case::new(layer().shared(shared), TOKENS) });
+}

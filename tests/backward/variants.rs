@@ -1,0 +1,171 @@
+//! Every form of a layer, against the reference.
+
+use half::{bf16, f16};
+use moe_kernels::Dtype;
+use moe_kernels::layer::{BackwardDesc, LayerDesc, Mlp, SharedDesc};
+use moe_kernels::rules::{
+    Activation, Bound, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, Swiglu,
+    WeightDesc, Weighting,
+};
+
+use crate::case::{Case, check, fits};
+
+const TOKENS: usize = 37;
+
+fn layer(dtype: Dtype) -> LayerDesc {
+    LayerDesc::new(dtype, 40, 24, 6, 2)
+}
+
+fn mlp(dtype: Dtype, glu: Glu, [up, down]: [Layout; 2], activation: Activation) -> Mlp {
+    let weight = WeightDesc::new(dtype);
+    Mlp::swiglu(dtype).gate_up(weight.layout(up).glu(glu)).down(weight.layout(down)).activation(activation)
+}
+
+#[test]
+fn types() {
+    check::<f32, f32, f32>(Case::new(layer(Dtype::F32), TOKENS));
+    check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16), TOKENS));
+    check::<f16, f16, f16>(Case::new(layer(Dtype::F16), TOKENS));
+    // A vector added to every sum, and a bias of the router.
+    check::<bf16, bf16, bf16>(Case { bias: true, router_bias: true, ..Case::new(layer(Dtype::Bf16), TOKENS) });
+    let case = Case { bias: true, router_bias: true, ..Case::new(layer(Dtype::F32), TOKENS) };
+    check::<f32, f32, f32>(case.back(BackwardDesc::new().accumulate(true)));
+    // A router of f32, gradients of f32.
+    check::<bf16, f32, f32>(Case::new(layer(Dtype::Bf16).router_dtype(Dtype::F32), TOKENS));
+    check::<f16, f16, f32>(Case::new(layer(Dtype::F16), TOKENS));
+}
+
+#[test]
+fn layouts() {
+    for glu in Glu::ALL {
+        for up in Layout::ALL {
+            for down in Layout::ALL {
+                let mlp = mlp(Dtype::F32, glu, [up, down], Activation::Silu);
+                let shared = Some(SharedDesc::new(16, mlp));
+                let desc = layer(Dtype::F32).mlp(mlp).shared(shared);
+                check::<f32, f32, f32>(Case { up_bias: glu != Glu::Apart, ..Case::new(desc, TOKENS) });
+            }
+        }
+        let mlp = mlp(Dtype::Bf16, glu, [Layout::Nk, Layout::Nk], Activation::Silu);
+        check::<bf16, bf16, f32>(Case::new(layer(Dtype::Bf16).mlp(mlp), TOKENS));
+    }
+}
+
+#[test]
+fn activations() {
+    let units = [
+        Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6)),
+        Swiglu::clamped(0.2).clamp_after(true),
+        Swiglu::softcapped(0.8, 1.2).alpha(0.8).factor(0.5).offset(-0.25),
+    ];
+    let plain = [
+        Activation::Identity,
+        Activation::Relu,
+        Activation::ReluSquared,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Silu,
+    ];
+    for activation in plain.into_iter().chain(units.map(Activation::from)) {
+        for glu in [Glu::None, Glu::Split, Glu::Interleaved] {
+            if fits(activation, glu) {
+                let mlp = mlp(Dtype::F32, glu, [Layout::Nk, Layout::Nk], activation);
+                check::<f32, f32, f32>(Case { up_bias: true, ..Case::new(layer(Dtype::F32).mlp(mlp), TOKENS) });
+            }
+        }
+    }
+}
+
+/// Sizes whose rows begin on any element.
+#[test]
+fn odd_sizes() {
+    let odd = LayerDesc::new(Dtype::F32, 37, 21, 5, 3);
+    check::<f32, f32, f32>(Case::new(odd, TOKENS));
+    let weight = Mlp::swiglu(Dtype::Bf16);
+    let odd = LayerDesc::new(Dtype::Bf16, 44, 20, 5, 3);
+    let shared = Some(SharedDesc::new(12, weight));
+    check::<bf16, bf16, bf16>(Case::new(odd.mlp(weight).shared(shared), TOKENS));
+    let apart = mlp(Dtype::F32, Glu::Apart, [Layout::Kn, Layout::Nk], Activation::Silu);
+    check::<f32, f32, f32>(Case::new(LayerDesc::new(Dtype::F32, 35, 19, 5, 3).mlp(apart), TOKENS));
+}
+
+#[test]
+fn gatings_and_losses() {
+    let losses = LossGradient::new(LossScore::Softmax).balance(0.01).z(0.001);
+    for score in [Score::Softmax, Score::TopkSoftmax, Score::Sigmoid, Score::SqrtSoftplus] {
+        for renormalise in [None, Some(Renormalise::Plus(1e-3))] {
+            let gating = Gating::new(score).renormalise(renormalise).scale(1.5);
+            let case = Case { router_bias: true, ..Case::new(layer(Dtype::F32).gating(gating), TOKENS) };
+            check::<f32, f32, f32>(case);
+            check::<f32, f32, f32>(case.back(BackwardDesc::new().losses(Some(losses))));
+        }
+    }
+}
+
+#[test]
+fn dropped_choices_and_null_experts() {
+    for padded in [false, true] {
+        let capacity = Capacity::new(3, 20).padded(padded);
+        check::<f32, f32, f32>(Case::new(layer(Dtype::F32).capacity(Some(capacity)), TOKENS));
+        check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16).capacity(Some(capacity)), TOKENS));
+    }
+    for null in [NullExperts::zero(2), NullExperts::identity(2)] {
+        check::<f32, f32, f32>(Case::new(layer(Dtype::F32).null(Some(null)), TOKENS));
+        check::<bf16, bf16, f32>(Case::new(layer(Dtype::Bf16).null(Some(null)), TOKENS));
+    }
+}
+
+#[test]
+fn weightings_and_scales() {
+    for weighting in [Weighting::Output, Weighting::Input, Weighting::Activation] {
+        for [up, down] in [[Layout::Nk, Layout::Nk], [Layout::Kn, Layout::Kn]] {
+            let mlp = mlp(Dtype::F32, Glu::Interleaved, [up, down], Activation::Silu);
+            let desc = layer(Dtype::F32).mlp(mlp).weighting(weighting).routed_scale(0.5);
+            let case = Case { up_bias: true, ..Case::new(desc, TOKENS) };
+            check::<f32, f32, f32>(case);
+            check::<f32, f32, f32>(case.back(BackwardDesc::new().recompute(true)));
+        }
+        check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16).weighting(weighting), TOKENS));
+    }
+}
+
+#[test]
+fn numbers_by_expert() {
+    let unit = Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6));
+    let mlp = mlp(Dtype::F32, Glu::Interleaved, [Layout::Kn; 2], unit.into());
+    let case = Case { by_expert: true, up_bias: true, ..Case::new(layer(Dtype::F32).mlp(mlp), TOKENS) };
+    check::<f32, f32, f32>(case);
+    check::<f32, f32, f32>(case.back(BackwardDesc::new().recompute(true)));
+}
+
+#[test]
+fn shared_experts() {
+    let joined = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::Bf16)));
+    check::<bf16, bf16, f32>(Case::new(layer(Dtype::Bf16).shared(joined), TOKENS));
+    let apart = Some(SharedDesc::new(56, Mlp::relu(Dtype::F32)));
+    check::<f32, f32, f32>(Case::new(layer(Dtype::F32).shared(apart), TOKENS));
+    for shared in [SharedDesc::new(24, Mlp::swiglu(Dtype::F32)), SharedDesc::new(56, Mlp::relu(Dtype::F32))] {
+        let desc = layer(Dtype::F32).shared(Some(shared.gated(true).scale(0.5))).routed_scale(0.25);
+        check::<f32, f32, f32>(Case::new(desc, TOKENS));
+        check::<f32, f32, f32>(Case::new(desc, TOKENS).back(BackwardDesc::new().accumulate(true)));
+    }
+    let gated = SharedDesc::new(24, Mlp::swiglu(Dtype::Bf16)).gated(true);
+    check::<bf16, f32, f32>(Case::new(layer(Dtype::Bf16).router_dtype(Dtype::F32).shared(Some(gated)), TOKENS));
+}
+
+#[test]
+fn added_to_what_there_is() {
+    let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)));
+    let case = Case::new(layer(Dtype::F32).shared(shared), TOKENS);
+    check::<f32, f32, f32>(case.back(BackwardDesc::new().accumulate(true)));
+    let case = Case::new(layer(Dtype::Bf16), TOKENS);
+    check::<bf16, bf16, f32>(case.back(BackwardDesc::new().accumulate(true)));
+}
+
+#[test]
+fn pre_activations_once_more() {
+    let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)));
+    for desc in [layer(Dtype::F32), layer(Dtype::F32).shared(shared)] {
+        check::<f32, f32, f32>(Case::new(desc, TOKENS).back(BackwardDesc::new().recompute(true)));
+    }
+}

@@ -1,0 +1,151 @@
+//! Checks of `gemm_*_combine`: those of the product, and sums with the bits of a combine in a launch of its own.
+
+use half::{bf16, f16};
+use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows, SharedRows};
+use moe_kernels::experts::gemm_combine::{self, GemmCombineDesc, SumArgs};
+use moe_kernels::experts::tiles::max_tiles;
+use moe_kernels::experts::{SlotShape, Weight};
+use moe_kernels::reference::dispatch::dispatch;
+use moe_kernels::registry::{GemmSwapped, Kernel};
+use moe_kernels::rules::WeightDesc;
+use moe_kernels::{Dtype, In, Workspace};
+
+use crate::dispatch::rule;
+use crate::rows::Rows as Lists;
+use crate::support::buffer::Guarded;
+use crate::support::compare::Storage;
+use crate::support::device;
+use crate::support::inputs::{normal, normals};
+use crate::timing::time;
+
+pub fn check(variant: GemmSwapped, rng: &mut fastrand::Rng) {
+    crate::gemm::check(variant, rng);
+    // Tokens, experts, k, N, K: one token and more than a block takes at once; one column tile, a ragged second one; depth in parts or not.
+    let shapes =
+        [[1, 4, 2, 72, 40], [19, 3, 3, 64, 1032], [33, 9, 8, 136, 24], [5, 2, 1, 8, 2048], [2, 40, 7, 200, 72]];
+    for shape in shapes {
+        for options in 0..4 {
+            match variant.dtype {
+                Dtype::Bf16 => case::<bf16>(variant, rng, shape, options),
+                _ => case::<f16>(variant, rng, shape, options),
+            }
+        }
+    }
+}
+
+/// Bits of `options`: residual, bias and factors; the rows of a shared expert as addend.
+fn case<T: Storage>(
+    variant: GemmSwapped,
+    rng: &mut fastrand::Rng,
+    [tokens, experts, top_k, n, k]: [usize; 5],
+    options: u32,
+) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let name = format!("T={tokens} E={experts} k={top_k} N={n} K={k} options={options:02b}");
+    let mut ids: Vec<i32> = (0..tokens)
+        .flat_map(|_| {
+            let mut all: Vec<i32> = (0..experts as i32).collect();
+            rng.shuffle(&mut all);
+            (0..top_k).map(|j| all.get(j).copied().unwrap_or(-1)).collect::<Vec<_>>()
+        })
+        .collect();
+    // Skipped choices, and now and then a token without any.
+    ids.iter_mut().filter(|_| rng.u32(..6) == 0).for_each(|id| *id = -1);
+    if rng.bool() {
+        ids[..top_k].fill(-1);
+    }
+    let plan = dispatch(&ids, &rule(experts, top_k, 16)).unwrap();
+    let slots = tokens * top_k;
+    let shape = SlotShape::new(tokens, experts, Some(top_k), slots, 16, max_tiles(slots, experts, 16));
+    let (around, shares) = (options & 1 != 0, options & 2 != 0);
+    let product = GemmDesc::new(variant.dtype, Rows::Grouped(shape), n, k)
+        .weight(WeightDesc::new(variant.dtype).layout(variant.layout))
+        .shared_rows(if shares { tokens } else { 0 })
+        .split(true);
+    let mut factor = || if around { normal(rng) as f32 } else { 1.0 };
+    let [scale, addend_scale] = [factor(), factor()];
+    let desc = GemmCombineDesc::new(product).scale(scale).addend_scale(addend_scale);
+    let selection = gemm_combine::select(&desc, kernels.device()).unwrap();
+    assert_eq!(selection.kernel.variant(), Kernel::GemmSwapped(variant), "{name}");
+
+    let input = |name, values: Vec<T>| Guarded::input(&stream, name, &values);
+    let a = input("a", normals(rng, slots * k, 1.0));
+    let weight = input("weight", normals(rng, experts * n * k, (k as f64).powf(-0.5)));
+    let shared_a = input("shared.a", normals(rng, tokens * k, 1.0));
+    let shared_weight = input("shared.weight", normals(rng, n * k, (k as f64).powf(-0.5)));
+    let out_scale = Guarded::input(&stream, "out_scale", &normals::<f32>(rng, slots, 1.0));
+    let residual = around.then(|| input("residual", normals(rng, tokens * n, 1.0)));
+    let bias = around.then(|| input("bias", normals(rng, n, 1.0)));
+    let gate =
+        (shares && rng.bool()).then(|| Guarded::input(&stream, "addend_gate", &normals::<f32>(rng, tokens, 2.0)));
+    let dispatched = Lists::of(&plan).dispatched(&stream, &shape);
+    let output = |name, rows: usize| Guarded::<T>::output(&stream, name, rows * n);
+
+    let mut workspace =
+        Workspace::new(&stream, gemm_combine::workspace_bytes(&desc, kernels.device()).unwrap()).unwrap();
+    let mut launch = |sum: Option<(&mut Guarded<T>, bool)>| {
+        let (mut rows, mut addend) = (output("out", slots), output("shared.out", tokens));
+        {
+            let (a, weight, scale) = (a.view(), weight.view(), out_scale.view());
+            let (shared_a, shared_weight) = (shared_a.view(), shared_weight.view());
+            let (mut out, mut addend_out) = (rows.view_mut(), addend.view_mut());
+            let mut args =
+                GemmArgs::new(&a, Weight::new(&weight), &mut out).dispatched(&dispatched).workspace(&mut workspace);
+            args.out_scale = Some((&scale).into());
+            if shares {
+                args = args.shared(SharedRows::new(&shared_a, Weight::new(&shared_weight), &mut addend_out));
+            }
+            match sum {
+                Some((y, accumulate)) => {
+                    let mut y = y.view_mut();
+                    let mut args_of_sum = SumArgs::new(&mut y);
+                    let [residual, bias] = [&residual, &bias].map(|buffer| buffer.as_ref().map(Guarded::view));
+                    let gate = gate.as_ref().map(Guarded::view);
+                    args_of_sum.bias = bias.as_ref().map(In::from);
+                    args_of_sum.addend_gate = gate.as_ref().map(In::from);
+                    if accumulate {
+                        args_of_sum = args_of_sum.accumulate();
+                    } else {
+                        args_of_sum.residual = residual.as_ref().map(In::from);
+                    }
+                    gemm_combine::forward(kernels, &stream, &desc, args, args_of_sum).unwrap();
+                }
+                None => gemm::forward(kernels, &stream, &product, args).unwrap(),
+            }
+        }
+        (rows, addend)
+    };
+
+    let (rows, addend) = launch(None);
+    let mut want = output("y", tokens);
+    {
+        let (rows, addend, mut y) = (rows.view(), addend.view(), want.view_mut());
+        let desc = CombineDesc::new(variant.dtype, shape, n).scale(scale).addend_scale(addend_scale);
+        let [residual, bias] = [&residual, &bias].map(|buffer| buffer.as_ref().map(Guarded::view));
+        let gate = gate.as_ref().map(Guarded::view);
+        let mut args = CombineArgs::new(&rows, &dispatched, &mut y);
+        args.residual = residual.as_ref().map(In::from);
+        args.bias = bias.as_ref().map(In::from);
+        args.addend = shares.then_some((&addend).into());
+        args.addend_gate = gate.as_ref().map(In::from);
+        combine::forward(kernels, &stream, &desc, args).unwrap();
+    }
+    let bits = |buffer: &Guarded<T>| bytemuck::cast_slice::<T, u8>(&buffer.read(&stream)).to_vec();
+    let mut y = output("y", tokens);
+    let (got, got_addend) = launch(Some((&mut y, false)));
+    assert!(bits(&got) == bits(&rows), "{name}: other rows than a product's");
+    assert!(bits(&got_addend) == bits(&addend), "{name}: other rows of the shared expert than a product's");
+    assert!(bits(&y) == bits(&want), "{name}: other sums than a combine's");
+    time(&stream, &name, || drop(launch(Some((&mut y, false)))));
+    // Onto the residual, in the workspace as it was left.
+    let zeros = vec![T::from_f64(0.0); tokens * n];
+    let values = residual.as_ref().map_or(zeros, |residual| residual.read(&stream));
+    let mut y = Guarded::filled_output(&stream, "y", &values, 0);
+    launch(Some((&mut y, true)));
+    assert!(bits(&y) == bits(&want), "{name}: onto the residual other sums");
+    [Some(&a), Some(&weight), residual.as_ref(), bias.as_ref()]
+        .into_iter()
+        .flatten()
+        .for_each(|input| input.assert_unchanged(&stream));
+}
