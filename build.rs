@@ -40,14 +40,16 @@ fn main() {
 
     let environment = template_environment(kernels_dir);
     let kernels = registry::all();
-    for kernel in &kernels {
+    in_parallel(kernels.len(), |index| {
+        let kernel = &kernels[index];
         let text = render(&environment, kernel).unwrap_or_else(|error| panic!("{}: {error:#}", kernel.name()));
         // An unchanged file keeps its time stamp and so its machine code.
         let path = out.join(format!("{}.ptx", kernel.name()));
         if std::fs::read_to_string(&path).ok().as_deref() != Some(&text) {
             std::fs::write(&path, text).expect("the build's own folder can be written");
         }
-    }
+        deflated(&path);
+    });
 
     std::fs::write(out.parent().unwrap().join("params.rs"), params::structs(&out, &kernels))
         .expect("the build's own folder can be written");
@@ -59,6 +61,27 @@ fn main() {
     let table = embedded_table(&out, &kernels, &images);
     std::fs::write(out.parent().unwrap().join("embedded_table.rs"), table)
         .expect("the build's own folder can be written");
+}
+
+/// Calls `work` with each number below `count`, on all cores, and returns what it gives in order.
+fn in_parallel<R: Send>(count: usize, work: impl Fn(usize) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let results = Mutex::new(BTreeMap::new());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(|| {
+                loop {
+                    let index = next.fetch_add(1, Ordering::Relaxed);
+                    if index >= count {
+                        return;
+                    }
+                    let result = work(index);
+                    results.lock().unwrap().insert(index, result);
+                }
+            });
+        }
+    });
+    results.into_inner().unwrap().into_values().collect()
 }
 
 /// Templates use `<% %>`, `<< >>`, `<# #>` and lines that begin with `##`: braces and percent signs are PTX.
@@ -150,25 +173,12 @@ fn assemble_all(ptxas: &Path, out: &Path, kernels: &[Kernel]) -> BTreeMap<(usize
     let jobs: Vec<(usize, String)> = (kernels.iter().enumerate())
         .flat_map(|(index, kernel)| targets(kernel, &archs).map(move |arch| (index, arch)))
         .collect();
-    let next = AtomicUsize::new(0);
-    let results = Mutex::new(BTreeMap::new());
-    let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-    std::thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| {
-                while let Some((index, arch)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let result = assemble(ptxas, out, &kernels[*index].name(), arch);
-                    results.lock().unwrap().insert((*index, arch.clone()), result);
-                }
-            });
-        }
+    let results = in_parallel(jobs.len(), |job| {
+        let (index, arch) = &jobs[job];
+        assemble(ptxas, out, &kernels[*index].name(), arch)
     });
-    results
-        .into_inner()
-        .unwrap()
-        .into_iter()
-        .map(|(key, result)| (key, result.unwrap_or_else(|error| panic!("{error}"))))
-        .collect()
+    let images = results.into_iter().map(|result| result.unwrap_or_else(|error| panic!("{error}")));
+    jobs.into_iter().zip(images).collect()
 }
 
 fn assemble(ptxas: &Path, out: &Path, name: &str, arch: &str) -> Result<Image, String> {
@@ -214,10 +224,21 @@ fn number_before(text: &str, suffix: &str) -> Option<u32> {
     before[start..].parse().ok()
 }
 
-/// A file beside `path` that holds its bytes deflated, for the embedded table.
+/// A file beside `path` that holds its bytes deflated, for the embedded table; of PTX without lines that are comments, which stay as empty lines so that a
+/// line has the same number in both.
 fn deflated(path: &Path) -> PathBuf {
-    let packed = path.with_extension(format!("{}.z", path.extension().unwrap().to_str().unwrap()));
-    let bytes = std::fs::read(path).expect("the build's own folder can be read");
+    let extension = path.extension().unwrap().to_str().unwrap();
+    let packed = path.with_extension(format!("{extension}.deflated"));
+    let modified = |path: &Path| path.metadata().and_then(|data| data.modified()).ok();
+    if matches!((modified(path), modified(&packed)), (Some(source), Some(packed)) if source < packed) {
+        return packed;
+    }
+    let mut bytes = std::fs::read(path).expect("the build's own folder can be read");
+    if extension == "ptx" {
+        let text = String::from_utf8(bytes).expect("the build renders UTF-8");
+        let lines = text.lines().map(str::trim).map(|line| if line.starts_with("//") { "" } else { line });
+        bytes = lines.collect::<Vec<_>>().join("\n").into_bytes();
+    }
     let mut encoder = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::best());
     std::io::Write::write_all(&mut encoder, &bytes).expect("a vector takes everything");
     std::fs::write(&packed, encoder.finish().expect("a vector takes everything"))

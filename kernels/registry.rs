@@ -96,8 +96,17 @@ pub struct RouterBackward {
 }
 
 impl RouterBackward {
-    /// Rows and columns of a block.
-    pub const TILE: u32 = 64;
+    /// Rows of a block.
+    pub const ROWS: u32 = 64;
+    /// Columns of a block.
+    pub const COLUMNS: u32 = 128;
+    /// Depth of a stage.
+    pub const DEPTH: u32 = 32;
+
+    /// Blocks that a multiprocessor holds at once.
+    pub const fn resident_blocks(&self) -> u32 {
+        if matches!(self.b, Dtype::F32) { 1 } else { 2 }
+    }
 }
 
 /// How a router's work is cut into blocks, and by which unit its products are made.
@@ -641,6 +650,12 @@ pub const AFFINITY_TOKENS: u32 = 32;
 /// Most experts whose slots are counted alone.
 pub const MAX_COUNTED: u32 = 8192;
 
+/// Buffers of gradients that one launch measures or scales.
+pub const GRADIENT_BUFFERS: u32 = 4;
+
+/// Elements that a block adds up at once.
+pub const GRADIENT_CHUNK: u32 = 1 << 15;
+
 /// Most chunks of rows that change places at once.
 pub const MAX_CHUNKS: u32 = 4096;
 
@@ -661,6 +676,9 @@ pub const fn permute_grid(rows: u32, units: u32) -> [u32; 3] {
 
 /// Threads of a block of the RMS normalisation, and so most that share a row.
 pub const RMS_NORM_THREADS: u32 = 512;
+
+/// Threads of a block that sums down columns: a warp for each of 32 rows at a time.
+pub const COLUMN_PRODUCTS_THREADS: u32 = 1024;
 
 /// Tokens that a block of `load_importance` adds up.
 pub const LOAD_IMPORTANCE_TOKENS: u32 = 256;
@@ -865,14 +883,39 @@ pub enum Kernel {
     },
     /// Gradients of the factors of a gating's weights.
     ScaleSums,
+    /// Slots of each expert in each sequence.
+    SequenceCounts,
+    /// The gradients of a noisy gating's products.
+    NoisyBackward {
+        /// The second level of a hierarchy.
+        grouped: bool,
+    },
+    /// The gradient of sampled routing's logits.
+    SampledBackward,
+    /// The gradient of the logits by which experts chose tokens.
+    AffinityBackward,
+    /// The gradient of the loss of importance and of loads.
+    LoadImportanceBackward,
+    /// The way back from rows of length 1 to what they were made of, of this type.
+    UnitBackward(Dtype),
+    /// The gradient of both lists' scores of product keys.
+    ProductKeysBackward,
     /// Back through the activation between the products.
     ActivationBackward(Dtype),
+    /// Norm, finiteness and clipping factor of gradients.
+    GradientNorm,
+    /// Gradients times a factor.
+    GradientScale,
     /// Back through the sums over a token's experts.
     CombineBackward(Combine),
     /// Back through the router's product.
     RouterBackward(RouterBackward),
     /// Rows divided by their root mean square.
     RmsNorm(Dtype),
+    /// Back through that.
+    RmsNormBackward(Dtype),
+    /// Sums down columns of rows times rows.
+    ColumnProducts(Dtype),
     /// Experts by the best pairs of keys.
     ProductKeys,
     /// Experts of one hidden unit.
@@ -951,10 +994,21 @@ impl Kernel {
             Kernel::NoiseState => "noise_state".into(),
             Kernel::GatingBackward { any } => format!("gating_backward{}", if *any { "_any" } else { "" }),
             Kernel::ScaleSums => "scale_sums".into(),
+            Kernel::NoisyBackward { grouped } => format!("noisy_backward{}", if *grouped { "_grouped" } else { "" }),
+            Kernel::SequenceCounts => "sequence_counts".into(),
+            Kernel::SampledBackward => "sampled_backward".into(),
+            Kernel::AffinityBackward => "affinity_backward".into(),
+            Kernel::LoadImportanceBackward => "load_importance_backward".into(),
+            Kernel::ProductKeysBackward => "product_keys_backward".into(),
+            Kernel::UnitBackward(dtype) => format!("unit_backward_{dtype}"),
             Kernel::ActivationBackward(dtype) => format!("activation_backward_{dtype}"),
+            Kernel::GradientNorm => "gradient_norm".into(),
+            Kernel::GradientScale => "gradient_scale".into(),
             Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
+            Kernel::RmsNormBackward(dtype) => format!("rms_norm_backward_{dtype}"),
+            Kernel::ColumnProducts(dtype) => format!("column_products_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
             Kernel::ChoiceBackward(dtype) => format!("choice_backward_{dtype}"),
@@ -1014,10 +1068,22 @@ impl Kernel {
             Kernel::GatingBackward { any: false } => "GatingBackward",
             Kernel::GatingBackward { any: true } => "GatingBackwardAny",
             Kernel::ScaleSums => "ScaleSums",
+            Kernel::NoisyBackward { grouped: false } => "NoisyBackward",
+            Kernel::NoisyBackward { grouped: true } => "NoisyBackwardGrouped",
+            Kernel::SequenceCounts => "SequenceCounts",
+            Kernel::SampledBackward => "SampledBackward",
+            Kernel::AffinityBackward => "AffinityBackward",
+            Kernel::LoadImportanceBackward => "LoadImportanceBackward",
+            Kernel::ProductKeysBackward => "ProductKeysBackward",
+            Kernel::UnitBackward(_) => "UnitBackward",
             Kernel::ActivationBackward(_) => "ActivationBackward",
+            Kernel::GradientNorm => "GradientNorm",
+            Kernel::GradientScale => "GradientScale",
             Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
             Kernel::RmsNorm(_) => "RmsNorm",
+            Kernel::RmsNormBackward(_) => "RmsNormBackward",
+            Kernel::ColumnProducts(_) => "ColumnProducts",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
             Kernel::ChoiceBackward(_) => "ChoiceBackward",
@@ -1070,12 +1136,22 @@ impl Kernel {
             | Kernel::RowGroups
             | Kernel::GatingBackward { .. }
             | Kernel::ScaleSums
+            | Kernel::NoisyBackward { .. }
+            | Kernel::SequenceCounts
+            | Kernel::SampledBackward
+            | Kernel::AffinityBackward
+            | Kernel::LoadImportanceBackward
+            | Kernel::ProductKeysBackward
+            | Kernel::UnitBackward(_)
             | Kernel::ActivationBackward(_)
+            | Kernel::GradientNorm
+            | Kernel::GradientScale
             | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
-            Kernel::RmsNorm(_) => RMS_NORM_THREADS,
+            Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
+            Kernel::ColumnProducts(_) => COLUMN_PRODUCTS_THREADS,
             Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
                 BLOCK_WARPS * 32
             }
@@ -1146,10 +1222,20 @@ impl Kernel {
             Kernel::NoiseState => "routers/noise_state.ptx.jinja",
             Kernel::GatingBackward { .. } => "routers/gating_backward.ptx.jinja",
             Kernel::ScaleSums => "routers/scale_sums.ptx.jinja",
+            Kernel::NoisyBackward { .. } => "routers/noisy_backward.ptx.jinja",
+            Kernel::SequenceCounts => "routers/sequence_counts.ptx.jinja",
+            Kernel::SampledBackward => "routers/sampled_backward.ptx.jinja",
+            Kernel::AffinityBackward => "routers/affinity_backward.ptx.jinja",
+            Kernel::LoadImportanceBackward => "routers/load_importance_backward.ptx.jinja",
+            Kernel::ProductKeysBackward => "routers/product_keys_backward.ptx.jinja",
+            Kernel::UnitBackward(_) => "routers/unit_backward.ptx.jinja",
             Kernel::ActivationBackward(_) => "experts/activation_backward.ptx.jinja",
+            Kernel::GradientNorm | Kernel::GradientScale => "experts/gradient_norm.ptx.jinja",
             Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
+            Kernel::RmsNormBackward(_) => "experts/rms_norm_backward.ptx.jinja",
+            Kernel::ColumnProducts(_) => "experts/column_products.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
             Kernel::ChoiceBackward(_) => "experts/choice_backward.ptx.jinja",
@@ -1255,6 +1341,15 @@ impl Kernel {
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
+            Kernel::SampledBackward
+            | Kernel::AffinityBackward
+            | Kernel::LoadImportanceBackward
+            | Kernel::ProductKeysBackward => vec![("warps", Int(BLOCK_WARPS))],
+            Kernel::NoisyBackward { grouped } => {
+                vec![("warps", Int(BLOCK_WARPS)), ("grouped", Int(u32::from(*grouped)))]
+            }
+            Kernel::UnitBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::SequenceCounts => vec![("warps", Int(BLOCK_WARPS)), ("max_experts", Int(4096))],
             Kernel::BalanceLoss | Kernel::UpdateBias | Kernel::ScaleSums => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::GatingBackward { any } => vec![("warps", Int(BLOCK_WARPS)), ("any", Int(u32::from(*any)))],
             Kernel::ExpertMap { ids_bytes } => vec![("warps", Int(BLOCK_WARPS)), ("ids_bytes", Int(*ids_bytes))],
@@ -1275,16 +1370,26 @@ impl Kernel {
                 constants
             }
             Kernel::Sampled(spread) => spread.constants(),
-            Kernel::Jitter(dtype) | Kernel::RmsNorm(dtype) => vec![("dtype", Text(dtype.name()))],
+            Kernel::Jitter(dtype)
+            | Kernel::RmsNorm(dtype)
+            | Kernel::RmsNormBackward(dtype)
+            | Kernel::ColumnProducts(dtype) => vec![("dtype", Text(dtype.name()))],
             Kernel::ActivationBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::GradientNorm | Kernel::GradientScale => vec![
+                ("scales", Int(u32::from(matches!(self, Kernel::GradientScale)))),
+                ("buffers", Int(GRADIENT_BUFFERS)),
+                ("chunk", Int(GRADIENT_CHUNK)),
+                ("warps", Int(BLOCK_WARPS)),
+            ],
             Kernel::CombineBackward(Combine { dtype, any }) => {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("warps", Int(BLOCK_WARPS))]
             }
             Kernel::RouterBackward(k) => vec![
                 ("b_dtype", Text(k.b.name())),
                 ("out_dtype", Text(k.out.name())),
-                ("tile", Int(RouterBackward::TILE)),
-                ("depth", Int(16)),
+                ("bm", Int(RouterBackward::ROWS)),
+                ("bn", Int(RouterBackward::COLUMNS)),
+                ("depth", Int(RouterBackward::DEPTH)),
             ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
@@ -1406,7 +1511,12 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::KeepLargest, Kernel::QuantileBias, Kernel::LoadImportance]);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::ExpertMap { ids_bytes }));
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
-    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums]);
+    kernels.extend([Kernel::NoiseState, Kernel::ScaleSums, Kernel::SequenceCounts]);
+    kernels.extend([false, true].map(|grouped| Kernel::NoisyBackward { grouped }));
+    kernels.extend([Kernel::SampledBackward, Kernel::AffinityBackward]);
+    kernels.extend([Kernel::LoadImportanceBackward, Kernel::ProductKeysBackward]);
+    kernels.extend(Dtype::ALL.map(Kernel::UnitBackward));
+    kernels.extend([Kernel::GradientNorm, Kernel::GradientScale]);
     kernels.extend([false, true].map(|any| Kernel::GatingBackward { any }));
     kernels.extend(Dtype::ALL.map(Kernel::ActivationBackward));
     for b in Dtype::ALL {
@@ -1420,6 +1530,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Kernel::MapToIds, Kernel::ChunkRows]);
     kernels.extend(PERMUTE_UNITS.map(|unit| Kernel::Permute { unit }));
     kernels.extend(Dtype::ALL.map(Kernel::RmsNorm));
+    kernels.extend(Dtype::ALL.map(Kernel::RmsNormBackward));
+    kernels.extend(Dtype::ALL.map(Kernel::ColumnProducts));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
     kernels.extend(Dtype::ALL.map(Kernel::ChoiceBackward));

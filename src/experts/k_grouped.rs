@@ -5,6 +5,9 @@
 //! What gradients of weights are made of: where a product gave `v_r = w_e x_r`, `dw_e` is the sum of `dv_r x_r^T`. Also `torch._grouped_mm` of two
 //! matrices, and DeepGEMM's k-grouped product; [`crate::capacity::row_groups`] makes the rows of ends or counts. A row is `r` itself, or its token's
 //! row `slot_token[r]` of a matrix that is gathered. Rows of no expert are not read, whatever they hold. Sums are f32, in a fixed order.
+//!
+//! On request the same launch adds up the columns of `a` ([`ColumnSums`]), what gradients of biases are made of: `db_e` is the sum of `dv_r`, or of the
+//! rows' weights times the output's gradient. Experts that are frozen ([`KGroupedArgs::frozen`]) cost nothing: their blocks read no row and write no gradient.
 
 use std::sync::Arc;
 
@@ -14,8 +17,8 @@ use super::dispatched::{Dispatched, SlotShape};
 use super::gemm::ProductOut;
 use crate::registry::{KGrouped, Kernel};
 use crate::rules::Dtype;
-use crate::runtime::builder::settings;
-use crate::runtime::launch::{SCALAR, Scope, VECTOR};
+use crate::runtime::builder::{buffers, settings};
+use crate::runtime::launch::{SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::KGroupedParams;
 use crate::runtime::shape::{self, reach};
 use crate::{DeviceInfo, Element, Error, In, Kernels, Selection};
@@ -169,6 +172,32 @@ settings!(KGroupedDesc {
     keep_empty: bool,
 });
 
+/// Sums of `a`'s columns over each expert's rows: `out[e,i] = scale * sum over r of weights[r] * a[row_a(r),i]`.
+#[non_exhaustive]
+pub struct ColumnSums<'a, T> {
+    /// `[E, M]`, written, or added to and left alone as the descriptor says of the matrices; of either type whatever theirs is.
+    pub out: ProductOut<'a, T>,
+    /// `[slots]`: a factor for each row; 1 if absent.
+    pub weights: Option<In<'a, f32>>,
+    /// Factor of all.
+    pub scale: f32,
+}
+
+impl<'a, T> ColumnSums<'a, T> {
+    /// Of rows without factors.
+    pub const fn new(out: ProductOut<'a, T>) -> ColumnSums<'a, T> {
+        ColumnSums { out, weights: None, scale: 1.0 }
+    }
+
+    /// With a factor of all.
+    #[must_use]
+    pub fn scale(self, scale: f32) -> ColumnSums<'a, T> {
+        ColumnSums { scale, ..self }
+    }
+}
+
+buffers!(ColumnSums<'a, T> { weights: In<f32> });
+
 /// Buffers of a product of groups along K.
 #[non_exhaustive]
 pub struct KGroupedArgs<'a, T> {
@@ -180,6 +209,10 @@ pub struct KGroupedArgs<'a, T> {
     pub dispatched: &'a Dispatched,
     /// `[E, M, N]`, written.
     pub out: ProductOut<'a, T>,
+    /// `[E]`: experts with another number than 0 are left alone, their rows too.
+    pub frozen: Option<In<'a, i32>>,
+    /// Sums of `a`'s columns.
+    pub sums: Option<ColumnSums<'a, T>>,
 }
 
 impl<'a, T> KGroupedArgs<'a, T> {
@@ -190,9 +223,17 @@ impl<'a, T> KGroupedArgs<'a, T> {
         dispatched: &'a Dispatched,
         out: ProductOut<'a, T>,
     ) -> KGroupedArgs<'a, T> {
-        KGroupedArgs { a: a.into(), b: b.into(), dispatched, out }
+        KGroupedArgs { a: a.into(), b: b.into(), dispatched, out, frozen: None, sums: None }
+    }
+
+    /// With sums of `a`'s columns.
+    #[must_use]
+    pub fn sums(self, sums: ColumnSums<'a, T>) -> KGroupedArgs<'a, T> {
+        KGroupedArgs { sums: Some(sums), ..self }
     }
 }
+
+buffers!(KGroupedArgs<'a, T> { frozen: In<i32> });
 
 /// Chooses kernel and grid.
 ///
@@ -256,6 +297,18 @@ pub fn forward<T: Element>(
             return Err(Error::invalid(operation, "out", expected, got));
         }
     };
+    let frozen = scope.read_some("frozen", args.frozen, desc.rows.experts, SCALAR)?;
+    let (mut sums, mut sum_weights, mut sum_scale, mut wide_sums) = (None, None, 1.0, false);
+    if let Some(wanted) = args.sums {
+        let elements = desc.rows.experts * desc.m;
+        wide_sums = matches!(wanted.out, ProductOut::F32(_));
+        sums = Some(match wanted.out {
+            ProductOut::Rounded(out) => scope.write("sums.out", out, elements, desc.dtype.bytes().into())?,
+            ProductOut::F32(out) => scope.write("sums.out", out, elements, SCALAR)?,
+        });
+        sum_weights = scope.read_some("sums.weights", wanted.weights, desc.rows.slots, SCALAR)?;
+        sum_scale = wanted.scale;
+    }
     let lists = args.dispatched.read(&scope)?;
     let at = lists.addresses();
     let flag = |set, bit: u32| if set { bit } else { 0 };
@@ -268,6 +321,10 @@ pub fn forward<T: Element>(
             slot_token: at.slot_token.into(),
             offsets: at.offsets.into(),
             counts: at.counts.into(),
+            frozen: optional(&frozen).into(),
+            sums: optional(&sums).into(),
+            sum_weights: optional(&sum_weights).into(),
+            sum_scale,
             slots: desc.rows.slots as u32,
             m: desc.m as u32,
             n: desc.n as u32,
@@ -285,7 +342,7 @@ pub fn forward<T: Element>(
             out_expert_hi: (out_at[0] as u64 >> 32) as u32,
             out_row: out_at[1] as u32,
             out_column: out_at[2] as u32,
-            out_form: flag(desc.f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4),
+            out_form: flag(desc.f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4) | flag(wide_sums, 8),
         },
     )
 }

@@ -14,15 +14,18 @@
 
 pub mod activation_backward;
 pub mod choice_backward;
+pub mod column_products;
 pub mod combine;
 pub mod combine_backward;
 pub(crate) mod dispatched;
 pub mod gemm;
 pub mod gemm_backward;
 pub mod gemm_combine;
+pub mod gradient_norm;
 pub mod k_grouped;
 pub mod permute;
 pub mod rms_norm;
+pub mod rms_norm_backward;
 pub mod sigmoid_gate;
 pub mod tiles;
 pub mod unit_experts;

@@ -72,7 +72,7 @@ impl RmsNormDesc {
         self.check(OPERATION)
     }
 
-    fn check(&self, operation: &'static str) -> Result<(), Error> {
+    pub(super) fn check(&self, operation: &'static str) -> Result<(), Error> {
         shape::size(operation, "rows", self.rows)?;
         shape::positive(operation, "width", self.width)?;
         shape::product(operation, "x", &[self.rows, self.width])?;
@@ -91,7 +91,7 @@ impl RmsNormDesc {
     }
 
     /// Base-2 logarithm of the threads on a row: a thread for each vector, a warp at least.
-    fn across_log2(&self) -> u32 {
+    pub(super) fn across_log2(&self) -> u32 {
         let vectors = (self.width as u32).div_ceil(THREAD_BYTES / self.dtype.bytes());
         vectors.next_power_of_two().clamp(32, RMS_NORM_THREADS).ilog2()
     }

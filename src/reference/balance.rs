@@ -234,6 +234,38 @@ pub fn balance_of<L: Real>(
     Ok(result)
 }
 
+/// `[B,E]` slots of each expert in each sequence of `tokens_per_sequence` tokens, and `[B]` tokens of each that count: what the loss by sequence counts of
+/// `ids [T,k]`, where `counts [T]` holds ([`counted`]).
+///
+/// # Errors
+/// Lengths that do not fit.
+pub fn sequence_counts(
+    ids: &[i32],
+    counts: &[bool],
+    experts: usize,
+    top_k: usize,
+    tokens_per_sequence: usize,
+    sequences: Sequences,
+) -> Result<(Vec<i32>, Vec<usize>), ReferenceError> {
+    require("tokens_per_sequence", tokens_per_sequence > 0, || "at least 1".into(), 0)?;
+    require_shape("ids", ids, &[counts.len(), top_k])?;
+    let count = counts.len().div_ceil(tokens_per_sequence);
+    let (mut slots, mut lengths) = (vec![0; count * experts], vec![0; count]);
+    for t in (0..counts.len()).filter(|&t| counts[t]) {
+        let sequence = match sequences {
+            Sequences::Following => t / tokens_per_sequence,
+            Sequences::Alternating => t % count,
+        };
+        lengths[sequence] += 1;
+        for &id in &ids[t * top_k..][..top_k] {
+            if let Some(e) = usize::try_from(id).ok().filter(|&e| e < experts) {
+                slots[sequence * experts + e] += 1;
+            }
+        }
+    }
+    Ok((slots, lengths))
+}
+
 /// A token's distribution over experts.
 pub fn probabilities(logits: &[f64], score: LossScore) -> Vec<f64> {
     match score {

@@ -1,6 +1,10 @@
 //! Logits by cosine.
 
+mod backward;
+
 use super::{ReferenceError, require, require_shape};
+
+pub use backward::{CosineGradients, cosine_backward};
 
 /// `logits_te = exp(min(temperature, most)) f_e (p_t / |p_t|) . (s_e / |s_e|)`, `p = W x + b`, norms at least 1e-12 (Tutel's `CosineTopKGate`, where
 /// `f` is 1).

@@ -2,10 +2,14 @@
 //!
 //! Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing" (arXiv:2202.09368), section 3.2.
 
+mod backward;
+
 use super::activation::sigmoid;
 use super::gating::{descending, softmax};
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::Affinity;
+
+pub use backward::affinities_backward;
 
 /// `S^T [E,T]`: the affinity of every expert and token, from `logits [T,E]`.
 ///

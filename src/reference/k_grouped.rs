@@ -54,6 +54,29 @@ pub fn k_grouped<A: Real, B: Real>(
     Ok(out)
 }
 
+/// `out[e] = scale sum over r in spans[e] of weights[r] a[r]`, `[E, M]`: what an expert's rows leave of the gradient of a bias that `weights[r]` multiplied
+/// (1 if absent).
+///
+/// # Errors
+/// Rows that the matrix or the weights do not have.
+pub fn column_sums<A: Real>(
+    a: RowMatrix<'_, A>,
+    weights: Option<&[f32]>,
+    scale: f64,
+    spans: &[(usize, usize)],
+) -> Result<Vec<f64>, ReferenceError> {
+    let rows = spans.iter().map(|&(_, end)| end).max().unwrap_or(0);
+    require("weights", weights.is_none_or(|weights| weights.len() >= rows), || format!("{rows} weights"), "fewer")?;
+    let mut out = vec![0.0; spans.len() * a.columns];
+    for (sums, &(first, end)) in out.chunks_mut(a.columns).zip(spans) {
+        for row in first..end {
+            let factor = scale * weights.map_or(1.0, |weights| f64::from(weights[row]));
+            sums.iter_mut().zip(a.row(row)).for_each(|(sum, &value)| *sum += factor * value.into());
+        }
+    }
+    Ok(out)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,5 +89,7 @@ mod tests {
         let out = k_grouped(a, b, &[(0, 1), (1, 1), (1, 3)]).unwrap();
         assert_eq!(out, [100.0, 200.0, 0.0, 0.0, 530.0, 640.0]);
         assert_eq!(k_grouped(a, b, &[(0, 4)]).unwrap_err().argument, "a");
+        assert_eq!(column_sums(a, Some(&[2.0, 0.5, 1.0]), 10.0, &[(0, 1), (1, 3)]).unwrap(), [20.0, 40.0, 65.0, 80.0]);
+        assert_eq!(column_sums(b, None, 1.0, &[(0, 3), (3, 3)]).unwrap(), [210.0, 0.0]);
     }
 }

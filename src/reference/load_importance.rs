@@ -1,7 +1,11 @@
 //! The loss of importance and of loads under noise of one deviation for all experts.
 
+mod backward;
+
 use super::activation::erf;
 use super::{ReferenceError, require, require_shape};
+
+pub use backward::load_importance_backward;
 
 /// Sums by expert, and losses of them.
 #[derive(Clone, Debug, PartialEq)]

@@ -3,12 +3,16 @@
 //! Shazeer et al. 2017, "Outrageously Large Neural Networks: The Sparsely-Gated Mixture-of-Experts Layer", section 2.1 and
 //! appendices A (load) and B (hierarchy).
 
+mod backward;
+
 use super::activation::erf;
 use super::balance::cv_squared;
 use super::gating::{softmax, top};
 use super::{ReferenceError, require, require_shape};
 use crate::rules::NoisyRule;
 use crate::rules::noise::{softplus, standard_normal};
+
+pub use backward::{NoisyGradients, hierarchical_backward, noisy_backward};
 
 /// What noisy gating yields.
 #[derive(Clone, Debug, PartialEq)]

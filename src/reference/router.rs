@@ -39,16 +39,6 @@ pub fn finish(logits: &[f64], rule: LogitRule) -> Vec<f64> {
     logits.iter().map(|&l| cap(f64::from(rule.factor) * l)).collect()
 }
 
-/// The gradients of the product's logits from those of what [`finish`] made of them, `finished`: `factor (1 - (l / c)^2) d`.
-///
-/// # Errors
-/// Lengths that do not fit.
-pub fn finish_backward(finished: &[f64], d: &[f64], rule: LogitRule) -> Result<Vec<f64>, ReferenceError> {
-    require_shape("d", d, &[finished.len()])?;
-    let slope = |l: f64| f64::from(rule.factor) * rule.softcap.map_or(1.0, |c| 1.0 - (l / f64::from(c)).powi(2));
-    Ok(finished.iter().zip(d).map(|(&l, d)| slope(l) * d).collect())
-}
-
 pub(crate) fn dot<A: Real, B: Real>(a: &[A], b: &[B]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| a.into() * b.into()).sum()
 }
@@ -68,19 +58,6 @@ mod tests {
         let rule = LogitRule::PLAIN.factor(0.5).softcap(Some(2.0));
         let logits = finish(&[0.0, 4.0, -1e9], rule);
         assert_eq!(logits, [0.0, 2.0 * 1f64.tanh(), -2.0]);
-    }
-
-    #[test]
-    fn back_through_a_cap() {
-        let rule = LogitRule::PLAIN.factor(0.5).softcap(Some(2.0));
-        let (logits, d) = ([0.3, -4.0, 9.0], [1.0, -2.0, 30.0]);
-        let got = finish_backward(&finish(&logits, rule), &d, rule).unwrap();
-        for i in 0..3 {
-            let at = |by: f64| finish(&[logits[i] + by], rule)[0];
-            let want = d[i] * (at(1e-5) - at(-1e-5)) / 2e-5;
-            assert!((got[i] - want).abs() < 1e-9, "{i}: {}, want {want}", got[i]);
-        }
-        assert_eq!(finish_backward(&[3.0], &[7.0], LogitRule::PLAIN).unwrap(), [7.0]);
     }
 
     #[test]

@@ -3,10 +3,14 @@
 //! Rosenbaum et al. 2018, "Routing Networks" (one expert from a policy trained by its reward); Kool et al. 2019, "Stochastic Beams
 //! and Where to Find Them" (Gumbel top-k: k experts without replacement).
 
+mod backward;
+
 use super::gating::{softmax, top};
 use super::{ReferenceError, require};
 use crate::rules::SamplingRule;
 use crate::rules::noise::gumbel;
+
+pub use backward::{SampledUpstream, sampled_backward};
 
 /// What sampling yields.
 #[derive(Clone, Debug, PartialEq)]

@@ -11,6 +11,8 @@
 //! The temperature is a number of the descriptor: no kernel here takes an exponential of a number on the device. Where it is trained or a CUDA graph must see it change,
 //! leave it 0 and write its exponential as [`CosineWeights::expert_scale`], which is read when the work runs.
 
+mod backward;
+
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
@@ -23,6 +25,8 @@ use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Element, Error, In, Kernel, Kernels, Out, Selection, Workspace};
+
+pub use backward::{CosineBackwardPlan, CosineGradients};
 
 const OPERATION: &str = "cosine";
 

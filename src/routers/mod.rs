@@ -1,6 +1,7 @@
 //! Which experts each token goes to, and with what weight.
 
 pub mod affinity;
+pub mod affinity_backward;
 pub mod balance_loss;
 pub mod base;
 pub mod by_sequence;
@@ -11,18 +12,24 @@ pub mod gating_backward;
 pub mod gating_dispatch;
 pub mod hash;
 pub mod hierarchical;
+pub mod hierarchical_backward;
 pub mod jitter;
 pub mod load_importance;
+pub mod load_importance_backward;
 pub mod measured_gating;
 pub mod network;
 pub mod noise_state;
 pub mod noisy;
+pub mod noisy_backward;
 pub mod product_keys;
+pub mod product_keys_backward;
 pub mod quantile_bias;
 pub mod route;
 pub mod router;
 pub mod router_backward;
 pub mod sampled;
+pub mod sampled_backward;
+pub mod sequence_counts;
 pub mod sinkhorn;
 pub mod token_banks;
 pub mod update_bias;

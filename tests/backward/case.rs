@@ -1,21 +1,22 @@
 //! A layer with random weights, its gradients from the device and from the reference.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
-use moe_kernels::experts::Weight;
+use cudarc::driver::{CudaSlice, CudaStream};
 use moe_kernels::experts::gemm::SwigluByExpert;
 use moe_kernels::layer::{
     BackwardArgs, BackwardDesc, BackwardPlan, BackwardStage, Choices, ExpertWeights, LayerArgs, LayerDesc,
     LayerGradients, LayerPlan, LayerWeights, MapTable, Origin, RouteArgs, RouterGradients, RouterWeights, Saved,
-    SharedGradients, SharedWeights, WeightGradients,
+    SharedGradients, SharedWeights,
 };
-use moe_kernels::reference::gemm::{ExpertMatrix, MatrixGradient};
 use moe_kernels::reference::layer::{self, Layer};
-use moe_kernels::rules::{Activation, Bound, Dropout, Glu, IDENTITY, Layout, NONE, NullOutput, WeightDesc};
-use moe_kernels::{Dtype, Element, Error, Kernels, TokenMask, Workspace};
+use moe_kernels::rules::{Activation, Bound, Dropout, Glu, IDENTITY, NONE, NullOutput};
+use moe_kernels::{Element, Error, Kernels, TokenMask, Workspace};
 
+use crate::compare::{Found, GUARD, HELD, JUNK, compare, read};
 use crate::device;
+use crate::mlp::{Gradients, Mlp, random, upload, upload_numbers};
 
 /// A layer, a number of tokens, what is asked for, and which optional inputs there are.
 #[derive(Clone, Copy)]
@@ -24,7 +25,8 @@ pub struct Case {
     pub tokens: usize,
     pub back: BackwardDesc,
     pub router_bias: bool,
-    pub up_bias: bool,
+    /// Of both products, and of a shared expert's.
+    pub biases: bool,
     /// A vector added to every token's sum.
     pub bias: bool,
     /// Every number of a SwiGLU by expert.
@@ -47,7 +49,7 @@ impl Case {
             tokens,
             back,
             router_bias: false,
-            up_bias: false,
+            biases: false,
             bias: false,
             by_expert: false,
             dropout: None,
@@ -63,99 +65,18 @@ impl Case {
     }
 }
 
-/// Both products' weights on host and device; of gate and up apart the halves.
-pub struct Mlp<T> {
-    desc: moe_kernels::layer::Mlp,
-    sizes: [usize; 3],
-    pub up: Vec<T>,
-    up_bias: Option<Vec<T>>,
-    pub down: Vec<T>,
-    on_device: [CudaSlice<T>; 3],
-    bias_on_device: Option<CudaSlice<T>>,
-}
-
-/// Gate's and up's tensors of one in which each expert's gate stands before its up.
-fn halves<T: Copy>(all: &[T], weight: &WeightDesc, [n, k]: [usize; 2]) -> [Vec<T>; 2] {
-    let row = if weight.layout == Layout::Kn { n } else { n * k };
-    [0, 1].map(|half| all.chunks(2 * row).flat_map(|both| both[half * row..][..row].to_vec()).collect())
-}
-
-impl<T: Element> Mlp<T> {
-    fn new(
-        stream: &Arc<CudaStream>,
-        rng: &mut fastrand::Rng,
-        case: &Case,
-        desc: moe_kernels::layer::Mlp,
-        [experts, inner]: [usize; 2],
-    ) -> Mlp<T> {
-        let hidden = case.desc.hidden;
-        let rows = if desc.gate_up.glu == Glu::None { inner } else { 2 * inner };
-        let up = random::<T>(rng, experts * rows * hidden, 1.0 / (hidden as f32).sqrt());
-        let down = random::<T>(rng, experts * hidden * inner, 1.0 / (inner as f32).sqrt());
-        let up_bias = case.up_bias.then(|| random::<T>(rng, experts * rows, 0.5));
-        let apart = desc.gate_up.glu == Glu::Apart;
-        let [gate, second] = if apart { halves(&up, &desc.gate_up, [inner, hidden]) } else { [up.clone(), Vec::new()] };
-        assert!(!(apart && case.up_bias), "no case has a bias of two tensors");
-        let on_device = [&gate, &second, &down].map(|values| upload(stream, values));
-        let bias_on_device = up_bias.as_ref().map(|bias| upload(stream, bias));
-        Mlp { desc, sizes: [experts, inner, hidden], up, up_bias, down, on_device, bias_on_device }
-    }
-
-    fn upload(&mut self, stream: &Arc<CudaStream>) {
-        let [_, inner, hidden] = self.sizes;
-        let apart = self.desc.gate_up.glu == Glu::Apart;
-        let [gate, second] =
-            if apart { halves(&self.up, &self.desc.gate_up, [inner, hidden]) } else { [self.up.clone(), Vec::new()] };
-        self.on_device = [&gate, &second, &self.down].map(|values| upload(stream, values));
-    }
-
-    fn weights(&self) -> (Weight<'_>, Weight<'_>) {
-        let [first, second, down] = &self.on_device;
-        let up = if self.desc.gate_up.glu == Glu::Apart { Weight::apart(first, second) } else { Weight::new(first) };
-        (self.bias_on_device.iter().fold(up, |up, bias| up.bias(bias)), Weight::new(down))
-    }
-
-    fn wide(&self) -> Wide {
-        let wide = |values: &[T]| values.iter().map(|v| v.to_f32().into()).collect::<Vec<f64>>();
-        Wide { up: wide(&self.up), up_bias: self.up_bias.as_deref().map(wide), down: wide(&self.down) }
-    }
-
-    fn matrices<'a>(&self, wide: &'a Wide) -> (ExpertMatrix<'a, f64>, ExpertMatrix<'a, f64>) {
-        let [_, inner, hidden] = self.sizes;
-        let (up, down) = (self.desc.gate_up, self.desc.down);
-        let bias = wide.up_bias.as_deref();
-        (
-            ExpertMatrix { weight: &wide.up, bias, n: inner, k: hidden, glu: up.glu, layout: up.layout },
-            ExpertMatrix { weight: &wide.down, bias: None, n: hidden, k: inner, glu: Glu::None, layout: down.layout },
-        )
-    }
-}
-
-struct Wide {
-    up: Vec<f64>,
-    up_bias: Option<Vec<f64>>,
-    down: Vec<f64>,
-}
-
-pub fn random<T: Element>(rng: &mut fastrand::Rng, len: usize, scale: f32) -> Vec<T> {
-    (0..len).map(|_| T::from_f32((2.0 * rng.f32() - 1.0) * scale)).collect()
-}
-
-fn upload_numbers<E: DeviceRepr + Default + Clone>(stream: &Arc<CudaStream>, values: &[E]) -> CudaSlice<E> {
-    let one = [E::default()];
-    stream.clone_htod(if values.is_empty() { &one[..] } else { values }).unwrap()
-}
-
-fn upload<T: Element>(stream: &Arc<CudaStream>, values: &[T]) -> CudaSlice<T> {
-    let one = [T::from_f32(0.0)];
-    stream.clone_htod(if values.is_empty() { &one[..] } else { values }).unwrap()
-}
-
-/// What outputs hold before a pass: junk, and with `accumulate` what is added to.
-const JUNK: f32 = 12288.0;
-const HELD: f32 = 0.25;
-/// Elements behind each output that must keep their value.
-const GUARD: usize = 64;
+/// Gradients of both experts' products.
+const NAMES: [[&str; 6]; 2] = [
+    ["gate_up", "gate_up.up", "down", "gate_up.bias", "gate_up.up_bias", "down.bias"],
+    [
+        "shared.gate_up",
+        "shared.gate_up.up",
+        "shared.down",
+        "shared.gate_up.bias",
+        "shared.gate_up.up_bias",
+        "shared.down.bias",
+    ],
+];
 
 /// Everything that a pass reads; `W` is the router's type.
 pub struct Problem<T, W> {
@@ -185,10 +106,12 @@ pub struct Problem<T, W> {
     given_on_device: (CudaSlice<f32>, CudaSlice<i32>, CudaSlice<f32>),
     map_on_device: CudaSlice<i32>,
     mask_on_device: CudaSlice<u8>,
+    /// Experts whose weights have no gradient.
+    pub frozen: Option<CudaSlice<i32>>,
     pub dy_on_device: CudaSlice<T>,
     router_on_device: CudaSlice<W>,
     router_bias_on_device: Option<CudaSlice<f32>>,
-    pub workspace: Workspace,
+    workspace: RefCell<Workspace>,
     pub saved: Saved<T>,
     pub y: CudaSlice<T>,
 }
@@ -203,12 +126,9 @@ pub struct Buffers<T, G> {
     pub router_bias: CudaSlice<f32>,
     pub shared_gate: CudaSlice<f32>,
     pub bias: CudaSlice<f32>,
-    pub routed: [CudaSlice<G>; 3],
-    pub shared: [CudaSlice<G>; 3],
+    pub routed: Gradients<G>,
+    pub shared: Gradients<G>,
 }
-
-/// Named gradients.
-pub type Found = Vec<(&'static str, Vec<f64>)>;
 
 impl<T: Element, W: Element> Problem<T, W> {
     pub fn new(case: Case) -> Problem<T, W> {
@@ -226,8 +146,14 @@ impl<T: Element, W: Element> Problem<T, W> {
         let dy = random::<T>(&mut rng, elements, case.dy);
         let router = random::<W>(&mut rng, desc.experts * desc.hidden, 0.5);
         let router_bias = case.router_bias.then(|| random::<f32>(&mut rng, desc.experts, 0.5));
-        let routed = Mlp::new(&stream, &mut rng, &case, desc.mlp, [desc.local_experts(), desc.intermediate]);
-        let shared = desc.shared.map(|shared| Mlp::new(&stream, &mut rng, &case, shared.mlp, [1, shared.intermediate]));
+        let routed = {
+            let sizes = [desc.local_experts(), desc.intermediate, desc.hidden];
+            Mlp::new(&stream, &mut rng, desc.mlp, sizes, case.biases)
+        };
+        let shared = desc.shared.map(|shared| {
+            let sizes = [1, shared.intermediate, desc.hidden];
+            Mlp::new(&stream, &mut rng, shared.mlp, sizes, case.biases)
+        });
         let shared_gate = random::<W>(&mut rng, desc.hidden, 0.5);
         let bias = random::<T>(&mut rng, desc.hidden, 0.5);
         let mut around = |middle: f32| {
@@ -259,10 +185,11 @@ impl<T: Element, W: Element> Problem<T, W> {
             ),
             map_on_device: upload_numbers(&stream, &map),
             mask_on_device: upload_numbers(&stream, &mask),
+            frozen: None,
             dy_on_device: upload(&stream, &dy),
             router_on_device: upload(&stream, &router),
             router_bias_on_device: router_bias.as_ref().map(|bias| upload(&stream, bias)),
-            workspace: Workspace::new(&stream, bytes).unwrap(),
+            workspace: RefCell::new(Workspace::new(&stream, bytes).unwrap()),
             saved: Saved::new(&stream, &back).unwrap(),
             y: upload(&stream, &x),
             case,
@@ -330,9 +257,19 @@ impl<T: Element, W: Element> Problem<T, W> {
     }
 
     pub fn forward(&mut self) {
+        let fresh = Saved::new(&self.stream, &self.back).unwrap();
+        self.forward_into(fresh);
+    }
+
+    /// The same on memory that an earlier pass has filled.
+    pub fn forward_into_what_was_saved(&mut self) {
+        let fresh = Saved::new(&self.stream, &self.back).unwrap();
+        let used = std::mem::replace(&mut self.saved, fresh);
+        self.forward_into(used);
+    }
+
+    fn forward_into(&mut self, mut saved: Saved<T>) {
         let mut y = self.y.clone();
-        let mut workspace = std::mem::replace(&mut self.workspace, Workspace::new(&self.stream, 0).unwrap());
-        let mut saved = Saved::new(&self.stream, &self.back).unwrap();
         let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
         let mut args = LayerArgs::new(&self.x_on_device, &mut y);
         args.dropout = self.case.dropout;
@@ -346,8 +283,10 @@ impl<T: Element, W: Element> Problem<T, W> {
         if self.case.router_x {
             args.router_x = Some((&self.router_x_on_device).into());
         }
+        let mut workspace = self.workspace.borrow_mut();
         self.plan.forward_saving(self.kernels, &self.stream, &weights, args, &mut saved, &mut workspace).unwrap();
-        (self.y, self.workspace, self.saved) = (y, workspace, saved);
+        drop(workspace);
+        (self.y, self.saved) = (y, saved);
     }
 
     /// All gradients that there are.
@@ -360,13 +299,7 @@ impl<T: Element, W: Element> Problem<T, W> {
             all.extend([E::from_f32(JUNK); GUARD]);
             stream.clone_htod(&all).unwrap()
         }
-        let mlp = |mlp: Option<&Mlp<T>>| {
-            let lens = mlp.map_or([0; 3], |mlp| {
-                let (up, apart) = (mlp.up.len(), mlp.desc.gate_up.glu == Glu::Apart);
-                if apart { [up / 2, up / 2, mlp.down.len()] } else { [up, 0, mlp.down.len()] }
-            });
-            lens.map(|len| full::<G>(&self.stream, len, held))
-        };
+        let mlp = |mlp: Option<&Mlp<T>>| mlp.map_or([0; 6], Mlp::lens).map(|len| full::<G>(&self.stream, len, held));
         Buffers {
             x: full(&self.stream, self.case.tokens * desc.hidden, JUNK),
             router_x: full(&self.stream, if self.case.router_x { self.case.tokens * desc.hidden } else { 0 }, JUNK),
@@ -383,16 +316,10 @@ impl<T: Element, W: Element> Problem<T, W> {
 
     /// What all of `buffers` are for.
     pub fn gradients<'a, G: Element>(&self, buffers: &'a mut Buffers<T, G>) -> LayerGradients<'a, T> {
-        fn mlp<'a, G: Element>(glu: Glu, [first, second, down]: &'a mut [CudaSlice<G>; 3]) -> [WeightGradients<'a>; 2] {
-            let up =
-                if glu == Glu::Apart { WeightGradients::apart(first, second) } else { WeightGradients::new(first) };
-            [up, WeightGradients::new(down)]
-        }
-        let desc = &self.case.desc;
         let gated = self.gated();
         let (routes, asked, other) = (self.routed_here(), self.case.back.origin == Origin::Router, self.case.router_x);
         let Buffers { x, router_x, logits, weights, router, router_bias, shared_gate, bias, routed, shared } = buffers;
-        let [gate_up, down] = mlp(desc.mlp.gate_up.glu, routed);
+        let [gate_up, down] = self.routed.gradients(routed);
         let mut gradients = LayerGradients::new().x(x).weights(weights).gate_up(gate_up).down(down);
         gradients.router_x = other.then_some(router_x.into());
         gradients.logits = routes.then_some(logits.into());
@@ -401,8 +328,8 @@ impl<T: Element, W: Element> Problem<T, W> {
             let of = RouterGradients::new().matrix(router);
             gradients = gradients.router(if self.case.router_bias { of.bias(router_bias) } else { of });
         }
-        let Some(of) = desc.shared else { return gradients };
-        let [gate_up, down] = mlp(of.mlp.gate_up.glu, shared);
+        let Some(of) = &self.shared else { return gradients };
+        let [gate_up, down] = of.gradients(shared);
         let shared = SharedGradients::new().gate_up(gate_up).down(down);
         gradients.shared(if gated { shared.gate(shared_gate) } else { shared })
     }
@@ -416,26 +343,39 @@ impl<T: Element, W: Element> Problem<T, W> {
         self.case.desc.shared.is_some_and(|shared| shared.gated)
     }
 
-    pub fn backward(&mut self, mut gradients: LayerGradients<'_, T>) -> Result<Vec<BackwardStage>, Error> {
+    /// Choices of each expert, on the device.
+    pub fn loss_counts(&self) -> CudaSlice<i32> {
+        self.stream.clone_htod(&self.counts()).unwrap()
+    }
+
+    pub fn backward(&self, gradients: LayerGradients<'_, T>) -> Result<Vec<BackwardStage>, Error> {
+        let counts = self.loss_counts();
+        self.backward_by(gradients, &counts)
+    }
+
+    /// The launches alone, with the counts of the balancing loss.
+    pub fn backward_by(
+        &self,
+        mut gradients: LayerGradients<'_, T>,
+        counts: &CudaSlice<i32>,
+    ) -> Result<Vec<BackwardStage>, Error> {
         let mut stages = Vec::new();
-        let mut workspace = std::mem::replace(&mut self.workspace, Workspace::new(&self.stream, 0).unwrap());
         let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
-        let counts = self.stream.clone_htod(&self.counts()).unwrap();
         let (logits, ids, chosen) = &self.given_on_device;
         let choices = (self.case.desc.map.is_some() || self.identities()).then(|| Choices::new(ids, chosen));
         let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients.reborrow());
         if self.case.back.losses.is_some_and(|losses| losses.balance != 0.0) {
-            args = args.loss_counts(&counts);
+            args = args.loss_counts(counts);
         }
         args.router_x = self.case.router_x.then_some((&self.router_x_on_device).into());
         args.given_logits = (self.case.back.origin == Origin::Logits).then_some(logits.into());
         args.choices = choices.filter(|_| self.case.back.origin == Origin::Choices);
         args.map = self.case.desc.map.map(|_| MapTable::new(&self.map_on_device));
+        args.frozen = self.frozen.as_ref().map(Into::into);
+        let workspace = &mut *self.workspace.borrow_mut();
         let observer = &mut |stage| stages.push(stage);
         let (kernels, stream) = (self.kernels, &self.stream);
-        let result =
-            self.back.backward_observed(kernels, stream, &weights, &self.saved, args, &mut workspace, observer);
-        self.workspace = workspace;
+        let result = self.back.backward_observed(kernels, stream, &weights, &self.saved, args, workspace, observer);
         result.map(|()| stages)
     }
 
@@ -468,8 +408,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         if self.gated() {
             found.push(("shared.gate", read(&self.stream, "shared.gate", &buffers.shared_gate)));
         }
-        let names = [["gate_up", "gate_up.up", "down"], ["shared.gate_up", "shared.gate_up.up", "shared.down"]];
-        for (names, buffers) in names.into_iter().zip([&buffers.routed, &buffers.shared]) {
+        for (names, buffers) in NAMES.into_iter().zip([&buffers.routed, &buffers.shared]) {
             let all = names.into_iter().zip(buffers).map(|(name, buffer)| (name, read(&self.stream, name, buffer)));
             found.extend(all.filter(|(_, values)| !values.is_empty()));
         }
@@ -523,19 +462,12 @@ impl<T: Element, W: Element> Problem<T, W> {
         found.extend(want.router_bias.map(|bias| ("router_bias", bias)));
         found.extend(want.bias.map(|bias| ("bias", bias)));
         found.extend(want.shared_gate.map(|gate| ("shared.gate", gate)));
-        let mut mlp = |of: &Mlp<T>, names: [&'static str; 3], up: MatrixGradient, down: MatrixGradient| {
-            let [_, inner, hidden] = of.sizes;
-            if of.desc.gate_up.glu == Glu::Apart {
-                let [gate, second] = halves(&up.weight, &of.desc.gate_up, [inner, hidden]);
-                found.extend([(names[0], gate), (names[1], second)]);
-            } else {
-                found.push((names[0], up.weight));
-            }
-            found.push((names[2], down.weight));
+        let mut mlp = |names: [&'static str; 6], gradients: [Vec<f64>; 6]| {
+            found.extend(names.into_iter().zip(gradients).filter(|(_, values)| !values.is_empty()));
         };
-        mlp(&self.routed, ["gate_up", "gate_up.up", "down"], want.up, want.down);
+        mlp(NAMES[0], self.routed.found(want.up, want.down));
         if let Some(((up, down), of)) = want.shared.zip(self.shared.as_ref()) {
-            mlp(of, ["shared.gate_up", "shared.gate_up.up", "shared.down"], up, down);
+            mlp(NAMES[1], of.found(up, down));
         }
         if self.case.back.accumulate {
             let added = found.iter_mut().filter(|(name, _)| !["x", "logits", "weights"].contains(name));
@@ -560,39 +492,6 @@ fn of_expert(activation: Activation, [alpha, gate, up, offset]: [f32; 4]) -> Act
     }
 }
 
-/// An output without its guard, which must be as it was.
-fn read<E: Element>(stream: &Arc<CudaStream>, name: &str, from: &CudaSlice<E>) -> Vec<f64> {
-    let mut values: Vec<f64> = stream.clone_dtoh(from).unwrap().into_iter().map(|v| v.to_f32().into()).collect();
-    let guard = values.split_off(values.len() - GUARD);
-    assert!(guard.iter().all(|&value| value == f64::from(JUNK)), "{name}: written past its end");
-    values
-}
-
-/// In the norm: f32 sums of a few hundred terms behind one another; in 16 bits the roundings of what lies between products.
-pub fn tolerance(dtype: Dtype) -> f64 {
-    match dtype {
-        Dtype::F32 => 5e-6,
-        Dtype::F16 => 2e-3,
-        Dtype::Bf16 => 1e-2,
-        other => unreachable!("no case has {other}"),
-    }
-}
-
-pub fn norm(values: impl Iterator<Item = f64>) -> f64 {
-    values.map(|v| v * v).sum::<f64>().sqrt()
-}
-
-/// Both lists name the same, and each is near in the norm.
-pub fn compare(dtype: Dtype, got: &Found, want: &Found) {
-    let names = |found: &Found| found.iter().map(|(name, values)| (*name, values.len())).collect::<Vec<_>>();
-    assert_eq!(names(got), names(want));
-    for ((name, got), (_, want)) in got.iter().zip(want) {
-        let error = norm(got.iter().zip(want).map(|(got, want)| got - want));
-        let size = norm(want.iter().copied());
-        assert!(error <= tolerance(dtype) * size, "{dtype} {name}: {error:e} of {size:e}");
-    }
-}
-
 /// Device against reference.
 pub fn check<T: Element, W: Element, G: Element>(case: Case) {
     let mut problem = Problem::<T, W>::new(case);
@@ -604,7 +503,14 @@ pub fn check<T: Element, W: Element, G: Element>(case: Case) {
     let planned = |stage: &BackwardStage| problem.back.stages().any(|(known, _)| known == *stage);
     let beside: Vec<BackwardStage> = stages.iter().copied().filter(|stage| !planned(stage)).collect();
     let on_request = [BackwardStage::Choices, BackwardStage::RouterBias, BackwardStage::Bias];
-    assert!(beside.iter().all(|stage| on_request.contains(stage)), "{beside:?}");
+    let of_biases = [
+        BackwardStage::DownBias,
+        BackwardStage::GateUpBias,
+        BackwardStage::SharedDownBias,
+        BackwardStage::SharedGateUpBias,
+    ];
+    let known = |stage| on_request.contains(stage) || of_biases.contains(stage);
+    assert!(beside.iter().all(known), "{beside:?}");
     assert_eq!(stages.len() - beside.len(), problem.back.launches());
     compare(T::DTYPE, &problem.found(&buffers), &problem.expected());
 }

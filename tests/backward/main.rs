@@ -1,11 +1,15 @@
 //! A layer's backward pass in one call.
 
 mod case;
+mod compare;
 #[path = "../support/data.rs"]
 mod data;
 #[path = "../support/device.rs"]
 #[allow(dead_code)]
 mod device;
+mod mlp;
+mod properties;
+mod refusals;
 mod slopes;
 mod torch;
 mod variants;

@@ -7,7 +7,8 @@ use moe_kernels::rules::{
     AdmissionRule, Dropout, Gating, NoiseSource, NullExperts, Order, Score, SecondExpert, Weighting,
 };
 
-use crate::case::{Case, Found, Problem, norm};
+use crate::case::{Case, Problem};
+use crate::compare::{Found, norm};
 
 const TOKENS: usize = 37;
 
@@ -43,7 +44,7 @@ fn value(problem: &mut Problem<f32, f32>) -> (f64, Vec<i32>) {
     (value, rows)
 }
 
-fn gradients(problem: &mut Problem<f32, f32>) -> Found {
+fn gradients(problem: &Problem<f32, f32>) -> Found {
     let mut buffers = problem.buffers::<f32>();
     let gradients = problem.gradients(&mut buffers);
     problem.backward(gradients).unwrap();
@@ -54,9 +55,10 @@ fn gradients(problem: &mut Problem<f32, f32>) -> Found {
 fn check(case: Case) {
     let mut problem = Problem::<f32, f32>::new(case);
     let (_, rows) = value(&mut problem);
-    let found = gradients(&mut problem);
+    let found = gradients(&problem);
     let mut rng = fastrand::Rng::with_seed(5);
     let inner = |name: &str| match name {
+        name if name.ends_with("bias") => true,
         "logits" => case.back.origin != Origin::Logits,
         "weights" => case.back.origin != Origin::Choices,
         _ => false,
@@ -80,7 +82,11 @@ fn check(case: Case) {
                 ((above_rows, below_rows) == (rows.clone(), rows.clone())).then_some((above - below) / (2.0 * step))
             });
             *values(&mut problem, name) = kept;
-            let got = slopes.into_iter().flatten().next().expect("another seed, whose choices are further apart");
+            let got = slopes
+                .into_iter()
+                .flatten()
+                .next()
+                .unwrap_or_else(|| panic!("{name}: another seed, whose choices are further apart"));
             // Terms of third order in the step, and roundings of f32 divided by it.
             assert!((got - want).abs() <= 4e-3 * size, "{name}: {got} where the gradient says {want}, of {size}");
         }
@@ -127,9 +133,9 @@ fn choices_and_logits_from_elsewhere() {
     for origin in [Origin::Logits, Origin::Choices] {
         let back = BackwardDesc::new().origin(origin);
         let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
-        check(Case::new(layer().shared(shared), TOKENS).back(back));
-        check(Case::new(layer().null(Some(NullExperts::identity(2))), TOKENS).back(back));
-        check(Case::new(layer().weighting(Weighting::Input), TOKENS).back(back));
+        check(Case { seed: 3, ..Case::new(layer().shared(shared), TOKENS).back(back) });
+        check(Case { seed: 3, ..Case::new(layer().null(Some(NullExperts::identity(2))), TOKENS).back(back) });
+        check(Case { seed: 3, ..Case::new(layer().weighting(Weighting::Input), TOKENS).back(back) });
     }
 }
 

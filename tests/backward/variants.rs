@@ -35,6 +35,18 @@ fn types() {
     check::<f16, f16, f32>(Case::new(layer(Dtype::F16), TOKENS));
 }
 
+/// Where the forward pass has kernels of its own.
+#[test]
+fn few_tokens() {
+    for tokens in [1, 2, 5, 16] {
+        check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16), tokens));
+        let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
+        check::<f32, f32, f32>(Case::new(layer(Dtype::F32).shared(shared), tokens));
+        let wide = LayerDesc::new(Dtype::Bf16, 256, 512, 6, 2);
+        check::<bf16, bf16, bf16>(Case::new(wide, tokens));
+    }
+}
+
 #[test]
 fn layouts() {
     for glu in Glu::ALL {
@@ -43,7 +55,7 @@ fn layouts() {
                 let mlp = mlp(Dtype::F32, glu, [up, down], Activation::Silu);
                 let shared = Some(SharedDesc::new(16, mlp));
                 let desc = layer(Dtype::F32).mlp(mlp).shared(shared);
-                check::<f32, f32, f32>(Case { up_bias: glu != Glu::Apart, ..Case::new(desc, TOKENS) });
+                check::<f32, f32, f32>(Case { biases: true, ..Case::new(desc, TOKENS) });
             }
         }
         let mlp = mlp(Dtype::Bf16, glu, [Layout::Nk, Layout::Nk], Activation::Silu);
@@ -70,7 +82,7 @@ fn activations() {
         for glu in [Glu::None, Glu::Split, Glu::Interleaved] {
             if fits(activation, glu) {
                 let mlp = mlp(Dtype::F32, glu, [Layout::Nk, Layout::Nk], activation);
-                check::<f32, f32, f32>(Case { up_bias: true, ..Case::new(layer(Dtype::F32).mlp(mlp), TOKENS) });
+                check::<f32, f32, f32>(Case { biases: true, ..Case::new(layer(Dtype::F32).mlp(mlp), TOKENS) });
             }
         }
     }
@@ -121,7 +133,7 @@ fn weightings_and_scales() {
         for [up, down] in [[Layout::Nk, Layout::Nk], [Layout::Kn, Layout::Kn]] {
             let mlp = mlp(Dtype::F32, Glu::Interleaved, [up, down], Activation::Silu);
             let desc = layer(Dtype::F32).mlp(mlp).weighting(weighting).routed_scale(0.5);
-            let case = Case { up_bias: true, ..Case::new(desc, TOKENS) };
+            let case = Case { biases: true, ..Case::new(desc, TOKENS) };
             check::<f32, f32, f32>(case);
             check::<f32, f32, f32>(case.back(BackwardDesc::new().recompute(true)));
         }
@@ -133,7 +145,7 @@ fn weightings_and_scales() {
 fn numbers_by_expert() {
     let unit = Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6));
     let mlp = mlp(Dtype::F32, Glu::Interleaved, [Layout::Kn; 2], unit.into());
-    let case = Case { by_expert: true, up_bias: true, ..Case::new(layer(Dtype::F32).mlp(mlp), TOKENS) };
+    let case = Case { by_expert: true, biases: true, ..Case::new(layer(Dtype::F32).mlp(mlp), TOKENS) };
     check::<f32, f32, f32>(case);
     check::<f32, f32, f32>(case.back(BackwardDesc::new().recompute(true)));
 }

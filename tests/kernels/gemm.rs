@@ -6,6 +6,7 @@ use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Rows, Shar
 use moe_kernels::experts::gemm_combine::{self, GemmCombineDesc, SumArgs};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::experts::{SlotShape, Weight};
+use moe_kernels::reference::activation::sigmoid;
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::registry::{Fold, Gemm, GemmHopper, GemmSwapped, Kernel};
@@ -17,7 +18,7 @@ use crate::noise_state::State;
 use crate::rows::Rows as Lists;
 use crate::strides;
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, rounding, to_f64};
+use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, rounding, to_f64, unit_roundoff};
 use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
@@ -294,7 +295,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let a_live = if gather { &a[..] } else { &a[..live * k] };
     let grouped_gemm = reference::gemm::grouped_gemm_by_expert;
     let mut want = grouped_gemm(a_live, &matrix, plan, gather, scale_live, &activations).unwrap();
-    let Products { before, after: mut bounds } =
+    let Products { before, sides, after: mut bounds } =
         products(a_live, &matrix, plan, gather, scale_live, &activations, arithmetic(variant.dtype));
     // The factor of the result, and its own rounding.
     for (i, (want, bound)) in want.iter_mut().zip(&mut bounds).enumerate() {
@@ -382,7 +383,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
     assert!(same, "{name}: another run, with more in the launch, gave other bits");
     let values = kept.read(&stream);
-    assert_products(&format!("{name}: before the activation"), &values[..live * columns], &before);
+    assert_products(&format!("{name}: before the activation"), &values[..live * columns], &before, &sides);
     let untouched = bytemuck::cast_slice::<T, u8>(&values[live * columns..]).iter().all(|&byte| byte == 0xff);
     assert!(untouched, "{name}: before the activation: a row that no tile covers was written");
     shared.iter().for_each(|shared| shared.check(&name));
@@ -407,6 +408,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
             &format!("{name}: before the activation and dropout"),
             &kept.read(&stream)[..live * columns],
             &before,
+            &sides,
         );
         shared.iter().for_each(|shared| shared.check(&format!("{name} {dropout:?}")));
     }
@@ -436,8 +438,58 @@ pub fn arithmetic(dtype: Dtype) -> Arithmetic {
 pub struct Products {
     /// Before the activation: `[rows, N]`, or `[rows, 2N]` with gates first.
     pub before: Vec<Bounded>,
+    /// Clamps of these.
+    pub sides: Vec<Side>,
     /// Bounds of the outputs `[rows, N]`.
     pub after: Vec<f64>,
+}
+
+/// Where a value's slope jumps: 16 bits do not round across it.
+#[derive(Clone, Copy)]
+pub enum Side {
+    None,
+    /// A gate's clamp.
+    Above(f64),
+    /// An up value's.
+    Beyond(f64),
+    /// A gate's behind its SiLU of this steepness.
+    Behind(f64, f64),
+}
+
+impl Side {
+    fn of(activation: Activation, is_up: bool) -> Side {
+        let Activation::Swiglu(unit) = activation else { return Side::None };
+        match (if is_up { unit.up } else { unit.gate }, is_up) {
+            (Bound::Clamp(limit), true) => Side::Beyond(limit.into()),
+            (Bound::Clamp(limit), false) if unit.clamp_after => Side::Behind(limit.into(), unit.alpha.into()),
+            (Bound::Clamp(limit), false) => Side::Above(limit.into()),
+            _ => Side::None,
+        }
+    }
+
+    /// What is compared with the limit, and the limit.
+    fn measured(self, value: f64) -> Option<[f64; 2]> {
+        match self {
+            Side::None => None,
+            Side::Above(limit) => Some([value, limit]),
+            Side::Beyond(limit) => Some([value.abs(), limit]),
+            Side::Behind(limit, alpha) => Some([value * sigmoid(alpha * value), limit]),
+        }
+    }
+
+    /// Asserts that `got` is on the side of `want`, and says whether it may be the neighbour of what `want` is rounded to.
+    fn check(self, name: &str, got: f64, want: Bounded, dtype: Dtype) -> bool {
+        let Some([value, limit]) = self.measured(want.value).filter(|[value, _]| value.is_finite()) else {
+            return false;
+        };
+        let near = (value - limit).abs();
+        // Of a slope of at most 1.1, and of the threshold behind a SiLU.
+        if near > 1.1 * want.error + 1e-5 * limit && dtype != Dtype::F32 {
+            let [got, _] = self.measured(got).unwrap();
+            assert_eq!(got > limit, value > limit, "{name}: {} is kept across the limit {limit}, as {got}", want.value);
+        }
+        near <= 4.0 * unit_roundoff(dtype) * limit + 1.1 * want.error
+    }
 }
 
 /// Each product's bound, carried through scale, bias and activation.
@@ -465,7 +517,7 @@ pub fn products<T: Storage>(
         let error = arithmetic.sum_bound(matrix.k, products[i], magnitudes[i], squares[i].sqrt());
         Bounded { value: sums[i], error }.scaled(scale.map_or(1.0, |scale| scale[i / columns]))
     };
-    let (mut before, mut after) = (vec![], vec![]);
+    let (mut before, mut sides, mut after) = (vec![], vec![], vec![]);
     let experts = (0..).zip(&plan.counts).flat_map(|(e, &count)| std::iter::repeat_n(e, count as usize));
     for (row, expert) in experts.enumerate().map(|(row, expert): (usize, usize)| (row * columns, expert)) {
         let gate_and_up = |c: usize| match matrix.glu {
@@ -478,14 +530,23 @@ pub fn products<T: Storage>(
         let pairs: Vec<(Bounded, Option<Bounded>)> = (0..n).map(gate_and_up).collect();
         before.extend(pairs.iter().map(|(gate, _)| *gate));
         before.extend(pairs.iter().filter_map(|(_, up)| *up));
+        let gated = pairs.iter().filter(|(_, up)| up.is_some()).count();
+        sides.extend(pairs.iter().map(|_| Side::of(activations[expert], false)));
+        sides.extend(pairs[..gated].iter().map(|_| Side::of(activations[expert], true)));
         after.extend(pairs.iter().map(|&(gate, up)| Bounded::activated(activations[expert], gate, up).error));
     }
-    Products { before, after }
+    Products { before, sides, after }
 }
 
-fn assert_products<T: Storage>(name: &str, got: &[T], want: &[Bounded]) {
+fn assert_products<T: Storage>(name: &str, got: &[T], want: &[Bounded], sides: &[Side]) {
     let values: Vec<f64> = want.iter().map(|want| want.value).collect();
-    let bounds: Vec<f64> = want.iter().map(|want| want.error).collect();
+    let all = got.iter().zip(want).zip(sides);
+    let bounds: Vec<f64> = all
+        .map(|((&got, want), side)| {
+            let beside = side.check(name, got.into(), *want, T::DTYPE);
+            want.error + if beside { 2.0 * unit_roundoff(T::DTYPE) * want.value.abs() } else { 0.0 }
+        })
+        .collect();
     assert_sums(name, &to_f64(got), &values, &bounds, T::DTYPE);
 }
 
@@ -635,7 +696,12 @@ impl<T: Storage> Shared<T> {
         let stream = device::stream();
         let (name, out) = (format!("{name}: shared expert"), to_f64(&self.out.read(&stream)));
         assert_sums(&name, &out, &self.want, &self.products.after, T::DTYPE);
-        assert_products(&format!("{name}, before the activation"), &self.kept.read(&stream), &self.products.before);
+        assert_products(
+            &format!("{name}, before the activation"),
+            &self.kept.read(&stream),
+            &self.products.before,
+            &self.products.sides,
+        );
         self.a.assert_unchanged(&stream);
         self.weight.assert_unchanged();
     }

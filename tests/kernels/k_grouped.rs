@@ -1,17 +1,18 @@
 //! Checks of `k_grouped_*`.
 
+use cudarc::driver::{CudaView, CudaViewMut};
 use half::{bf16, f16};
-use moe_kernels::Dtype;
 use moe_kernels::experts::gemm::ProductOut;
-use moe_kernels::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides};
+use moe_kernels::experts::k_grouped::{self, ColumnSums, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides};
 use moe_kernels::experts::{SlotShape, TileEntry};
-use moe_kernels::reference::k_grouped::{RowMatrix, k_grouped as reference};
+use moe_kernels::reference::k_grouped::{RowMatrix, column_sums, k_grouped as reference};
 use moe_kernels::registry::{KGrouped, Kernel};
+use moe_kernels::{Dtype, In};
 
 use crate::rows::Rows;
 use crate::strides::{places, spread};
 use crate::support::buffer::Guarded;
-use crate::support::compare::{Arithmetic, Storage, UNIT, assert_sums, to_f64};
+use crate::support::compare::{Arithmetic, Storage, UNIT, assert_bounded, assert_sums, to_f64};
 use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
@@ -42,10 +43,11 @@ fn check_as<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng) {
     let tile = variant.tile();
     let (bm, bk) = (tile.bm as usize, tile.bk as usize);
     // M and N: less than a tile, a part of a chunk's row, a tile and more.
+    // Then as many column tiles as share the sums of columns in units of 4, 2 and 1.
     let widths = if variant.any {
-        [[5, bm + 3], [bm + 1, 1], [33, 70], [1, 12], [bm, 40], [7, 7]]
+        [[5, bm + 3], [bm + 1, 1], [33, 70], [1, 12], [bm, 40], [7, 7], [bm - 1, 4 * bm + 1], [50, 8 * bm]]
     } else {
-        [[8, bm + 8], [bm + 16, 40], [24, bm], [8, 8], [2 * bm + 8, 16], [40, 72]]
+        [[8, bm + 8], [bm + 16, 40], [24, bm], [8, 8], [2 * bm + 8, 16], [40, 72], [bm + 8, 16 * bm + 8], [56, 9 * bm]]
     };
     // Rows: none, one, a stage less one, a stage, one more, several stages with a remainder and without.
     let loads =
@@ -121,9 +123,18 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
     let old: Vec<T> = normals(rng, experts * m * n, 1.0);
     let old32: Vec<f32> = normals(rng, experts * m * n, 1.0);
     let old64 = if case.f32_out { to_f64(&old32) } else { to_f64(&old) };
+    // Some experts frozen, all, or none; and sums of a's columns, of rows with factors or without.
+    let frozen: Option<Vec<i32>> =
+        (rng.u8(..3) == 0).then(|| (0..experts).map(|_| [0, 1, 0, -5][rng.usize(..4)]).collect());
+    let is_frozen = |expert: usize| frozen.as_ref().is_some_and(|frozen| frozen[expert] != 0);
     let (mut want, mut bounds) = (vec![], vec![]);
     for i in 0..sums.len() {
         let (first, end) = spans[i / (m * n)];
+        if is_frozen(i / (m * n)) {
+            want.push(old64[i]);
+            bounds.push(0.0);
+            continue;
+        }
         let kept = first == end && (case.keep_empty || case.accumulate);
         let value = if kept || case.accumulate { sums[i] + old64[i] } else { sums[i] };
         let own = arithmetic.sum_bound(end - first, sums[i], magnitudes[i], squares[i].sqrt());
@@ -135,6 +146,11 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         });
     }
 
+    let mut columns = (rng.u8(..4) > 0 || n > 500).then(|| {
+        let tokens = tokens_of(by_token[0]);
+        Columns::draw(rng, case, &a, tokens, &spans, slots, &is_frozen)
+    });
+    let frozen_in = frozen.as_ref().map(|frozen| Guarded::input(&stream, "frozen", frozen));
     let shape = SlotShape::new(tokens, experts, Some(1), slots, 16, slots);
     let [a_rows, b_rows] = by_token.map(|by_token| if by_token { tokens } else { slots });
     let strides = strides(variant, case, [a_rows, b_rows]);
@@ -158,7 +174,7 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
     let outs = places([experts, m, n], at.out);
     let all = outs.iter().max().unwrap() + 1;
     let mut before = (vec![Guarded::<T>::junk(); all], vec![Guarded::<f32>::junk(); all]);
-    if case.accumulate || case.keep_empty {
+    if case.accumulate || case.keep_empty || frozen.is_some() {
         outs.iter().zip(&old).for_each(|(&at, &old)| before.0[at] = old);
         outs.iter().zip(&old32).for_each(|(&at, &old)| before.1[at] = old);
     }
@@ -179,17 +195,29 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         ..Rows::default()
     };
     let dispatched = lists.dispatched(&stream, &shape);
-    let launch = |rounded: &mut Guarded<T>, wide: &mut Guarded<f32>| {
+    let launch = |rounded: &mut Guarded<T>, wide: &mut Guarded<f32>, columns: &mut Option<Columns<T>>| {
         let (a, b, mut rounded, mut wide) = (a.view(), b.view(), rounded.view_mut(), wide.view_mut());
         let out =
             if case.f32_out { ProductOut::F32((&mut wide).into()) } else { ProductOut::Rounded((&mut rounded).into()) };
-        k_grouped::forward(kernels, &stream, &desc, KGroupedArgs::new(&a, &b, &dispatched, out)).unwrap();
+        let mut args = KGroupedArgs::new(&a, &b, &dispatched, out);
+        let frozen = frozen_in.as_ref().map(Guarded::view);
+        args.frozen = frozen.as_ref().map(In::from);
+        let mut sums = columns.as_mut().map(Columns::views);
+        args.sums = sums.as_mut().map(|(rounded, wide, weights, f32_out, scale)| {
+            let out = if *f32_out { ProductOut::F32(wide.into()) } else { ProductOut::Rounded(rounded.into()) };
+            let mut sums = ColumnSums::new(out).scale(*scale);
+            sums.weights = weights.as_ref().map(In::from);
+            sums
+        });
+        k_grouped::forward(kernels, &stream, &desc, args).unwrap();
     };
     let mut first = None;
     for _ in 0..2 {
         rounded.reset(&stream);
         wide.reset(&stream);
-        launch(&mut rounded, &mut wide);
+        columns.iter_mut().for_each(Columns::reset);
+        launch(&mut rounded, &mut wide, &mut columns);
+        columns.iter().for_each(|columns| columns.check(&name));
         let got = (rounded.read(&stream), wide.read(&stream));
         let (values, dtype) = if case.f32_out { (to_f64(&got.1), Dtype::F32) } else { (to_f64(&got.0), variant.dtype) };
         let values: Vec<f64> = outs.iter().map(|&at| values[at]).collect();
@@ -199,7 +227,7 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         };
         let (now, mut expected) = (bits(&got), bits(&before));
         // All but the outputs is as it was.
-        for &at in &outs {
+        for (_, &at) in outs.iter().enumerate().filter(|(i, _)| !is_frozen(i / (m * n))) {
             let (narrow, wide) = (at * size_of::<T>()..(at + 1) * size_of::<T>(), at * 4..(at + 1) * 4);
             if case.f32_out {
                 expected.1[wide.clone()].copy_from_slice(&now.1[wide]);
@@ -208,10 +236,99 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
             }
         }
         assert!(now == expected, "{name}: written where no output is");
+        let now = (now, columns.as_ref().map(Columns::bytes));
         assert!(first.is_none_or(|first| first == now), "{name}: another run gave other bits");
         first = Some(now);
     }
     a.assert_unchanged(&stream);
     b.assert_unchanged(&stream);
-    time(&stream, &name, || launch(&mut rounded, &mut wide));
+    time(&stream, &name, || launch(&mut rounded, &mut wide, &mut columns));
+}
+
+/// Sums of a's columns, beside what they should be.
+struct Columns<T> {
+    rounded: Guarded<T>,
+    wide: Guarded<f32>,
+    weights: Option<Guarded<f32>>,
+    f32_out: bool,
+    scale: f32,
+    want: Vec<f64>,
+    bounds: Vec<f64>,
+}
+
+impl<T: Storage> Columns<T> {
+    fn draw(
+        rng: &mut fastrand::Rng,
+        case: &Case,
+        a: &[T],
+        slot_token: Option<&[i32]>,
+        spans: &[(usize, usize)],
+        slots: usize,
+        is_frozen: &dyn Fn(usize) -> bool,
+    ) -> Columns<T> {
+        let stream = device::stream();
+        let (m, elements) = (case.m, spans.len() * case.m);
+        let weights: Option<Vec<f32>> = rng.bool().then(|| normals(rng, slots, 1.0));
+        let (f32_out, scale) = (rng.bool(), [1.0, -1.5][rng.usize(..2)]);
+        let of = |f: fn(f64) -> f64| {
+            let a: Vec<f64> = to_f64(a).into_iter().map(f).collect();
+            let weights: Option<Vec<f32>> =
+                weights.as_ref().map(|weights| weights.iter().map(|&w| f(w.into()) as f32).collect());
+            let a = RowMatrix { values: &a[..], columns: m, slot_token };
+            column_sums(a, weights.as_deref(), f(scale.into()), spans).unwrap()
+        };
+        let (sums, magnitudes, squares) = (of(|v| v), of(f64::abs), of(|v| v * v));
+        let (old, old32): (Vec<T>, Vec<f32>) = (normals(rng, elements, 1.0), normals(rng, elements, 1.0));
+        let old64 = if f32_out { to_f64(&old32) } else { to_f64(&old) };
+        let (mut want, mut bounds) = (vec![], vec![]);
+        for i in 0..elements {
+            let (first, end) = spans[i / m];
+            let untouched = is_frozen(i / m) || first == end && (case.accumulate || case.keep_empty);
+            let old = if untouched || case.accumulate { old64[i] } else { 0.0 };
+            want.push(if untouched { old } else { sums[i] + old });
+            let own = Arithmetic::Fma.sum_bound(end - first, sums[i], magnitudes[i], squares[i].sqrt());
+            bounds.push(if untouched || first == end { 0.0 } else { own + UNIT * (sums[i].abs() + want[i].abs()) });
+        }
+        let keeps = case.accumulate || case.keep_empty || (0..spans.len()).any(is_frozen);
+        let junk = (vec![Guarded::<T>::junk(); elements], vec![Guarded::<f32>::junk(); elements]);
+        let (old, old32) = if keeps { (old, old32) } else { junk };
+        Columns {
+            rounded: Guarded::filled_output(&stream, "sums", &old, 1),
+            wide: Guarded::filled_output(&stream, "sums", &old32, 1),
+            weights: weights.map(|weights| Guarded::input(&stream, "sums.weights", &weights)),
+            f32_out,
+            scale,
+            want,
+            bounds,
+        }
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn views(&mut self) -> (CudaViewMut<'_, T>, CudaViewMut<'_, f32>, Option<CudaView<'_, f32>>, bool, f32) {
+        let weights = self.weights.as_ref().map(Guarded::view);
+        (self.rounded.view_mut(), self.wide.view_mut(), weights, self.f32_out, self.scale)
+    }
+
+    fn reset(&mut self) {
+        self.rounded.reset(&device::stream());
+        self.wide.reset(&device::stream());
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let stream = device::stream();
+        let (rounded, wide) = (self.rounded.read(&stream), self.wide.read(&stream));
+        [bytemuck::cast_slice::<T, u8>(&rounded), bytemuck::cast_slice(&wide)].concat()
+    }
+
+    fn check(&self, name: &str) {
+        let stream = device::stream();
+        let (got, dtype) = if self.f32_out {
+            self.rounded.assert_unchanged(&stream);
+            (to_f64(&self.wide.read(&stream)), Dtype::F32)
+        } else {
+            self.wide.assert_unchanged(&stream);
+            (to_f64(&self.rounded.read(&stream)), T::DTYPE)
+        };
+        assert_bounded(&format!("{name}: column sums"), &got, &self.want, &self.bounds, dtype);
+    }
 }

@@ -14,7 +14,7 @@ use crate::tokens::Padding;
 
 /// What logits and scores are like.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Kind {
+pub enum Kind {
     /// Logits are scores with noise, so that thresholds lie among the scores.
     Near,
     /// Few distinct values: scores level with thresholds.
@@ -34,7 +34,7 @@ pub fn check(rng: &mut fastrand::Rng) {
     }
 }
 
-fn inputs(rng: &mut fastrand::Rng, desc: &LoadImportanceDesc, kind: Kind) -> (Vec<f32>, Vec<f32>, Vec<i32>) {
+pub fn inputs(rng: &mut fastrand::Rng, desc: &LoadImportanceDesc, kind: Kind) -> (Vec<f32>, Vec<f32>, Vec<i32>) {
     const ODD: [f32; 4] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e10];
     let len = desc.tokens * desc.experts;
     let mut scores: Vec<f32> =

@@ -10,12 +10,14 @@ mod support;
 
 mod activation_backward;
 mod admission;
+mod affinity_backward;
 mod any_rule;
 mod balance;
 mod base;
 mod by_sequence;
 mod choice_backward;
 mod chunks;
+mod column_products;
 mod combine;
 mod combine_backward;
 mod dispatch;
@@ -29,6 +31,8 @@ mod gemm;
 mod gemm_any;
 mod gemm_backward;
 mod gemm_combine;
+mod gradient_norm;
+mod gradients;
 mod hash;
 mod hierarchical;
 mod ids;
@@ -37,12 +41,16 @@ mod k_grouped;
 mod keep_largest;
 mod lists;
 mod load_importance;
+mod load_importance_backward;
 mod mutants;
 mod noise_state;
 mod noisy;
+mod noisy_backward;
 mod permute;
 mod product_keys;
+mod product_keys_backward;
 mod rms_norm;
+mod rms_norm_backward;
 mod route;
 mod router;
 mod router_backward;
@@ -50,11 +58,14 @@ mod routing_map;
 mod row_groups;
 mod rows;
 mod sampled;
+mod sampled_backward;
+mod sequence_counts;
 mod sinkhorn;
 mod strides;
 mod timing;
 mod token_banks;
 mod tokens;
+mod unit_backward;
 mod unit_experts;
 
 use std::process::{Command, ExitCode};
@@ -151,12 +162,24 @@ fn check(kernel: Kernel) {
         Kernel::Sampled(variant) => sampled::check(variant, rng),
         Kernel::Jitter(dtype) => jitter::check(dtype, rng),
         Kernel::NoiseState => noise_state::check(rng),
+        Kernel::GradientNorm => gradient_norm::check(rng),
+        Kernel::GradientScale => gradient_norm::check_scale(rng),
         Kernel::GatingBackward { any: false } => gating_backward::check(rng),
         Kernel::GatingBackward { any: true } => gating_backward_any::check(rng),
         Kernel::ScaleSums => gating_backward_any::check_scale_sums(rng),
+        Kernel::SequenceCounts => sequence_counts::check(rng),
+        Kernel::NoisyBackward { grouped: false } => noisy_backward::check(rng),
+        Kernel::NoisyBackward { grouped: true } => noisy_backward::check_grouped(rng),
+        Kernel::SampledBackward => sampled_backward::check(rng),
+        Kernel::AffinityBackward => affinity_backward::check(rng),
+        Kernel::LoadImportanceBackward => load_importance_backward::check(rng),
+        Kernel::UnitBackward(dtype) => unit_backward::check(dtype, rng),
+        Kernel::ProductKeysBackward => product_keys_backward::check(rng),
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
+        Kernel::RmsNormBackward(dtype) => rms_norm_backward::check(dtype, rng),
+        Kernel::ColumnProducts(dtype) => column_products::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
         Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),

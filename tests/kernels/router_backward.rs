@@ -2,9 +2,9 @@
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
-use moe_kernels::Dtype;
 use moe_kernels::registry::{Kernel, RouterBackward};
-use moe_kernels::routers::router_backward::{self, RouterBackwardDesc};
+use moe_kernels::routers::router_backward::{self, RouterBackwardDesc, WeightArgs};
+use moe_kernels::{Dtype, Error, Out, Workspace};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{ROUTER_GRADIENT, Storage, rounding};
@@ -28,7 +28,8 @@ pub fn check(variant: RouterBackward, rng: &mut fastrand::Rng) {
     }
 }
 
-const SHAPES: [(usize, usize, usize); 5] = [(1, 1, 1), (70, 5, 33), (64, 64, 64), (3, 130, 65), (200, 8, 7)];
+const SHAPES: [(usize, usize, usize); 6] =
+    [(1, 1, 1), (70, 5, 33), (64, 64, 64), (3, 130, 65), (200, 8, 7), (66, 12, 130)];
 
 /// Gradients, of which a row in four is 0.
 fn gradients(rng: &mut fastrand::Rng, tokens: usize, experts: usize, whole: bool) -> Vec<f32> {
@@ -105,42 +106,92 @@ fn into_x<W: Storage + DeviceRepr, X: Storage + DeviceRepr>(variant: RouterBackw
     }
 }
 
+/// Shapes of which the tokens are added up in parts, where a workspace is lent.
+const IN_PARTS: [(usize, usize, usize); 4] = [(2100, 5, 33), (600, 130, 65), (1000, 64, 264), (700, 1, 1)];
+
 fn into_weight<X: Storage + DeviceRepr>(variant: RouterBackward, rng: &mut fastrand::Rng) {
-    let (kernels, stream) = (device::kernels(), device::stream());
-    for (turn, (tokens, experts, hidden)) in SHAPES.into_iter().chain([(0, 3, 5)]).enumerate() {
+    for (turn, (tokens, experts, hidden)) in SHAPES.into_iter().chain(IN_PARTS).chain([(0, 3, 5)]).enumerate() {
         for whole in [true, false] {
             let desc = RouterBackwardDesc::new(X::DTYPE, tokens, experts, hidden)
                 .accumulate((turn + usize::from(whole)) % 2 == 1);
-            let selection = router_backward::select_into_weight(&desc, kernels.device()).unwrap();
-            assert_eq!(selection.kernel.variant(), Kernel::RouterBackward(variant));
-            let d = gradients(rng, tokens, experts, whole);
-            let mut x = rows::<X>(rng, tokens * hidden, whole);
-            // What no gradient reaches may be anything.
-            (0..tokens).filter(|t| t % 4 == 2).for_each(|t| x[t * hidden..][..hidden].fill(X::from_f64(f64::NAN)));
-            let before = rows::<f32>(rng, experts * hidden, whole);
-            let (d_in, x_in) = (Guarded::input(&stream, "d_logits", &d), Guarded::input(&stream, "x", &x));
-            let launch = || {
-                let mut d_weight = if desc.accumulate {
-                    Guarded::filled_output(&stream, "d_weight", &before, 0)
-                } else {
-                    Guarded::<f32>::output(&stream, "d_weight", experts * hidden)
-                };
-                {
-                    let (d, x, mut to) = (d_in.view(), x_in.view(), d_weight.view_mut());
-                    router_backward::into_weight::<X>(kernels, &stream, &desc, &d, &x, &mut to).unwrap();
-                }
-                d_weight.read(&stream)
-            };
-            let got = launch();
-            let name = format!("{desc:?}");
-            assert!(bits(&got) == bits(&launch()), "{name}: another run gave other bits");
-            time(&stream, &name, || drop(launch()));
-            for (at, &value) in got.iter().enumerate() {
-                let (e, h) = (at / hidden, at % hidden);
-                let live = (0..tokens).filter(|t| t % 4 != 2);
-                let terms = live.map(|t| (f64::from(d[t * experts + e]), x[t * hidden + h].into()));
-                compare(&name, at, value, desc.accumulate.then(|| before[at]), whole, terms);
+            for (with_bias, lent) in [(false, false), (true, true)] {
+                weight::<X>(variant, rng, &desc, whole, with_bias, lent);
             }
         }
     }
+    workspace_is_needed::<X>();
+}
+
+fn weight<X: Storage + DeviceRepr>(
+    variant: RouterBackward,
+    rng: &mut fastrand::Rng,
+    desc: &RouterBackwardDesc,
+    whole: bool,
+    with_bias: bool,
+    lent: bool,
+) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
+    let (selection, parts) = router_backward::select_weight(desc, kernels.device()).unwrap();
+    assert_eq!(selection.kernel.variant(), Kernel::RouterBackward(variant));
+    assert_eq!(parts > 1, IN_PARTS.contains(&(tokens, experts, hidden)), "{desc:?}: {parts} parts");
+    let d = gradients(rng, tokens, experts, whole);
+    let mut x = rows::<X>(rng, tokens * hidden, whole);
+    // What no gradient reaches may be anything.
+    (0..tokens).filter(|t| t % 4 == 2).for_each(|t| x[t * hidden..][..hidden].fill(X::from_f64(f64::NAN)));
+    let before = [rows::<f32>(rng, experts * hidden, whole), rows::<f32>(rng, experts, whole)];
+    let (d_in, x_in) = (Guarded::input(&stream, "d_logits", &d), Guarded::input(&stream, "x", &x));
+    let bytes = router_backward::workspace_bytes(desc).unwrap();
+    let mut workspace = Workspace::new(&stream, bytes).unwrap();
+    let mut launch = || {
+        let mut out = [("d_weight", 0), ("d_bias", 1)].map(|(what, i)| {
+            if desc.accumulate {
+                Guarded::filled_output(&stream, what, &before[i], 0)
+            } else {
+                Guarded::<f32>::output(&stream, what, before[i].len())
+            }
+        });
+        {
+            let (d, x) = (d_in.view(), x_in.view());
+            let [to, bias] = &mut out.each_mut().map(Guarded::view_mut);
+            let mut args = WeightArgs::new(&d, &x, to);
+            args.d_bias = with_bias.then(|| Out::from(bias));
+            args.workspace = lent.then_some(&mut workspace);
+            router_backward::weight::<X>(kernels, &stream, desc, args).unwrap();
+        }
+        if !with_bias {
+            out[1].assert_unchanged(&stream);
+        }
+        out.map(|out| out.read(&stream))
+    };
+    let got = launch();
+    let name = format!("{desc:?} bias {with_bias} workspace {lent}");
+    let again = launch();
+    assert!((0..2).all(|i| bits(&got[i]) == bits(&again[i])), "{name}: another run gave other bits");
+    time(&stream, &name, || drop(launch()));
+    d_in.assert_unchanged(&stream);
+    let live = || (0..tokens).filter(|t| t % 4 != 2);
+    for (at, &value) in got[0].iter().enumerate() {
+        let (e, h) = (at / hidden, at % hidden);
+        let terms = live().map(|t| (f64::from(d[t * experts + e]), x[t * hidden + h].into()));
+        compare(&name, at, value, desc.accumulate.then(|| before[0][at]), whole, terms);
+    }
+    for (e, &value) in got[1].iter().enumerate().filter(|_| with_bias) {
+        let terms = live().map(|t| (f64::from(d[t * experts + e]), 1.0));
+        compare(&format!("{name}: bias"), e, value, desc.accumulate.then(|| before[1][e]), whole, terms);
+    }
+}
+
+fn workspace_is_needed<X: Storage + DeviceRepr>() {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let desc = RouterBackwardDesc::new(X::DTYPE, 600, 2, 3);
+    let (d, x) =
+        (Guarded::input(&stream, "d_logits", &[0f32; 1200]), rows::<X>(&mut fastrand::Rng::with_seed(0), 1800, true));
+    let x = Guarded::input(&stream, "x", &x);
+    let mut out = Guarded::<f32>::output(&stream, "d_weight", 6);
+    let mut workspace = Workspace::new(&stream, router_backward::workspace_bytes(&desc).unwrap() - 1).unwrap();
+    let (d, x, mut to) = (d.view(), x.view(), out.view_mut());
+    let args = WeightArgs::new(&d, &x, &mut to).workspace(&mut workspace);
+    let error = router_backward::weight::<X>(kernels, &stream, &desc, args).unwrap_err();
+    assert!(matches!(error, Error::WorkspaceTooSmall { .. }), "{error}");
 }

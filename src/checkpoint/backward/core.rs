@@ -1,20 +1,17 @@
-//! A block that is a layer.
+//! A layer's two passes, and where its gradients go.
 
-use std::sync::Arc;
+use cudarc::driver::CudaSlice;
 
-use cudarc::driver::{CudaSlice, CudaStream};
-
-use super::gradients::BlockGradients;
-use super::{OPERATION, zeros};
-use crate::checkpoint::run::BlockInputs;
-use crate::checkpoint::weights::{BlockWeights, DeviceBlock, MatrixWeight};
+use super::parts::Queue;
+use super::zeros;
+use crate::checkpoint::store::DeviceBuffer;
+use crate::checkpoint::weights::{BlockWeights, MatrixWeight, weight};
 use crate::layer::{
-    BackwardArgs, BackwardDesc, BackwardPlan, LayerArgs, LayerDesc, LayerGradients, LayerPlan, RouterGradients, Saved,
-    SharedGradients, WeightGradients,
+    BackwardArgs, BackwardDesc, BackwardPlan, Choices, ExpertWeights, LayerArgs, LayerDesc, LayerGradients, LayerPlan,
+    LayerWeights, Origin, RouteArgs, RouterGradients, RouterWeights, Saved, SharedGradients, WeightGradients,
 };
-use crate::routers::router_backward::{self, RouterBackwardDesc};
 use crate::rules::NullExperts;
-use crate::{Element, Error, In, Kernels, Workspace};
+use crate::{Element, Error, In, Workspace};
 
 /// Both passes of a layer.
 pub(super) struct Core<T> {
@@ -23,29 +20,23 @@ pub(super) struct Core<T> {
     saved: Saved<T>,
     workspace: Workspace,
     y: CudaSlice<T>,
-    /// `[T]`, where a vector is added to every token's sum: its gradient is their product with `dy`.
-    ones: Option<CudaSlice<f32>>,
 }
 
 impl<T: Element> Core<T> {
-    /// Of a whole block.
-    pub(super) fn of_block(
-        block: &DeviceBlock,
-        desc: &LayerDesc,
-        tokens: usize,
-        kernels: &Kernels,
-        stream: &Arc<CudaStream>,
-    ) -> Result<Core<T>, Error> {
-        let mut core = Core::new(&without_map(desc, &block.weights), tokens, kernels, stream)?;
-        if block.weights.output_bias.is_some() {
-            core.ones = Some(stream.clone_htod(&vec![1.0; tokens.max(1)]).map_err(Error::driver(OPERATION))?);
-        }
-        Ok(core)
+    /// With its own router.
+    pub(super) fn routed(desc: &LayerDesc, tokens: usize, queue: Queue<'_>) -> Result<Core<T>, Error> {
+        Core::new(desc, tokens, &BackwardDesc::new(), queue)
     }
 
-    fn new(desc: &LayerDesc, tokens: usize, kernels: &Kernels, stream: &Arc<CudaStream>) -> Result<Core<T>, Error> {
+    /// Of choices from elsewhere.
+    pub(super) fn chosen(desc: &LayerDesc, tokens: usize, queue: Queue<'_>) -> Result<Core<T>, Error> {
+        Core::new(desc, tokens, &BackwardDesc::new().origin(Origin::Choices), queue)
+    }
+
+    fn new(desc: &LayerDesc, tokens: usize, back: &BackwardDesc, queue: Queue<'_>) -> Result<Core<T>, Error> {
+        let Queue { kernels, stream } = queue;
         let plan = desc.plan(tokens, kernels.device())?;
-        let back = plan.backward_plan(&BackwardDesc::new())?;
+        let back = plan.backward_plan(back)?;
         kernels.preload(plan.kernels().chain(back.kernels()))?;
         Ok(Core {
             saved: Saved::new(stream, &back)?,
@@ -53,37 +44,55 @@ impl<T: Element> Core<T> {
             y: zeros(stream, tokens * desc.hidden)?,
             plan,
             back,
-            ones: None,
         })
     }
 
-    pub(super) fn run(
+    /// The output of the last forward pass.
+    pub(super) fn y(&self) -> &CudaSlice<T> {
+        &self.y
+    }
+
+    /// Forth, by the layer's own router.
+    pub(super) fn forward(
         &mut self,
-        kernels: &Kernels,
-        stream: &Arc<CudaStream>,
-        block: &DeviceBlock,
-        (x, dy): (In<'_, T>, In<'_, T>),
-        inputs: BlockInputs<'_>,
-        gradients: &mut BlockGradients<T>,
+        queue: Queue<'_>,
+        weights: &LayerWeights<'_>,
+        x: In<'_, T>,
+        mut route: RouteArgs<'_>,
     ) -> Result<(), Error> {
-        let weights = block.weights.layer()?;
-        let mut route = block.weights.route(inputs.words)?;
+        // Experts that a map sends nowhere are null experts here.
         route.map = None;
-        let args = LayerArgs::new(x, &mut self.y).route(route);
-        self.plan.forward_saving(kernels, stream, &weights, args, &mut self.saved, &mut self.workspace)?;
-        let BlockGradients { x: dx, weights: of, .. } = gradients;
-        let args = BackwardArgs::new(x, dy, layer(of)?.x(dx));
-        self.back.backward(kernels, stream, &weights, &self.saved, args, &mut self.workspace)?;
-        if let Some((ones, bias)) = self.ones.as_ref().zip(of.output_bias.as_mut()) {
-            let sums = RouterBackwardDesc::new(T::DTYPE, self.plan.tokens(), 1, self.plan.desc().hidden);
-            router_backward::into_weight::<T>(kernels, stream, &sums, ones, dy, bias)?;
-        }
-        Ok(())
+        let args = LayerArgs::new(x, &mut self.y).route(route.reborrow());
+        self.plan.forward_saving(queue.kernels, queue.stream, weights, args, &mut self.saved, &mut self.workspace)
+    }
+
+    /// Forth, by these choices.
+    pub(super) fn forward_chosen(
+        &mut self,
+        queue: Queue<'_>,
+        weights: &LayerWeights<'_>,
+        x: In<'_, T>,
+        choices: Choices<'_>,
+    ) -> Result<(), Error> {
+        let args = LayerArgs::new(x, &mut self.y).choices(choices);
+        self.plan.forward_saving(queue.kernels, queue.stream, weights, args, &mut self.saved, &mut self.workspace)
+    }
+
+    /// Back from `dy` to `gradients`.
+    pub(super) fn backward(
+        &mut self,
+        queue: Queue<'_>,
+        weights: &LayerWeights<'_>,
+        (x, dy): (In<'_, T>, In<'_, T>),
+        mut gradients: LayerGradients<'_, T>,
+    ) -> Result<(), Error> {
+        let args = BackwardArgs::new(x, dy, gradients.reborrow());
+        self.back.backward(queue.kernels, queue.stream, weights, &self.saved, args, &mut self.workspace)
     }
 }
 
-/// Experts that a map sends nowhere, or whose output is their input, as null experts.
-fn without_map<B>(desc: &LayerDesc, weights: &BlockWeights<B>) -> LayerDesc {
+/// The layer with experts that a map sends nowhere, or whose output is their input, as null experts.
+pub(super) fn without_map<B>(desc: &LayerDesc, weights: &BlockWeights<B>) -> LayerDesc {
     let mut desc = *desc;
     if let (Some(map), Some(output)) = (desc.map.take(), weights.weightless) {
         desc.null = Some(NullExperts { count: desc.experts - map.local_experts, output });
@@ -91,23 +100,54 @@ fn without_map<B>(desc: &LayerDesc, weights: &BlockWeights<B>) -> LayerDesc {
     desc
 }
 
-/// Where a layer's gradients go.
-fn layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> Result<LayerGradients<'_, T>, Error> {
+/// Experts alone.
+pub(super) fn experts_alone<'a>(
+    gate_up: &'a MatrixWeight<DeviceBuffer>,
+    down: &'a MatrixWeight<DeviceBuffer>,
+) -> Result<LayerWeights<'a>, Error> {
+    let experts = ExpertWeights::new(weight(gate_up)?, weight(down)?);
+    Ok(LayerWeights::new(RouterWeights::of_logits(), experts))
+}
+
+/// Where the gradients of a layer with its own router go.
+pub(super) fn of_layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> LayerGradients<'_, T> {
     let mut router = RouterGradients::new();
     router.matrix = of.router.as_mut().map(Into::into);
     router.bias = of.router_bias.as_mut().map(Into::into);
     router.expert_scale = of.expert_scale.as_mut().map(Into::into);
     router.global_scale = of.global_scale.as_mut().map(Into::into);
-    let mut gradients =
-        LayerGradients::new().router(router).gate_up(matrix(&mut of.gate_up)).down(matrix(&mut of.down));
-    if let Some((gate_up, down)) = &mut of.shared {
-        let mut shared = SharedGradients::new().gate_up(matrix(gate_up)).down(matrix(down));
-        shared.gate = of.shared_gate.as_mut().map(Into::into);
-        gradients = gradients.shared(shared);
+    let mut gradients = of_products(&mut of.gate_up, &mut of.down).router(router);
+    gradients.bias = of.output_bias.as_mut().map(Into::into);
+    match &mut of.shared {
+        None => gradients,
+        Some((gate_up, down)) => {
+            let mut shared = of_shared(gate_up, down);
+            shared.gate = of.shared_gate.as_mut().map(Into::into);
+            gradients.shared(shared)
+        }
     }
-    Ok(gradients)
+}
+
+/// Where those of experts' products go.
+pub(super) fn of_products<'a, T>(
+    gate_up: &'a mut MatrixWeight<CudaSlice<f32>>,
+    down: &'a mut MatrixWeight<CudaSlice<f32>>,
+) -> LayerGradients<'a, T> {
+    LayerGradients::new().gate_up(matrix(gate_up)).down(matrix(down))
+}
+
+/// Where those of a shared expert's go.
+pub(super) fn of_shared<'a>(
+    gate_up: &'a mut MatrixWeight<CudaSlice<f32>>,
+    down: &'a mut MatrixWeight<CudaSlice<f32>>,
+) -> SharedGradients<'a> {
+    SharedGradients::new().gate_up(matrix(gate_up)).down(matrix(down))
 }
 
 fn matrix(of: &mut MatrixWeight<CudaSlice<f32>>) -> WeightGradients<'_> {
-    WeightGradients::new(&mut of.matrix)
+    let gradients = WeightGradients::new(&mut of.matrix);
+    match &mut of.bias {
+        Some(bias) => gradients.bias(bias),
+        None => gradients,
+    }
 }

@@ -24,6 +24,21 @@ pub struct BlockGradients<T> {
     pub kind: Kind<CudaSlice<f32>>,
 }
 
+/// Where those of a layer go.
+pub(super) struct To<'a, T> {
+    pub(super) x: &'a mut CudaSlice<T>,
+    pub(super) previous: Option<&'a mut CudaSlice<f32>>,
+    pub(super) weights: &'a mut BlockWeights<CudaSlice<f32>>,
+    pub(super) kind: &'a mut Kind<CudaSlice<f32>>,
+}
+
+impl<T> BlockGradients<T> {
+    pub(super) fn all(&mut self) -> To<'_, T> {
+        let BlockGradients { x, previous, weights, kind } = self;
+        To { x, previous: previous.as_mut(), weights, kind }
+    }
+}
+
 impl<T: Element> BlockGradients<T> {
     /// Zeros, for `tokens` tokens.
     pub(super) fn new(

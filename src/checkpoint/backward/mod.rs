@@ -24,8 +24,13 @@
 //! # }
 //! ```
 
+mod apart;
+mod banks;
 mod core;
 mod gradients;
+mod network;
+mod parts;
+mod sequences;
 
 use std::sync::Arc;
 
@@ -34,8 +39,13 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
 use super::kind::Kind;
 use super::run::BlockInputs;
 use super::weights::DeviceBlock;
-use crate::{Element, Error, In, Kernels};
-use core::Core;
+use crate::layer::{LayerDesc, Norms};
+use crate::{Element, Error, In, Kernels, TokenMask};
+use apart::Apart;
+use banks::Banks;
+use core::{Core, of_layer, without_map};
+use parts::Queue;
+use sequences::Sequences;
 
 pub use gradients::BlockGradients;
 
@@ -48,7 +58,11 @@ pub struct BlockBackward<T> {
 }
 
 enum Steps<T> {
+    /// A layer with its own way back.
     Layer(Box<Core<T>>),
+    Apart(Box<Apart<T>>),
+    Banks(Box<Banks<T>>),
+    Sequences(Box<Sequences<T>>),
 }
 
 fn zeros<V: DeviceRepr + ValidAsZeroBits>(stream: &Arc<CudaStream>, length: usize) -> Result<CudaSlice<V>, Error> {
@@ -72,12 +86,17 @@ impl<T: Element> BlockBackward<T> {
             let (operation, argument, expected) = (OPERATION, "x", desc.dtype);
             return Err(Error::WrongDtype { operation, argument, expected, got: T::DTYPE });
         }
+        let queue = Queue { kernels, stream };
+        let apart =
+            || Apart::new(&block.kind, &block.weights, &desc, tokens, queue).map(|of| Steps::Apart(Box::new(of)));
         let steps = match &block.kind {
-            Kind::Layer => Steps::Layer(Box::new(Core::of_block(block, &desc, tokens, kernels, stream)?)),
-            Kind::Network(_) => return Err(no_way_back("a router's network")),
-            Kind::Banks(_) => return Err(no_way_back("banks of experts")),
+            Kind::Layer if is_whole(&desc) => {
+                Steps::Layer(Box::new(Core::routed(&without_map(&desc, &block.weights), tokens, queue)?))
+            }
+            Kind::Layer | Kind::Network(_) => apart()?,
+            Kind::Banks(bank) => Steps::Banks(Box::new(Banks::new(block, bank, &desc, tokens, queue)?)),
             Kind::UnitExperts { .. } => return Err(no_way_back("experts of one unit")),
-            Kind::BySequence { .. } => return Err(no_way_back("an expert by sequence")),
+            Kind::BySequence { .. } => Steps::Sequences(Box::new(Sequences::new(&desc, tokens, queue)?)),
         };
         Ok(BlockBackward { steps, gradients: BlockGradients::new(block, tokens, stream)? })
     }
@@ -96,9 +115,20 @@ impl<T: Element> BlockBackward<T> {
         inputs: BlockInputs<'_>,
     ) -> Result<(), Error> {
         inputs.check(&block.kind)?;
+        let queue = Queue { kernels, stream };
         let gradients = &mut self.gradients;
         match &mut self.steps {
-            Steps::Layer(core) => core.run(kernels, stream, block, (x, dy), inputs, gradients),
+            Steps::Layer(core) => {
+                let weights = block.weights.layer()?;
+                core.forward(queue, &weights, x, block.weights.route(inputs.words)?)?;
+                let BlockGradients { x: dx, weights: of, .. } = gradients;
+                core.backward(queue, &weights, (x, dy), of_layer(of).x(dx))
+            }
+            Steps::Apart(apart) => {
+                apart.run(queue, &block.weights, &block.kind, (x, dy), (inputs, TokenMask::all()), &mut gradients.all())
+            }
+            Steps::Banks(banks) => banks.run(queue, block, (x, dy), inputs, gradients),
+            Steps::Sequences(sequences) => sequences.run(queue, block, (x, dy), inputs, gradients),
         }
     }
 
@@ -106,6 +136,12 @@ impl<T: Element> BlockBackward<T> {
     pub fn gradients(&self) -> &BlockGradients<T> {
         &self.gradients
     }
+}
+
+/// Whether a layer's own way back has all that the layer has.
+fn is_whole(desc: &LayerDesc) -> bool {
+    let weighs_anew = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
+    !weighs_anew && desc.norms == Norms::new() && desc.latent.is_none()
 }
 
 fn no_way_back(part: &str) -> Error {

@@ -146,29 +146,51 @@ pub struct WeightGradients<'a> {
     pub matrix: Option<OutTensor<'a>>,
     /// Of the matrix of [`crate::experts::Weight::up`].
     pub up: Option<OutTensor<'a>>,
+    /// Of [`crate::experts::Weight::bias`], where there is one.
+    pub bias: Option<OutTensor<'a>>,
+    /// Of the bias of [`crate::experts::Weight::up`], where there is one.
+    pub up_bias: Option<OutTensor<'a>>,
 }
 
 impl<'a> WeightGradients<'a> {
     /// None.
     pub const fn none() -> WeightGradients<'a> {
-        WeightGradients { matrix: None, up: None }
+        WeightGradients { matrix: None, up: None, bias: None, up_bias: None }
     }
 
     /// Of a weight in one tensor.
     pub fn new(matrix: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
-        WeightGradients { matrix: Some(matrix.into()), up: None }
+        WeightGradients { matrix: Some(matrix.into()), ..WeightGradients::none() }
     }
 
     fn reborrow(&mut self) -> WeightGradients<'_> {
         WeightGradients {
             matrix: self.matrix.as_mut().map(OutTensor::reborrow),
             up: self.up.as_mut().map(OutTensor::reborrow),
+            bias: self.bias.as_mut().map(OutTensor::reborrow),
+            up_bias: self.up_bias.as_mut().map(OutTensor::reborrow),
         }
+    }
+
+    /// With that of a bias.
+    #[must_use]
+    pub fn bias(self, bias: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
+        WeightGradients { bias: Some(bias.into()), ..self }
+    }
+
+    /// With that of up's bias, where gate and up are apart.
+    #[must_use]
+    pub fn up_bias(self, bias: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
+        WeightGradients { up_bias: Some(bias.into()), ..self }
+    }
+
+    fn is_some(&self) -> bool {
+        [&self.matrix, &self.up, &self.bias, &self.up_bias].into_iter().any(Option::is_some)
     }
 
     /// Of gate and up in two tensors.
     pub fn apart(gate: impl Into<OutTensor<'a>>, up: impl Into<OutTensor<'a>>) -> WeightGradients<'a> {
-        WeightGradients { matrix: Some(gate.into()), up: Some(up.into()) }
+        WeightGradients { matrix: Some(gate.into()), up: Some(up.into()), ..WeightGradients::none() }
     }
 }
 
@@ -206,7 +228,7 @@ impl<'a> SharedGradients<'a> {
 
     fn is_some(&self) -> bool {
         let products = [&self.gate_up, &self.down];
-        self.gate.is_some() || products.iter().any(|weight| weight.matrix.is_some() || weight.up.is_some())
+        self.gate.is_some() || products.iter().any(|weight| weight.is_some())
     }
 }
 
@@ -237,12 +259,16 @@ impl HeldGradient<'_> {
 pub(super) struct HeldWeightGradients<'a> {
     pub(super) matrix: Option<HeldGradient<'a>>,
     pub(super) up: Option<HeldGradient<'a>>,
+    pub(super) bias: Option<HeldGradient<'a>>,
+    pub(super) up_bias: Option<HeldGradient<'a>>,
 }
 
 /// What a product's tensors are called in errors.
 struct Names {
     matrix: &'static str,
     up: &'static str,
+    bias: &'static str,
+    up_bias: &'static str,
 }
 
 impl<'a> WeightGradients<'a> {
@@ -258,9 +284,10 @@ impl<'a> WeightGradients<'a> {
     where
         'a: 'b,
     {
-        if weight.glu != Glu::Apart && self.up.is_some() {
+        let of_up = [(names.up, self.up.is_some()), (names.up_bias, self.up_bias.is_some())];
+        if let Some((argument, _)) = of_up.into_iter().find(|(_, given)| *given && weight.glu != Glu::Apart) {
             let reason = "the descriptor has one tensor";
-            return Err(Error::Unexpected { operation: OPERATION, argument: names.up, reason });
+            return Err(Error::Unexpected { operation: OPERATION, argument, reason });
         }
         let outputs = weight.outputs(n);
         let width = if weight.layout == Layout::Kn { outputs } else { k };
@@ -268,7 +295,16 @@ impl<'a> WeightGradients<'a> {
         let open = |argument, tensor: Option<OutTensor<'a>>| {
             tensor.map(|tensor| open_tensor(scope, argument, tensor, desc.dtype, elements, width)).transpose()
         };
-        Ok(HeldWeightGradients { matrix: open(names.matrix, self.matrix)?, up: open(names.up, self.up)? })
+        let open_bias = |argument, tensor: Option<OutTensor<'a>>| {
+            // One element wide: a bias may begin on any.
+            tensor.map(|tensor| open_tensor(scope, argument, tensor, desc.dtype, experts * outputs, 1)).transpose()
+        };
+        Ok(HeldWeightGradients {
+            matrix: open(names.matrix, self.matrix)?,
+            up: open(names.up, self.up)?,
+            bias: open_bias(names.bias, self.bias)?,
+            up_bias: open_bias(names.up_bias, self.up_bias)?,
+        })
     }
 }
 
@@ -307,7 +343,9 @@ impl HeldMlpGradients<'_> {
     }
 
     fn all(&self) -> impl Iterator<Item = &HeldGradient<'_>> {
-        [&self.gate_up.matrix, &self.gate_up.up, &self.down.matrix].into_iter().flatten()
+        let (first, second) = (&self.gate_up, &self.down);
+        let of_first = [&first.matrix, &first.up, &first.bias, &first.up_bias];
+        of_first.into_iter().chain([&second.matrix, &second.bias]).flatten()
     }
 }
 
@@ -328,12 +366,32 @@ pub(super) struct HeldGradients<'a> {
 }
 
 const ROUTED: [Names; 2] = [
-    Names { matrix: "gradients.gate_up", up: "gradients.gate_up.up" },
-    Names { matrix: "gradients.down", up: "gradients.down.up" },
+    Names {
+        matrix: "gradients.gate_up",
+        up: "gradients.gate_up.up",
+        bias: "gradients.gate_up.bias",
+        up_bias: "gradients.gate_up.up_bias",
+    },
+    Names {
+        matrix: "gradients.down",
+        up: "gradients.down.up",
+        bias: "gradients.down.bias",
+        up_bias: "gradients.down.up_bias",
+    },
 ];
 const SHARED: [Names; 2] = [
-    Names { matrix: "gradients.shared.gate_up", up: "gradients.shared.gate_up.up" },
-    Names { matrix: "gradients.shared.down", up: "gradients.shared.down.up" },
+    Names {
+        matrix: "gradients.shared.gate_up",
+        up: "gradients.shared.gate_up.up",
+        bias: "gradients.shared.gate_up.bias",
+        up_bias: "gradients.shared.gate_up.up_bias",
+    },
+    Names {
+        matrix: "gradients.shared.down",
+        up: "gradients.shared.down.up",
+        bias: "gradients.shared.down.bias",
+        up_bias: "gradients.shared.down.up_bias",
+    },
 ];
 
 impl<'a, T: Element> LayerGradients<'a, T> {

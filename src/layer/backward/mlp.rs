@@ -1,11 +1,11 @@
 //! An expert's two products on their way back: four launches, of routed rows or of a shared expert's.
 
-use super::gradients::{HeldGradient, HeldMlpGradients};
+use super::gradients::HeldMlpGradients;
 use super::{BackwardDesc, BackwardStage, OPERATION};
 use crate::experts::dispatched::{Dispatched, SlotShape};
-use crate::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Output, Rows, Strides, SwigluByExpert};
+use crate::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Output, ProductOut, Rows, Strides, SwigluByExpert};
 use crate::experts::gemm_backward::{self, GemmBackwardArgs, GemmBackwardDesc};
-use crate::experts::k_grouped::{self, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides};
+use crate::experts::k_grouped::{self, ColumnSums, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides};
 use crate::experts::weight::Weight;
 use crate::layer::Step;
 use crate::layer::desc::Mlp;
@@ -25,6 +25,11 @@ pub(super) struct MlpPlan {
     input: Input,
     /// Of each tensor of the first product's weight.
     gate_up: Step<KGroupedDesc>,
+    /// Of biases alone.
+    down_bias: KGroupedDesc,
+    gate_up_bias: KGroupedDesc,
+    /// What its launches keep at the workspace's begin.
+    pub(super) scratch_bytes: usize,
     pub(super) regions: Regions,
 }
 
@@ -72,7 +77,7 @@ impl Sizes {
 }
 
 /// Places in the workspace.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Regions {
     /// `[rows, I]`: what stands between the products, weighted.
     pub(super) hidden: Region,
@@ -84,8 +89,8 @@ pub(super) struct Regions {
     pub(super) d_slot_weight: Region,
     /// `[rows, H]`: the rows of x, weighted, where the weights scale them.
     weighted_x: Region,
-    /// What the launches keep behind one another.
-    scratch: Region,
+    /// `[E, columns, 8]`: products beside the sums of a bias alone.
+    beside_sums: Region,
 }
 
 /// A launch's stages in an expert's way back: the routed experts' or the shared one's.
@@ -93,21 +98,27 @@ pub(super) struct Regions {
 pub(super) struct Stages {
     hidden: BackwardStage,
     down: BackwardStage,
+    down_bias: BackwardStage,
     input: BackwardStage,
     gate_up: BackwardStage,
+    gate_up_bias: BackwardStage,
 }
 
 pub(super) const ROUTED: Stages = Stages {
     hidden: BackwardStage::Hidden,
     down: BackwardStage::DownWeight,
+    down_bias: BackwardStage::DownBias,
     input: BackwardStage::Input,
     gate_up: BackwardStage::GateUpWeight,
+    gate_up_bias: BackwardStage::GateUpBias,
 };
 pub(super) const SHARED: Stages = Stages {
     hidden: BackwardStage::SharedHidden,
     down: BackwardStage::SharedDownWeight,
+    down_bias: BackwardStage::SharedDownBias,
     input: BackwardStage::SharedInput,
     gate_up: BackwardStage::SharedGateUpWeight,
+    gate_up_bias: BackwardStage::SharedGateUpBias,
 };
 
 /// The form of a weight whose product goes the other way: its outputs are depths.
@@ -120,13 +131,8 @@ fn turned(weight: &WeightDesc) -> WeightDesc {
 }
 
 impl MlpPlan {
-    pub(super) fn new(
-        arena: &mut Arena,
-        mlp: &Mlp,
-        sizes: Sizes,
-        desc: &BackwardDesc,
-        device: &DeviceInfo,
-    ) -> Result<MlpPlan, Error> {
+    /// Without places: [`MlpPlan::lay`].
+    pub(super) fn new(mlp: &Mlp, sizes: Sizes, desc: &BackwardDesc, device: &DeviceInfo) -> Result<MlpPlan, Error> {
         let within = |error: Error| error.within(OPERATION);
         let Sizes { dtype, rows, width, intermediate, kernels, scale, .. } = sizes;
         let product =
@@ -171,6 +177,13 @@ impl MlpPlan {
             }
         });
         let gate_up = gate_up.strides(apart);
+        // A bias alone: sums of one operand's columns, beside a product with a few of the other's.
+        let (of_dy, few) = (sums(width, BESIDE.min(intermediate), Gathered::A), BESIDE.min(intermediate));
+        let down_bias = of_dy.strides(Some(KGroupedStrides::packed(width, few).b([intermediate, 1])));
+        let few = BESIDE.min(width);
+        let of_outputs = sums(outputs, few, of_x(Gathered::B));
+        let strides = KGroupedStrides::packed(outputs, few).b([width, 1]);
+        let gate_up_bias = of_outputs.strides(Some(strides.a([columns, 1])));
         let input = if sizes.weighs_input() {
             let plain = WeightDesc { glu: Glu::None, ..mlp.gate_up };
             let desc = GemmBackwardDesc::new(dtype, rows, width, outputs, Activation::Identity)
@@ -191,19 +204,6 @@ impl MlpPlan {
             Input::Product(..) => scratch(&hidden)?,
             Input::Weighted(step) => scratch(&hidden)?.max(scratch(&step.desc)?),
         };
-        let element = dtype.bytes() as usize;
-        let rows = rows.count();
-        let of = |columns: usize, name| shape::product(OPERATION, name, &[rows, columns]);
-        let (inner, outer) = (of(intermediate, "intermediate")?, of(width, "hidden")?);
-        let both = arena.region("hidden", inner.max(outer), element)?;
-        let regions = Regions {
-            hidden: Region { bytes: inner * element, ..both },
-            d_rows: Region { bytes: outer * element, ..both },
-            d_pre_activation: arena.region("d_pre_activation", of(columns, "intermediate")?, element)?,
-            d_slot_weight: arena.region("d_slot_weight", rows, 4)?,
-            weighted_x: arena.region("weighted_x", if sizes.weighs_input() { outer } else { 0 }, element)?,
-            scratch: arena.region("workspace", scratch_bytes, 1)?,
-        };
         Ok(MlpPlan {
             mlp: *mlp,
             sizes,
@@ -211,8 +211,35 @@ impl MlpPlan {
             down: groups(down)?,
             input,
             gate_up: groups(gate_up)?,
-            regions,
+            down_bias: groups(down_bias)?.desc,
+            gate_up_bias: groups(gate_up_bias)?.desc,
+            scratch_bytes,
+            regions: Regions::default(),
         })
+    }
+
+    /// Finds places for what lies between the launches.
+    pub(super) fn lay(&mut self, arena: &mut Arena) -> Result<(), Error> {
+        let Sizes { dtype, rows, width, intermediate, .. } = self.sizes;
+        let (columns, weighs_input) = (self.columns(), self.sizes.weighs_input());
+        let element = dtype.bytes() as usize;
+        let rows = rows.count();
+        let of = |columns: usize, name| shape::product(OPERATION, name, &[rows, columns]);
+        let (inner, outer) = (of(intermediate, "intermediate")?, of(width, "hidden")?);
+        let both = arena.region("hidden", inner.max(outer), element)?;
+        self.regions = Regions {
+            hidden: Region { bytes: inner * element, ..both },
+            d_rows: Region { bytes: outer * element, ..both },
+            d_pre_activation: arena.region("d_pre_activation", of(columns, "intermediate")?, element)?,
+            d_slot_weight: arena.region("d_slot_weight", rows, 4)?,
+            weighted_x: arena.region("weighted_x", if weighs_input { outer } else { 0 }, element)?,
+            beside_sums: arena.region(
+                "beside_sums",
+                BESIDE * self.sizes.groups().experts * width.max(self.mlp.gate_up.outputs(intermediate)),
+                element,
+            )?,
+        };
+        Ok(())
     }
 
     /// Columns of the pre-activations.
@@ -253,7 +280,8 @@ impl MlpPlan {
         let (rows, columns) = (rows.count(), self.columns());
         let (inner, outer) = (rows * intermediate, rows * width);
         let place = |region: Region| workspace.at(region);
-        let Regions { hidden, d_rows, d_pre_activation, d_slot_weight, weighted_x, scratch } = self.regions;
+        let Regions { hidden, d_rows, d_pre_activation, d_slot_weight, weighted_x, beside_sums } = self.regions;
+        let scratch = Region { offset: 0, bytes: self.scratch_bytes };
         let grouped = self.sizes.gathers().then_some(at.rows);
         let of_weights = wanted.weights.then(|| place(d_slot_weight));
         let weighs_input = weighting == Weighting::Input;
@@ -272,7 +300,7 @@ impl MlpPlan {
             let bias = at.down.bias.filter(|_| weighting == Weighting::Output && wanted.weights);
             through.out_bias = bias.map(typed::<T>).transpose()?;
         }
-        if gradients.down.matrix.is_some() {
+        if gradients.down.matrix.is_some() || gradients.down.bias.is_some() {
             through.hidden = Some(place(hidden).out(inner));
         }
         (through.dropout, through.noise_state, through.swiglu) = (at.dropout, at.noise_state, at.swiglu);
@@ -280,23 +308,41 @@ impl MlpPlan {
         gemm_backward::forward(kernels, stream, &self.hidden.desc, through, &mut part).map_err(within)?;
         observer(names.hidden);
 
-        let sums = |desc: &KGroupedDesc, a: In<'_, T>, b: In<'_, T>, gradient: &HeldGradient<'_>| {
-            let (out, f32_out) = gradient.product::<T>();
-            let desc = desc.f32_out(f32_out);
-            k_grouped::forward(kernels, stream, &desc, KGroupedArgs::new(a, b, at.rows, out)).map_err(within)
+        let groups = Groups { scope, rows: at.rows, frozen: at.frozen };
+        let beside = |desc: &KGroupedDesc| {
+            let elements = desc.rows.experts * desc.m * desc.n;
+            (ProductOut::Rounded(place(beside_sums).out::<T>(elements)), false)
         };
-        if let Some(gradient) = &gradients.down.matrix {
-            let (outer, inner) = (at.dy, place(hidden).input::<T>(inner));
-            let [a, b] = if self.mlp.down.layout == Layout::Nk { [outer, inner] } else { [inner, outer] };
-            sums(&self.down.desc, a, b, gradient)?;
-            observer(names.down);
+        let of_down_bias = gradients.down.bias.as_ref().map(|gradient| {
+            let weights = at.row_weight.filter(|_| weighting == Weighting::Output);
+            ColumnSums { weights, ..ColumnSums::new(gradient.product::<T>().0).scale(self.sizes.scale) }
+        });
+        let (outer_rows, inner_rows) = (at.dy, place(hidden).input::<T>(inner));
+        match (&gradients.down.matrix, self.mlp.down.layout, of_down_bias) {
+            (Some(gradient), Layout::Nk, bias) => {
+                groups.sum(&self.down.desc, outer_rows, inner_rows, gradient.product::<T>(), bias)?;
+                observer(names.down);
+            }
+            (gradient, _, bias) => {
+                if let Some(gradient) = gradient {
+                    groups.sum(&self.down.desc, inner_rows, outer_rows, gradient.product::<T>(), None)?;
+                    observer(names.down);
+                }
+                if let Some(bias) = bias {
+                    groups.sum(&self.down_bias, outer_rows, inner_rows, beside(&self.down_bias), Some(bias))?;
+                    observer(names.down_bias);
+                }
+            }
         }
         // Gate's part, or all, and up's where it has a tensor of its own.
         let part = |number: usize| {
             let skipped = number * intermediate;
             place(d_pre_activation).offset(skipped * dtype.bytes() as usize).input::<T>(rows * columns - skipped)
         };
-        let of_gate_up = [&gradients.gate_up.matrix, &gradients.gate_up.up];
+        let of = &gradients.gate_up;
+        let of_gate_up = [(&of.matrix, &of.bias), (&of.up, &of.up_bias)];
+        // The weighted rows of x, for the weight's gradient or beside the sums of a bias alone.
+        let reads_x = of_gate_up[0].0.is_some() || of_gate_up[0].1.is_some();
         match &self.input {
             Input::Product(step, of_up) if wanted.input => {
                 let up = at.gate_up.up.map(|(matrix, _)| matrix);
@@ -309,13 +355,13 @@ impl MlpPlan {
                     observer(names.input);
                 }
             }
-            Input::Weighted(step) if wanted.input || wanted.weights || of_gate_up[0].is_some() => {
+            Input::Weighted(step) if wanted.input || wanted.weights || reads_x => {
                 let (gradient, d_rows) = (part(0), place(d_rows).out::<T>(outer));
                 let mut through = GemmBackwardArgs::new(gradient, at.gate_up.matrix, at.x, d_rows);
                 through.dispatched = grouped;
                 through.slot_weight = at.row_weight;
                 through.d_slot_weight = of_weights.map(|place| place.out(rows));
-                through.hidden = of_gate_up[0].as_ref().map(|_| place(weighted_x).out(outer));
+                through.hidden = reads_x.then(|| place(weighted_x).out(outer));
                 let mut part = workspace.part(scratch);
                 gemm_backward::forward(kernels, stream, &step.desc, through, &mut part).map_err(within)?;
                 observer(names.input);
@@ -323,12 +369,25 @@ impl MlpPlan {
             _ => {}
         }
         let x = if weighs_input { place(weighted_x).input::<T>(outer) } else { at.x };
-        for (number, gradient) in of_gate_up.into_iter().enumerate() {
-            let Some(gradient) = gradient else { continue };
+        for (number, (gradient, bias)) in of_gate_up.into_iter().enumerate() {
             let outputs = part(number);
-            let [a, b] = if self.mlp.gate_up.layout == Layout::Nk { [outputs, x] } else { [x, outputs] };
-            sums(&self.gate_up.desc, a, b, gradient)?;
-            observer(names.gate_up);
+            let bias = bias.as_ref().map(|gradient| ColumnSums::new(gradient.product::<T>().0));
+            match (gradient, self.mlp.gate_up.layout, bias) {
+                (Some(gradient), Layout::Nk, bias) => {
+                    groups.sum(&self.gate_up.desc, outputs, x, gradient.product::<T>(), bias)?;
+                    observer(names.gate_up);
+                }
+                (gradient, _, bias) => {
+                    if let Some(gradient) = gradient {
+                        groups.sum(&self.gate_up.desc, x, outputs, gradient.product::<T>(), None)?;
+                        observer(names.gate_up);
+                    }
+                    if let Some(bias) = bias {
+                        groups.sum(&self.gate_up_bias, outputs, x, beside(&self.gate_up_bias), Some(bias))?;
+                        observer(names.gate_up_bias);
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -336,6 +395,31 @@ impl MlpPlan {
     /// The gradients of the rows' weights.
     pub(super) fn d_row_weight<'a>(&self, workspace: &'a Held<'_>) -> Address<'a> {
         workspace.at(self.regions.d_slot_weight)
+    }
+}
+
+/// Products over the rows of each expert.
+struct Groups<'a> {
+    scope: &'a Scope<'a>,
+    rows: &'a Dispatched,
+    frozen: Option<In<'a, i32>>,
+}
+
+impl Groups<'_> {
+    /// `a^T b` to `out`, which is f32 beside another type or not, and the sums of a bias. These go along with a weight's gradient where they are of the
+    /// first operand's columns, else they have a launch of their own.
+    fn sum<'b, T: Element>(
+        &'b self,
+        desc: &KGroupedDesc,
+        a: In<'b, T>,
+        b: In<'b, T>,
+        (out, f32_out): (ProductOut<'b, T>, bool),
+        bias: Option<ColumnSums<'b, T>>,
+    ) -> Result<(), Error> {
+        let mut args = KGroupedArgs::new(a, b, self.rows, out);
+        (args.frozen, args.sums) = (self.frozen, bias);
+        let Scope { kernels, stream, .. } = *self.scope;
+        k_grouped::forward(kernels, stream, &desc.f32_out(f32_out), args).map_err(|error| error.within(OPERATION))
     }
 }
 
@@ -362,7 +446,12 @@ pub(super) struct Inputs<'a, T> {
     pub(super) row_weight: Option<In<'a, f32>>,
     pub(super) dropout: Option<Dropout>,
     pub(super) noise_state: Option<In<'a, u64>>,
+    /// `[E]`: experts whose gradients are left alone.
+    pub(super) frozen: Option<In<'a, i32>>,
 }
+
+/// Columns of the product beside the sums of a bias alone.
+const BESIDE: usize = 8;
 
 /// A buffer whose type has been checked.
 pub(super) fn typed<T: Element>(tensor: Tensor<'_>) -> Result<In<'_, T>, Error> {

@@ -154,10 +154,14 @@ pub enum BackwardStage {
     Hidden,
     /// Gradient of the second product's weight.
     DownWeight,
+    /// Gradient of the second product's bias, where the launch of its weight's does not have it: of weights in the order [`crate::rules::Layout::Kn`], or frozen ones.
+    DownBias,
     /// Through the first product; each of its tensors.
     Input,
     /// Gradient of the first product's weight; of each of its tensors.
     GateUpWeight,
+    /// Gradient of the first product's bias, where the launch of its weight's does not have it.
+    GateUpBias,
     /// From rows to choices, where somebody asks for these or there are identities.
     Choices,
     /// From weights and losses to logits, and where somebody asks for those of learned factors to these, by a launch more.
@@ -174,10 +178,14 @@ pub enum BackwardStage {
     SharedHidden,
     /// [`BackwardStage::DownWeight`] of the shared expert.
     SharedDownWeight,
+    /// [`BackwardStage::DownBias`] of the shared expert.
+    SharedDownBias,
     /// [`BackwardStage::Input`] of the shared expert.
     SharedInput,
     /// [`BackwardStage::GateUpWeight`] of the shared expert.
     SharedGateUpWeight,
+    /// [`BackwardStage::GateUpBias`] of the shared expert.
+    SharedGateUpBias,
     /// Through the gate to its logit.
     SharedGateLogit,
     /// [`BackwardStage::RouterWeight`] of the gate.
@@ -197,7 +205,9 @@ impl BackwardStage {
             BackwardStage::GateUp => "gate_up again",
             BackwardStage::Hidden => "d hidden",
             BackwardStage::DownWeight => "d W down",
+            BackwardStage::DownBias => "d b down",
             BackwardStage::GateUpWeight => "d W gate_up",
+            BackwardStage::GateUpBias => "d b gate_up",
             BackwardStage::Choices => "d choices",
             BackwardStage::Gating => "d gating",
             BackwardStage::RouterWeight => "d W router",
@@ -209,7 +219,9 @@ impl BackwardStage {
             BackwardStage::SharedHidden => "d shared hidden",
             BackwardStage::SharedGate => "shared gate",
             BackwardStage::SharedDownWeight => "d W shared down",
+            BackwardStage::SharedDownBias => "d b shared down",
             BackwardStage::SharedGateUpWeight => "d W shared gate_up",
+            BackwardStage::SharedGateUpBias => "d b shared gate_up",
             BackwardStage::SharedInput => "d shared input",
             BackwardStage::SharedGateLogit => "d shared gate",
             BackwardStage::SharedGateWeight => "d W shared gate",

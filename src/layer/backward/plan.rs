@@ -14,7 +14,7 @@ use crate::layer::{Stage, Step};
 use crate::routers::gating_backward::{self, GatingBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
 use crate::rules::{Glu, IdFormat, LogitRule, NullOutput, Weighting};
-use crate::runtime::workspace::{Arena, Region};
+use crate::runtime::workspace::{Arena, BARRIER_HEADER, Region};
 use crate::{DeviceInfo, Error, Kernel, Selection};
 
 /// Every choice for a layer's backward pass and a number of tokens: kernels, grids, and places in the workspace.
@@ -60,8 +60,8 @@ pub(super) struct Regions {
     pub(super) pre_activation: Region,
     /// `[T]` of 1.
     pub(super) ones: Region,
-    /// Sums of learned factors' gradients.
-    pub(super) gating: Region,
+    /// What operations keep at the begin.
+    pub(super) scratch: Region,
     pub(super) shared_gate: Region,
     pub(super) d_shared_gate: Region,
 }
@@ -84,17 +84,15 @@ impl BackwardPlan {
         let (of, tokens, device) = (layer.desc(), layer.tokens(), layer.experts().device());
         check(of, desc)?;
         let rows = *layer.experts().rows();
-        let mut arena = Arena::new(OPERATION);
-        arena.barrier()?;
-        let mut mlp = |mlp, rows, intermediate, weighting, scale| {
+        let mlp = |mlp, rows, intermediate, weighting, scale| {
             let (dtype, width, kernels) = (of.dtype, of.hidden, of.kernels());
             let sizes = Sizes { dtype, rows, width, intermediate, kernels, weighting, scale };
-            MlpPlan::new(&mut arena, mlp, sizes, desc, device)
+            MlpPlan::new(mlp, sizes, desc, device)
         };
-        let routed = mlp(&of.mlp, Rows::Grouped(rows), of.intermediate, of.weighting, of.routed_scale)?;
+        let mut routed = mlp(&of.mlp, Rows::Grouped(rows), of.intermediate, of.weighting, of.routed_scale)?;
         let all = Rows::Dense(tokens);
         let shared = of.shared.as_ref();
-        let shared = shared
+        let mut shared = shared
             .map(|shared| mlp(&shared.mlp, all, shared.intermediate, Weighting::Output, shared.scale))
             .transpose()?;
         let gate = of.has_shared_gate().then(|| {
@@ -123,13 +121,19 @@ impl BackwardPlan {
             Some(step) if learned => gating_backward::workspace_bytes(&step.desc).map_err(within)?,
             _ => 0,
         };
+        // First what operations keep at the begin of a workspace, one behind the other.
+        let scratch = routed.scratch_bytes.max(shared.as_ref().map_or(0, |shared| shared.scratch_bytes));
+        let mut arena = Arena::new(OPERATION);
+        let scratch = arena.region("workspace", scratch.max(gating_bytes).max(BARRIER_HEADER), 1)?;
+        routed.lay(&mut arena)?;
+        shared.as_mut().map(|shared| shared.lay(&mut arena)).transpose()?;
         let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
             d_weights: arena.region("d_weights", tokens * of.all_choices(), 4)?,
             pre_activation: arena.region("pre_activation", kept, of.dtype.bytes() as usize)?,
             ones: arena.region("ones", tokens, 4)?,
-            gating: arena.region("workspace", gating_bytes, 1)?,
+            scratch,
             shared_gate: arena.region("shared_gate", gated, 4)?,
             d_shared_gate: arena.region("d_shared_gate", gated, 4)?,
         };

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::gradients::{HeldGradients, LayerGradients};
+use super::gradients::{HeldGradients, LayerGradients, WeightGradients};
 use super::mlp::{self, Inputs, Wanted};
 use super::plan::RouterSteps;
 use super::{BackwardPlan, BackwardStage, OPERATION, Origin, Saved};
+use crate::experts::Weight;
 use crate::experts::choice_backward::{self, ChoiceBackwardArgs, Identities};
 use crate::experts::combine::{self, CombineArgs, Identity};
 use crate::experts::gemm::{self, GemmArgs, SwigluByExpert};
@@ -48,6 +49,9 @@ pub struct BackwardArgs<'a, T> {
     pub sequence_counts: Option<In<'a, i32>>,
     /// `[B]`: tokens of each sequence that count, all of them if absent.
     pub sequence_tokens: Option<In<'a, u32>>,
+    /// `[E]` of the experts that are here: those with another number than 0 are frozen. Nothing is computed of their weights' gradients, whose memory is left alone; what
+    /// comes through them is as ever.
+    pub frozen: Option<In<'a, i32>>,
     /// What is asked for.
     pub gradients: LayerGradients<'a, T>,
 }
@@ -71,6 +75,7 @@ impl<'a, T> BackwardArgs<'a, T> {
             importance: None,
             sequence_counts: None,
             sequence_tokens: None,
+            frozen: None,
             gradients,
         }
     }
@@ -98,6 +103,7 @@ buffers!(BackwardArgs<'a, T> {
     importance: In<f32>,
     sequence_counts: In<i32>,
     sequence_tokens: In<u32>,
+    frozen: In<i32>,
 });
 
 /// Buffers of a pass, opened, but for those of weights.
@@ -114,6 +120,7 @@ struct Opened<'a> {
     importance: Option<Held<'a>>,
     sequence_counts: Option<Held<'a>>,
     sequence_tokens: Option<Held<'a>>,
+    frozen: Option<Held<'a>>,
     gradients: HeldGradients<'a>,
 }
 
@@ -167,6 +174,10 @@ impl BackwardPlan {
         let _experts = weights.experts.open(&scope, desc)?;
         if tokens == 0 {
             let gradients = args.gradients.open(&scope, desc, 0)?;
+            if args.frozen.is_some() {
+                let supported = "no mask where there are no tokens: leave the gradients alone";
+                return Err(Error::unsupported(OPERATION, "frozen", supported, "some"));
+            }
             return match self.desc().accumulate {
                 true => Ok(()),
                 false => gradients.without_tokens(&scope, desc, self.desc().keep_empty),
@@ -194,6 +205,7 @@ impl BackwardPlan {
                 SCALAR,
             )?,
             sequence_tokens: scope.read_some("sequence_tokens", args.sequence_tokens, self.sequences(), SCALAR)?,
+            frozen: scope.read_some("frozen", args.frozen, desc.local_experts(), SCALAR)?,
             gradients: args.gradients.open(&scope, desc, tokens)?,
         };
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
@@ -276,12 +288,33 @@ impl BackwardPlan {
                 return Err(Error::Unexpected { operation, argument, reason });
             }
         }
-        let biased = [
-            ("down.bias", weights.experts.down.bias.is_some()),
-            ("shared.down.bias", weights.experts.shared.is_some_and(|shared| shared.down.bias.is_some())),
-        ];
-        if let Some((argument, _)) = biased.into_iter().find(|(_, there)| *there) {
-            return Err(Error::unsupported(operation, argument, "no bias of the second product", "some"));
+        let (experts, of) = (&weights.experts, &args.gradients);
+        let shared = experts.shared.as_ref();
+        let has = |weight: Option<&Weight<'_>>| {
+            let up = weight.and_then(|weight| weight.up).and_then(|(_, bias)| bias);
+            [weight.and_then(|weight| weight.bias).is_some(), up.is_some()]
+        };
+        let asks = |gradients: &WeightGradients<'_>| [gradients.bias.is_some(), gradients.up_bias.is_some()];
+        for ([bias, up_bias], there, given) in [
+            (["gradients.gate_up.bias", "gradients.gate_up.up_bias"], has(Some(&experts.gate_up)), asks(&of.gate_up)),
+            (["gradients.down.bias", "gradients.down.up_bias"], has(Some(&experts.down)), asks(&of.down)),
+            (
+                ["gradients.shared.gate_up.bias", "gradients.shared.gate_up.up_bias"],
+                has(shared.map(|shared| &shared.gate_up)),
+                asks(&of.shared.gate_up),
+            ),
+            (
+                ["gradients.shared.down.bias", "gradients.shared.down.up_bias"],
+                has(shared.map(|shared| &shared.down)),
+                asks(&of.shared.down),
+            ),
+        ] {
+            for (argument, there, given) in [(bias, there[0], given[0]), (up_bias, there[1], given[1])] {
+                if given && !there {
+                    let reason = "the weight has no bias";
+                    return Err(Error::Unexpected { operation, argument, reason });
+                }
+            }
         }
         Ok(())
     }
@@ -335,6 +368,7 @@ impl BackwardPlan {
                 row_weight: Some(saved.dispatched.slot_weight().into()),
                 dropout: saved.dropout,
                 noise_state: saved.drew_by_state.then(|| (&saved.noise_state).into()),
+                frozen: optional(&at.frozen).map(|frozen| frozen.input(desc.local_experts())),
             };
             self.routed.enqueue(scope, mlp::ROUTED, &inputs, workspace, &gradients.routed, wanted, observer)?;
         }
@@ -363,7 +397,7 @@ impl BackwardPlan {
             (args.expert_scale, args.global_scale) = (weights.router.expert_scale, weights.router.global_scale);
             args.d_expert_scale = optional(&gradients.expert_scale).map(|gradient| gradient.out(desc.experts));
             args.d_global_scale = optional(&gradients.global_scale).map(|gradient| gradient.out(1));
-            let mut part = workspace.part(self.regions.gating);
+            let mut part = workspace.part(self.regions.scratch);
             args.workspace = Some(&mut part);
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
@@ -564,6 +598,7 @@ impl BackwardPlan {
             row_weight: gate.map(|_| values.input(tokens)),
             dropout: None,
             noise_state: None,
+            frozen: None,
         };
         plan.enqueue(scope, mlp::SHARED, &inputs, workspace, of_mlp, wanted, observer)?;
         let Some((steps, logits)) = gate.filter(|_| of_gate) else { return Ok(false) };

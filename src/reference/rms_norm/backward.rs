@@ -18,8 +18,8 @@ pub struct NormGradient {
 /// The gradients of `sum dy y`, where `y [R,W]` is what [`super::rms_norm`] makes of the same arguments.
 ///
 /// With `u` the row (times its gain if that comes first), `m` the mean of its squares and `f = factor / sqrt(m + epsilon)`, the row is
-/// `y = s f u g`. For `c = s g dy`: `du = f c - f u (c . u) / (W (m + epsilon))`, `dg = sum s f u dy`, `ds = f (u g) . dy`. A rounding of the row
-/// before it is normalised counts as none.
+/// `y = s f u g`. For `c = s g dy`: `du = f c - f u (c . u) / (W (m + epsilon))`, `dg = sum s f u dy`, `ds = f (u g) . dy`. Where the row is
+/// rounded before it is normalised, the rounding's slope is 1.
 ///
 /// # Errors
 /// Those of [`super::rms_norm`], and a `dy` of another length.
@@ -43,7 +43,7 @@ pub fn rms_norm_backward<T: Real>(
     let mut d_gain = vec![0.0; width];
     for (r, (v, dy)) in v.chunks(width).zip(dy.chunks(width)).enumerate() {
         let row_scale = rows.row_scale.map_or(1.0, |list| list[r]);
-        let u: Vec<f64> = v.iter().zip(&gain).map(|(v, g)| if is_first { v * g } else { *v }).collect();
+        let u: Vec<f64> = v.iter().zip(&gain).map(|(v, g)| if is_first { T::round(v * g) } else { *v }).collect();
         let after = |c: usize| if is_first { 1.0 } else { gain[c] };
         let mean = u.iter().map(|u| u * u).sum::<f64>() / width as f64 + f64::from(norm.epsilon);
         let factor = f64::from(norm.factor) / mean.sqrt();

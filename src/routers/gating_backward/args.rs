@@ -33,7 +33,7 @@ pub struct GatingBackwardArgs<'a> {
     /// `[E]`: sums of weights, exactly where their loss has a factor.
     pub importance: Option<In<'a, f32>>,
     /// `[B, E]`: the slots of each sequence that the loss by sequence counts, exactly where it has a factor
-    /// (DeepSeek-V3, eq. 18).
+    /// ([`crate::routers::sequence_counts`]).
     pub sequence_counts: Option<In<'a, i32>>,
     /// `[B]`: tokens of each sequence that count; all of them if absent.
     pub sequence_tokens: Option<In<'a, u32>>,

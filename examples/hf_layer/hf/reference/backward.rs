@@ -2,15 +2,15 @@
 
 use moe_kernels::checkpoint::{BlockWeights, ByName, HostBuffer, Kind, Loaded, MatrixWeight, Network, Places};
 use moe_kernels::layer::Weighting;
+use moe_kernels::reference::ReferenceError;
 use moe_kernels::reference::combine::{add_identity_backward, combine_backward, gate_addend_backward};
 use moe_kernels::reference::dispatch::{DispatchRule, dispatch};
-use moe_kernels::reference::gating::{Gated, gate_backward};
+use moe_kernels::reference::gating::{BackwardInputs, Gated, gate_backward_by};
 use moe_kernels::reference::gemm::{MatrixGradient, dense_backward};
 use moe_kernels::reference::product_keys::product_keys_backward;
 use moe_kernels::reference::rms_norm::{Rows, rms_norm, rms_norm_backward};
-use moe_kernels::reference::router::{finish_backward, router};
+use moe_kernels::reference::router::router;
 use moe_kernels::reference::unit_experts::unit_experts_backward;
-use moe_kernels::reference::{Real, ReferenceError};
 use moe_kernels::rules::{Activation, KeySplit, RmsNorm};
 
 use super::super::backward::Gradients;
@@ -54,7 +54,7 @@ impl Reference<'_> {
             }
             (Kind::Network(network), Kind::Network(of_network)) => {
                 let d_weights = self.layer_part(x, &self.pass(x, gated.clone())?, dy, weights, &mut back)?;
-                let d_logits = self.gating(&logits, &gated, &d_weights)?;
+                let d_logits = self.gating(&logits, &gated.ids, &d_weights, weights, &mut back)?;
                 self.network_part(network, x, &d_logits, of_network, &mut back)?;
             }
             (_, Kind::Banks(bank)) => {
@@ -82,15 +82,37 @@ impl Reference<'_> {
         places: &BlockWeights<Places>,
         back: &mut Gradients,
     ) -> Result<(), HfError> {
-        let d_weights = self.layer_part(x, &self.pass(x, gated.clone())?, dy, places, back)?;
-        let d_logits = self.gating(logits, &gated, &d_weights)?;
-        let d = finish_backward(logits, &d_logits, self.layer.logits)?;
-        Ok(self.router_product(x, &d, places, back)?)
+        let pass = self.pass(x, gated.clone())?;
+        let d_weights = self.layer_part(x, &pass, dy, places, back)?;
+        let renormalises = self.layer.admission.is_some_and(|rule| rule.renormalise.is_some());
+        // What is divided by a sum are the admitted weights, or all that were chosen.
+        let ids = if renormalises { &pass.gated.ids } else { &gated.ids };
+        let d_logits = self.gating(logits, ids, &d_weights, places, back)?;
+        Ok(self.router_product(x, &d_logits, places, back)?)
     }
 
-    fn gating<L: Real>(&self, logits: &[L], gated: &Gated, d_weights: &[f64]) -> Result<Vec<f64>, ReferenceError> {
+    /// From the weights of `ids` to the router's product, and to what else multiplies them.
+    fn gating(
+        &self,
+        logits: &[f64],
+        ids: &[i32],
+        d_weights: &[f64],
+        places: &BlockWeights<Places>,
+        back: &mut Gradients,
+    ) -> Result<Vec<f64>, ReferenceError> {
         let layer = &self.layer;
-        gate_backward(logits, &gated.ids, d_weights, layer.experts, layer.top_k, &layer.gating, None)
+        let mut rule = layer.gating;
+        rule.renormalise = layer.admission.and_then(|rule| rule.renormalise).or(rule.renormalise);
+        let inputs = BackwardInputs {
+            expert_scale: self.expert_scale.as_deref(),
+            global_scale: self.global_scale,
+            logit_rule: layer.logits,
+            ..BackwardInputs::default()
+        };
+        let d = gate_backward_by(logits, ids, d_weights, layer.experts, layer.top_k, &rule, inputs)?;
+        back.put(&places.expert_scale, &d.expert_scale);
+        back.put(&places.global_scale, &[d.global_scale]);
+        Ok(d.logits)
     }
 
     /// From logits to the router's weights and x.
