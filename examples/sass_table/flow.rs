@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 /// Instructions of the main loop, and how many of them are tensor core products.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Loop {
     pub instructions: usize,
     pub products: usize,
@@ -31,12 +31,6 @@ struct Graph {
 struct Block {
     size: Loop,
     next: Vec<usize>,
-}
-
-impl Default for Loop {
-    fn default() -> Loop {
-        Loop { instructions: 0, products: 0 }
-    }
 }
 
 impl Graph {
