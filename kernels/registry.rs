@@ -437,6 +437,15 @@ impl Gemm {
         }
     }
 
+    /// Tiles of the same heights with twice the columns and warps, for weights that are wide enough: a row of A is fetched half as often.
+    pub const fn wide_tiles(dtype: Dtype) -> &'static [Tile] {
+        const HALF: [Tile; 2] = [Tile::new(128, 256, 64, 2, 4, 3), Tile::new(64, 256, 64, 2, 4, 3)];
+        match dtype {
+            Dtype::Bf16 | Dtype::F16 => &HALF,
+            Dtype::F32 => &[],
+        }
+    }
+
     /// Dynamic shared memory in bytes: the stages of A and B.
     pub const fn shared_bytes(&self) -> u32 {
         let t = &self.tile;
@@ -1454,7 +1463,7 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     for dtype in Dtype::ALL {
-        for &tile in Gemm::tiles(dtype) {
+        for &tile in Gemm::tiles(dtype).iter().chain(Gemm::wide_tiles(dtype)) {
             for fold in Fold::ALL {
                 for layout in Layout::ALL {
                     kernels.push(Kernel::Gemm(Gemm { dtype, tile, fold, layout }));

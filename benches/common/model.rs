@@ -171,7 +171,7 @@ impl Passes<'_> {
         Ok(gating_dispatch::forward(kernels, stream, &desc, args)?)
     }
 
-    fn gate_up_desc(&self) -> GemmDesc {
+    pub fn gate_up_desc(&self) -> GemmDesc {
         let desc = &self.model.desc;
         let rows = Rows::Grouped(self.plan.route().rows());
         GemmDesc::new(Dtype::Bf16, rows, desc.intermediate, desc.hidden)
@@ -181,26 +181,36 @@ impl Passes<'_> {
             .split(true)
     }
 
-    fn down_desc(&self) -> GemmDesc {
+    pub fn down_desc(&self) -> GemmDesc {
         let desc = &self.model.desc;
         let rows = Rows::Grouped(self.plan.route().rows());
         GemmDesc::new(Dtype::Bf16, rows, desc.hidden, desc.intermediate).weight(desc.mlp.down).split(true)
     }
 
     pub fn gate_up(&mut self, i: usize) -> Result<()> {
-        let (product, Model { stream, kernels, gate_up, .. }) = (self.gate_up_desc(), self.model);
+        self.gate_up_by(i, &self.gate_up_desc())
+    }
+
+    /// By the kernel that `product` leads to.
+    pub fn gate_up_by(&mut self, i: usize, product: &GemmDesc) -> Result<()> {
+        let Model { stream, kernels, gate_up, .. } = self.model;
         let Set { x, dispatched, h, .. } = &mut self.sets[i];
         let args = GemmArgs::new(&*x, Weight::new(gate_up), h).dispatched(dispatched).workspace(&mut self.workspace);
-        Ok(gemm::forward(kernels, stream, &product, args)?)
+        Ok(gemm::forward(kernels, stream, product, args)?)
     }
 
     pub fn down(&mut self, i: usize) -> Result<()> {
-        let (product, Model { stream, kernels, down, .. }) = (self.down_desc(), self.model);
+        self.down_by(i, &self.down_desc())
+    }
+
+    /// By the kernel that `product` leads to.
+    pub fn down_by(&mut self, i: usize, product: &GemmDesc) -> Result<()> {
+        let Model { stream, kernels, down, .. } = self.model;
         let Set { h, dispatched, y_slots, .. } = &mut self.sets[i];
         let args =
             GemmArgs::new(&*h, Weight::new(down), y_slots).dispatched(dispatched).out_scale(dispatched.slot_weight());
         let args = args.workspace(&mut self.workspace);
-        Ok(gemm::forward(kernels, stream, &product, args)?)
+        Ok(gemm::forward(kernels, stream, product, args)?)
     }
 
     pub fn combine(&mut self, i: usize) -> Result<()> {

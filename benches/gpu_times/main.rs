@@ -26,6 +26,8 @@ use clap::Parser;
 use clock::Clock;
 use cudarc::driver::{CudaContext, CudaStream, sys};
 use model::{Model, Operation, Passes};
+use moe_kernels::experts::gemm::{self, GemmDesc};
+use moe_kernels::experts::overrides;
 use moe_kernels::{Kernels, device};
 use report::Report;
 use serde_json::json;
@@ -249,6 +251,17 @@ fn one<'a>(
         let work = work(&batch);
         let resident = batch.distinct(&work, sets);
         report.add(name, &batch, operation, time, work, resident);
+    }
+    // The products by every kernel that computes them: what `experts::overrides` reads.
+    type By<'a> = fn(&mut Passes<'a>, usize, &GemmDesc) -> Result<()>;
+    let products: [(GemmDesc, By<'_>); 2] =
+        [(passes.gate_up_desc(), Passes::gate_up_by), (passes.down_desc(), Passes::down_by)];
+    for (product, pass) in products {
+        for candidate in overrides::candidates(&product, kernels.device())? {
+            let kernel = gemm::select(&candidate, kernels.device())?.kernel;
+            let time = clock.time(sets, &mut |i| pass(&mut passes, i, &candidate))?;
+            report.add_product(name, &product, &kernel.name(), kernels.device().compute_capability, time);
+        }
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use moe_kernels::experts::gemm::GemmDesc;
 use serde_json::{Value, json};
 
 use crate::clock::Timing;
@@ -14,6 +15,7 @@ pub struct Report {
     l2_bytes: f64,
     head: Value,
     times: Vec<Value>,
+    products: Vec<Value>,
     skipped: Vec<String>,
 }
 
@@ -24,7 +26,7 @@ impl Report {
             "{:<28} {:<15} {:>10} {:>9} {:>9} {:>7} {:>5}",
             "shape/tokens", "operation", "us", "TFLOP/s", "GB/s", "floor", "L2"
         );
-        Report { peaks, l2_bytes, head, times: Vec::new(), skipped: Vec::new() }
+        Report { peaks, l2_bytes, head, times: Vec::new(), products: Vec::new(), skipped: Vec::new() }
     }
 
     /// Whether these are times of the software device.
@@ -51,6 +53,15 @@ impl Report {
         }));
     }
 
+    /// A product by one kernel.
+    pub fn add_product(&mut self, name: &str, product: &GemmDesc, kernel: &str, capability: (u32, u32), time: Timing) {
+        println!("{name:<28} {kernel:<42} {:>10.2}", time.us);
+        self.products.push(json!({
+            "kernel": kernel, "compute_capability": [capability.0, capability.1], "experts": product.rows.experts(),
+            "rows": product.rows.count(), "n": product.n, "k": product.k, "us": time.us, "range_us": time.range,
+        }));
+    }
+
     pub fn skip(&mut self, name: &str, reason: &str) {
         println!("{name:<28} skipped: {reason}");
         self.skipped.push(format!("{name}: {reason}"));
@@ -65,6 +76,7 @@ impl Report {
     pub fn write(&self, path: &Path) -> std::io::Result<()> {
         let mut whole = self.head.clone();
         whole["times"] = json!(self.times);
+        whole["products"] = json!(self.products);
         whole["skipped"] = json!(self.skipped);
         crate::whole_file::write(path, format!("{whole:#}\n").as_bytes())
     }

@@ -38,7 +38,7 @@ use cudarc::driver::CudaStream;
 use super::activation_backward::{Numbered, columns_of};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm::{
-    ByExpertAddresses, GemmDesc, KernelSet, Rows, SwigluByExpert, check_activation, check_dropout, select_for,
+    ByExpertAddresses, GemmDesc, KernelSet, Rows, SwigluByExpert, check_activation, check_dropout, select_among,
 };
 use crate::registry::Kernel;
 use crate::rules::{
@@ -334,7 +334,7 @@ buffers!(SharedRowsBackward<'a, T> {
 /// shared memory; [`Error::Overflow`] for a grid past the device's limit.
 pub fn select(desc: &GemmBackwardDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
-    let product = select_for(OPERATION, &desc.product(), device)?;
+    let product = select_among(OPERATION, &desc.product(), &[], device)?;
     let kernel = match product.kernel.variant() {
         Kernel::Gemm(gemm) => Kernel::GemmBackward(gemm),
         Kernel::GemmAny(gemm) => Kernel::GemmBackwardAny(gemm),

@@ -6,7 +6,7 @@
 //! matrices, and DeepGEMM's k-grouped product; [`crate::capacity::row_groups`] makes the rows of ends or counts. A row is `r` itself, or its token's
 //! row `slot_token[r]` of a matrix that is gathered. Rows of no expert are not read, whatever they hold. Sums are f32, in a fixed order.
 //!
-//! On request the same launch adds up the columns of `a` ([`ColumnSums`]), what gradients of biases are made of: `db_e` is the sum of `dv_r`, or of the
+//! On request the same launch adds up the columns of `a` or of `b` ([`ColumnSums`]), what gradients of biases are made of: `db_e` is the sum of `dv_r`, or of the
 //! rows' weights times the output's gradient. Experts that are frozen ([`KGroupedArgs::frozen`]) cost nothing: their blocks read no row and write no gradient.
 
 use std::sync::Arc;
@@ -172,11 +172,13 @@ settings!(KGroupedDesc {
     keep_empty: bool,
 });
 
-/// Sums of `a`'s columns over each expert's rows: `out[e,i] = scale * sum over r of weights[r] * a[row_a(r),i]`.
+/// Sums of `a`'s columns, or of `b`'s, over each expert's rows: `out[e,i] = scale * sum over r of weights[r] * a[row_a(r),i]`.
 #[non_exhaustive]
 pub struct ColumnSums<'a, T> {
-    /// `[E, M]`, written, or added to and left alone as the descriptor says of the matrices; of either type whatever theirs is.
+    /// `[E, M]`, of `b` `[E, N]`, written, or added to and left alone as the descriptor says of the matrices; of either type whatever theirs is.
     pub out: ProductOut<'a, T>,
+    /// Whether the columns are `b`'s: where the weight lies the other way round, and its outputs are columns of the gradient.
+    pub of_b: bool,
     /// `[slots]`: a factor for each row; 1 if absent.
     pub weights: Option<In<'a, f32>>,
     /// Factor of all.
@@ -184,9 +186,15 @@ pub struct ColumnSums<'a, T> {
 }
 
 impl<'a, T> ColumnSums<'a, T> {
-    /// Of rows without factors.
+    /// Of `a`, rows without factors.
     pub const fn new(out: ProductOut<'a, T>) -> ColumnSums<'a, T> {
-        ColumnSums { out, weights: None, scale: 1.0 }
+        ColumnSums { out, of_b: false, weights: None, scale: 1.0 }
+    }
+
+    /// Of `b`, if so.
+    #[must_use]
+    pub fn of_b(self, of_b: bool) -> ColumnSums<'a, T> {
+        ColumnSums { of_b, ..self }
     }
 
     /// With a factor of all.
@@ -211,7 +219,7 @@ pub struct KGroupedArgs<'a, T> {
     pub out: ProductOut<'a, T>,
     /// `[E]`: experts with another number than 0 are left alone, their rows too.
     pub frozen: Option<In<'a, i32>>,
-    /// Sums of `a`'s columns.
+    /// Sums of columns.
     pub sums: Option<ColumnSums<'a, T>>,
 }
 
@@ -226,7 +234,7 @@ impl<'a, T> KGroupedArgs<'a, T> {
         KGroupedArgs { a: a.into(), b: b.into(), dispatched, out, frozen: None, sums: None }
     }
 
-    /// With sums of `a`'s columns.
+    /// With sums of columns.
     #[must_use]
     pub fn sums(self, sums: ColumnSums<'a, T>) -> KGroupedArgs<'a, T> {
         KGroupedArgs { sums: Some(sums), ..self }
@@ -298,10 +306,11 @@ pub fn forward<T: Element>(
         }
     };
     let frozen = scope.read_some("frozen", args.frozen, desc.rows.experts, SCALAR)?;
-    let (mut sums, mut sum_weights, mut sum_scale, mut wide_sums) = (None, None, 1.0, false);
+    let flag = |set, bit: u32| if set { bit } else { 0 };
+    let (mut sums, mut sum_weights, mut sum_scale, mut sum_form) = (None, None, 1.0, 0);
     if let Some(wanted) = args.sums {
-        let elements = desc.rows.experts * desc.m;
-        wide_sums = matches!(wanted.out, ProductOut::F32(_));
+        let elements = desc.rows.experts * if wanted.of_b { desc.n } else { desc.m };
+        sum_form = flag(matches!(wanted.out, ProductOut::F32(_)), 8) | flag(wanted.of_b, 16);
         sums = Some(match wanted.out {
             ProductOut::Rounded(out) => scope.write("sums.out", out, elements, desc.dtype.bytes().into())?,
             ProductOut::F32(out) => scope.write("sums.out", out, elements, SCALAR)?,
@@ -311,7 +320,6 @@ pub fn forward<T: Element>(
     }
     let lists = args.dispatched.read(&scope)?;
     let at = lists.addresses();
-    let flag = |set, bit: u32| if set { bit } else { 0 };
     scope.launch(
         &selection,
         KGroupedParams {
@@ -342,7 +350,7 @@ pub fn forward<T: Element>(
             out_expert_hi: (out_at[0] as u64 >> 32) as u32,
             out_row: out_at[1] as u32,
             out_column: out_at[2] as u32,
-            out_form: flag(desc.f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4) | flag(wide_sums, 8),
+            out_form: flag(desc.f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4) | sum_form,
         },
     )
 }

@@ -39,15 +39,10 @@ const WEIGHT_ROWS: u64 = 32;
 /// # Errors
 /// [`Error::Unsupported`] where the device has too little shared memory for any tile.
 pub fn select_tile(dtype: Dtype, slots: usize, experts: usize, device: &DeviceInfo) -> Result<Tile, Error> {
-    let active = experts.min(slots).max(1) as u64;
-    let slots = slots as u64;
-    // (slots/active/bm + 1/2) (bm + w), times 2 active bm, is (2 slots + active bm) (bm + w) / bm.
-    let cost = |tile: &Tile| {
-        let bm = u128::from(tile.bm);
-        (2 * u128::from(slots) + u128::from(active) * bm) * (bm + u128::from(WEIGHT_ROWS)) * 1024 / bm
-    };
+    let active = experts.min(slots).max(1);
     let is_hopper = device.compute_capability == (9, 0) && GemmHopper::DTYPES.contains(&dtype);
-    let tallest = if is_hopper && slots > 32 * active { GemmHopper::TILE.bm } else { 0 };
+    let tallest = if is_hopper && slots / 32 >= active && slots != 32 * active { GemmHopper::TILE.bm } else { 0 };
+    let cost = |tile: &Tile| height_cost(slots, experts, tile);
     fitting(dtype, device).min_by_key(|tile| (tile.bm != tallest, cost(tile), tile.bm)).ok_or_else(|| {
         let least = Gemm::tiles(dtype).iter().map(|&tile| shared_bytes(dtype, tile)).min().unwrap_or(0);
         Error::unsupported(
@@ -57,6 +52,20 @@ pub fn select_tile(dtype: Dtype, slots: usize, experts: usize, device: &DeviceIn
             format!("a device with {} bytes", device.shared_bytes_per_block),
         )
     })
+}
+
+/// What [`select_tile`] minimises.
+fn height_cost(slots: usize, experts: usize, tile: &Tile) -> u128 {
+    let (active, slots, bm) = (experts.min(slots).max(1) as u128, slots as u128, u128::from(tile.bm));
+    // (slots/active/bm + 1/2) (bm + w), times 2 active bm, is (2 slots + active bm) (bm + w) / bm.
+    (2 * slots + active * bm) * (bm + u128::from(WEIGHT_ROWS)) * 1024 / bm
+}
+
+/// The tile of so many weight outputs for dense rows.
+pub(crate) fn select_tile_of_width(dtype: Dtype, rows: usize, width: usize, device: &DeviceInfo) -> Option<Tile> {
+    let tiles = Gemm::tiles(dtype).iter().chain(Gemm::wide_tiles(dtype)).copied();
+    let fits = |tile: &Tile| tile.bn as usize == width && shared_bytes(dtype, *tile) <= device.shared_bytes_per_block;
+    tiles.filter(fits).min_by_key(|tile| (height_cost(rows, 1, tile), tile.bm))
 }
 
 /// The fewest rows that a tile of this type has on the device: what the tile list of a batch is bounded with, whatever its size.

@@ -2,6 +2,7 @@
 
 use super::{LatentDesc, LayerPlan, Norms};
 use crate::experts::gemm::KernelSet;
+use crate::experts::overrides::Overrides;
 use crate::rules::{
     Activation, AdmissionRule, BalanceRule, Capacity, Dtype, Gating, Glu, IdFormat, Layout, LogitRule, NullExperts,
     Score, SecondExpert, Swiglu, WeightDesc, Weighting,
@@ -58,6 +59,8 @@ pub struct LayerDesc {
     pub norms: Norms,
     /// Routed experts of a width of their own, between two projections.
     pub latent: Option<LatentDesc>,
+    /// Times that a run on a GPU measured: the products' kernels are the fastest of those that it timed ([`Overrides::leak`]).
+    pub overrides: Option<&'static Overrides>,
 }
 
 impl LayerDesc {
@@ -91,6 +94,7 @@ impl LayerDesc {
             routed_scale: 1.0,
             norms: Norms::new(),
             latent: None,
+            overrides: None,
         }
     }
 
@@ -161,6 +165,7 @@ settings!(LayerDesc {
     routed_scale: f32,
     norms: Norms,
     latent: Option<LatentDesc>,
+    overrides: Option<&'static Overrides>,
 });
 
 /// An expert map between choice and dispatch: see [`crate::capacity::expert_map`].

@@ -91,7 +91,11 @@ impl ExpertsPlan {
                 .split(!desc.batch_invariant)
                 .weight(mlp.down)
                 .shared_rows(shared_rows);
-            let step = |desc| Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? });
+            let step = |product: GemmDesc| {
+                let measured = desc.overrides.map_or(Ok(product), |measured| measured.apply(&product, device));
+                let desc = measured.map_err(|error| error.within(OPERATION))?;
+                Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })
+            };
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
         let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {

@@ -32,6 +32,8 @@ pub struct Case {
     /// Every number of a SwiGLU by expert.
     pub by_expert: bool,
     pub dropout: Option<Dropout>,
+    /// Whether seed and offset lie on the device, where the next step's are when the pass goes back.
+    pub noise_state: bool,
     /// The last tokens that are padding.
     pub padding: usize,
     /// Whether the router sees other rows than the experts.
@@ -53,6 +55,7 @@ impl Case {
             bias: false,
             by_expert: false,
             dropout: None,
+            noise_state: false,
             padding: 0,
             router_x: false,
             dy: 1.0,
@@ -96,6 +99,9 @@ pub struct Problem<T, W> {
     pub routed: Mlp<T>,
     pub shared: Option<Mlp<T>>,
     pub shared_gate: Vec<W>,
+    /// Factors of each expert's weight, and of all.
+    pub scales: [Vec<f32>; 2],
+    scales_on_device: [CudaSlice<f32>; 2],
     bias: Vec<T>,
     bias_on_device: CudaSlice<T>,
     swiglu: [Vec<f32>; 4],
@@ -124,6 +130,8 @@ pub struct Buffers<T, G> {
     pub weights: CudaSlice<f32>,
     pub router: CudaSlice<f32>,
     pub router_bias: CudaSlice<f32>,
+    pub expert_scale: CudaSlice<f32>,
+    pub global_scale: CudaSlice<f32>,
     pub shared_gate: CudaSlice<f32>,
     pub bias: CudaSlice<f32>,
     pub routed: Gradients<G>,
@@ -171,9 +179,12 @@ impl<T: Element, W: Element> Problem<T, W> {
         // Every third expert is here, the next one elsewhere, the next an identity.
         let map = (0..desc.experts as i32).map(|e| [e / 3, NONE, IDENTITY][e as usize % 3]).collect::<Vec<i32>>();
         let mask: Vec<u8> = (0..case.tokens).map(|t| u8::from(t + case.padding < case.tokens)).collect();
+        let mut of_scales = fastrand::Rng::with_seed(case.seed + 100);
+        let scales = [(0..desc.experts).map(|_| 0.5 + of_scales.f32()).collect(), vec![1.25]];
         let bytes = plan.workspace_bytes().max(back.workspace_bytes());
         Problem {
             shared_gate_on_device: upload(&stream, &shared_gate),
+            scales_on_device: scales.each_ref().map(|scales| upload(&stream, scales)),
             bias_on_device: upload(&stream, &bias),
             swiglu_on_device: swiglu.each_ref().map(|numbers| upload(&stream, numbers)),
             x_on_device: upload(&stream, &x),
@@ -207,13 +218,18 @@ impl<T: Element, W: Element> Problem<T, W> {
             routed,
             shared,
             shared_gate,
+            scales,
             bias,
             swiglu,
         }
     }
 
     fn router_weights(&self) -> RouterWeights<'_> {
-        let router = RouterWeights::new(&self.router_on_device);
+        let mut router = RouterWeights::new(&self.router_on_device);
+        let gating = &self.case.desc.gating;
+        let [of_experts, of_all] = &self.scales_on_device;
+        router.expert_scale = gating.expert_scale.then_some(of_experts.into());
+        router.global_scale = gating.global_scale.then_some(of_all.into());
         self.router_bias_on_device.iter().fold(router, |router, bias| router.bias(bias))
     }
 
@@ -250,6 +266,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         self.dy_on_device = upload(stream, &self.dy);
         self.router_on_device = upload(stream, &self.router);
         self.shared_gate_on_device = upload(stream, &self.shared_gate);
+        self.scales_on_device = self.scales.each_ref().map(|scales| upload(stream, scales));
         (self.given_on_device.0, self.given_on_device.2) =
             (upload(stream, &self.given_logits), upload(stream, &self.given_weights));
         self.routed.upload(stream);
@@ -283,9 +300,14 @@ impl<T: Element, W: Element> Problem<T, W> {
         if self.case.router_x {
             args.router_x = Some((&self.router_x_on_device).into());
         }
+        let mut state = self.stream.clone_htod(&[11_u64, 22]).unwrap();
+        if self.case.noise_state {
+            args.noise_state = Some((&state).into());
+        }
         let mut workspace = self.workspace.borrow_mut();
         self.plan.forward_saving(self.kernels, &self.stream, &weights, args, &mut saved, &mut workspace).unwrap();
         drop(workspace);
+        self.stream.memcpy_htod(&[12, 23], &mut state).unwrap();
         (self.y, self.saved) = (y, saved);
     }
 
@@ -307,6 +329,8 @@ impl<T: Element, W: Element> Problem<T, W> {
             weights: full(&self.stream, self.case.tokens * desc.top_k, JUNK),
             router: full(&self.stream, if asked { desc.experts * desc.hidden } else { 0 }, held),
             router_bias: full(&self.stream, if asked && self.case.router_bias { desc.experts } else { 0 }, held),
+            expert_scale: full(&self.stream, if desc.gating.expert_scale { desc.experts } else { 0 }, held),
+            global_scale: full(&self.stream, usize::from(desc.gating.global_scale), held),
             bias: full(&self.stream, if self.case.bias { desc.hidden } else { 0 }, held),
             shared_gate: full(&self.stream, if self.gated() { desc.hidden } else { 0 }, held),
             routed: mlp(Some(&self.routed)),
@@ -316,16 +340,31 @@ impl<T: Element, W: Element> Problem<T, W> {
 
     /// What all of `buffers` are for.
     pub fn gradients<'a, G: Element>(&self, buffers: &'a mut Buffers<T, G>) -> LayerGradients<'a, T> {
-        let gated = self.gated();
+        let (gated, scaled) = (self.gated(), self.case.desc.gating);
         let (routes, asked, other) = (self.routed_here(), self.case.back.origin == Origin::Router, self.case.router_x);
-        let Buffers { x, router_x, logits, weights, router, router_bias, shared_gate, bias, routed, shared } = buffers;
+        let Buffers {
+            x,
+            router_x,
+            logits,
+            weights,
+            router,
+            router_bias,
+            expert_scale,
+            global_scale,
+            shared_gate,
+            bias,
+            routed,
+            shared,
+        } = buffers;
         let [gate_up, down] = self.routed.gradients(routed);
         let mut gradients = LayerGradients::new().x(x).weights(weights).gate_up(gate_up).down(down);
         gradients.router_x = other.then_some(router_x.into());
         gradients.logits = routes.then_some(logits.into());
         gradients.bias = self.case.bias.then_some(bias.into());
         if asked {
-            let of = RouterGradients::new().matrix(router);
+            let mut of = RouterGradients::new().matrix(router);
+            of.expert_scale = scaled.expert_scale.then_some(expert_scale.into());
+            of.global_scale = scaled.global_scale.then_some(global_scale.into());
             gradients = gradients.router(if self.case.router_bias { of.bias(router_bias) } else { of });
         }
         let Some(of) = &self.shared else { return gradients };
@@ -359,19 +398,29 @@ impl<T: Element, W: Element> Problem<T, W> {
         mut gradients: LayerGradients<'_, T>,
         counts: &CudaSlice<i32>,
     ) -> Result<Vec<BackwardStage>, Error> {
-        let mut stages = Vec::new();
-        let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
-        let (logits, ids, chosen) = &self.given_on_device;
-        let choices = (self.case.desc.map.is_some() || self.identities()).then(|| Choices::new(ids, chosen));
-        let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients.reborrow());
+        let mut args = self.args(gradients.reborrow());
         if self.case.back.losses.is_some_and(|losses| losses.balance != 0.0) {
             args = args.loss_counts(counts);
         }
+        self.enqueue(args)
+    }
+
+    /// What the backward pass reads, without losses.
+    pub fn args<'a>(&'a self, gradients: LayerGradients<'a, T>) -> BackwardArgs<'a, T> {
+        let (logits, ids, chosen) = &self.given_on_device;
+        let choices = (self.case.desc.map.is_some() || self.identities()).then(|| Choices::new(ids, chosen));
+        let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients);
         args.router_x = self.case.router_x.then_some((&self.router_x_on_device).into());
         args.given_logits = (self.case.back.origin == Origin::Logits).then_some(logits.into());
         args.choices = choices.filter(|_| self.case.back.origin == Origin::Choices);
         args.map = self.case.desc.map.map(|_| MapTable::new(&self.map_on_device));
         args.frozen = self.frozen.as_ref().map(Into::into);
+        args
+    }
+
+    pub fn enqueue(&self, args: BackwardArgs<'_, T>) -> Result<Vec<BackwardStage>, Error> {
+        let mut stages = Vec::new();
+        let weights = LayerWeights::new(self.router_weights(), self.expert_weights());
         let workspace = &mut *self.workspace.borrow_mut();
         let observer = &mut |stage| stages.push(stage);
         let (kernels, stream) = (self.kernels, &self.stream);
@@ -402,6 +451,8 @@ impl<T: Element, W: Element> Problem<T, W> {
             ("weights", read(&self.stream, "weights", &buffers.weights)),
             ("router", read(&self.stream, "router", &buffers.router)),
             ("router_bias", read(&self.stream, "router_bias", &buffers.router_bias)),
+            ("expert_scale", read(&self.stream, "expert_scale", &buffers.expert_scale)),
+            ("global_scale", read(&self.stream, "global_scale", &buffers.global_scale)),
             ("bias", read(&self.stream, "bias", &buffers.bias)),
         ];
         found.retain(|(_, values)| !values.is_empty());

@@ -7,6 +7,7 @@ mod data;
 #[path = "../support/device.rs"]
 #[allow(dead_code)]
 mod device;
+mod gating;
 mod mlp;
 mod properties;
 mod refusals;

@@ -4,7 +4,7 @@
 use moe_kernels::Dtype;
 use moe_kernels::layer::{BackwardDesc, LayerDesc, MapDesc, Mlp, Origin, SharedDesc};
 use moe_kernels::rules::{
-    AdmissionRule, Dropout, Gating, NoiseSource, NullExperts, Order, Score, SecondExpert, Weighting,
+    AdmissionRule, Dropout, Gating, LogitRule, NoiseSource, NullExperts, Order, Score, SecondExpert, Weighting,
 };
 
 use crate::case::{Case, Problem};
@@ -29,6 +29,8 @@ fn values<'a>(problem: &'a mut Problem<f32, f32>, name: &str) -> &'a mut Vec<f32
         "shared.gate_up" => &mut problem.shared.as_mut().unwrap().up,
         "shared.down" => &mut problem.shared.as_mut().unwrap().down,
         "shared.gate" => &mut problem.shared_gate,
+        "expert_scale" => &mut problem.scales[0],
+        "global_scale" => &mut problem.scales[1],
         other => unreachable!("no values of {other}"),
     }
 }
@@ -100,6 +102,17 @@ fn dropout() {
         let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)));
         let desc = layer().weighting(weighting).shared(shared);
         check(Case { dropout, ..Case::new(desc, TOKENS) });
+    }
+    check(Case { dropout, noise_state: true, ..Case::new(layer(), TOKENS) });
+}
+
+/// Factors that a router learns, and logits that are scaled and capped.
+#[test]
+fn learned_factors() {
+    for score in [Score::Softmax, Score::Sigmoid] {
+        let gating = Gating::new(score).renormalised().expert_scale(true).global_scale(true);
+        let logits = LogitRule::PLAIN.factor(0.75).softcap(Some(2.0));
+        check(Case::new(layer().gating(gating).logits(logits), TOKENS));
     }
 }
 

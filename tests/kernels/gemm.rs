@@ -33,6 +33,8 @@ pub struct Variant {
     pub layout: Layout,
     /// Rows of a tile in the lists.
     pub tile_m: usize,
+    /// Weight outputs of a tile, where the selection is asked for them.
+    pub tile_n: Option<usize>,
     pub fold: Fold,
     /// Elements by which buffers begin behind 16 bytes.
     pub shift: usize,
@@ -42,7 +44,8 @@ impl From<Gemm> for Variant {
     fn from(gemm: Gemm) -> Variant {
         let Gemm { dtype, tile, fold, layout } = gemm;
         let (kernel, kernels) = (Kernel::Gemm(gemm), KernelSet::Sm80);
-        Variant { kernel, kernels, dtype, layout, tile_m: tile.bm as usize, fold, shift: 0 }
+        let (tile_m, tile_n) = (tile.bm as usize, Some(tile.bn as usize));
+        Variant { kernel, kernels, dtype, layout, tile_m, tile_n, fold, shift: 0 }
     }
 }
 
@@ -50,7 +53,7 @@ impl From<GemmHopper> for Variant {
     fn from(gemm: GemmHopper) -> Variant {
         let GemmHopper { dtype, fold, layout } = gemm;
         let (kernel, kernels) = (Kernel::GemmHopper(gemm), KernelSet::Sm90a);
-        Variant { kernel, kernels, dtype, layout, tile_m: GemmHopper::TILE.bm as usize, fold, shift: 0 }
+        Variant { kernel, kernels, dtype, layout, tile_m: GemmHopper::TILE.bm as usize, tile_n: None, fold, shift: 0 }
     }
 }
 
@@ -58,7 +61,7 @@ impl From<GemmSwapped> for Variant {
     fn from(gemm: GemmSwapped) -> Variant {
         let GemmSwapped { dtype, fold, layout, .. } = gemm;
         let (kernel, kernels) = (Kernel::GemmSwapped(gemm), KernelSet::Fastest);
-        Variant { kernel, kernels, dtype, layout, tile_m: GemmSwapped::TILE.bm as usize, fold, shift: 0 }
+        Variant { kernel, kernels, dtype, layout, tile_m: GemmSwapped::TILE.bm as usize, tile_n: None, fold, shift: 0 }
     }
 }
 
@@ -155,7 +158,8 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     for (index, activation) in activations(variant.fold).into_iter().enumerate() {
         // K: less than a stage, ragged, several stages; N: less than a tile, ragged, two tiles.
         let k = [40, 8, 200, 328, 72, 16, 24, 80, 8, 40][index];
-        let n = [24, 72, 8, 136, 40, 8, 24, 16, 72, 8][index];
+        let wide = variant.tile_n.is_some_and(|columns| columns > 128);
+        let n = [24, 72, 8, 136, 40, 8, 24, 16, 72, 8][index] * if wide && index % 2 == 1 { 2 } else { 1 };
         let (gather, bias) = (index % 2 == 0, index % 3 != 1);
         let (scale, out_scale) = (index % 2 == 0, index % 2 == 1);
         let case = Case { k, n, glu: form(index), activation, gather, bias, scale, out_scale };
@@ -185,11 +189,20 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     if variant.is_swapped() {
         parts::<T>(variant, rng);
     }
+    // Few live rows in a tile: a main loop each, up to a half and up to a quarter.
+    let case = Case {
+        k: 200,
+        n: 72,
+        glu: form(0),
+        activation: activations(variant.fold)[0],
+        gather: true,
+        bias: false,
+        scale: false,
+        out_scale: false,
+    };
+    grouped::<T>(variant, rng, &[bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1].map(|rows| rows.max(1)), &case);
     // Nothing at all to do: no tile.
-    let activation = activations(variant.fold)[0];
-    let (gather, bias, scale, out_scale) = (true, false, false, false);
-    let case = Case { k: 16, n: 16, glu: form(0), activation, gather, bias, scale, out_scale };
-    grouped::<T>(variant, rng, &[0, 0, 0], &case);
+    grouped::<T>(variant, rng, &[0, 0, 0], &Case { k: 16, n: 16, ..case });
     if !variant.combines() {
         strides::check::<T>(variant, rng);
     }
@@ -236,6 +249,7 @@ impl Case {
             .gather(self.gather && matches!(rows, Rows::Grouped(_)))
             .weight(WeightDesc::new(variant.dtype).layout(variant.layout).glu(self.glu))
             .activation(self.activation)
+            .tile_n(variant.tile_n)
             .kernels(variant.kernels)
             .split(variant.is_swapped())
     }

@@ -31,7 +31,7 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
             // Chunks are read by elements, or by 16 or 4 bytes at once.
             let shift = [1, 3, 0, 5, 2][index % 5];
             let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
-            let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, fold, shift };
+            let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, tile_n: None, fold, shift };
             // K: one, less than a stage, ragged, several stages; N: one, less than a tile, a tile and one more.
             let [k, n] = [[37, 13], [8, 70], [136, 1], [65, 129], [100, 12]][index % 5];
             let (gather, bias) = (index % 2 == second, index % 3 != 1);
@@ -47,6 +47,6 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
     }
     let (layout, tile_m, shift) = (Layout::Nk, 64, 1);
     let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
-    let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, fold, shift };
+    let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, tile_n: None, fold, shift };
     strides::check::<T>(variant, rng);
 }

@@ -45,9 +45,31 @@ fn check_as<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng) {
     // M and N: less than a tile, a part of a chunk's row, a tile and more.
     // Then as many column tiles as share the sums of columns in units of 4, 2 and 1.
     let widths = if variant.any {
-        [[5, bm + 3], [bm + 1, 1], [33, 70], [1, 12], [bm, 40], [7, 7], [bm - 1, 4 * bm + 1], [50, 8 * bm]]
+        [
+            [5, bm + 3],
+            [bm + 1, 1],
+            [33, 70],
+            [1, 12],
+            [bm, 40],
+            [7, 7],
+            [bm - 1, 4 * bm + 1],
+            [50, 8 * bm],
+            [16 * bm + 3, 9],
+            [4 * bm, bm + 2],
+        ]
     } else {
-        [[8, bm + 8], [bm + 16, 40], [24, bm], [8, 8], [2 * bm + 8, 16], [40, 72], [bm + 8, 16 * bm + 8], [56, 9 * bm]]
+        [
+            [8, bm + 8],
+            [bm + 16, 40],
+            [24, bm],
+            [8, 8],
+            [2 * bm + 8, 16],
+            [40, 72],
+            [bm + 8, 16 * bm + 8],
+            [56, 9 * bm],
+            [17 * bm, 24],
+            [bm + 8, 5 * bm],
+        ]
     };
     // Rows: none, one, a stage less one, a stage, one more, several stages with a remainder and without.
     let loads =
@@ -123,7 +145,7 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
     let old: Vec<T> = normals(rng, experts * m * n, 1.0);
     let old32: Vec<f32> = normals(rng, experts * m * n, 1.0);
     let old64 = if case.f32_out { to_f64(&old32) } else { to_f64(&old) };
-    // Some experts frozen, all, or none; and sums of a's columns, of rows with factors or without.
+    // Some experts frozen, all, or none; and sums of columns of a or b, of rows with factors or without.
     let frozen: Option<Vec<i32>> =
         (rng.u8(..3) == 0).then(|| (0..experts).map(|_| [0, 1, 0, -5][rng.usize(..4)]).collect());
     let is_frozen = |expert: usize| frozen.as_ref().is_some_and(|frozen| frozen[expert] != 0);
@@ -146,9 +168,11 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         });
     }
 
-    let mut columns = (rng.u8(..4) > 0 || n > 500).then(|| {
-        let tokens = tokens_of(by_token[0]);
-        Columns::draw(rng, case, &a, tokens, &spans, slots, &is_frozen)
+    let mut columns = (rng.u8(..4) > 0 || m.max(n) > 500).then(|| {
+        let of_b = rng.bool();
+        let (values, columns) = if of_b { (&b, n) } else { (&a, m) };
+        let matrix = RowMatrix { values: &values[..], columns, slot_token: tokens_of(by_token[usize::from(of_b)]) };
+        Columns::draw(rng, case, of_b, matrix, &spans, slots, &is_frozen)
     });
     let frozen_in = frozen.as_ref().map(|frozen| Guarded::input(&stream, "frozen", frozen));
     let shape = SlotShape::new(tokens, experts, Some(1), slots, 16, slots);
@@ -203,9 +227,9 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         let frozen = frozen_in.as_ref().map(Guarded::view);
         args.frozen = frozen.as_ref().map(In::from);
         let mut sums = columns.as_mut().map(Columns::views);
-        args.sums = sums.as_mut().map(|(rounded, wide, weights, f32_out, scale)| {
+        args.sums = sums.as_mut().map(|(rounded, wide, weights, [f32_out, of_b], scale)| {
             let out = if *f32_out { ProductOut::F32(wide.into()) } else { ProductOut::Rounded(rounded.into()) };
-            let mut sums = ColumnSums::new(out).scale(*scale);
+            let mut sums = ColumnSums::new(out).scale(*scale).of_b(*of_b);
             sums.weights = weights.as_ref().map(In::from);
             sums
         });
@@ -245,12 +269,13 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
     time(&stream, &name, || launch(&mut rounded, &mut wide, &mut columns));
 }
 
-/// Sums of a's columns, beside what they should be.
+/// Sums of columns, beside what they should be.
 struct Columns<T> {
     rounded: Guarded<T>,
     wide: Guarded<f32>,
     weights: Option<Guarded<f32>>,
     f32_out: bool,
+    of_b: bool,
     scale: f32,
     want: Vec<f64>,
     bounds: Vec<f64>,
@@ -260,21 +285,22 @@ impl<T: Storage> Columns<T> {
     fn draw(
         rng: &mut fastrand::Rng,
         case: &Case,
-        a: &[T],
-        slot_token: Option<&[i32]>,
+        of_b: bool,
+        matrix: RowMatrix<'_, T>,
         spans: &[(usize, usize)],
         slots: usize,
         is_frozen: &dyn Fn(usize) -> bool,
     ) -> Columns<T> {
         let stream = device::stream();
-        let (m, elements) = (case.m, spans.len() * case.m);
+        let RowMatrix { values, columns, slot_token } = matrix;
+        let elements = spans.len() * columns;
         let weights: Option<Vec<f32>> = rng.bool().then(|| normals(rng, slots, 1.0));
         let (f32_out, scale) = (rng.bool(), [1.0, -1.5][rng.usize(..2)]);
         let of = |f: fn(f64) -> f64| {
-            let a: Vec<f64> = to_f64(a).into_iter().map(f).collect();
+            let a: Vec<f64> = to_f64(values).into_iter().map(f).collect();
             let weights: Option<Vec<f32>> =
                 weights.as_ref().map(|weights| weights.iter().map(|&w| f(w.into()) as f32).collect());
-            let a = RowMatrix { values: &a[..], columns: m, slot_token };
+            let a = RowMatrix { values: &a[..], columns, slot_token };
             column_sums(a, weights.as_deref(), f(scale.into()), spans).unwrap()
         };
         let (sums, magnitudes, squares) = (of(|v| v), of(f64::abs), of(|v| v * v));
@@ -282,8 +308,8 @@ impl<T: Storage> Columns<T> {
         let old64 = if f32_out { to_f64(&old32) } else { to_f64(&old) };
         let (mut want, mut bounds) = (vec![], vec![]);
         for i in 0..elements {
-            let (first, end) = spans[i / m];
-            let untouched = is_frozen(i / m) || first == end && (case.accumulate || case.keep_empty);
+            let (first, end) = spans[i / columns];
+            let untouched = is_frozen(i / columns) || first == end && (case.accumulate || case.keep_empty);
             let old = if untouched || case.accumulate { old64[i] } else { 0.0 };
             want.push(if untouched { old } else { sums[i] + old });
             let own = Arithmetic::Fma.sum_bound(end - first, sums[i], magnitudes[i], squares[i].sqrt());
@@ -297,6 +323,7 @@ impl<T: Storage> Columns<T> {
             wide: Guarded::filled_output(&stream, "sums", &old32, 1),
             weights: weights.map(|weights| Guarded::input(&stream, "sums.weights", &weights)),
             f32_out,
+            of_b,
             scale,
             want,
             bounds,
@@ -304,9 +331,9 @@ impl<T: Storage> Columns<T> {
     }
 
     #[allow(clippy::type_complexity)]
-    fn views(&mut self) -> (CudaViewMut<'_, T>, CudaViewMut<'_, f32>, Option<CudaView<'_, f32>>, bool, f32) {
+    fn views(&mut self) -> (CudaViewMut<'_, T>, CudaViewMut<'_, f32>, Option<CudaView<'_, f32>>, [bool; 2], f32) {
         let weights = self.weights.as_ref().map(Guarded::view);
-        (self.rounded.view_mut(), self.wide.view_mut(), weights, self.f32_out, self.scale)
+        (self.rounded.view_mut(), self.wide.view_mut(), weights, [self.f32_out, self.of_b], self.scale)
     }
 
     fn reset(&mut self) {

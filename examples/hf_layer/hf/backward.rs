@@ -7,6 +7,7 @@ use moe_kernels::{Dtype, Element, Error};
 use super::device::{Copies, Device, HeldInputs, Inputs, failed};
 use super::error::HfError;
 use super::grads::{Recorded, of_module};
+use super::reference::Reference;
 use super::report::{Line, Measure, gradient_tolerance, relative_error};
 
 /// Gradients of a block.
@@ -70,6 +71,27 @@ fn run_in<T: Element>(
         previous: previous.map(|(d, values)| copies.back(d, values.len()).map(wide)).transpose()?,
         tensors: widened.collect(),
     })
+}
+
+/// What the reference makes of the same rows, under the names of the checkpoint's tensors.
+pub fn by_reference(
+    block: &Block<'_>,
+    dtype: Dtype,
+    (x, dy): (&[f32], &[f32]),
+    inputs: &Inputs,
+) -> Result<Vec<Recorded>, HfError> {
+    let wide = |values: &[f32]| values.iter().map(|&value| value.into()).collect::<Vec<f64>>();
+    let (x, dy, hidden) = (wide(x), wide(dy), block.desc().hidden);
+    let tokens = x.len() / hidden.max(1);
+    let host = block.load_host(dtype)?;
+    let of = Reference::new(&host, tokens, inputs).backward(&x, &dy, &block.places()?)?;
+    let below = |name: &str| name.strip_prefix(block.name()).map_or(name.to_owned(), |rest| format!("d{rest}"));
+    let tensors = of.tensors.into_iter();
+    let mut all: Vec<Recorded> = tensors
+        .map(|(name, tensor)| Recorded { name: below(&name), shape: tensor.shape, values: tensor.values })
+        .collect();
+    all.push(Recorded { name: "dx".into(), shape: vec![tokens, hidden], values: of.x });
+    Ok(all)
 }
 
 /// Brings each recorded gradient's own into its form and compares; the block's tensors' names begin with `prefix`.

@@ -186,6 +186,15 @@ fn run_in<T: Element>(
     })
 }
 
+/// Values as `dtype` holds them.
+pub fn rounded(values: &[f32], dtype: Dtype) -> Vec<f32> {
+    match dtype {
+        Dtype::Bf16 => values.iter().map(|&value| bf16::from_f32(value).to_f32()).collect(),
+        Dtype::F16 => values.iter().map(|&value| f16::from_f32(value).to_f32()).collect(),
+        _ => values.to_vec(),
+    }
+}
+
 /// [`Inputs`] on the device.
 pub struct HeldInputs {
     words: Option<CudaSlice<i32>>,

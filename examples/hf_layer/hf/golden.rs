@@ -23,6 +23,9 @@ pub struct Expected {
     pub y: Vec<f64>,
 }
 
+/// What the router and the experts make together, where `y` is something else.
+const INTENDED: &str = "y_intended";
+
 /// Names of what some blocks yield beside the rest.
 const EXTRAS: [&str; 4] = ["shared_weights", "probs", "router_hidden_states", "x_experts"];
 
@@ -41,6 +44,12 @@ impl Golden {
     /// Module path of the block that it records.
     pub fn block(&self) -> Option<&str> {
         self.file.note("block")
+    }
+
+    /// Whether what the model's own code made is not what the router and the experts make together, but stands beside it (NLLB). Its gradients are
+    /// then not the block's either.
+    pub fn is_of_another_function(&self) -> bool {
+        self.file.contains(INTENDED)
     }
 
     /// `x [T,H]`.
@@ -93,8 +102,8 @@ impl Golden {
             ids,
             weights: some("weights", layer.top_k)?,
             extras: self.extras()?,
-            // What the router and the experts make together, where the model's own code takes something else for the choice (NLLB).
-            y: floats(if self.file.contains("y_intended") { "y_intended" } else { "y" }, layer.hidden)?,
+            // Where the model's own code takes something else for the choice.
+            y: floats(if self.is_of_another_function() { INTENDED } else { "y" }, layer.hidden)?,
         })
     }
 

@@ -3,10 +3,11 @@
 
 use cudarc::driver::CudaSlice;
 
-use super::core::{Core, experts_alone, of_products, without_map};
+use super::core::{Core, experts_alone, of_products, of_shared, without_map};
 use super::gradients::To;
 use super::network::NetworkPass;
 use super::parts::{Dense, Norm, Product, Queue, Tokens};
+use super::slots::Slots;
 use super::{OPERATION, no_way_back, zeros};
 use crate::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use crate::checkpoint::kind::Kind;
@@ -33,8 +34,15 @@ pub(super) struct Apart<T> {
     admission: Option<Admission>,
     choices: Buffers,
     before: Before<T>,
-    core: Core<T>,
+    experts: Experts<T>,
     shared: Option<Shared<T>>,
+}
+
+/// The experts, by choices from elsewhere.
+enum Experts<T> {
+    Core(Box<Core<T>>),
+    /// With a norm of each one's output.
+    Slots(Box<Slots<T>>),
 }
 
 /// Where logits are from.
@@ -114,9 +122,6 @@ impl<T: Element> Apart<T> {
         let stream = queue.stream;
         if desc.norms.output.is_some() {
             return Err(no_way_back("a norm of the whole output"));
-        }
-        if desc.norms.slots.is_some() {
-            return Err(no_way_back("a norm of each expert's output"));
         }
         let desc = without_map(desc, weights);
         let (hidden, width) = (desc.hidden, desc.expert_width());
@@ -206,7 +211,10 @@ impl<T: Element> Apart<T> {
                 d_weights: zeros(stream, all)?,
             },
             before,
-            core: Core::chosen(&core, count, queue)?,
+            experts: match desc.norms.slots {
+                None => Experts::Core(Box::new(Core::chosen(&core, count, queue)?)),
+                Some(rule) => Experts::Slots(Box::new(Slots::new(&core, rule, weights, count, queue)?)),
+            },
             shared,
             desc,
         })
@@ -322,21 +330,27 @@ impl<T: Element> Apart<T> {
             Some(Latent { normed: Some([normed, _]), .. }) => normed.into(),
             Some(Latent { projected: [projected, _], .. }) => projected.into(),
         };
-        let choices = match &self.admission {
-            None => Choices::new(&self.choices.ids, &self.choices.weights),
-            Some(admission) => Choices::new(&admission.ids, &admission.weights),
+        let (ids, shares) = match &self.admission {
+            None => (&self.choices.ids, &self.choices.weights),
+            Some(admission) => (&admission.ids, &admission.weights),
         };
         let mut experts = experts_alone(&weights.gate_up, &weights.down)?;
         let own_shared = self.shared.is_none();
         if own_shared {
             experts.experts.shared = weights.layer()?.experts.shared;
         }
-        self.core.forward_chosen(queue, &experts, seen, choices)?;
+        match &mut self.experts {
+            Experts::Core(core) => core.forward_chosen(queue, &experts, seen, Choices::new(ids, shares))?,
+            Experts::Slots(slots) => slots.forward(queue, weights, seen, (ids, shares))?,
+        }
 
         // Back through the projection of the sum.
         let places = (&mut *d_sum, &around.latent, &mut of.around.latent);
         if let (Some(latent), (Some(d_sum), Some([_, matrix]), Some([_, of_output]))) = (latent.as_ref(), places) {
-            let y = self.core.y().into();
+            let y = match &self.experts {
+                Experts::Core(core) => core.y().into(),
+                Experts::Slots(slots) => slots.y().into(),
+            };
             latent.output.back_to_weight(queue, tokens, (dy, y), of_output)?;
             latent.output.back_to_input(queue, tokens, (dy, matrix), false, d_sum.into())?;
         }
@@ -346,23 +360,24 @@ impl<T: Element> Apart<T> {
         }
 
         // Back through the experts, to what they have seen.
-        let mut gradients = of_products(&mut of.gate_up, &mut of.down);
-        if let (true, Some((gate_up, down))) = (own_shared, &mut of.shared) {
-            let mut shared = super::core::of_shared(gate_up, down);
-            shared.gate = of.shared_gate.as_mut().map(Into::into);
-            gradients = gradients.shared(shared);
-        }
-        gradients.weights = Some((&mut self.choices.d_weights).into());
-        // Rows that were seen are read where their gradient's place is borrowed.
-        match (latent.as_mut(), normed.as_mut()) {
-            (Some(Latent { normed: Some([seen, d]), .. }), _) => {
-                self.core.backward(queue, &experts, ((&*seen).into(), d_sum), gradients.x(d))?;
+        let (seen, d_seen): (In<'_, T>, &mut CudaSlice<T>) = match (latent.as_mut(), normed.as_mut()) {
+            (Some(Latent { normed: Some([seen, d]), .. }), _) => ((&*seen).into(), d),
+            (Some(Latent { projected: [seen, d], .. }), _) => ((&*seen).into(), d),
+            (None, Some([seen, d])) => ((&*seen).into(), d),
+            (None, None) => (x, &mut *dx),
+        };
+        match &mut self.experts {
+            Experts::Slots(slots) => slots.backward(queue, weights, (seen, d_sum), of, d_seen.into())?,
+            Experts::Core(core) => {
+                let mut gradients = of_products(&mut of.gate_up, &mut of.down);
+                if let (true, Some((gate_up, down))) = (own_shared, &mut of.shared) {
+                    let mut shared = of_shared(gate_up, down);
+                    shared.gate = of.shared_gate.as_mut().map(Into::into);
+                    gradients = gradients.shared(shared);
+                }
+                gradients.weights = Some((&mut self.choices.d_weights).into());
+                core.backward(queue, &experts, (seen, d_sum), gradients.x(d_seen))?;
             }
-            (Some(Latent { projected: [seen, d], .. }), _) => {
-                self.core.backward(queue, &experts, ((&*seen).into(), d_sum), gradients.x(d))?;
-            }
-            (None, Some([seen, d])) => self.core.backward(queue, &experts, ((&*seen).into(), dy), gradients.x(d))?,
-            (None, None) => self.core.backward(queue, &experts, (x, dy), gradients.x(&mut *dx))?,
         }
         Before::back(&mut self.before, queue, tokens, weights, x, of, dx)?;
         if let (Some(shared), Some((gate_up, down)), Some((of_gate_up, of_down))) =
@@ -393,7 +408,14 @@ impl<T: Element> Apart<T> {
             Some(admission) => &admission.ids,
             None => ids,
         };
-        let mut args = GatingBackwardArgs::new(&*logits, ids, &*d_weights, d_logits).mask(mask);
+        let mut args = match &self.experts {
+            Experts::Core(_) => GatingBackwardArgs::new(&*logits, ids, &*d_weights, d_logits),
+            Experts::Slots(slots) => {
+                let (rows, d_weights) = slots.d_weights();
+                GatingBackwardArgs::new(&*logits, ids, d_weights, d_logits).dispatched(rows)
+            }
+        }
+        .mask(mask);
         args.expert_scale = weights.expert_scale.as_ref().and_then(DeviceBuffer::f32);
         args.global_scale = weights.global_scale.as_ref().and_then(DeviceBuffer::f32);
         args.d_expert_scale = of.expert_scale.as_mut().map(Into::into);

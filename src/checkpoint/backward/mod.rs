@@ -31,6 +31,7 @@ mod gradients;
 mod network;
 mod parts;
 mod sequences;
+mod slots;
 
 use std::sync::Arc;
 

@@ -72,6 +72,9 @@ pub struct GemmDesc {
     pub strides: Option<Strides>,
     /// Buffers may begin on any element. Else they begin on 16 bytes if `n`, `k` and the strides let every row do so.
     pub unaligned: bool,
+    /// Weight outputs of a block, of those that blocks of the `sm_80` set with rows of these tiles have (128 and 256 of 16-bit types); absent, what is fastest
+    /// by [`crate::experts::cost`].
+    pub tile_n: Option<usize>,
     /// What becomes of a result.
     pub output: Output,
     /// Which kernels may compute it.
@@ -123,6 +126,7 @@ impl GemmDesc {
             shared_activation: None,
             strides: None,
             unaligned: false,
+            tile_n: None,
             output: Output::Rounded,
             kernels: KernelSet::Fastest,
             split: false,
@@ -212,6 +216,7 @@ settings!(GemmDesc {
     shared_activation: Option<Activation>,
     strides: Option<Strides>,
     unaligned: bool,
+    tile_n: Option<usize>,
     output: Output,
     kernels: KernelSet,
     split: bool,

@@ -91,7 +91,7 @@ pub(super) fn is_faster(desc: &GemmDesc, gemm: &GemmHopper, other: (&Tile, u32),
     let shares = desc.rows.count() >= 4 * own.bm as usize * desc.rows.experts();
     let fetched = bytes(own.bm, if shares { own.bn / CLUSTER } else { own.bn });
     let pairs = row_tiles(desc, own.bm as usize).div_ceil(2) as u64;
-    time(pairs, gemm.out_columns(), device.multiprocessors / CLUSTER, products(&own, 88), fetched) < other
+    time(pairs, gemm.out_columns(), device.multiprocessors / CLUSTER, products(&own, 88), fetched) <= other
 }
 
 /// What [`KernelSet::Sm90a`] asks for and cannot have.

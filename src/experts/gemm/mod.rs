@@ -31,11 +31,12 @@ pub use self::strides::Strides;
 use self::strides::outputs_apart;
 pub(crate) use self::swapped::most_partial_bytes;
 use super::combine::CombineDesc;
+use super::cost::{expected_tiles, product_cycles};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm_combine::SumArgs;
-use super::tiles::{select_tile, tile_of_height};
+use super::tiles::{select_tile, select_tile_of_width, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
-use crate::registry::{Fold, Gemm, GemmAny, Kernel};
+use crate::registry::{Fold, Gemm, GemmAny, Kernel, Tile};
 use crate::rules::{Dropout, Glu, NoiseSource, drop_below, keep_scale};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
@@ -160,6 +161,16 @@ pub fn select(desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> 
 
 /// [`select`] on behalf of `operation`.
 pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    select_among(operation, desc, Gemm::wide_tiles(desc.dtype), device)
+}
+
+/// The same, with these tiles beside the narrow ones.
+pub(crate) fn select_among(
+    operation: &'static str,
+    desc: &GemmDesc,
+    wide: &[Tile],
+    device: &DeviceInfo,
+) -> Result<Selection, Error> {
     desc.check(operation)?;
     let Some(layout) = desc.vector_layout() else {
         return match desc.kernels {
@@ -170,7 +181,8 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
     if let Some(plan) = swapped::plan(operation, desc, layout, device)? {
         return Ok(plan.selection());
     }
-    let hopper = hopper::candidate(desc, layout, device).filter(|_| desc.kernels != KernelSet::Sm80);
+    let hopper = hopper::candidate(desc, layout, device)
+        .filter(|_| desc.kernels != KernelSet::Sm80 && (desc.tile_n.is_none() || desc.kernels == KernelSet::Sm90a));
     match hopper {
         Some((gemm, blocks)) if desc.kernels == KernelSet::Sm90a => {
             return Ok(hopper::selection(gemm, blocks));
@@ -180,7 +192,8 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
     }
     let (tile, tiles) = match &desc.rows {
         Rows::Dense(rows) => {
-            let tile = select_tile(desc.dtype, *rows, 1, device)?;
+            let of_width = desc.tile_n.and_then(|width| select_tile_of_width(desc.dtype, *rows, width, device));
+            let tile = of_width.map_or_else(|| select_tile(desc.dtype, *rows, 1, device), Ok)?;
             (tile, rows.div_ceil(tile.bm as usize))
         }
         Rows::Grouped(shape) => (
@@ -188,7 +201,9 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
             shape.max_tiles + desc.shared_rows.div_ceil(shape.tile_m),
         ),
     };
-    let gemm = Gemm { dtype: desc.dtype, tile, fold: fold(desc.weight.glu), layout };
+    let with = |tile| Gemm { dtype: desc.dtype, tile, fold: fold(desc.weight.glu), layout };
+    let tile = of_width(operation, desc, [&[tile], wide].concat(), with, device)?;
+    let gemm = with(tile);
     if let Some((hopper, blocks)) = hopper
         && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
     {
@@ -196,6 +211,35 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
     }
     let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
+}
+
+/// Of tiles, those as high as the first: the one that the descriptor asks for, or which takes the fewest cycles (see [`super::cost`]).
+fn of_width(
+    operation: &'static str,
+    desc: &GemmDesc,
+    tiles: Vec<Tile>,
+    with: impl Fn(Tile) -> Gemm,
+    device: &DeviceInfo,
+) -> Result<Tile, Error> {
+    let height = tiles[0].bm;
+    let mut tiles = tiles
+        .into_iter()
+        .filter(|&tile| tile.bm == height && with(tile).shared_bytes() <= device.shared_bytes_per_block);
+    if let Some(width) = desc.tile_n {
+        return tiles.find(|tile| tile.bn as usize == width).ok_or_else(|| {
+            let expected = format!("a width of which {} has tiles of {height} rows on this device", desc.dtype);
+            Error::unsupported(operation, "tile_n", expected, width)
+        });
+    }
+    let rows = match desc.rows {
+        Rows::Dense(rows) => rows.div_ceil(height as usize) as u64,
+        Rows::Grouped(shape) => expected_tiles(shape.slots, shape.experts, height),
+    } + desc.shared_rows.div_ceil(height as usize) as u64;
+    let cycles = |tile: &Tile| {
+        let columns = desc.n.div_ceil(with(*tile).out_columns() as usize) as u64;
+        product_cycles(tile, rows * columns, desc.k, device)
+    };
+    Ok(tiles.min_by_key(|tile| (cycles(tile), tile.bn)).expect("the first is one of them"))
 }
 
 /// The plan of the kernels for few rows, where they compute `desc`.

@@ -37,6 +37,7 @@ pub(super) fn plan(
 ) -> Result<Option<Plan>, Error> {
     let height = GemmSwapped::TILE.bm as usize;
     let fits = desc.kernels == KernelSet::Fastest
+        && desc.tile_n.is_none()
         && GemmSwapped::DTYPES.contains(&desc.dtype)
         && device.shared_bytes_per_block >= GemmSwapped::SHARED_BYTES
         && match &desc.rows {

@@ -1,6 +1,6 @@
 //! An expert's two products on their way back: four launches, of routed rows or of a shared expert's.
 
-use super::gradients::HeldMlpGradients;
+use super::held::HeldMlpGradients;
 use super::{BackwardDesc, BackwardStage, OPERATION};
 use crate::experts::dispatched::{Dispatched, SlotShape};
 use crate::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Output, ProductOut, Rows, Strides, SwigluByExpert};

@@ -78,15 +78,19 @@
 //!
 //! [`BackwardPlan::saved_bytes`] says what [`Saved`] takes, [`BackwardDesc::recompute`] leaves the pre-activations out of it.
 
+mod args;
 mod gradients;
+mod held;
 mod mlp;
 mod plan;
+mod router;
 mod run;
 mod saved;
+mod shared;
 
+pub use args::BackwardArgs;
 pub use gradients::{LayerGradients, RouterGradients, SharedGradients, WeightGradients};
 pub use plan::BackwardPlan;
-pub use run::BackwardArgs;
 pub use saved::Saved;
 
 use crate::rules::LossGradient;

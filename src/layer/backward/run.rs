@@ -4,124 +4,38 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::gradients::{HeldGradients, LayerGradients, WeightGradients};
+use super::args::BackwardArgs;
+use super::held::HeldGradients;
 use super::mlp::{self, Inputs, Wanted};
-use super::plan::RouterSteps;
+use super::router::RouterBack;
 use super::{BackwardPlan, BackwardStage, OPERATION, Origin, Saved};
-use crate::experts::Weight;
 use crate::experts::choice_backward::{self, ChoiceBackwardArgs, Identities};
 use crate::experts::combine::{self, CombineArgs, Identity};
-use crate::experts::gemm::{self, GemmArgs, SwigluByExpert};
-use crate::experts::sigmoid_gate::{self, SigmoidGateArgs};
+use crate::experts::gemm::{self, GemmArgs};
 use crate::layer::experts::check_device;
 use crate::layer::weights::LayerWeights;
-use crate::layer::{Choices, MapTable};
 use crate::routers::gating_backward::{self, GatingBackwardArgs};
-use crate::routers::router_backward::{self, RouterBackwardDesc};
 use crate::rules::Weighting;
-use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
-use crate::{Dtype, Element, Error, In, Kernels, Tensor, Workspace};
-
-/// Inputs and outputs of a backward pass.
-#[non_exhaustive]
-pub struct BackwardArgs<'a, T> {
-    /// `[T, H]`: the forward pass's.
-    pub x: In<'a, T>,
-    /// `[T, H]`: the forward pass's, exactly where it had one.
-    pub router_x: Option<In<'a, T>>,
-    /// `[T, E]`: the logits that the forward pass was given, exactly with [`Origin::Logits`].
-    pub given_logits: Option<In<'a, f32>>,
-    /// The choices that the forward pass was given, exactly with [`Origin::Choices`] where there are experts whose output is their input, or a map.
-    pub choices: Option<Choices<'a>>,
-    /// The expert map; exactly where the descriptor has one.
-    pub map: Option<MapTable<'a>>,
-    /// `[T, H]`: the gradient of `y`.
-    pub dy: In<'a, T>,
-    /// `[E]`: the slots that the balancing loss counts, exactly where it has a factor ([`crate::routers::measured_gating::Totals`]).
-    pub loss_counts: Option<In<'a, i32>>,
-    /// `[1]`: tokens of which the losses are means, T if absent.
-    pub counted: Option<In<'a, u32>>,
-    /// `[E]`: sums of weights, exactly where their loss has a factor ([`crate::routers::measured_gating::Totals`]).
-    pub importance: Option<In<'a, f32>>,
-    /// `[B, E]`: the slots that the loss by sequence counts, exactly where it has a factor.
-    pub sequence_counts: Option<In<'a, i32>>,
-    /// `[B]`: tokens of each sequence that count, all of them if absent.
-    pub sequence_tokens: Option<In<'a, u32>>,
-    /// `[E]` of the experts that are here: those with another number than 0 are frozen. Nothing is computed of their weights' gradients, whose memory is left alone; what
-    /// comes through them is as ever.
-    pub frozen: Option<In<'a, i32>>,
-    /// What is asked for.
-    pub gradients: LayerGradients<'a, T>,
-}
-
-impl<'a, T> BackwardArgs<'a, T> {
-    /// From `dy` to `gradients`.
-    pub fn new(
-        x: impl Into<In<'a, T>>,
-        dy: impl Into<In<'a, T>>,
-        gradients: LayerGradients<'a, T>,
-    ) -> BackwardArgs<'a, T> {
-        BackwardArgs {
-            x: x.into(),
-            router_x: None,
-            given_logits: None,
-            choices: None,
-            map: None,
-            dy: dy.into(),
-            loss_counts: None,
-            counted: None,
-            importance: None,
-            sequence_counts: None,
-            sequence_tokens: None,
-            frozen: None,
-            gradients,
-        }
-    }
-}
-
-impl<'a, T> BackwardArgs<'a, T> {
-    /// By choices that another router made.
-    #[must_use]
-    pub fn choices(self, choices: Choices<'a>) -> BackwardArgs<'a, T> {
-        BackwardArgs { choices: Some(choices), ..self }
-    }
-
-    /// With an expert map.
-    #[must_use]
-    pub fn map(self, map: MapTable<'a>) -> BackwardArgs<'a, T> {
-        BackwardArgs { map: Some(map), ..self }
-    }
-}
-
-buffers!(BackwardArgs<'a, T> {
-    router_x: In<T>,
-    given_logits: In<f32>,
-    loss_counts: In<i32>,
-    counted: In<u32>,
-    importance: In<f32>,
-    sequence_counts: In<i32>,
-    sequence_tokens: In<u32>,
-    frozen: In<i32>,
-});
+use crate::{Element, Error, In, Kernels, Workspace};
 
 /// Buffers of a pass, opened, but for those of weights.
-struct Opened<'a> {
-    x: Held<'a>,
-    router_x: Option<Held<'a>>,
-    logits: Option<Held<'a>>,
-    dy: Held<'a>,
-    ids: Option<Held<'a>>,
-    weights: Option<Held<'a>>,
-    map: Option<Held<'a>>,
-    loss_counts: Option<Held<'a>>,
-    counted: Option<Held<'a>>,
-    importance: Option<Held<'a>>,
-    sequence_counts: Option<Held<'a>>,
-    sequence_tokens: Option<Held<'a>>,
-    frozen: Option<Held<'a>>,
-    gradients: HeldGradients<'a>,
+pub(super) struct Opened<'a> {
+    pub(super) x: Held<'a>,
+    pub(super) router_x: Option<Held<'a>>,
+    pub(super) logits: Option<Held<'a>>,
+    pub(super) dy: Held<'a>,
+    pub(super) ids: Option<Held<'a>>,
+    pub(super) weights: Option<Held<'a>>,
+    pub(super) map: Option<Held<'a>>,
+    pub(super) loss_counts: Option<Held<'a>>,
+    pub(super) counted: Option<Held<'a>>,
+    pub(super) importance: Option<Held<'a>>,
+    pub(super) sequence_counts: Option<Held<'a>>,
+    pub(super) sequence_tokens: Option<Held<'a>>,
+    pub(super) frozen: Option<Held<'a>>,
+    pub(super) gradients: HeldGradients<'a>,
 }
 
 impl BackwardPlan {
@@ -210,113 +124,6 @@ impl BackwardPlan {
         };
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
         self.enqueue(&scope, weights, saved, &opened, &workspace, observer)
-    }
-
-    /// Entries of the expert map.
-    fn map_entries(&self) -> usize {
-        let desc = self.layer().desc();
-        desc.map.map_or(0, |map| desc.all_experts() * map.max_replicas)
-    }
-
-    fn check_args<T>(
-        &self,
-        args: &BackwardArgs<'_, T>,
-        weights: &LayerWeights<'_>,
-        other_rows: bool,
-    ) -> Result<(), Error> {
-        let operation = OPERATION;
-        let exactly =
-            |argument, there: bool, given: bool, [missing, unexpected]: [&'static str; 2]| match (there, given) {
-                (true, false) => Err(Error::Missing { operation, argument, reason: missing }),
-                (false, true) => Err(Error::Unexpected { operation, argument, reason: unexpected }),
-                _ => Ok(()),
-            };
-        let origin = self.desc().origin;
-        let reasons = ["the forward pass had other rows for the router", "the forward pass had none"];
-        exactly("router_x", other_rows, args.router_x.is_some(), reasons)?;
-        if !other_rows && args.gradients.router_x.is_some() {
-            let reason = "the router saw x";
-            return Err(Error::Unexpected { operation, argument: "gradients.router_x", reason });
-        }
-        let reasons = ["the forward pass was given logits", "the logits were the layer's own"];
-        exactly("given_logits", origin == Origin::Logits, args.given_logits.is_some(), reasons)?;
-        let identities = self.identities() && origin == Origin::Choices;
-        let reasons = ["choices of identities are read off them", "the forward pass's are not needed"];
-        exactly("choices", identities, args.choices.is_some(), reasons)?;
-        let reasons = ["the descriptor maps experts", "the descriptor has no map"];
-        exactly("map", self.layer().desc().map.is_some(), args.map.is_some(), reasons)?;
-        let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);
-        let reasons = ["the balancing loss has a factor", "no balancing loss has a factor"];
-        exactly("loss_counts", balances, args.loss_counts.is_some(), reasons)?;
-        let losses = self.desc().losses;
-        let of_weights = losses.is_some_and(|losses| losses.importance != 0.0);
-        let reasons = ["the loss of importance has a factor", "no loss of importance has a factor"];
-        exactly("importance", of_weights, args.importance.is_some(), reasons)?;
-        let by_sequence = losses.is_some_and(|losses| losses.sequence != 0.0);
-        let reasons = ["the loss by sequence has a factor", "no loss by sequence has a factor"];
-        exactly("sequence_counts", by_sequence, args.sequence_counts.is_some(), reasons)?;
-        if args.sequence_tokens.is_some() && !by_sequence {
-            return Err(Error::Unexpected { operation, argument: "sequence_tokens", reason: reasons[1] });
-        }
-        if args.counted.is_some() && self.desc().losses.is_none() {
-            return Err(Error::Unexpected { operation, argument: "counted", reason: "there are no losses" });
-        }
-        if origin == Origin::Choices && args.gradients.logits.is_some() {
-            let reason = "the choices come from elsewhere";
-            return Err(Error::Unexpected { operation, argument: "gradients.logits", reason });
-        }
-        let (of_router, gating) = (&args.gradients.router, &self.layer().desc().gating);
-        let (asked, gates) = (origin == Origin::Router, origin != Origin::Choices);
-        let unasked = "the layer's router was not asked";
-        for (argument, there, given, reason) in [
-            ("gradients.router.matrix", asked, of_router.matrix.is_some(), unasked),
-            ("gradients.router.bias", asked, of_router.bias.is_some(), unasked),
-            (
-                "gradients.router.expert_scale",
-                gates && gating.expert_scale,
-                of_router.expert_scale.is_some(),
-                "no rule multiplies by it",
-            ),
-            (
-                "gradients.router.global_scale",
-                gates && gating.global_scale,
-                of_router.global_scale.is_some(),
-                "no rule multiplies by it",
-            ),
-        ] {
-            if given && !there {
-                return Err(Error::Unexpected { operation, argument, reason });
-            }
-        }
-        let (experts, of) = (&weights.experts, &args.gradients);
-        let shared = experts.shared.as_ref();
-        let has = |weight: Option<&Weight<'_>>| {
-            let up = weight.and_then(|weight| weight.up).and_then(|(_, bias)| bias);
-            [weight.and_then(|weight| weight.bias).is_some(), up.is_some()]
-        };
-        let asks = |gradients: &WeightGradients<'_>| [gradients.bias.is_some(), gradients.up_bias.is_some()];
-        for ([bias, up_bias], there, given) in [
-            (["gradients.gate_up.bias", "gradients.gate_up.up_bias"], has(Some(&experts.gate_up)), asks(&of.gate_up)),
-            (["gradients.down.bias", "gradients.down.up_bias"], has(Some(&experts.down)), asks(&of.down)),
-            (
-                ["gradients.shared.gate_up.bias", "gradients.shared.gate_up.up_bias"],
-                has(shared.map(|shared| &shared.gate_up)),
-                asks(&of.shared.gate_up),
-            ),
-            (
-                ["gradients.shared.down.bias", "gradients.shared.down.up_bias"],
-                has(shared.map(|shared| &shared.down)),
-                asks(&of.shared.down),
-            ),
-        ] {
-            for (argument, there, given) in [(bias, there[0], given[0]), (up_bias, there[1], given[1])] {
-                if given && !there {
-                    let reason = "the weight has no bias";
-                    return Err(Error::Unexpected { operation, argument, reason });
-                }
-            }
-        }
-        Ok(())
     }
 
     fn enqueue<T: Element>(
@@ -438,35 +245,6 @@ impl BackwardPlan {
         Ok(())
     }
 
-    /// Sums over all tokens, as a router's product with ones: of `rows [T, columns]` of gradients of logits with one column of ones (`[columns, 1]`), or of rows
-    /// of any type with gradients of 1 (`[1, columns]`).
-    fn column_sums<R: Element>(
-        &self,
-        scope: &Scope<'_>,
-        workspace: &Held<'_>,
-        rows: In<'_, R>,
-        [experts, hidden]: [usize; 2],
-        sums: Address<'_>,
-    ) -> Result<(), Error> {
-        let tokens = self.layer().tokens();
-        let ones = workspace.at(self.regions.ones);
-        scope.fill(ones, 1.0, tokens)?;
-        let desc = RouterBackwardDesc::new(R::DTYPE, tokens, experts, hidden).accumulate(self.desc().accumulate);
-        let (kernels, stream, sums) = (scope.kernels, scope.stream, sums.out::<f32>(experts * hidden));
-        match f32::of_tensor(R::tensor(rows)).filter(|_| hidden == 1) {
-            Some(logits) => {
-                router_backward::into_weight::<f32>(kernels, stream, &desc, logits, ones.input::<f32>(tokens), sums)
-            }
-            None => router_backward::into_weight::<R>(kernels, stream, &desc, ones.input::<f32>(tokens), rows, sums),
-        }
-        .map_err(|error| error.within(OPERATION))
-    }
-
-    /// Sequences of the loss by sequence.
-    fn sequences(&self) -> usize {
-        self.gating.as_ref().map_or(1, |step| step.desc.sequences())
-    }
-
     /// The part of `dx` that comes through experts whose output is their input.
     fn identity<'a, T: Element>(
         &self,
@@ -550,129 +328,5 @@ impl BackwardPlan {
         gemm::forward(scope.kernels, scope.stream, &desc, args).map_err(|error| error.within(OPERATION))?;
         observer(BackwardStage::GateUp);
         Ok(place.input(elements))
-    }
-
-    /// The shared expert, where there is one and something is asked of it; whether its gate has `written` to the gradient of what it saw, or added
-    /// where something was `written`.
-    #[allow(clippy::too_many_arguments)]
-    fn enqueue_shared<T: Element>(
-        &self,
-        scope: &Scope<'_>,
-        weights: &LayerWeights<'_>,
-        saved: &Saved<T>,
-        at: &Opened<'_>,
-        workspace: &Held<'_>,
-        written: bool,
-        observer: &mut dyn FnMut(BackwardStage),
-    ) -> Result<bool, Error> {
-        let gradients = &at.gradients;
-        let Some((plan, of_mlp)) = self.shared.as_ref().zip(gradients.shared.as_ref()) else { return Ok(false) };
-        let held = saved.shared_pre_activation.as_ref().zip(saved.all_tokens.as_ref());
-        let Some((shared, (pre_activation, rows))) = weights.experts.shared.zip(held) else { return Ok(false) };
-        let input = if at.router_x.is_some() { &gradients.router_x } else { &gradients.x };
-        let input = input.as_ref().map(Held::address);
-        let gate = self.gate.as_ref().zip(saved.shared_gate.as_ref());
-        let of_gate = gate.is_some() && (input.is_some() || gradients.shared_gate.is_some());
-        let wanted = Wanted { weights: of_gate, input: gradients.x.is_some() };
-        if !wanted.weights && !wanted.input && !of_mlp.is_some() {
-            return Ok(false);
-        }
-        let within = |error: Error| error.within(OPERATION);
-        let (kernels, stream) = (scope.kernels, scope.stream);
-        let (tokens, hidden) = (self.layer().tokens(), self.layer().desc().hidden);
-        let elements = tokens * hidden;
-        let values = workspace.at(self.regions.shared_gate);
-        if let Some((_, logits)) = gate {
-            let args = SigmoidGateArgs::new(logits, values.out(tokens));
-            sigmoid_gate::forward(kernels, stream, tokens, args).map_err(within)?;
-            observer(BackwardStage::SharedGate);
-        }
-        let inputs = Inputs {
-            x: at.x.address().input::<T>(elements),
-            dy: at.dy.address().input::<T>(elements),
-            gate_up: shared.gate_up,
-            down: shared.down,
-            swiglu: SwigluByExpert::new(),
-            pre_activation: pre_activation.into(),
-            rows,
-            row_weight: gate.map(|_| values.input(tokens)),
-            dropout: None,
-            noise_state: None,
-            frozen: None,
-        };
-        plan.enqueue(scope, mlp::SHARED, &inputs, workspace, of_mlp, wanted, observer)?;
-        let Some((steps, logits)) = gate.filter(|_| of_gate) else { return Ok(false) };
-        let d_logits = workspace.at(self.regions.d_shared_gate);
-        let d = plan.d_row_weight(workspace).input(tokens);
-        let args = SigmoidGateArgs::new(logits, d_logits.out(tokens)).d(d);
-        sigmoid_gate::forward(kernels, stream, tokens, args).map_err(within)?;
-        observer(BackwardStage::SharedGateLogit);
-        let back = RouterBack {
-            steps: &steps.router,
-            d_logits,
-            seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
-            matrix: shared.gate,
-            d_matrix: optional(&gradients.shared_gate),
-            d_input: input,
-            added: written,
-            accumulate: self.desc().accumulate,
-        };
-        let stages = [BackwardStage::SharedGateWeight, BackwardStage::SharedGateInput];
-        back.enqueue::<T>(scope, stages, observer)?;
-        Ok(input.is_some())
-    }
-}
-
-/// A router's product on its way back, or that of a shared expert's gate.
-struct RouterBack<'a> {
-    steps: &'a RouterSteps,
-    d_logits: Address<'a>,
-    /// What the router saw.
-    seen: Address<'a>,
-    matrix: Option<Tensor<'a>>,
-    d_matrix: Option<Address<'a>>,
-    d_input: Option<Address<'a>>,
-    /// Whether the input's gradient is added to what lies there.
-    added: bool,
-    /// Whether the matrix's is.
-    accumulate: bool,
-}
-
-impl RouterBack<'_> {
-    /// Both gradients, each where it is asked for.
-    fn enqueue<T: Element>(
-        self,
-        scope: &Scope<'_>,
-        [of_matrix, of_input]: [BackwardStage; 2],
-        observer: &mut dyn FnMut(BackwardStage),
-    ) -> Result<(), Error> {
-        let within = |error: Error| error.within(OPERATION);
-        let (kernels, stream) = (scope.kernels, scope.stream);
-        let RouterBackwardDesc { tokens, experts, hidden, .. } = self.steps.desc;
-        let d_logits = self.d_logits.input::<f32>(tokens * experts);
-        if let Some(gradient) = self.d_matrix {
-            let desc = self.steps.desc.accumulate(self.accumulate);
-            let seen = self.seen.input::<T>(tokens * hidden);
-            let gradient = gradient.out(experts * hidden);
-            router_backward::into_weight::<T>(kernels, stream, &desc, d_logits, seen, gradient).map_err(within)?;
-            observer(of_matrix);
-        }
-        if let (Some(gradient), Some(matrix)) = (self.d_input, self.matrix) {
-            let desc = self.steps.desc.accumulate(self.added);
-            let out = gradient.out::<T>(tokens * hidden);
-            match (matrix, T::of_tensor(matrix)) {
-                (_, Some(matrix)) => router_backward::into_x::<T, T>(kernels, stream, &desc, d_logits, matrix, out),
-                (Tensor::F32(matrix), None) => {
-                    router_backward::into_x::<T, f32>(kernels, stream, &desc, d_logits, matrix, out)
-                }
-                (other, None) => {
-                    let (argument, expected, got) = ("router.matrix", Dtype::F32, other.dtype());
-                    Err(Error::WrongDtype { operation: OPERATION, argument, expected, got })
-                }
-            }
-            .map_err(within)?;
-            observer(of_input);
-        }
-        Ok(())
     }
 }
