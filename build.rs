@@ -24,6 +24,8 @@ mod registry;
 
 use registry::{Constant, Kernel};
 
+#[path = "kernels/later.rs"]
+mod later;
 #[path = "kernels/params.rs"]
 mod params;
 
@@ -182,7 +184,17 @@ fn assemble_all(ptxas: &Path, out: &Path, kernels: &[Kernel]) -> BTreeMap<(usize
 }
 
 fn assemble(ptxas: &Path, out: &Path, name: &str, arch: &str) -> Result<Image, String> {
-    let source = out.join(format!("{name}.ptx"));
+    let mut source = out.join(format!("{name}.ptx"));
+    let number = arch.trim_start_matches("sm_").trim_end_matches(|c: char| c.is_ascii_lowercase()).parse::<u32>();
+    if number.is_ok_and(|number| number >= 90) {
+        let text = std::fs::read_to_string(&source).map_err(|error| error.to_string())?;
+        if let Some(text) = later::for_sm_90(&text) {
+            source = out.join(format!("{name}.sm_90.ptx"));
+            if std::fs::read_to_string(&source).ok().as_deref() != Some(&text) {
+                std::fs::write(&source, text).map_err(|error| error.to_string())?;
+            }
+        }
+    }
     let path = out.join(format!("{name}.{arch}.cubin"));
     let report_path = out.join(format!("{name}.{arch}.txt"));
     let modified = |path: &Path| path.metadata().and_then(|data| data.modified()).ok();

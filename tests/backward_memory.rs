@@ -42,7 +42,7 @@ fn what_is_kept_is_what_is_said() {
             }
         }
     }
-    // The formula of the documentation, by hand: b S c I of pre-activations, and 4 E + 20 k a token beside them.
+    // The formula of the documentation, by hand: b S c I of pre-activations, and 4 E + 16 k a token beside them.
     let back = base.plan(TOKENS, kernels.device()).unwrap().backward_plan(&BackwardDesc::new()).unwrap();
     let by_token = back.saved_bytes() as f64 / TOKENS as f64;
     let (kept, lists) = (2 * 4 * 2 * 384, 4 * 16 + 4 * 4 + (4 * 4 + 8 * 4));

@@ -95,6 +95,9 @@ fn words_that_are_no_text() {
         ("sass_table", [OsStr::new("--only"), word]),
         ("sass_table", [word, word]),
         ("hf_layer", [OsStr::new("--dtype"), word]),
+        ("train_switch", [OsStr::new("--rule"), word]),
+        ("train_switch", [OsStr::new("--steps"), word]),
+        ("distill_switch", [OsStr::new("--share"), word]),
         ("hf_layer", [OsStr::new("--tokens"), word]),
         ("hf_layer", [OsStr::new("/no/such/folder/"), word]),
     ] {

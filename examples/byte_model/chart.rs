@@ -2,7 +2,7 @@
 
 use super::evaluate::variation;
 use super::svg::{self, BAR, Bars, Curve, Curves};
-use super::train::History;
+use super::train::{History, LayerHistory};
 
 const TOP: usize = 60;
 const PANEL: usize = 150;
@@ -50,13 +50,13 @@ pub fn training(name: &str, history: &History, entropy: f64) -> String {
         left[0],
         TOP as f64,
     );
-    let spread = |(index, values): (usize, &Vec<f64>)| Curve {
+    let spread = |(index, layer): (usize, &LayerHistory)| Curve {
         name: format!("MoE layer {index}"),
-        points: values.iter().enumerate().map(|(step, &value)| [step as f64, value]).collect(),
+        points: layer.variations.iter().enumerate().map(|(step, &value)| [step as f64, value]).collect(),
         colour: COLOURS[index % COLOURS.len()],
         dashed: false,
     };
-    let curves: Vec<Curve> = history.variations.iter().enumerate().map(spread).collect();
+    let curves: Vec<Curve> = history.layers.iter().enumerate().map(spread).collect();
     let title = "Load of the experts: coefficient of variation";
     Curves { title, across: "steps", curves: &curves, size: SIZE }.draw(&mut drawing, left[1], TOP as f64);
     let largest = loads.iter().flatten().copied().max().unwrap_or(0).max(1);

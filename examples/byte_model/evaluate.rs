@@ -28,11 +28,10 @@ pub fn evaluate(
         let count = batch.next.len();
         sum += cross_entropy(&logits, &Target::Bytes(&batch.next)).bytes * count as f64;
         tokens += count;
-        let layers = model.loads();
-        loads.resize_with(layers.len(), Vec::new);
-        for (sum, load) in loads.iter_mut().zip(layers) {
-            sum.resize(load.len(), 0);
-            sum.iter_mut().zip(load).for_each(|(sum, &tokens)| *sum += i64::from(tokens));
+        loads.resize_with(model.routed().count(), Vec::new);
+        for (sum, routed) in loads.iter_mut().zip(model.routed()) {
+            sum.resize(routed.load.len(), 0);
+            sum.iter_mut().zip(&routed.load).for_each(|(sum, &tokens)| *sum += i64::from(tokens));
         }
     }
     Ok(Evaluation { loss: sum / tokens as f64, loads })

@@ -9,7 +9,7 @@ use moe_kernels::rules::LossGradient;
 
 use super::Outcome;
 use super::device::Device;
-use super::plain::model::FeedForward;
+use super::plain::model::{FeedForward, Routed};
 use super::plain::parameter::Parameter;
 use super::step::{self, Pass, Weights};
 
@@ -27,7 +27,7 @@ pub struct Moe<T> {
     experts: [Parameter; 2],
     /// Of the last forward pass, until the way back has used it.
     pass: Option<Pass<T>>,
-    load: Vec<i32>,
+    routed: Routed,
 }
 
 impl<T: Element> Moe<T> {
@@ -52,7 +52,7 @@ impl<T: Element> Moe<T> {
             normal("experts.down", &[experts, hidden, intermediate]),
         ];
         let experts = experts.map(|parameter| Parameter { frozen, ..parameter });
-        Moe { device, desc, losses, router, experts, pass: None, load: Vec::new() }
+        Moe { device, desc, losses, router, experts, pass: None, routed: Routed::default() }
     }
 
     fn upload(&self, values: &[f32]) -> Outcome<CudaSlice<T>> {
@@ -73,7 +73,9 @@ impl<T: Element> FeedForward for Moe<T> {
             experts: [self.upload(&gate_up.value)?, self.upload(&down.value)?],
         };
         let (y, pass) = step::forward(&self.device, &self.desc, self.losses, weights, self.upload(&x)?)?;
-        self.load = self.device.stream.clone_dtoh(&pass.counts)?;
+        let load = self.device.stream.clone_dtoh(&pass.counts)?;
+        let stats = self.device.stream.clone_dtoh(&pass.stats)?[0];
+        self.routed = Routed { load, balance: stats.balance_loss, z: stats.z_loss };
         self.pass = Some(pass);
         self.download(&y)
     }
@@ -99,7 +101,7 @@ impl<T: Element> FeedForward for Moe<T> {
         vec![&mut self.router, gate_up, down]
     }
 
-    fn load(&self) -> Option<&[i32]> {
-        Some(&self.load)
+    fn routed(&self) -> Option<&Routed> {
+        Some(&self.routed)
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::Outcome;
-use super::evaluate::{Evaluation, variation};
+use super::evaluate::variation;
 use super::train::{History, Training};
 
 /// Most of anything that is counted.
@@ -74,20 +74,17 @@ pub fn exit(outcome: Outcome<()>) -> ExitCode {
 /// Prints a line of a table for each look at the held-out text, and a heading before the first.
 pub fn tell(history: &History) {
     if history.evaluations.len() == 1 {
-        println!("{:>6} {:>9} {:>9}  variation of the load, held out", "step", "loss", "held out");
+        let loads = history.end().loads.first().map_or("", |_| "  variation of the load, held out");
+        println!("{:>6} {:>9} {:>9}{loads}", "step", "loss", "held out");
     }
     let Some((step, found)) = history.evaluations.last() else { return };
     let recent = match history.losses.len() {
         0 => "-".to_owned(),
         _ => format!("{:.3}", History::recent(&history.losses, 20)),
     };
-    println!("{step:>6} {recent:>9} {:>9.3}  {}", found.loss, variations(found));
-}
-
-/// Of each layer's load.
-pub fn variations(found: &Evaluation) -> String {
-    let of = |load: &Vec<i64>| format!("{:.2}", variation(load.iter().map(|&tokens| tokens as f64)));
-    found.loads.iter().map(of).collect::<Vec<_>>().join(", ")
+    let of = |load: &Vec<i64>| format!("  {:.2}", variation(load.iter().map(|&tokens| tokens as f64)));
+    let variations: String = found.loads.iter().map(of).collect();
+    println!("{step:>6} {recent:>9} {:>9.3}{variations}", found.loss);
 }
 
 /// A number from 1 on.

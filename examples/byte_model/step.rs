@@ -6,7 +6,7 @@ use moe_kernels::layer::{
     BackwardArgs, BackwardDesc, BackwardPlan, ExpertWeights, LayerArgs, LayerDesc, LayerGradients, LayerWeights,
     Measured, RouteArgs, RouterGradients, RouterWeights, Saved, WeightGradients,
 };
-use moe_kernels::routers::measured_gating::Totals;
+use moe_kernels::routers::measured_gating::{RouterStats, Totals};
 use moe_kernels::rules::LossGradient;
 use moe_kernels::{Element, Workspace};
 
@@ -33,7 +33,9 @@ pub struct Pass<T> {
     x: CudaSlice<T>,
     /// `[E]`: tokens of each expert.
     pub counts: CudaSlice<i32>,
-    /// `[E]`: the same, as the balancing loss counts them.
+    /// `[1]`: losses of the router.
+    pub stats: CudaSlice<RouterStats>,
+    /// `[E]`: tokens of each expert as the balancing loss counts them.
     loss_counts: CudaSlice<i32>,
     back: BackwardPlan,
     saved: Saved<T>,
@@ -68,7 +70,7 @@ pub fn forward<T: Element>(
     let route = RouteArgs::new().measured(Measured::new(totals, &mut stats));
     let args = LayerArgs::new(&x, &mut y).route(route);
     plan.forward_saving(kernels, stream, &weights.of_layer(), args, &mut saved, &mut workspace)?;
-    Ok((y, Pass { weights, x, counts, loss_counts, back, saved, workspace }))
+    Ok((y, Pass { weights, x, counts, stats, loss_counts, back, saved, workspace }))
 }
 
 /// From `dy [T, H]`, and from the losses of the router.

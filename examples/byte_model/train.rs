@@ -35,10 +35,20 @@ pub struct Training {
 pub struct History {
     /// Of each step, in nats a byte, before its weights move.
     pub losses: Vec<f64>,
-    /// For each MoE layer, of each step: coefficient of variation of the experts' tokens.
-    pub variations: Vec<Vec<f64>>,
+    /// Of each MoE layer.
+    pub layers: Vec<LayerHistory>,
     /// After so many steps; the last one after all.
     pub evaluations: Vec<(usize, Evaluation)>,
+}
+
+/// An MoE layer at each step.
+#[derive(Default)]
+pub struct LayerHistory {
+    /// Coefficient of variation of the experts' tokens.
+    pub variations: Vec<f64>,
+    /// Losses of the router, without their factors.
+    pub balance: Vec<f64>,
+    pub z: Vec<f64>,
 }
 
 impl History {
@@ -105,10 +115,11 @@ pub fn train(
             return Err(format!("step {step}: the loss is {}", loss.bytes).into());
         }
         history.losses.push(loss.bytes);
-        let layers = model.loads();
-        history.variations.resize_with(layers.len(), Vec::new);
-        for (variations, load) in history.variations.iter_mut().zip(layers) {
-            variations.push(variation(load.iter().map(|&tokens| tokens.into())));
+        history.layers.resize_with(model.routed().count(), LayerHistory::default);
+        for (layer, routed) in history.layers.iter_mut().zip(model.routed()) {
+            layer.variations.push(variation(routed.load.iter().map(|&tokens| tokens.into())));
+            layer.balance.push(routed.balance.into());
+            layer.z.push(routed.z.into());
         }
         model.backward(&loss.gradient)?;
         optimiser.step(model.parameters(), adamw::rate(rate, step, steps, steps / 10));

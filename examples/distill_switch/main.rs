@@ -5,7 +5,8 @@
 //! `cargo run --release --example distill_switch -- MODEL [--share S] [--text FILE] ...`
 //!
 //! A dense model of the same form is trained alone for as many steps on the same batches. Prints what share of the sparse model's gain over
-//! it the distilled one keeps.
+//! it the distilled one keeps. As the distilled one goes on from weights that are trained already, the other is then trained once more, in the
+//! same way: what that gains needs no teacher.
 
 #[path = "../byte_model/mod.rs"]
 mod byte_model;
@@ -47,10 +48,12 @@ fn run(options: &Options) -> Outcome<()> {
     let size = |model: &mut Model| model.parameters().iter().map(|parameter| parameter.value.len()).sum::<usize>();
 
     let random = || assemble(&config.dense(), None, &mut fastrand::Rng::with_seed(common.seed));
-    let mut alone = random()?;
-    println!("teacher: {} parameters, held out {sparse:.3}; dense: {}", size(&mut teacher), size(&mut alone));
+    let mut dense = random()?;
+    println!("teacher: {} parameters, held out {sparse:.3}; dense: {}", size(&mut teacher), size(&mut dense));
     println!("\ndense, alone");
-    let alone = train("alone", &mut alone, &text, &training, None, &mut tell)?;
+    let alone = train("alone", &mut dense, &text, &training, None, &mut tell)?;
+    println!("\nthe same once more");
+    let again = train("once more", &mut dense, &text, &training, None, &mut tell)?;
 
     let mut student = random()?;
     let copied = copy_common(&mut student, &mut teacher);
@@ -58,20 +61,31 @@ fn run(options: &Options) -> Outcome<()> {
     let lesson = Teacher { model: &mut teacher, share: options.share };
     let distilled = train("distilled", &mut student, &text, &training, Some(lesson), &mut tell)?;
 
-    let (dense, student_loss) = (alone.end().loss, distilled.end().loss);
-    println!("\nheld out, nats a byte: sparse {sparse:.3}, dense {dense:.3}, distilled {student_loss:.3}");
-    if sparse < dense {
-        let kept = (dense - student_loss) / (dense - sparse);
-        println!("the distilled model keeps {:.0} % of the sparse one's gain", 100.0 * kept);
-    } else {
-        println!("the sparse model has no gain over the dense one, of which a share could be kept");
+    let base = alone.end().loss;
+    let gain = |loss: f64| base - loss;
+    println!("\nheld out, nats a byte, and less than the dense model alone");
+    for (name, loss) in [
+        ("dense, alone", base),
+        ("dense, once more", again.end().loss),
+        ("dense, distilled", distilled.end().loss),
+        ("sparse", sparse),
+    ] {
+        println!("{name:>18} {loss:.3} {:>7.3}", gain(loss));
+    }
+    match gain(sparse) > 0.0 {
+        true => {
+            let kept = 100.0 * gain(distilled.end().loss) / gain(sparse);
+            println!("the distilled model has {kept:.0} % of the sparse one's gain");
+        }
+        false => println!("the sparse model has no gain of which a share could be kept"),
     }
 
     if let Some(path) = &options.out {
         file::save(path, &config.dense(), &mut student)?;
         println!("{} written", path.display());
     }
-    let drawing = chart::compared(&[("alone", &alone), ("distilled", &distilled)], text.unigram_entropy());
+    let drawing =
+        chart::compared(&[("alone", &alone), ("once more", &again), ("distilled", &distilled)], text.unigram_entropy());
     whole_file::write(&options.svg, drawing.as_bytes())
         .map_err(|error| format!("{}: {error}", options.svg.display()))?;
     println!("{} written", options.svg.display());

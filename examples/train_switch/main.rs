@@ -46,8 +46,12 @@ fn run(options: &Options) -> Outcome<()> {
     println!("{numbers} parameters; {} bytes of text, entropy of single bytes {entropy:.3} nats", text.len());
 
     let history = train("train_switch", &mut model, &text, &common.training(sizes.context), None, &mut tell)?;
-    for (layer, values) in history.variations.iter().enumerate() {
-        println!("MoE layer {layer}: load's variation in the last 50 steps {:.2}", History::recent(values, 50));
+    for (index, layer) in history.layers.iter().enumerate() {
+        let [variation, balance, z] =
+            [&layer.variations, &layer.balance, &layer.z].map(|values| History::recent(values, 50));
+        println!(
+            "MoE layer {index}, last 50 steps: variation of the load {variation:.2}, balancing loss {balance:.3}, z-loss {z:.2}"
+        );
     }
     let loss = history.end().loss;
     println!(

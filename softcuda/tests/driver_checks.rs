@@ -209,6 +209,108 @@ fn launches_that_nothing_orders_race() {
     assert!(findings[0].contains("against kernel `copy`, line 18: `st.global.u32 [%to], %v;`"), "{}", findings[0]);
 }
 
+/// `to[i] = from[i]`; `early` before it waits for the launches in front of it, else after.
+const DEPENDENT: &str = "
+.version 7.8
+.target sm_90
+.address_size 64
+.visible .entry late(.param .u64 to, .param .u64 from)
+{
+    .reg .u64 %to, %from, %at;
+    .reg .u32 %i, %v;
+    ld.param.u64 %to, [to];
+    ld.param.u64 %from, [from];
+    mov.u32 %i, %tid.x;
+    mul.wide.u32 %at, %i, 4;
+    add.u64 %from, %from, %at;
+    add.u64 %to, %to, %at;
+    griddepcontrol.wait;
+    griddepcontrol.launch_dependents;
+    ld.global.u32 %v, [%from];
+    st.global.u32 [%to], %v;
+    ret;
+}
+.visible .entry early(.param .u64 to, .param .u64 from)
+{
+    .reg .u64 %to, %from, %at;
+    .reg .u32 %i, %v;
+    ld.param.u64 %to, [to];
+    ld.param.u64 %from, [from];
+    mov.u32 %i, %tid.x;
+    mul.wide.u32 %at, %i, 4;
+    add.u64 %from, %from, %at;
+    add.u64 %to, %to, %at;
+    griddepcontrol.launch_dependents;
+    ld.global.u32 %v, [%from];
+    griddepcontrol.wait;
+    st.global.u32 [%to], %v;
+    ret;
+}
+";
+
+/// Three launches in one stream, each dependent if so said: a to b, c to d, `from` (a buffer's number) to e.
+fn dependents(last: &str, from: usize, dependent: bool, between: impl Fn(&cudarc::driver::CudaStream)) -> Vec<String> {
+    let (_one, control, context) = device("race");
+    let stream = context.new_stream().unwrap();
+    let text = std::ffi::CString::new(DEPENDENT).unwrap();
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the text ends with a NUL; the module lives as long as the process.
+    unsafe { sys::cuModuleLoadData(&mut module, text.as_ptr().cast()).result().unwrap() };
+    let handle = |name: &str| {
+        let (name, mut function) = (std::ffi::CString::new(name).unwrap(), std::ptr::null_mut());
+        // SAFETY: the module is loaded.
+        unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()).result().unwrap() };
+        function
+    };
+    let buffers: Vec<_> = (0..5).map(|_| stream.clone_htod(&[7u32; 64]).unwrap()).collect();
+    stream.synchronize().unwrap();
+    let address = |buffer: usize| cudarc::driver::DevicePtr::device_ptr(&buffers[buffer], &stream).0;
+    let mut attribute = sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: Default::default(),
+        value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: i32::from(dependent) },
+    };
+    for (name, to, from) in [("late", 1, 0), ("late", 3, 2), (last, 4, from)] {
+        let (mut to, mut from) = (address(to), address(from));
+        let mut params: [*mut std::ffi::c_void; 2] = [(&raw mut to).cast(), (&raw mut from).cast()];
+        let config = sys::CUlaunchConfig {
+            gridDimX: 1,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: 64,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: stream.cu_stream(),
+            attrs: &mut attribute,
+            numAttrs: 1,
+        };
+        // SAFETY: the kernel's parameters; 64 threads copy 64 elements.
+        unsafe {
+            sys::cuLaunchKernelEx(&config, handle(name), params.as_mut_ptr(), std::ptr::null_mut()).result().unwrap();
+        }
+        between(&stream);
+    }
+    stream.synchronize().unwrap();
+    control.findings()
+}
+
+#[test]
+fn a_dependent_launch_races_until_it_waits() {
+    let nothing = |_: &cudarc::driver::CudaStream| ();
+    // d, which the launch in front writes: by one that waits before it reads, and one that does not.
+    assert_eq!(dependents("late", 3, true, nothing), Vec::<String>::new());
+    let findings = dependents("early", 3, true, nothing);
+    assert_eq!(findings.len(), 1, "{findings:?}");
+    assert!(findings[0].contains("kernel `early`") && findings[0].contains("against kernel `late`"), "{}", findings[0]);
+    // b, of the launch before that, and what nobody writes.
+    assert_eq!(dependents("early", 1, true, nothing), Vec::<String>::new());
+    assert_eq!(dependents("early", 0, true, nothing), Vec::<String>::new());
+    // Without the attribute, or after the host has waited, all is over.
+    assert_eq!(dependents("early", 3, false, nothing), Vec::<String>::new());
+    assert_eq!(dependents("early", 3, true, |stream| stream.synchronize().unwrap()), Vec::<String>::new());
+}
+
 #[test]
 fn events_and_the_host_order_launches() {
     let by_event = two_streams(|_, first, second| second.wait(&first.record_event(None).unwrap()).unwrap());

@@ -296,8 +296,8 @@ pub(crate) struct IdentityAddresses<'a> {
     pub(crate) choices: Option<(Address<'a>, (u32, u32))>,
 }
 
-/// The sums as the end of the launch that writes their rows. Rows have their weights; there is no identity.
-pub(crate) fn sum_of<'a>(desc: &CombineDesc, at: &Addresses<'a>) -> Sum<'a> {
+/// The sums as the end of the launch that writes their rows. Rows have their weights; there is no identity. `early` as in [`Sum`].
+pub(crate) fn sum_of<'a>(desc: &CombineDesc, at: &Addresses<'a>, early: bool) -> Sum<'a> {
     Sum {
         y: at.y,
         token_slot: at.rows.token_slot,
@@ -309,6 +309,7 @@ pub(crate) fn sum_of<'a>(desc: &CombineDesc, at: &Addresses<'a>) -> Sum<'a> {
         scale: desc.scale,
         tokens: desc.rows.tokens as u32,
         top_k: desc.rows.top_k.unwrap_or(0) as u32,
+        early,
     }
 }
 

@@ -217,6 +217,7 @@ impl HeldSum<'_> {
             scale: desc.scale,
             tokens: desc.rows.tokens as u32,
             top_k: desc.rows.top_k.unwrap_or(0) as u32,
+            early: false,
         }
     }
 }

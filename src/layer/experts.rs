@@ -412,7 +412,9 @@ impl ExpertsPlan {
         };
         if let Some((sum, selection)) = at.sum.as_ref().zip(self.down_combine) {
             let together = Step { desc: self.down.desc, selection };
-            let sum = Some(combine::sum_of(&self.combine.desc, sum));
+            // The first product is right in front, and waits for what made the lists.
+            let early = self.gate_up.selection.programmatic;
+            let sum = Some(combine::sum_of(&self.combine.desc, sum, early));
             Product { sum, ..second }.enqueue(scope, &together, down)?;
             observer(Stage::DownCombine);
             return Ok(());

@@ -78,17 +78,19 @@ pub(crate) fn candidate(router: &RouterDesc, choice: &GatingDispatchDesc) -> Opt
 }
 
 /// The launch of `kernel`: a warp for each row of the router's weight.
-pub(crate) fn selection(kernel: Route, router: &RouterDesc) -> Selection {
+pub(crate) fn selection(kernel: Route, router: &RouterDesc, device: &DeviceInfo) -> Selection {
     let rows = router.experts as u32 + u32::from(router.shared_gate);
-    Selection::new(Kernel::Route(kernel), [rows.div_ceil(kernel.gate().warps()), 1, 1])
+    let selection = Selection::new(Kernel::Route(kernel), [rows.div_ceil(kernel.gate().warps()), 1, 1]);
+    // From 9.0 on the kernel waits itself for the launch in front of it.
+    Selection { programmatic: device.compute_capability >= (9, 0), ..selection }
 }
 
 /// Chooses kernel and grid.
 ///
 /// # Errors
 /// Those of [`RouteDesc::validate`].
-pub fn select(desc: &RouteDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
-    Ok(selection(desc.kernel()?, &desc.router))
+pub fn select(desc: &RouteDesc, device: &DeviceInfo) -> Result<Selection, Error> {
+    Ok(selection(desc.kernel()?, &desc.router, device))
 }
 
 /// Workspace of [`forward`] in bytes.

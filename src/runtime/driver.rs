@@ -38,6 +38,14 @@ pub(crate) fn check_health(context: &CudaContext, operation: &'static str) -> Re
     context.mem_get_info().map(drop).map_err(Error::driver(operation))
 }
 
+/// The newest CUDA that the driver knows: 12030 of 12.3.
+pub(crate) fn version() -> Result<i32, Error> {
+    let mut version = 0;
+    // SAFETY: writes one number.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(Error::driver("kernels"))?;
+    Ok(version)
+}
+
 /// Multiprocessors that work of `context` may run on, by the device's number and what the context's share of it is: of a green context
 /// its partition, under MPS its execution affinity. A driver that knows neither, or does not answer, says nothing of a share.
 pub(crate) fn multiprocessors(context: &CudaContext, of_device: u32) -> Result<u32, Error> {

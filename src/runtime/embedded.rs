@@ -2,6 +2,9 @@
 
 use std::io::Read;
 
+#[path = "../../kernels/later.rs"]
+mod later;
+
 /// One kernel variant: the PTX that the driver can compile for any later GPU, and machine code where the build had `ptxas`.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -30,6 +33,13 @@ impl Embedded {
     /// The module's PTX text.
     pub fn ptx(&self) -> String {
         String::from_utf8(inflated(self.ptx)).expect("the build rendered UTF-8")
+    }
+
+    /// The text for a device of this compute capability: from 9.0 on some kernels wait themselves for the launch in front of them.
+    pub fn ptx_for(&self, capability: (u32, u32)) -> String {
+        let text = self.ptx();
+        let later = if capability >= (9, 0) { later::for_sm_90(&text) } else { None };
+        later.unwrap_or(text)
     }
 
     /// The machine code that a device of this compute capability runs: of architecture-specific code (`sm_90a`) what was made for exactly
@@ -84,6 +94,19 @@ mod tests {
 
     const fn image(arch: &'static str) -> Image {
         Image { arch, cubin: &[], registers: 0, shared_bytes: 0 }
+    }
+
+    #[test]
+    fn later_devices_have_lines_of_their_own() {
+        let waits = |text: &str| text.lines().any(|line| line.trim_start().starts_with("griddepcontrol.wait"));
+        let mut some = 0;
+        for entry in embedded() {
+            let [before, after] = [(8, 9), (9, 0)].map(|capability| entry.ptx_for(capability));
+            some += usize::from(before != after);
+            assert!(!waits(&before), "{}", entry.name);
+            assert_eq!(waits(&after), before != after, "{}", entry.name);
+        }
+        assert!(some > 0);
     }
 
     #[test]

@@ -24,10 +24,15 @@ pub struct Kernels {
     loaded: Vec<OnceLock<Loaded>>,
     loading: Mutex<()>,
     order: OnceLock<Arc<CudaStream>>,
+    /// Whether the driver takes programmatic dependent launches, in graphs too.
+    launches_dependents: bool,
     /// Blocks that count as resident at most: a device that is shared.
     #[cfg(test)]
     resident_limit: u32,
 }
+
+/// The driver that captures programmatic dependent launches into graphs: of CUDA 12.3.
+const DEPENDENTS_IN_GRAPHS: i32 = 12030;
 
 impl Kernels {
     /// Oldest compute capability that the kernels are written for.
@@ -56,6 +61,7 @@ impl Kernels {
             loaded: embedded().iter().map(|_| OnceLock::new()).collect(),
             loading: Mutex::new(()),
             order: OnceLock::new(),
+            launches_dependents: driver::version()? >= DEPENDENTS_IN_GRAPHS,
             #[cfg(test)]
             resident_limit: u32::MAX,
         })
@@ -75,6 +81,11 @@ impl Kernels {
     /// Properties of the context's device.
     pub fn device(&self) -> &DeviceInfo {
         &self.device
+    }
+
+    /// Whether a launch may be let begin before the one in front of it has ended.
+    pub(crate) fn launches_dependents(&self) -> bool {
+        self.launches_dependents
     }
 
     /// Loads `kernels` now rather than at their first launch.

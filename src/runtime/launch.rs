@@ -352,8 +352,9 @@ impl<'a> Scope<'a> {
         };
         // SAFETY: as the caller says. The driver copies the parameters before it returns.
         unsafe {
-            if selection.cluster != [1; 3] || selection.programmatic {
-                launch.with_attributes(selection, pointers)
+            let programmatic = selection.programmatic && self.kernels.launches_dependents();
+            if selection.cluster != [1; 3] || programmatic {
+                launch.with_attributes(&Selection { programmatic, ..*selection }, pointers)
             } else if selection.cooperative && grid != [1; 3] {
                 launch.cooperative(pointers)
             } else {
@@ -564,7 +565,8 @@ fn load_module(entry: &Embedded, device: &DeviceInfo) -> Result<sys::CUmodule, D
             other => return other,
         }
     }
-    let text = CString::new(entry.ptx()).map_err(|_| DriverError(CUresult::CUDA_ERROR_INVALID_PTX))?;
+    let text = CString::new(entry.ptx_for(device.compute_capability))
+        .map_err(|_| DriverError(CUresult::CUDA_ERROR_INVALID_PTX))?;
     // SAFETY: PTX text that ends in a zero byte.
     unsafe { result::module::load_data(text.as_ptr().cast()) }
 }

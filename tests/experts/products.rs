@@ -14,7 +14,7 @@ use moe_kernels::reference;
 use moe_kernels::reference::activation::{activate, activate_glu};
 use moe_kernels::reference::dispatch::DispatchRule;
 use moe_kernels::reference::gemm::ExpertMatrix;
-use moe_kernels::registry::{Gemm, Kernel};
+use moe_kernels::registry::{Gemm, GemmSwapped, Kernel};
 use moe_kernels::rules::{
     Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc, drop_below, keep_scale,
 };
@@ -149,8 +149,12 @@ fn check<T: Storage>(case: &Case, rng: &mut fastrand::Rng) {
     };
     let desc = GemmDesc::new(T::DTYPE, rows, n, k).gather(case.gather).weight(weight).activation(activation);
     let desc = desc.shared_rows(shared_rows);
-    let Kernel::Gemm(kernel) = gemm::select(&desc, kernels.device()).unwrap().kernel.variant() else { unreachable!() };
-    assert!(case.tile_m.is_none_or(|tile_m| kernel.tile.bm as usize == tile_m), "{name}: {kernel:?}");
+    let height = match gemm::select(&desc, kernels.device()).unwrap().kernel.variant() {
+        Kernel::Gemm(kernel) => kernel.tile.bm,
+        Kernel::GemmSwapped(_) => GemmSwapped::TILE.bm,
+        other => unreachable!("{name}: {other:?}"),
+    };
+    assert!(case.tile_m.is_none_or(|tile_m| height as usize == tile_m), "{name}: {height} rows");
     {
         let views: Vec<_> = routed.matrices.iter().chain(shared.iter().flat_map(|side| &side.matrices)).collect();
         let views: Vec<_> = views.into_iter().map(Guarded::view).collect();

@@ -17,10 +17,21 @@ pub trait FeedForward {
 
     fn parameters(&mut self) -> Vec<&mut Parameter>;
 
-    /// Tokens of each expert in the last forward pass, where there are experts.
-    fn load(&self) -> Option<&[i32]> {
+    /// What became of the last forward pass's tokens, where there are experts.
+    fn routed(&self) -> Option<&Routed> {
         None
     }
+}
+
+/// What an MoE layer made of a batch.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Routed {
+    /// Tokens of each expert.
+    pub load: Vec<i32>,
+    /// `E sum_e f_e P_e` (Switch Transformers, eq. 4), without its factor: the number of a token's experts where all is balanced.
+    pub balance: f32,
+    /// Mean of the squared log-sum-exp of the logits (ST-MoE, eq. 5), without its factor.
+    pub z: f32,
 }
 
 /// Sizes of what is no feed-forward.
@@ -105,9 +116,9 @@ impl Model {
         all
     }
 
-    /// Tokens of each expert in the last forward pass, for each block that has experts.
-    pub fn loads(&self) -> Vec<&[i32]> {
-        self.blocks.iter().filter_map(|block| block.feed_forward.load()).collect()
+    /// Of the last forward pass, for each block that has experts.
+    pub fn routed(&self) -> impl Iterator<Item = &Routed> {
+        self.blocks.iter().filter_map(|block| block.feed_forward.routed())
     }
 }
 

@@ -28,6 +28,8 @@ pub(super) struct LaunchSpec {
     dynamic_shared: u32,
     params: Vec<u8>,
     cooperative: bool,
+    /// May begin before what is in front of it in the stream has ended.
+    dependent: bool,
     /// Addresses of the parameters, made when asked for.
     pointers: OnceLock<Vec<usize>>,
 }
@@ -37,6 +39,10 @@ fn invalid(text: String) -> super::status::Failure {
 }
 
 impl LaunchSpec {
+    pub fn is_dependent(&self) -> bool {
+        self.dependent
+    }
+
     fn check(&self) -> Outcome {
         let device = self.function.device;
         let kernel = &self.function.kernel;
@@ -213,6 +219,7 @@ struct Shape {
     cluster: Option<[u32; 3]>,
     dynamic_shared: u32,
     cooperative: bool,
+    dependent: bool,
 }
 
 /// A launch that has not been checked yet.
@@ -223,7 +230,7 @@ fn prepare(
     params: *const *const u8,
     extra: *const *const c_void,
 ) -> Outcome<LaunchSpec> {
-    let Shape { grid, block, cluster, dynamic_shared, cooperative } = shape;
+    let Shape { grid, block, cluster, dynamic_shared, cooperative, dependent } = shape;
     let cluster = match (function.required_cluster, cluster) {
         (Some(required), Some(asked)) if required != asked => {
             return Err(invalid(format!("cluster {asked:?}, but .reqnctapercluster says {required:?}")));
@@ -235,7 +242,7 @@ fn prepare(
     };
     let params = unsafe { parameters(&function, params, extra)? };
     let pointers = OnceLock::new();
-    Ok(LaunchSpec { handle, function, grid, block, cluster, dynamic_shared, params, cooperative, pointers })
+    Ok(LaunchSpec { handle, function, grid, block, cluster, dynamic_shared, params, cooperative, dependent, pointers })
 }
 
 /// What every call that launches comes to.
@@ -278,7 +285,8 @@ macro_rules! launches {
             $($extra: *const *const c_void,)?
         ) -> CUresult {
             let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-            let shape = Shape { grid, block, cluster: None, dynamic_shared, cooperative: $cooperative };
+            let cooperative = $cooperative;
+            let shape = Shape { grid, block, cluster: None, dynamic_shared, cooperative, dependent: false };
             let extra = [$($extra,)? ptr::null()][0];
             api(stringify!($name), || launch(function, shape, stream, params, extra))
         }
@@ -308,7 +316,7 @@ pub(super) unsafe fn of_node(node: &KernelParams) -> Outcome<LaunchSpec> {
     let handle = if function == 0 { kernel } else { function };
     let in_context = || if context == 0 { current() } else { CONTEXTS.get(context) };
     let function = resolve(handle, in_context)?;
-    let shape = Shape { grid, block, cluster: None, dynamic_shared: shared, cooperative: false };
+    let shape = Shape { grid, block, cluster: None, dynamic_shared: shared, cooperative: false, dependent: false };
     let spec = prepare(handle, function, shape, params, extra)?;
     spec.check()?;
     Ok(spec)
@@ -355,9 +363,9 @@ pub struct LaunchConfig {
 }
 
 impl LaunchConfig {
-    /// Cluster extents and whether the launch is cooperative.
-    unsafe fn attributes(&self) -> Outcome<(Option<[u32; 3]>, bool)> {
-        let (mut cluster, mut cooperative) = (None, false);
+    /// Cluster extents, whether the launch is cooperative, and whether it is a programmatic dependent one.
+    unsafe fn attributes(&self) -> Outcome<(Option<[u32; 3]>, bool, bool)> {
+        let (mut cluster, mut cooperative, mut dependent) = (None, false, false);
         for index in 0..self.attribute_count as usize {
             if self.attributes.is_null() {
                 return Err(invalid("`attrs` is null".into()));
@@ -365,10 +373,12 @@ impl LaunchConfig {
             // SAFETY: the array has `numAttrs` elements by the API's contract.
             let Attribute { id, value, .. } = unsafe { self.attributes.add(index).read_unaligned() };
             match id {
-                // IGNORE; ACCESS_POLICY_WINDOW, SYNCHRONIZATION_POLICY and PRIORITY are hints; programmatic stream
-                // serialization allows an overlap that this device never makes use of; memory synchronisation domains
+                // IGNORE; ACCESS_POLICY_WINDOW, SYNCHRONIZATION_POLICY and PRIORITY are hints; memory synchronisation domains
                 // only restrict what fences order.
-                0 | 1 | 3 | 6 | 8 | 9 | 10 => {}
+                0 | 1 | 3 | 8 | 9 | 10 => {}
+                // Programmatic stream serialization allows an overlap that this device never makes use of; the race checker
+                // tells where a program could not bear it.
+                6 => dependent = value[0] != 0,
                 2 => cooperative = value[0] != 0,
                 4 => cluster = Some([value[0], value[1], value[2]]),
                 // CLUSTER_SCHEDULING_POLICY_PREFERENCE
@@ -376,7 +386,7 @@ impl LaunchConfig {
                 _ => return Err(super::unsupported(format!("launch attribute {id}"))),
             }
         }
-        Ok((cluster, cooperative))
+        Ok((cluster, cooperative, dependent))
     }
 }
 
@@ -390,9 +400,9 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     api("cuLaunchKernelEx", || {
         // SAFETY: null, or a CUlaunchConfig of the caller's.
         let config = unsafe { config.as_ref() }.ok_or_else(|| invalid("`config` is null".into()))?;
-        let (cluster, cooperative) = unsafe { config.attributes()? };
+        let (cluster, cooperative, dependent) = unsafe { config.attributes()? };
         let LaunchConfig { grid, block, shared, stream, .. } = *config;
-        let shape = Shape { grid, block, cluster, dynamic_shared: shared, cooperative };
+        let shape = Shape { grid, block, cluster, dynamic_shared: shared, cooperative, dependent };
         launch(function, shape, stream, params, extra)
     })
 }
@@ -401,6 +411,6 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
 pub(super) unsafe fn config_parts(config: *const LaunchConfig) -> Outcome<([u32; 3], u32, Option<[u32; 3]>)> {
     // SAFETY: null, or a CUlaunchConfig of the caller's.
     let config = unsafe { config.as_ref() }.ok_or_else(|| invalid("`config` is null".into()))?;
-    let (cluster, _) = unsafe { config.attributes()? };
+    let (cluster, ..) = unsafe { config.attributes()? };
     Ok((config.block, config.shared, cluster))
 }

@@ -41,7 +41,7 @@ pub(super) fn of_host() -> Option<Arc<LaunchOrder>> {
         return None;
     }
     let known = lock(&HOST).as_ref().map_or_else(HashMap::new, |clock| clock.0.clone());
-    Some(Arc::new(LaunchOrder { stream: u64::MAX, position: 0, known }))
+    Some(Arc::new(LaunchOrder { stream: u64::MAX, position: 0, known, before_wait: None }))
 }
 
 static LOST: AtomicBool = AtomicBool::new(false);
@@ -81,17 +81,27 @@ impl StreamOrder {
         met_by_host(&self.now());
     }
 
-    /// Work is submitted, which those streams' earlier work comes before; the host takes part if `both`.
-    pub fn submit<'a>(&self, rivals: impl Iterator<Item = &'a StreamOrder>, both: bool) -> Arc<LaunchOrder> {
+    /// Work is submitted, which those streams' earlier work comes before; the host takes part if `both`. With `dependent` it may
+    /// begin before what is in front of it in the stream has ended, but not before what is in front of that: a launch lets
+    /// its dependents begin when it has waited for its own predecessors, which is not looked after.
+    pub fn submit<'a>(
+        &self,
+        rivals: impl Iterator<Item = &'a StreamOrder>,
+        both: bool,
+        dependent: bool,
+    ) -> Arc<LaunchOrder> {
         let before: Vec<Clock> = rivals.map(StreamOrder::now).collect();
         let mut clock = lock(&self.clock);
         before.iter().for_each(|c| clock.join(c));
+        let mut met = 0;
         if let Some(host) = &*lock(&HOST) {
             clock.join(host);
+            met = host.0.get(&self.id).copied().unwrap_or(0);
         }
         let position = clock.0.entry(self.id).or_default();
         *position += 1;
-        let order = LaunchOrder { stream: self.id, position: *position, known: clock.0.clone() };
+        let before_wait = dependent.then_some(met.max(position.saturating_sub(2)));
+        let order = LaunchOrder { stream: self.id, position: *position, known: clock.0.clone(), before_wait };
         drop(clock);
         if both {
             self.met_by_host();

@@ -264,7 +264,7 @@ fn place(stream: &Stream, context: &Context, task: &Task) -> Order {
     }
     let rivals = rivals(stream, context);
     let before = rivals.iter().map(|rival| &rival.order);
-    Some(stream.order.submit(before, op.meets_host()))
+    Some(stream.order.submit(before, op.meets_host(), op.is_dependent()))
 }
 
 /// The stream's thread.

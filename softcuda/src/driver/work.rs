@@ -183,6 +183,11 @@ impl Op {
         }
     }
 
+    /// Whether it may begin before what is in front of it in its stream has ended.
+    pub fn is_dependent(&self) -> bool {
+        matches!(self, Op::Launch(spec) if spec.is_dependent())
+    }
+
     /// Whether the host takes part in the stream's order here, for all that [`super::order`] can tell.
     pub fn meets_host(&self) -> bool {
         match self {

@@ -402,6 +402,7 @@ fn rare(m: &mut Machine, file: File, op: &Op, pc: u32, mask: u32) -> Outcome<Nex
                 m.observe_sync(SyncEvent::Fence { order, scope, mask }, pc);
             }
             Code::Nop => {}
+            Code::GridWait => m.observe_sync(SyncEvent::GridWait, pc),
             Code::Trap => return Err(Raw::new(FaultKind::Trap, mask, "the kernel executed `trap`")),
             Code::Assert => {
                 let Extra::Assert(args) = extra() else { unreachable!() };

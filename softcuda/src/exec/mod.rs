@@ -75,12 +75,23 @@ pub struct LaunchOrder {
     pub position: u64,
     /// For each stream, up to which position its launches come before this one; of its own, this one included.
     pub known: std::collections::HashMap<u64, u64>,
+    /// Of a programmatic dependent launch: up to which position its own stream's launches come before what it does ahead of
+    /// `griddepcontrol.wait`.
+    pub before_wait: Option<u64>,
 }
 
 impl LaunchOrder {
     /// Whether another launch comes before this one, or is the same.
     pub fn after(&self, other: &LaunchOrder) -> bool {
         self.known.get(&other.stream).is_some_and(|&position| position >= other.position)
+    }
+
+    /// Whether another launch comes before what this one does, by whether it has executed `griddepcontrol.wait`.
+    pub fn after_when(&self, waited: bool, other: &LaunchOrder) -> bool {
+        match self.before_wait.filter(|_| !waited && other.stream == self.stream) {
+            Some(position) => other.position <= position,
+            None => self.after(other),
+        }
     }
 }
 

@@ -170,6 +170,8 @@ pub enum SyncEvent {
     Exchange {
         mask: u32,
     },
+    /// `griddepcontrol.wait`: what the launches in front of this one did has happened.
+    GridWait,
     /// `fence` and `membar`.
     Fence {
         order: Order,

@@ -74,6 +74,7 @@ pub struct GemmArgs<'a, T> {
     /// `[rows, N]`. Rows that no tile covers are left as they are.
     pub out: ProductOut<'a, T>,
     /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
+    /// Of 16 bits no value is rounded across the limit of a clamp, where the slope jumps.
     pub pre_activation: Option<Out<'a, T>>,
     /// The shared expert's rows; exactly with [`GemmDesc::shared_rows`].
     pub shared: Option<SharedRows<'a, T>>,

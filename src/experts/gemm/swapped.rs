@@ -22,6 +22,8 @@ pub(crate) struct Plan {
     row_tiles: u32,
     columns: u32,
     splits: u32,
+    /// Whether the kernel waits itself for the launch in front of it.
+    waits: bool,
 }
 
 /// The plan where these kernels compute `desc`: 16-bit products in row tiles of their height, of any set. `layout` is that of
@@ -56,7 +58,8 @@ pub(super) fn plan(
     let columns = desc.n.div_ceil(kernel.out_columns() as usize) as u64;
     let tiles = shape::grid_x(operation, "n", columns.saturating_mul(row_tiles.into()))?;
     let splits = if desc.split { splits(tiles, desc.k, device) } else { 1 };
-    Ok(Some(Plan { kernel, row_tiles, columns: columns as u32, splits }))
+    let waits = device.compute_capability >= (9, 0);
+    Ok(Some(Plan { kernel, row_tiles, columns: columns as u32, splits, waits }))
 }
 
 /// Blocks that share a tile's depth: so many that each multiprocessor has one, as long as a block fills its pipeline.
@@ -78,7 +81,8 @@ impl Plan {
     /// What is launched.
     pub(crate) fn selection(&self) -> Selection {
         let blocks = self.tiles() * self.splits;
-        Selection::new(Kernel::GemmSwapped(self.kernel), [blocks, 1, 1])
+        let selection = Selection::new(Kernel::GemmSwapped(self.kernel), [blocks, 1, 1]);
+        Selection { programmatic: self.waits, ..selection }
     }
 
     /// The same with each token's rows added up at the end, where there are counters for that.
@@ -130,6 +134,7 @@ impl Plan {
             addend_gate: at(|sum| sum.addend_gate),
             addend_scale: sum.map_or(1.0, |sum| sum.addend_scale),
             scale: sum.map_or(1.0, |sum| sum.scale),
+            early: sum.map_or(0, |sum| u32::from(sum.early)),
             tokens: sum.map_or(0, |sum| sum.tokens),
             top_k: sum.map_or(0, |sum| sum.top_k),
         };
@@ -159,6 +164,9 @@ pub(crate) struct Sum<'a> {
     pub(crate) scale: f32,
     pub(crate) tokens: u32,
     pub(crate) top_k: u32,
+    /// Whether the lists and the weights were there when the launch in front, which waits for its own predecessors, began: then they are read
+    /// before it has ended.
+    pub(crate) early: bool,
 }
 
 #[cfg(test)]

@@ -165,7 +165,7 @@ impl RoutePlan {
         let step = if gate.is_some() { &self.gated_router } else { &self.router };
         if let (Some(kernel), Choice::WithDispatch(choice)) = (self.together, &self.choice) {
             let desc = RouteDesc::new(step.desc, choice.desc);
-            let selection = route::selection(kernel, &step.desc);
+            let selection = route::selection(kernel, &step.desc, &self.device);
             let lists = dispatch::Outputs::of(at.lists, true);
             let scratch = workspace.at(self.regions.scratch);
             route::enqueue(scope, &desc, &selection, product, self.routing(weights, at), lists, scratch)?;

@@ -216,7 +216,7 @@ impl RoutePlan {
 
     fn stages_of(&self, router: Step<RouterDesc>) -> impl Iterator<Item = (Stage, Selection)> + use<> {
         let norm = self.norm.filter(|_| self.tokens > 0).map(|step| (Stage::RouterNorm, step.selection));
-        let together = self.together.map(|kernel| (Stage::Route, route::selection(kernel, &router.desc)));
+        let together = self.together.map(|kernel| (Stage::Route, route::selection(kernel, &router.desc, &self.device)));
         let apart = together.is_none();
         let product = Some((Stage::Router, router.selection)).filter(|_| apart && self.tokens > 0);
         let choice = self.stages_of_logits().filter(move |_| apart);

@@ -80,6 +80,8 @@ pub struct Warp {
     /// Phases of the cluster's barrier that each lane has arrived at, and has left.
     pub cluster_arrived: [u64; 32],
     pub cluster_left: [u64; 32],
+    /// Has waited for the launches in front of this one, or met a warp at a barrier that had.
+    pub waited: bool,
 }
 
 /// A `cp.async`.
@@ -325,6 +327,8 @@ impl Home {
 
     pub fn leave(&mut self, rank: usize, id: usize, warp: usize, mask: u32) {
         self.blocks[rank].barriers[id].leave(&mut self.warps[warp], warp, mask);
+        let first = rank * self.stride as usize;
+        self.warps[warp].waited |= self.warps[first..first + self.warps_per_block as usize].iter().any(|w| w.waited);
     }
 
     /// At the cluster's barrier; a relaxed arrival brings along what was fenced for the cluster or more widely.

@@ -92,10 +92,10 @@ impl Launches {
         }
     }
 
-    /// That launch, if nothing orders it before one of this order.
-    pub fn beside(&self, number: u32, order: Option<&LaunchOrder>) -> Option<Arc<Earlier>> {
+    /// That launch, if nothing orders it before one of this order, of which a warp has waited for those in front of it.
+    pub fn beside(&self, number: u32, order: Option<&LaunchOrder>, waited: bool) -> Option<Arc<Earlier>> {
         let order = order?;
         let inner = self.inner.read().unwrap_or_else(PoisonError::into_inner);
-        inner.0.get(&number).filter(|earlier| !order.after(&earlier.order)).cloned()
+        inner.0.get(&number).filter(|earlier| !order.after_when(waited, &earlier.order)).cloned()
     }
 }

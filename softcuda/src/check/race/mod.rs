@@ -17,6 +17,8 @@
 //! - `barrier.cluster`, unless the arrival is relaxed.
 //! - `wgmma` reads at any time from its issue to the end of a wait for it by a warp of its warpgroup.
 //! - copies, sets and releases of memory in streams are accesses too, by an operation of its own that is ordered as a launch is.
+//! - `griddepcontrol.wait`, in a programmatic dependent launch: before it the launch in front in the stream may still run, and what
+//!   that one writes or reads is not ordered before. Launches further in front are.
 //! - the order of launches: by their streams, by events that a stream or the host waits for, and by the legacy stream. Where
 //!   the order is not told ([`Config::order`](crate::exec::Config::order)), launches are ordered as they were called.
 //!
@@ -27,6 +29,8 @@
 //! - a race that did not come near: the two accesses have to happen in this execution, though in any order.
 //! - Fences, releases and acquires count for the whole warp though one lane may have executed them, so that a
 //!   `bar.warp.sync` that is missing before or after them is not missed.
+//! - A launch that lets its dependents begin before it has waited for its own predecessors: their order is taken to be kept. Which
+//!   lane of a warp executed `griddepcontrol.wait`, and whether before or after its block's barrier. Launches inside a graph.
 //! - Which write a strong read takes its value from is not known: it acquires all that was released at that place before. A
 //!   release that this read did not see hides a race that another seed may show.
 //! - The fence of a thread counts for those that a barrier orders after it, as in the idiom by which all threads fence and one

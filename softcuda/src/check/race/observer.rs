@@ -119,11 +119,14 @@ impl<'a> RaceObserver<'a> {
             stamp,
             benign: &benign,
             beside: &|number| {
-                if self.ordered.get() == Some(number) {
+                // What comes before the whole launch comes before what a warp does once it has waited.
+                let order = self.launch.config.order.as_deref();
+                let waited = w.waited || order.is_none_or(|order| order.before_wait.is_none());
+                if waited && self.ordered.get() == Some(number) {
                     return false;
                 }
-                let beside = self.race.launches.beside(number, self.launch.config.order.as_deref()).is_some();
-                if !beside {
+                let beside = self.race.launches.beside(number, order, waited).is_some();
+                if !beside && waited {
                     self.ordered.set(Some(number));
                 }
                 beside
@@ -161,8 +164,10 @@ impl<'a> RaceObserver<'a> {
             report::same_store(findings, site, event, c);
         } else {
             let order = self.launch.config.order.as_deref();
+            let home = &self.homes[h];
+            let waited = home.warps[home.rank(site.block) * home.stride as usize + site.warp as usize].waited;
             let earlier =
-                if c.other.same_launch(me) { None } else { self.race.launches.beside(c.other.launch(), order) };
+                if c.other.same_launch(me) { None } else { self.race.launches.beside(c.other.launch(), order, waited) };
             report::conflict(findings, (self.launch, earlier.as_deref()), site, event, &self.homes[h], (c, me));
         }
     }
@@ -449,6 +454,7 @@ impl Observer for RaceObserver<'_> {
             SyncEvent::BarrierLeave { id, mask } => home.leave(rank, id as usize, warp, mask),
             SyncEvent::BarrierComplete { id } => home.blocks[rank].barriers[id as usize].clear(),
             SyncEvent::WarpBarrier { mask } => home.warp_barrier(warp, mask),
+            SyncEvent::GridWait => home.warps[warp].waited = true,
             SyncEvent::Fence { order, scope, .. } => home.fence(warp, order, scope),
             SyncEvent::CopyCommit { mask } => {
                 let committed = &mut home.warps[warp].committed;

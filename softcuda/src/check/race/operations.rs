@@ -23,7 +23,7 @@ impl Race {
     ) -> bool {
         let number = self.launches.operation(operation, order);
         let mut found = None;
-        let beside = |number| self.launches.beside(number, Some(order)).is_some();
+        let beside = |number| self.launches.beside(number, Some(order), true).is_some();
         let by = accessor(number, writes, &beside);
         if operation == Operation::Free {
             // Of memory that nobody has touched there is nothing to see, and after its release nothing to remember.
@@ -41,7 +41,7 @@ impl Race {
             global(&mut Pages::new(&self.global), &run, &by, &mut found);
         }
         let Some(conflict): Option<Conflict> = found else { return false };
-        let earlier = self.launches.beside(conflict.other.launch(), Some(order));
+        let earlier = self.launches.beside(conflict.other.launch(), Some(order), true);
         if let Some(earlier) = &earlier {
             report::of_operation(&self.findings, (operation, writes), (address, bytes), earlier, &conflict);
         }

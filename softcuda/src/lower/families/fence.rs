@@ -104,11 +104,11 @@ impl Builder<'_> {
     /// are allowed to.
     pub(super) fn griddepcontrol(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
-        m.required("an action", &[("launch_dependents", ()), ("wait", ())])?;
+        let waits = m.required("an action", &[("launch_dependents", false), ("wait", true)])?;
         m.finish()?;
         count(&i.operands, 0..=0)?;
         self.class = Some(Class::Synchronise);
-        self.emit_plain(Code::Nop, 0);
+        self.emit_plain(if waits { Code::GridWait } else { Code::Nop }, 0);
         Ok(())
     }
 }

@@ -119,6 +119,8 @@ macro_rules! define_codes {
             /// `vprintf`; `malloc` and `free`.
             Print, Heap,
             BrxIdx, Exit, Trap, Assert, InvalidPc, Nop,
+            /// `griddepcontrol.wait`.
+            GridWait,
             /// `cp.async.wait_group` of `x`; `wait_all` is a commit and a wait for all.
             Load, Store, Atom, AtomWide, CopyAsync, CopyCommit, CopyWait,
             Arith, Cvt, TestSpace,
