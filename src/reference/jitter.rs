@@ -38,6 +38,24 @@ mod tests {
         assert!(y.iter().any(|&y| y < 0.752) && y.iter().any(|&y| y > 1.248));
     }
 
+    /// A product with a number: the same of the gradient.
+    #[test]
+    fn it_is_its_own_way_back() {
+        let (x, dy) = ([0.5, -2.0, 3.0], [1.0, 0.25, -4.0]);
+        let noise = NoiseSource { seed: 9, offset: 1 };
+        let of = |x: &[f64]| jitter::<f64, f64>(x, 0.25, noise).unwrap();
+        let got = of(&dy);
+        for i in 0..3 {
+            let at = |by: f64| {
+                let mut moved = x;
+                moved[i] += by;
+                of(&moved)[i]
+            };
+            let want = dy[i] * (at(1e-4) - at(-1e-4)) / 2e-4;
+            assert!((got[i] - want).abs() < 1e-9, "{i}: {}, want {want}", got[i]);
+        }
+    }
+
     #[test]
     fn no_width_no_noise() {
         let x = [1.5f32, -2.0, f32::NAN, f32::INFINITY];

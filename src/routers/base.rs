@@ -5,6 +5,8 @@
 //! within `tokens * epsilon` of the optimum, if scores are finite and below `epsilon * 2^27` in magnitude, and the auction ended
 //! within its rounds, which [`BaseArgs::status`] says.
 //!
+//! The way back, through the gate of the assigned expert, is [`crate::routers::gating_backward`] with [`crate::rules::Score::Sigmoid`].
+//!
 //! ```
 //! use moe_kernels::Workspace;
 //! use moe_kernels::routers::base::{self, BaseArgs, BaseDesc};

@@ -8,6 +8,8 @@
 //! A row of zeros has cosine 0. Beyond the products' inputs all is f32. The logits go to a gating, or a layer
 //! ([`crate::layer::RouteArgs::given_logits`]).
 //!
+//! The way back is [`CosineBackwardPlan`].
+//!
 //! The temperature is a number of the descriptor: no kernel here takes an exponential of a number on the device. Where it is trained or a CUDA graph must see it change,
 //! leave it 0 and write its exponential as [`CosineWeights::expert_scale`], which is read when the work runs.
 

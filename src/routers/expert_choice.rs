@@ -7,6 +7,8 @@
 //! [`dispatch`] is the choice with the rows of experts and tokens laid out: a token has no expert, or many
 //! ([`crate::capacity::token_slots`]). Products and [`crate::experts::combine`] take it as any other dispatch.
 //!
+//! The way back of the slots' weights is [`crate::routers::affinity_backward`].
+//!
 //! ```
 //! use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
 //! use moe_kernels::experts::Dispatched;

@@ -5,6 +5,8 @@
 //! are all one: combine without weights, or with `1 / top_k`. Hash layers whose router weighs the experts of a table (DeepSeek-V4) are a rule of
 //! [`crate::routers::gating`], [`crate::rules::ChoiceBy::Given`], which looks them up itself.
 //!
+//! There is no router, so no gradient.
+//!
 //! ```
 //! use moe_kernels::routers::hash::{self, HashArgs, HashBy, HashDesc, balanced_table};
 //!

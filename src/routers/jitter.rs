@@ -4,6 +4,8 @@
 //! take `x`. The noise follows from seed, offset and `i` alone ([`NoiseSource`]); jitter shares no random word with the routers that use the
 //! same source. See [`crate::reference::jitter`], whose results these are bit for bit (products below 2^-118 may differ in a tie of bf16).
 //!
+//! The way back is the same operation: gradients of `y`, with the source that `x` had, become those of `x`.
+//!
 //! ```
 //! use moe_kernels::Dtype;
 //! use moe_kernels::routers::jitter::{self, JitterArgs, JitterDesc};

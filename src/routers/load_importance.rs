@@ -11,6 +11,8 @@
 //! `gate_noise / E`. Logits with such noise come from [`noisy`] with that deviation as [`NoisyRule::noise_epsilon`] and raw deviations of -200, whose
 //! softplus is 0.
 //!
+//! The way back is [`crate::routers::load_importance_backward`].
+//!
 //! [`measured_gating`]: crate::routers::measured_gating
 //! [`noisy`]: crate::routers::noisy
 //! [`NoisyRule::noise_epsilon`]: crate::rules::NoisyRule::noise_epsilon

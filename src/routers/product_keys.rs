@@ -5,6 +5,8 @@
 //! `a n + b` has the score `first[a] + second[b]`; the weights are the softmax over the chosen. See
 //! [`crate::reference::product_keys::product_keys`] for the order of equal sums and of what is no number.
 //!
+//! The way back is [`crate::routers::product_keys_backward`].
+//!
 //! ```
 //! use moe_kernels::routers::product_keys::{self, ProductKeysArgs, ProductKeysDesc};
 //!

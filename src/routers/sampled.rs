@@ -9,6 +9,8 @@
 //! The noise follows from seed, offset, token and expert alone ([`NoiseSource`]), in f32 arithmetic that the host repeats ([`noise`]):
 //! perturbed logits and ids are those of the reference bit for bit, also on another device.
 //!
+//! The way back is [`crate::routers::sampled_backward`].
+//!
 //! ```
 //! use moe_kernels::routers::sampled::{self, SampledArgs, SampledDesc};
 //! use moe_kernels::rules::{NoiseSource, SamplingRule};

@@ -5,6 +5,8 @@
 //! a tolerance or for a number of iterations. A token goes to the `k` experts of largest `logits + v`; its weights are the
 //! router's own probabilities, `softmax(logits)`, as the plan only chooses. See [`crate::reference::sinkhorn`].
 //!
+//! The way back, through the weights, is [`crate::routers::gating_backward`] with [`crate::rules::Score::Softmax`].
+//!
 //! ```
 //! use moe_kernels::Workspace;
 //! use moe_kernels::routers::sinkhorn::{self, SinkhornArgs, SinkhornDesc};

@@ -7,6 +7,8 @@
 //! See [`crate::reference::noisy::hierarchical`]; ids and noise ([`noise()`]) are those of
 //! the reference bit for bit.
 //!
+//! The way back is [`crate::routers::hierarchical_backward`].
+//!
 //! ```
 //! use moe_kernels::Workspace;
 //! use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};

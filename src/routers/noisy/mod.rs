@@ -16,6 +16,8 @@
 //!
 //! For evaluation, without noise, use [`crate::routers::gating`] with [`crate::rules::Score::TopkSoftmax`] on `clean`.
 //!
+//! The way back is [`crate::routers::noisy_backward`].
+//!
 //! ```
 //! use moe_kernels::Workspace;
 //! use moe_kernels::routers::noisy::{self, NoisyArgs, NoisyDesc, NoisyLogits, NoisySums};

@@ -215,6 +215,25 @@ fn the_loss_by_sequence_by_finite_differences() {
     }
 }
 
+/// BASE weighs by the sigmoid of the assigned score, Sinkhorn by the softmax, and neither plan is differentiated: the same operation goes back.
+#[test]
+fn routers_whose_plan_is_constant() {
+    let mut rng = fastrand::Rng::with_seed(5);
+    let (tokens, experts) = (6, 3);
+    let logits: Vec<f64> = (0..tokens * experts).map(|_| 4.0 * rng.f64() - 2.0).collect();
+    let ids: Vec<i32> = (0..tokens as i32).map(|t| t % 3).collect();
+    let d: Vec<f64> = (0..tokens).map(|_| rng.f64() - 0.5).collect();
+    let dot = |weights: &[f64]| weights.iter().zip(&d).map(|(w, d)| w * d).sum::<f64>();
+    let way_back = |score| gate_backward(&logits, &ids, &d, experts, 1, &Gating::new(score), None).unwrap();
+    let sinkhorn = |logits: &[f64]| dot(&crate::reference::sinkhorn::weights(logits, &ids, experts, 1).unwrap());
+    near("Sinkhorn", &way_back(Score::Softmax), &differences(&logits, sinkhorn));
+    let base = |logits: &[f64]| {
+        let gate = |t: usize| sigmoid(logits[t * experts + ids[t] as usize]);
+        dot(&(0..tokens).map(gate).collect::<Vec<_>>())
+    };
+    near("BASE", &way_back(Score::Sigmoid), &differences(&logits, base));
+}
+
 #[test]
 fn what_is_no_number_has_no_gradient() {
     let (nan, inf) = (f64::NAN, f64::INFINITY);
