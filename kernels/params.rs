@@ -30,9 +30,7 @@ pub fn structs(rendered: &Path, kernels: &[Kernel]) -> String {
     for (entry, (_, list)) in &entries {
         for (shorter, (_, first)) in &entries {
             let Some(more) = list.strip_prefix(first.as_slice()).filter(|more| !more.is_empty()) else { continue };
-            if more.iter().all(|(_, rust)| rust == "TensorMap") {
-                text.push_str(&extension(entry, shorter, first, more));
-            } else if LONGER.contains(&(entry, shorter)) {
+            if more.iter().all(|(_, rust)| rust == "TensorMap") || LONGER.contains(&(entry, shorter)) {
                 text.push_str(&longer(entry, shorter, first, more));
             }
         }
@@ -45,38 +43,19 @@ const LONGER: [(&str, &str); 1] = [("GemmSwapped", "Gemm")];
 
 /// `entry`'s parameters from those of `shorter`, which its list begins with, and `more` as a struct of its own.
 fn longer(entry: &str, shorter: &str, first: &[Parameter], more: &[Parameter]) -> String {
+    let life = if more.iter().any(|(_, rust)| rust.contains("'a")) { "<'a>" } else { "" };
     let mut text = format!("/// What `{entry}` takes behind the parameters of `{shorter}`.\n#[derive(Clone, Copy)]\n");
-    writeln!(text, "pub(crate) struct {entry}More<'a> {{").unwrap();
+    writeln!(text, "pub(crate) struct {entry}More{life} {{").unwrap();
     for (name, rust) in more {
         writeln!(text, "    pub(crate) {name}: {rust},").unwrap();
     }
     writeln!(text, "}}\n\nimpl<'a> {entry}Params<'a> {{\n    /// What `{shorter}` takes, and more.").unwrap();
-    writeln!(text, "    pub(crate) fn with(first: {shorter}Params<'a>, more: {entry}More<'a>) -> Self {{").unwrap();
+    writeln!(text, "    pub(crate) fn with(first: {shorter}Params<'a>, more: {entry}More{life}) -> Self {{").unwrap();
     writeln!(text, "        {entry}Params {{").unwrap();
     for (from, list) in [("first", first), ("more", more)] {
         for (name, _) in list {
             writeln!(text, "            {name}: {from}.{name},").unwrap();
         }
-    }
-    text.push_str("        }\n    }\n}\n\n");
-    text
-}
-
-/// `entry`'s parameters from those of `shorter`, which its list begins with, and `more`.
-fn extension(entry: &str, shorter: &str, first: &[Parameter], more: &[Parameter]) -> String {
-    let life = if first.iter().any(|(_, rust)| rust.contains("'a")) { "<'a>" } else { "" };
-    let mut text = format!(
-        "impl{life} {entry}Params{life} {{\n    /// What `{shorter}` takes, and more.\n    pub(crate) fn with(first: {shorter}Params{life}"
-    );
-    for (name, rust) in more {
-        write!(text, ", {name}: {rust}").unwrap();
-    }
-    writeln!(text, ") -> Self {{\n        {entry}Params {{").unwrap();
-    for (name, _) in first {
-        writeln!(text, "            {name}: first.{name},").unwrap();
-    }
-    for (name, _) in more {
-        writeln!(text, "            {name},").unwrap();
     }
     text.push_str("        }\n    }\n}\n\n");
     text

@@ -1,6 +1,6 @@
 //! How many tiles a grouped GEMM may need, and which tile fits a load.
 
-use crate::registry::{Fold, Gemm, Tile};
+use crate::registry::{Fold, Gemm, GemmHopper, Tile};
 use crate::rules::{Dtype, Layout};
 use crate::{DeviceInfo, Error};
 
@@ -30,13 +30,20 @@ const WEIGHT_ROWS: u64 = 32;
 /// `(r / bm + 1/2) (bm + 32)`: few rows per expert take low tiles, from 128 rows on the tallest. Both GEMMs of a layer use
 /// the same tile list, so the choice depends on neither's width.
 ///
+/// On Hopper a tile of 128 rows of which at most 64 live costs what a tile of 64 does ([`KernelSet::Sm90a`](super::gemm::KernelSet::Sm90a)), and an expert
+/// with more takes its weight from L2 once: there 16-bit types take the tallest as soon as experts may have more than 64 rows, from 32 on
+/// average.
+///
 /// Tiles whose shared memory the device cannot give are left out.
 ///
 /// # Errors
 /// [`Error::Unsupported`] where the device has too little shared memory for any tile.
 pub fn select_tile(dtype: Dtype, slots: usize, experts: usize, device: &DeviceInfo) -> Result<Tile, Error> {
+    let active = experts.min(slots).max(1);
+    let is_hopper = device.compute_capability == (9, 0) && GemmHopper::DTYPES.contains(&dtype);
+    let tallest = if is_hopper && slots / 32 >= active && slots != 32 * active { GemmHopper::TILE.bm } else { 0 };
     let cost = |tile: &Tile| height_cost(slots, experts, tile);
-    fitting(dtype, device).min_by_key(|tile| (cost(tile), tile.bm)).ok_or_else(|| {
+    fitting(dtype, device).min_by_key(|tile| (tile.bm != tallest, cost(tile), tile.bm)).ok_or_else(|| {
         let least = Gemm::tiles(dtype).iter().map(|&tile| shared_bytes(dtype, tile)).min().unwrap_or(0);
         Error::unsupported(
             "select_tile",
@@ -94,7 +101,7 @@ fn shared_bytes(dtype: Dtype, tile: Tile) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::runtime::device::A100;
+    use crate::runtime::device::{A100, H100};
 
     /// The most tiles over all ways to spread `slots` over `experts`.
     fn brute_force(slots: usize, experts: usize, tile_m: usize) -> usize {
@@ -132,11 +139,18 @@ mod tests {
     }
 
     #[test]
+    fn hopper_takes_tall_tiles_early() {
+        let height = |dtype, slots| select_tile(dtype, slots, 128, &H100).unwrap().bm;
+        assert_eq!([128 * 4, 128 * 32, 128 * 33].map(|slots| height(Dtype::Bf16, slots)), [16, 64, 128]);
+        assert_eq!(height(Dtype::F32, 128 * 33), 64);
+    }
+
+    #[test]
     fn height_never_falls_as_rows_grow() {
-        for dtype in Dtype::ALL {
+        for (dtype, device) in Dtype::ALL.into_iter().flat_map(|dtype| [(dtype, &A100), (dtype, &H100)]) {
             let mut last = 0;
             for slots in (1..20_000).step_by(7) {
-                let height = select_tile(dtype, slots, 16, &A100).unwrap().bm;
+                let height = select_tile(dtype, slots, 16, device).unwrap().bm;
                 assert!(height >= last, "{dtype}: {slots} slots");
                 last = height;
             }

@@ -181,7 +181,10 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
         grouped::<T>(variant, rng, loads, &case);
     }
     if matches!(variant.kernel, Kernel::GemmHopper(_)) {
-        walk::<T>(variant, rng);
+        // Lists of half tiles too; rows by number, and in order.
+        for (tile_m, gather) in [(variant.tile_m, true), (variant.tile_m / 2, false)] {
+            walk::<T>(Variant { tile_m, ..variant }, gather, rng);
+        }
     }
     if variant.is_swapped() {
         parts::<T>(variant, rng);
@@ -219,12 +222,12 @@ fn parts<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
 
 /// Clusters that walk two pairs of tiles or three, five stages deep, in three columns of which the last is narrow. Most row tiles have one live row, some
 /// more than half of theirs; an expert of two tiles has a pair of its own, or halves of two.
-fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
+fn walk<T: Storage>(variant: Variant, gather: bool, rng: &mut fastrand::Rng) {
     let experts = device::kernels().device().multiprocessors as usize * 2 / 3 + 2;
     let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1, 1, 1][expert % 12]).collect();
     let n = if variant.fold == Fold::Plain { 2 * 256 + 8 } else { 2 * 128 + 8 };
     let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
-    let case = Case { k: 264, n, glu, activation, gather: true, bias: false, scale: false, out_scale: false };
+    let case = Case { k: 264, n, glu, activation, gather, bias: false, scale: false, out_scale: false };
     grouped::<T>(variant, rng, &loads, &case);
 }
 

@@ -148,9 +148,9 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
         let without = || text.split_once(';').map_or(String::new(), |(_, rest)| rest.to_owned());
         if starts(&["bar.", "barrier."]) {
             add(Kind::Barrier, i, text, without());
-        } else if starts(&["fence", "membar"]) {
+        } else if starts(&["fence", "membar", "wgmma.fence"]) {
             add(Kind::Fence, i, text, without());
-        } else if starts(&["cp.async.wait"]) {
+        } else if starts(&["cp.async.wait", "cp.async.bulk.wait", "wgmma.wait"]) {
             add(Kind::Wait, i, text, without());
         }
         let fence = starts(&["fence", "membar"]);

@@ -72,6 +72,8 @@ pub struct ClusterState {
     pub id: [u32; 3],
     /// Seed of the cluster's own choices.
     pub seed: u64,
+    /// Chooses waits for mbarriers that reach their time limit; 0: none does.
+    pub waits: u64,
     /// Phases of the cluster's barrier completed so far.
     phase: u32,
     /// Threads that have arrived in this phase, those that have exited included.

@@ -79,6 +79,11 @@ impl Engine {
         self.pending.iter().filter(|p| p.serves(place)).count()
     }
 
+    /// Waits have been given up, and nothing has come of it so far.
+    pub fn is_futile(&self) -> bool {
+        self.futile > 0
+    }
+
     pub fn is_empty(&self) -> bool {
         self.pending.is_empty()
     }

@@ -9,7 +9,7 @@ use super::interpreter::{Next, Stop};
 use super::lanes::{File, LANES, active};
 use super::mbarrier::{Misuse, Object, check_place};
 use super::observe::{ObjectPlace, SyncEvent};
-use super::state::{GroupState, Machine, Outcome, Raw};
+use super::state::{GroupState, Machine, Outcome, Raw, mix};
 use crate::lower::ir_mbarrier::{Mbarrier, MbarrierKind};
 use crate::ptx::ast::Space;
 
@@ -182,7 +182,7 @@ impl Machine<'_, '_> {
             let (at, order, scope) = (self.object_place(place), x.order, x.scope);
             self.observe_sync(SyncEvent::MbarrierWait { at, lane: lane as u32, phase, order, scope }, pc);
         }
-        if done == 0 && suspends && self.warp.poll_expired & mask == 0 {
+        if done == 0 && suspends && self.warp.poll_expired & mask == 0 && !self.reaches_time_limit() {
             let skipping = self.warp.groups[self.warp.current].mask & !mask;
             if skipping != 0 {
                 self.split(skipping, pc + 1);
@@ -200,6 +200,17 @@ impl Machine<'_, '_> {
         self.step();
         self.warp.rotate = self.warp.groups.len() > 1;
         Ok(Next::Stop(Stop::Polled))
+    }
+
+    /// Whether a wait that is not over ends without success at once: the manual leaves the time limit to the system. One in eight does,
+    /// by the seed; with seed 0 none.
+    fn reaches_time_limit(&mut self) -> bool {
+        let random = &mut self.cluster.waits;
+        if *random == 0 || self.cluster.engine.is_futile() {
+            return false;
+        }
+        *random = mix(*random);
+        random.is_multiple_of(8)
     }
 
     /// What the running group's wait is for, where it is one.

@@ -39,6 +39,7 @@ pub fn cluster(worker: &mut Worker, l: &Launch, index: u64) -> Cluster {
         block.memory.fill(pattern);
     }
     let luck = if l.config.seed == 0 { 0 } else { cluster.state.seed };
+    cluster.state.waits = luck;
     for (i, warp) in cluster.warps.iter_mut().flatten().enumerate() {
         warp.groups.clear();
         warp.groups.push(Group { pc: worker.body.entry, mask: warp.present, state: GroupState::Ready });

@@ -48,10 +48,16 @@ impl Pages {
     }
 }
 
+/// Sectors of a request that take a place's turn: 16 bytes for each lane of a warp. A larger one, a box of the copy engine, takes as many
+/// turns as there are such in it: what lies between a multiprocessor and L2 passes bytes at a rate.
+const SECTORS_OF_A_TURN: u64 = 16;
+
 /// A place for a block: which multiprocessor it is on, and what is left of the block there.
 struct Place<'r> {
     sm: usize,
     rest: &'r [Run],
+    /// Turns that the latest request still takes.
+    busy: u64,
 }
 
 impl Model {
@@ -82,10 +88,14 @@ impl Model {
         let mut blocks = blocks.filter(|block| !block.is_empty());
         let places = h.sm_count as usize * h.blocks_per_sm as usize;
         let mut places: Vec<Place> = (0..places)
-            .map_while(|place| blocks.next().map(|rest| Place { sm: place % h.sm_count as usize, rest }))
+            .map_while(|place| blocks.next().map(|rest| Place { sm: place % h.sm_count as usize, rest, busy: 0 }))
             .collect();
         while !places.is_empty() {
             places.retain_mut(|place| {
+                if place.busy > 0 {
+                    place.busy -= 1;
+                    return true;
+                }
                 self.request(place);
                 if place.rest.is_empty()
                     && let Some(next) = blocks.next()
@@ -99,7 +109,9 @@ impl Model {
 
     /// The next request of a block.
     fn request(&mut self, place: &mut Place) {
+        let mut sectors = 0;
         while let [run, rest @ ..] = place.rest {
+            sectors += run.count() * u64::from(run.sectors().count_ones());
             for line in run.line()..run.line() + run.count() {
                 let line = self.pages.place(line);
                 self.line(place.sm, line, run.sectors(), run.path());
@@ -109,6 +121,7 @@ impl Model {
                 break;
             }
         }
+        place.busy = sectors.div_ceil(SECTORS_OF_A_TURN).saturating_sub(1);
     }
 
     fn line(&mut self, sm: usize, line: u64, sectors: u8, path: Path) {

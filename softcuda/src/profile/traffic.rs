@@ -6,7 +6,8 @@
 //!
 //! - Warps of a block take turns, one request each; a barrier of the block that completes ends a round of turns.
 //! - Blocks are given to multiprocessors in launch order, one to each, as many times as the occupancy says; whenever a block
-//!   has no requests left, its place takes the next. All places take turns, one request each.
+//!   has no requests left, its place takes the next. All places take turns, one request each; one of more than 512 bytes, a box of the
+//!   copy engine, takes a turn for each of them.
 //!
 //! Every multiprocessor has an L1 cache of what shared memory leaves of its SRAM; weak loads and `cp.async.ca` look it up,
 //! unless a cache operator keeps them out. Stores go through it, and update what it holds; atomic operations drop what it

@@ -133,6 +133,21 @@ fn a_wait_ends_without_success_where_nothing_completes_the_phase() {
 }
 
 #[test]
+fn a_wait_may_end_without_success_before_the_phase_does() {
+    // Warp 0 tries once what warp 1 completes later. By the time limit, which is the system's, or by the phase: both are right.
+    let body = format!(
+        "{} setp.lt.u32 %p, %thread, 32; @%p bra WAITS; mov.u32 %r2, 2; mov.u32 %r3, 0;
+         SPIN: add.u32 %r3, %r3, 1; setp.lt.u32 %q, %r3, 20000; @%q bra SPIN; mbarrier.arrive.shared::cta.b64 _, [b]; bra END;
+         WAITS: mbarrier.try_wait.parity.shared::cta.b64 %p, [b], 0; selp.u32 %r2, 1, 0, %p; END: st.global.u32 [%out], %r2;",
+        init("32")
+    );
+    let outcome = |seed| Hopper::row(1, 64, 1).seed(seed).per_thread(&body, &[]).unwrap()[0];
+    assert_eq!(outcome(0), 1, "seed 0 is patient");
+    let outcomes: Vec<u32> = (1..=64).map(outcome).collect();
+    assert!(outcomes.contains(&0) && outcomes.contains(&1), "{outcomes:?}");
+}
+
+#[test]
 fn lanes_wait_for_objects_of_their_own() {
     // Lane l waits for object l % 4, which lane l + 4 ... completes in an order of its own: the warp is apart.
     let body = ".shared .align 8 .b64 b[4]; mov.u32 %r20, b; and.b32 %r2, %thread, 3; mad.lo.u32 %r3, %r2, 8, %r20;

@@ -92,7 +92,7 @@ pub enum KernelSet {
     Fastest,
     /// `sm_80`: they run on every device.
     Sm80,
-    /// `sm_90a`, on compute capability 9.0 alone: 16-bit products of dense rows or tiles of 128, of weights whose rows begin on 16 bytes.
+    /// `sm_90a`, on compute capability 9.0 alone: 16-bit products of dense rows or tiles of 64 or 128, of weights whose rows begin on 16 bytes.
     Sm90a,
 }
 

@@ -1,16 +1,19 @@
 //! The `sm_90a` kernels: when they are chosen, and the tensor maps of their weights.
 
-use super::desc::{GemmDesc, KernelSet, Rows};
-use super::fold;
+use super::desc::{GemmDesc, KernelSet, Output, Rows};
+use super::{Addresses, fold};
 use crate::experts::weight::WeightAddresses;
 use crate::registry::{GemmHopper, Kernel, Tile};
 use crate::rules::Layout;
 use crate::runtime::launch::{Boxes, Scope};
-use crate::runtime::params::{GemmHopperParams, GemmParams, TensorMap};
+use crate::runtime::params::{GemmHopperMore, GemmHopperParams, GemmParams, TensorMap};
 use crate::{DeviceInfo, Error, Selection};
 
 /// Strides of a tensor map in bytes are below this.
 const MAX_STRIDE: u64 = 1 << 40;
+
+/// Rows of the lists' tiles that it takes: of the lower one a warpgroup multiplies, and the other leaves.
+const HEIGHTS: [usize; 2] = [64, GemmHopper::TILE.bm as usize];
 
 /// Blocks of a cluster: they compute neighbouring row tiles, and fetch the weight together where it is the same.
 const CLUSTER: u32 = 2;
@@ -23,24 +26,36 @@ pub(super) fn selection(gemm: GemmHopper, blocks: u32) -> Selection {
 /// The kernel and its grid of persistent blocks, where it computes `desc` in row tiles of its own height on this device; `layout` is that of
 /// [`GemmDesc::vector_layout`].
 pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) -> Option<(GemmHopper, u32)> {
-    let [expert, output, depth] = desc.places().weight;
-    let height = GemmHopper::TILE.bm as usize;
+    let places = desc.places();
+    let [expert, output, depth] = places.weight;
+    let height = tile_height(desc);
     let fits = device.compute_capability == (9, 0)
         && device.shared_bytes_per_block >= GemmHopper::SHARED_BYTES
         && GemmHopper::DTYPES.contains(&desc.dtype)
-        && [expert, output.max(depth)].iter().all(|&stride| stride > 0 && stride as u64 * 2 < MAX_STRIDE)
-        && match desc.rows {
-            Rows::Dense(_) => true,
-            Rows::Grouped(shape) => shape.tile_m == height,
-        };
+        && [expert, output.max(depth), places.a[0]].iter().all(|&stride| is_mapped(stride))
+        && HEIGHTS.contains(&height);
     let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
     // The kernel counts tiles in 32 bits.
-    let pairs = row_tiles(desc, height).div_ceil(2) as u64 * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
+    let pairs = row_tiles(desc, GemmHopper::TILE.bm as usize).div_ceil(2) as u64
+        * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
     let clusters = pairs.min((device.multiprocessors / CLUSTER).into()) as u32;
     (fits && device.multiprocessors >= CLUSTER && pairs <= i32::MAX as u64).then_some((gemm, CLUSTER * clusters))
 }
 
-/// Row tiles of this height at most, those of a shared expert too.
+/// Whether a map's rows may be so many elements apart.
+fn is_mapped(stride: usize) -> bool {
+    stride > 0 && (stride as u64) < MAX_STRIDE / 2
+}
+
+/// Rows of a tile: those of the lists, or the block's.
+fn tile_height(desc: &GemmDesc) -> usize {
+    match desc.rows {
+        Rows::Dense(_) => GemmHopper::TILE.bm as usize,
+        Rows::Grouped(shape) => shape.tile_m,
+    }
+}
+
+/// Row tiles at most, of dense rows of this height, those of a shared expert too.
 fn row_tiles(desc: &GemmDesc, height: usize) -> usize {
     let own = match desc.rows {
         Rows::Dense(rows) => rows.div_ceil(height),
@@ -71,12 +86,12 @@ pub(super) fn is_faster(desc: &GemmDesc, gemm: &GemmHopper, other: (&Tile, u32),
         products(tile, 65),
         bytes(tile.bm, tile.bn),
     );
-    let own = &GemmHopper::TILE;
+    let own = Tile { bm: tile_height(desc) as u32, ..GemmHopper::TILE };
     // From four tiles an expert on, most pairs are of one expert.
     let shares = desc.rows.count() >= 4 * own.bm as usize * desc.rows.experts();
     let fetched = bytes(own.bm, if shares { own.bn / CLUSTER } else { own.bn });
     let pairs = row_tiles(desc, own.bm as usize).div_ceil(2) as u64;
-    time(pairs, gemm.out_columns(), device.multiprocessors / CLUSTER, products(own, 88), fetched) < other
+    time(pairs, gemm.out_columns(), device.multiprocessors / CLUSTER, products(&own, 88), fetched) <= other
 }
 
 /// What [`KernelSet::Sm90a`] asks for and cannot have.
@@ -87,20 +102,21 @@ pub(super) fn refusal(operation: &'static str, desc: &GemmDesc, device: &DeviceI
         Rows::Grouped(shape) => format!("tiles of {} rows", shape.tile_m),
     };
     let got = format!("{:?} of {}, {rows} on compute capability {major}.{minor}", KernelSet::Sm90a, desc.dtype);
-    let expected = "another set, unless 16-bit, dense or in tiles of 128 rows, of rows that begin on 16 bytes, on 9.0";
+    let expected =
+        "another set, unless 16-bit, dense or in tiles of 64 or 128 rows, of rows that begin on 16 bytes, on 9.0";
     Error::unsupported(operation, "kernels", expected, got)
 }
 
-/// The launch's parameters with the maps of the weights; `shared` are those of the shared expert.
+/// The launch's parameters with the maps of weights, rows and results.
 pub(super) fn with_maps<'a>(
     scope: &Scope<'_>,
     desc: &GemmDesc,
     gemm: &GemmHopper,
     params: GemmParams<'a>,
-    weight: WeightAddresses<'_>,
-    shared: Option<WeightAddresses<'_>>,
+    at: &Addresses<'_>,
 ) -> Result<GemmHopperParams<'a>, Error> {
-    let [expert, output, depth] = desc.places().weight;
+    let places = desc.places();
+    let [expert, output, depth] = places.weight;
     let (box_outputs, box_depths) = gemm.map_box();
     // Gate and up have a map each; where they alternate one has both.
     let outputs = if desc.weight.glu == crate::rules::Glu::Interleaved { 2 * desc.n } else { desc.n };
@@ -123,9 +139,27 @@ pub(super) fn with_maps<'a>(
         let up = weight.b_up.filter(|_| gemm.fold == crate::registry::Fold::Glu);
         Ok::<_, Error>([first, up.map_or(Ok(first), |up| scope.tensor_map(up, &boxes))?])
     };
-    let [b, b_up] = maps(weight, desc.rows.experts())?;
-    let [shared_b, shared_b_up]: [TensorMap; 2] = shared.map_or(Ok([b, b_up]), |weight| maps(weight, 1))?;
-    Ok(GemmHopperParams::with(params, b, b_up, shared_b, shared_b_up))
+    let [map_b, map_b_up] = maps(at.weight, desc.rows.experts())?;
+    // Those that the kernel does not use are the weight's.
+    let [map_shared_b, map_shared_b_up]: [TensorMap; 2] =
+        at.shared.map_or(Ok([map_b, map_b_up]), |shared| maps(shared.weight, 1))?;
+    let rows_of = |first, rows: usize, width, stride| {
+        let extent = [64; 2];
+        scope.tensor_map(first, &Boxes { dtype: desc.dtype, sizes: [width, rows, 1], strides: [stride; 2], extent })
+    };
+    let a_of = |first, rows| rows_of(first, rows, desc.k, places.a[0]);
+    let map_a = if desc.gather || desc.a_rows() == 0 { Ok(map_b) } else { a_of(at.a, desc.a_rows()) }?;
+    let map_shared_a = at.shared.map_or(Ok(map_a), |shared| a_of(shared.a, desc.shared_rows))?;
+    let out_of = |first, rows: usize| {
+        // A tile of 64 rows is stored by the map; fewer rows may have any stride.
+        let used = desc.output == Output::Rounded && rows >= 64;
+        if used { rows_of(first, rows, desc.n, places.out[0]) } else { Ok(map_b) }
+    };
+    let map_out = out_of(at.out, desc.rows.count())?;
+    let map_shared_out = at.shared.map_or(Ok(map_out), |shared| out_of(shared.out, desc.shared_rows))?;
+    let more =
+        GemmHopperMore { map_b, map_b_up, map_shared_b, map_shared_b_up, map_a, map_shared_a, map_out, map_shared_out };
+    Ok(GemmHopperParams::with(params, more))
 }
 
 #[cfg(test)]
@@ -156,7 +190,8 @@ mod tests {
         assert!(!is_hopper(&qwen3(32768, 128), &A100));
         assert!(!is_hopper(&qwen3(32768, 128), &DeviceInfo { compute_capability: (10, 0), ..H100 }));
         assert!(!is_hopper(&qwen3(32768, 128), &DeviceInfo { shared_bytes_per_block: 200 << 10, ..H100 }));
-        assert!(!is_hopper(&qwen3(32768, 64), &H100), "the lists are for tiles of 64 rows");
+        assert!(is_hopper(&qwen3(1024, 64), &H100));
+        assert!(!is_hopper(&qwen3(128, 16), &H100), "lists of low tiles");
         assert!(!is_hopper(&qwen3(32768, 128).kernels(KernelSet::Sm80), &H100));
         assert!(!is_hopper(&qwen3(32768, 128).unaligned(true), &H100));
         let dense = |rows, n| GemmDesc::new(Dtype::F16, Rows::Dense(rows), n, 4096);
@@ -179,7 +214,7 @@ mod tests {
 
     #[test]
     fn what_the_set_cannot_do_is_refused() {
-        for desc in [qwen3(64, 64), qwen3(64, 128).unaligned(true)] {
+        for desc in [qwen3(64, 16), qwen3(64, 128).unaligned(true)] {
             let error = select(&desc.kernels(KernelSet::Sm90a), &H100).unwrap_err();
             assert_eq!(error.argument(), Some("kernels"));
         }

@@ -36,7 +36,7 @@ use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm_combine::SumArgs;
 use super::tiles::{select_tile, select_tile_of_width, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
-use crate::registry::{Fold, Gemm, GemmAny, GemmHopper, Kernel, Tile};
+use crate::registry::{Fold, Gemm, GemmAny, Kernel, Tile};
 use crate::rules::{Dropout, Glu, NoiseSource, drop_below, keep_scale};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
@@ -206,7 +206,6 @@ pub(crate) fn select_among(
     let tile = of_width(operation, desc, [&[tile], wide].concat(), with, device)?;
     let gemm = with(tile);
     if let Some((hopper, blocks)) = hopper
-        && tile.bm == GemmHopper::TILE.bm
         && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
     {
         return Ok(hopper::selection(hopper, blocks));
@@ -560,9 +559,7 @@ pub(crate) fn enqueue(
         expert_offset: at.swiglu.offset.into(),
     };
     match selection.kernel.variant() {
-        Kernel::GemmHopper(gemm) => {
-            scope.launch(selection, hopper::with_maps(scope, desc, &gemm, params, at.weight, shared_weight)?)
-        }
+        Kernel::GemmHopper(gemm) => scope.launch(selection, hopper::with_maps(scope, desc, &gemm, params, &at)?),
         Kernel::GemmSwapped(kernel) => {
             let plan = swapped_plan(scope.operation, desc, scope.kernels.device())?;
             let plan = plan.and_then(|plan| if kernel.combines { plan.combining() } else { Some(plan) });

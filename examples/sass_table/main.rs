@@ -5,21 +5,22 @@
 //! ```
 //!
 //! For each variant it assembles the embedded PTX, disassembles the result, and prints registers, spilled bytes, shared
-//! memory, and of the innermost loop that holds the tensor core instructions its length, their number and their share. With
-//! `--min-share`, exit code 1 if a share lies below.
+//! memory, and of the innermost loop that holds the tensor core instructions its length, their number, instructions for one of them, and
+//! their share; and what ptxas says of code slower than written (C7508, `setmaxnreg` ignored; C7510, wgmma in series). With
+//! `--min-share`, exit code 1 if a share lies below, or it said so.
 //!
 //! `ptxas`: the variable `PTXAS`, `$CUDA_HOME/bin`, or `PATH`. `nvdisasm`: the variable `NVDISASM`, beside `ptxas`, or
 //! `PATH`. No GPU is needed.
 
-use std::cmp::Reverse;
-use std::collections::HashMap;
-use std::ops::Range;
+mod flow;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use clap::Parser;
+use flow::{Loop, main_loop};
 use moe_kernels::kernels::embedded;
 use moe_kernels::registry::{self, Arch, Kernel};
 use tempfile::TempDir;
@@ -37,7 +38,7 @@ struct Options {
     /// Architectures to assemble for
     #[arg(long = "arch", value_name = "LIST", default_value = "sm_80", value_delimiter = ',', value_parser = arch)]
     archs: Vec<String>,
-    /// Exit code 1 if a share lies below
+    /// Exit code 1 if a share lies below, or ptxas has ignored setmaxnreg (C7508) or put wgmma one after the other (C7510)
     #[arg(long, value_name = "PERCENT")]
     min_share: Option<f64>,
 }
@@ -76,20 +77,22 @@ struct Row {
     /// Dynamic and static, in bytes.
     shared: u32,
     main_loop: Loop,
-}
-
-/// Instructions of the main loop, and how many of them are tensor core products.
-#[derive(Debug, PartialEq, Eq)]
-struct Loop {
-    instructions: usize,
-    products: usize,
+    /// Those of [`SLOWER`] that it was told.
+    slower: Vec<&'static str>,
 }
 
 impl Loop {
     fn share(&self) -> f64 {
         100.0 * self.products as f64 / self.instructions as f64
     }
+
+    fn per_product(&self) -> f64 {
+        self.instructions as f64 / self.products as f64
+    }
 }
+
+/// What ptxas says of code that is slower than it was written: `setmaxnreg` ignored, wgmma one after the other.
+const SLOWER: [&str; 2] = ["C7508", "C7510"];
 
 fn run(options: &Options) -> Result<ExitCode, String> {
     let ptxas = find("PTXAS", "ptxas", std::env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin")))?;
@@ -127,17 +130,18 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     });
 
     println!(
-        "{:<40} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>7}",
-        "variant", "arch", "registers", "spilled", "shared", "loop", "MMA", "share"
+        "{:<40} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>7} {:>7}",
+        "variant", "arch", "registers", "spilled", "shared", "loop", "MMA", "per MMA", "share"
     );
-    let mut below = 0;
+    let (mut below, mut slower) = (0, 0);
     for ((kernel, arch), result) in jobs.iter().zip(results) {
         let row = result.into_inner().expect("no thread panics").expect("every job was done")?;
         let share = row.main_loop.share();
         let low = options.min_share.is_some_and(|least| share < least);
         below += usize::from(low);
+        slower += usize::from(!row.slower.is_empty());
         println!(
-            "{:<40} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>6.1}%{}",
+            "{:<40} {:>7} {:>9} {:>7} {:>7} {:>5} {:>5} {:>7.2} {:>6.1}%{}{}",
             kernel.name(),
             arch,
             row.registers,
@@ -145,12 +149,17 @@ fn run(options: &Options) -> Result<ExitCode, String> {
             row.shared,
             row.main_loop.instructions,
             row.main_loop.products,
+            row.main_loop.per_product(),
             share,
-            if low { "  below" } else { "" }
+            if low { "  below" } else { "" },
+            row.slower.iter().map(|code| format!("  {code}")).collect::<String>()
         );
     }
-    if let Some(least) = options.min_share.filter(|_| below > 0) {
-        eprintln!("sass_table: {below} of {} loops have a share below {least} %", jobs.len());
+    if let Some(least) = options.min_share.filter(|_| below + slower > 0) {
+        eprintln!(
+            "sass_table: of {} loops {below} have a share below {least} %, {slower} are slower than written",
+            jobs.len()
+        );
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
@@ -195,6 +204,7 @@ fn measure(ptxas: &Path, nvdisasm: &Path, folder: &Path, kernel: &Kernel, arch: 
         shared: number(" bytes smem").unwrap_or(0) + kernel.shared_bytes(),
         main_loop: main_loop(&sass)
             .ok_or_else(|| format!("{name} for {arch}: no loop with HMMA or HGMMA in the disassembly"))?,
+        slower: SLOWER.into_iter().filter(|code| report.contains(code)).collect(),
     })
 }
 
@@ -213,83 +223,9 @@ fn number_before(text: &str, suffix: &str) -> Option<u32> {
     before[start..].parse().ok()
 }
 
-/// Of the loops that hold tensor core instructions and no other such loop, the one with the most of them.
-fn main_loop(sass: &str) -> Option<Loop> {
-    let mut instructions: Vec<&str> = Vec::new();
-    let mut labels: HashMap<&str, usize> = HashMap::new();
-    for line in sass.lines() {
-        let line = line.trim();
-        if let Some(label) = line.strip_suffix(':').filter(|label| label.starts_with(".L")) {
-            labels.insert(label, instructions.len());
-        } else if let Some((_, text)) = line.strip_prefix("/*").and_then(|rest| rest.split_once("*/")) {
-            let text = text.split(';').next().unwrap_or_default().trim();
-            if !text.is_empty() {
-                instructions.push(text);
-            }
-        }
-    }
-    let products = |range: &Range<usize>| instructions[range.clone()].iter().filter(|text| is_product(text)).count();
-    // A loop is what a backward branch closes.
-    let loops: Vec<Range<usize>> = instructions
-        .iter()
-        .enumerate()
-        .filter(|(_, text)| opcode(text).starts_with("BRA"))
-        .filter_map(|(end, text)| {
-            let target = &text[text.find(".L")?..];
-            let target = target.split(|c: char| c == ')' || c.is_whitespace()).next()?;
-            let start = *labels.get(target)?;
-            (start <= end).then_some(start..end + 1)
-        })
-        .filter(|range| products(range) > 0)
-        .collect();
-    let holds = |outer: &Range<usize>, inner: &Range<usize>| {
-        outer != inner && outer.start <= inner.start && inner.end <= outer.end
-    };
-    loops
-        .iter()
-        .filter(|range| !loops.iter().any(|other| holds(range, other)))
-        .map(|range| Loop { instructions: range.len(), products: products(range) })
-        // Waits that stand elsewhere lead back into the middle of a loop: such a circle is longer.
-        .max_by_key(|main| (main.products, Reverse(main.instructions)))
-}
-
-/// Whether it is a product of a warp, or of a warpgroup.
-fn is_product(instruction: &str) -> bool {
-    ["HMMA", "HGMMA"].iter().any(|name| opcode(instruction).starts_with(name))
-}
-
-/// The opcode of an instruction, without its predicate.
-fn opcode(instruction: &str) -> &str {
-    instruction.split_whitespace().find(|word| !word.starts_with('@')).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_innermost_loop_is_taken() {
-        let sass = "
-        /*0000*/                   S2R R4, SR_TID.X ;
-.L_x_0:
-        /*0010*/                   IADD3 R1, R1, 0x1, RZ ;
-.L_x_1:
-        /*0020*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
-        /*0030*/              @!P1 HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
-        /*0040*/               @P0 BRA `(.L_x_1) ;
-        /*0050*/                   HMMA.16816.F32.BF16 R0, R4, R8, R0 ;
-.L_x_2:
-        /*0060*/               @P0 BRA `(.L_x_2) ;
-        /*0070*/              @!P2 BRA `(.L_x_0) ;
-        /*0080*/                   EXIT ;";
-        assert_eq!(main_loop(sass), Some(Loop { instructions: 3, products: 2 }));
-    }
-
-    #[test]
-    fn a_branch_forward_closes_no_loop() {
-        let sass = ".L_x_0:\n /*0000*/ HMMA.1688.F32.TF32 R0, R4, R8, R0 ;\n /*0010*/ BRA `(.L_x_1) ;\n.L_x_1:\n";
-        assert_eq!(main_loop(sass), None);
-    }
 
     #[test]
     fn arguments() {
