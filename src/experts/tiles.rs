@@ -1,5 +1,6 @@
 //! How many tiles a grouped GEMM may need, and which tile fits a load.
 
+use super::gemm::KernelSet;
 use crate::registry::{Fold, Gemm, GemmHopper, Tile};
 use crate::rules::{Dtype, Layout};
 use crate::{DeviceInfo, Error};
@@ -30,7 +31,7 @@ const WEIGHT_ROWS: u64 = 32;
 /// `(r / bm + 1/2) (bm + 32)`: few rows per expert take low tiles, from 128 rows on the tallest. Both GEMMs of a layer use
 /// the same tile list, so the choice depends on neither's width.
 ///
-/// On Hopper a tile of 128 rows of which at most 64 live costs what a tile of 64 does ([`KernelSet::Sm90a`](super::gemm::KernelSet::Sm90a)), and an expert
+/// On Hopper a tile of 128 rows of which at most 64 live costs what a tile of 64 does ([`KernelSet::Sm90a`]), and an expert
 /// with more takes its weight from L2 once: there 16-bit types take the tallest as soon as experts may have more than 64 rows, from 32 on
 /// average.
 ///
@@ -39,8 +40,20 @@ const WEIGHT_ROWS: u64 = 32;
 /// # Errors
 /// [`Error::Unsupported`] where the device has too little shared memory for any tile.
 pub fn select_tile(dtype: Dtype, slots: usize, experts: usize, device: &DeviceInfo) -> Result<Tile, Error> {
+    select_tile_of(KernelSet::Fastest, dtype, slots, experts, device)
+}
+
+/// [`select_tile`] for kernels of this set.
+pub(crate) fn select_tile_of(
+    kernels: KernelSet,
+    dtype: Dtype,
+    slots: usize,
+    experts: usize,
+    device: &DeviceInfo,
+) -> Result<Tile, Error> {
     let active = experts.min(slots).max(1);
-    let is_hopper = device.compute_capability == (9, 0) && GemmHopper::DTYPES.contains(&dtype);
+    let is_hopper =
+        kernels != KernelSet::Sm80 && device.compute_capability == (9, 0) && GemmHopper::DTYPES.contains(&dtype);
     let tallest = if is_hopper && slots / 32 >= active && slots != 32 * active { GemmHopper::TILE.bm } else { 0 };
     let cost = |tile: &Tile| height_cost(slots, experts, tile);
     fitting(dtype, device).min_by_key(|tile| (tile.bm != tallest, cost(tile), tile.bm)).ok_or_else(|| {
@@ -143,6 +156,8 @@ mod tests {
         let height = |dtype, slots| select_tile(dtype, slots, 128, &H100).unwrap().bm;
         assert_eq!([128 * 4, 128 * 32, 128 * 33].map(|slots| height(Dtype::Bf16, slots)), [16, 64, 128]);
         assert_eq!(height(Dtype::F32, 128 * 33), 64);
+        let other = select_tile_of(KernelSet::Sm80, Dtype::Bf16, 128 * 33, 128, &H100).unwrap();
+        assert_eq!(other.bm, 64, "kernels that have no tile of their own for it");
     }
 
     #[test]

@@ -34,7 +34,7 @@ use super::combine::CombineDesc;
 use super::cost::{expected_tiles, product_cycles};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm_combine::SumArgs;
-use super::tiles::{select_tile, select_tile_of_width, tile_of_height};
+use super::tiles::{select_tile_of, select_tile_of_width, tile_of_height};
 use super::weight::{Weight, WeightAddresses, WeightNames};
 use crate::registry::{Fold, Gemm, GemmAny, Kernel, Tile};
 use crate::rules::{Dropout, Glu, NoiseSource, drop_below, keep_scale};
@@ -194,7 +194,7 @@ pub(crate) fn select_among(
     let (tile, tiles) = match &desc.rows {
         Rows::Dense(rows) => {
             let of_width = desc.tile_n.and_then(|width| select_tile_of_width(desc.dtype, *rows, width, device));
-            let tile = of_width.map_or_else(|| select_tile(desc.dtype, *rows, 1, device), Ok)?;
+            let tile = of_width.map_or_else(|| select_tile_of(KernelSet::Sm80, desc.dtype, *rows, 1, device), Ok)?;
             (tile, rows.div_ceil(tile.bm as usize))
         }
         Rows::Grouped(shape) => (

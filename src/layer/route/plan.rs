@@ -6,7 +6,7 @@ use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::capacity::expert_map::{self, ExpertMapDesc};
 use crate::experts::dispatched::SlotShape;
 use crate::experts::rms_norm::{self, RmsNormDesc};
-use crate::experts::tiles::{lowest_tile, max_tiles, select_tile};
+use crate::experts::tiles::{lowest_tile, max_tiles, select_tile_of};
 use crate::layer::desc::LayerDesc;
 use crate::layer::{OPERATION, Stage, Step};
 use crate::routers::gating::{self, GatingDesc};
@@ -82,7 +82,8 @@ impl RoutePlan {
         // The height of a tile follows from the number of slots, which is checked by `validate` below.
         let (of_token, local_experts) = (desc.all_choices(), desc.local_experts());
         let slots = tokens.saturating_mul(of_token);
-        let tile_m = select_tile(dtype, slots, local_experts, device).map_err(within)?.bm as usize;
+        let tile = select_tile_of(desc.kernels(), dtype, slots, local_experts, device).map_err(within)?;
+        let tile_m = tile.bm as usize;
         let dispatch = DispatchDesc::new(tokens, local_experts, of_token, tile_m).capacity(desc.capacity);
         let dispatch = Step { desc: dispatch, selection: dispatch::select(&dispatch, device).map_err(within)? };
 
