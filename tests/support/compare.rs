@@ -172,13 +172,13 @@ impl Arithmetic {
     ///   stage joins the accumulator.
     /// - Tensor cores cut where f32 rounds: a unit for each instruction (a depth of 16, or 8 of TF32), towards zero. Of a
     ///   stage that starts from zero signs are random, of one accumulator they are not.
-    /// - Parts of 32: softcuda rounds each of 32 additions, or hardware cuts a few bits of each of four steps and the sums, here 6 units of all.
+    /// - Parts of 32: softcuda rounds each of a part's 32 additions, or hardware cuts a few bits of each of four steps and the sums.
     pub fn sum_bound(self, terms: usize, value: f64, magnitude: f64, root: f64) -> f64 {
         let n = terms as f64;
         let (product, product_root, additions, cut) = match self {
             Arithmetic::Fma => (0.0, 0.0, n, 0.0),
             Arithmetic::Mma16 => (0.0, 0.0, n, (n / 16.0).ceil()),
-            Arithmetic::MmaParts => (0.0, 0.0, (n / 32.0).ceil(), 6.0),
+            Arithmetic::MmaParts => (0.0, 0.0, 32f64.min(n) + (n / 32.0).ceil(), 4.0),
             Arithmetic::Tf32x3 => (24.0, 3.5, 32f64.min(n) + n / 32.0, 4.0),
         };
         let never = (product + additions + cut) * magnitude;
