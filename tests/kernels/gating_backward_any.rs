@@ -25,7 +25,7 @@ pub fn check(rng: &mut fastrand::Rng) {
                 None,
                 Some(Renormalise::Plus(0.0)),
                 Some(Renormalise::Plus(0.25)),
-                Some(Renormalise::AtLeast(0.6)),
+                Some(Renormalise::AtLeast(0.618_034)),
                 Some(Renormalise::PNorm(f32::INFINITY)),
                 Some(Renormalise::PNorm(2.5)),
             ] {
