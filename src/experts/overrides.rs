@@ -1,6 +1,6 @@
 //! Times of products that a run on a GPU measured: where there are some, they choose the kernel in place of the [closed formula](super::cost).
 //!
-//! `benches/gpu_times` times each product by each kernel that computes it and writes the times with all others; [`Overrides::from_json`] reads them back. They
+//! `benches/gpu_times` times each product by each kernel that computes it and writes the times with all others; `Overrides::from_json` (feature `overrides`) reads them back. They
 //! are taken by an explicit call: [`Overrides::apply`] for a product, [`LayerDesc::overrides`](crate::layer::LayerDesc::overrides) for both of a layer.
 
 use crate::experts::gemm::{self, GemmDesc, KernelSet, Rows};

@@ -8,7 +8,7 @@
 //!
 //! A [`LayerDesc`] describes a model's layer once; a [`LayerPlan`] holds every choice for a number of tokens, is a plain
 //! value made without touching the device, and can be used again for every batch of that size. [`LayerPlan::forward`]
-//! enqueues five launches, allocates nothing and waits for nothing. A shared expert of the others' form and size, be its
+//! enqueues five launches at most, three for up to eight tokens, allocates nothing and waits for nothing. A shared expert of the others' form and size, be its
 //! activation another, is computed in their launches, another one in two more; its gate in the router's.
 //!
 //! # Parts
