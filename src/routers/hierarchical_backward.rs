@@ -11,7 +11,7 @@ use cudarc::driver::CudaStream;
 use super::hierarchical::HierarchicalDesc;
 use super::noisy::{HeldLogits, NoisyLogits};
 use super::noisy_backward::{
-    Addresses, HeldGradients, NoisyBackwardDesc, NoisyGradients, check_factors, check_sums, enqueue, select_rows,
+    Addresses, NoisyBackwardDesc, NoisyGradients, check_factors, check_sums, enqueue, open_gradients, select_rows,
 };
 use crate::experts::Dispatched;
 use crate::runtime::builder::{buffers, settings};
@@ -252,9 +252,9 @@ pub fn forward(
     let importance = scope.read_some("importance", args.importance, all, SCALAR)?;
     let load = scope.read_some("load", args.load, all, SCALAR)?;
     let d_primary_names = ["d_primary_logits.clean", "d_primary_logits.raw", "d_primary_logits"];
-    let d_primary_logits = HeldGradients::open(&scope, args.d_primary_logits, d_primary_names, tokens, groups)?;
+    let d_primary_logits = open_gradients(&scope, args.d_primary_logits, d_primary_names, tokens, groups)?;
     let d_names = ["d_clean", "d_raw", "d_logits"];
-    let d_logits = HeldGradients::open(&scope, args.d_logits, d_names, tokens * groups, experts)?;
+    let d_logits = open_gradients(&scope, args.d_logits, d_names, tokens * groups, experts)?;
     let workspace = args.workspace.open(&scope, bytes)?;
 
     let (clean, raw, row_stride) = logits.addresses();

@@ -14,7 +14,7 @@ use crate::experts::Dispatched;
 use crate::registry::{BLOCK_WARPS, Kernel};
 use crate::rules::NoisyRule;
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::NoisyBackwardParams;
 use crate::runtime::shape;
 use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
@@ -175,42 +175,24 @@ pub(crate) fn check_sums(operation: &'static str, sums: [(&'static str, f32, boo
     Ok(())
 }
 
-/// Gradients of both products, opened for writing.
-pub(crate) enum HeldGradients<'a> {
-    Apart(Held<'a>, Held<'a>, usize),
-    Together(Held<'a>, usize),
-}
-
-impl<'a> HeldGradients<'a> {
-    pub(crate) fn open<'c: 'a>(
-        scope: &Scope<'a>,
-        gradients: NoisyGradients<'c>,
-        [clean_name, raw_name, both_name]: [&'static str; 3],
-        rows: usize,
-        experts: usize,
-    ) -> Result<HeldGradients<'a>, Error> {
-        Ok(match gradients {
-            NoisyGradients::Apart { clean, raw } => HeldGradients::Apart(
-                scope.write(clean_name, clean, rows * experts, SCALAR)?,
-                scope.write(raw_name, raw, rows * experts, SCALAR)?,
-                experts,
-            ),
-            NoisyGradients::Together(both) => {
-                HeldGradients::Together(scope.write(both_name, both, rows * 2 * experts, SCALAR)?, experts)
-            }
-        })
-    }
-
-    /// Of `clean` and `raw`, and from a row to the next in elements.
-    pub(crate) fn addresses(&self) -> (Address<'_>, Address<'_>, u32) {
-        match self {
-            HeldGradients::Apart(clean, raw, experts) => (clean.address(), raw.address(), *experts as u32),
-            HeldGradients::Together(both, experts) => {
-                let clean = both.address();
-                (clean, clean.offset(experts * size_of::<f32>()), 2 * *experts as u32)
-            }
+/// Opens gradients of both products for writing.
+pub(crate) fn open_gradients<'a, 'c: 'a>(
+    scope: &Scope<'a>,
+    gradients: NoisyGradients<'c>,
+    [clean_name, raw_name, both_name]: [&'static str; 3],
+    rows: usize,
+    experts: usize,
+) -> Result<HeldLogits<'a>, Error> {
+    Ok(match gradients {
+        NoisyGradients::Apart { clean, raw } => HeldLogits::Apart(
+            scope.write(clean_name, clean, rows * experts, SCALAR)?,
+            scope.write(raw_name, raw, rows * experts, SCALAR)?,
+            experts,
+        ),
+        NoisyGradients::Together(both) => {
+            HeldLogits::Together(scope.write(both_name, both, rows * 2 * experts, SCALAR)?, experts)
         }
-    }
+    })
 }
 
 /// Computes the gradients of both products.
@@ -250,7 +232,7 @@ pub fn forward(
     let importance = scope.read_some("importance", args.importance, experts, SCALAR)?;
     let load = scope.read_some("load", args.load, experts, SCALAR)?;
     let d_load = scope.read_some("d_load", args.d_load, experts, SCALAR)?;
-    let d_logits = HeldGradients::open(&scope, args.d_logits, ["d_clean", "d_raw", "d_logits"], tokens, experts)?;
+    let d_logits = open_gradients(&scope, args.d_logits, ["d_clean", "d_raw", "d_logits"], tokens, experts)?;
     let at = Addresses {
         logits: logits.addresses(),
         ids: ids.address(),

@@ -197,7 +197,7 @@ pub fn forward(
     enqueue(&scope, desc, &selection, at)
 }
 
-/// The router's products, opened for reading.
+/// Both products of a router, or the gradients of both, opened: apart, or side by side in one row.
 pub(crate) enum HeldLogits<'a> {
     Apart(Held<'a>, Held<'a>, usize),
     Together(Held<'a>, usize),
