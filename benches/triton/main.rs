@@ -307,8 +307,7 @@ fn write(options: &Options, rows: &[Row], toolchain: &Toolchain) -> Result<()> {
         whole_file::write(path, serde_json::to_string_pretty(&text)?.as_bytes())?;
     }
     if let Some(path) = &options.markdown {
-        let lines: String = rows.iter().map(Row::markdown).collect();
-        whole_file::write(path, format!("{}{lines}", rows::HEAD).as_bytes())?;
+        whole_file::write(path, rows::table(rows).as_bytes())?;
     }
     Ok(())
 }

@@ -6,12 +6,6 @@ use crate::cases::Case;
 use crate::counters::{Counted, LEVEL, ratios};
 use crate::shapes::Shape;
 
-/// Above the lines of [`Row::markdown`]. Figures are ours over Triton's where nothing else is said.
-pub const HEAD: &str = "\
-| device | model/tokens | product | wavefronts | L2 | DRAM | rows for a live one | modelled µs | Triton's tile | tensor-core instructions |
-|---|---|---|---|---|---|---|---|---|---|
-";
-
 /// One product of one case on one device.
 pub struct Row {
     pub device: &'static str,
@@ -63,25 +57,35 @@ impl Row {
             "triton": self.theirs.json(), "ratios": ratios(&self.ours, &self.theirs).into_iter().collect::<std::collections::BTreeMap<_, _>>(),
         })
     }
+}
 
-    /// A line of the table: ratios of ours to theirs, times with their units.
-    pub fn markdown(&self) -> String {
-        let cut = self.case.cut();
-        let name = if cut.is_empty() { self.case.name() } else { format!("{} ({cut})", self.case.name()) };
-        let ratios = ratios(&self.ours, &self.theirs).map(|(_, ratio)| format!("{ratio:.2}"));
-        let [wavefronts, l2, dram, rows, time] = ratios;
-        let (ours, theirs) = (&self.ours, &self.theirs);
-        format!(
-            "| {} | {name} | {} | {wavefronts} | {l2} | {dram} | {:.2}, {:.2}: {rows} | {:.1}, {:.1}: {time} | {} | {}, {} |\n",
-            self.device,
-            self.product,
-            ours.rows,
-            theirs.rows,
-            ours.seconds * 1e6,
-            theirs.seconds * 1e6,
-            self.tile,
-            ours.instructions(),
-            theirs.instructions(),
-        )
+/// A table in Markdown: a line for each case, for each device ours over Triton's in every figure, of the first product and of the second.
+pub fn table(rows: &[Row]) -> String {
+    let mut devices: Vec<&str> = Vec::new();
+    let mut cases: Vec<&Case> = Vec::new();
+    for row in rows {
+        if !devices.contains(&row.device) {
+            devices.push(row.device);
+        }
+        if cases.iter().all(|case| case.name() != row.case.name()) {
+            cases.push(&row.case);
+        }
     }
+    let figures = rows.first().map_or(Vec::new(), |row| ratios(&row.ours, &row.theirs).map(|(name, _)| name).to_vec());
+    let heads = devices.iter().flat_map(|device| figures.iter().map(move |figure| format!(" {device}: {figure} |")));
+    let mut text = format!("| model/tokens | cut to |{}\n", heads.collect::<String>());
+    text += &format!("|---|---|{}\n", "---|".repeat(devices.len() * figures.len()));
+    for case in cases {
+        text += &format!("| {} | {} |", case.name(), case.cut());
+        for device in &devices {
+            let products = rows.iter().filter(|row| row.device == *device && row.case.name() == case.name());
+            let of: Vec<_> = products.map(|row| ratios(&row.ours, &row.theirs)).collect();
+            for figure in 0..figures.len() {
+                let both: Vec<String> = of.iter().map(|ratios| format!("{:.2}", ratios[figure].1)).collect();
+                text += &format!(" {} |", both.join(", "));
+            }
+        }
+        text += "\n";
+    }
+    text
 }
