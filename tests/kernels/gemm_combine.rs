@@ -111,10 +111,11 @@ fn layers<T: Storage>(variant: GemmSwapped, rng: &mut fastrand::Rng) {
         let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
         // The second time in the workspace as the first has left it.
         for _ in 0..2 {
-            let mut to = y.view_mut();
-            let args = LayerArgs::new(&x, &mut to).choices(choices());
-            plan.forward(kernels, &stream, &weights, args, &mut workspace).unwrap();
-            drop(to);
+            {
+                let mut to = y.view_mut();
+                let args = LayerArgs::new(&x, &mut to).choices(choices());
+                plan.forward(kernels, &stream, &weights, args, &mut workspace).unwrap();
+            }
             assert!(bits(&y) == bits(&want), "{name}: other sums than those of its parts");
             y.reset(&stream);
         }
