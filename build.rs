@@ -19,7 +19,7 @@ mod rules {
     pub mod kinds;
 }
 #[path = "kernels/registry.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod registry;
 
 use registry::{Constant, Kernel};

@@ -1,5 +1,7 @@
 //! Metrics and the one table of tolerances.
 
+use std::collections::HashMap;
+
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::reference::Real;
@@ -354,16 +356,19 @@ pub fn assert_bounded(name: &str, got: &[f64], want: &[f64], bounds: &[f64], dty
 /// bounds that are meant for single elements.
 pub fn assert_sums(name: &str, got: &[f64], want: &[f64], bounds: &[f64], dtype: Dtype) {
     assert_bounded(name, got, want, bounds, dtype);
-    let (mut squares, mut allowed, mut rounded, mut fourths) = (0.0, 0.0, 0.0, 0.0);
+    let (mut squares, mut allowed, mut rounded) = (0.0, 0.0, 0.0);
+    // Equal values, such as those that a clamp makes, are rounded alike: together they are one error.
+    let mut shares = HashMap::<u64, f64>::new();
     for ((&g, &w), &bound) in got.iter().zip(want).zip(bounds).filter(|((_, w), _)| w.is_finite()) {
         let rounding = rounding(dtype, w.abs() + bound);
         squares += (g - w).powi(2);
         allowed += bound * bound;
         rounded += rounding * rounding;
-        fourths += (bound * bound + rounding * rounding).powi(2);
+        *shares.entry(w.to_bits()).or_default() += bound * bound + rounding * rounding;
     }
     // A uniform error has 0.58 of its largest in the root mean square. With n independent ones that mean wanders by the order of
     // 1 / sqrt(n), where n counts those that have a share in the whole: not zeros, nor what is small beside the largest.
+    let fourths: f64 = shares.values().map(|share| share * share).sum();
     let n = (allowed + rounded).powi(2) / fourths.max(f64::MIN_POSITIVE);
     let wander = 1.5 / n.max(1.0).sqrt();
     let most = (1.0 / 3.0 + wander).min(1.0) * allowed.sqrt() + (0.6 + wander).min(1.0) * rounded.sqrt();
