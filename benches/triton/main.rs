@@ -107,7 +107,8 @@ fn run(options: &Options) -> Result<bool> {
             .env(VARIABLE, names)
             .env("MOE_DEVICE", "soft")
             .status()?;
-        return if again.code() == Some(0) { Ok(true) } else { Err(format!("the run ended with {again}").into()) };
+        // It has said what went wrong.
+        return Ok(again.success());
     }
     let choice = softcuda::install_if_no_gpu()?;
     let control = choice.control().ok_or("only the software device counts")?;
