@@ -129,10 +129,32 @@ pub fn hierarchical(
     experts: usize,
     rule: &NoisyRule,
 ) -> Result<Hierarchical, ReferenceError> {
-    let tokens = check(primary_clean, primary_raw, groups, primary_rule)?;
+    let valid = vec![true; check(primary_clean, primary_raw, groups, primary_rule)?];
+    hierarchical_of(primary_clean, primary_raw, groups, primary_rule, clean, raw, experts, rule, &valid)
+}
+
+/// [`hierarchical`] of a batch with padding: of the tokens for which `valid [T]` holds, whose rows alone stand in the result.
+///
+/// # Errors
+/// Those of [`hierarchical`], and a length of `valid` that does not fit.
+#[allow(clippy::too_many_arguments)]
+pub fn hierarchical_of(
+    primary_clean: &[f32],
+    primary_raw: &[f32],
+    groups: usize,
+    primary_rule: &NoisyRule,
+    clean: &[f32],
+    raw: &[f32],
+    experts: usize,
+    rule: &NoisyRule,
+    valid: &[bool],
+) -> Result<Hierarchical, ReferenceError> {
+    let all = check(primary_clean, primary_raw, groups, primary_rule)?;
     check(clean, raw, experts, rule)?;
-    require_shape("clean", clean, &[tokens, groups, experts])?;
-    let primary = noisy_top_k(primary_clean, primary_raw, groups, primary_rule)?;
+    require_shape("clean", clean, &[all, groups, experts])?;
+    let primary = noisy_top_k_of(primary_clean, primary_raw, groups, primary_rule, valid)?;
+    let valid: Vec<usize> = (0..all).filter(|&t| valid[t]).collect();
+    let tokens = valid.len();
     let (k1, k2) = (primary_rule.top_k, rule.top_k);
     let mut result = Hierarchical {
         ids: vec![0; tokens * k1 * k2],
@@ -145,7 +167,7 @@ pub fn hierarchical(
     for group in 0..groups {
         // X^(i), and where among a token's choices the group stands.
         let places: Vec<usize> = (0..tokens * k1).filter(|&at| result.primary.ids[at] == group as i32).collect();
-        let members: Vec<usize> = places.iter().map(|at| at / k1).collect();
+        let members: Vec<usize> = places.iter().map(|at| valid[at / k1]).collect();
         let row = |t: usize| (t * groups + group) * experts;
         let secondary = level(clean, raw, experts, rule, 16 + group as u32, &members, row);
         for (n, &at) in places.iter().enumerate() {

@@ -371,10 +371,10 @@ impl<'a> Scope<'a> {
             .map_err(Error::driver(self.operation))
     }
 
-    /// Sets the first `len` words of a buffer to `value`, in stream order.
-    pub(crate) fn fill(&self, address: Address<'_>, value: f32, len: usize) -> Result<(), Error> {
+    /// Sets the first `len` words of a buffer, in stream order.
+    pub(crate) fn fill(&self, address: Address<'_>, word: u32, len: usize) -> Result<(), Error> {
         // SAFETY: the caller opened the buffer for at least `len` words.
-        unsafe { sys::cuMemsetD32Async(address.value, value.to_bits(), len, self.stream.cu_stream()) }
+        unsafe { sys::cuMemsetD32Async(address.value, word, len, self.stream.cu_stream()) }
             .result()
             .map_err(Error::driver(self.operation))
     }

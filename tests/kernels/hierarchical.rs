@@ -1,6 +1,6 @@
 //! Checks of `noisy_grouped_*`: the hierarchical mixture of experts, all three launches of it.
 
-use moe_kernels::reference::noisy::{hierarchical as reference, noise_deviation};
+use moe_kernels::reference::noisy::{hierarchical_of as reference, noise_deviation};
 use moe_kernels::registry::{Kernel, Noisy, Spread};
 use moe_kernels::routers::hierarchical::{self, HierarchicalArgs, HierarchicalDesc, PrimaryOutputs};
 use moe_kernels::routers::noisy::{NoisyLogits, NoisySums};
@@ -13,6 +13,7 @@ use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
 use crate::timing::time;
+use crate::tokens::Padding;
 
 pub fn check(variant: Noisy, rng: &mut fastrand::Rng) {
     let most = variant.spread.max_experts() as usize;
@@ -52,7 +53,7 @@ struct Inputs {
 }
 
 /// Both levels; the first is itself a noisy gating.
-fn launch(desc: &HierarchicalDesc, inputs: &Inputs, state: &State) -> (Got, Got) {
+fn launch(desc: &HierarchicalDesc, inputs: &Inputs, state: &State, padding: &Padding) -> (Got, Got) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let HierarchicalDesc { tokens, groups, experts, primary, secondary, .. } = *desc;
     let (all, slots) = (groups * experts, tokens * primary.top_k);
@@ -92,24 +93,26 @@ fn launch(desc: &HierarchicalDesc, inputs: &Inputs, state: &State) -> (Got, Got)
         let inputs = [&primary_clean, &primary_raw, &clean, &raw].map(Guarded::view);
         let [first_ids_to, first_counts_to, ids_to, counts_to] =
             &mut [&mut first_ids, &mut first_counts, &mut ids, &mut counts].map(Guarded::view_mut);
-        let sums = NoisySums::new(first_counts_to, primary_importance, primary_load, primary_losses);
-        let mut primary = PrimaryOutputs::new(first_ids_to, primary_weights, sums);
-        if rest {
-            primary = primary.noisy(primary_noisy).thresholds(primary_thresholds);
-        }
-        let args = HierarchicalArgs::new(
-            NoisyLogits::apart(&inputs[0], &inputs[1]),
-            NoisyLogits::apart(&inputs[2], &inputs[3]),
-            primary,
-            ids_to,
-            weights,
-            NoisySums::new(counts_to, importance, load, losses),
-            &mut workspace,
-        );
         let state = state.view();
-        let mut args = if rest { args.noisy(noisy).thresholds(thresholds) } else { args };
-        args.noise_state = state.as_ref().map(In::from);
-        hierarchical::forward(kernels, &stream, desc, args).unwrap();
+        padding.with(|mask| {
+            let sums = NoisySums::new(first_counts_to, primary_importance, primary_load, primary_losses);
+            let mut primary = PrimaryOutputs::new(first_ids_to, primary_weights, sums);
+            if rest {
+                primary = primary.noisy(primary_noisy).thresholds(primary_thresholds);
+            }
+            let args = HierarchicalArgs::new(
+                NoisyLogits::apart(&inputs[0], &inputs[1]),
+                NoisyLogits::apart(&inputs[2], &inputs[3]),
+                primary,
+                ids_to,
+                weights,
+                NoisySums::new(counts_to, importance, load, losses),
+                &mut workspace,
+            );
+            let mut args = if rest { args.noisy(noisy).thresholds(thresholds) } else { args };
+            args.noise_state = state.as_ref().map(In::from);
+            hierarchical::forward(kernels, &stream, desc, args.mask(mask)).unwrap();
+        });
         if !rest {
             [&first[1], &first[2], &second[1], &second[2]]
                 .into_iter()
@@ -146,10 +149,26 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: 
         primary: kind.draw(rng, tokens * groups, groups),
         secondary: kind.draw(rng, tokens * groups * experts, experts),
     };
-    let (first, got) = launch(desc, &inputs, &state);
+    let padding = Padding::draw(&device::stream(), rng, tokens);
+    let name = format!("{name} {}", padding.name());
+    let (mut first, mut got) = launch(desc, &inputs, &state, &padding);
+    padding.assert_unchanged(&device::stream());
+    of_tokens(&name, &padding, &mut first, groups, primary.top_k, 1);
+    of_tokens(&name, &padding, &mut got, primary.top_k * experts, primary.top_k * secondary.top_k, primary.top_k);
+    let valid: Vec<usize> = (0..tokens).filter(|&token| padding.valid[token]).collect();
     let (clean, raw) = &inputs.secondary;
-    let want =
-        reference(&inputs.primary.0, &inputs.primary.1, groups, &primary, clean, raw, experts, &secondary).unwrap();
+    let want = reference(
+        &inputs.primary.0,
+        &inputs.primary.1,
+        groups,
+        &primary,
+        clean,
+        raw,
+        experts,
+        &secondary,
+        &padding.valid,
+    )
+    .unwrap();
     assert_eq!(first.ids, want.primary.ids, "{name}: groups");
     assert_same_bits(&format!("{name}: H of groups"), &first.noisy, &want.primary.noisy);
     assert_sums(&format!("{name}: load of groups"), &first.load, &want.primary.load);
@@ -164,7 +183,7 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: 
     // H of the rows of chosen groups, by the library's own noise.
     for (row, &group) in got.noisy.chunks(experts).zip(&first.ids).take(9) {
         let slot = (row.as_ptr() as usize - got.noisy.as_ptr() as usize) / (4 * experts);
-        let token = slot / primary.top_k;
+        let token = valid[slot / primary.top_k];
         let at = (token * groups + group as usize) * experts;
         let of = |e: usize| {
             let noise = hierarchical::noise(secondary.noise, token as u32, group as u32, e as u32);
@@ -185,6 +204,20 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: 
     }
 }
 
+/// Leaves of a level's rows, `width` noisy logits, `choices` and as many pairs of thresholds as `gates` a token, those of tokens that count. Of padding
+/// ids and weights are written, and no more.
+fn of_tokens(name: &str, padding: &Padding, got: &mut Got, width: usize, choices: usize, gates: usize) {
+    assert!(padding.of_padding(&got.ids, choices).iter().all(|&id| id == -1), "{name}: ids of padding");
+    assert!(padding.of_padding(&got.weights, choices).iter().all(|&w| w.to_bits() == 0), "{name}: weights of padding");
+    for (rows, width) in [(&mut got.noisy, width), (&mut got.thresholds, 2 * gates)] {
+        let left = padding.of_padding(rows, width);
+        assert!(left.iter().all(|value| value.to_bits() == u32::MAX), "{name}: more of padding than is said");
+        *rows = padding.of_tokens(rows, width);
+    }
+    got.ids = padding.of_tokens(&got.ids, choices);
+    got.weights = padding.of_tokens(&got.weights, choices);
+}
+
 /// Each token prefers one group and one expert in it, evenly: all four losses vanish.
 fn balanced() {
     let rule = NoisyRule::new(1, NoiseSource::new(5, 6)).noise_epsilon(0.0);
@@ -195,7 +228,7 @@ fn balanced() {
     let quiet = |like: &Vec<f32>| vec![-200.0; like.len()];
     let inputs =
         Inputs { primary: (primary.clone(), quiet(&primary)), secondary: (secondary.clone(), quiet(&secondary)) };
-    let (first, got) = launch(&desc, &inputs, &State::NONE);
+    let (first, got) = launch(&desc, &inputs, &State::NONE, &Padding::none(96));
     assert_eq!((first.counts, got.counts), (vec![16; 6], vec![4; 24]));
     assert_eq!((first.losses, got.losses), (vec![0.0; 2], vec![0.0; 2]));
     assert_eq!((got.importance, got.load), (vec![4.0; 24], vec![4.0; 24]));

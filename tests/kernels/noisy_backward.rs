@@ -2,7 +2,7 @@
 
 use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
 use moe_kernels::experts::Dispatched;
-use moe_kernels::reference::noisy::{self as reference, hierarchical, noisy_top_k};
+use moe_kernels::reference::noisy::{self as reference, hierarchical_of, noisy_top_k};
 use moe_kernels::routers::hierarchical::HierarchicalDesc;
 use moe_kernels::routers::hierarchical_backward::{
     self, HierarchicalBackwardArgs, HierarchicalBackwardDesc, PrimaryInputs,
@@ -238,13 +238,23 @@ pub fn check_grouped(rng: &mut fastrand::Rng) {
                     true => desc.primary_importance(0.5).primary_load(0.25).importance(0.4).load(0.3),
                     false => desc,
                 };
-                grouped(rng, desc, kind);
+                let padded = rng.bool();
+                grouped(rng, desc, kind, padded);
             }
         }
     }
 }
 
-fn grouped(rng: &mut fastrand::Rng, desc: HierarchicalBackwardDesc, kind: Logits) {
+/// Rows of tokens that are valid, at their places among all; `empty` in the others'.
+fn spread<T: Copy>(rows: &[T], valid: &[bool], empty: T) -> Vec<T> {
+    let count = valid.iter().filter(|&&valid| valid).count();
+    let width = rows.len().checked_div(count).unwrap_or_default();
+    let mut rows = rows.chunks(width.max(1));
+    let mut row = |valid| if valid { rows.next().expect("a row each").to_vec() } else { vec![empty; width] };
+    valid.iter().flat_map(|&valid| row(valid)).collect()
+}
+
+fn grouped(rng: &mut fastrand::Rng, desc: HierarchicalBackwardDesc, kind: Logits, padded: bool) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let HierarchicalDesc { tokens, groups, experts, primary, secondary, .. } = desc.forward;
     let all = groups * experts;
@@ -253,8 +263,15 @@ fn grouped(rng: &mut fastrand::Rng, desc: HierarchicalBackwardDesc, kind: Logits
     let first_logits = Logits::Skewed.draw(rng, tokens * groups, groups);
     let (clean, raw) = kind.draw(rng, tokens * all, experts);
     let [drawn_first, drawn] = [primary, secondary].map(|rule| with_state(rule, &state));
-    let gated =
-        hierarchical(&first_logits.0, &first_logits.1, groups, &drawn_first, &clean, &raw, experts, &drawn).unwrap();
+    let valid: Vec<bool> = (0..tokens).map(|t| t == 0 || !padded || rng.u32(..3) > 0).collect();
+    let mut gated =
+        hierarchical_of(&first_logits.0, &first_logits.1, groups, &drawn_first, &clean, &raw, experts, &drawn, &valid)
+            .unwrap();
+    // Padding has ids -1 and weights 0, as the forward pass writes them.
+    gated.ids = spread(&gated.ids, &valid, -1);
+    gated.weights = spread(&gated.weights, &valid, 0.0);
+    gated.primary.ids = spread(&gated.primary.ids, &valid, -1);
+    gated.primary.weights = spread(&gated.primary.weights, &valid, 0.0);
     let each = primary.top_k * secondary.top_k;
     let (d, d_wide) = upstream(rng, tokens * each);
     // As the device holds them.

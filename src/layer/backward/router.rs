@@ -73,7 +73,7 @@ impl BackwardPlan {
     ) -> Result<(), Error> {
         let tokens = self.layer().tokens();
         let ones = workspace.at(self.regions.ones);
-        scope.fill(ones, 1.0, tokens)?;
+        scope.fill(ones, 1f32.to_bits(), tokens)?;
         let desc = RouterBackwardDesc::new(R::DTYPE, tokens, experts, hidden).accumulate(self.desc().accumulate);
         let (kernels, stream, sums) = (scope.kernels, scope.stream, sums.out::<f32>(experts * hidden));
         match f32::of_tensor(R::tensor(rows)).filter(|_| hidden == 1) {

@@ -96,7 +96,8 @@ pub fn hierarchical_backward(
     let mut d_primary_weights = vec![0.0; tokens * k1];
     for t in 0..tokens {
         for j in 0..k1 {
-            let group = first.ids[t * k1 + j] as usize;
+            // A token of padding has no group.
+            let Some(group) = expert(first.ids[t * k1 + j], groups) else { continue };
             let slots = (t * k1 + j) * k2..(t * k1 + j + 1) * k2;
             let chosen: Vec<usize> = gated.ids[slots.clone()].iter().map(|&id| id as usize - group * experts).collect();
             let row = (t * groups + group) * experts..(t * groups + group + 1) * experts;

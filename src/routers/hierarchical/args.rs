@@ -2,7 +2,7 @@
 
 use crate::routers::noisy::{NoisyLogits, NoisySums};
 use crate::runtime::builder::buffers;
-use crate::{In, Out, Workspace};
+use crate::{In, Out, TokenMask, Workspace};
 
 /// Which groups tokens go to, and the sums of it.
 #[non_exhaustive]
@@ -54,6 +54,9 @@ pub struct HierarchicalArgs<'a> {
     pub sums: NoisySums<'a>,
     /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Both levels take it. Absent, seed and offset of the two rules are all there is.
     pub noise_state: Option<In<'a, u64>>,
+    /// Which tokens count; all by default. The others get ids -1 and weights 0 on both levels and are in no sum; their noisy logits and thresholds
+    /// are not written.
+    pub mask: TokenMask<'a>,
     /// At least [`super::workspace_bytes`].
     pub workspace: &'a mut Workspace,
 }
@@ -79,8 +82,15 @@ impl<'a> HierarchicalArgs<'a> {
             thresholds: None,
             sums,
             noise_state: None,
+            mask: TokenMask::all(),
             workspace,
         }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> HierarchicalArgs<'a> {
+        HierarchicalArgs { mask, ..self }
     }
 }
 

@@ -272,6 +272,8 @@ pub fn forward(
     let noisy = scope.write_some("noisy", args.noisy, slots * experts, SCALAR)?;
     let thresholds = scope.write_some("thresholds", args.thresholds, slots * 2, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
+    let may_pad = !args.mask.is_all();
+    let mask = args.mask.open(&scope, tokens)?;
     let workspace = args.workspace.open(&scope, regions.bytes)?;
     let place = |region: Region| workspace.address().offset(region.offset);
     let at = noisy::Addresses {
@@ -281,7 +283,7 @@ pub fn forward(
         noisy: optional(&primary_noisy),
         thresholds: optional(&primary_thresholds),
         noise_state: optional(&noise_state),
-        mask: MaskAddresses::default(),
+        mask: mask.addresses(),
         sums: Some(sum_addresses(&primary_sums, place(regions.shared))),
     };
     noisy::enqueue(&scope, &desc.primary_desc(), &selection.primary, at)?;
@@ -299,6 +301,11 @@ pub fn forward(
     let shared = place(regions.shared);
     let from = dispatch::Choices { ids: primary_ids.address(), weights: None, mask: MaskAddresses::default() };
     dispatch::enqueue(&scope, &order, &selection.dispatch, from, lists, shared)?;
+    if may_pad {
+        // The second level knows the tokens of groups alone.
+        scope.fill(ids.address(), u32::MAX, choices)?;
+        scope.zero(weights.address(), choices * size_of::<f32>())?;
+    }
     let at = noisy::Addresses {
         logits: logits.addresses(),
         ids: ids.address(),
