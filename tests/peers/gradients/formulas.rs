@@ -97,11 +97,11 @@ impl Experts<'_> {
             let gate = |i: usize| if self.gated { z[2 * i] } else { z[i] };
             let value = |i: usize| if self.gated { z[2 * i + 1] } else { 1.0 };
             let a: Vec<f64> = (0..inner).map(|i| self.curve.value(gate(i)) * value(i)).collect();
-            for n in 0..hidden {
+            for (n, &dy) in dy.iter().enumerate() {
                 let out: f64 = (0..inner).map(|i| self.down[self.at(e, second, n, i)] * a[i]).sum();
-                d.weights[slot] += dy[n] * (out + bias(self.down_bias, e * hidden + n));
-                d.down_bias[e * hidden + n] += w * dy[n];
-                (0..inner).for_each(|i| d.down[self.at(e, second, n, i)] += w * dy[n] * a[i]);
+                d.weights[slot] += dy * (out + bias(self.down_bias, e * hidden + n));
+                d.down_bias[e * hidden + n] += w * dy;
+                (0..inner).for_each(|i| d.down[self.at(e, second, n, i)] += w * dy * a[i]);
             }
             for i in 0..inner {
                 let of_a: f64 = (0..hidden).map(|n| w * dy[n] * self.down[self.at(e, second, n, i)]).sum();
@@ -110,9 +110,9 @@ impl Experts<'_> {
                 let rows = if self.gated { vec![2 * i, 2 * i + 1] } else { vec![i] };
                 for (row, of_z) in rows.into_iter().zip(of_z) {
                     d.up_bias[e * width + row] += of_z;
-                    for k in 0..hidden {
+                    for (k, x) in x.iter().enumerate() {
                         let at = self.at(e, first, row, k);
-                        d.up[at] += of_z * x[k];
+                        d.up[at] += of_z * x;
                         d.x[t * hidden + k] += of_z * self.up[at];
                     }
                 }
