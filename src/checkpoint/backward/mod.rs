@@ -41,7 +41,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
 use super::kind::Kind;
 use super::run::BlockInputs;
 use super::weights::DeviceBlock;
-use crate::layer::{LayerDesc, Norms};
+use crate::layer::LayerDesc;
 use crate::{Element, Error, In, Kernels, TokenMask};
 use apart::Apart;
 use banks::Banks;
@@ -159,7 +159,7 @@ impl<T: Element> BlockBackward<T> {
 /// Whether a layer's own way back has all that the layer has.
 fn is_whole(desc: &LayerDesc) -> bool {
     let weighs_anew = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
-    !weighs_anew && desc.norms == Norms::new() && desc.latent.is_none()
+    !weighs_anew && desc.norms.slots.is_none() && desc.norms.output.is_none() && desc.latent.is_none()
 }
 
 fn another_block() -> Error {
