@@ -54,7 +54,7 @@ pub fn check_scale_sums(rng: &mut fastrand::Rng) {
                 let gating = Gating::new(score)
                     .renormalise(Some(Renormalise::Plus(0.5)))
                     .expert_scale(appended || rng.bool())
-                    .global_scale(true)
+                    .global_scale(appended || score == Score::Sigmoid)
                     .appended((appended && score == Score::Sigmoid).then_some(columns));
                 let desc = GatingBackwardDesc::new(tokens, experts, top_k, gating).accumulate(rng.bool());
                 let case = Case::new(rng, desc, Logits::Normal);
