@@ -78,7 +78,8 @@ fn run<T: Storage + Element + DeviceRepr>(rng: &mut fastrand::Rng, desc: &Activa
     let pre: Vec<T> = values(rng, rows * columns);
     let d: Vec<T> = (0..rows * width).map(|_| T::from_f64(normal(rng))).collect();
     let weight: Option<Vec<f32>> = rng.bool().then(|| (0..rows).map(|_| rng.f32()).collect());
-    let wants = rng.bool();
+    // Many rows: sums of a block one after the other.
+    let wants = rng.bool() || rows > 1000;
 
     let (pre_in, d_in) = (Guarded::input(&stream, "pre_activation", &pre), Guarded::input(&stream, "d_hidden", &d));
     let ones = vec![1.0; rows];

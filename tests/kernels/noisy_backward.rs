@@ -48,15 +48,15 @@ pub fn check(rng: &mut fastrand::Rng) {
     refuses(rng);
 }
 
-/// Rows of two that are chosen, the next one at each of many places in turn, and all others far below: whoever overlooks the next one
-/// takes a threshold that is far off.
+/// Rows of three near one another, at each of many places in turn, and all others far below: where two are chosen, whoever overlooks the
+/// next one takes a threshold that is far off.
 fn one_is_next(rng: &mut fastrand::Rng, rows: usize, experts: usize) -> (Vec<f32>, Vec<f32>) {
     let mut clean: Vec<f32> = (0..rows * experts).map(|_| normal(rng) as f32 - 30.0).collect();
     for (row, clean) in clean.chunks_mut(experts).enumerate() {
         let next = (row * 32 + row / 4 * 5) % experts;
         clean[next] = 6.0;
-        clean[(next + 1) % experts] = 12.0;
-        clean[(next + 2 + rng.usize(..experts - 2)) % experts] = 11.0;
+        clean[(next + 1) % experts] = 6.25;
+        clean[(next + 2 + rng.usize(..experts - 2)) % experts] = 6.5;
     }
     (clean, (0..rows * experts).map(|_| 0.5 + 0.1 * normal(rng) as f32).collect())
 }

@@ -46,7 +46,8 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: CosineDesc, kind: Rows) {
     if kind == Rows::Short {
         similar[..width].fill(T::from_f64(0.0));
         if experts > 1 && T::DTYPE != Dtype::F16 {
-            similar[width..2 * width].iter_mut().for_each(|v| *v = T::from_f64(1e-15 * Into::<f64>::into(*v)));
+            let length = 2.5e-13 / (width as f64).sqrt();
+            similar[width..2 * width].iter_mut().for_each(|v| *v = T::from_f64(length * Into::<f64>::into(*v)));
         }
     }
     let numbers = |rng: &mut fastrand::Rng, len: usize| (0..len).map(|_| normal(rng) as f32).collect::<Vec<f32>>();
