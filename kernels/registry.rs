@@ -513,6 +513,7 @@ impl Kernel {
                 ("values", Int(k.values)),
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
+                ("dispatch_resident", Int(k.dispatch_resident())),
             ],
             Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
             Kernel::GatingWide(k) => vec![

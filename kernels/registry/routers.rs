@@ -185,6 +185,15 @@ impl Gate {
     /// Expert groups: a lane holds the score of one.
     pub const MAX_GROUPS: u32 = 32;
 
+    /// Blocks of the gating that sorts slots too which a multiprocessor holds at once, on every architecture: what its registers are enough for.
+    pub const fn dispatch_resident(&self) -> u32 {
+        match (self.score.is_some(), self.values) {
+            (true, ..=4) => 4,
+            (true, 8) => 3,
+            _ => 2,
+        }
+    }
+
     /// Most experts that a choice is among.
     pub const fn max_experts(&self) -> u32 {
         32 * self.values

@@ -225,17 +225,17 @@ fn kernel(desc: &DispatchDesc) -> Dispatch {
 
 /// Blocks of dispatch: about 105 instructions for 32 slots.
 fn dispatch_blocks(desc: &DispatchDesc, device: &DeviceInfo) -> u32 {
-    blocks(desc, kernel(desc).warps(), 105 * desc.top_k as u64 / 32, device)
+    blocks(desc, kernel(desc).warps(), 105 * desc.top_k as u64 / 32, 1, device)
 }
 
 /// Blocks of `warps` warps that share the tokens, `work` instructions each.
 ///
-/// All must be resident at once, as they meet at a barrier: at most one a multiprocessor. A warp gets at least four
+/// All must be resident at once, as they meet at a barrier: at most `of_multiprocessor` for each. A warp gets at least four
 /// tokens, and no more warps work than there are sequences where a capacity counts by sequence (the kernel then uses
 /// half of a block's warps). More blocks shorten the first pass, of `work T / (P warps)` instructions, and lengthen the
 /// second, where each block adds up the counters of all blocks, `4 P E` bytes at about 64 a clock: the sum is least at
 /// `P = sqrt(16 work T / (warps E))`.
-pub(crate) fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &DeviceInfo) -> u32 {
+pub(crate) fn blocks(desc: &DispatchDesc, warps: u32, work: u64, of_multiprocessor: u32, device: &DeviceInfo) -> u32 {
     if !device.cooperative_launch {
         return 1;
     }
@@ -245,7 +245,7 @@ pub(crate) fn blocks(desc: &DispatchDesc, warps: u32, work: u64, device: &Device
         Some(_) => (desc.sequences() as u32).div_ceil((warps / 2).max(1)),
         None => u32::MAX,
     };
-    let most = tokens.div_ceil(4 * warps).min(by_sequence).min(device.multiprocessors);
+    let most = tokens.div_ceil(4 * warps).min(by_sequence).min(of_multiprocessor * device.multiprocessors);
     (balanced.min(most.into()) as u32).max(1)
 }
 

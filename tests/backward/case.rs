@@ -553,14 +553,9 @@ pub fn check<T: Element, W: Element, G: Element>(case: Case) {
     // All that is planned, and gradients by choice, which are asked for here.
     let planned = |stage: &BackwardStage| problem.back.stages().any(|(known, _)| known == *stage);
     let beside: Vec<BackwardStage> = stages.iter().copied().filter(|stage| !planned(stage)).collect();
-    let on_request = [BackwardStage::Choices, BackwardStage::RouterBias, BackwardStage::Bias];
-    let of_biases = [
-        BackwardStage::DownBias,
-        BackwardStage::GateUpBias,
-        BackwardStage::SharedDownBias,
-        BackwardStage::SharedGateUpBias,
-    ];
-    let known = |stage| on_request.contains(stage) || of_biases.contains(stage);
+    // Biases' gradients are in the launches of their weights'; a gate's values stand beside that of the bias which they scale.
+    let on_request = [BackwardStage::Choices, BackwardStage::Bias, BackwardStage::SharedGate];
+    let known = |stage| on_request.contains(stage);
     assert!(beside.iter().all(known), "{beside:?}");
     assert_eq!(stages.len() - beside.len(), problem.back.launches());
     compare(T::DTYPE, &problem.found(&buffers), &problem.expected());

@@ -82,6 +82,7 @@ mod args;
 mod gradients;
 mod held;
 mod mlp;
+mod pass;
 mod plan;
 mod router;
 mod run;
@@ -158,13 +159,13 @@ pub enum BackwardStage {
     Hidden,
     /// Gradient of the second product's weight.
     DownWeight,
-    /// Gradient of the second product's bias, where the launch of its weight's does not have it: of weights in the order [`crate::rules::Layout::Kn`], or frozen ones.
+    /// Gradient of the second product's bias, where its weight's is not asked for, whose launch has it else.
     DownBias,
     /// Through the first product; each of its tensors.
     Input,
     /// Gradient of the first product's weight; of each of its tensors.
     GateUpWeight,
-    /// Gradient of the first product's bias, where the launch of its weight's does not have it.
+    /// Gradient of the first product's bias, where its weight's is not asked for.
     GateUpBias,
     /// From rows to choices, where somebody asks for these or there are identities.
     Choices,
@@ -174,11 +175,11 @@ pub enum BackwardStage {
     RouterWeight,
     /// Logits through the router's product.
     RouterInput,
-    /// Gradient of the router's bias, where somebody asks for it.
+    /// Gradient of the router's bias, where its weight's is not asked for.
     RouterBias,
-    /// A shared expert's gate, as a weight of its rows.
+    /// A shared expert's gate, by which the gradient of its second product's bias is weighted; only for that.
     SharedGate,
-    /// [`BackwardStage::Hidden`] of the shared expert.
+    /// [`BackwardStage::Hidden`] of the shared expert; this and the following where its rows are not in the others' launches.
     SharedHidden,
     /// [`BackwardStage::DownWeight`] of the shared expert.
     SharedDownWeight,
@@ -190,11 +191,9 @@ pub enum BackwardStage {
     SharedGateUpWeight,
     /// [`BackwardStage::GateUpBias`] of the shared expert.
     SharedGateUpBias,
-    /// Through the gate to its logit.
-    SharedGateLogit,
-    /// [`BackwardStage::RouterWeight`] of the gate.
+    /// [`BackwardStage::RouterWeight`] of the gate, where the layer's router has no such launch.
     SharedGateWeight,
-    /// [`BackwardStage::RouterInput`] of the gate.
+    /// [`BackwardStage::RouterInput`] of the gate, likewise.
     SharedGateInput,
     /// Gradient of the vector that is added to every token's sum, where somebody asks for it.
     Bias,
@@ -227,7 +226,6 @@ impl BackwardStage {
             BackwardStage::SharedGateUpWeight => "d W shared gate_up",
             BackwardStage::SharedGateUpBias => "d b shared gate_up",
             BackwardStage::SharedInput => "d shared input",
-            BackwardStage::SharedGateLogit => "d shared gate",
             BackwardStage::SharedGateWeight => "d W shared gate",
             BackwardStage::SharedGateInput => "d shared gate input",
         }

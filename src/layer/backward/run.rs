@@ -6,8 +6,10 @@ use cudarc::driver::CudaStream;
 
 use super::args::BackwardArgs;
 use super::held::HeldGradients;
-use super::mlp::{self, Inputs, Wanted};
-use super::router::RouterBack;
+use super::mlp;
+use super::pass::{Inputs, Pass, Wanted};
+use super::router::{Matrix, RouterBack, gate_alone};
+use super::shared::seen_gradient;
 use super::{BackwardPlan, BackwardStage, OPERATION, Origin, Saved};
 use crate::experts::choice_backward::{self, ChoiceBackwardArgs, Identities};
 use crate::experts::combine::{self, CombineArgs, Identity};
@@ -126,13 +128,13 @@ impl BackwardPlan {
         self.enqueue(&scope, weights, saved, &opened, &workspace, observer)
     }
 
-    fn enqueue<T: Element>(
-        &self,
+    fn enqueue<'a, T: Element>(
+        &'a self,
         scope: &Scope<'_>,
-        weights: &LayerWeights<'_>,
-        saved: &Saved<T>,
-        at: &Opened<'_>,
-        workspace: &Held<'_>,
+        weights: &LayerWeights<'a>,
+        saved: &'a Saved<T>,
+        at: &'a Opened<'a>,
+        workspace: &'a Held<'a>,
         observer: &mut dyn FnMut(BackwardStage),
     ) -> Result<(), Error> {
         let within = |error: Error| error.within(OPERATION);
@@ -158,12 +160,14 @@ impl BackwardPlan {
             .any(Option::is_some);
         let wanted = Wanted { weights: of_logits || gradients.weights.is_some(), input: gradients.x.is_some() };
 
-        if wanted.weights || wanted.input || gradients.routed.is_some() {
-            let pre_activation = match &saved.pre_activation {
-                Some(kept) => kept.into(),
-                None => self.recompute(scope, weights, saved, x, workspace, observer)?,
-            };
-            let experts = &weights.experts;
+        let pre_activation = match (&saved.pre_activation, wanted.any() || gradients.routed.is_some()) {
+            (_, false) => None,
+            (Some(kept), true) => Some(kept.into()),
+            (None, true) => Some(self.recompute(scope, weights, saved, x, workspace, observer)?),
+        };
+        let experts = &weights.experts;
+        let routed = pre_activation.map(|pre_activation| {
+            let row_weight = Some(saved.dispatched.slot_weight().into());
             let inputs = Inputs {
                 x,
                 dy,
@@ -172,16 +176,31 @@ impl BackwardPlan {
                 swiglu: experts.swiglu,
                 pre_activation,
                 rows: &saved.dispatched,
-                row_weight: Some(saved.dispatched.slot_weight().into()),
+                row_weight,
+                bias_weight: row_weight,
                 dropout: saved.dropout,
                 noise_state: saved.drew_by_state.then(|| (&saved.noise_state).into()),
                 frozen: optional(&at.frozen).map(|frozen| frozen.input(desc.local_experts())),
             };
-            self.routed.enqueue(scope, mlp::ROUTED, &inputs, workspace, &gradients.routed, wanted, observer)?;
+            let gradients = &gradients.routed;
+            Pass { plan: &self.routed, names: mlp::ROUTED, at: inputs, gradients, wanted, workspace }
+        });
+        let shared = self.shared_pass(scope, weights, saved, at, workspace, observer)?;
+        match (&routed, &shared) {
+            (Some(routed), shared) if shared.is_none() || self.joins() => {
+                routed.enqueue(scope, shared.as_ref(), observer)?
+            }
+            (routed, shared) => {
+                for pass in [routed, shared].into_iter().flatten() {
+                    pass.enqueue(scope, None, observer)?;
+                }
+            }
         }
+        let mut gate = self.gate_matrix(weights, at, shared.as_ref());
         let by_choice = self.enqueue_choices(scope, saved, at, workspace, of_logits, observer)?;
         // What comes through router and gate to x is written there first.
         let mut written = false;
+        let (seen, accumulate) = (optional(&at.router_x).unwrap_or_else(|| at.x.address()), self.desc().accumulate);
         if let Some(step) = self.gating.as_ref().filter(|_| of_logits) {
             let d_logits = optional(&gradients.logits).unwrap_or_else(|| workspace.at(self.regions.d_logits));
             let columns = desc.logit_columns();
@@ -195,7 +214,9 @@ impl BackwardPlan {
             };
             let mut args = GatingBackwardArgs::new(logits, &saved.ids, d_weights, d_logits.out(tokens * columns));
             args.dispatched = by_choice.is_none().then_some(&saved.dispatched);
+            let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);
             args.counts = optional(&at.loss_counts).map(|counts| counts.input(desc.experts));
+            args.counts = args.counts.or_else(|| balances.then(|| saved.counts().into()));
             args.counted = optional(&at.counted).map(|counted| counted.input(1));
             args.importance = optional(&at.importance).map(|sums| sums.input(desc.experts));
             args.sequence_counts =
@@ -209,27 +230,32 @@ impl BackwardPlan {
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
             if let Some(steps) = &self.router {
+                let of = Matrix { d_logits, matrix: weights.router.matrix, d_matrix: optional(&gradients.router) };
+                let of_bias = optional(&gradients.router_bias);
+                let (beside, alone) = if of.d_matrix.is_some() { (of_bias, None) } else { (None, of_bias) };
                 let back = RouterBack {
                     steps,
-                    d_logits,
-                    seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
-                    matrix: weights.router.matrix,
-                    d_matrix: optional(&gradients.router),
+                    seen,
+                    of,
+                    d_bias: beside,
+                    gate: gate.take(),
                     d_input: optional(router_input),
-                    added: false,
-                    accumulate: self.desc().accumulate,
+                    accumulate,
                 };
-                let stages = [BackwardStage::RouterWeight, BackwardStage::RouterInput];
-                back.enqueue::<T>(scope, stages, observer)?;
+                back.enqueue::<T>(scope, workspace, observer)?;
                 written = router_input.is_some();
-                if let Some(gradient) = optional(&gradients.router_bias) {
+                if let Some(gradient) = alone {
                     let d_logits = d_logits.input::<f32>(tokens * columns);
                     self.column_sums::<f32>(scope, workspace, d_logits, [columns, 1], gradient)?;
                     observer(BackwardStage::RouterBias);
                 }
             }
         }
-        written |= self.enqueue_shared(scope, weights, saved, at, workspace, written, observer)?;
+        if let Some((steps, gate)) = &gate {
+            let d_input = seen_gradient(gradients, at);
+            gate_alone::<T>(scope, workspace, (steps, gate), (seen, d_input, written), accumulate, observer)?;
+            written |= d_input.is_some();
+        }
         if let Some(gradient) = optional(&gradients.bias) {
             self.column_sums::<T>(scope, workspace, dy, [1, desc.hidden], gradient)?;
             observer(BackwardStage::Bias);
