@@ -51,8 +51,8 @@ impl Weights {
     /// `y` of one token in f64, by the formula: `sum of w_e down_e (silu(gate_e x) * up_e x)`.
     pub fn token(&self, stream: &Arc<CudaStream>, x: &[bf16], ids: &[i32], weights: &[f32]) -> Result<Vec<f64>> {
         let [_, hidden, intermediate] = self.extents;
-        let dot = |row: &[bf16], x: &[f64]| row.iter().zip(x).map(|(w, x)| w.to_f64() * x).sum::<f64>();
-        let x: Vec<f64> = x.iter().map(|value| value.to_f64()).collect();
+        let dot = |row: &[bf16], x: &[f64]| row.iter().zip(x).map(|(w, x)| f64::from(w.to_f32()) * x).sum::<f64>();
+        let x: Vec<f64> = x.iter().map(|value| f64::from(value.to_f32())).collect();
         let mut y = vec![0.0; hidden];
         for (&id, &weight) in ids.iter().zip(weights) {
             let of = |all: &CudaSlice<bf16>, len: usize| {

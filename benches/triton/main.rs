@@ -71,10 +71,10 @@ struct Options {
     #[arg(long)]
     require_ahead: bool,
     /// Thousand millions of multiply-adds of live rows that a side may cost: what needs more is cut.
-    #[arg(long, default_value_t = 40.0)]
+    #[arg(long, default_value_t = 6.0)]
     most_gmac: f64,
     /// GB of experts' weights that there may be: what needs more is cut.
-    #[arg(long, default_value_t = 4.0)]
+    #[arg(long, default_value_t = 2.0)]
     most_gb: f64,
     /// Cargo's, of no effect.
     #[arg(long, hide = true)]

@@ -59,33 +59,16 @@ impl Row {
     }
 }
 
-/// A table in Markdown: a line for each case, for each device ours over Triton's in every figure, of the first product and of the second.
+/// A table in Markdown: a line for each case on a device, ours over Triton's in every figure, of the first product and of the second.
 pub fn table(rows: &[Row]) -> String {
-    let mut devices: Vec<&str> = Vec::new();
-    let mut cases: Vec<&Case> = Vec::new();
-    for row in rows {
-        if !devices.contains(&row.device) {
-            devices.push(row.device);
-        }
-        if cases.iter().all(|case| case.name() != row.case.name()) {
-            cases.push(&row.case);
-        }
-    }
-    let figures = rows.first().map_or(Vec::new(), |row| ratios(&row.ours, &row.theirs).map(|(name, _)| name).to_vec());
-    let heads = devices.iter().flat_map(|device| figures.iter().map(move |figure| format!(" {device}: {figure} |")));
-    let mut text = format!("| model/tokens | cut to |{}\n", heads.collect::<String>());
-    text += &format!("|---|---|{}\n", "---|".repeat(devices.len() * figures.len()));
-    for case in cases {
-        text += &format!("| {} | {} |", case.name(), case.cut());
-        for device in &devices {
-            let products = rows.iter().filter(|row| row.device == *device && row.case.name() == case.name());
-            let of: Vec<_> = products.map(|row| ratios(&row.ours, &row.theirs)).collect();
-            for figure in 0..figures.len() {
-                let both: Vec<String> = of.iter().map(|ratios| format!("{:.2}", ratios[figure].1)).collect();
-                text += &format!(" {} |", both.join(", "));
-            }
-        }
-        text += "\n";
+    let mut text = String::from(
+        "| device | model/tokens | cut to | wavefronts | L2 | DRAM | rows | time |\n|---|---|---|---|---|---|---|---|\n",
+    );
+    for pair in rows.chunks_exact(2) {
+        let [first, second] = [0, 1].map(|i| ratios(&pair[i].ours, &pair[i].theirs));
+        let both = first.iter().zip(&second).map(|((_, a), (_, b))| format!(" {a:.2}, {b:.2} |"));
+        let Row { device, case, .. } = &pair[0];
+        text += &format!("| {device} | {} | {} |{}\n", case.name(), case.cut(), both.collect::<String>());
     }
     text
 }

@@ -154,11 +154,13 @@ impl Toolchain {
     /// # Errors
     /// It refuses the text.
     pub fn registers(&self, name: &str, ptx: &str, arch: u32) -> Result<u32> {
-        let file = self.folder.join("ours.ptx");
-        std::fs::write(&file, ptx)?;
+        // A file of its own: two runs may go on side by side.
+        let mut file = tempfile::Builder::new().suffix(".ptx").tempfile_in(&self.folder)?;
+        file.write_all(ptx.as_bytes())?;
         let named = ptx.lines().find_map(|line| line.strip_prefix(".target ")).unwrap_or_default();
         let gpu = if named.contains("sm_90a") { "sm_90a".to_owned() } else { format!("sm_{arch}") };
-        let told = Command::new(&self.ptxas).args(["-v", "-o", "/dev/null", "--gpu-name", &gpu]).arg(&file).output()?;
+        let told =
+            Command::new(&self.ptxas).args(["-v", "-o", "/dev/null", "--gpu-name", &gpu]).arg(file.path()).output()?;
         let text = String::from_utf8_lossy(&told.stderr);
         let count = text.split_once("Used ").and_then(|(_, rest)| rest.split_whitespace().next()?.parse().ok());
         count.filter(|_| told.status.success()).ok_or_else(|| format!("{name}: {text}").into())

@@ -5,6 +5,7 @@ use super::{BackwardPlan, OPERATION, Origin};
 use crate::experts::Weight;
 use crate::layer::weights::LayerWeights;
 use crate::layer::{Choices, MapTable};
+use crate::rules::RmsNorm;
 use crate::runtime::builder::buffers;
 use crate::{Error, In};
 
@@ -166,6 +167,25 @@ impl BackwardPlan {
         ] {
             if given && !there {
                 return Err(Error::Unexpected { operation, argument, reason });
+            }
+        }
+        let weighs = |norm: Option<RmsNorm>| norm.is_some_and(|norm| norm.gain.has_weight());
+        let norms = &self.layer().desc().norms;
+        for (argument, there, given) in [
+            ("gradients.router.norm", asked && weighs(norms.router), of_router.norm.is_some()),
+            ("gradients.norms.experts", weighs(norms.experts), args.gradients.norms.experts.is_some()),
+        ] {
+            if given && !there {
+                let reason = "no norm with a weight stands there";
+                return Err(Error::Unexpected { operation, argument, reason });
+            }
+            if given && self.desc().accumulate {
+                return Err(Error::unsupported(
+                    operation,
+                    argument,
+                    "a gradient that is written",
+                    "one that is added to",
+                ));
             }
         }
         let (experts, of) = (&weights.experts, &args.gradients);

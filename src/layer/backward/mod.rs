@@ -82,6 +82,7 @@ mod args;
 mod gradients;
 mod held;
 mod mlp;
+mod norms;
 mod pass;
 mod plan;
 mod router;
@@ -90,7 +91,7 @@ mod saved;
 mod shared;
 
 pub use args::BackwardArgs;
-pub use gradients::{LayerGradients, RouterGradients, SharedGradients, WeightGradients};
+pub use gradients::{LayerGradients, NormGradients, RouterGradients, SharedGradients, WeightGradients};
 pub use plan::BackwardPlan;
 pub use saved::Saved;
 
@@ -199,6 +200,20 @@ pub enum BackwardStage {
     Bias,
     /// Sum of a token's rows.
     Sum,
+    /// What the experts saw behind a norm, once more.
+    ExpertNormAgain,
+    /// Through that norm.
+    ExpertNorm,
+    /// Gradient of its weight, where it has one.
+    ExpertNormWeight,
+    /// A shared expert's part of the gradient of `x`, where the others' goes through a norm.
+    SharedSum,
+    /// What the router saw behind a norm, once more.
+    RouterNormAgain,
+    /// Through that norm.
+    RouterNorm,
+    /// Gradient of its weight, where it has one.
+    RouterNormWeight,
 }
 
 impl BackwardStage {
@@ -219,6 +234,13 @@ impl BackwardStage {
             BackwardStage::Bias => "d bias",
             BackwardStage::Input => "d input",
             BackwardStage::Sum => "d sum",
+            BackwardStage::ExpertNormAgain => "expert norm again",
+            BackwardStage::ExpertNorm => "d expert norm",
+            BackwardStage::ExpertNormWeight => "d W expert norm",
+            BackwardStage::SharedSum => "d shared sum",
+            BackwardStage::RouterNormAgain => "router norm again",
+            BackwardStage::RouterNorm => "d router norm",
+            BackwardStage::RouterNormWeight => "d W router norm",
             BackwardStage::SharedHidden => "d shared hidden",
             BackwardStage::SharedGate => "shared gate",
             BackwardStage::SharedDownWeight => "d W shared down",

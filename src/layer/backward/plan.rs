@@ -1,6 +1,7 @@
 //! From a layer's plan to that of its way back.
 
 use super::mlp::{self, Joined, MlpPlan, Sizes};
+use super::norms::{self, NormSteps};
 use super::saved::saved_bytes;
 use super::{BackwardDesc, BackwardStage, OPERATION, Origin};
 use crate::experts::choice_backward::{self, ChoiceBackwardDesc};
@@ -12,7 +13,7 @@ use crate::layer::forward::LayerPlan;
 use crate::layer::{Stage, Step};
 use crate::routers::gating_backward::{self, GatingBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
-use crate::rules::{Glu, IdFormat, LogitRule, NullOutput, Weighting};
+use crate::rules::{Dtype, Glu, IdFormat, LogitRule, NullOutput, RmsNorm, Weighting};
 use crate::runtime::workspace::{Arena, BARRIER_HEADER, Region};
 use crate::{DeviceInfo, Error, Kernel, Selection};
 
@@ -33,6 +34,11 @@ pub struct BackwardPlan {
     pub(super) gating: Option<Step<GatingBackwardDesc>>,
     pub(super) router: Option<RouterSteps>,
     pub(super) sum: Step<CombineDesc>,
+    /// Of what the router sees, where the layer's is asked, and of what the routed experts see.
+    pub(super) router_norm: Option<NormSteps>,
+    pub(super) expert_norm: Option<NormSteps>,
+    /// A shared expert's part of the gradient of `x` beside a norm of what the others see.
+    pub(super) shared_sum: Option<Step<CombineDesc>>,
     pub(super) regions: Regions,
     workspace_bytes: usize,
 }
@@ -65,7 +71,7 @@ impl LayerPlan {
     /// Plans the way back.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms, a latent width, an admission that passes choices on or weighs them
+    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms of experts' outputs and of the sum, a latent width, an admission that passes choices on or weighs them
     /// anew;
     /// [`Error::Invalid`] or [`Error::Overflow`] for losses out of range or sizes past a limit.
     pub fn backward_plan(&self, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
@@ -123,6 +129,17 @@ impl BackwardPlan {
         });
         let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, of.logit_columns(), device));
         let router = router.transpose()?;
+        let norm = |norm: RmsNorm, seen| NormSteps::new(norm, [of.dtype, seen], [tokens, of.hidden], device);
+        let asked = of.norms.router.filter(|_| desc.origin == Origin::Router);
+        let mut router_norm = asked.map(|rule| norm(rule, seen_by_router(of))).transpose()?;
+        let mut expert_norm = of.norms.experts.map(|rule| norm(rule, of.dtype)).transpose()?;
+        let shared_sum = (expert_norm.is_some() && of.shared.is_some()).then(|| {
+            let sum = CombineDesc::new(of.dtype, SlotShape::new(tokens, 1, Some(1), tokens, 1, 0), of.hidden);
+            let selection = combine::select_for(OPERATION, &sum, device)?;
+            // Nobody's rows.
+            let rows = SlotShape { top_k: Some(0), ..sum.rows };
+            Ok::<_, Error>(Step { desc: CombineDesc { rows, ..sum }, selection })
+        });
         let again = layer.experts().stages().find(|(stage, _)| desc.recompute && *stage == Stage::GateUp);
         let sum = CombineDesc::new(of.dtype, rows, of.hidden);
         let sum = Step { desc: sum, selection: combine::select_for(OPERATION, &sum, device)? };
@@ -147,6 +164,9 @@ impl BackwardPlan {
         let scratch = arena.region("workspace", scratch.max(gating_bytes).max(BARRIER_HEADER), 1)?;
         routed.lay(&mut arena)?;
         shared.as_mut().map(|shared| shared.lay(&mut arena)).transpose()?;
+        for norm in [&mut router_norm, &mut expert_norm].into_iter().flatten() {
+            norm.lay(&mut arena)?;
+        }
         let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
@@ -167,6 +187,9 @@ impl BackwardPlan {
             gating,
             router,
             sum,
+            router_norm,
+            expert_norm,
+            shared_sum: shared_sum.transpose()?,
             regions,
             workspace_bytes: arena.bytes(),
         })
@@ -231,16 +254,25 @@ impl BackwardPlan {
             .gate
             .filter(|_| self.router.is_none())
             .map(|gate| [(BackwardStage::SharedGateWeight, gate.weight), (BackwardStage::SharedGateInput, gate.input)]);
-        again
+        let stages = |norm: Option<NormSteps>, names| norm.map_or([vec![], vec![]], |norm| norm.stages(names));
+        let [expert_norm_again, expert_norm] = stages(self.expert_norm, norms::EXPERTS);
+        let [router_norm_again, router_norm] = stages(self.router_norm, norms::ROUTER);
+        let shared_sum = self.shared_sum.map(|step| (BackwardStage::SharedSum, step.selection));
+        expert_norm_again
             .into_iter()
+            .chain(again)
             .chain(self.routed.stages(mlp::ROUTED))
             .chain(beside.into_iter().flatten())
             .chain(shared.into_iter().flatten())
             .chain(choices)
             .chain(gating)
+            .chain(router_norm_again)
             .chain(router.into_iter().flatten())
+            .chain(router_norm)
             .chain(gate.into_iter().flatten())
             .chain([(BackwardStage::Sum, self.sum.selection)])
+            .chain(expert_norm)
+            .chain(shared_sum)
             .filter(move |_| tokens > 0)
     }
 
@@ -258,7 +290,7 @@ impl BackwardPlan {
 impl RouterSteps {
     fn new(of: &LayerDesc, tokens: usize, columns: usize, device: &DeviceInfo) -> Result<RouterSteps, Error> {
         let within = |error: Error| error.within(OPERATION);
-        let desc = RouterBackwardDesc::new(of.dtype, tokens, columns, of.hidden).weight(of.router_dtype);
+        let desc = RouterBackwardDesc::new(seen_by_router(of), tokens, columns, of.hidden).weight(of.router_dtype);
         let with_gate = desc.gate(of.has_shared_gate());
         Ok(RouterSteps {
             desc,
@@ -276,19 +308,21 @@ impl RouterSteps {
     }
 }
 
+/// Type of what the router sees: rows of a norm are not rounded in front of a router of f32.
+fn seen_by_router(of: &LayerDesc) -> Dtype {
+    if of.norms.router.is_some() && of.router_dtype == Dtype::F32 { Dtype::F32 } else { of.dtype }
+}
+
 /// What has no way back here.
 fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
     let routed = desc.origin != Origin::Choices;
-    let asked = desc.origin == Origin::Router;
     let identities = of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input);
     let scaled = identities && of.routed_scale != 1.0;
     let passes_on = of.admission.is_some_and(|rule| rule.candidates != rule.top_k);
     let weighs_anew = of.admission.is_some_and(|rule| rule.renormalise.is_some());
     let two_tensors = of.weighting == Weighting::Input && of.mlp.gate_up.glu == Glu::Apart;
     let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    let refused: [(&'static str, bool, &'static str); 10] = [
-        ("norms.router", asked && of.norms.router.is_some(), "no norm of the router's input"),
-        ("norms.experts", of.norms.experts.is_some(), "no norm of the experts' input"),
+    let refused: [(&'static str, bool, &'static str); 8] = [
         ("norms.slots", of.norms.slots.is_some(), "no norm of an expert's output"),
         ("norms.output", of.norms.output.is_some(), "no norm of the sum"),
         ("latent", of.latent.is_some(), "experts of the layer's width"),
