@@ -88,6 +88,7 @@ fn run<X: Storage, W: Storage>(variant: Route, rng: &mut fastrand::Rng, case: &C
         x[2 * hidden + hidden / 2] = X::from_f64(if rng.bool() { f64::NAN } else { f64::INFINITY });
     }
     let x = Guarded::input(&stream, "x", &x);
+    let other_x = Guarded::input(&stream, "x", &normals::<X>(rng, tokens * hidden, 1.0));
     let weight = Guarded::input(&stream, "weight", &normals::<W>(rng, columns * hidden, (hidden as f64).powf(-0.5)));
     let bias = biased.then(|| Guarded::input(&stream, "bias", &normals::<f32>(rng, columns, 1.0)));
     let gate_weight = Guarded::input(&stream, "shared_gate.weight", &normals::<W>(rng, hidden, 0.1));
@@ -99,36 +100,42 @@ fn run<X: Storage, W: Storage>(variant: Route, rng: &mut fastrand::Rng, case: &C
         ids: Guarded::ids(&stream, "ids", choices),
         weights: Guarded::output(&stream, "weights", choices),
     };
-    let launch = |made: &mut Made, dispatched: &mut Dispatched, workspace: &mut Workspace, together: bool| {
-        let (x, weight, gate_weight) = (x.view(), weight.view(), gate_weight.view());
-        let (bias, correction_bias) = (bias.as_ref().map(Guarded::view), correction_bias.as_ref().map(Guarded::view));
-        let (bias, correction_bias) = (bias.as_ref().map(In::from), correction_bias.as_ref().map(In::from));
-        let (mut ids, mut weights) = (made.ids.view_mut(), made.weights.view_mut());
-        let mut gate_logits = made.gate.view_mut();
-        rule_inputs.with(|rule| {
-            padding.with(|mask| {
-                if together {
-                    let gate = gated.then(|| SharedGate::new(&gate_weight, &mut gate_logits));
-                    let mut logits = made.logits.view_mut();
-                    let args = RouteArgs::new(&x, &weight, &mut logits, &mut ids, &mut weights, dispatched, workspace);
+    let launch_of =
+        |x: &Guarded<X>, made: &mut Made, dispatched: &mut Dispatched, workspace: &mut Workspace, together: bool| {
+            let (x, weight, gate_weight) = (x.view(), weight.view(), gate_weight.view());
+            let (bias, correction_bias) =
+                (bias.as_ref().map(Guarded::view), correction_bias.as_ref().map(Guarded::view));
+            let (bias, correction_bias) = (bias.as_ref().map(In::from), correction_bias.as_ref().map(In::from));
+            let (mut ids, mut weights) = (made.ids.view_mut(), made.weights.view_mut());
+            let mut gate_logits = made.gate.view_mut();
+            rule_inputs.with(|rule| {
+                padding.with(|mask| {
+                    if together {
+                        let gate = gated.then(|| SharedGate::new(&gate_weight, &mut gate_logits));
+                        let mut logits = made.logits.view_mut();
+                        let args =
+                            RouteArgs::new(&x, &weight, &mut logits, &mut ids, &mut weights, dispatched, workspace);
+                        let mut args = args.rule(rule).mask(mask);
+                        (args.bias, args.correction_bias, args.shared_gate) = (bias, correction_bias, gate);
+                        return route::forward::<X, W>(kernels, &stream, &desc, args).unwrap();
+                    }
+                    {
+                        let gate = gated.then(|| SharedGate::new(&gate_weight, &mut gate_logits));
+                        let mut logits = made.logits.view_mut();
+                        let mut args = RouterArgs::<X, W>::new(&x, &weight, &mut logits);
+                        (args.bias, args.shared_gate) = (bias, gate);
+                        router::forward(kernels, &stream, &router, args).unwrap();
+                    }
+                    let logits = made.logits.view();
+                    let args = GatingDispatchArgs::new(&logits, &mut ids, &mut weights, dispatched, workspace);
                     let mut args = args.rule(rule).mask(mask);
-                    (args.bias, args.correction_bias, args.shared_gate) = (bias, correction_bias, gate);
-                    return route::forward::<X, W>(kernels, &stream, &desc, args).unwrap();
-                }
-                {
-                    let gate = gated.then(|| SharedGate::new(&gate_weight, &mut gate_logits));
-                    let mut logits = made.logits.view_mut();
-                    let mut args = RouterArgs::<X, W>::new(&x, &weight, &mut logits);
-                    (args.bias, args.shared_gate) = (bias, gate);
-                    router::forward(kernels, &stream, &router, args).unwrap();
-                }
-                let logits = made.logits.view();
-                let args = GatingDispatchArgs::new(&logits, &mut ids, &mut weights, dispatched, workspace);
-                let mut args = args.rule(rule).mask(mask);
-                args.correction_bias = correction_bias;
-                gating_dispatch::forward(kernels, &stream, &choice, args).unwrap()
+                    args.correction_bias = correction_bias;
+                    gating_dispatch::forward(kernels, &stream, &choice, args).unwrap()
+                });
             });
-        });
+        };
+    let launch = |made: &mut Made, dispatched: &mut Dispatched, workspace: &mut Workspace, together: bool| {
+        launch_of(&x, made, dispatched, workspace, together);
     };
     let bytes = gating_dispatch::workspace_bytes(&choice, kernels.device()).unwrap();
     let (mut want, mut lists) = (made(), Outputs::new(&stream, order.shape(), bytes));
@@ -153,6 +160,12 @@ fn run<X: Storage, W: Storage>(variant: Route, rng: &mut fastrand::Rng, case: &C
         lists.reset(&stream);
     }
     time(&stream, name, || launch(&mut got, &mut lists.dispatched, &mut lists.workspace, true));
+    if hidden == 72 {
+        // Behind a launch that writes other logits to the same place: this one may begin before that has ended.
+        launch_of(&other_x, &mut got, &mut lists.dispatched, &mut lists.workspace, true);
+        launch(&mut got, &mut lists.dispatched, &mut lists.workspace, true);
+        assert_eq!(bits(&got.logits), bits(&want.logits), "{name}: logits behind another launch");
+    }
     x.assert_unchanged(&stream);
     weight.assert_unchanged(&stream);
 }
