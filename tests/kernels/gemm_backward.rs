@@ -119,7 +119,7 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
             gather_pre_activation: index % 5 == 1,
             bias: index % 3 != 1,
             weighted: index % 4 != 3,
-            gate: index % 5 >= 3,
+            gate: index % 5 >= 2,
             scale: [1.0, -0.75, 2.5][index % 3],
             wants: [index % 4 != 2, index % 6 != 4],
             dropout: index % 3 == 2,
