@@ -23,7 +23,7 @@ pub struct BackwardPlan {
     layer: LayerPlan,
     desc: BackwardDesc,
     pub(super) routed: MlpPlan,
-    /// The shared expert's own launches; the routed experts' have its rows where it [joins](BackwardPlan::joins).
+    /// The shared expert's own launches; the routed experts' have its rows where it [joins](BackwardPlan::joins), whatever its width.
     pub(super) shared: Option<MlpPlan>,
     /// The product of a shared expert's gate.
     pub(super) gate: Option<RouterSteps>,
@@ -86,8 +86,9 @@ impl BackwardPlan {
         check(of, desc)?;
         let rows = *layer.experts().rows();
         let all = Rows::Dense(tokens);
-        let joined = of.shared.filter(|shared| shared.joins(of) && tokens > 0).map(|shared| Joined {
+        let joined = of.shared.filter(|shared| shared.joins_back(of) && tokens > 0).map(|shared| Joined {
             rows: tokens,
+            intermediate: shared.intermediate,
             activation: shared.mlp.activation,
             scale: shared.scale,
             gate: shared.gated,
@@ -240,7 +241,7 @@ impl BackwardPlan {
     pub fn stages(&self) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
         let tokens = self.layer.tokens();
         let (shared, beside) = match self.joins() {
-            true => (None, Some(self.routed.stages_beside_joined())),
+            true => (None, self.shared.filter(|_| !self.routed.input_joins())),
             false => (self.shared.map(|shared| shared.stages(mlp::SHARED)), None),
         };
         let choices = self.identities().then_some((BackwardStage::Choices, self.choices.selection));
@@ -262,7 +263,7 @@ impl BackwardPlan {
             .into_iter()
             .chain(again)
             .chain(self.routed.stages(mlp::ROUTED))
-            .chain(beside.into_iter().flatten())
+            .chain(beside.map(|shared| (mlp::SHARED.input, shared.input_selection())))
             .chain(shared.into_iter().flatten())
             .chain(choices)
             .chain(gating)
