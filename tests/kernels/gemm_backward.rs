@@ -389,7 +389,10 @@ fn bounds<T: Storage>(what: &HiddenBackward<T>, plan: &Plan, want: &HiddenGradie
                 all.d_pre_activation[out(up_at)] = carried(gradient)
                     + ACTIVATION_GRADIENT * gradient.abs().max(s * m * d.abs() * function.abs().max(0.1));
             }
-            all.hidden[at] = ACTIVATION_GRADIENT * (s * m * value.abs()).max(0.1 * s * m * up);
+            // A SwiGLU's up value is a sum with an offset, which may be smaller than its terms.
+            let offset = if let Activation::Swiglu(unit) = activation { f64::from(unit.offset).abs() } else { 0.0 };
+            let terms = value.abs() + 2.0 * offset * function.abs();
+            all.hidden[at] = ACTIVATION_GRADIENT * (s * m * terms).max(0.1 * s * m * up);
             size += (d * m * value).abs();
             moved += (m * value).abs() * error;
         }

@@ -31,7 +31,6 @@ mod gradients;
 mod network;
 mod parts;
 mod sequences;
-mod slots;
 mod unit_experts;
 
 use std::sync::Arc;
@@ -159,7 +158,7 @@ impl<T: Element> BlockBackward<T> {
 /// Whether a layer's own way back has all that the layer has.
 fn is_whole(desc: &LayerDesc) -> bool {
     let weighs_anew = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
-    !weighs_anew && desc.norms.slots.is_none() && desc.norms.output.is_none() && desc.latent.is_none()
+    !weighs_anew
 }
 
 fn another_block() -> Error {

@@ -59,6 +59,8 @@ pub(super) struct Sizes {
     pub(super) scale: f32,
     /// Whether the rows' weights are logits of a gate.
     pub(super) gate: bool,
+    /// Whether each row has a gradient of its outputs of its own, from behind a norm of these; else that of its token.
+    pub(super) own_outputs: bool,
     /// A shared expert of the same form, whose rows may join.
     pub(super) shared: Option<Joined>,
 }
@@ -137,7 +139,7 @@ pub(super) const SHARED: Stages = Stages {
 };
 
 /// The form of a weight whose product goes the other way: its outputs are depths.
-fn turned(weight: &WeightDesc) -> WeightDesc {
+pub(super) fn turned(weight: &WeightDesc) -> WeightDesc {
     let layout = match weight.layout {
         Layout::Nk => Layout::Kn,
         Layout::Kn => Layout::Nk,
@@ -159,7 +161,7 @@ impl MlpPlan {
             Ok::<_, Error>(Step { desc, selection: k_grouped::select(&desc, device).map_err(within)? })
         };
         let mut hidden = GemmBackwardDesc::new(dtype, rows, intermediate, width, mlp.activation)
-            .gather(sizes.gathers())
+            .gather(sizes.gathers() && !sizes.own_outputs)
             .weight(mlp.down)
             .glu(mlp.gate_up.glu)
             .scale(scale)
@@ -182,12 +184,13 @@ impl MlpPlan {
                 .keep_empty(desc.keep_empty && sizes.gathers())
                 .shared_rows(shared_rows)
         };
+        let of_dy = |gathered| if sizes.own_outputs { Gathered::Neither } else { gathered };
         let of_down = |intermediate: usize| match mlp.down.layout {
             Layout::Nk => [width, intermediate],
             Layout::Kn => [intermediate, width],
         };
         let [m, n] = of_down(intermediate);
-        let down = sums(m, n, if mlp.down.layout == Layout::Nk { Gathered::A } else { Gathered::B });
+        let down = sums(m, n, of_dy(if mlp.down.layout == Layout::Nk { Gathered::A } else { Gathered::B }));
         let down = down.shared_sizes(other.map(of_down).map(|[m, n]| SharedSizes::new(m, n)));
         let outputs = mlp.gate_up.outputs(intermediate);
         let of_x = |gathered| if sizes.weighs_input() { Gathered::Neither } else { gathered };
@@ -216,8 +219,10 @@ impl MlpPlan {
         });
         let gate_up = gate_up.strides(apart).second(apart.map(|_| second)).shared_sizes(of_shared);
         // A bias alone: sums of one operand's columns, beside a product with a few of the other's.
-        let (of_dy, few) = (sums(width, BESIDE.min(intermediate), Gathered::A), BESIDE.min(intermediate));
-        let down_bias = of_dy.alone().strides(Some(KGroupedStrides::packed(width, few).b([intermediate, 1])));
+        let few = BESIDE.min(intermediate);
+        let down_bias = sums(width, few, of_dy(Gathered::A))
+            .alone()
+            .strides(Some(KGroupedStrides::packed(width, few).b([intermediate, 1])));
         let few = BESIDE.min(width);
         let of_outputs = sums(outputs, few, of_x(Gathered::B));
         let strides = KGroupedStrides::packed(outputs, few).b([width, 1]);
