@@ -1,5 +1,4 @@
-//! A layer whose router is gone back through by itself: one with a network, one of a bank of two, or with an admission that weighs anew. Its experts go
-//! back as those of choices from elsewhere.
+//! A layer whose router is gone back through by itself: one with a network, or one of a bank of two. Its experts go back as those of choices from elsewhere.
 
 use cudarc::driver::CudaSlice;
 
@@ -8,7 +7,6 @@ use super::gradients::To;
 use super::network::NetworkPass;
 use super::parts::{Product, Queue, Tokens};
 use super::{OPERATION, no_way_back, zeros};
-use crate::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use crate::checkpoint::kind::Kind;
 use crate::checkpoint::run::BlockInputs;
 use crate::checkpoint::store::DeviceBuffer;
@@ -28,7 +26,6 @@ pub(super) struct Apart<T> {
     gating: GatingDesc,
     gating_back: GatingBackwardDesc,
     sums: Workspace,
-    admission: Option<Admission>,
     choices: Buffers,
     /// The experts, by choices from elsewhere.
     experts: Core<T>,
@@ -43,14 +40,6 @@ struct Buffers {
     d_weights: CudaSlice<f32>,
 }
 
-/// Who gets the experts that were chosen.
-struct Admission {
-    desc: AdmissionDesc,
-    ids: CudaSlice<i32>,
-    weights: CudaSlice<f32>,
-    workspace: Workspace,
-}
-
 impl<T: Element> Apart<T> {
     pub(super) fn new(
         kind: &Kind<DeviceBuffer>,
@@ -60,8 +49,8 @@ impl<T: Element> Apart<T> {
         queue: Queue<'_>,
     ) -> Result<Apart<T>, Error> {
         let stream = queue.stream;
-        if desc.norms.router.is_some() {
-            return Err(no_way_back("a norm in front of a router that is gone back through by itself"));
+        if desc.norms.router.is_some() || desc.admission.is_some() {
+            return Err(no_way_back("a norm or an admission at a router that is gone back through by itself"));
         }
         let desc = without_map(desc, weights);
         let network = match kind {
@@ -69,29 +58,15 @@ impl<T: Element> Apart<T> {
             _ => None,
         };
         let gating = GatingDesc::new(count, desc.experts, desc.top_k, desc.gating);
-        // What is divided by a sum are the admitted weights, or all that were chosen.
-        let mut rule = desc.gating;
-        rule.renormalise = desc.admission.and_then(|rule| rule.renormalise).or(rule.renormalise);
-        let gating_back = GatingBackwardDesc::new(count, desc.experts, desc.top_k, rule).logit_rule(desc.logits);
+        let gating_back = GatingBackwardDesc::new(count, desc.experts, desc.top_k, desc.gating).logit_rule(desc.logits);
         let all = count * desc.all_choices();
         let columns = count * desc.logit_columns();
-        let admission = desc.admission.map(|rule| {
-            let admission = AdmissionDesc::new(count, rule);
-            let bytes = admission::workspace_bytes(&admission)?;
-            Ok::<_, Error>(Admission {
-                desc: admission,
-                ids: zeros(stream, all)?,
-                weights: zeros(stream, all)?,
-                workspace: Workspace::new(stream, bytes)?,
-            })
-        });
         Ok(Apart {
             tokens: Tokens::new(count, queue)?,
             network,
             gating,
             sums: Workspace::new(stream, gating_backward::workspace_bytes(&gating_back)?)?,
             gating_back,
-            admission: admission.transpose()?,
             choices: Buffers {
                 logits: zeros(stream, columns)?,
                 d_logits: zeros(stream, columns)?,
@@ -99,7 +74,7 @@ impl<T: Element> Apart<T> {
                 weights: zeros(stream, all)?,
                 d_weights: zeros(stream, all)?,
             },
-            experts: Core::chosen(&LayerDesc { admission: None, ..desc }, count, queue)?,
+            experts: Core::chosen(&desc, count, queue)?,
             desc,
         })
     }
@@ -168,13 +143,7 @@ impl<T: Element> Apart<T> {
         rule.global_scale = weights.global_scale.as_ref().and_then(DeviceBuffer::f32);
         let mut args = GatingArgs::new(&*logits, &mut *ids, &mut *shares).rule(rule).mask(mask);
         args.correction_bias = weights.correction_bias.as_ref().and_then(DeviceBuffer::f32);
-        gating::forward(kernels, stream, &self.gating, args)?;
-        if let Some(admission) = &mut self.admission {
-            let Admission { desc, ids: to_ids, weights: to_weights, workspace } = admission;
-            let args = AdmissionArgs::new(&*ids, &*shares, to_ids, to_weights, workspace);
-            admission::forward(kernels, stream, desc, args)?;
-        }
-        Ok(())
+        gating::forward(kernels, stream, &self.gating, args)
     }
 
     /// The experts, forth and back: to the gradients of choices' weights, and to that of `x`, written.
@@ -185,10 +154,7 @@ impl<T: Element> Apart<T> {
         (x, dy): (In<'_, T>, In<'_, T>),
         to: &mut To<'_, T>,
     ) -> Result<(), Error> {
-        let (ids, shares) = match &self.admission {
-            None => (&self.choices.ids, &self.choices.weights),
-            Some(admission) => (&admission.ids, &admission.weights),
-        };
+        let (ids, shares) = (&self.choices.ids, &self.choices.weights);
         let weights = weights.layer()?;
         self.experts.forward_chosen(queue, &weights, x, Choices::new(ids, shares))?;
         let mut gradients = of_layer(to.weights).router(RouterGradients::new()).x(&mut *to.x);
@@ -205,13 +171,8 @@ impl<T: Element> Apart<T> {
         to: &mut To<'_, T>,
     ) -> Result<(), Error> {
         let of = &mut *to.weights;
-        let renormalises = self.desc.admission.is_some_and(|rule| rule.renormalise.is_some());
         let Buffers { logits, d_logits, ids, d_weights, .. } = &mut self.choices;
-        let ids = match self.admission.as_ref().filter(|_| renormalises) {
-            Some(admission) => &admission.ids,
-            None => ids,
-        };
-        let mut args = GatingBackwardArgs::new(&*logits, ids, &*d_weights, d_logits).mask(mask);
+        let mut args = GatingBackwardArgs::new(&*logits, &*ids, &*d_weights, d_logits).mask(mask);
         args.expert_scale = weights.expert_scale.as_ref().and_then(DeviceBuffer::f32);
         args.global_scale = weights.global_scale.as_ref().and_then(DeviceBuffer::f32);
         args.d_expert_scale = of.expert_scale.as_mut().map(Into::into);
