@@ -374,6 +374,9 @@ fn asked<'a, T>((rounded, wide, weights, [f32_out, of_b], scale): &'a mut Column
     sums
 }
 
+/// Rows of each group, and whose matrix is left alone.
+type Groups<'a> = (&'a [(usize, usize)], &'a dyn Fn(usize) -> bool);
+
 /// Where matrices go beside the first ones, and what they should be.
 struct Target<T: Storage> {
     f32_out: bool,
@@ -413,7 +416,7 @@ impl<T: Storage> Target<T> {
         variant: KGrouped,
         case: &Case,
         [a, b]: [RowMatrix<'_, T>; 2],
-        (spans, is_frozen): (&[(usize, usize)], &dyn Fn(usize) -> bool),
+        (spans, is_frozen): Groups<'_>,
         first: Option<&Columns<T>>,
     ) -> Target<T> {
         let (m, n) = (a.columns, b.columns);

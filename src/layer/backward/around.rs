@@ -125,7 +125,7 @@ impl AroundBack {
     }
 
     /// Through the norm of the sum: the gradient of the sum, which is `dy` where there is none.
-    pub(super) fn to_sum<'a, T: Element>(
+    pub(super) fn sum_gradient<'a, T: Element>(
         &self,
         scope: &Scope<'_>,
         weights: &LayerWeights<'_>,
@@ -145,7 +145,7 @@ impl AroundBack {
 
     /// Through the projection of the experts' sum, and to its weight: the gradient of that sum, which is `dy` without a latent width.
     #[allow(clippy::too_many_arguments)]
-    pub(super) fn to_experts_sum<'a, T: Element>(
+    pub(super) fn experts_sum_gradient<'a, T: Element>(
         &self,
         scope: &Scope<'_>,
         weights: &LayerWeights<'_>,
@@ -197,7 +197,7 @@ impl AroundBack {
 
     /// Through the norm of experts' outputs: each row's gradient, where there is such a norm, and where they are wanted those of the rows' weights.
     #[allow(clippy::too_many_arguments)]
-    pub(super) fn to_outputs<'a, T: Element>(
+    pub(super) fn outputs_gradient<'a, T: Element>(
         &self,
         scope: &Scope<'_>,
         weights: &LayerWeights<'_>,
@@ -229,7 +229,8 @@ impl AroundBack {
 
     /// From [`AroundBack::d_seen`] through norm and projection, and to their weights: the gradient of `x`, what was projected, written or `added`, where it has a
     /// place.
-    pub(super) fn to_input<T: Element>(
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn input_gradient<T: Element>(
         &self,
         scope: &Scope<'_>,
         weights: &LayerWeights<'_>,

@@ -174,8 +174,8 @@ impl BackwardPlan {
         let wants_routed = wanted.any() || gradients.routed.is_some() || gradients.slot_norm.is_some();
         // Behind the experts.
         let around = &self.around;
-        let dy = around.to_sum(scope, weights, saved, (at, dy), workspace, observer)?;
-        let d_sum = around.to_experts_sum(scope, weights, saved, (at, dy), wants_routed, workspace, observer)?;
+        let dy = around.sum_gradient(scope, weights, saved, (at, dy), workspace, observer)?;
+        let d_sum = around.experts_sum_gradient(scope, weights, saved, (at, dy), wants_routed, workspace, observer)?;
         // What the routed experts saw.
         let norm_weight = weights.experts.norms.experts;
         let behind_norm = match self.expert_norm.as_ref().filter(|_| wants_routed) {
@@ -198,7 +198,7 @@ impl BackwardPlan {
         let outputs = match wants_routed {
             true => {
                 let d_row_weight = wanted.weights.then(|| self.routed.d_row_weight(workspace));
-                around.to_outputs(scope, weights, saved, (at, d_sum), d_row_weight, workspace, observer)?
+                around.outputs_gradient(scope, weights, saved, (at, d_sum), d_row_weight, workspace, observer)?
             }
             false => None,
         };
@@ -333,7 +333,7 @@ impl BackwardPlan {
         combine::forward(kernels, stream, &self.sum.desc, args).map_err(within)?;
         observer(BackwardStage::Sum);
         let to_input = behind.map(|behind| (behind, false)).or(dx.map(|dx| (dx, lies_there)));
-        around.to_input(scope, weights, saved, (at, behind_norm), to_input, workspace, observer)?;
+        around.input_gradient(scope, weights, saved, (at, behind_norm), to_input, workspace, observer)?;
         if let Some(norm) = self.expert_norm.as_ref().filter(|_| dx.is_some() || norm_weights[1].is_some()) {
             let to = (dx, lies_there, optional(norm_weights[1]));
             norm.back(scope, (x, norm_weight), workspace, to, norms::EXPERTS, observer)?;
