@@ -31,7 +31,7 @@ pub use self::strides::Strides;
 use self::strides::outputs_apart;
 pub(crate) use self::swapped::most_partial_bytes;
 use super::combine::CombineDesc;
-use super::cost::{expected_tiles, product_cycles};
+use super::cost::{TiledRows, expected_tiles, product_cycles};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm_combine::SumArgs;
 use super::tiles::{select_tile_of, select_tile_of_width, tile_of_height};
@@ -232,13 +232,14 @@ fn of_width(
             Error::unsupported(operation, "tile_n", expected, width)
         });
     }
-    let rows = match desc.rows {
+    let tiles_of_rows = match desc.rows {
         Rows::Dense(rows) => rows.div_ceil(height as usize) as u64,
         Rows::Grouped(shape) => expected_tiles(shape.slots, shape.experts, height),
     } + desc.shared_rows.div_ceil(height as usize) as u64;
+    let rows = TiledRows { live: (desc.rows.count() + desc.shared_rows) as u64, tiles: tiles_of_rows };
     let cycles = |tile: &Tile| {
         let columns = desc.n.div_ceil(with(*tile).out_columns() as usize) as u64;
-        product_cycles(tile, rows * columns, desc.k, device)
+        product_cycles(tile, rows, columns, desc.k, device)
     };
     Ok(tiles.min_by_key(|tile| (cycles(tile), tile.bn)).expect("the first is one of them"))
 }
