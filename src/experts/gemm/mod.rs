@@ -71,7 +71,7 @@ pub struct GemmArgs<'a, T> {
     pub dropout: Option<Dropout>,
     /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`]. Absent, the dropout's seed and offset are all there is.
     pub noise_state: Option<In<'a, u64>>,
-    /// `[rows, N]`. Rows that no tile covers are left as they are.
+    /// `[rows, N]`. Rows that no tile covers are left as they are. With [`Output::TokenSums`] `[tokens, N]`, to which rows are added.
     pub out: ProductOut<'a, T>,
     /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
     /// Of 16 bits no value is rounded across the limit of a clamp, where the slope jumps.
@@ -90,7 +90,7 @@ impl<'a, T> GemmArgs<'a, T> {
         GemmArgs::to(a.into(), weight, ProductOut::Rounded(out.into()))
     }
 
-    /// A dense product to f32, for [`Output::F32`] and [`Output::AddedF32`].
+    /// A dense product to f32, for [`Output::F32`], [`Output::AddedF32`] and [`Output::TokenSums`].
     pub fn to_f32(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, f32>>) -> GemmArgs<'a, T> {
         GemmArgs::to(a.into(), weight, ProductOut::F32(out.into()))
     }
@@ -346,6 +346,16 @@ pub(crate) fn run<T: Element>(
         let reason = "there is no dropout";
         return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
     }
+    if desc.output == Output::TokenSums {
+        let (operation, reason) = (OPERATION, "the output is TokenSums");
+        for (argument, given) in
+            [("pre_activation", args.pre_activation.is_some()), ("dropout", args.dropout.is_some())]
+        {
+            if given {
+                return Err(Error::Unexpected { operation, argument, reason });
+            }
+        }
+    }
     if desc.rows.count() + desc.shared_rows == 0 || selection.grid[0] == 0 {
         return Ok(());
     }
@@ -360,10 +370,10 @@ pub(crate) fn run<T: Element>(
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
-    let elements = places.out_extent(rows, desc.n);
+    let elements = places.out_extent(desc.out_rows(), desc.n);
     let out = match (desc.output, args.out) {
         (Output::Rounded | Output::Added, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
-        (Output::F32 | Output::AddedF32, ProductOut::F32(out)) => {
+        (Output::F32 | Output::AddedF32 | Output::TokenSums, ProductOut::F32(out)) => {
             scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?
         }
         (output, given) => {
@@ -500,6 +510,7 @@ pub(crate) fn enqueue(
         out: at.out.into(),
         pre_activation: at.pre_activation.into(),
         slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
+        out_token: at.rows.filter(|_| desc.output == Output::TokenSums).map(|rows| rows.slot_token).into(),
         row_scale: at.row_scale.into(),
         out_scale: at.out_scale.into(),
         tiles: at.rows.map(|rows| rows.tiles).into(),
@@ -534,6 +545,7 @@ pub(crate) fn enqueue(
             Output::F32 => 1,
             Output::Added => 2,
             Output::AddedF32 => 3,
+            Output::TokenSums => 4,
         },
         activation,
         alpha,
