@@ -41,6 +41,7 @@ pub(super) fn plan(
     let fits = desc.kernels == KernelSet::Fastest
         && desc.output != Output::TokenSums
         && desc.tile_n.is_none()
+        && desc.shared_depth.is_none()
         && GemmSwapped::DTYPES.contains(&desc.dtype)
         && device.shared_bytes_per_block >= GemmSwapped::SHARED_BYTES
         && match &desc.rows {
