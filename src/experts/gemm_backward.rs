@@ -31,6 +31,8 @@
 //! A factor of all weights ([`crate::layer::LayerDesc::routed_scale`]) is [`scale`](GemmBackwardDesc::scale). A shared expert of the same form has rows in the same
 //! launch ([`GemmBackwardDesc::shared_rows`]), or is a launch of [`Rows::Dense`]; its gate's sigmoid and slope are computed here too ([`GemmBackwardDesc::gate`]).
 
+mod hopper;
+
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
@@ -90,6 +92,8 @@ pub struct GemmBackwardDesc {
     pub shared_gate: bool,
     /// Buffers may begin on any element. Else they begin on 16 bytes if `n` and `k` are multiples of 8.
     pub unaligned: bool,
+    /// Which kernels may compute it. None is made for few rows.
+    pub kernels: KernelSet,
 }
 
 impl GemmBackwardDesc {
@@ -112,6 +116,7 @@ impl GemmBackwardDesc {
             gate: false,
             shared_gate: false,
             unaligned: false,
+            kernels: KernelSet::Fastest,
         }
     }
 
@@ -133,7 +138,7 @@ impl GemmBackwardDesc {
         }
     }
 
-    /// The product without what follows it: the weight in its other order.
+    /// The product without what follows it, by the kernels of every device: the weight in its other order.
     fn product(&self) -> GemmDesc {
         let layout = match self.weight.layout {
             Layout::Nk => Layout::Kn,
@@ -194,6 +199,7 @@ settings!(GemmBackwardDesc {
     gate: bool,
     shared_gate: bool,
     unaligned: bool,
+    kernels: KernelSet,
 });
 
 /// Buffers of a second product's way back.
@@ -335,14 +341,17 @@ buffers!(SharedRowsBackward<'a, T> {
     d_row_weight: Out<f32>,
 });
 
-/// Chooses kernel and grid: that of [`super::gemm`] for the product.
+/// Chooses kernel and grid: that of [`super::gemm`] for the product, by the same costs, but none for few rows.
 ///
 /// # Errors
-/// Those of [`GemmBackwardDesc::validate`]; [`Error::Unsupported`] for a tile height without a kernel, or a device with too little
-/// shared memory; [`Error::Overflow`] for a grid past the device's limit.
+/// Those of [`GemmBackwardDesc::validate`]; [`Error::Unsupported`] for a tile height without a kernel, a device with too little
+/// shared memory, or a set of kernels that cannot compute it there; [`Error::Overflow`] for a grid past the device's limit.
 pub fn select(desc: &GemmBackwardDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let product = select_among(OPERATION, &desc.product(), &[], device)?;
+    if let Some(selection) = hopper::select(desc, &product, device)? {
+        return Ok(selection);
+    }
     let kernel = match product.kernel.variant() {
         Kernel::Gemm(gemm) => Kernel::GemmBackward(gemm),
         Kernel::GemmAny(gemm) => Kernel::GemmBackwardAny(gemm),
@@ -356,7 +365,7 @@ pub fn select(desc: &GemmBackwardDesc, device: &DeviceInfo) -> Result<Selection,
 pub(crate) struct SumRegions {
     /// `[column tiles, shared_rows + rows]` f32.
     pub(crate) parts: Region,
-    /// A counter for each row tile.
+    /// A counter for each row tile, or of the kernels for Hopper for each row.
     pub(crate) arrivals: Region,
 }
 
@@ -368,8 +377,12 @@ impl SumRegions {
             return Ok(SumRegions::default());
         }
         let rows = desc.shared_rows + desc.rows.count();
+        let arrivals = match selection.kernel.variant() {
+            Kernel::GemmBackwardHopper(_) => rows,
+            _ => selection.grid[0] as usize / columns,
+        };
         Ok(SumRegions {
-            arrivals: arena.region("workspace", selection.grid[0] as usize / columns, size_of::<u32>())?,
+            arrivals: arena.region("workspace", arrivals, size_of::<u32>())?,
             parts: arena.region(
                 "workspace",
                 shape::product(OPERATION, "workspace", &[columns, rows])?,
@@ -383,6 +396,7 @@ impl SumRegions {
 fn tile_columns(selection: &Selection) -> usize {
     match selection.kernel.variant() {
         Kernel::GemmBackward(gemm) => gemm.out_columns() as usize,
+        Kernel::GemmBackwardHopper(gemm) => gemm.out_columns() as usize,
         Kernel::GemmBackwardAny(gemm) => gemm.out_columns() as usize,
         other => unreachable!("{other:?} is no way back"),
     }
@@ -406,7 +420,7 @@ pub fn workspace_bytes(desc: &GemmBackwardDesc, device: &DeviceInfo) -> Result<u
 /// Computes `d_pre_activation` and what else is asked for.
 ///
 /// With no rows or no tiles nothing is launched. A launch whose `d_slot_weight` has several column tiles is preceded by zeros into their counters (four bytes a
-/// row tile), no kernel.
+/// row tile; a row on Hopper), no kernel.
 ///
 /// # Errors
 /// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch or a shared expert against the descriptor, for a
@@ -606,82 +620,93 @@ pub(crate) fn enqueue(
         scope.zero(workspace.at(regions.arrivals), regions.arrivals.bytes)?;
     }
     let slot_token = at.rows.map(|rows| rows.slot_token);
-    scope.launch(
-        selection,
-        GemmBackwardParams {
-            a: at.a.into(),
-            b: at.weight.into(),
-            slot_token: slot_token.filter(|_| desc.gather).into(),
-            tiles: at.rows.map(|rows| rows.tiles).into(),
-            num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
-            pre_activation: at.pre_activation.into(),
-            pre_slot_token: slot_token.filter(|_| desc.gather_pre_activation).into(),
-            weight: at.slot_weight.into(),
-            out_bias: at.out_bias.into(),
-            d_pre_activation: at.d_pre_activation.into(),
-            hidden: at.hidden.into(),
-            d_weight: at.d_slot_weight.into(),
-            shared_a: at.shared.map(|shared| shared.a).into(),
-            shared_b: at.shared.map(|shared| shared.weight).into(),
-            shared_pre_activation: at.shared.map(|shared| shared.pre_activation).into(),
-            shared_weight: at.shared.and_then(|shared| shared.row_weight).into(),
-            shared_out_bias: at.shared.and_then(|shared| shared.out_bias).into(),
-            shared_d_pre_activation: at.shared.map(|shared| shared.d_pre_activation).into(),
-            shared_hidden: at.shared.and_then(|shared| shared.hidden).into(),
-            shared_d_weight: at.shared.and_then(|shared| shared.d_row_weight).into(),
-            parts: several.then(|| workspace.at(regions.parts)).into(),
-            arrivals: several.then(|| workspace.at(regions.arrivals)).into(),
-            expert_alpha: at.swiglu.alpha.into(),
-            expert_gate_limit: at.swiglu.gate.into(),
-            expert_up_limit: at.swiglu.up.into(),
-            expert_offset: at.swiglu.offset.into(),
-            noise_state: at.noise_state.into(),
-            shared_rows: desc.shared_rows as u32,
-            gates: u32::from(desc.gate) | u32::from(desc.shared_gate) << 1,
-            m: desc.rows.count() as u32,
-            n: desc.n as u32,
-            k: desc.k as u32,
-            b_outputs: desc.n as u32,
-            tile_m: match &desc.rows {
-                Rows::Dense(_) => 1,
-                Rows::Grouped(shape) => shape.tile_m as u32,
-            },
-            a_row: desc.k as u32,
-            a_depth: 1,
-            b_expert_lo: expert as u64 as u32,
-            b_expert_hi: (expert as u64 >> 32) as u32,
-            b_output: output as u32,
-            b_depth: depth as u32,
-            gated: u32::from(desc.glu.is_gated()),
-            gate_first,
-            up_first,
-            stride,
-            scale: desc.scale,
-            shared_scale: desc.shared_scale,
-            activation: own.activation,
-            gate_bound: own.gate_bound,
-            up_bound: own.up_bound,
-            alpha: own.alpha,
-            gate_limit: own.gate_limit,
-            up_limit: own.up_limit,
-            factor: own.factor,
-            offset: own.offset,
-            shared_activation: shared.activation,
-            shared_gate_bound: shared.gate_bound,
-            shared_up_bound: shared.up_bound,
-            shared_alpha: shared.alpha,
-            shared_gate_limit: shared.gate_limit,
-            shared_up_limit: shared.up_limit,
-            shared_factor: shared.factor,
-            shared_offset: shared.offset,
-            drop_below: drop_below(probability),
-            keep_scale: keep_scale(probability),
-            seed_lo,
-            seed_hi,
-            offset_lo,
-            offset_hi,
+    let params = GemmBackwardParams {
+        a: at.a.into(),
+        b: at.weight.into(),
+        slot_token: slot_token.filter(|_| desc.gather).into(),
+        tiles: at.rows.map(|rows| rows.tiles).into(),
+        num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
+        pre_activation: at.pre_activation.into(),
+        pre_slot_token: slot_token.filter(|_| desc.gather_pre_activation).into(),
+        weight: at.slot_weight.into(),
+        out_bias: at.out_bias.into(),
+        d_pre_activation: at.d_pre_activation.into(),
+        hidden: at.hidden.into(),
+        d_weight: at.d_slot_weight.into(),
+        shared_a: at.shared.map(|shared| shared.a).into(),
+        shared_b: at.shared.map(|shared| shared.weight).into(),
+        shared_pre_activation: at.shared.map(|shared| shared.pre_activation).into(),
+        shared_weight: at.shared.and_then(|shared| shared.row_weight).into(),
+        shared_out_bias: at.shared.and_then(|shared| shared.out_bias).into(),
+        shared_d_pre_activation: at.shared.map(|shared| shared.d_pre_activation).into(),
+        shared_hidden: at.shared.and_then(|shared| shared.hidden).into(),
+        shared_d_weight: at.shared.and_then(|shared| shared.d_row_weight).into(),
+        parts: several.then(|| workspace.at(regions.parts)).into(),
+        arrivals: several.then(|| workspace.at(regions.arrivals)).into(),
+        expert_alpha: at.swiglu.alpha.into(),
+        expert_gate_limit: at.swiglu.gate.into(),
+        expert_up_limit: at.swiglu.up.into(),
+        expert_offset: at.swiglu.offset.into(),
+        noise_state: at.noise_state.into(),
+        shared_rows: desc.shared_rows as u32,
+        gates: u32::from(desc.gate) | u32::from(desc.shared_gate) << 1,
+        m: desc.rows.count() as u32,
+        n: desc.n as u32,
+        k: desc.k as u32,
+        b_outputs: desc.n as u32,
+        tile_m: match &desc.rows {
+            Rows::Dense(_) => 1,
+            Rows::Grouped(shape) => shape.tile_m as u32,
         },
-    )
+        a_row: desc.k as u32,
+        a_depth: 1,
+        b_expert_lo: expert as u64 as u32,
+        b_expert_hi: (expert as u64 >> 32) as u32,
+        b_output: output as u32,
+        b_depth: depth as u32,
+        gated: u32::from(desc.glu.is_gated()),
+        gate_first,
+        up_first,
+        stride,
+        scale: desc.scale,
+        shared_scale: desc.shared_scale,
+        activation: own.activation,
+        gate_bound: own.gate_bound,
+        up_bound: own.up_bound,
+        alpha: own.alpha,
+        gate_limit: own.gate_limit,
+        up_limit: own.up_limit,
+        factor: own.factor,
+        offset: own.offset,
+        shared_activation: shared.activation,
+        shared_gate_bound: shared.gate_bound,
+        shared_up_bound: shared.up_bound,
+        shared_alpha: shared.alpha,
+        shared_gate_limit: shared.gate_limit,
+        shared_up_limit: shared.up_limit,
+        shared_factor: shared.factor,
+        shared_offset: shared.offset,
+        drop_below: drop_below(probability),
+        keep_scale: keep_scale(probability),
+        seed_lo,
+        seed_hi,
+        offset_lo,
+        offset_hi,
+    };
+    match selection.kernel.variant() {
+        Kernel::GemmBackwardHopper(gemm) => scope.launch(
+            selection,
+            hopper::with_maps(
+                scope,
+                desc,
+                &gemm,
+                params,
+                [at.a, at.weight],
+                at.shared.map(|shared| [shared.a, shared.weight]),
+            )?,
+        ),
+        _ => scope.launch(selection, params),
+    }
 }
 
 #[cfg(test)]

@@ -119,7 +119,7 @@ impl GemmDesc {
     }
 
     /// The layout for the kernels of packed rows, where they can compute this.
-    pub(super) fn vector_layout(&self) -> Option<Layout> {
+    pub(in crate::experts) fn vector_layout(&self) -> Option<Layout> {
         let whole = self.n.is_multiple_of(8) && self.k.is_multiple_of(8) && !self.unaligned;
         if whole { self.places().layout_of_vectors(self) } else { None }
     }

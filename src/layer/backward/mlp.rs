@@ -159,7 +159,8 @@ impl MlpPlan {
             .weight(mlp.down)
             .glu(mlp.gate_up.glu)
             .scale(scale)
-            .gate(sizes.gate);
+            .gate(sizes.gate)
+            .kernels(kernels);
         let shared_rows = sizes.shared.map_or(0, |shared| shared.rows);
         if let Some(Joined { rows, activation, scale, gate }) = sizes.shared {
             hidden = hidden.shared_rows(rows).shared_activation(Some(activation)).shared_scale(scale).shared_gate(gate);
@@ -207,7 +208,8 @@ impl MlpPlan {
                 .weight(plain)
                 .glu(Glu::None)
                 .gather_pre_activation(sizes.gathers())
-                .shared_rows(shared_rows);
+                .shared_rows(shared_rows)
+                .kernels(kernels);
             Input::Weighted(through(desc)?)
         } else {
             let mut desc = GemmDesc::new(dtype, rows, width, outputs).kernels(kernels).weight(turned(&mlp.gate_up));
