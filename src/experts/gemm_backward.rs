@@ -713,8 +713,9 @@ pub(crate) fn enqueue(
 mod tests {
     use super::*;
     use crate::experts::dispatched::SlotShape;
+    use crate::registry::GemmHopper;
     use crate::rules::Swiglu;
-    use crate::runtime::device::A100;
+    use crate::runtime::device::{A100, H100};
 
     fn desc() -> GemmBackwardDesc {
         let rows = Rows::Grouped(SlotShape::new(100, 8, Some(2), 200, 64, 11));
@@ -753,6 +754,37 @@ mod tests {
         // Three column tiles of 200 rows, and a counter for each of 16 row tiles.
         assert!(bytes(desc()) >= 3 * 200 * 4 + 16 * 4);
         assert!(bytes(desc().shared_rows(1000)) >= 3 * 1200 * 4);
+    }
+
+    #[test]
+    fn hopper_runs_its_own_where_it_is_ahead() {
+        // Qwen3-30B's, and a smaller batch.
+        let of = |tokens: usize, tile_m: usize, kernels| {
+            let tiles = crate::experts::tiles::max_tiles(8 * tokens, 128, tile_m);
+            let rows = Rows::Grouped(SlotShape::new(tokens, 128, Some(8), 8 * tokens, tile_m, tiles));
+            GemmBackwardDesc::new(Dtype::Bf16, rows, 768, 2048, Activation::Silu).gather(true).kernels(kernels)
+        };
+        let is_own = |desc: &GemmBackwardDesc, device: &DeviceInfo| {
+            matches!(select(desc, device).unwrap().kernel.variant(), Kernel::GemmBackwardHopper(_))
+        };
+        let large = of(32768, 128, KernelSet::Fastest);
+        assert!(is_own(&large, &H100));
+        assert_eq!(select(&large, &H100).unwrap().cluster, [2, 1, 1]);
+        assert!(!is_own(&large, &A100));
+        assert!(!is_own(&large.kernels(KernelSet::Sm80), &H100));
+        assert!(!is_own(&large.unaligned(true), &H100));
+        assert!(!is_own(&of(128, 16, KernelSet::Fastest), &H100), "lists of low tiles");
+        let little = DeviceInfo { shared_bytes_per_block: GemmHopper::BACKWARD_SHARED_BYTES - 1, ..H100 };
+        assert!(!is_own(&large, &little));
+        for (desc, device) in [
+            (of(64, 16, KernelSet::Sm90a), H100),
+            (of(64, 128, KernelSet::Sm90a).unaligned(true), H100),
+            (of(64, 128, KernelSet::Sm90a), A100),
+        ] {
+            assert_eq!(select(&desc, &device).unwrap_err().argument(), Some("kernels"));
+        }
+        let single = GemmBackwardDesc { dtype: Dtype::F32, weight: WeightDesc::new(Dtype::F32), ..large };
+        assert!(!is_own(&GemmBackwardDesc { rows: Rows::Dense(4096), ..single.gather(false) }, &H100));
     }
 
     #[test]

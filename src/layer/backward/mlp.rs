@@ -220,7 +220,11 @@ impl MlpPlan {
             Input::Product(product(desc.shared_rows(shared_rows))?, up)
         };
 
-        let scratch = |desc: &GemmBackwardDesc| gemm_backward::workspace_bytes(desc, device).map_err(within);
+        // Of whichever kernel a launch with fewer rows chooses: those of every device need most.
+        let scratch = |desc: &GemmBackwardDesc| {
+            let bytes = |desc: GemmBackwardDesc| gemm_backward::workspace_bytes(&desc, device).map_err(within);
+            Ok::<_, Error>(bytes(*desc)?.max(bytes(desc.kernels(KernelSet::Sm80))?))
+        };
         let scratch_bytes = match &input {
             Input::Product(..) => scratch(&hidden)?,
             Input::Weighted(step) => scratch(&hidden)?.max(scratch(&step.desc)?),
