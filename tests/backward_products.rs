@@ -261,3 +261,29 @@ fn frozen_experts_cost_nothing() {
         }
     }
 }
+
+/// Sums of several column tiles are added by whichever warpgroup comes last to its rows: in one order, whatever the blocks' is.
+#[test]
+fn the_same_bits_in_any_order() {
+    let Some(control) = device::control() else { return };
+    if device::kernels().device().compute_capability != (9, 0) {
+        return;
+    }
+    let mut chain = made([300, 2, 5, 72, 520], KernelSet::Sm90a);
+    let stream = chain.stream.clone();
+    let mut back = |seed, threads| {
+        control.set_seed(seed);
+        control.set_threads(threads);
+        stream.memcpy_htod(&vec![f32::NAN; chain.d_weight.len()], &mut chain.d_weight).unwrap();
+        stream.memcpy_htod(&vec![bf16::NAN; chain.d_z.len()], &mut chain.d_z).unwrap();
+        profiled(|| chain.back());
+        let sums: Vec<u32> = stream.clone_dtoh(&chain.d_weight).unwrap().into_iter().map(f32::to_bits).collect();
+        let d_z: Vec<u16> = stream.clone_dtoh(&chain.d_z).unwrap().into_iter().map(bf16::to_bits).collect();
+        (sums, d_z)
+    };
+    let first = back(0, 1);
+    assert!(first.0.iter().all(|&sum| f32::from_bits(sum).is_finite()));
+    for (seed, threads) in [(1, 1), (2, 4), (3, 3), (4, 1), (5, 2)] {
+        assert!(back(seed, threads) == first, "seed {seed}, {threads} threads");
+    }
+}
