@@ -7,7 +7,7 @@ use crate::runtime::launch::{Address, Scope};
 use crate::runtime::params::{GemmBackwardHopperMore, GemmBackwardHopperParams, GemmBackwardParams};
 use crate::{DeviceInfo, Error, Selection};
 
-/// The kernel where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by the cost of [`super::super::gemm`].
+/// The kernel, which takes a shared expert of the others' sizes alone, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by the cost of [`super::super::gemm`].
 pub(super) fn select(
     desc: &GemmBackwardDesc,
     other: &Selection,
