@@ -30,6 +30,7 @@ pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) ->
     let [expert, output, depth] = places.weight;
     let height = tile_height(desc);
     let fits = device.compute_capability == (9, 0)
+        && desc.output != Output::TokenSums
         && device.shared_bytes_per_block >= GemmHopper::SHARED_BYTES
         && GemmHopper::DTYPES.contains(&desc.dtype)
         && [expert, output.max(depth), places.a[0]].iter().all(|&stride| is_mapped(stride))

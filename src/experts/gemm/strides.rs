@@ -52,7 +52,7 @@ impl Strides {
             shape::size(operation, argument, stride[0].max(stride[1]))?;
         }
         let outputs = desc.weight.outputs(desc.n);
-        let [rows, a_rows, experts] = [desc.rows.count(), desc.a_rows(), desc.rows.experts()];
+        let [rows, a_rows, experts] = [desc.out_rows(), desc.a_rows(), desc.rows.experts()];
         extent(operation, "strides.a", &[(a_rows.max(desc.shared_rows), self.a[0]), (desc.k, self.a[1])])?;
         let [expert, output, depth] = self.weight;
         extent(operation, "strides.weight", &[(experts, expert), (outputs, output), (desc.k, depth)])?;
