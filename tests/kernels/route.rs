@@ -8,12 +8,12 @@ use moe_kernels::registry::{Kernel, Route};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::route::{self, RouteArgs, RouteDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc, SharedGate};
-use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, LogitRule, Score};
+use moe_kernels::rules::{Capacity, Gating, LogitRule, Score};
 use moe_kernels::{In, Workspace, reference};
 
 use crate::any_rule::{Case, OnDevice};
 use crate::dispatch::{Outputs, rule_of};
-use crate::gating::{Logits, garbage, groups, renormalise};
+use crate::gating::{Logits, every_group_rule, garbage, groups, renormalise};
 use crate::support::buffer::Guarded;
 use crate::support::compare::Storage;
 use crate::support::device;
@@ -47,11 +47,12 @@ pub fn check(variant: Route, rng: &mut fastrand::Rng) {
             }
         }
     }
-    // Groups that are ranked by more than two of their experts, up to the last.
+    // Groups of every kind, up to the last expert.
     if let Some(score) = variant.score {
-        let rule = Gating::new(score).groups(Some(Groups::new(4, 2).score(GroupScore::TopSum(3))));
-        let case = Case::new(rng, rule, [7, most, 4], Logits::Normal);
-        of_any_types(variant, rng, &case, 72);
+        for (experts, top_k, groups) in every_group_rule(score, most) {
+            let case = Case::new(rng, Gating::new(score).groups(Some(groups)), [7, experts, top_k], Logits::Normal);
+            of_any_types(variant, rng, &case, 24);
+        }
     }
 }
 
