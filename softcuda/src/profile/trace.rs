@@ -59,7 +59,7 @@ impl Run {
 pub struct Trace {
     /// In their final order.
     pub done: Vec<Run>,
-    /// Since the last barrier, by warp.
+    /// Since the last barrier or phase, by warp.
     pub warps: Vec<Vec<Run>>,
     /// Runs in `warps`.
     pub pending: usize,

@@ -4,7 +4,8 @@
 //! while they do. Instead the global requests of each block are recorded, and replayed in an order that depends on the
 //! launch alone:
 //!
-//! - Warps of a block take turns, one request each; a barrier of the block that completes ends a round of turns.
+//! - Warps of a block take turns, one request each; a barrier of the block that completes ends a round of turns, and so does a phase of
+//!   an mbarrier that does: warps that fill a pipeline's stages together are at most its depth apart.
 //! - Blocks are given to multiprocessors in launch order, one to each, as many times as the occupancy says; whenever a block
 //!   has no requests left, its place takes the next. All places take turns, one request each; one of more than 512 bytes, a box of the
 //!   copy engine, takes a turn for each of them.

@@ -243,7 +243,7 @@ impl Observer for Recorder<'_> {
     }
 
     fn sync(&mut self, site: &Site, event: &SyncEvent) {
-        if let SyncEvent::BarrierComplete { .. } = event
+        if let SyncEvent::BarrierComplete { .. } | SyncEvent::MbarrierPhase { .. } = event
             && let Some(trace) = self.blocks.get_mut(&site.block)
         {
             trace.interleave();
