@@ -17,7 +17,8 @@ pub use capacity::{Admission, Dispatch, IDS_BYTES, MAX_CHUNKS, MAX_COUNTED};
 use experts::any_width;
 pub use experts::{
     COLUMN_PRODUCTS_THREADS, Combine, CombineRagged, Fold, GRADIENT_BUFFERS, GRADIENT_CHUNK, Gemm, GemmAny, GemmHopper,
-    GemmSwapped, KGrouped, MAX_UNIT_TOP_K, PERMUTE_BATCH, PERMUTE_UNITS, RMS_NORM_THREADS, permute_grid,
+    GemmSwapped, KGrouped, MAX_UNIT_SHARE, MAX_UNIT_TOP_K, PERMUTE_BATCH, PERMUTE_UNITS, RMS_NORM_THREADS,
+    permute_grid,
 };
 pub use routers::{
     AFFINITY_TOKENS, Gate, LOAD_IMPORTANCE_TOKENS, MAX_PRODUCT_KEYS, MeasuredGate, Noisy, Route, Router,
@@ -136,6 +137,8 @@ pub enum Kernel {
     },
     /// The gradient of sampled routing's logits.
     SampledBackward,
+    /// SparseMixer's draws in training.
+    SparseMixer,
     /// The gradient of the logits by which experts chose tokens.
     AffinityBackward,
     /// The gradient of the loss of importance and of loads.
@@ -164,6 +167,10 @@ pub enum Kernel {
     ProductKeys,
     /// Experts of one hidden unit.
     UnitExperts(Dtype),
+    /// Their way back to tokens and weights.
+    UnitExpertsBackward(Dtype),
+    /// Their way back to their own rows.
+    UnitExpertsRows(Dtype),
     /// Gradients of the weights of choices.
     ChoiceBackward(Dtype),
     /// A shared expert's gate, and its slope.
@@ -241,6 +248,7 @@ impl Kernel {
             Kernel::NoisyBackward { grouped } => format!("noisy_backward{}", if *grouped { "_grouped" } else { "" }),
             Kernel::SequenceCounts => "sequence_counts".into(),
             Kernel::SampledBackward => "sampled_backward".into(),
+            Kernel::SparseMixer => "sparse_mixer".into(),
             Kernel::AffinityBackward => "affinity_backward".into(),
             Kernel::LoadImportanceBackward => "load_importance_backward".into(),
             Kernel::ProductKeysBackward => "product_keys_backward".into(),
@@ -255,6 +263,8 @@ impl Kernel {
             Kernel::ColumnProducts(dtype) => format!("column_products_{dtype}"),
             Kernel::ProductKeys => "product_keys".into(),
             Kernel::UnitExperts(dtype) => format!("unit_experts_{dtype}"),
+            Kernel::UnitExpertsBackward(dtype) => format!("unit_experts_backward_{dtype}"),
+            Kernel::UnitExpertsRows(dtype) => format!("unit_experts_rows_{dtype}"),
             Kernel::ChoiceBackward(dtype) => format!("choice_backward_{dtype}"),
             Kernel::SigmoidGate => "sigmoid_gate".into(),
             Kernel::BySequence { ids_bytes } => format!("by_sequence{}", wide(*ids_bytes)),
@@ -316,6 +326,7 @@ impl Kernel {
             Kernel::NoisyBackward { grouped: true } => "NoisyBackwardGrouped",
             Kernel::SequenceCounts => "SequenceCounts",
             Kernel::SampledBackward => "SampledBackward",
+            Kernel::SparseMixer => "SparseMixer",
             Kernel::AffinityBackward => "AffinityBackward",
             Kernel::LoadImportanceBackward => "LoadImportanceBackward",
             Kernel::ProductKeysBackward => "ProductKeysBackward",
@@ -330,6 +341,8 @@ impl Kernel {
             Kernel::ColumnProducts(_) => "ColumnProducts",
             Kernel::ProductKeys => "ProductKeys",
             Kernel::UnitExperts(_) => "UnitExperts",
+            Kernel::UnitExpertsBackward(_) => "UnitExpertsBackward",
+            Kernel::UnitExpertsRows(_) => "UnitExpertsRows",
             Kernel::ChoiceBackward(_) => "ChoiceBackward",
             Kernel::SigmoidGate => "SigmoidGate",
             Kernel::BySequence { .. } => "BySequence",
@@ -383,6 +396,7 @@ impl Kernel {
             | Kernel::NoisyBackward { .. }
             | Kernel::SequenceCounts
             | Kernel::SampledBackward
+            | Kernel::SparseMixer
             | Kernel::AffinityBackward
             | Kernel::LoadImportanceBackward
             | Kernel::ProductKeysBackward
@@ -396,9 +410,12 @@ impl Kernel {
             Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
             Kernel::ColumnProducts(_) => COLUMN_PRODUCTS_THREADS,
-            Kernel::ProductKeys | Kernel::UnitExperts(_) | Kernel::BySequence { .. } | Kernel::TokenBanks { .. } => {
-                BLOCK_WARPS * 32
-            }
+            Kernel::ProductKeys
+            | Kernel::UnitExperts(_)
+            | Kernel::UnitExpertsBackward(_)
+            | Kernel::UnitExpertsRows(_)
+            | Kernel::BySequence { .. }
+            | Kernel::TokenBanks { .. } => BLOCK_WARPS * 32,
         }
     }
 
@@ -469,6 +486,7 @@ impl Kernel {
             Kernel::NoisyBackward { .. } => "routers/noisy_backward.ptx.jinja",
             Kernel::SequenceCounts => "routers/sequence_counts.ptx.jinja",
             Kernel::SampledBackward => "routers/sampled_backward.ptx.jinja",
+            Kernel::SparseMixer => "routers/sparse_mixer.ptx.jinja",
             Kernel::AffinityBackward => "routers/affinity_backward.ptx.jinja",
             Kernel::LoadImportanceBackward => "routers/load_importance_backward.ptx.jinja",
             Kernel::ProductKeysBackward => "routers/product_keys_backward.ptx.jinja",
@@ -482,6 +500,8 @@ impl Kernel {
             Kernel::ColumnProducts(_) => "experts/column_products.ptx.jinja",
             Kernel::ProductKeys => "routers/product_keys.ptx.jinja",
             Kernel::UnitExperts(_) => "experts/unit_experts.ptx.jinja",
+            Kernel::UnitExpertsBackward(_) => "experts/unit_experts_backward.ptx.jinja",
+            Kernel::UnitExpertsRows(_) => "experts/unit_experts_rows.ptx.jinja",
             Kernel::ChoiceBackward(_) => "experts/choice_backward.ptx.jinja",
             Kernel::SigmoidGate => "experts/sigmoid_gate.ptx.jinja",
             Kernel::BySequence { .. } => "routers/by_sequence.ptx.jinja",
@@ -587,6 +607,7 @@ impl Kernel {
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::SampledBackward
+            | Kernel::SparseMixer
             | Kernel::AffinityBackward
             | Kernel::LoadImportanceBackward
             | Kernel::ProductKeysBackward => vec![("warps", Int(BLOCK_WARPS))],
@@ -637,7 +658,12 @@ impl Kernel {
                 ("depth", Int(RouterBackward::DEPTH)),
             ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
-            Kernel::UnitExperts(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
+            Kernel::UnitExperts(dtype) | Kernel::UnitExpertsBackward(dtype) => {
+                vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))]
+            }
+            Kernel::UnitExpertsRows(dtype) => {
+                vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS)), ("most", Int(MAX_UNIT_SHARE))]
+            }
             Kernel::ChoiceBackward(dtype) => vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))],
             Kernel::SigmoidGate => vec![],
             Kernel::BySequence { ids_bytes } | Kernel::TokenBanks { ids_bytes } => vec![("ids_bytes", Int(*ids_bytes))],
@@ -753,7 +779,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::Jitter));
     kernels.extend([Kernel::NoiseState, Kernel::ScaleSums, Kernel::SequenceCounts]);
     kernels.extend([false, true].map(|grouped| Kernel::NoisyBackward { grouped }));
-    kernels.extend([Kernel::SampledBackward, Kernel::AffinityBackward]);
+    kernels.extend([Kernel::SampledBackward, Kernel::SparseMixer, Kernel::AffinityBackward]);
     kernels.extend([Kernel::LoadImportanceBackward, Kernel::ProductKeysBackward]);
     kernels.extend(Dtype::ALL.map(Kernel::UnitBackward));
     kernels.extend([Kernel::GradientNorm, Kernel::GradientScale]);
@@ -774,6 +800,8 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend(Dtype::ALL.map(Kernel::ColumnProducts));
     kernels.push(Kernel::ProductKeys);
     kernels.extend(Dtype::ALL.map(Kernel::UnitExperts));
+    kernels.extend(Dtype::ALL.map(Kernel::UnitExpertsBackward));
+    kernels.extend(Dtype::ALL.map(Kernel::UnitExpertsRows));
     kernels.extend(Dtype::ALL.map(Kernel::ChoiceBackward));
     kernels.push(Kernel::SigmoidGate);
     kernels.extend(IDS_BYTES.map(|ids_bytes| Kernel::BySequence { ids_bytes }));

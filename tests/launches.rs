@@ -3,7 +3,8 @@
 use half::bf16;
 use moe_kernels::experts::Weight;
 use moe_kernels::layer::{
-    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouterWeights, SharedDesc, SharedWeights,
+    BackwardArgs, BackwardDesc, ExpertWeights, LayerArgs, LayerDesc, LayerGradients, LayerWeights, Mlp,
+    RouterGradients, RouterWeights, Saved, SharedDesc, SharedGradients, SharedWeights, WeightGradients,
 };
 use moe_kernels::{Dtype, Kernels, Workspace, device};
 
@@ -49,6 +50,41 @@ fn launches_are_those_of_the_plan() {
             assert_eq!(record.grid, selection.grid);
             assert_eq!(record.block, [selection.kernel.threads(), 1, 1]);
             assert_eq!(record.dynamic_shared_bytes, selection.kernel.shared_bytes());
+        }
+
+        // And back: never more than nine, but where a shared expert of another width has launches of its own.
+        let back = plan.backward_plan(&BackwardDesc::new()).expect("a layer with a way back");
+        let bytes = plan.workspace_bytes().max(back.workspace_bytes());
+        let mut workspace = Workspace::new(&stream, bytes).expect("device memory");
+        let mut saved = Saved::new(&stream, &back).expect("device memory");
+        plan.forward_saving(&kernels, &stream, &weights, LayerArgs::new(&x, &mut y), &mut saved, &mut workspace)
+            .expect("enqueued");
+        let mut dx = zeros(tokens * hidden);
+        let [mut d_router, mut d_gate] = [router.len(), hidden].map(|len| stream.alloc_zeros::<f32>(len).unwrap());
+        let [mut d_gate_up, mut d_down] = [2, 1].map(|both| zeros(desc.experts * both * intermediate * hidden));
+        let [mut d_shared_up, mut d_shared_down] = [2, 1].map(|both| zeros(both * intermediate * hidden));
+        let mut gradients = LayerGradients::new()
+            .x(&mut dx)
+            .router(RouterGradients::new().matrix(&mut d_router))
+            .gate_up(WeightGradients::new(&mut d_gate_up))
+            .down(WeightGradients::new(&mut d_down));
+        if let Some(shared) = desc.shared {
+            let of = SharedGradients::new()
+                .gate_up(WeightGradients::new(&mut d_shared_up))
+                .down(WeightGradients::new(&mut d_shared_down));
+            gradients = gradients.shared(if shared.gated { of.gate(&mut d_gate) } else { of });
+        }
+        let args = BackwardArgs::new(&x, &x, gradients);
+        control.log_launches(true);
+        back.backward(&kernels, &stream, &weights, &saved, args, &mut workspace).expect("enqueued");
+        stream.synchronize().expect("the kernels ran");
+        let log = control.launches();
+        control.log_launches(false);
+        assert_eq!(log.len(), if launches == 7 { 12 } else { 8 });
+        assert_eq!(back.launches(), log.len());
+        for (record, (_, selection)) in log.iter().zip(back.stages()) {
+            assert_eq!(record.kernel, selection.kernel.name());
+            assert_eq!(record.grid, selection.grid);
         }
     }
 }

@@ -21,11 +21,14 @@ import time
 
 import torch
 
+# The bundle has the kernels beside this file.
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "../../benches/triton"))
 try:
     import triton
-    import triton.language as tl
 except ImportError:
     triton = None
+else:
+    from moe_triton import product_kernel, silu_kernel
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
@@ -97,53 +100,6 @@ def torch_experts(x, choice, gate_up, down):
     return slots.view(tokens, k, -1).sum(1)
 
 
-if triton:
-
-    @triton.jit
-    def product_kernel(a, b, out, weights, slot_of_row, expert_of_tile, rows_used, n, depth, slots, slots_a_row,
-                       WEIGHTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-        """out[slot] = a[slot // slots_a_row] @ b[expert].T, times weights[slot]; a tile's rows are slots of one expert."""
-        block = tl.program_id(0)
-        columns = tl.cdiv(n, BN)
-        tiles = tl.cdiv(tl.load(rows_used), BM)
-        first = block // (GROUP * columns) * GROUP
-        if first >= tiles:
-            return
-        height = tl.minimum(tiles - first, GROUP)
-        inside = block % (GROUP * columns)
-        tile, column = first + inside % height, inside // height
-        if column >= columns:
-            return
-        slot = tl.load(slot_of_row + tile * BM + tl.arange(0, BM))
-        real = slot < slots  # padding is the number of slots
-        expert = tl.load(expert_of_tile + tile).to(tl.int64)
-        col = column * BN + tl.arange(0, BN)
-        step = tl.arange(0, BK)
-        a_at = a + (slot // slots_a_row).to(tl.int64)[:, None] * depth + step[None, :]
-        b_at = b + expert * n * depth + (col % n).to(tl.int64)[None, :] * depth + step[:, None]
-        sums = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, depth, BK):
-            left = tl.load(a_at, mask=real[:, None] & (step[None, :] < depth - k), other=0.0)
-            right = tl.load(b_at, mask=step[:, None] < depth - k, other=0.0)
-            sums = tl.dot(left, right, sums)
-            a_at += BK
-            b_at += BK
-        if WEIGHTED:
-            sums *= tl.load(weights + slot, mask=real, other=0.0)[:, None]
-        out_at = out + slot.to(tl.int64)[:, None] * n + col[None, :]
-        tl.store(out_at, sums.to(out.dtype.element_ty), mask=real[:, None] & (col[None, :] < n))
-
-    @triton.jit
-    def silu_kernel(both, out, width, elements, BLOCK: tl.constexpr):
-        """out [S, I] = silu(gate) * up of both [S, 2I]."""
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        live = at < elements
-        base = at // width * 2 * width + at % width
-        gate = tl.load(both + base, mask=live, other=0.0).to(tl.float32)
-        up = tl.load(both + base + width, mask=live, other=0.0).to(tl.float32)
-        tl.store(out + at, (gate / (1 + tl.exp(-gate)) * up).to(out.dtype.element_ty), mask=live)
-
-
 def padded_slots(flat, number, tile):
     """Slots by expert, each expert's padded to whole tiles: slot of each row, expert of each tile, rows in use [1], most rows."""
     slots = flat.numel()
@@ -175,11 +131,11 @@ def triton_experts(x, choice, gate_up, down, tiling):
 
     def product(a, b, out, n, depth, slots_a_row, weighted):
         product_kernel[(groups * triton.cdiv(n, bn),)](
-            a, b, out, weights, rows, tile_experts, used, n, depth, slots, slots_a_row,
-            WEIGHTED=weighted, BM=bm, BN=bn, BK=bk, GROUP=group, num_warps=warps, num_stages=stages)
+            a, b, out, weights, rows, tile_experts, used, n, depth, slots,
+            SLOTS_A_ROW=slots_a_row, WEIGHTED=weighted, BM=bm, BN=bn, BK=bk, GROUP=group, num_warps=warps, num_stages=stages)
 
     product(x, gate_up, both, 2 * width, hidden, k, False)
-    silu_kernel[(triton.cdiv(slots * width, 1024),)](both, h, width, slots * width, BLOCK=1024)
+    silu_kernel[(slots, triton.cdiv(width, 1024))](both, h, width, BLOCK=1024)
     product(h, down, y, hidden, width, 1, True)
     return y.view(tokens, k, hidden).sum(1)
 

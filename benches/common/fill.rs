@@ -25,13 +25,26 @@ pub fn values<T: Element + DeviceRepr>(
     scale: f32,
     seed: u64,
 ) -> Result<CudaSlice<T>, Box<dyn std::error::Error>> {
-    let block: Vec<T> = drawn().iter().take(len).map(|value| T::from_f32(value * scale / SPREAD)).collect();
+    let mut out = repeated(stream, len, scale / SPREAD)?;
+    let desc = JitterDesc::new(T::DTYPE, len, 1.0, NoiseSource::new(seed, 0));
+    jitter::forward(kernels, stream, &desc, JitterArgs::in_place(&mut out))?;
+    Ok(out)
+}
+
+/// `len` values of mean 0 and deviation `scale`: about a million normal ones, repeated. Nothing runs on the device.
+///
+/// # Errors
+/// The device's, out of memory included.
+pub fn repeated<T: Element + DeviceRepr>(
+    stream: &Arc<CudaStream>,
+    len: usize,
+    scale: f32,
+) -> Result<CudaSlice<T>, DriverError> {
+    let block: Vec<T> = drawn().iter().take(len).map(|value| T::from_f32(value * scale)).collect();
     // SAFETY: everything is written before it is read.
     let mut out = unsafe { stream.alloc::<T>(len)? };
     stream.memcpy_htod(&block, &mut out.slice_mut(..block.len()))?;
     spread(stream, &mut out, block.len())?;
-    let desc = JitterDesc::new(T::DTYPE, len, 1.0, NoiseSource::new(seed, 0));
-    jitter::forward(kernels, stream, &desc, JitterArgs::in_place(&mut out))?;
     Ok(out)
 }
 

@@ -282,6 +282,9 @@ pub const COLUMN_PRODUCTS_THREADS: u32 = 1024;
 /// Choices of a token by product keys, and experts of one unit that a token has: two for each lane.
 pub const MAX_UNIT_TOP_K: u32 = 64;
 
+/// Experts of one unit whose gradients a block sums: two for each lane.
+pub const MAX_UNIT_SHARE: u32 = 64;
+
 /// Weighted sum of a token's expert outputs, however many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CombineRagged {

@@ -37,18 +37,12 @@ pub struct Family {
     pub(super) activation: Act,
     pub(super) shared: Option<Shared>,
     pub(super) refine: Option<Refine>,
-    pub(super) no_way_back: Option<&'static str>,
 }
 
 impl Family {
     /// The family's `model_type` in `config.json`, then others that are the same.
     pub fn names(&self) -> &'static [&'static str] {
         self.names
-    }
-
-    /// Whether its blocks have gradients ([`super::BlockBackward`]).
-    pub fn has_gradients(&self) -> bool {
-        self.no_way_back.is_none()
     }
 
     /// Whether a `model_type` is the family's, or that of its language model (`NAME_text`).
@@ -88,7 +82,6 @@ impl Family {
             activation: Act::Named(&["hidden_act"], "silu"),
             shared: None,
             refine: None,
-            no_way_back: None,
         }
     }
 
@@ -303,11 +296,6 @@ impl Family {
             shared.activation = Some(activation);
         }
         self
-    }
-
-    /// A part of its blocks has no way back here.
-    pub(super) const fn without_way_back(self, part: &'static str) -> Family {
-        Family { no_way_back: Some(part), ..self }
     }
 
     /// What the other facts cannot say, with its words for the table of families.

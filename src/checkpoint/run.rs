@@ -18,6 +18,8 @@ use crate::rules::{Dtype, IdFormat};
 use crate::{Element, Error, In, Kernels, Out, Workspace};
 use apart::{BySequence, UnitExperts};
 
+pub(super) use apart::typed;
+
 const OPERATION: &str = "a checkpoint's block";
 
 /// Everything that a block needs for so many tokens, allocated once.

@@ -8,8 +8,7 @@ use super::family::Family;
 use crate::rules::{ChoiceBy, Glu, GroupScore, Layout, Masked, Renormalise, Score};
 
 /// Titles of [`Family::row`]'s columns.
-pub const COLUMNS: [&str; 7] =
-    ["`model_type`", "chosen by", "weights", "experts", "shared expert", "tensors", "gradients"];
+pub const COLUMNS: [&str; 6] = ["`model_type`", "chosen by", "weights", "experts", "shared expert", "tensors"];
 
 /// All families and what each computes, as a table in Markdown. A key of `config.json` stands with the value that counts where it is absent.
 pub fn table() -> String {
@@ -26,7 +25,7 @@ pub fn table() -> String {
 
 impl Family {
     /// What the family computes and how its tensors are called, in the columns of [`COLUMNS`].
-    pub fn row(&self) -> [String; 7] {
+    pub fn row(&self) -> [String; 6] {
         [
             self.names.join(", "),
             self.choice(),
@@ -34,7 +33,6 @@ impl Family {
             self.experts_in_words(),
             self.shared_in_words(),
             self.tensors(),
-            self.no_way_back.map_or("all".into(), |part| format!("none: {part}")),
         ]
     }
 

@@ -29,7 +29,7 @@
 //!   `d_slot_weight = <dX_slots, x>`, and `hidden = s x` by row, which step 4 takes in place of `x`, ungathered.
 //!
 //! A factor of all weights ([`crate::layer::LayerDesc::routed_scale`]) is [`scale`](GemmBackwardDesc::scale). A shared expert of the same form has rows in the same
-//! launch ([`GemmBackwardDesc::shared_rows`]), or is a launch of [`Rows::Dense`].
+//! launch ([`GemmBackwardDesc::shared_rows`]), or is a launch of [`Rows::Dense`]; its gate's sigmoid and slope are computed here too ([`GemmBackwardDesc::gate`]).
 
 use std::sync::Arc;
 
@@ -84,6 +84,10 @@ pub struct GemmBackwardDesc {
     pub shared_activation: Option<Activation>,
     /// [`scale`](Self::scale) of a shared expert's rows.
     pub shared_scale: f32,
+    /// Whether the rows' weights are logits of a sigmoid, a gate: the row's weight is their sigmoid, and its gradient that of the logit.
+    pub gate: bool,
+    /// [`gate`](Self::gate) of a shared expert's rows.
+    pub shared_gate: bool,
     /// Buffers may begin on any element. Else they begin on 16 bytes if `n` and `k` are multiples of 8.
     pub unaligned: bool,
 }
@@ -105,6 +109,8 @@ impl GemmBackwardDesc {
             shared_rows: 0,
             shared_activation: None,
             shared_scale: 1.0,
+            gate: false,
+            shared_gate: false,
             unaligned: false,
         }
     }
@@ -185,6 +191,8 @@ settings!(GemmBackwardDesc {
     shared_rows: usize,
     shared_activation: Option<Activation>,
     shared_scale: f32,
+    gate: bool,
+    shared_gate: bool,
     unaligned: bool,
 });
 
@@ -629,6 +637,7 @@ pub(crate) fn enqueue(
             expert_offset: at.swiglu.offset.into(),
             noise_state: at.noise_state.into(),
             shared_rows: desc.shared_rows as u32,
+            gates: u32::from(desc.gate) | u32::from(desc.shared_gate) << 1,
             m: desc.rows.count() as u32,
             n: desc.n as u32,
             k: desc.k as u32,

@@ -7,7 +7,7 @@
 //! row `slot_token[r]` of a matrix that is gathered. Rows of no expert are not read, whatever they hold. Sums are f32, in a fixed order.
 //!
 //! On request the same launch adds up the columns of `a` or of `b` ([`ColumnSums`]), what gradients of biases are made of: `db_e` is the sum of `dv_r`, or of the
-//! rows' weights times the output's gradient. Experts that are frozen ([`KGroupedArgs::frozen`]) cost nothing: their blocks read no row and write no gradient.
+//! rows' weights times the output's gradient. A shared expert of the same sizes is one group more ([`KGroupedDesc::shared_rows`]). Experts that are frozen ([`KGroupedArgs::frozen`]) cost nothing: their blocks read no row and write no gradient.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use super::gemm::ProductOut;
 use crate::registry::{KGrouped, Kernel};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::KGroupedParams;
 use crate::runtime::shape::{self, reach};
 use crate::{DeviceInfo, Element, Error, In, Kernels, Selection};
@@ -87,6 +87,10 @@ pub struct KGroupedDesc {
     pub accumulate: bool,
     /// Whether the matrix of an expert without rows is left as it is; else it becomes zero, or with `accumulate` stays.
     pub keep_empty: bool,
+    /// Rows of a shared expert in the same launch ([`KGroupedArgs::shared`]), of the same sizes and strides, neither gathered nor frozen; 0 without.
+    pub shared_rows: usize,
+    /// [`f32_out`](Self::f32_out) of a shared expert's.
+    pub shared_f32_out: bool,
 }
 
 impl KGroupedDesc {
@@ -103,6 +107,8 @@ impl KGroupedDesc {
             f32_out: false,
             accumulate: false,
             keep_empty: false,
+            shared_rows: 0,
+            shared_f32_out: false,
         }
     }
 
@@ -140,6 +146,8 @@ impl KGroupedDesc {
             shape::product(OPERATION, argument, &[rows, row])?;
             shape::product(OPERATION, argument, &[columns, column])?;
         }
+        shape::size(OPERATION, "shared_rows", self.shared_rows)?;
+        shape::product(OPERATION, "shared_rows", &[self.shared_rows, a[0].max(b[0])])?;
         shape::product(OPERATION, "strides.out", &[self.rows.experts, out[0]])?;
         let apart = |inner: (usize, usize), outer: (usize, usize)| inner.1 > 0 && outer.1 > (inner.0 - 1) * inner.1;
         let (row, column) = ((m, out[1]), (n, out[2]));
@@ -170,6 +178,8 @@ settings!(KGroupedDesc {
     f32_out: bool,
     accumulate: bool,
     keep_empty: bool,
+    shared_rows: usize,
+    shared_f32_out: bool,
 });
 
 /// Sums of `a`'s columns, or of `b`'s, over each expert's rows: `out[e,i] = scale * sum over r of weights[r] * a[row_a(r),i]`.
@@ -221,6 +231,34 @@ pub struct KGroupedArgs<'a, T> {
     pub frozen: Option<In<'a, i32>>,
     /// Sums of columns.
     pub sums: Option<ColumnSums<'a, T>>,
+    /// The shared expert's; exactly with [`KGroupedDesc::shared_rows`].
+    pub shared: Option<SharedGroup<'a, T>>,
+}
+
+/// The rows of an expert that every token passes, as one group more.
+#[non_exhaustive]
+pub struct SharedGroup<'a, T> {
+    /// `[shared_rows, M]`, with the strides of the others; so are `b` and `out`.
+    pub a: In<'a, T>,
+    /// `[shared_rows, N]`.
+    pub b: In<'a, T>,
+    /// `[M, N]`, written.
+    pub out: ProductOut<'a, T>,
+    /// Sums of columns, `[M]` or `[N]`, by weights `[shared_rows]`.
+    pub sums: Option<ColumnSums<'a, T>>,
+}
+
+impl<'a, T> SharedGroup<'a, T> {
+    /// `a` and `b` to `out`.
+    pub fn new(a: impl Into<In<'a, T>>, b: impl Into<In<'a, T>>, out: ProductOut<'a, T>) -> SharedGroup<'a, T> {
+        SharedGroup { a: a.into(), b: b.into(), out, sums: None }
+    }
+
+    /// With sums of columns.
+    #[must_use]
+    pub fn sums(self, sums: ColumnSums<'a, T>) -> SharedGroup<'a, T> {
+        SharedGroup { sums: Some(sums), ..self }
+    }
 }
 
 impl<'a, T> KGroupedArgs<'a, T> {
@@ -231,13 +269,19 @@ impl<'a, T> KGroupedArgs<'a, T> {
         dispatched: &'a Dispatched,
         out: ProductOut<'a, T>,
     ) -> KGroupedArgs<'a, T> {
-        KGroupedArgs { a: a.into(), b: b.into(), dispatched, out, frozen: None, sums: None }
+        KGroupedArgs { a: a.into(), b: b.into(), dispatched, out, frozen: None, sums: None, shared: None }
     }
 
     /// With sums of columns.
     #[must_use]
     pub fn sums(self, sums: ColumnSums<'a, T>) -> KGroupedArgs<'a, T> {
         KGroupedArgs { sums: Some(sums), ..self }
+    }
+
+    /// With the rows of a shared expert.
+    #[must_use]
+    pub fn shared(self, shared: SharedGroup<'a, T>) -> KGroupedArgs<'a, T> {
+        KGroupedArgs { shared: Some(shared), ..self }
     }
 }
 
@@ -261,7 +305,8 @@ pub fn select(desc: &KGroupedDesc, device: &DeviceInfo) -> Result<Selection, Err
     }
     let tile = kernel.tile();
     let tiles = desc.m.div_ceil(tile.bm as usize).saturating_mul(desc.n.div_ceil(tile.bn as usize));
-    let blocks = shape::grid_x(OPERATION, "m", tiles.saturating_mul(desc.rows.experts) as u64)?;
+    let groups = desc.rows.experts + usize::from(desc.shared_rows > 0);
+    let blocks = shape::grid_x(OPERATION, "m", tiles.saturating_mul(groups) as u64)?;
     Ok(Selection::new(Kernel::KGrouped(kernel), [blocks, 1, 1]))
 }
 
@@ -296,28 +341,38 @@ pub fn forward<T: Element>(
     let a = scope.read("a", args.a, reach(&[(a_rows, a_at[0]), (desc.m, a_at[1])]), alignment)?;
     let b = scope.read("b", args.b, reach(&[(b_rows, b_at[0]), (desc.n, b_at[1])]), alignment)?;
     let elements = reach(&[(desc.rows.experts, out_at[0]), (desc.m, out_at[1]), (desc.n, out_at[2])]);
-    let out = match (args.out, desc.f32_out) {
-        (ProductOut::Rounded(out), false) => scope.write("out", out, elements, alignment)?,
-        (ProductOut::F32(out), true) => scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?,
-        (_, f32_out) => {
-            let (expected, got) = ("a buffer of the type of a", "a buffer of f32");
-            let (expected, got) = if f32_out { (got, expected) } else { (expected, got) };
-            return Err(Error::invalid(operation, "out", expected, got));
-        }
-    };
+    let most = if any { SCALAR } else { VECTOR };
+    let out = open_out(&scope, "out", args.out, desc.f32_out, [elements as u64, alignment, most])?;
     let frozen = scope.read_some("frozen", args.frozen, desc.rows.experts, SCALAR)?;
-    let flag = |set, bit: u32| if set { bit } else { 0 };
-    let (mut sums, mut sum_weights, mut sum_scale, mut sum_form) = (None, None, 1.0, 0);
-    if let Some(wanted) = args.sums {
-        let elements = desc.rows.experts * if wanted.of_b { desc.n } else { desc.m };
-        sum_form = flag(matches!(wanted.out, ProductOut::F32(_)), 8) | flag(wanted.of_b, 16);
-        sums = Some(match wanted.out {
-            ProductOut::Rounded(out) => scope.write("sums.out", out, elements, desc.dtype.bytes().into())?,
-            ProductOut::F32(out) => scope.write("sums.out", out, elements, SCALAR)?,
+    let names = ["sums.out", "sums.weights"];
+    let sizes = [desc.rows.experts, desc.rows.slots];
+    let sums = args.sums.map(|sums| HeldSums::open(&scope, names, sums, desc, sizes)).transpose()?;
+    if args.shared.is_some() != (desc.shared_rows > 0) {
+        let argument = "shared";
+        return Err(match &args.shared {
+            None => Error::Missing { operation, argument, reason: "the descriptor has shared_rows" },
+            Some(_) => Error::Unexpected { operation, argument, reason: "the descriptor has no shared_rows" },
         });
-        sum_weights = scope.read_some("sums.weights", wanted.weights, desc.rows.slots, SCALAR)?;
-        sum_scale = wanted.scale;
     }
+    let shared = args.shared.map(|shared| {
+        let rows = desc.shared_rows;
+        let elements = reach(&[(desc.m, out_at[1]), (desc.n, out_at[2])]);
+        let names = ["shared.sums.out", "shared.sums.weights"];
+        let place = [elements as u64, alignment, most];
+        Ok::<_, Error>(HeldShared {
+            a: scope.read("shared.a", shared.a, reach(&[(rows, a_at[0]), (desc.m, a_at[1])]), alignment)?,
+            b: scope.read("shared.b", shared.b, reach(&[(rows, b_at[0]), (desc.n, b_at[1])]), alignment)?,
+            out: open_out(&scope, "shared.out", shared.out, desc.shared_f32_out, place)?,
+            sums: shared.sums.map(|sums| HeldSums::open(&scope, names, sums, desc, [1, rows])).transpose()?,
+        })
+    });
+    let shared = shared.transpose()?;
+    let form = |f32_out, sums: Option<&HeldSums<'_>>| {
+        let of_sums = sums.map_or(0, |sums| sums.form);
+        flag(f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4) | of_sums
+    };
+    let (sums, of_shared) = (sums.as_ref(), shared.as_ref());
+    let shared_sums = of_shared.and_then(|shared| shared.sums.as_ref());
     let lists = args.dispatched.read(&scope)?;
     let at = lists.addresses();
     scope.launch(
@@ -330,9 +385,15 @@ pub fn forward<T: Element>(
             offsets: at.offsets.into(),
             counts: at.counts.into(),
             frozen: optional(&frozen).into(),
-            sums: optional(&sums).into(),
-            sum_weights: optional(&sum_weights).into(),
-            sum_scale,
+            sums: sums.map(|sums| sums.out.address()).into(),
+            sum_weights: sums.and_then(|sums| optional(&sums.weights)).into(),
+            sum_scale: sums.map_or(1.0, |sums| sums.scale),
+            shared_a: of_shared.map(|shared| shared.a.address()).into(),
+            shared_b: of_shared.map(|shared| shared.b.address()).into(),
+            shared_out: of_shared.map(|shared| shared.out.address()).into(),
+            shared_sums: shared_sums.map(|sums| sums.out.address()).into(),
+            shared_sum_weights: shared_sums.and_then(|sums| optional(&sums.weights)).into(),
+            shared_sum_scale: shared_sums.map_or(1.0, |sums| sums.scale),
             slots: desc.rows.slots as u32,
             m: desc.m as u32,
             n: desc.n as u32,
@@ -350,9 +411,73 @@ pub fn forward<T: Element>(
             out_expert_hi: (out_at[0] as u64 >> 32) as u32,
             out_row: out_at[1] as u32,
             out_column: out_at[2] as u32,
-            out_form: flag(desc.f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4) | sum_form,
+            out_form: form(desc.f32_out, sums),
+            shared_rows: desc.shared_rows as u32,
+            shared_form: form(desc.shared_f32_out, shared_sums),
         },
     )
+}
+
+const fn flag(set: bool, bit: u32) -> u32 {
+    if set { bit } else { 0 }
+}
+
+/// Opens a product's result: so many elements, which begin on so many bytes, or of f32 on so many.
+fn open_out<'a: 'b, 'b, T: Element>(
+    scope: &Scope<'b>,
+    argument: &'static str,
+    out: ProductOut<'a, T>,
+    f32_out: bool,
+    [elements, rounded, wide]: [u64; 3],
+) -> Result<Held<'b>, Error> {
+    match (out, f32_out) {
+        (ProductOut::Rounded(out), false) => scope.write(argument, out, elements as usize, rounded),
+        (ProductOut::F32(out), true) => scope.write(argument, out, elements as usize, wide),
+        (_, f32_out) => {
+            let (expected, got) = ("a buffer of the type of a", "a buffer of f32");
+            let (expected, got) = if f32_out { (got, expected) } else { (expected, got) };
+            Err(Error::invalid(scope.operation, argument, expected, got))
+        }
+    }
+}
+
+/// A shared expert's rows, opened.
+struct HeldShared<'a> {
+    a: Held<'a>,
+    b: Held<'a>,
+    out: Held<'a>,
+    sums: Option<HeldSums<'a>>,
+}
+
+/// Sums of columns, opened.
+struct HeldSums<'a> {
+    out: Held<'a>,
+    weights: Option<Held<'a>>,
+    scale: f32,
+    /// Their bits of `out_form`.
+    form: u32,
+}
+
+impl<'a> HeldSums<'a> {
+    /// Of so many groups, of so many rows in all.
+    fn open<'b: 'a, T: Element>(
+        scope: &Scope<'a>,
+        [out, weights]: [&'static str; 2],
+        sums: ColumnSums<'b, T>,
+        desc: &KGroupedDesc,
+        [groups, rows]: [usize; 2],
+    ) -> Result<HeldSums<'a>, Error> {
+        let elements = groups * if sums.of_b { desc.n } else { desc.m };
+        Ok(HeldSums {
+            form: flag(matches!(sums.out, ProductOut::F32(_)), 8) | flag(sums.of_b, 16),
+            out: match sums.out {
+                ProductOut::Rounded(to) => scope.write(out, to, elements, desc.dtype.bytes().into())?,
+                ProductOut::F32(to) => scope.write(out, to, elements, SCALAR)?,
+            },
+            weights: scope.read_some(weights, sums.weights, rows, SCALAR)?,
+            scale: sums.scale,
+        })
+    }
 }
 
 #[cfg(test)]

@@ -31,6 +31,7 @@ pub mod rms_norm_backward;
 pub mod sigmoid_gate;
 pub mod tiles;
 pub mod unit_experts;
+pub mod unit_experts_backward;
 pub(crate) mod weight;
 
 pub use dispatched::{Dispatched, Lists, SlotShape, TileEntry};

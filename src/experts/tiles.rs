@@ -1,5 +1,6 @@
 //! How many tiles a grouped GEMM may need, and which tile fits a load.
 
+use super::cost::Rates;
 use super::gemm::KernelSet;
 use crate::registry::{Fold, Gemm, GemmHopper, Tile};
 use crate::rules::{Dtype, Layout};
@@ -20,15 +21,20 @@ pub const fn max_tiles(slots: usize, experts: usize, tile_m: usize) -> usize {
 
 /// Rows of computation that streaming one tile's share of the weight costs as much as.
 ///
-/// A tile of `bm x bn` reads `bn` weight columns whatever `bm` is. On an A100, at 5 TB/s from L2 and 312 TFLOP/s, the
-/// columns of one step take the time of about 60 rows of products; half of it hides behind the products of other blocks.
-const WEIGHT_ROWS: u64 = 32;
+/// A tile of `bm x bn` reads `bn` weight columns whatever `bm` is. A column of 64 depths is 128 bytes of 16-bit weights out of L2, a row of it 64
+/// multiplications, each at the multiprocessor's [rate](Rates); half of it hides behind the products of other blocks: 56 rows on an A100. On Hopper, whose
+/// L2 gives 2.6 times what DRAM does (A100: 1.4), a weight that low tiles take from L2 twice is hidden behind DRAM, and low tiles need a launch less;
+/// of the others nothing is published on L2, and products of f32 take longer: 32 rows.
+fn weight_rows(dtype: Dtype, device: &DeviceInfo) -> u64 {
+    let rates = Rates::of(device.compute_capability);
+    if device.compute_capability == (8, 0) && dtype != Dtype::F32 { rates.mma / rates.l2_bytes } else { 32 }
+}
 
 /// Chooses the tile of a GEMM that `slots` rows enter, spread over `experts` experts.
 ///
 /// An active expert gets `r = slots / min(experts, slots)` rows on average. With loads that vary, it needs about
-/// `r / bm + 1/2` tiles, each costing its `bm` rows and [a fixed share](self) for the weight, so the choice minimises
-/// `(r / bm + 1/2) (bm + 32)`: few rows per expert take low tiles, from 128 rows on the tallest. Both GEMMs of a layer use
+/// `r / bm + 1/2` tiles, each costing its `bm` rows and a share of `w` for the weight (56 rows on an A100, else 32), so the choice minimises
+/// `(r / bm + 1/2) (bm + w)`: few rows per expert take low tiles, from 74 rows on an A100 and from 129 elsewhere the tallest. Both GEMMs of a layer use
 /// the same tile list, so the choice depends on neither's width.
 ///
 /// On Hopper a tile of 128 rows of which at most 64 live costs what a tile of 64 does ([`KernelSet::Sm90a`]), and an expert
@@ -55,7 +61,8 @@ pub(crate) fn select_tile_of(
     let is_hopper =
         kernels != KernelSet::Sm80 && device.compute_capability == (9, 0) && GemmHopper::DTYPES.contains(&dtype);
     let tallest = if is_hopper && slots / 32 >= active && slots != 32 * active { GemmHopper::TILE.bm } else { 0 };
-    let cost = |tile: &Tile| height_cost(slots, experts, tile);
+    let weight = weight_rows(dtype, device);
+    let cost = |tile: &Tile| height_cost(slots, experts, tile, weight);
     fitting(dtype, device).min_by_key(|tile| (tile.bm != tallest, cost(tile), tile.bm)).ok_or_else(|| {
         let least = Gemm::tiles(dtype).iter().map(|&tile| shared_bytes(dtype, tile)).min().unwrap_or(0);
         Error::unsupported(
@@ -68,17 +75,18 @@ pub(crate) fn select_tile_of(
 }
 
 /// What [`select_tile`] minimises.
-fn height_cost(slots: usize, experts: usize, tile: &Tile) -> u128 {
+fn height_cost(slots: usize, experts: usize, tile: &Tile, weight_rows: u64) -> u128 {
     let (active, slots, bm) = (experts.min(slots).max(1) as u128, slots as u128, u128::from(tile.bm));
     // (slots/active/bm + 1/2) (bm + w), times 2 active bm, is (2 slots + active bm) (bm + w) / bm.
-    (2 * slots + active * bm) * (bm + u128::from(WEIGHT_ROWS)) * 1024 / bm
+    (2 * slots + active * bm) * (bm + u128::from(weight_rows)) * 1024 / bm
 }
 
 /// The tile of so many weight outputs for dense rows.
 pub(crate) fn select_tile_of_width(dtype: Dtype, rows: usize, width: usize, device: &DeviceInfo) -> Option<Tile> {
     let tiles = Gemm::tiles(dtype).iter().chain(Gemm::wide_tiles(dtype)).copied();
     let fits = |tile: &Tile| tile.bn as usize == width && shared_bytes(dtype, *tile) <= device.shared_bytes_per_block;
-    tiles.filter(fits).min_by_key(|tile| (height_cost(rows, 1, tile), tile.bm))
+    let weight = weight_rows(dtype, device);
+    tiles.filter(fits).min_by_key(|tile| (height_cost(rows, 1, tile, weight), tile.bm))
 }
 
 /// The fewest rows that a tile of this type has on the device: what the tile list of a batch is bounded with, whatever its size.
@@ -149,6 +157,15 @@ mod tests {
         assert_eq!(height(8 * 512, 8), 128);
         assert_eq!(height(32768 * 8, 128), 128);
         assert_eq!(select_tile(Dtype::F32, 1 << 20, 8, &A100).unwrap().bm, 64);
+    }
+
+    #[test]
+    fn what_l2_gives_decides_when_tiles_grow() {
+        // A weight that comes from L2 twice costs more than half a tile's dead rows: `(r / 16 + 1/2) (16 + w)` against `(r / 64 + 1/2) (64 + w)`.
+        let height = |dtype, rows: usize, device| select_tile(dtype, 8 * rows, 8, device).unwrap().bm;
+        assert_eq!([9, 10, 73, 74].map(|rows| height(Dtype::Bf16, rows, &A100)), [16, 64, 64, 128]);
+        assert_eq!([16, 17].map(|rows| height(Dtype::Bf16, rows, &H100)), [16, 64]);
+        assert_eq!([16, 17].map(|rows| height(Dtype::F32, rows, &A100)), [16, 64]);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 //! Million Experts*, 2024; Doge).
 //!
 //! With so many experts hardly two tokens of a batch share one, so that nothing is gained by sorting slots: each token gathers its
-//! `k` rows of either matrix. Their ids come from [`crate::routers::product_keys`], as a rule.
+//! `k` rows of either matrix. Their ids come from [`crate::routers::product_keys`], as a rule. The way back is
+//! [`crate::experts::unit_experts_backward`].
 
 use std::sync::Arc;
 

@@ -11,6 +11,7 @@ use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{AppendedWeight, ChoiceBy, Gating, GroupScore, Groups, Masked, Score};
 
 pub use backward::{BackwardInputs, GateGradients, LossInputs, gate_backward, gate_backward_by};
+pub(super) use scores::near_largest;
 pub use scores::{softmax, sqrt_softplus};
 
 /// The chosen experts of every token.

@@ -1,6 +1,7 @@
 //! The way back through an expert's second matrix and its activation.
 
 use super::activation::{activate, activate_glu, slope, slopes_glu};
+use super::choice_backward::sigmoid_gate;
 use super::dispatch::Dispatched;
 use super::{Real, ReferenceError, require, require_shape};
 use crate::rules::{Activation, Glu, Layout};
@@ -32,6 +33,8 @@ pub struct HiddenBackward<'a, T> {
     pub activations: &'a [Activation],
     /// `[rows]`: the row's weight, 1 if absent.
     pub weights: Option<&'a [f32]>,
+    /// Whether `weights` are logits of a gate: the row's weight is their sigmoid, and the gradient theirs.
+    pub gate: bool,
     /// Factor of all weights.
     pub scale: f64,
     /// `[rows, N]`: what dropout multiplied each hidden value by, 0 or `1 / (1 - p)`; 1 if absent.
@@ -82,7 +85,10 @@ pub fn hidden_backward<T: Real>(
     for (row, expert) in of_experts.enumerate() {
         let expert: usize = expert;
         let z = &what.pre_activation[of_row(row, what.gather_pre_activation) * columns..][..columns];
-        let s = what.scale * what.weights.map_or(1.0, |weights| f64::from(weights[row]));
+        let given = what.weights.map(|weights| f64::from(weights[row]));
+        let logit = given.filter(|_| what.gate);
+        let weight = logit.map(|logit| sigmoid_gate(logit, None)).or(given).unwrap_or(1.0);
+        let s = what.scale * weight;
         let activation = what.activations[expert];
         let mut sum = 0.0;
         for i in 0..n {
@@ -112,7 +118,8 @@ pub fn hidden_backward<T: Real>(
             let d_out = &what.d_out[of_row(row, what.gather) * k..][..k];
             sum += d_out.iter().zip(&bias[expert * k..]).map(|(&d, &b)| d.into() * b.into()).sum::<f64>();
         }
-        all.d_weight[row] = what.scale * sum;
+        let d_weight = what.scale * sum;
+        all.d_weight[row] = logit.map_or(d_weight, |logit| sigmoid_gate(logit, Some(d_weight)));
     }
     Ok(all)
 }
@@ -193,10 +200,20 @@ mod tests {
                 glu,
                 activations: &[activation],
                 weights: Some(&[s]),
+                gate: false,
                 scale,
                 kept: Some(&kept),
             };
             let got = hidden_backward(&what, &plan).unwrap();
+            // A gate whose logit is s.
+            let gated = hidden_backward(&HiddenBackward { gate: true, ..what }, &plan).unwrap();
+            let sigmoid = |l: f64| 1.0 / (1.0 + (-l).exp());
+            let of_logit = |by: f64| loss(&z, sigmoid(f64::from(s) + by));
+            assert!((gated.d_weight[0] - (of_logit(1e-6) - of_logit(-1e-6)) / 2e-6).abs() < 1e-8);
+            let ratio = sigmoid(s.into()) / f64::from(s);
+            let scaled =
+                |gated: &[f64], plain: &[f64]| gated.iter().zip(plain).all(|(g, p)| (g - ratio * p).abs() < 1e-14);
+            assert!(scaled(&gated.hidden, &got.hidden) && scaled(&gated.d_pre_activation, &got.d_pre_activation));
             let transposed: Vec<f64> = (0..n).flat_map(|i| (0..k).map(move |o| weight[o * n + i])).collect();
             let other = HiddenBackward { weight: &transposed, layout: Layout::Kn, ..what };
             let apart = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);

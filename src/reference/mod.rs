@@ -44,6 +44,7 @@ pub mod routing_map;
 pub mod row_groups;
 pub mod sampled;
 pub mod sinkhorn;
+pub mod sparse_mixer;
 pub mod token_banks;
 pub mod unit_experts;
 

@@ -5,7 +5,7 @@
 //! logits[t,e] = exp(min(temperature, most)) f[e] (p[t] / |p[t]|) . (s[e] / |s[e]|)     [T, E]
 //! ```
 //!
-//! A row of zeros has cosine 0. Beyond the products' inputs all is f32. The logits go to a gating, or a layer
+//! A row of zeros has cosine 0. A length is `sqrt(|v|^2 + 1e-24)` where Tutel has `max(|v|, 1e-12)`: only rows about as short as 1e-12 see it. Beyond the products' inputs all is f32. The logits go to a gating, or a layer
 //! ([`crate::layer::RouteArgs::given_logits`]).
 //!
 //! The way back is [`CosineBackwardPlan`].

@@ -31,5 +31,6 @@ pub mod sampled;
 pub mod sampled_backward;
 pub mod sequence_counts;
 pub mod sinkhorn;
+pub mod sparse_mixer;
 pub mod token_banks;
 pub mod update_bias;

@@ -7,6 +7,22 @@
 //!
 //! State and network are in the type of `x`, as the model keeps them, or in f32, where rounding does not move a choice
 //! ([`NetworkDesc::state`]). The logits go to a gating, or a layer ([`crate::layer::RouteArgs::given_logits`]).
+//!
+//! # The way back
+//!
+//! [`NetworkPlan::forward`] keeps only the state. Whoever trains a network launches its parts, and from the gradient of the logits
+//! ([`crate::routers::gating_backward`], or [`LayerGradients::logits`](crate::layer::LayerGradients::logits)) the other way round; with a state of
+//! f32 (`d` is a gradient):
+//!
+//! | forth | back |
+//! |---|---|
+//! | `W_down x + b_down`: [`gemm`] to f32 | `d W_down`, `d b_down` (of a column of ones), `dx`, added: [`router_backward`](crate::routers::router_backward) |
+//! | `+ state_scale previous`, the norm: [`rms_norm`] with `addend`, `sum` | `d` of the state, of the gain and of `previous`: [`rms_norm_backward`](crate::experts::rms_norm_backward); of `state_scale`: [`column_products`](crate::experts::column_products) |
+//! | each layer: [`gemm`] with `pre_activation` | [`activation_backward`](crate::experts::activation_backward); `d W`: [`k_grouped`](crate::experts::k_grouped) of one expert; `d` of its input: [`gemm`] with [`Layout::Kn`](crate::rules::Layout::Kn) |
+//! | `W_out`: [`router`] | `d W_out` and `d` of its input: [`router_backward`](crate::routers::router_backward) |
+//!
+//! The gradient of a state joins that of `previous` from the next layer's router. `checkpoint::BlockBackward` does all this for a loaded block,
+//! and returns the gradient of `previous` too.
 
 use std::sync::Arc;
 

@@ -4,6 +4,8 @@
 //! [`weight`] the same with `db`, cut into parts where a workspace is lent: so few outputs and so many tokens would leave most of a GPU idle. Products are of
 //! TF32 on tensor cores, with an f32 gradient cut in two, so that they lose 2^-22 of it. A token whose gradients are all 0 (padding) is not
 //! multiplied by them: its row of `x` may hold anything.
+//!
+//! The gate of a shared expert, whose logit is one more column of the router's product ([`super::router::SharedGate`]), goes along: [`RouterBackwardDesc::gate`].
 
 use std::sync::Arc;
 
@@ -13,7 +15,7 @@ use crate::registry::{Kernel, RouterBackward};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::{Pointer, RouterBackwardParams};
+use crate::runtime::params::RouterBackwardParams;
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -36,12 +38,14 @@ pub struct RouterBackwardDesc {
     pub hidden: usize,
     /// Adds to what the result holds, once and before it is rounded.
     pub accumulate: bool,
+    /// Whether a shared expert's gate `w [H]` of the router's type goes along: `d_gate w^T` into the gradient of `x`, `d_gate^T x` beside that of the weight.
+    pub gate: bool,
 }
 
 impl RouterBackwardDesc {
     /// Of `tokens` rows of `hidden` columns of type `x`, with a weight of the same type.
     pub const fn new(x: Dtype, tokens: usize, experts: usize, hidden: usize) -> RouterBackwardDesc {
-        RouterBackwardDesc { x, weight: x, tokens, experts, hidden, accumulate: false }
+        RouterBackwardDesc { x, weight: x, tokens, experts, hidden, accumulate: false, gate: false }
     }
 
     /// Checks all that can be checked without buffers.
@@ -68,9 +72,14 @@ impl RouterBackwardDesc {
         blocks(rows, RouterBackward::ROWS) * blocks(self.hidden, RouterBackward::COLUMNS)
     }
 
-    fn select(&self, kernel: RouterBackward, rows: usize) -> Result<Selection, Error> {
+    /// Tiles of a weight's gradient, and of a gate's.
+    fn weight_tiles(&self) -> u64 {
+        self.tiles(self.experts) + if self.gate { self.tiles(1) } else { 0 }
+    }
+
+    fn select(&self, kernel: RouterBackward, tiles: u64) -> Result<Selection, Error> {
         self.validate()?;
-        let blocks = shape::grid_x(OPERATION, "tokens", self.tiles(rows))?;
+        let blocks = shape::grid_x(OPERATION, "tokens", tiles)?;
         Ok(Selection::new(Kernel::RouterBackward(kernel), [blocks, 1, 1]))
     }
 
@@ -83,14 +92,14 @@ impl RouterBackwardDesc {
     }
 }
 
-settings!(RouterBackwardDesc { weight: Dtype, accumulate: bool });
+settings!(RouterBackwardDesc { weight: Dtype, accumulate: bool, gate: bool });
 
 /// Chooses kernel and grid of [`into_x`]: a block for 64 tokens and 128 columns.
 ///
 /// # Errors
 /// Those of [`RouterBackwardDesc::validate`], and a grid past the device's limit.
 pub fn select_into_x(desc: &RouterBackwardDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
-    desc.select(RouterBackward { b: desc.weight, out: desc.x }, desc.tokens)
+    desc.select(RouterBackward { b: desc.weight, out: desc.x }, desc.tiles(desc.tokens))
 }
 
 /// Chooses kernel and grid of [`into_weight`]: a block for 64 experts and 128 columns.
@@ -98,7 +107,7 @@ pub fn select_into_x(desc: &RouterBackwardDesc, _device: &DeviceInfo) -> Result<
 /// # Errors
 /// Those of [`select_into_x`].
 pub fn select_into_weight(desc: &RouterBackwardDesc, _device: &DeviceInfo) -> Result<Selection, Error> {
-    desc.select(RouterBackward { b: desc.x, out: Dtype::F32 }, desc.experts)
+    desc.select(RouterBackward { b: desc.x, out: Dtype::F32 }, desc.weight_tiles())
 }
 
 /// Chooses kernel, grid and parts of [`weight`] with a workspace: a block for a tile of a part, as many as are resident at once.
@@ -112,7 +121,7 @@ pub fn select_weight(desc: &RouterBackwardDesc, device: &DeviceInfo) -> Result<(
         return Ok((alone, 1));
     }
     let kernel = RouterBackward { b: desc.x, out: Dtype::F32 };
-    let items = desc.tiles(desc.experts) as usize * parts;
+    let items = desc.weight_tiles() as usize * parts;
     let blocks = items.min((kernel.resident_blocks() * device.multiprocessors) as usize);
     Ok((Selection::cooperative(Kernel::RouterBackward(kernel), blocks as u32), parts))
 }
@@ -128,7 +137,8 @@ pub fn workspace_bytes(desc: &RouterBackwardDesc) -> Result<usize, Error> {
         return Ok(BARRIER_HEADER);
     }
     let words = shape::product(OPERATION, "weight", &[parts, desc.experts, desc.hidden + 1])?;
-    Ok(BARRIER_HEADER + words * size_of::<f32>())
+    let of_gate = if desc.gate { parts * desc.hidden } else { 0 };
+    Ok(BARRIER_HEADER + (words + of_gate) * size_of::<f32>())
 }
 
 /// `dx [T,H]` of `d_logits [T,E]` and the router's `weight [E,H]`.
@@ -146,20 +156,77 @@ pub fn into_x<'a, X: Element, W: Element>(
     weight: impl Into<In<'a, W>>,
     dx: impl Into<Out<'a, X>>,
 ) -> Result<(), Error> {
+    input(kernels, stream, desc, InputArgs::new(d_logits, weight, dx))
+}
+
+/// Buffers of the gradient of what a router has seen.
+#[non_exhaustive]
+pub struct InputArgs<'a, X, W> {
+    /// `[T, E]`.
+    pub d_logits: In<'a, f32>,
+    /// `[E, H]`.
+    pub weight: In<'a, W>,
+    /// `[T, H]`, written, or added to.
+    pub dx: Out<'a, X>,
+    /// `[T]` of the logits of a shared expert's gate, and its weight `[H]`: exactly with [`RouterBackwardDesc::gate`].
+    pub gate: Option<(In<'a, f32>, In<'a, W>)>,
+}
+
+impl<'a, X, W> InputArgs<'a, X, W> {
+    /// `d_logits` and `weight` to `dx`.
+    pub fn new(
+        d_logits: impl Into<In<'a, f32>>,
+        weight: impl Into<In<'a, W>>,
+        dx: impl Into<Out<'a, X>>,
+    ) -> InputArgs<'a, X, W> {
+        InputArgs { d_logits: d_logits.into(), weight: weight.into(), dx: dx.into(), gate: None }
+    }
+
+    /// With a shared expert's gate.
+    #[must_use]
+    pub fn gate(self, d_logits: impl Into<In<'a, f32>>, weight: impl Into<In<'a, W>>) -> InputArgs<'a, X, W> {
+        InputArgs { gate: Some((d_logits.into(), weight.into())), ..self }
+    }
+}
+
+/// [`into_x`], with a shared expert's gate where there is one: one launch.
+///
+/// # Errors
+/// Those of [`into_x`]; [`Error::Missing`] or [`Error::Unexpected`] for a gate against the descriptor.
+pub fn input<X: Element, W: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &RouterBackwardDesc,
+    args: InputArgs<'_, X, W>,
+) -> Result<(), Error> {
     let selection = select_into_x(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<X>("dx", desc.x)?;
     scope.check_dtype::<W>("weight", desc.weight)?;
+    check_gate(desc, args.gate.is_some())?;
     let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
     if tokens == 0 {
         return Ok(());
     }
-    let d_logits = scope.read("d_logits", d_logits.into(), tokens * experts, SCALAR)?;
-    let weight = scope.read("weight", weight.into(), experts * hidden, SCALAR)?;
-    let dx = scope.write("dx", dx.into(), tokens * hidden, SCALAR)?;
-    let a = Gradients { at: d_logits.address(), strides: [experts, 1] };
-    let to = Results { out: dx.address(), d_bias: None, workspace: None, parts: 1 };
-    launch(&scope, desc, &selection, a, weight.address(), [tokens, experts], to)
+    let d_logits = scope.read("d_logits", args.d_logits, tokens * experts, SCALAR)?;
+    let weight = scope.read("weight", args.weight, experts * hidden, SCALAR)?;
+    let (d_gate, gate) = args.gate.unzip();
+    let d_gate = scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?;
+    let gate = scope.read_some("gate.weight", gate, hidden, desc.weight.bytes().into())?;
+    let dx = scope.write("dx", args.dx, tokens * hidden, SCALAR)?;
+    let a = Gradients { at: d_logits.address(), strides: [experts, 1], of_gate: optional(&d_gate) };
+    let b = Rows { at: weight.address(), of_gate: optional(&gate) };
+    let to = Results { out: dx.address(), d_bias: None, of_gate: None, workspace: None, parts: 1 };
+    launch(&scope, desc, &selection, a, b, [tokens, experts], to)
+}
+
+fn check_gate(desc: &RouterBackwardDesc, given: bool) -> Result<(), Error> {
+    let (operation, argument) = (OPERATION, "gate");
+    match (desc.gate, given) {
+        (true, false) => Err(Error::Missing { operation, argument, reason: "the descriptor has a gate" }),
+        (false, true) => Err(Error::Unexpected { operation, argument, reason: "the descriptor has no gate" }),
+        _ => Ok(()),
+    }
 }
 
 /// `d_weight [E,H]` of `d_logits [T,E]` and `x [T,H]`.
@@ -190,6 +257,8 @@ pub struct WeightArgs<'a, X> {
     pub d_weight: Out<'a, f32>,
     /// `[E]`, written, or added to: sums of the gradients of logits.
     pub d_bias: Option<Out<'a, f32>>,
+    /// `[T]` of the logits of a shared expert's gate, and `[H]`, written, or added to: of its weight. Exactly with [`RouterBackwardDesc::gate`].
+    pub gate: Option<(In<'a, f32>, Out<'a, f32>)>,
     /// At least [`workspace_bytes`]: the tokens are added up in parts side by side. Without, one behind the other.
     pub workspace: Option<&'a mut Workspace>,
 }
@@ -201,7 +270,14 @@ impl<'a, X> WeightArgs<'a, X> {
         x: impl Into<In<'a, X>>,
         d_weight: impl Into<Out<'a, f32>>,
     ) -> WeightArgs<'a, X> {
-        WeightArgs { d_logits: d_logits.into(), x: x.into(), d_weight: d_weight.into(), d_bias: None, workspace: None }
+        let (d_logits, x, d_weight) = (d_logits.into(), x.into(), d_weight.into());
+        WeightArgs { d_logits, x, d_weight, d_bias: None, gate: None, workspace: None }
+    }
+
+    /// With a shared expert's gate.
+    #[must_use]
+    pub fn gate(self, d_logits: impl Into<In<'a, f32>>, d_weight: impl Into<Out<'a, f32>>) -> WeightArgs<'a, X> {
+        WeightArgs { gate: Some((d_logits.into(), d_weight.into())), ..self }
     }
 
     /// With memory for sums of parts.
@@ -213,10 +289,10 @@ impl<'a, X> WeightArgs<'a, X> {
 
 buffers!(WeightArgs<'a, X> { d_bias: Out<f32> });
 
-/// [`into_weight`] with the bias's gradient, in parts where a workspace is lent: one launch.
+/// [`into_weight`] with the bias's gradient and a shared expert's gate's, in parts where a workspace is lent: one launch.
 ///
 /// # Errors
-/// Those of [`select_weight`]; those of a buffer as for [`into_x`], and [`Error::WorkspaceTooSmall`]; and those of the driver.
+/// Those of [`select_weight`]; [`Error::Missing`] or [`Error::Unexpected`] for a gate against the descriptor; those of a buffer as for [`into_x`], and [`Error::WorkspaceTooSmall`]; and those of the driver.
 pub fn weight<X: Element>(
     kernels: &Kernels,
     stream: &Arc<CudaStream>,
@@ -229,28 +305,47 @@ pub fn weight<X: Element>(
     };
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     scope.check_dtype::<X>("x", desc.x)?;
+    check_gate(desc, args.gate.is_some())?;
     let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
     let d_logits = scope.read("d_logits", args.d_logits, tokens * experts, SCALAR)?;
+    let (d_gate, d_gate_weight) = args.gate.unzip();
+    let d_gate = scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?;
+    let d_gate_weight = scope.write_some("gate.d_weight", d_gate_weight, hidden, SCALAR)?;
     let x = scope.read("x", args.x, tokens * hidden, SCALAR)?;
     let d_weight = scope.write("d_weight", args.d_weight, experts * hidden, SCALAR)?;
     let d_bias = scope.write_some("d_bias", args.d_bias, experts, SCALAR)?;
     let bytes = workspace_bytes(desc)?;
     let workspace = args.workspace.filter(|_| parts > 1).map(|workspace| workspace.open(&scope, bytes)).transpose()?;
-    let a = Gradients { at: d_logits.address(), strides: [1, experts] };
-    let to = Results { out: d_weight.address(), d_bias: optional(&d_bias), workspace: optional(&workspace), parts };
-    launch(&scope, desc, &selection, a, x.address(), [experts, tokens], to)
+    let a = Gradients { at: d_logits.address(), strides: [1, experts], of_gate: optional(&d_gate) };
+    let to = Results {
+        out: d_weight.address(),
+        d_bias: optional(&d_bias),
+        of_gate: optional(&d_gate_weight),
+        workspace: optional(&workspace),
+        parts,
+    };
+    launch(&scope, desc, &selection, a, Rows { at: x.address(), of_gate: None }, [experts, tokens], to)
 }
 
 /// Gradients of logits as one side of a product: element `(m, k)` at `m strides[0] + k strides[1]`.
 struct Gradients<'a> {
     at: Address<'a>,
     strides: [usize; 2],
+    /// `[T]`.
+    of_gate: Option<Address<'a>>,
+}
+
+/// The other side: rows by `k`, and a gate's.
+struct Rows<'a> {
+    at: Address<'a>,
+    of_gate: Option<Address<'a>>,
 }
 
 /// Where results go.
 struct Results<'a> {
     out: Address<'a>,
     d_bias: Option<Address<'a>>,
+    of_gate: Option<Address<'a>>,
     workspace: Option<Address<'a>>,
     parts: usize,
 }
@@ -260,7 +355,7 @@ fn launch(
     desc: &RouterBackwardDesc,
     selection: &Selection,
     a: Gradients<'_>,
-    b: Address<'_>,
+    b: Rows<'_>,
     [m, k]: [usize; 2],
     to: Results<'_>,
 ) -> Result<(), Error> {
@@ -268,7 +363,7 @@ fn launch(
         selection,
         RouterBackwardParams {
             a: a.at.into(),
-            b: b.into(),
+            b: b.at.into(),
             out: to.out.into(),
             m: m as u32,
             n: desc.hidden as u32,
@@ -277,8 +372,11 @@ fn launch(
             a_column: a.strides[1] as u32,
             accumulate: u32::from(desc.accumulate),
             parts: to.parts as u32,
-            d_bias: to.d_bias.map_or(Pointer::NULL, Pointer::from),
-            workspace: to.workspace.map_or(Pointer::NULL, Pointer::from),
+            d_bias: to.d_bias.into(),
+            gate_a: a.of_gate.into(),
+            gate_b: b.of_gate.into(),
+            gate_out: to.of_gate.into(),
+            workspace: to.workspace.into(),
         },
     )
 }
@@ -314,6 +412,8 @@ mod tests {
         let (selection, parts) = select_weight(&desc, &A100).unwrap();
         assert_eq!((parts, selection.grid, selection.cooperative), (8, [216, 1, 1], true));
         assert_eq!(workspace_bytes(&desc).unwrap(), 32 + 4 * 8 * 128 * 2049);
+        assert_eq!(select_weight(&desc.gate(true), &A100).unwrap().1, 8);
+        assert_eq!(workspace_bytes(&desc.gate(true)).unwrap(), 32 + 4 * 8 * (128 * 2049 + 2048));
         let alone = DeviceInfo { cooperative_launch: false, ..A100 };
         assert_eq!(select_weight(&desc, &alone).unwrap().1, 1);
         // Few tokens, and tiles enough.

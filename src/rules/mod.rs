@@ -31,6 +31,6 @@ pub use norm::{Gain, RmsNorm};
 pub use null_experts::{NullExperts, NullOutput};
 pub use product_keys::KeySplit;
 pub(crate) use routing::units;
-pub use routing::{Affinity, AuctionRule, NoisyRule, SamplingRule, round_robin};
+pub use routing::{Affinity, AuctionRule, MixerRule, NoisyRule, SamplingRule, round_robin};
 pub use weight::{WeightDesc, WeightFormat};
 pub use weighting::Weighting;

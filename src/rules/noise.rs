@@ -53,7 +53,8 @@ impl NoiseSource {
 
     /// The random word of one token and expert: experts that differ by 32, 64 or 96 within a block of 128 share a counter.
     ///
-    /// `stream` is 0 for a gate, 2 for the choice of a second expert, `16 + group` for a group's gate in a hierarchy.
+    /// `stream` is 0 for a gate, 2 for the choice of a second expert, 4 and 5 for what share of SparseMixer's first and second weight counts,
+    /// `16 + group` for a group's gate in a hierarchy.
     pub fn gate_word(self, stream: u32, token: u32, expert: u32) -> u32 {
         self.words((expert / 128 * 32 + expert % 32) | stream << 16, token)[expert as usize % 128 / 32]
     }

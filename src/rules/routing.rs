@@ -45,6 +45,25 @@ impl SamplingRule {
 
 settings!(SamplingRule { inverse_temperature: f32 });
 
+/// How SparseMixer draws in training.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct MixerRule {
+    /// Experts of a token, `k`: 1 or 2, and different.
+    pub top_k: usize,
+    /// Experts whose logit is relatively more than twice this below the largest are never drawn (PhiMoE's `router_jitter_noise`).
+    pub jitter: f32,
+    /// The random words.
+    pub noise: NoiseSource,
+}
+
+impl MixerRule {
+    /// `top_k` experts a token among those near the largest logit.
+    pub const fn new(top_k: usize, jitter: f32, noise: NoiseSource) -> MixerRule {
+        MixerRule { top_k, jitter, noise }
+    }
+}
+
 /// An auction's accuracy and limit.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]

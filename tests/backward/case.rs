@@ -101,6 +101,9 @@ pub struct Problem<T, W> {
     pub shared_gate: Vec<W>,
     /// Factors of each expert's weight, and of all.
     pub scales: [Vec<f32>; 2],
+    /// Weights of norms: of what the router sees, of what the experts see.
+    pub norms: [Vec<T>; 2],
+    norms_on_device: [CudaSlice<T>; 2],
     scales_on_device: [CudaSlice<f32>; 2],
     bias: Vec<T>,
     bias_on_device: CudaSlice<T>,
@@ -134,6 +137,7 @@ pub struct Buffers<T, G> {
     pub global_scale: CudaSlice<f32>,
     pub shared_gate: CudaSlice<f32>,
     pub bias: CudaSlice<f32>,
+    pub norms: [CudaSlice<f32>; 2],
     pub routed: Gradients<G>,
     pub shared: Gradients<G>,
 }
@@ -181,11 +185,16 @@ impl<T: Element, W: Element> Problem<T, W> {
         let mask: Vec<u8> = (0..case.tokens).map(|t| u8::from(t + case.padding < case.tokens)).collect();
         let mut of_scales = fastrand::Rng::with_seed(case.seed + 100);
         let scales = [(0..desc.experts).map(|_| 0.5 + of_scales.f32()).collect(), vec![1.25]];
+        let norms = [(); 2].map(|()| {
+            let values = random::<f32>(&mut of_scales, desc.hidden, 0.5);
+            values.iter().map(|v| T::from_f32(1.0 + v)).collect::<Vec<T>>()
+        });
         let bytes = plan.workspace_bytes().max(back.workspace_bytes());
         Problem {
             shared_gate_on_device: upload(&stream, &shared_gate),
             scales_on_device: scales.each_ref().map(|scales| upload(&stream, scales)),
             bias_on_device: upload(&stream, &bias),
+            norms_on_device: norms.each_ref().map(|weight| upload(&stream, weight)),
             swiglu_on_device: swiglu.each_ref().map(|numbers| upload(&stream, numbers)),
             x_on_device: upload(&stream, &x),
             router_x_on_device: upload(&stream, &router_x),
@@ -219,6 +228,7 @@ impl<T: Element, W: Element> Problem<T, W> {
             shared,
             shared_gate,
             scales,
+            norms,
             bias,
             swiglu,
         }
@@ -230,6 +240,9 @@ impl<T: Element, W: Element> Problem<T, W> {
         let [of_experts, of_all] = &self.scales_on_device;
         router.expert_scale = gating.expert_scale.then_some(of_experts.into());
         router.global_scale = gating.global_scale.then_some(of_all.into());
+        if self.norms()[0] {
+            router = router.norm(&self.norms_on_device[0]);
+        }
         self.router_bias_on_device.iter().fold(router, |router, bias| router.bias(bias))
     }
 
@@ -240,6 +253,9 @@ impl<T: Element, W: Element> Problem<T, W> {
             let [alpha, gate, up, offset] = &self.swiglu_on_device;
             experts = experts.swiglu(SwigluByExpert::new().alpha(alpha).gate(gate).up(up).offset(offset));
         }
+        if self.norms()[1] {
+            experts.norms = experts.norms.experts(&self.norms_on_device[1]);
+        }
         if self.case.bias {
             experts = experts.bias(&self.bias_on_device);
         }
@@ -247,6 +263,12 @@ impl<T: Element, W: Element> Problem<T, W> {
         let (gate_up, down) = shared.weights();
         let shared = SharedWeights::new(gate_up, down);
         experts.shared(if of.gated { shared.gate(&self.shared_gate_on_device) } else { shared })
+    }
+
+    /// Which norms there are, each with a weight.
+    fn norms(&self) -> [bool; 2] {
+        let norms = &self.case.desc.norms;
+        [norms.router.is_some() && self.case.back.origin == Origin::Router, norms.experts.is_some()]
     }
 
     fn route(&self) -> RouteArgs<'_> {
@@ -269,6 +291,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         self.scales_on_device = self.scales.each_ref().map(|scales| upload(stream, scales));
         (self.given_on_device.0, self.given_on_device.2) =
             (upload(stream, &self.given_logits), upload(stream, &self.given_weights));
+        self.norms_on_device = self.norms.each_ref().map(|weight| upload(stream, weight));
         self.routed.upload(stream);
         self.shared.iter_mut().for_each(|shared| shared.upload(stream));
     }
@@ -332,6 +355,7 @@ impl<T: Element, W: Element> Problem<T, W> {
             expert_scale: full(&self.stream, if desc.gating.expert_scale { desc.experts } else { 0 }, held),
             global_scale: full(&self.stream, usize::from(desc.gating.global_scale), held),
             bias: full(&self.stream, if self.case.bias { desc.hidden } else { 0 }, held),
+            norms: self.norms().map(|there| full(&self.stream, if there { desc.hidden } else { 0 }, held)),
             shared_gate: full(&self.stream, if self.gated() { desc.hidden } else { 0 }, held),
             routed: mlp(Some(&self.routed)),
             shared: mlp(self.shared.as_ref()),
@@ -353,18 +377,23 @@ impl<T: Element, W: Element> Problem<T, W> {
             global_scale,
             shared_gate,
             bias,
+            norms,
             routed,
             shared,
         } = buffers;
+        let [of_router_norm, of_expert_norm] = norms;
+        let [router_norm, expert_norm] = self.norms();
         let [gate_up, down] = self.routed.gradients(routed);
         let mut gradients = LayerGradients::new().x(x).weights(weights).gate_up(gate_up).down(down);
         gradients.router_x = other.then_some(router_x.into());
         gradients.logits = routes.then_some(logits.into());
         gradients.bias = self.case.bias.then_some(bias.into());
+        gradients.norms.experts = expert_norm.then_some(of_expert_norm.into());
         if asked {
             let mut of = RouterGradients::new().matrix(router);
             of.expert_scale = scaled.expert_scale.then_some(expert_scale.into());
             of.global_scale = scaled.global_scale.then_some(global_scale.into());
+            of.norm = router_norm.then_some(of_router_norm.into());
             gradients = gradients.router(if self.case.router_bias { of.bias(router_bias) } else { of });
         }
         let Some(of) = &self.shared else { return gradients };
@@ -454,6 +483,8 @@ impl<T: Element, W: Element> Problem<T, W> {
             ("expert_scale", read(&self.stream, "expert_scale", &buffers.expert_scale)),
             ("global_scale", read(&self.stream, "global_scale", &buffers.global_scale)),
             ("bias", read(&self.stream, "bias", &buffers.bias)),
+            ("router.norm", read(&self.stream, "router.norm", &buffers.norms[0])),
+            ("norms.experts", read(&self.stream, "norms.experts", &buffers.norms[1])),
         ];
         found.retain(|(_, values)| !values.is_empty());
         if self.gated() {
@@ -553,14 +584,9 @@ pub fn check<T: Element, W: Element, G: Element>(case: Case) {
     // All that is planned, and gradients by choice, which are asked for here.
     let planned = |stage: &BackwardStage| problem.back.stages().any(|(known, _)| known == *stage);
     let beside: Vec<BackwardStage> = stages.iter().copied().filter(|stage| !planned(stage)).collect();
-    let on_request = [BackwardStage::Choices, BackwardStage::RouterBias, BackwardStage::Bias];
-    let of_biases = [
-        BackwardStage::DownBias,
-        BackwardStage::GateUpBias,
-        BackwardStage::SharedDownBias,
-        BackwardStage::SharedGateUpBias,
-    ];
-    let known = |stage| on_request.contains(stage) || of_biases.contains(stage);
+    // Biases' gradients are in the launches of their weights'; a gate's values stand beside that of the bias which they scale.
+    let on_request = [BackwardStage::Choices, BackwardStage::Bias, BackwardStage::SharedGate];
+    let known = |stage| on_request.contains(stage);
     assert!(beside.iter().all(known), "{beside:?}");
     assert_eq!(stages.len() - beside.len(), problem.back.launches());
     compare(T::DTYPE, &problem.found(&buffers), &problem.expected());

@@ -1,10 +1,11 @@
 //! What holds of every backward pass: bits, graphs, nobody, everybody, garbage, small numbers, what is not asked for.
 
-use cudarc::driver::CudaContext;
 use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use cudarc::driver::{CudaContext, CudaSlice};
 use half::bf16;
 use moe_kernels::layer::{
-    BackwardDesc, BackwardStage, LayerDesc, LayerGradients, Mlp, RouterGradients, SharedDesc, WeightGradients,
+    BackwardDesc, BackwardStage, LayerDesc, LayerGradients, Mlp, Origin, RouterGradients, SharedDesc, SharedGradients,
+    WeightGradients,
 };
 use moe_kernels::rules::{Capacity, Dropout, LossGradient, LossScore, NoiseSource, Weighting};
 use moe_kernels::{Dtype, Element, Kernels};
@@ -263,12 +264,92 @@ fn frozen_parts_cost_nothing() {
     }
 }
 
+/// The load is there without a measure, and the balancing loss goes by it unless it is given others.
+#[test]
+fn saved_counts() {
+    let losses = LossGradient::new(LossScore::Softmax).balance(0.5);
+    let case = Case::new(layer(Dtype::F32), TOKENS).back(BackwardDesc::new().losses(Some(losses)));
+    let mut problem = Problem::<f32, f32>::new(case);
+    problem.forward();
+    let read = |counts| problem.stream.clone_dtoh(counts).unwrap();
+    let counts = problem.loss_counts();
+    assert_eq!(read(problem.saved.counts()), read(&counts));
+    let gradient = |counts: Option<&CudaSlice<i32>>| {
+        let mut buffers = problem.buffers::<f32>();
+        let gradients = problem.gradients(&mut buffers);
+        let args = problem.args(gradients);
+        problem.enqueue(if let Some(counts) = counts { args.loss_counts(counts) } else { args }).unwrap();
+        problem.found(&buffers)
+    };
+    let (own, given) = (gradient(None), gradient(Some(&counts)));
+    assert!(own == given);
+    let even = problem.stream.clone_htod(&[1; 6]).unwrap();
+    assert!(own != gradient(Some(&even)));
+}
+
+/// What is asked of one of both experts alone has launches of its own, with the same bits.
+#[test]
+fn parts_of_a_joined_shared_expert() {
+    let shared = SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true);
+    let case = Case { biases: true, ..Case::new(layer(Dtype::F32).shared(Some(shared)), TOKENS) };
+    let mut problem = Problem::<f32, f32>::new(case);
+    problem.forward();
+    let whole = run::<f32, f32, f32>(&problem);
+    let of = |name: &str| whole.iter().find(|(known, _)| *known == name).unwrap().1.clone();
+    let names =
+        ["gate_up", "down", "shared.gate_up", "shared.down", "shared.gate_up.bias", "down.bias", "shared.gate", "x"];
+    let [mut gate_up, mut down, mut shared_gate_up, mut shared_down, mut up_bias, mut down_bias, mut gate, mut x] =
+        names.map(|name| problem.stream.alloc_zeros::<f32>(of(name).len()).unwrap());
+    let none = LayerGradients::new;
+    let of_shared = SharedGradients::new;
+    let both = none().gate_up(WeightGradients::new(&mut gate_up));
+    problem.backward(both.shared(of_shared().down(WeightGradients::new(&mut shared_down)))).unwrap();
+    let both = none().down(WeightGradients::new(&mut down).bias(&mut down_bias));
+    problem.backward(both.shared(of_shared().gate_up(WeightGradients::new(&mut shared_gate_up)))).unwrap();
+    let mut bias_alone = WeightGradients::none();
+    bias_alone.bias = Some((&mut up_bias).into());
+    problem.backward(none().shared(of_shared().gate_up(bias_alone).gate(&mut gate))).unwrap();
+    problem.backward(none().x(&mut x)).unwrap();
+    let got = [&gate_up, &down, &shared_gate_up, &shared_down, &up_bias, &down_bias, &gate, &x];
+    for (name, got) in names.into_iter().zip(got) {
+        let got: Vec<f64> = problem.stream.clone_dtoh(got).unwrap().into_iter().map(f64::from).collect();
+        assert!(got == of(name), "{name}");
+    }
+}
+
+/// A shared expert of the others' form adds no launch, nor does its gate.
 #[test]
 fn few_launches() {
-    let launches = |desc: LayerDesc| {
-        let plan = desc.plan(512, device::kernels().device()).unwrap();
-        plan.backward_plan(&BackwardDesc::new()).unwrap().launches()
-    };
-    assert_eq!(launches(layer(Dtype::Bf16)), 8);
-    assert_eq!(launches(layer(Dtype::Bf16).weighting(Weighting::Input)), 8);
+    let shared = SharedDesc::new(24, Mlp::swiglu(Dtype::Bf16));
+    let with = |shared| layer(Dtype::Bf16).shared(Some(shared));
+    let wide = SharedDesc::new(32, Mlp::swiglu(Dtype::Bf16));
+    for (desc, back, want) in [
+        (layer(Dtype::Bf16), BackwardDesc::new(), 8),
+        (layer(Dtype::Bf16).weighting(Weighting::Input), BackwardDesc::new(), 8),
+        (with(shared), BackwardDesc::new(), 8),
+        (with(shared).weighting(Weighting::Input), BackwardDesc::new(), 8),
+        (with(shared.gated(true)), BackwardDesc::new(), 8),
+        (with(shared.gated(true)), BackwardDesc::new().recompute(true), 9),
+        (with(shared.gated(true)), BackwardDesc::new().origin(Origin::Choices), 7),
+        // Another width: four of its own.
+        (with(wide), BackwardDesc::new(), 12),
+        (with(wide.gated(true)), BackwardDesc::new(), 12),
+    ] {
+        for biases in [false, true] {
+            let case = Case { biases, router_bias: biases, ..Case::new(desc, 600) };
+            let mut problem = Problem::<bf16, bf16>::new(case.back(back));
+            problem.forward();
+            assert_eq!(problem.back.launches(), want, "{desc:?} {back:?}");
+            let mut buffers = problem.buffers::<bf16>();
+            let mut gradients = problem.gradients(&mut buffers);
+            if back.origin != Origin::Choices {
+                gradients.weights = None;
+            }
+            let stages = problem.backward(gradients).unwrap();
+            // A bias behind a gate takes the gate's values; of choices the gradients are asked for.
+            let more = usize::from(biases && desc.shared.is_some_and(|shared| shared.gated));
+            let more = more + usize::from(back.origin == Origin::Choices);
+            assert_eq!(stages.len(), want + more, "{desc:?} {back:?}: {stages:?}");
+        }
+    }
 }

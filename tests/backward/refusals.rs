@@ -4,11 +4,11 @@ use cudarc::driver::CudaSlice;
 use moe_kernels::experts::Weight;
 use moe_kernels::layer::{
     BackwardArgs, BackwardDesc, BackwardPlan, ExpertWeights, LatentDesc, LayerArgs, LayerDesc, LayerGradients,
-    LayerWeights, MapDesc, Mlp, Norms, Origin, RouteArgs, RouterGradients, RouterWeights, Saved, SharedGradients,
-    WeightGradients,
+    LayerWeights, MapDesc, Mlp, NormGradients, Norms, Origin, RouteArgs, RouterGradients, RouterWeights, Saved,
+    SharedGradients, WeightGradients,
 };
 use moe_kernels::rules::{
-    AdmissionRule, Gain, Glu, LossGradient, LossScore, Renormalise, RmsNorm, WeightDesc, Weighting,
+    AdmissionRule, Capacity, Gain, Glu, LossGradient, LossScore, Renormalise, RmsNorm, WeightDesc, Weighting,
 };
 use moe_kernels::{Dtype, Error, Workspace};
 
@@ -29,8 +29,7 @@ fn of_plans() {
     let fault = |desc: LayerDesc, back: BackwardDesc| plan(desc, back).unwrap_err().argument().unwrap();
     let none = BackwardDesc::new();
     let norm = Some(RmsNorm::new(1e-6).gain(Gain::One));
-    assert_eq!(fault(layer().norms(Norms::new().router(norm)), none), "norms.router");
-    assert_eq!(fault(layer().norms(Norms::new().experts(norm)), none), "norms.experts");
+    assert!(plan(layer().norms(Norms::new().router(norm).experts(norm)), none).is_ok());
     assert_eq!(fault(layer().norms(Norms::new().slots(norm)), none), "norms.slots");
     assert_eq!(fault(layer().norms(Norms::new().output(norm)), none), "norms.output");
     assert_eq!(fault(layer().latent(Some(LatentDesc::new(Dtype::F32, 8))), none), "latent");
@@ -120,6 +119,8 @@ fn of_calls() {
     assert_eq!(fault(none().router(router().matrix(&mut small))), "gradients.router.matrix");
     assert_eq!(fault(none().router(router().expert_scale(&mut out))), "gradients.router.expert_scale");
     assert_eq!(fault(none().router(router().global_scale(&mut out))), "gradients.router.global_scale");
+    assert_eq!(fault(none().router(router().norm(&mut out))), "gradients.router.norm");
+    assert_eq!(fault(none().norms(NormGradients::new().experts(&mut out))), "gradients.norms.experts");
     assert_eq!(fault(none().gate_up(WeightGradients::new(&mut small))), "gradients.gate_up");
     assert_eq!(fault(none().gate_up(WeightGradients::new(&mut half))), "gradients.gate_up");
     assert_eq!(fault(none().gate_up(WeightGradients::apart(&mut out, &mut small))), "gradients.gate_up.up");
@@ -143,7 +144,9 @@ fn of_calls() {
     assert_eq!(ready.fault(|args, _| args.dy = (&small).into()), "dy");
     let losses = LossGradient::new(LossScore::Softmax);
     let with = |losses| BackwardDesc::new().losses(Some(losses));
-    assert_eq!(Ready::new(layer(), with(losses.balance(1.0))).fault(|_, _| ()), "loss_counts");
+    // Where rows are not all choices their counts are not the loss's.
+    let limited = layer().capacity(Some(Capacity::new(1, 1)));
+    assert_eq!(Ready::new(limited, with(losses.balance(1.0))).fault(|_, _| ()), "loss_counts");
     assert_eq!(Ready::new(layer(), with(losses.importance(1.0))).fault(|_, _| ()), "importance");
     assert_eq!(Ready::new(layer(), with(losses.sequence(1.0))).fault(|_, _| ()), "sequence_counts");
 }

@@ -2,9 +2,9 @@
 //! padding, choices and logits from elsewhere, other rows for the router.
 
 use moe_kernels::Dtype;
-use moe_kernels::layer::{BackwardDesc, LayerDesc, MapDesc, Mlp, Origin, SharedDesc};
+use moe_kernels::layer::{BackwardDesc, LayerDesc, MapDesc, Mlp, Norms, Origin, SharedDesc};
 use moe_kernels::rules::{
-    AdmissionRule, Dropout, Gating, LogitRule, NoiseSource, NullExperts, Order, Score, SecondExpert, Weighting,
+    AdmissionRule, Dropout, Gating, LogitRule, NoiseSource, NullExperts, Order, RmsNorm, Score, SecondExpert, Weighting,
 };
 
 use crate::case::{Case, Problem};
@@ -31,6 +31,8 @@ fn values<'a>(problem: &'a mut Problem<f32, f32>, name: &str) -> &'a mut Vec<f32
         "shared.gate" => &mut problem.shared_gate,
         "expert_scale" => &mut problem.scales[0],
         "global_scale" => &mut problem.scales[1],
+        "router.norm" => &mut problem.norms[0],
+        "norms.experts" => &mut problem.norms[1],
         other => unreachable!("no values of {other}"),
     }
 }
@@ -104,6 +106,27 @@ fn dropout() {
         check(Case { dropout, ..Case::new(desc, TOKENS) });
     }
     check(Case { dropout, noise_state: true, ..Case::new(layer(), TOKENS) });
+}
+
+/// Of what the router sees, of what the experts see, of both; beside a shared expert, which sees x itself, and identities, which yield what experts see.
+#[test]
+fn norms() {
+    let norm = RmsNorm::new(1e-5);
+    let to_router = norm.factor(0.5);
+    let [router, experts] = [Norms::new().router(Some(to_router)), Norms::new().experts(Some(norm))];
+    let both = router.experts(Some(norm));
+    for norms in [router, experts, both] {
+        check(Case::new(layer().norms(norms), TOKENS));
+    }
+    let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)));
+    check(Case::new(layer().norms(both).shared(shared), TOKENS));
+    let wide = Some(SharedDesc::new(32, Mlp::swiglu(Dtype::F32)));
+    check(Case::new(layer().norms(experts).shared(wide.map(|wide| wide.gated(true))), TOKENS));
+    check(Case::new(layer().norms(experts).null(Some(NullExperts::identity(2))), TOKENS));
+    check(Case::new(layer().norms(both).weighting(Weighting::Input), TOKENS));
+    check(Case::new(layer().norms(both), TOKENS).back(BackwardDesc::new().recompute(true)));
+    check(Case { router_x: true, ..Case::new(layer().norms(both), TOKENS) });
+    check(Case { seed: 3, ..Case::new(layer().norms(both), TOKENS).back(BackwardDesc::new().origin(Origin::Choices)) });
 }
 
 /// Factors that a router learns, and logits that are scaled and capped.

@@ -165,6 +165,37 @@ fn shared_experts() {
     check::<bf16, f32, f32>(Case::new(layer(Dtype::Bf16).router_dtype(Dtype::F32).shared(Some(gated)), TOKENS));
 }
 
+/// Of the others' form in every order of weights, with biases: its rows go along in their launches.
+#[test]
+fn joined_shared_experts() {
+    for glu in Glu::ALL {
+        for [up, down] in [[Layout::Nk, Layout::Nk], [Layout::Kn, Layout::Kn], [Layout::Kn, Layout::Nk]] {
+            let mlp = mlp(Dtype::F32, glu, [up, down], Activation::Silu);
+            let shared =
+                SharedDesc::new(24, mlp.activation(Activation::GeluTanh)).gated(down == Layout::Kn).scale(0.75);
+            let desc = layer(Dtype::F32).mlp(mlp).shared(Some(shared)).routed_scale(1.5);
+            check::<f32, f32, f32>(Case { biases: true, router_bias: true, ..Case::new(desc, TOKENS) });
+        }
+        let mlp = mlp(Dtype::Bf16, glu, [Layout::Nk; 2], Activation::Silu);
+        let desc = layer(Dtype::Bf16).mlp(mlp).shared(Some(SharedDesc::new(24, mlp).gated(true)));
+        check::<bf16, bf16, bf16>(Case { biases: true, ..Case::new(desc, TOKENS) });
+    }
+    // Weights scale the input: the shared expert has none.
+    for weighting in [Weighting::Input, Weighting::Activation] {
+        let desc = layer(Dtype::F32).weighting(weighting).shared(Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32))));
+        check::<f32, f32, f32>(Case { biases: true, ..Case::new(desc, TOKENS) });
+    }
+    // Tokens in parts at the router, and a gate of its matrix's type.
+    let gated = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::Bf16)).gated(true));
+    let desc = layer(Dtype::Bf16).router_dtype(Dtype::F32).shared(gated);
+    check::<bf16, f32, f32>(Case { router_bias: true, bias: true, ..Case::new(desc, 1100) });
+    check::<bf16, f32, f32>(Case::new(desc, 600).back(BackwardDesc::new().accumulate(true)));
+    // Rows of any width.
+    let odd =
+        LayerDesc::new(Dtype::F32, 37, 21, 5, 3).shared(Some(SharedDesc::new(21, Mlp::swiglu(Dtype::F32)).gated(true)));
+    check::<f32, f32, f32>(Case { biases: true, ..Case::new(odd, TOKENS) });
+}
+
 #[test]
 fn added_to_what_there_is() {
     let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)));

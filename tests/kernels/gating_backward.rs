@@ -1,10 +1,12 @@
 //! Checks of `gating_backward`: every rule and loss against the reference, whose own tests are finite differences.
 
+use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
+use moe_kernels::experts::Dispatched;
 use moe_kernels::reference::gating::{gate, gate_backward};
 use moe_kernels::registry::Kernel;
 use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBackwardDesc};
-use moe_kernels::rules::{ChoiceBy, Gating, LossGradient, LossScore, Renormalise, Score};
-use moe_kernels::{Error, In};
+use moe_kernels::rules::{Capacity, ChoiceBy, Gating, LossGradient, LossScore, Renormalise, Score};
+use moe_kernels::{Error, In, Workspace};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{GATING_GRADIENT, to_f64};
@@ -47,6 +49,7 @@ pub fn check(rng: &mut fastrand::Rng) {
         }
     }
     given_twice(rng);
+    by_slot(rng);
     one_choice_has_none(rng);
     needs_counts(rng);
 }
@@ -217,4 +220,43 @@ fn needs_counts(rng: &mut fastrand::Rng) {
     let args = GatingBackwardArgs::new(&logits, &ids, &d_weights, &mut to);
     let error = gating_backward::forward(kernels, &stream, &desc, args).unwrap_err();
     assert!(matches!(error, Error::Missing { argument: "counts", .. }), "{error}");
+}
+
+/// Gradients that lie by slot: as those of choices, of which one that was turned away has none.
+fn by_slot(rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let (tokens, experts) = (40, 40);
+    for top_k in [2, 36] {
+        let gating = Gating::new(Score::Sigmoid).renormalise(Some(Renormalise::Plus(0.25)));
+        let desc = GatingBackwardDesc::new(tokens, experts, top_k, gating);
+        let logits: Vec<f32> = (0..tokens * experts).map(|_| normal(rng) as f32).collect();
+        let ids = gate::<f32, f32>(&logits, None, experts, top_k, &gating.renormalise(None)).unwrap().ids;
+        let most = Capacity::new(tokens * top_k / experts, tokens);
+        let order = DispatchDesc::new(tokens, experts, top_k, 16).capacity(Some(most));
+        let mut dispatched = Dispatched::new(&stream, &order.shape()).unwrap();
+        let bytes = dispatch::workspace_bytes(&order, kernels.device()).unwrap();
+        let mut workspace = Workspace::new(&stream, bytes).unwrap();
+        let ids_on = Guarded::input(&stream, "ids", &ids);
+        dispatch::forward(kernels, &stream, &order, DispatchArgs::new(&ids_on.view(), &mut dispatched, &mut workspace))
+            .unwrap();
+        let token_slot = stream.clone_dtoh(dispatched.token_slot()).unwrap();
+        let token_slot = &token_slot[..tokens * top_k];
+        assert!(token_slot.iter().any(|&slot| slot < 0), "nothing was turned away");
+        let of_slots: Vec<f32> = (0..dispatched.shape().slots).map(|_| normal(rng) as f32).collect();
+        let of_choice = |&slot: &i32| usize::try_from(slot).map_or(0.0, |slot| of_slots[slot]);
+        let of_choices: Vec<f32> = token_slot.iter().map(of_choice).collect();
+        let logits_on = Guarded::input(&stream, "logits", &logits);
+        let run = |d: &[f32], dispatched: Option<&Dispatched>| {
+            let d = Guarded::input(&stream, "d_weights", d);
+            let mut out = Guarded::<f32>::output(&stream, "d_logits", tokens * experts);
+            {
+                let (logits, ids, d, mut to) = (logits_on.view(), ids_on.view(), d.view(), out.view_mut());
+                let mut args = GatingBackwardArgs::new(&logits, &ids, &d, &mut to);
+                args.dispatched = dispatched;
+                gating_backward::forward(kernels, &stream, &desc, args).unwrap();
+            }
+            out.read(&stream)
+        };
+        assert_eq!(run(&of_slots, Some(&dispatched)), run(&of_choices, None), "{top_k} choices");
+    }
 }

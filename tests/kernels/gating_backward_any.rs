@@ -51,10 +51,11 @@ pub fn check_scale_sums(rng: &mut fastrand::Rng) {
         for score in [Score::Softmax, Score::Sigmoid] {
             for appended in [false, true] {
                 let columns = Appended::new(2, AppendedWeight::Column);
+                let of_all = appended || score == Score::Sigmoid;
                 let gating = Gating::new(score)
                     .renormalise(Some(Renormalise::Plus(0.5)))
-                    .expert_scale(appended || rng.bool())
-                    .global_scale(true)
+                    .expert_scale(appended || !of_all || rng.bool())
+                    .global_scale(of_all)
                     .appended((appended && score == Score::Sigmoid).then_some(columns));
                 let desc = GatingBackwardDesc::new(tokens, experts, top_k, gating).accumulate(rng.bool());
                 let case = Case::new(rng, desc, Logits::Normal);

@@ -162,7 +162,7 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
         let n = [24, 72, 8, 136, 40, 8, 24, 16, 72, 8][index] * if wide && index % 2 == 1 { 2 } else { 1 };
         let (gather, bias) = (index % 2 == 0, index % 3 != 1);
         let (scale, out_scale) = (index % 2 == 0, index % 2 == 1);
-        let case = Case { k, n, glu: form(index), activation, gather, bias, scale, out_scale };
+        let case = Case { k, n, glu: form(index), activation, by_expert: true, gather, bias, scale, out_scale };
         grouped::<T>(variant, rng, &loads(bm), &case);
         // Every form with a bias and without, every activation with a factor of the result and without.
         // In a number of rows that is no multiple of the tile's.
@@ -176,8 +176,17 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     for (index, loads) in [[2, 0, 3].as_slice(), &[bm + 1]].into_iter().enumerate() {
         let activation = activations(variant.fold)[[0, 2][index]];
         let (glu, first) = (form(index + 1), index == 0);
-        let case =
-            Case { k: 16384, n: 8, glu, activation, gather: first, bias: !first, scale: first, out_scale: first };
+        let case = Case {
+            k: 16384,
+            n: 8,
+            glu,
+            activation,
+            by_expert: true,
+            gather: first,
+            bias: !first,
+            scale: first,
+            out_scale: first,
+        };
         grouped::<T>(variant, rng, loads, &case);
     }
     if matches!(variant.kernel, Kernel::GemmHopper(_)) {
@@ -195,6 +204,7 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
         n: 72,
         glu: form(0),
         activation: activations(variant.fold)[0],
+        by_expert: true,
         gather: true,
         bias: false,
         scale: false,
@@ -210,12 +220,15 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
 
 /// Tiles whose depth blocks share, in parts of as many stages and not; tiles of up to 8 rows and more, of several columns; more than a band of them.
 fn parts<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
-    let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
+    let (glu, plain) = (forms(variant.fold)[0], activations(variant.fold)[0]);
     for (k, n, loads) in
         [(1032, 72, [9, 1, 0, 17, 8].as_slice()), (3072, 8, &[3, 16]), (2000, 136, &[1]), (72, 72, &[9; 11])]
     {
-        let case =
-            Case { k, n, glu, activation, gather: n == 72, bias: n == 136, scale: k == 3072, out_scale: k == 2000 };
+        // A clamped SwiGLU whose numbers are the descriptor's has a loop of its own.
+        let clamped = glu.is_gated() && loads.len() == 11;
+        let activation = if clamped { Activation::Swiglu(SWIGLUS[0]) } else { plain };
+        let (gather, bias, scale, out_scale) = (n == 72, n == 136, k == 3072, k == 2000);
+        let case = Case { k, n, glu, activation, by_expert: false, gather, bias, scale, out_scale };
         grouped::<T>(variant, rng, loads, &case);
     }
 }
@@ -227,7 +240,8 @@ fn walk<T: Storage>(variant: Variant, gather: bool, rng: &mut fastrand::Rng) {
     let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1, 1, 1][expert % 12]).collect();
     let n = if variant.fold == Fold::Plain { 2 * 256 + 8 } else { 2 * 128 + 8 };
     let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
-    let case = Case { k: 264, n, glu, activation, gather, bias: false, scale: false, out_scale: false };
+    let case =
+        Case { k: 264, n, glu, activation, by_expert: true, gather, bias: false, scale: false, out_scale: false };
     grouped::<T>(variant, rng, &loads, &case);
 }
 
@@ -237,6 +251,8 @@ pub struct Case {
     pub n: usize,
     pub glu: Glu,
     pub activation: Activation,
+    /// Whether a SwiGLU may have numbers by expert.
+    pub by_expert: bool,
     pub gather: bool,
     pub bias: bool,
     pub scale: bool,
@@ -299,7 +315,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let values = Values::draw(rng, case, experts);
     let scale: Option<Vec<f32>> = case.scale.then(|| normals(rng, rows, 1.0));
     let out_scale: Option<Vec<f32>> = case.out_scale.then(|| normals(rng, rows, 1.0));
-    let by_expert = ByExpert::draw(rng, activation, experts);
+    let by_expert = if case.by_expert { ByExpert::draw(rng, activation, experts) } else { ByExpert::none() };
     let activations = by_expert.activations(activation, experts);
 
     let matrix = values.matrix(variant, case);
@@ -568,9 +584,13 @@ fn assert_products<T: Storage>(name: &str, got: &[T], want: &[Bounded], sides: &
 pub struct ByExpert([Option<Vec<f32>>; 4]);
 
 impl ByExpert {
+    pub fn none() -> ByExpert {
+        ByExpert([const { None }; 4])
+    }
+
     /// Each or none of them, for a SwiGLU that takes it.
     pub fn draw(rng: &mut fastrand::Rng, activation: Activation, experts: usize) -> ByExpert {
-        let Activation::Swiglu(unit) = activation else { return ByExpert([const { None }; 4]) };
+        let Activation::Swiglu(unit) = activation else { return ByExpert::none() };
         let bounded = |bound| bound != Bound::None;
         let takes = [true, bounded(unit.gate), bounded(unit.up), true];
         ByExpert(takes.map(|takes| {

@@ -6,6 +6,7 @@ use moe_kernels::experts::gemm::Rows;
 use moe_kernels::experts::gemm_backward::{self, GemmBackwardArgs, GemmBackwardDesc, SharedRowsBackward};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::reference::activation::{activate, activate_glu};
+use moe_kernels::reference::choice_backward::sigmoid_gate;
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm_backward::{HiddenBackward, HiddenGradients, hidden_backward, product_backward};
 use moe_kernels::registry::{Gemm, GemmAny, Kernel};
@@ -72,6 +73,8 @@ struct Case {
     gather_pre_activation: bool,
     bias: bool,
     weighted: bool,
+    /// Whether weights are logits of a gate.
+    gate: bool,
     scale: f32,
     /// Hidden rows are asked for; sums are.
     wants: [bool; 2],
@@ -113,6 +116,7 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
             gather_pre_activation: index % 5 == 1,
             bias: index % 3 != 1,
             weighted: index % 4 != 3,
+            gate: index % 5 >= 3,
             scale: [1.0, -0.75, 2.5][index % 3],
             wants: [index % 4 != 2, index % 6 != 4],
             dropout: index % 3 == 2,
@@ -135,6 +139,7 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
         gather_pre_activation: false,
         bias: true,
         weighted: true,
+        gate: false,
         scale: 1.0,
         wants: [true; 2],
         dropout: false,
@@ -179,6 +184,7 @@ fn desc(variant: &Variant, case: &Case, rows: Rows) -> GemmBackwardDesc {
         .gather(case.gather)
         .gather_pre_activation(case.gather_pre_activation)
         .scale(case.scale)
+        .gate(case.gate)
         .unaligned(variant.shift > 0)
 }
 
@@ -208,7 +214,11 @@ impl<T: Storage> Side<T> {
             weight: normals(rng, experts * k * n, (k as f64).powf(-0.5)),
             bias: case.bias.then(|| normals(rng, experts * k, 1.0)),
             z: pre_activations(rng, z_rows * columns),
-            weights: case.weighted.then(|| (0..rows).map(|_| rng.f32()).collect()),
+            weights: case.weighted.then(|| {
+                let logit =
+                    |rng: &mut fastrand::Rng| [6.0 * rng.f32() - 3.0, 30.0, -40.0][rng.usize(..9).saturating_sub(6)];
+                (0..rows).map(|_| if case.gate { logit(rng) } else { rng.f32() }).collect()
+            }),
         }
     }
 
@@ -232,6 +242,7 @@ impl<T: Storage> Side<T> {
             glu: case.glu,
             activations,
             weights: self.weights.as_deref(),
+            gate: case.gate,
             scale: f64::from(case.scale),
             kept,
         }
@@ -327,6 +338,7 @@ fn bounds<T: Storage>(what: &HiddenBackward<T>, plan: &Plan, want: &HiddenGradie
             glu,
             activations: what.activations,
             weights: None,
+            gate: false,
             scale: 1.0,
             kept: None,
         };
@@ -341,7 +353,9 @@ fn bounds<T: Storage>(what: &HiddenBackward<T>, plan: &Plan, want: &HiddenGradie
         let expert: usize = expert;
         let of_row = |gathers: bool| if gathers { plan.slot_token[row] as usize } else { row };
         let z = &what.pre_activation[of_row(what.gather_pre_activation) * columns..][..columns];
-        let s = (what.scale * what.weights.map_or(1.0, |weights| f64::from(weights[row]))).abs();
+        let given = what.weights.map(|weights| f64::from(weights[row]));
+        let logit = given.filter(|_| what.gate);
+        let s = (what.scale * logit.map(|logit| sigmoid_gate(logit, None)).or(given).unwrap_or(1.0)).abs();
         let activation = what.activations[expert];
         let (mut size, mut moved) = (0.0, 0.0);
         for i in 0..n {
@@ -384,8 +398,11 @@ fn bounds<T: Storage>(what: &HiddenBackward<T>, plan: &Plan, want: &HiddenGradie
             let d_out = &what.d_out[of_row(what.gather) * k..][..k];
             bias = d_out.iter().zip(&values[expert * k..]).map(|(&d, &b)| (d.into() * b.into()).abs()).sum::<f64>();
         }
-        all.d_weight[row] =
+        let of_weight =
             what.scale.abs() * (moved + 4.0 * ACTIVATION_GRADIENT * size.max(1e-3) + k as f64 * UNIT * bias);
+        // Both sigmoids to an ulp, and the roundings of their products.
+        all.d_weight[row] = logit
+            .map_or(of_weight, |logit| sigmoid_gate(logit, Some(of_weight)) + 8.0 * UNIT * want.d_weight[row].abs());
     }
     all
 }
@@ -420,6 +437,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
     let shared_case = Case {
         bias: rng.bool(),
         weighted: rng.bool(),
+        gate: rng.bool(),
         scale: 0.5,
         wants: [rng.bool(), rng.bool()],
         gather: false,
@@ -435,7 +453,11 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
     let own = rng.bool();
     let shared_case = if own { shared_case } else { Case { activation: case.activation, ..shared_case } };
     if shared_rows > 0 {
-        desc = desc.shared_rows(shared_rows).shared_scale(0.5).shared_activation(own.then_some(shared_case.activation));
+        desc = desc
+            .shared_rows(shared_rows)
+            .shared_scale(0.5)
+            .shared_gate(shared_case.gate)
+            .shared_activation(own.then_some(shared_case.activation));
     }
     let shared_side = Side::<T>::draw(rng, &shared_case, 1, [shared_rows; 3]);
     let shared_plan = dispatch(&vec![0; shared_rows], &rule(1, 1, variant.tile_m)).unwrap();

@@ -5,7 +5,11 @@ use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc};
 use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, Rows, SharedRows};
 use moe_kernels::experts::gemm_combine::{self, GemmCombineDesc, SumArgs};
 use moe_kernels::experts::tiles::max_tiles;
-use moe_kernels::experts::{SlotShape, Weight};
+use moe_kernels::experts::{Dispatched, SlotShape, Weight};
+use moe_kernels::layer::{
+    Choices, ExpertWeights, ExpertsArgs, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedDesc,
+    SharedWeights,
+};
 use moe_kernels::reference::dispatch::dispatch;
 use moe_kernels::registry::{GemmSwapped, Kernel};
 use moe_kernels::rules::WeightDesc;
@@ -24,12 +28,96 @@ pub fn check(variant: GemmSwapped, rng: &mut fastrand::Rng) {
     // Tokens, experts, k, N, K: one token and more than a block takes at once; one column tile, a ragged second one; depth in parts or not.
     let shapes =
         [[1, 4, 2, 72, 40], [19, 3, 3, 64, 1032], [33, 9, 8, 136, 24], [5, 2, 1, 8, 2048], [2, 40, 7, 200, 72]];
+    match variant.dtype {
+        Dtype::Bf16 => layers::<bf16>(variant, rng),
+        _ => layers::<f16>(variant, rng),
+    }
     for shape in shapes {
         for options in 0..4 {
             match variant.dtype {
                 Dtype::Bf16 => case::<bf16>(variant, rng, shape, options),
                 _ => case::<f16>(variant, rng, shape, options),
             }
+        }
+    }
+}
+
+/// The end of a layer, which may begin before the first product has ended: the bits of its parts, in launches of their own. The second product is as
+/// deep as the layer's intermediate size: less than a stage, more than are on their way, in two parts.
+fn layers<T: Storage>(variant: GemmSwapped, rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for (index, shape) in
+        [[1, 4, 2, 72, 40], [8, 3, 2, 136, 1032], [5, 6, 3, 64, 520], [3, 2, 1, 8, 200]].into_iter().enumerate()
+    {
+        let [tokens, experts, top_k, hidden, intermediate] = shape;
+        let name = format!("layer of T={tokens} E={experts} k={top_k} H={hidden} I={intermediate}");
+        let mlp = Mlp::swiglu(variant.dtype).down(WeightDesc::new(variant.dtype).layout(variant.layout));
+        let is_shared = index % 2 == 1;
+        let desc = LayerDesc::new(variant.dtype, hidden, intermediate, experts, top_k)
+            .mlp(mlp)
+            .shared(is_shared.then(|| SharedDesc::new(intermediate, mlp)));
+        let plan = desc.plan(tokens, kernels.device()).unwrap();
+        let launches: Vec<Kernel> = plan.kernels().map(|kernel| kernel.variant()).collect();
+        assert!(launches.contains(&Kernel::GemmSwapped(variant)), "{name}: {launches:?}");
+
+        let mut matrix = |name, experts: usize, rows: usize, depth: usize| {
+            let values: Vec<T> = normals(rng, experts * rows * depth, (depth as f64).powf(-0.5));
+            Guarded::input(&stream, name, &values)
+        };
+        let x = matrix("x", 1, tokens, hidden);
+        let (gate_up, down) =
+            (matrix("gate_up", experts, 2 * intermediate, hidden), matrix("down", experts, hidden, intermediate));
+        let (shared_gate_up, shared_down) =
+            (matrix("shared.gate_up", 1, 2 * intermediate, hidden), matrix("shared.down", 1, hidden, intermediate));
+        let router = matrix("router", 1, experts, hidden);
+        let ids: Vec<i32> = (0..tokens)
+            .flat_map(|_| {
+                let mut all: Vec<i32> = (0..experts as i32).collect();
+                rng.shuffle(&mut all);
+                all.into_iter().take(top_k).map(|id| if rng.u32(..8) == 0 { -1 } else { id }).collect::<Vec<_>>()
+            })
+            .collect();
+        let ids = Guarded::input(&stream, "ids", &ids);
+        let weights_of_ids = Guarded::input(&stream, "weights", &normals::<f32>(rng, tokens * top_k, 1.0));
+        let (x, router, ids, weights_of_ids) = (x.view(), router.view(), ids.view(), weights_of_ids.view());
+        let (gate_up, down, shared_gate_up, shared_down) =
+            (gate_up.view(), down.view(), shared_gate_up.view(), shared_down.view());
+        let mut of_experts = ExpertWeights::new(Weight::new(&gate_up), Weight::new(&down));
+        if is_shared {
+            of_experts = of_experts.shared(SharedWeights::new(Weight::new(&shared_gate_up), Weight::new(&shared_down)));
+        }
+        let choices = || Choices::new(&ids, &weights_of_ids);
+        let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).unwrap();
+
+        let mut want = Guarded::<T>::output(&stream, "y", tokens * hidden);
+        {
+            let mut dispatched = Dispatched::new(&stream, &plan.route().rows()).unwrap();
+            plan.route()
+                .forward_choices(kernels, &stream, choices(), RouteArgs::new(), &mut dispatched, &mut workspace)
+                .unwrap();
+            let mut rows = Guarded::<T>::output(&stream, "y_slots", plan.experts().rows().slots * hidden);
+            let mut addend = Guarded::<T>::output(&stream, "addend", tokens * hidden);
+            let (mut rows, mut addend) = (rows.view_mut(), addend.view_mut());
+            let mut args = ExpertsArgs::new(&x, &dispatched, &mut rows);
+            args.shared = is_shared.then_some((&mut addend).into());
+            plan.experts().forward(kernels, &stream, &of_experts, args, &mut workspace).unwrap();
+            let mut y = want.view_mut();
+            let mut args = CombineArgs::new(&rows, &dispatched, &mut y);
+            args.addend = is_shared.then_some((&addend).into());
+            plan.experts().combine(kernels, &stream, args).unwrap();
+        }
+        let bits = |buffer: &Guarded<T>| bytemuck::cast_slice::<T, u8>(&buffer.read(&stream)).to_vec();
+        let weights = LayerWeights::new(RouterWeights::new(&router), of_experts);
+        let mut y = Guarded::<T>::output(&stream, "y", tokens * hidden);
+        // The second time in the workspace as the first has left it.
+        for _ in 0..2 {
+            {
+                let mut to = y.view_mut();
+                let args = LayerArgs::new(&x, &mut to).choices(choices());
+                plan.forward(kernels, &stream, &weights, args, &mut workspace).unwrap();
+            }
+            assert!(bits(&y) == bits(&want), "{name}: other sums than those of its parts");
+            y.reset(&stream);
         }
     }
 }

@@ -19,7 +19,19 @@ enum Values {
     F32(Vec<f32>, Guarded<f32>),
 }
 
-/// Gradients with their shape, and how far behind 16 bytes they begin.
+/// Elements by which buffers begin behind 16 bytes.
+const SHIFTS: [usize; 4] = [0, 1, 3, 5];
+
+/// Which experts are frozen, with as many entries as any list here has experts.
+fn masks() -> [Option<Vec<i32>>; 3] {
+    let some = [0, 1, 0, -1, 0].into_iter().cycle().take(MANY).collect();
+    [None, Some(some), Some(vec![0; MANY])]
+}
+
+/// Experts of one chunk each: more than there are blocks.
+const MANY: usize = 600;
+
+/// Gradients with their shape.
 struct Gradient {
     shape: GradientShape,
     values: Values,
@@ -30,6 +42,7 @@ fn drawn<T: Storage>(
     shape: &GradientShape,
     size: f64,
     frozen: Option<&[i32]>,
+    shift: usize,
 ) -> (Vec<T>, Guarded<T>) {
     let mut values: Vec<T> = normals(rng, shape.groups * shape.elements, size);
     if shape.freezes {
@@ -37,23 +50,28 @@ fn drawn<T: Storage>(
         let groups = values.chunks_mut(shape.elements.max(1)).zip(frozen.unwrap_or(&[]));
         groups.filter(|(_, frozen)| **frozen != 0).for_each(|(values, _)| values.fill(T::from_f64(f64::NAN)));
     }
-    let shift = [0, 1, 3, 5][rng.usize(..4)];
     let buffer = Guarded::filled_output(&device::stream(), "gradients", &values, shift);
     (values, buffer)
 }
 
-fn gradient(rng: &mut fastrand::Rng, shape: GradientShape, size: f64, frozen: Option<&[i32]>) -> Gradient {
+fn gradient(
+    rng: &mut fastrand::Rng,
+    shape: GradientShape,
+    size: f64,
+    frozen: Option<&[i32]>,
+    shift: usize,
+) -> Gradient {
     let values = match shape.dtype {
         Dtype::Bf16 => {
-            let (values, buffer) = drawn(rng, &shape, size, frozen);
+            let (values, buffer) = drawn(rng, &shape, size, frozen, shift);
             Values::Bf16(values, buffer)
         }
         Dtype::F16 => {
-            let (values, buffer) = drawn(rng, &shape, size, frozen);
+            let (values, buffer) = drawn(rng, &shape, size, frozen, shift);
             Values::F16(values, buffer)
         }
         _ => {
-            let (values, buffer) = drawn(rng, &shape, size, frozen);
+            let (values, buffer) = drawn(rng, &shape, size, frozen, shift);
             Values::F32(values, buffer)
         }
     };
@@ -91,6 +109,7 @@ fn lists(rng: &mut fastrand::Rng) -> Vec<Vec<GradientShape>> {
             .flat_map(|&d| [GradientShape::experts(d, 4, 300), GradientShape::new(d, chunk + 9)])
             .collect(),
         (0..9).map(|i| GradientShape::new(dtype(rng), 11 * i + 2)).collect(),
+        vec![GradientShape::experts(dtype(rng), MANY, 3)],
     ]
 }
 
@@ -101,8 +120,12 @@ pub fn check(rng: &mut fastrand::Rng) {
             let small = shapes.iter().map(|shape| shape.groups * shape.elements).sum::<usize>() < 10_000;
             let ranges = || shapes.iter().all(|shape| shape.dtype != Dtype::F16);
             if size == 1.0 || small && ranges() {
-                let frozen = [None, Some([0, 1, 0, -1, 0]), Some([0; 5])][rng.usize(..3)];
-                measure(rng, &shapes, size, frozen.as_ref().map(|frozen| &frozen[..]));
+                let mut frozen = masks();
+                rng.shuffle(&mut frozen);
+                // Each mask where the numbers are of the common size.
+                for frozen in frozen.iter().take(if size == 1.0 { 3 } else { 1 }) {
+                    measure(rng, &shapes, size, frozen.as_deref());
+                }
             }
         }
     }
@@ -110,7 +133,7 @@ pub fn check(rng: &mut fastrand::Rng) {
     let shapes = [GradientShape::new(Dtype::F16, 70), GradientShape::experts(Dtype::F32, 3, 41)];
     for wrong in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
         for at in [0, 17, 69, 70, 70 + 40, 70 + 122] {
-            let mut gradients: Vec<Gradient> = shapes.iter().map(|&shape| gradient(rng, shape, 1.0, None)).collect();
+            let mut gradients: Vec<Gradient> = shapes.iter().map(|&shape| gradient(rng, shape, 1.0, None, 0)).collect();
             match &mut gradients[usize::from(at >= 70)].values {
                 Values::F16(values, buffer) => {
                     values[at] = f16::from_f32(wrong);
@@ -133,7 +156,11 @@ pub fn check(rng: &mut fastrand::Rng) {
 }
 
 fn measure(rng: &mut fastrand::Rng, shapes: &[GradientShape], size: f64, frozen: Option<&[i32]>) {
-    let gradients: Vec<Gradient> = shapes.iter().map(|&shape| gradient(rng, shape, size, frozen)).collect();
+    let mut gradient = |&shape| {
+        let shift = SHIFTS[rng.usize(..4)];
+        gradient(rng, shape, size, frozen, shift)
+    };
+    let gradients: Vec<Gradient> = shapes.iter().map(&mut gradient).collect();
     let values: Vec<Vec<f64>> = gradients.iter().map(|gradient| live(gradient, frozen)).collect();
     let values: Vec<&[f64]> = values.iter().map(Vec::as_slice).collect();
     for (scale, max_norm) in [(1.0, None), (0.125, Some(size as f32 * 0.5)), (1.0, Some(1e30)), (1.0, Some(0.0))] {
@@ -221,10 +248,17 @@ fn run(gradients: &[Gradient], scale: f32, max_norm: Option<f32>, frozen: Option
 
 pub fn check_scale(rng: &mut fastrand::Rng) {
     let (kernels, stream) = (device::kernels(), device::stream());
-    for shapes in lists(rng) {
-        let frozen = [None, Some([0, 1, 0, -1, 0])][rng.usize(..2)];
-        let mask = frozen.as_ref().map(|frozen| &frozen[..]);
-        let mut gradients: Vec<Gradient> = shapes.iter().map(|&shape| gradient(rng, shape, 1.0, mask)).collect();
+    // Every list begins at 16 bytes once, without a mask and with one.
+    let lists = lists(rng).into_iter().flat_map(|shapes| [(shapes.clone(), true), (shapes, false)]);
+    for (turn, (shapes, aligned)) in lists.enumerate() {
+        let masks = masks();
+        let mask = if (turn / 2 + turn) % 2 == 0 { masks[1].as_deref() } else { masks[2 * rng.usize(..2)].as_deref() };
+        let frozen = mask.map(|frozen| &frozen[..5]);
+        let mut gradient = |&shape| {
+            let shift = if aligned { 0 } else { SHIFTS[rng.usize(..4)] };
+            gradient(rng, shape, 1.0, mask, shift)
+        };
+        let mut gradients: Vec<Gradient> = shapes.iter().map(&mut gradient).collect();
         let factor = [0.37f32, 0.0, -2.0][rng.usize(..3)];
         let factor_in = Guarded::input(&stream, "factor", &[factor]);
         let frozen_in = mask.map(|frozen| Guarded::input(&stream, "frozen", frozen));

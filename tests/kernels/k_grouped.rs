@@ -3,7 +3,9 @@
 use cudarc::driver::{CudaView, CudaViewMut};
 use half::{bf16, f16};
 use moe_kernels::experts::gemm::ProductOut;
-use moe_kernels::experts::k_grouped::{self, ColumnSums, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides};
+use moe_kernels::experts::k_grouped::{
+    self, ColumnSums, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides, SharedGroup,
+};
 use moe_kernels::experts::{SlotShape, TileEntry};
 use moe_kernels::reference::k_grouped::{RowMatrix, column_sums, k_grouped as reference};
 use moe_kernels::registry::{KGrouped, Kernel};
@@ -174,16 +176,21 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         let matrix = RowMatrix { values: &values[..], columns, slot_token: tokens_of(by_token[usize::from(of_b)]) };
         Columns::draw(rng, case, of_b, matrix, &spans, slots, &is_frozen)
     });
+    // A shared expert's rows as one group more: none, one, a stage with a remainder, several.
+    let shared_rows = [0, 1, 77, 150][rng.usize(..4)];
+    let mut shared = (shared_rows > 0).then(|| Shared::<T>::draw(rng, variant, case, shared_rows));
     let frozen_in = frozen.as_ref().map(|frozen| Guarded::input(&stream, "frozen", frozen));
     let shape = SlotShape::new(tokens, experts, Some(1), slots, 16, slots);
     let [a_rows, b_rows] = by_token.map(|by_token| if by_token { tokens } else { slots });
-    let strides = strides(variant, case, [a_rows, b_rows]);
+    let strides = strides(variant, case, [a_rows, b_rows].map(|rows| rows.max(shared_rows)));
     let desc = KGroupedDesc::new(variant.dtype, shape, m, n)
         .gathered(case.gathered)
         .strides(strides)
         .f32_out(case.f32_out)
         .accumulate(case.accumulate)
         .keep_empty(case.keep_empty)
+        .shared_rows(shared_rows)
+        .shared_f32_out(shared.as_ref().is_some_and(|shared| shared.f32_out))
         .unaligned(variant.any);
     let selected = k_grouped::select(&desc, kernels.device()).unwrap().kernel.variant();
     assert_eq!(selected, Kernel::KGrouped(variant), "{name}");
@@ -219,7 +226,13 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         ..Rows::default()
     };
     let dispatched = lists.dispatched(&stream, &shape);
-    let launch = |rounded: &mut Guarded<T>, wide: &mut Guarded<f32>, columns: &mut Option<Columns<T>>| {
+    if let Some(shared) = &mut shared {
+        shared.lay(at, shift, nan);
+    }
+    let launch = |rounded: &mut Guarded<T>,
+                  wide: &mut Guarded<f32>,
+                  columns: &mut Option<Columns<T>>,
+                  shared: &mut Option<Shared<T>>| {
         let (a, b, mut rounded, mut wide) = (a.view(), b.view(), rounded.view_mut(), wide.view_mut());
         let out =
             if case.f32_out { ProductOut::F32((&mut wide).into()) } else { ProductOut::Rounded((&mut rounded).into()) };
@@ -227,11 +240,13 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         let frozen = frozen_in.as_ref().map(Guarded::view);
         args.frozen = frozen.as_ref().map(In::from);
         let mut sums = columns.as_mut().map(Columns::views);
-        args.sums = sums.as_mut().map(|(rounded, wide, weights, [f32_out, of_b], scale)| {
+        args.sums = sums.as_mut().map(asked);
+        let mut views = shared.as_mut().map(Shared::views);
+        args.shared = views.as_mut().map(|(a, b, rounded, wide, f32_out, columns)| {
             let out = if *f32_out { ProductOut::F32(wide.into()) } else { ProductOut::Rounded(rounded.into()) };
-            let mut sums = ColumnSums::new(out).scale(*scale).of_b(*of_b);
-            sums.weights = weights.as_ref().map(In::from);
-            sums
+            let mut group = SharedGroup::new(&*a, &*b, out);
+            group.sums = columns.as_mut().map(asked);
+            group
         });
         k_grouped::forward(kernels, &stream, &desc, args).unwrap();
     };
@@ -240,7 +255,9 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         rounded.reset(&stream);
         wide.reset(&stream);
         columns.iter_mut().for_each(Columns::reset);
-        launch(&mut rounded, &mut wide, &mut columns);
+        shared.iter_mut().for_each(Shared::reset);
+        launch(&mut rounded, &mut wide, &mut columns, &mut shared);
+        shared.iter().for_each(|shared| shared.check(&format!("{name} shared {shared_rows}")));
         columns.iter().for_each(|columns| columns.check(&name));
         let got = (rounded.read(&stream), wide.read(&stream));
         let (values, dtype) = if case.f32_out { (to_f64(&got.1), Dtype::F32) } else { (to_f64(&got.0), variant.dtype) };
@@ -260,13 +277,147 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
             }
         }
         assert!(now == expected, "{name}: written where no output is");
-        let now = (now, columns.as_ref().map(Columns::bytes));
+        let now = (now, columns.as_ref().map(Columns::bytes), shared.as_ref().map(Shared::bytes));
         assert!(first.is_none_or(|first| first == now), "{name}: another run gave other bits");
         first = Some(now);
     }
     a.assert_unchanged(&stream);
     b.assert_unchanged(&stream);
-    time(&stream, &name, || launch(&mut rounded, &mut wide, &mut columns));
+    time(&stream, &name, || launch(&mut rounded, &mut wide, &mut columns, &mut shared));
+}
+
+/// Where sums of columns go, rounded or f32, the rows' factors, which of the two and whose columns, and a factor of all.
+type ColumnViews<'a, T> = (CudaViewMut<'a, T>, CudaViewMut<'a, f32>, Option<CudaView<'a, f32>>, [bool; 2], f32);
+
+fn asked<'a, T>((rounded, wide, weights, [f32_out, of_b], scale): &'a mut ColumnViews<'_, T>) -> ColumnSums<'a, T> {
+    let out = if *f32_out { ProductOut::F32(wide.into()) } else { ProductOut::Rounded(rounded.into()) };
+    let mut sums = ColumnSums::new(out).scale(*scale).of_b(*of_b);
+    sums.weights = weights.as_ref().map(In::from);
+    sums
+}
+
+/// A shared expert's rows: one group more, with everything of its own.
+struct Shared<T: Storage> {
+    rows: usize,
+    sizes: [usize; 2],
+    values: [Vec<T>; 2],
+    f32_out: bool,
+    old: (Vec<T>, Vec<f32>),
+    want: Vec<f64>,
+    bounds: Vec<f64>,
+    columns: Option<Columns<T>>,
+    outs: Vec<usize>,
+    laid: Option<Laid<T>>,
+}
+
+/// Both operands, and both forms of the result.
+struct Laid<T> {
+    a: Guarded<T>,
+    b: Guarded<T>,
+    rounded: Guarded<T>,
+    wide: Guarded<f32>,
+}
+
+impl<T: Storage> Shared<T> {
+    fn draw(rng: &mut fastrand::Rng, variant: KGrouped, case: &Case, rows: usize) -> Shared<T> {
+        let Case { m, n, .. } = *case;
+        let values: [Vec<T>; 2] = [m, n].map(|columns| normals(rng, rows * columns, 1.0));
+        let spans = [(0, rows)];
+        let of = |f: fn(f64) -> f64| {
+            let [a, b] = values.each_ref().map(|values| to_f64(values).into_iter().map(f).collect::<Vec<f64>>());
+            let a = RowMatrix { values: &a[..], columns: m, slot_token: None };
+            let b = RowMatrix { values: &b[..], columns: n, slot_token: None };
+            reference(a, b, &spans).unwrap()
+        };
+        let (sums, magnitudes, squares) = (of(|v| v), of(f64::abs), of(|v| v * v));
+        let arithmetic = if variant.dtype == Dtype::F32 { Arithmetic::Tf32x3 } else { Arithmetic::Mma16 };
+        let f32_out = rng.bool();
+        let old: (Vec<T>, Vec<f32>) = (normals(rng, m * n, 1.0), normals(rng, m * n, 1.0));
+        let old64 = if f32_out { to_f64(&old.1) } else { to_f64(&old.0) };
+        let (mut want, mut bounds) = (sums.clone(), vec![]);
+        for i in 0..m * n {
+            let own = arithmetic.sum_bound(rows, sums[i], magnitudes[i], squares[i].sqrt());
+            if case.accumulate {
+                want[i] += old64[i];
+            }
+            bounds.push(own + if case.accumulate { UNIT * want[i].abs() } else { 0.0 });
+        }
+        let columns = (rng.u8(..4) > 0).then(|| {
+            let of_b = rng.bool();
+            let (values, columns) = if of_b { (&values[1], n) } else { (&values[0], m) };
+            let matrix = RowMatrix { values: &values[..], columns, slot_token: None };
+            Columns::draw(rng, case, of_b, matrix, &spans, rows, &|_| false)
+        });
+        let old = if case.accumulate {
+            old
+        } else {
+            (vec![Guarded::<T>::junk(); m * n], vec![Guarded::<f32>::junk(); m * n])
+        };
+        Shared { rows, sizes: [m, n], values, f32_out, old, want, bounds, columns, outs: vec![], laid: None }
+    }
+
+    /// Puts everything where the others' strides say.
+    fn lay(&mut self, at: KGroupedStrides, shift: usize, nan: T) {
+        let stream = device::stream();
+        let [m, n] = self.sizes;
+        let [a, b] =
+            [("shared.a", 0, m, at.a), ("shared.b", 1, n, at.b)].map(|(name, side, columns, [row, column])| {
+                let spread = spread(&self.values[side], [1, self.rows, columns], [0, row, column], nan);
+                Guarded::shifted_input(&stream, name, &spread, shift)
+            });
+        self.outs = places([1, m, n], at.out);
+        let all = self.outs.iter().max().unwrap() + 1;
+        let mut before = (vec![Guarded::<T>::junk(); all], vec![Guarded::<f32>::junk(); all]);
+        for (i, &at) in self.outs.iter().enumerate() {
+            (before.0[at], before.1[at]) = (self.old.0[i], self.old.1[i]);
+        }
+        let rounded = Guarded::filled_output(&stream, "shared.out", &before.0, shift);
+        let wide = Guarded::filled_output(&stream, "shared.out", &before.1, shift);
+        self.laid = Some(Laid { a, b, rounded, wide });
+    }
+
+    #[allow(clippy::type_complexity)] // both operands, both forms of the result, which of them, sums
+    fn views(
+        &mut self,
+    ) -> (CudaView<'_, T>, CudaView<'_, T>, CudaViewMut<'_, T>, CudaViewMut<'_, f32>, bool, Option<ColumnViews<'_, T>>)
+    {
+        let Laid { a, b, rounded, wide } = self.laid.as_mut().unwrap();
+        let columns = self.columns.as_mut().map(Columns::views);
+        (a.view(), b.view(), rounded.view_mut(), wide.view_mut(), self.f32_out, columns)
+    }
+
+    fn reset(&mut self) {
+        let Laid { rounded, wide, .. } = self.laid.as_mut().unwrap();
+        rounded.reset(&device::stream());
+        wide.reset(&device::stream());
+        self.columns.iter_mut().for_each(Columns::reset);
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let stream = device::stream();
+        let Laid { rounded, wide, .. } = self.laid.as_ref().unwrap();
+        let (rounded, wide) = (rounded.read(&stream), wide.read(&stream));
+        let mut all = [bytemuck::cast_slice::<T, u8>(&rounded), bytemuck::cast_slice(&wide)].concat();
+        all.extend(self.columns.iter().flat_map(Columns::bytes));
+        all
+    }
+
+    fn check(&self, name: &str) {
+        let stream = device::stream();
+        let Laid { a, b, rounded, wide } = self.laid.as_ref().unwrap();
+        let (got, dtype) = if self.f32_out {
+            rounded.assert_unchanged(&stream);
+            (to_f64(&wide.read(&stream)), Dtype::F32)
+        } else {
+            wide.assert_unchanged(&stream);
+            (to_f64(&rounded.read(&stream)), T::DTYPE)
+        };
+        let got: Vec<f64> = self.outs.iter().map(|&at| got[at]).collect();
+        assert_sums(name, &got, &self.want, &self.bounds, dtype);
+        a.assert_unchanged(&stream);
+        b.assert_unchanged(&stream);
+        self.columns.iter().for_each(|columns| columns.check(name));
+    }
 }
 
 /// Sums of columns, beside what they should be.
@@ -330,8 +481,7 @@ impl<T: Storage> Columns<T> {
         }
     }
 
-    #[allow(clippy::type_complexity)]
-    fn views(&mut self) -> (CudaViewMut<'_, T>, CudaViewMut<'_, f32>, Option<CudaView<'_, f32>>, [bool; 2], f32) {
+    fn views(&mut self) -> ColumnViews<'_, T> {
         let weights = self.weights.as_ref().map(Guarded::view);
         (self.rounded.view_mut(), self.wide.view_mut(), weights, [self.f32_out, self.of_b], self.scale)
     }

@@ -61,12 +61,14 @@ mod sampled;
 mod sampled_backward;
 mod sequence_counts;
 mod sinkhorn;
+mod sparse_mixer;
 mod strides;
 mod timing;
 mod token_banks;
 mod tokens;
 mod unit_backward;
 mod unit_experts;
+mod unit_experts_backward;
 
 use std::process::{Command, ExitCode};
 
@@ -181,7 +183,9 @@ fn check(kernel: Kernel) {
         Kernel::RmsNormBackward(dtype) => rms_norm_backward::check(dtype, rng),
         Kernel::ColumnProducts(dtype) => column_products::check(dtype, rng),
         Kernel::ProductKeys => product_keys::check(rng),
+        Kernel::SparseMixer => sparse_mixer::check(rng),
         Kernel::UnitExperts(dtype) => unit_experts::check(dtype, rng),
+        Kernel::UnitExpertsBackward(dtype) | Kernel::UnitExpertsRows(dtype) => unit_experts_backward::check(dtype, rng),
         Kernel::ChoiceBackward(dtype) => choice_backward::check(dtype, rng),
         Kernel::SigmoidGate => choice_backward::check_gate(rng),
         Kernel::BySequence { ids_bytes } => by_sequence::check(ids_bytes, rng),

@@ -18,6 +18,7 @@ use crate::noisy::Logits;
 use crate::support::buffer::Guarded;
 use crate::support::compare::to_f64;
 use crate::support::device;
+use crate::support::inputs::normal;
 
 pub fn check(rng: &mut fastrand::Rng) {
     for (tokens, experts, top_k) in
@@ -36,16 +37,38 @@ pub fn check(rng: &mut fastrand::Rng) {
             }
         }
     }
+    for experts in [70, 260] {
+        let rule = NoisyRule::new(2, NoiseSource::new(rng.u64(..), rng.u64(..))).noise_epsilon(1e-2);
+        let logits = one_is_next(rng, 18, experts);
+        of_logits(rng, NoisyBackwardDesc::new(18, experts, rule).importance(0.5).load(0.3), logits, "one is next");
+    }
     ties_of_thresholds(rng);
     one_choice_has_none(rng);
     by_slot(rng);
     refuses(rng);
 }
 
+/// Rows of three near one another, at each of many places in turn, and all others far below: where two are chosen, whoever overlooks the
+/// next one takes a threshold that is far off.
+fn one_is_next(rng: &mut fastrand::Rng, rows: usize, experts: usize) -> (Vec<f32>, Vec<f32>) {
+    let mut clean: Vec<f32> = (0..rows * experts).map(|_| normal(rng) as f32 - 30.0).collect();
+    for (row, clean) in clean.chunks_mut(experts).enumerate() {
+        let next = (row * 32 + row / 4 * 5) % experts;
+        clean[next] = 6.0;
+        clean[(next + 1) % experts] = 6.25;
+        clean[(next + 2 + rng.usize(..experts - 2)) % experts] = 6.5;
+    }
+    (clean, (0..rows * experts).map(|_| 0.5 + 0.1 * normal(rng) as f32).collect())
+}
+
 fn case(rng: &mut fastrand::Rng, desc: NoisyBackwardDesc, kind: Logits) {
+    let logits = kind.draw(rng, desc.tokens * desc.experts, desc.experts);
+    of_logits(rng, desc, logits, &format!("{kind:?}"));
+}
+
+fn of_logits(rng: &mut fastrand::Rng, desc: NoisyBackwardDesc, (clean, raw): (Vec<f32>, Vec<f32>), kind: &str) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let NoisyBackwardDesc { tokens, experts, rule, importance, load, .. } = desc;
-    let (clean, raw) = kind.draw(rng, tokens * experts, experts);
     let state = State::draw(rng);
     let drawn = with_state(rule, &state);
     let gated = noisy_top_k(&clean, &raw, experts, &drawn).unwrap();
@@ -60,7 +83,7 @@ fn case(rng: &mut fastrand::Rng, desc: NoisyBackwardDesc, kind: Logits) {
     let (d_load, d_load_wide) = upstream(rng, experts);
     let extra = (load != 0.0 && rng.bool()).then_some(&d_load_wide[..]);
     let together = rng.bool();
-    let name = format!("{desc:?} {kind:?} {state:?} together {together}");
+    let name = format!("{desc:?} {kind} {state:?} together {together}");
     let rows: Vec<f32> =
         (0..tokens).flat_map(|t| [&clean[t * experts..][..experts], &raw[t * experts..][..experts]].concat()).collect();
     let input = |what, values: &[f32]| Guarded::input(&stream, what, values);
@@ -230,16 +253,25 @@ pub fn check_grouped(rng: &mut fastrand::Rng) {
     {
         for kind in [Logits::Skewed, Logits::NotFinite] {
             for losses in [true, false] {
-                let mut rule =
-                    |top_k| NoisyRule::new(top_k, NoiseSource::new(rng.u64(..), rng.u64(..))).noise_epsilon(1e-2);
-                let forward = HierarchicalDesc::new(tokens, groups, experts, rule(primary_k), rule(top_k));
+                let noise = [0, 1].map(|_| NoiseSource::new(rng.u64(..), rng.u64(..)));
+                let rules = |top_k| {
+                    let of = |which, top_k| NoisyRule::new(top_k, noise[which]).noise_epsilon(1e-2);
+                    HierarchicalDesc::new(tokens, groups, experts, of(0, primary_k), of(1, top_k))
+                };
+                let forward = rules(top_k);
                 let desc = HierarchicalBackwardDesc::new(forward);
                 let desc = match losses {
                     true => desc.primary_importance(0.5).primary_load(0.25).importance(0.4).load(0.3),
                     false => desc,
                 };
                 let padded = rng.bool();
-                grouped(rng, desc, kind, padded);
+                let logits = kind.draw(rng, tokens * groups * experts, experts);
+                grouped(rng, desc, logits, &format!("{kind:?}"), padded);
+                if experts > 128 && losses && kind == Logits::Skewed {
+                    let desc = HierarchicalBackwardDesc::new(rules(2)).importance(0.4).load(0.3);
+                    let logits = one_is_next(rng, tokens * groups, experts);
+                    grouped(rng, desc, logits, "one is next", false);
+                }
             }
         }
     }
@@ -254,14 +286,19 @@ fn spread<T: Copy>(rows: &[T], valid: &[bool], empty: T) -> Vec<T> {
     valid.iter().flat_map(|&valid| row(valid)).collect()
 }
 
-fn grouped(rng: &mut fastrand::Rng, desc: HierarchicalBackwardDesc, kind: Logits, padded: bool) {
+fn grouped(
+    rng: &mut fastrand::Rng,
+    desc: HierarchicalBackwardDesc,
+    (clean, raw): (Vec<f32>, Vec<f32>),
+    kind: &str,
+    padded: bool,
+) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let HierarchicalDesc { tokens, groups, experts, primary, secondary, .. } = desc.forward;
     let all = groups * experts;
     let state = State::draw(rng);
-    let name = format!("{desc:?} {kind:?} {state:?}");
+    let name = format!("{desc:?} {kind} {state:?}");
     let first_logits = Logits::Skewed.draw(rng, tokens * groups, groups);
-    let (clean, raw) = kind.draw(rng, tokens * all, experts);
     let [drawn_first, drawn] = [primary, secondary].map(|rule| with_state(rule, &state));
     let valid: Vec<bool> = (0..tokens).map(|t| t == 0 || !padded || rng.u32(..3) > 0).collect();
     let mut gated =

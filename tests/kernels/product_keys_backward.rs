@@ -30,6 +30,7 @@ pub fn check(rng: &mut fastrand::Rng) {
         }
     }
     nothing_of_garbage(rng);
+    what_nobody_chose(rng);
 }
 
 fn launch(desc: ProductKeysDesc, results: &Results, name: &str, scores: &[f32], ids: &[i32], d: &[f32]) -> Vec<f32> {
@@ -78,4 +79,29 @@ fn nothing_of_garbage(rng: &mut fastrand::Rng) {
     let results = Results { accumulate: false, before: vec![vec![0.0; 12]] };
     let got = launch(desc, &results, "garbage", &scores, &[0, 2, 0, 2, -1, 4], &d);
     assert_eq!(got, [0.0; 12]);
+}
+
+/// An infinite score that is of no choice, and choices of nothing beside it: as if neither were there.
+fn what_nobody_chose(rng: &mut fastrand::Rng) {
+    const KEYS: usize = 8;
+    for top_k in [7, 40] {
+        let mut scores: Vec<f32> = (0..2 * KEYS).map(|_| normal(rng) as f32).collect();
+        // The second half of what is no expert, -1 among all keys squared.
+        scores[KEYS + u32::MAX as usize % KEYS] = f32::INFINITY;
+        let chosen = (0..KEYS * KEYS).filter(|id| id % KEYS != u32::MAX as usize % KEYS);
+        let mut ids: Vec<i32> = chosen.take(top_k).map(|id| id as i32).collect();
+        [2, top_k - 2].into_iter().for_each(|nothing| ids[nothing] = -1);
+        let score = |id: i32| f64::from(scores[id as usize / KEYS]) + f64::from(scores[KEYS + id as usize % KEYS]);
+        let exponentials: Vec<f64> = ids.iter().map(|&id| if id < 0 { 0.0 } else { score(id).exp() }).collect();
+        let total: f64 = exponentials.iter().sum();
+        let weights: Vec<f64> = exponentials.iter().map(|e| e / total).collect();
+        let (d, d_wide) = upstream(rng, top_k);
+        let results = Results { accumulate: false, before: vec![vec![0.0; 2 * KEYS]] };
+        let name = format!("{top_k} choices, two of nothing");
+        let got = launch(ProductKeysDesc::new(1, KEYS, top_k), &results, &name, &scores, &ids, &d);
+        // With a weight of 0 it is of no matter which pair stands where there is none.
+        let pairs: Vec<i32> = ids.iter().map(|&id| id.max(0)).collect();
+        let want = reference(&pairs, &weights, &d_wide, KEYS, top_k, KeySplit::Row).unwrap();
+        results.compare(&name, 0, &got, &want, 2 * KEYS, |t| row_norm(&d_wide, top_k, t));
+    }
 }

@@ -51,7 +51,7 @@ fn check_as<X: Storage, W: Storage>(variant: Router, rng: &mut fastrand::Rng) {
         ],
         _ => {
             // Fewest tokens at which it is selected, and some more: whole blocks would hide ragged ends.
-            searched = [[510, 8], [129, 40], [62, 136]].map(|[experts, hidden]| {
+            searched = [[512, 8], [129, 40], [62, 136]].map(|[experts, hidden]| {
                 let selected = |tokens: &usize| {
                     let desc = RouterDesc::new(variant.x, *tokens, experts, hidden).weight(variant.weight);
                     router::select(&desc, device::kernels().device()).unwrap().kernel.variant()

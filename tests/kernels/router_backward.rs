@@ -3,8 +3,8 @@
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
 use moe_kernels::registry::{Kernel, RouterBackward};
-use moe_kernels::routers::router_backward::{self, RouterBackwardDesc, WeightArgs};
-use moe_kernels::{Dtype, Error, Out, Workspace};
+use moe_kernels::routers::router_backward::{self, InputArgs, RouterBackwardDesc, WeightArgs};
+use moe_kernels::{Dtype, Error, In, Out, Workspace};
 
 use crate::support::buffer::Guarded;
 use crate::support::compare::{ROUTER_GRADIENT, Storage, rounding};
@@ -78,6 +78,12 @@ fn into_x<W: Storage + DeviceRepr, X: Storage + DeviceRepr>(variant: RouterBackw
             let selection = router_backward::select_into_x(&desc, kernels.device()).unwrap();
             assert_eq!(selection.kernel.variant(), Kernel::RouterBackward(variant));
             let (d, weight) = (gradients(rng, tokens, experts, whole), rows::<W>(rng, experts * hidden, whole));
+            // Every other turn a gate goes along: a column more of gradients, a row more of the weight.
+            let gated = turn % 2 == 0;
+            let (d_gate, gate) = (gradients(rng, tokens, 1, whole), rows::<W>(rng, hidden, whole));
+            let d_gate_in = Guarded::input(&stream, "gate.d_logits", &d_gate);
+            let gate_in = Guarded::shifted_input(&stream, "gate.weight", &gate, 1);
+            let desc = desc.gate(gated);
             let before = rows::<X>(rng, tokens * hidden, whole);
             let (d_in, w_in) = (Guarded::input(&stream, "d_logits", &d), Guarded::input(&stream, "weight", &weight));
             let launch = || {
@@ -88,7 +94,13 @@ fn into_x<W: Storage + DeviceRepr, X: Storage + DeviceRepr>(variant: RouterBackw
                 };
                 {
                     let (d, w, mut to) = (d_in.view(), w_in.view(), dx.view_mut());
-                    router_backward::into_x::<X, W>(kernels, &stream, &desc, &d, &w, &mut to).unwrap();
+                    if gated {
+                        let (d_gate, gate) = (d_gate_in.view(), gate_in.view());
+                        let args = InputArgs::<X, W>::new(&d, &w, &mut to).gate(&d_gate, &gate);
+                        router_backward::input(kernels, &stream, &desc, args).unwrap();
+                    } else {
+                        router_backward::into_x::<X, W>(kernels, &stream, &desc, &d, &w, &mut to).unwrap();
+                    }
                 }
                 dx.read(&stream)
             };
@@ -100,6 +112,7 @@ fn into_x<W: Storage + DeviceRepr, X: Storage + DeviceRepr>(variant: RouterBackw
             for (at, &value) in got.iter().enumerate() {
                 let (t, h) = (at / hidden, at % hidden);
                 let terms = (0..experts).map(|e| (f64::from(d[t * experts + e]), weight[e * hidden + h].into()));
+                let terms = terms.chain(gated.then(|| (f64::from(d_gate[t]), gate[h].into())));
                 compare(&name, at, value, desc.accumulate.then(|| before[at]), whole, terms);
             }
         }
@@ -115,6 +128,8 @@ fn into_weight<X: Storage + DeviceRepr>(variant: RouterBackward, rng: &mut fastr
             let desc = RouterBackwardDesc::new(X::DTYPE, tokens, experts, hidden)
                 .accumulate((turn + usize::from(whole)) % 2 == 1);
             for (with_bias, lent) in [(false, false), (true, true)] {
+                // A gate goes along with each of them in turn.
+                let desc = desc.gate((turn / 2 + usize::from(lent)) % 2 == 0);
                 weight::<X>(variant, rng, &desc, whole, with_bias, lent);
             }
         }
@@ -139,35 +154,40 @@ fn weight<X: Storage + DeviceRepr>(
     let mut x = rows::<X>(rng, tokens * hidden, whole);
     // What no gradient reaches may be anything.
     (0..tokens).filter(|t| t % 4 == 2).for_each(|t| x[t * hidden..][..hidden].fill(X::from_f64(f64::NAN)));
-    let before = [rows::<f32>(rng, experts * hidden, whole), rows::<f32>(rng, experts, whole)];
+    let d_gate: Vec<f32> = gradients(rng, tokens, 1, whole);
+    let d_gate_in = Guarded::input(&stream, "gate.d_logits", &d_gate);
+    let before = [experts * hidden, experts, hidden].map(|len| rows::<f32>(rng, len, whole));
     let (d_in, x_in) = (Guarded::input(&stream, "d_logits", &d), Guarded::input(&stream, "x", &x));
     let bytes = router_backward::workspace_bytes(desc).unwrap();
     let mut workspace = Workspace::new(&stream, bytes).unwrap();
     let mut launch = || {
-        let mut out = [("d_weight", 0), ("d_bias", 1)].map(|(what, i)| {
-            if desc.accumulate {
-                Guarded::filled_output(&stream, what, &before[i], 0)
-            } else {
-                Guarded::<f32>::output(&stream, what, before[i].len())
-            }
+        let mut out = [("d_weight", 0), ("d_bias", 1), ("gate.d_weight", 2)].map(|(what, i)| {
+            // Of the gate alone outputs that are not written two at once, and those of the router with them.
+            let shift = if i == 2 { experts % 2 } else { 0 };
+            let junk = vec![Guarded::<f32>::junk(); before[i].len()];
+            Guarded::filled_output(&stream, what, if desc.accumulate { &before[i] } else { &junk }, shift)
         });
         {
-            let (d, x) = (d_in.view(), x_in.view());
-            let [to, bias] = &mut out.each_mut().map(Guarded::view_mut);
+            let (d, x, d_gate) = (d_in.view(), x_in.view(), d_gate_in.view());
+            let [to, bias, to_gate] = &mut out.each_mut().map(Guarded::view_mut);
             let mut args = WeightArgs::new(&d, &x, to);
             args.d_bias = with_bias.then(|| Out::from(bias));
+            args.gate = desc.gate.then(|| (In::from(&d_gate), Out::from(to_gate)));
             args.workspace = lent.then_some(&mut workspace);
             router_backward::weight::<X>(kernels, &stream, desc, args).unwrap();
         }
         if !with_bias {
             out[1].assert_unchanged(&stream);
         }
+        if !desc.gate {
+            out[2].assert_unchanged(&stream);
+        }
         out.map(|out| out.read(&stream))
     };
     let got = launch();
     let name = format!("{desc:?} bias {with_bias} workspace {lent}");
     let again = launch();
-    assert!((0..2).all(|i| bits(&got[i]) == bits(&again[i])), "{name}: another run gave other bits");
+    assert!((0..3).all(|i| bits(&got[i]) == bits(&again[i])), "{name}: another run gave other bits");
     time(&stream, &name, || drop(launch()));
     d_in.assert_unchanged(&stream);
     let live = || (0..tokens).filter(|t| t % 4 != 2);
@@ -175,6 +195,10 @@ fn weight<X: Storage + DeviceRepr>(
         let (e, h) = (at / hidden, at % hidden);
         let terms = live().map(|t| (f64::from(d[t * experts + e]), x[t * hidden + h].into()));
         compare(&name, at, value, desc.accumulate.then(|| before[0][at]), whole, terms);
+    }
+    for (h, &value) in got[2].iter().enumerate().filter(|_| desc.gate) {
+        let terms = live().map(|t| (f64::from(d_gate[t]), x[t * hidden + h].into()));
+        compare(&format!("{name}: gate"), h, value, desc.accumulate.then(|| before[2][h]), whole, terms);
     }
     for (e, &value) in got[1].iter().enumerate().filter(|_| with_bias) {
         let terms = live().map(|t| (f64::from(d[t * experts + e]), 1.0));

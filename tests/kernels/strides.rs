@@ -35,6 +35,7 @@ pub fn check<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             n,
             glu: forms[index % forms.len()],
             activation: activations[index % activations.len()],
+            by_expert: false,
             gather: index != 1,
             bias: index != 0,
             scale: index == 2,

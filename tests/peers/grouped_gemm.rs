@@ -1,4 +1,4 @@
-//! grouped_gemm, `tests/test_permuteTopK.py`, `test_torch_ops.py`, `test_sinkhorn.py`: forward.
+//! grouped_gemm, `tests/test_permuteTopK.py`, `test_torch_ops.py`, `test_sinkhorn.py`; the gradients of `ops_test.py`.
 //!
 //! Scaled down: 8192 tokens to 96, widths 4096 and 2048 to 64, 2048 x 8192 matrices to 64 x 256.
 
@@ -13,14 +13,17 @@ use crate::calls;
 use crate::close::assert_rounded;
 use crate::data::{probabilities, random_ids, rng, values, wide, wide32, with_type};
 use crate::formulas::{bincount, softmax, sorted_slots};
+use crate::gradients;
 use crate::products::{Product, groups};
 use crate::suite::{Peer, Section};
 use crate::support::compare::Storage;
 use crate::support::inputs::normals;
 
 pub fn peer() -> Peer {
-    let suite = "`tests`: test_permuteTopK, test_torch_ops, test_sinkhorn";
-    Peer { name: "grouped_gemm", suite, sections: vec![permute_top_k(), permute_twice(), products(), sinkhorn()] }
+    let suite = "`tests`: test_permuteTopK, test_torch_ops, test_sinkhorn; `ops_test.py`: gradients";
+    let back = gradients::products::grouped_gemm();
+    let sections = vec![permute_top_k(), permute_twice(), products(), sinkhorn(), back];
+    Peer { name: "grouped_gemm", suite, sections }
 }
 
 const WIDTH: usize = 64;

@@ -17,6 +17,7 @@ mod deepgemm;
 mod fastmoe;
 mod flashinfer;
 mod formulas;
+mod gradients;
 mod grouped_gemm;
 mod megablocks;
 mod megatron;
@@ -52,6 +53,8 @@ fn peers() -> Vec<Peer> {
         tutel::peer(),
         grouped_gemm::peer(),
         transformers::peer(),
+        gradients::layers::sonic(),
+        gradients::complaints::peer(),
     ]
 }
 

@@ -13,13 +13,18 @@ use crate::calls::{self, Experts};
 use crate::close::{assert_choice, assert_layer, assert_rounded};
 use crate::data::{rng, scores, values, wide, wide32};
 use crate::formulas::{bincount, softmax, sorted_slots};
+use crate::gradients;
 use crate::suite::{Peer, Section, product};
 use crate::support::compare::Storage;
 use crate::support::inputs::normals;
 
 pub fn peer() -> Peer {
-    let suite = "`tests/ops`: padded and binned gather and scatter, histogram, sort; `tests/layers`: moe, dmoe";
-    let sections = vec![gather(true), scatter(true), gather(false), scatter(false), histogram(), sort(), moe(), dmoe()];
+    let suite =
+        "`tests/ops`: padded and binned gather and scatter, histogram, sort; `tests/layers`: moe, dmoe, glu, gradients";
+    let mut sections =
+        vec![gather(true), scatter(true), gather(false), scatter(false), histogram(), sort(), moe(), dmoe()];
+    sections.extend(gradients::layers::megablocks());
+    sections.push(gradients::routers::megablocks());
     Peer { name: "MegaBlocks", suite, sections }
 }
 

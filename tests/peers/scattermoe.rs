@@ -1,4 +1,4 @@
-//! ScatterMoE, `tests/test_mlp.py`: two f32 matrices with GELU between, softmax weights, forward.
+//! ScatterMoE, `tests/test_mlp.py`: two f32 matrices with GELU between, softmax weights, forth and back.
 //!
 //! Scaled down: widths 128, 256, 512, 600, 100 to 32, 64, 128, 72, 28; 256 and 512 tokens to 64 and 96. The inner width stays `4 width / k`, so odd
 //! ones stay odd.
@@ -11,6 +11,7 @@ use crate::calls::{self, Experts};
 use crate::close::{assert_choice, assert_layer};
 use crate::data::{rng, scores, values, wide, wide32};
 use crate::formulas::{gelu, linear, softmax};
+use crate::gradients;
 use crate::suite::{Peer, Section, product};
 use crate::support::inputs::normals;
 
@@ -23,7 +24,7 @@ pub fn peer() -> Peer {
             section.point(name, move || mlp_point(&point, tokens, width, 4 * width / top_k, top_k));
         }
     }
-    Peer { name: "ScatterMoE", suite: "`tests/test_mlp.py`", sections: vec![section] }
+    Peer { name: "ScatterMoE", suite: "`tests/test_mlp.py`", sections: vec![section, gradients::layers::scattermoe()] }
 }
 
 fn mlp_point(name: &str, tokens: usize, width: usize, inner: usize, top_k: usize) {

@@ -530,7 +530,7 @@ impl<T: Element> RouterPass<T> {
 }
 
 /// Logits of rows of type `X`.
-fn product<X: Element>(
+pub(super) fn product<X: Element>(
     queue: Queue<'_>,
     desc: &RouterDesc,
     x: In<'_, X>,

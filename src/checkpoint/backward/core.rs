@@ -116,7 +116,9 @@ pub(super) fn of_layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> LayerGradien
     router.bias = of.router_bias.as_mut().map(Into::into);
     router.expert_scale = of.expert_scale.as_mut().map(Into::into);
     router.global_scale = of.global_scale.as_mut().map(Into::into);
+    router.norm = of.around.router.as_mut().map(Into::into);
     let mut gradients = of_products(&mut of.gate_up, &mut of.down).router(router);
+    gradients.norms.experts = of.around.experts.as_mut().map(Into::into);
     gradients.bias = of.output_bias.as_mut().map(Into::into);
     match &mut of.shared {
         None => gradients,

@@ -32,6 +32,7 @@ mod network;
 mod parts;
 mod sequences;
 mod slots;
+mod unit_experts;
 
 use std::sync::Arc;
 
@@ -40,13 +41,14 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
 use super::kind::Kind;
 use super::run::BlockInputs;
 use super::weights::DeviceBlock;
-use crate::layer::{LayerDesc, Norms};
+use crate::layer::LayerDesc;
 use crate::{Element, Error, In, Kernels, TokenMask};
 use apart::Apart;
 use banks::Banks;
 use core::{Core, of_layer, without_map};
 use parts::Queue;
 use sequences::Sequences;
+use unit_experts::UnitExperts;
 
 pub use gradients::BlockGradients;
 
@@ -64,6 +66,7 @@ enum Steps<T> {
     Apart(Box<Apart<T>>),
     Banks(Box<Banks<T>>),
     Sequences(Box<Sequences<T>>),
+    UnitExperts(Box<UnitExperts<T>>),
 }
 
 fn zeros<V: DeviceRepr + ValidAsZeroBits>(stream: &Arc<CudaStream>, length: usize) -> Result<CudaSlice<V>, Error> {
@@ -96,7 +99,9 @@ impl<T: Element> BlockBackward<T> {
             }
             Kind::Layer | Kind::Network(_) => apart()?,
             Kind::Banks(bank) => Steps::Banks(Box::new(Banks::new(block, bank, &desc, tokens, queue)?)),
-            Kind::UnitExperts { .. } => return Err(no_way_back("experts of one unit")),
+            Kind::UnitExperts { keys, .. } => {
+                Steps::UnitExperts(Box::new(UnitExperts::new(&desc, *keys, tokens, queue)?))
+            }
             Kind::BySequence { .. } => Steps::Sequences(Box::new(Sequences::new(&desc, tokens, queue)?)),
         };
         Ok(BlockBackward { steps, gradients: BlockGradients::new(block, tokens, stream)? })
@@ -130,6 +135,18 @@ impl<T: Element> BlockBackward<T> {
             }
             Steps::Banks(banks) => banks.run(queue, block, (x, dy), inputs, gradients),
             Steps::Sequences(sequences) => sequences.run(queue, block, (x, dy), inputs, gradients),
+            Steps::UnitExperts(steps) => {
+                let BlockGradients { x: dx, weights: of, kind: of_kind, .. } = gradients;
+                let (
+                    Kind::UnitExperts { input, output, .. },
+                    Kind::UnitExperts { input: of_input, output: of_output, .. },
+                ) = (&block.kind, of_kind)
+                else {
+                    return Err(another_block());
+                };
+                let rows = ([input, output], [of_input, of_output]);
+                steps.run(queue, &block.weights, rows, (x, dy), (dx, of))
+            }
         }
     }
 
@@ -142,7 +159,12 @@ impl<T: Element> BlockBackward<T> {
 /// Whether a layer's own way back has all that the layer has.
 fn is_whole(desc: &LayerDesc) -> bool {
     let weighs_anew = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
-    !weighs_anew && desc.norms == Norms::new() && desc.latent.is_none()
+    !weighs_anew && desc.norms.slots.is_none() && desc.norms.output.is_none() && desc.latent.is_none()
+}
+
+fn another_block() -> Error {
+    let expected = "the block that the passes were planned for".into();
+    Error::Invalid { operation: OPERATION, argument: "block", expected, got: "another".into() }
 }
 
 fn no_way_back(part: &str) -> Error {

@@ -34,8 +34,7 @@ pub(super) const KIN: &[Family] = &[
         .router("router_gate.weight")
         .width(&["intermediate_size"])
         .experts(Experts::Each(Matrices::gated("gate_proj.weight", "up_proj.weight", "down_proj.weight")))
-        .refine("logits are sums of two keys', experts have one unit, beside a dense MLP", doge)
-        .without_way_back("product keys, experts of one unit"),
+        .refine("logits are sums of two keys', experts have one unit, beside a dense MLP", doge),
     // ViTPose+ (Xu et al. 2023): an image's expert is that of its dataset, and makes the last columns of the output.
     Family::new(&["vitpose_backbone"], Score::Softmax)
         .at(&["encoder.layer.#.mlp", "backbone.encoder.layer.#.mlp"])

@@ -92,7 +92,7 @@ impl<T: Element> UnitExperts<T> {
 }
 
 /// A buffer of the block's type.
-fn typed<T: Element>(buffer: &DeviceBuffer) -> Result<In<'_, T>, Error> {
+pub(in crate::checkpoint) fn typed<T: Element>(buffer: &DeviceBuffer) -> Result<In<'_, T>, Error> {
     let tensor = tensor(buffer)?;
     let got = tensor.dtype();
     let wrong = Error::WrongDtype { operation: OPERATION, argument: "experts", expected: T::DTYPE, got };

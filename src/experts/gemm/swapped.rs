@@ -3,7 +3,7 @@
 use super::desc::{GemmDesc, KernelSet, Rows};
 use super::fold;
 use crate::experts::tiles::select_tile;
-use crate::registry::{GemmSwapped, Kernel};
+use crate::registry::{GemmSwapped, Kernel, Tile};
 use crate::rules::{Dtype, Layout};
 use crate::runtime::launch::Address;
 use crate::runtime::params::{GemmParams, GemmSwappedMore, GemmSwappedParams, Pointer};
@@ -43,7 +43,10 @@ pub(super) fn plan(
         && GemmSwapped::DTYPES.contains(&desc.dtype)
         && device.shared_bytes_per_block >= GemmSwapped::SHARED_BYTES
         && match &desc.rows {
-            Rows::Dense(rows) => select_tile(desc.dtype, *rows, 1, device)?.bm as usize == height,
+            Rows::Dense(rows) => {
+                let tile = select_tile(desc.dtype, *rows, 1, device)?;
+                tile.bm as usize == height || (desc.split && leaves_idle(desc, *rows, &tile, device))
+            }
             Rows::Grouped(shape) => shape.tile_m == height,
         };
     if !fits {
@@ -60,6 +63,17 @@ pub(super) fn plan(
     let splits = if desc.split { splits(tiles, desc.k, device) } else { 1 };
     let waits = device.compute_capability >= (9, 0);
     Ok(Some(Plan { kernel, row_tiles, columns: columns as u32, splits, waits }))
+}
+
+/// Most row tiles of a dense product that are taken although a taller tile costs less: each reads the weight from L2.
+const MOST_DENSE_TILES: usize = 4;
+
+/// Whether `tile`s of a dense product of few rows are fewer than a third of the multiprocessors. These have some 48 KiB on its way a block, so that so few
+/// fetch the weight more slowly than L2 gives it to as many blocks as [`splits`] makes of four row tiles.
+fn leaves_idle(desc: &GemmDesc, rows: usize, tile: &Tile, device: &DeviceInfo) -> bool {
+    let columns = if desc.weight.glu.is_gated() { tile.bn / 2 } else { tile.bn } as usize;
+    let blocks = rows.div_ceil(tile.bm as usize) * desc.n.div_ceil(columns);
+    rows <= MOST_DENSE_TILES * GemmSwapped::TILE.bm as usize && 3 * blocks < device.multiprocessors as usize
 }
 
 /// Blocks that share a tile's depth: so many that each multiprocessor has one, as long as a block fills its pipeline.
@@ -218,6 +232,12 @@ mod tests {
         assert!(!is(desc.unaligned(true)));
         assert!(is(GemmDesc { rows: Rows::Dense(8), ..desc }));
         assert!(!is(GemmDesc { rows: Rows::Dense(800), ..desc }));
+        // Some dozen rows, of which another kernel's tiles would be 32 on 108 multiprocessors, or 256.
+        let dense = GemmDesc { rows: Rows::Dense(64), ..desc };
+        assert!(is(dense));
+        assert!(!is(dense.split(false)));
+        assert!(!is(GemmDesc { n: 128 * 256, ..dense }));
+        assert!(!is(GemmDesc { rows: Rows::Dense(65), ..desc }));
         assert_eq!(select(&GemmDesc { rows: Rows::Dense(0), ..desc }, &A100).unwrap().grid, [0, 1, 1]);
     }
 }

@@ -5,6 +5,7 @@ use super::{BackwardPlan, OPERATION, Origin};
 use crate::experts::Weight;
 use crate::layer::weights::LayerWeights;
 use crate::layer::{Choices, MapTable};
+use crate::rules::RmsNorm;
 use crate::runtime::builder::buffers;
 use crate::{Error, In};
 
@@ -23,7 +24,8 @@ pub struct BackwardArgs<'a, T> {
     pub map: Option<MapTable<'a>>,
     /// `[T, H]`: the gradient of `y`.
     pub dy: In<'a, T>,
-    /// `[E]`: the slots that the balancing loss counts, exactly where it has a factor ([`crate::routers::measured_gating::Totals`]).
+    /// `[E]`: the slots that the balancing loss counts, only where it has a factor ([`crate::routers::measured_gating::Totals`]). If absent, this pass's
+    /// ([`Saved::counts`](super::Saved::counts)), where these are all choices: without a capacity, an admission, a map, null or appended experts.
     pub loss_counts: Option<In<'a, i32>>,
     /// `[1]`: tokens of which the losses are means, T if absent.
     pub counted: Option<In<'a, u32>>,
@@ -125,7 +127,8 @@ impl BackwardPlan {
         exactly("map", self.layer().desc().map.is_some(), args.map.is_some(), reasons)?;
         let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);
         let reasons = ["the balancing loss has a factor", "no balancing loss has a factor"];
-        exactly("loss_counts", balances, args.loss_counts.is_some(), reasons)?;
+        let given = args.loss_counts.is_some() || balances && self.counts_choices();
+        exactly("loss_counts", balances, given, reasons)?;
         let losses = self.desc().losses;
         let of_weights = losses.is_some_and(|losses| losses.importance != 0.0);
         let reasons = ["the loss of importance has a factor", "no loss of importance has a factor"];
@@ -166,6 +169,25 @@ impl BackwardPlan {
                 return Err(Error::Unexpected { operation, argument, reason });
             }
         }
+        let weighs = |norm: Option<RmsNorm>| norm.is_some_and(|norm| norm.gain.has_weight());
+        let norms = &self.layer().desc().norms;
+        for (argument, there, given) in [
+            ("gradients.router.norm", asked && weighs(norms.router), of_router.norm.is_some()),
+            ("gradients.norms.experts", weighs(norms.experts), args.gradients.norms.experts.is_some()),
+        ] {
+            if given && !there {
+                let reason = "no norm with a weight stands there";
+                return Err(Error::Unexpected { operation, argument, reason });
+            }
+            if given && self.desc().accumulate {
+                return Err(Error::unsupported(
+                    operation,
+                    argument,
+                    "a gradient that is written",
+                    "one that is added to",
+                ));
+            }
+        }
         let (experts, of) = (&weights.experts, &args.gradients);
         let shared = experts.shared.as_ref();
         let has = |weight: Option<&Weight<'_>>| {
@@ -195,6 +217,13 @@ impl BackwardPlan {
             }
         }
         Ok(())
+    }
+
+    /// Whether every choice has a row among the experts that are here: counts of rows are counts of choices.
+    pub(super) fn counts_choices(&self) -> bool {
+        let desc = self.layer().desc();
+        let elsewhere = desc.capacity.is_some() || desc.admission.is_some() || desc.map.is_some();
+        !elsewhere && desc.null.is_none() && desc.gating.appended_experts() == 0
     }
 
     /// Sequences of the loss by sequence.

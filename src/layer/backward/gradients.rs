@@ -24,6 +24,8 @@ pub struct LayerGradients<'a, T> {
     pub shared: SharedGradients<'a>,
     /// `[H]`, of f32: of the vector that is added to every token's sum.
     pub bias: Option<Out<'a, f32>>,
+    /// Of norms' weights; not with [`super::BackwardDesc::accumulate`].
+    pub norms: NormGradients<'a>,
 }
 
 impl<T> Default for LayerGradients<'_, T> {
@@ -45,6 +47,7 @@ impl<'a, T> LayerGradients<'a, T> {
             down: WeightGradients::none(),
             shared: SharedGradients::new(),
             bias: None,
+            norms: NormGradients::new(),
         }
     }
 
@@ -57,6 +60,7 @@ impl<'a, T> LayerGradients<'a, T> {
             weights: self.weights.as_mut().map(Out::reborrow),
             router: self.router.reborrow(),
             bias: self.bias.as_mut().map(Out::reborrow),
+            norms: NormGradients { experts: self.norms.experts.as_mut().map(Out::reborrow) },
             gate_up: self.gate_up.reborrow(),
             down: self.down.reborrow(),
             shared: SharedGradients {
@@ -85,6 +89,12 @@ impl<'a, T> LayerGradients<'a, T> {
         LayerGradients { down, ..self }
     }
 
+    /// With those of norms' weights.
+    #[must_use]
+    pub fn norms(self, norms: NormGradients<'a>) -> LayerGradients<'a, T> {
+        LayerGradients { norms, ..self }
+    }
+
     /// With the shared expert's.
     #[must_use]
     pub fn shared(self, shared: SharedGradients<'a>) -> LayerGradients<'a, T> {
@@ -106,12 +116,31 @@ pub struct RouterGradients<'a> {
     pub expert_scale: Option<Out<'a, f32>>,
     /// `[1]`: of the factor of all weights, where the rule has one.
     pub global_scale: Option<Out<'a, f32>>,
+    /// `[H]`: of the weight of the norm of its input, where that has one; not with [`super::BackwardDesc::accumulate`].
+    pub norm: Option<Out<'a, f32>>,
 }
+
+/// Gradients of the weights of norms round the experts.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct NormGradients<'a> {
+    /// `[H]`: of the norm of the experts' input, where that has one.
+    pub experts: Option<Out<'a, f32>>,
+}
+
+impl NormGradients<'_> {
+    /// None.
+    pub const fn new() -> Self {
+        NormGradients { experts: None }
+    }
+}
+
+buffers!(NormGradients<'a> { experts: Out<f32> });
 
 impl RouterGradients<'_> {
     /// None.
     pub const fn new() -> Self {
-        RouterGradients { matrix: None, bias: None, expert_scale: None, global_scale: None }
+        RouterGradients { matrix: None, bias: None, expert_scale: None, global_scale: None, norm: None }
     }
 
     fn reborrow(&mut self) -> RouterGradients<'_> {
@@ -120,6 +149,7 @@ impl RouterGradients<'_> {
             bias: self.bias.as_mut().map(Out::reborrow),
             expert_scale: self.expert_scale.as_mut().map(Out::reborrow),
             global_scale: self.global_scale.as_mut().map(Out::reborrow),
+            norm: self.norm.as_mut().map(Out::reborrow),
         }
     }
 }
@@ -129,6 +159,7 @@ buffers!(RouterGradients<'a> {
     bias: Out<f32>,
     expert_scale: Out<f32>,
     global_scale: Out<f32>,
+    norm: Out<f32>,
 });
 
 /// Gradients of a product's weight, each in the order of its tensor, and of its type or f32.

@@ -138,6 +138,8 @@ pub(super) struct HeldGradients<'a> {
     pub(super) expert_scale: Option<Held<'a>>,
     pub(super) global_scale: Option<Held<'a>>,
     pub(super) bias: Option<Held<'a>>,
+    pub(super) router_norm: Option<Held<'a>>,
+    pub(super) expert_norm: Option<Held<'a>>,
     pub(super) routed: HeldMlpGradients<'a>,
     pub(super) shared: Option<HeldMlpGradients<'a>>,
     pub(super) shared_gate: Option<Held<'a>>,
@@ -213,6 +215,8 @@ impl<'a, T: Element> LayerGradients<'a, T> {
             expert_scale: some("gradients.router.expert_scale", self.router.expert_scale, desc.experts)?,
             global_scale: some("gradients.router.global_scale", self.router.global_scale, 1)?,
             bias: some("gradients.bias", self.bias, hidden)?,
+            router_norm: some("gradients.router.norm", self.router.norm, hidden)?,
+            expert_norm: some("gradients.norms.experts", self.norms.experts, hidden)?,
             routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate])?,
             shared: desc
                 .shared
@@ -237,6 +241,8 @@ impl HeldGradients<'_> {
             (&self.expert_scale, desc.experts),
             (&self.global_scale, 1),
             (&self.bias, desc.hidden),
+            (&self.router_norm, desc.hidden),
+            (&self.expert_norm, desc.hidden),
         ];
         words.into_iter().try_for_each(|(held, elements)| zero(held.as_ref().map(Held::address), elements))?;
         if !keep_empty {

@@ -82,6 +82,8 @@ mod args;
 mod gradients;
 mod held;
 mod mlp;
+mod norms;
+mod pass;
 mod plan;
 mod router;
 mod run;
@@ -89,7 +91,7 @@ mod saved;
 mod shared;
 
 pub use args::BackwardArgs;
-pub use gradients::{LayerGradients, RouterGradients, SharedGradients, WeightGradients};
+pub use gradients::{LayerGradients, NormGradients, RouterGradients, SharedGradients, WeightGradients};
 pub use plan::BackwardPlan;
 pub use saved::Saved;
 
@@ -158,13 +160,13 @@ pub enum BackwardStage {
     Hidden,
     /// Gradient of the second product's weight.
     DownWeight,
-    /// Gradient of the second product's bias, where the launch of its weight's does not have it: of weights in the order [`crate::rules::Layout::Kn`], or frozen ones.
+    /// Gradient of the second product's bias, where its weight's is not asked for, whose launch has it else.
     DownBias,
     /// Through the first product; each of its tensors.
     Input,
     /// Gradient of the first product's weight; of each of its tensors.
     GateUpWeight,
-    /// Gradient of the first product's bias, where the launch of its weight's does not have it.
+    /// Gradient of the first product's bias, where its weight's is not asked for.
     GateUpBias,
     /// From rows to choices, where somebody asks for these or there are identities.
     Choices,
@@ -174,11 +176,11 @@ pub enum BackwardStage {
     RouterWeight,
     /// Logits through the router's product.
     RouterInput,
-    /// Gradient of the router's bias, where somebody asks for it.
+    /// Gradient of the router's bias, where its weight's is not asked for.
     RouterBias,
-    /// A shared expert's gate, as a weight of its rows.
+    /// A shared expert's gate, by which the gradient of its second product's bias is weighted; only for that.
     SharedGate,
-    /// [`BackwardStage::Hidden`] of the shared expert.
+    /// [`BackwardStage::Hidden`] of the shared expert; this and the following where its rows are not in the others' launches.
     SharedHidden,
     /// [`BackwardStage::DownWeight`] of the shared expert.
     SharedDownWeight,
@@ -190,16 +192,28 @@ pub enum BackwardStage {
     SharedGateUpWeight,
     /// [`BackwardStage::GateUpBias`] of the shared expert.
     SharedGateUpBias,
-    /// Through the gate to its logit.
-    SharedGateLogit,
-    /// [`BackwardStage::RouterWeight`] of the gate.
+    /// [`BackwardStage::RouterWeight`] of the gate, where the layer's router has no such launch.
     SharedGateWeight,
-    /// [`BackwardStage::RouterInput`] of the gate.
+    /// [`BackwardStage::RouterInput`] of the gate, likewise.
     SharedGateInput,
     /// Gradient of the vector that is added to every token's sum, where somebody asks for it.
     Bias,
     /// Sum of a token's rows.
     Sum,
+    /// What the experts saw behind a norm, once more.
+    ExpertNormAgain,
+    /// Through that norm.
+    ExpertNorm,
+    /// Gradient of its weight, where it has one.
+    ExpertNormWeight,
+    /// A shared expert's part of the gradient of `x`, where the others' goes through a norm.
+    SharedSum,
+    /// What the router saw behind a norm, once more.
+    RouterNormAgain,
+    /// Through that norm.
+    RouterNorm,
+    /// Gradient of its weight, where it has one.
+    RouterNormWeight,
 }
 
 impl BackwardStage {
@@ -220,6 +234,13 @@ impl BackwardStage {
             BackwardStage::Bias => "d bias",
             BackwardStage::Input => "d input",
             BackwardStage::Sum => "d sum",
+            BackwardStage::ExpertNormAgain => "expert norm again",
+            BackwardStage::ExpertNorm => "d expert norm",
+            BackwardStage::ExpertNormWeight => "d W expert norm",
+            BackwardStage::SharedSum => "d shared sum",
+            BackwardStage::RouterNormAgain => "router norm again",
+            BackwardStage::RouterNorm => "d router norm",
+            BackwardStage::RouterNormWeight => "d W router norm",
             BackwardStage::SharedHidden => "d shared hidden",
             BackwardStage::SharedGate => "shared gate",
             BackwardStage::SharedDownWeight => "d W shared down",
@@ -227,7 +248,6 @@ impl BackwardStage {
             BackwardStage::SharedGateUpWeight => "d W shared gate_up",
             BackwardStage::SharedGateUpBias => "d b shared gate_up",
             BackwardStage::SharedInput => "d shared input",
-            BackwardStage::SharedGateLogit => "d shared gate",
             BackwardStage::SharedGateWeight => "d W shared gate",
             BackwardStage::SharedGateInput => "d shared gate input",
         }

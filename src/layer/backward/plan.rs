@@ -1,19 +1,19 @@
 //! From a layer's plan to that of its way back.
 
-use super::mlp::{self, MlpPlan, Sizes};
+use super::mlp::{self, Joined, MlpPlan, Sizes};
+use super::norms::{self, NormSteps};
 use super::saved::saved_bytes;
 use super::{BackwardDesc, BackwardStage, OPERATION, Origin};
 use crate::experts::choice_backward::{self, ChoiceBackwardDesc};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::SlotShape;
 use crate::experts::gemm::Rows;
-use crate::experts::sigmoid_gate;
 use crate::layer::desc::LayerDesc;
 use crate::layer::forward::LayerPlan;
 use crate::layer::{Stage, Step};
 use crate::routers::gating_backward::{self, GatingBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
-use crate::rules::{Glu, IdFormat, LogitRule, NullOutput, Weighting};
+use crate::rules::{Dtype, Glu, IdFormat, LogitRule, NullOutput, RmsNorm, Weighting};
 use crate::runtime::workspace::{Arena, BARRIER_HEADER, Region};
 use crate::{DeviceInfo, Error, Kernel, Selection};
 
@@ -23,9 +23,10 @@ pub struct BackwardPlan {
     layer: LayerPlan,
     desc: BackwardDesc,
     pub(super) routed: MlpPlan,
+    /// The shared expert's own launches; the routed experts' have its rows where it [joins](BackwardPlan::joins).
     pub(super) shared: Option<MlpPlan>,
-    /// A shared expert's gate, its slope, and its product's way back.
-    pub(super) gate: Option<GateSteps>,
+    /// The product of a shared expert's gate.
+    pub(super) gate: Option<RouterSteps>,
     /// The first product again.
     pub(super) again: Option<Selection>,
     /// Where somebody may ask for gradients by choice; needed where there are identities.
@@ -33,6 +34,11 @@ pub struct BackwardPlan {
     pub(super) gating: Option<Step<GatingBackwardDesc>>,
     pub(super) router: Option<RouterSteps>,
     pub(super) sum: Step<CombineDesc>,
+    /// Of what the router sees, where the layer's is asked, and of what the routed experts see.
+    pub(super) router_norm: Option<NormSteps>,
+    pub(super) expert_norm: Option<NormSteps>,
+    /// A shared expert's part of the gradient of `x` beside a norm of what the others see.
+    pub(super) shared_sum: Option<Step<CombineDesc>>,
     pub(super) regions: Regions,
     workspace_bytes: usize,
 }
@@ -43,13 +49,8 @@ pub(super) struct RouterSteps {
     pub(super) desc: RouterBackwardDesc,
     weight: Selection,
     input: Selection,
-}
-
-/// A shared expert's gate.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct GateSteps {
-    values: Selection,
-    pub(super) router: RouterSteps,
+    /// For sums of parts, a gate's among them.
+    scratch_bytes: usize,
 }
 
 /// Places in the workspace, beside those of the products.
@@ -62,15 +63,15 @@ pub(super) struct Regions {
     pub(super) ones: Region,
     /// What operations keep at the begin.
     pub(super) scratch: Region,
+    /// `[T]`: the values of a shared expert's gate, beside the gradient of its second product's bias.
     pub(super) shared_gate: Region,
-    pub(super) d_shared_gate: Region,
 }
 
 impl LayerPlan {
     /// Plans the way back.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms, a latent width, an admission that passes choices on or weighs them
+    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms of experts' outputs and of the sum, a latent width, an admission that passes choices on or weighs them
     /// anew;
     /// [`Error::Invalid`] or [`Error::Overflow`] for losses out of range or sizes past a limit.
     pub fn backward_plan(&self, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
@@ -84,21 +85,38 @@ impl BackwardPlan {
         let (of, tokens, device) = (layer.desc(), layer.tokens(), layer.experts().device());
         check(of, desc)?;
         let rows = *layer.experts().rows();
-        let mlp = |mlp, rows, intermediate, weighting, scale| {
-            let (dtype, width, kernels) = (of.dtype, of.hidden, of.kernels());
-            let sizes = Sizes { dtype, rows, width, intermediate, kernels, weighting, scale };
-            MlpPlan::new(mlp, sizes, desc, device)
-        };
-        let mut routed = mlp(&of.mlp, Rows::Grouped(rows), of.intermediate, of.weighting, of.routed_scale)?;
         let all = Rows::Dense(tokens);
-        let shared = of.shared.as_ref();
-        let mut shared = shared
-            .map(|shared| mlp(&shared.mlp, all, shared.intermediate, Weighting::Output, shared.scale))
-            .transpose()?;
-        let gate = of.has_shared_gate().then(|| {
-            let values = sigmoid_gate::select(tokens, device).map_err(within)?;
-            Ok::<_, Error>(GateSteps { values, router: RouterSteps::new(of, tokens, 1, device)? })
+        let joined = of.shared.filter(|shared| shared.joins(of) && tokens > 0).map(|shared| Joined {
+            rows: tokens,
+            activation: shared.mlp.activation,
+            scale: shared.scale,
+            gate: shared.gated,
         });
+        let routed = Sizes {
+            dtype: of.dtype,
+            rows: Rows::Grouped(rows),
+            width: of.hidden,
+            intermediate: of.intermediate,
+            kernels: of.kernels(),
+            weighting: of.weighting,
+            scale: of.routed_scale,
+            gate: false,
+            shared: joined,
+        };
+        let shared = of.shared.map(|shared| {
+            let sizes = Sizes {
+                rows: all,
+                intermediate: shared.intermediate,
+                weighting: Weighting::Output,
+                scale: shared.scale,
+                gate: shared.gated,
+                shared: None,
+                ..routed
+            };
+            MlpPlan::new(&shared.mlp, sizes, desc, device)
+        });
+        let (mut routed, mut shared) = (MlpPlan::new(&of.mlp, routed, desc, device)?, shared.transpose()?);
+        let gate = of.has_shared_gate().then(|| RouterSteps::new(of, tokens, 1, device)).transpose()?;
         let choices = ChoiceBackwardDesc::new(of.dtype, rows, of.hidden);
         let choices = Step { desc: choices, selection: choice_backward::select(&choices, device).map_err(within)? };
 
@@ -110,6 +128,18 @@ impl BackwardPlan {
             Ok::<_, Error>(Step { desc, selection: gating_backward::select(&desc, device).map_err(within)? })
         });
         let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, of.logit_columns(), device));
+        let router = router.transpose()?;
+        let norm = |norm: RmsNorm, seen| NormSteps::new(norm, [of.dtype, seen], [tokens, of.hidden], device);
+        let asked = of.norms.router.filter(|_| desc.origin == Origin::Router);
+        let mut router_norm = asked.map(|rule| norm(rule, seen_by_router(of))).transpose()?;
+        let mut expert_norm = of.norms.experts.map(|rule| norm(rule, of.dtype)).transpose()?;
+        let shared_sum = (expert_norm.is_some() && of.shared.is_some()).then(|| {
+            let sum = CombineDesc::new(of.dtype, SlotShape::new(tokens, 1, Some(1), tokens, 1, 0), of.hidden);
+            let selection = combine::select_for(OPERATION, &sum, device)?;
+            // Nobody's rows.
+            let rows = SlotShape { top_k: Some(0), ..sum.rows };
+            Ok::<_, Error>(Step { desc: CombineDesc { rows, ..sum }, selection })
+        });
         let again = layer.experts().stages().find(|(stage, _)| desc.recompute && *stage == Stage::GateUp);
         let sum = CombineDesc::new(of.dtype, rows, of.hidden);
         let sum = Step { desc: sum, selection: combine::select_for(OPERATION, &sum, device)? };
@@ -123,10 +153,20 @@ impl BackwardPlan {
         };
         // First what operations keep at the begin of a workspace, one behind the other.
         let scratch = routed.scratch_bytes.max(shared.as_ref().map_or(0, |shared| shared.scratch_bytes));
+        let routers = [&router, &gate].into_iter().flatten().map(|steps| steps.scratch_bytes).max();
+        let sums = [[of.logit_columns(), 1], [1, of.hidden]].map(|[columns, hidden]| {
+            let desc = RouterBackwardDesc::new(of.dtype, tokens, columns, hidden);
+            router_backward::workspace_bytes(&desc).map_err(within)
+        });
+        let [of_logits, of_rows] = sums;
+        let scratch = scratch.max(routers.unwrap_or(0)).max(of_logits?).max(of_rows?);
         let mut arena = Arena::new(OPERATION);
         let scratch = arena.region("workspace", scratch.max(gating_bytes).max(BARRIER_HEADER), 1)?;
         routed.lay(&mut arena)?;
         shared.as_mut().map(|shared| shared.lay(&mut arena)).transpose()?;
+        for norm in [&mut router_norm, &mut expert_norm].into_iter().flatten() {
+            norm.lay(&mut arena)?;
+        }
         let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
@@ -135,19 +175,21 @@ impl BackwardPlan {
             ones: arena.region("ones", tokens, 4)?,
             scratch,
             shared_gate: arena.region("shared_gate", gated, 4)?,
-            d_shared_gate: arena.region("d_shared_gate", gated, 4)?,
         };
         Ok(BackwardPlan {
             layer: *layer,
             desc: *desc,
             routed,
             shared,
-            gate: gate.transpose()?,
+            gate,
             choices,
             again: again.map(|(_, selection)| selection),
             gating,
-            router: router.transpose()?,
+            router,
             sum,
+            router_norm,
+            expert_norm,
+            shared_sum: shared_sum.transpose()?,
             regions,
             workspace_bytes: arena.bytes(),
         })
@@ -167,6 +209,11 @@ impl BackwardPlan {
     pub(super) fn identities(&self) -> bool {
         let of = self.layer.desc();
         of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input)
+    }
+
+    /// Whether the routed experts' launches have a shared expert's rows.
+    pub(super) fn joins(&self) -> bool {
+        self.routed.sizes.shared.is_some()
     }
 
     pub(super) fn rows(&self) -> &SlotShape {
@@ -192,31 +239,40 @@ impl BackwardPlan {
     /// The stages with their launches, in order, where all gradients are asked for. One that no buffer is given for leaves its launches out.
     pub fn stages(&self) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
         let tokens = self.layer.tokens();
-        let shared = self.shared.map(|shared| shared.stages(mlp::SHARED));
+        let (shared, beside) = match self.joins() {
+            true => (None, Some(self.routed.stages_beside_joined())),
+            false => (self.shared.map(|shared| shared.stages(mlp::SHARED)), None),
+        };
         let choices = self.identities().then_some((BackwardStage::Choices, self.choices.selection));
         let gating = self.gating.map(|step| (BackwardStage::Gating, step.selection));
         let router = self
             .router
             .map(|steps| [(BackwardStage::RouterWeight, steps.weight), (BackwardStage::RouterInput, steps.input)]);
         let again = self.again.map(|selection| (BackwardStage::GateUp, selection));
-        let gate = self.gate.map(|gate| (BackwardStage::SharedGate, gate.values));
-        let through_gate = self.gate.map(|gate| {
-            [
-                (BackwardStage::SharedGateLogit, gate.values),
-                (BackwardStage::SharedGateWeight, gate.router.weight),
-                (BackwardStage::SharedGateInput, gate.router.input),
-            ]
-        });
-        again
+        // Beside a router the gate is part of its launches.
+        let gate = self
+            .gate
+            .filter(|_| self.router.is_none())
+            .map(|gate| [(BackwardStage::SharedGateWeight, gate.weight), (BackwardStage::SharedGateInput, gate.input)]);
+        let stages = |norm: Option<NormSteps>, names| norm.map_or([vec![], vec![]], |norm| norm.stages(names));
+        let [expert_norm_again, expert_norm] = stages(self.expert_norm, norms::EXPERTS);
+        let [router_norm_again, router_norm] = stages(self.router_norm, norms::ROUTER);
+        let shared_sum = self.shared_sum.map(|step| (BackwardStage::SharedSum, step.selection));
+        expert_norm_again
             .into_iter()
+            .chain(again)
             .chain(self.routed.stages(mlp::ROUTED))
+            .chain(beside.into_iter().flatten())
+            .chain(shared.into_iter().flatten())
             .chain(choices)
             .chain(gating)
+            .chain(router_norm_again)
             .chain(router.into_iter().flatten())
-            .chain(gate)
-            .chain(shared.into_iter().flatten())
-            .chain(through_gate.into_iter().flatten())
+            .chain(router_norm)
+            .chain(gate.into_iter().flatten())
             .chain([(BackwardStage::Sum, self.sum.selection)])
+            .chain(expert_norm)
+            .chain(shared_sum)
             .filter(move |_| tokens > 0)
     }
 
@@ -234,28 +290,39 @@ impl BackwardPlan {
 impl RouterSteps {
     fn new(of: &LayerDesc, tokens: usize, columns: usize, device: &DeviceInfo) -> Result<RouterSteps, Error> {
         let within = |error: Error| error.within(OPERATION);
-        let desc = RouterBackwardDesc::new(of.dtype, tokens, columns, of.hidden).weight(of.router_dtype);
+        let desc = RouterBackwardDesc::new(seen_by_router(of), tokens, columns, of.hidden).weight(of.router_dtype);
+        let with_gate = desc.gate(of.has_shared_gate());
         Ok(RouterSteps {
             desc,
-            weight: router_backward::select_into_weight(&desc, device).map_err(within)?,
+            weight: router_backward::select_weight(&with_gate, device).map_err(within)?.0,
+            scratch_bytes: router_backward::workspace_bytes(&with_gate).map_err(within)?,
             input: router_backward::select_into_x(&desc, device).map_err(within)?,
         })
     }
 }
 
+impl RouterSteps {
+    /// Memory for sums of parts, at a workspace's begin.
+    pub(super) fn scratch(&self) -> Region {
+        Region { offset: 0, bytes: self.scratch_bytes }
+    }
+}
+
+/// Type of what the router sees: rows of a norm are not rounded in front of a router of f32.
+fn seen_by_router(of: &LayerDesc) -> Dtype {
+    if of.norms.router.is_some() && of.router_dtype == Dtype::F32 { Dtype::F32 } else { of.dtype }
+}
+
 /// What has no way back here.
 fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
     let routed = desc.origin != Origin::Choices;
-    let asked = desc.origin == Origin::Router;
     let identities = of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input);
     let scaled = identities && of.routed_scale != 1.0;
     let passes_on = of.admission.is_some_and(|rule| rule.candidates != rule.top_k);
     let weighs_anew = of.admission.is_some_and(|rule| rule.renormalise.is_some());
     let two_tensors = of.weighting == Weighting::Input && of.mlp.gate_up.glu == Glu::Apart;
     let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    let refused: [(&'static str, bool, &'static str); 10] = [
-        ("norms.router", asked && of.norms.router.is_some(), "no norm of the router's input"),
-        ("norms.experts", of.norms.experts.is_some(), "no norm of the experts' input"),
+    let refused: [(&'static str, bool, &'static str); 8] = [
         ("norms.slots", of.norms.slots.is_some(), "no norm of an expert's output"),
         ("norms.output", of.norms.output.is_some(), "no norm of the sum"),
         ("latent", of.latent.is_some(), "experts of the layer's width"),

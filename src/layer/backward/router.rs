@@ -1,63 +1,148 @@
 //! The router's product on its way back, and sums over all tokens.
 
+use super::pass::typed;
 use super::plan::RouterSteps;
 use super::{BackwardPlan, BackwardStage, OPERATION};
-use crate::routers::router_backward::{self, RouterBackwardDesc};
+use crate::routers::router_backward::{self, InputArgs, RouterBackwardDesc, WeightArgs};
 use crate::runtime::launch::{Address, Held, Scope};
 use crate::{Dtype, Element, Error, In, Tensor};
 
 /// A router's product on its way back, or that of a shared expert's gate.
 pub(super) struct RouterBack<'a> {
     pub(super) steps: &'a RouterSteps,
-    pub(super) d_logits: Address<'a>,
     /// What the router saw.
     pub(super) seen: Address<'a>,
-    pub(super) matrix: Option<Tensor<'a>>,
-    pub(super) d_matrix: Option<Address<'a>>,
+    /// The router's own.
+    pub(super) of: Matrix<'a>,
+    /// Gradient of the logits' bias, where the matrix has one in its launch.
+    pub(super) d_bias: Option<Address<'a>>,
+    /// A gate's, of one logit, which goes along in the launches that both have.
+    pub(super) gate: Option<(&'a RouterSteps, Matrix<'a>)>,
     pub(super) d_input: Option<Address<'a>>,
-    /// Whether the input's gradient is added to what lies there.
-    pub(super) added: bool,
-    /// Whether the matrix's is.
+    /// Whether parameters' gradients are added to what lies there.
     pub(super) accumulate: bool,
 }
 
+/// A matrix of logits: their gradients, and where its own goes.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a> {
+    pub(super) d_logits: Address<'a>,
+    pub(super) matrix: Option<Tensor<'a>>,
+    pub(super) d_matrix: Option<Address<'a>>,
+}
+
+const ROUTER: [BackwardStage; 2] = [BackwardStage::RouterWeight, BackwardStage::RouterInput];
+const GATE: [BackwardStage; 2] = [BackwardStage::SharedGateWeight, BackwardStage::SharedGateInput];
+
 impl RouterBack<'_> {
-    /// Both gradients, each where it is asked for.
+    /// All gradients that are asked for, the input's written.
     pub(super) fn enqueue<T: Element>(
-        self,
+        &self,
         scope: &Scope<'_>,
-        [of_matrix, of_input]: [BackwardStage; 2],
+        workspace: &Held<'_>,
         observer: &mut dyn FnMut(BackwardStage),
     ) -> Result<(), Error> {
-        let within = |error: Error| error.within(OPERATION);
-        let (kernels, stream) = (scope.kernels, scope.stream);
-        let RouterBackwardDesc { tokens, experts, hidden, .. } = self.steps.desc;
-        let d_logits = self.d_logits.input::<f32>(tokens * experts);
-        if let Some(gradient) = self.d_matrix {
-            let desc = self.steps.desc.accumulate(self.accumulate);
-            let seen = self.seen.input::<T>(tokens * hidden);
-            let gradient = gradient.out(experts * hidden);
-            router_backward::into_weight::<T>(kernels, stream, &desc, d_logits, seen, gradient).map_err(within)?;
-            observer(of_matrix);
+        let gate = self.gate.as_ref().map(|(_, gate)| gate);
+        let of_gate = gate.and_then(|gate| gate.d_matrix);
+        if self.of.d_matrix.is_some() {
+            self.weight::<T>(scope, workspace, (self.steps, &self.of), gate.filter(|_| of_gate.is_some()))?;
+            observer(ROUTER[0]);
         }
-        if let (Some(gradient), Some(matrix)) = (self.d_input, self.matrix) {
-            let desc = self.steps.desc.accumulate(self.added);
-            let out = gradient.out::<T>(tokens * hidden);
-            match (matrix, T::of_tensor(matrix)) {
-                (_, Some(matrix)) => router_backward::into_x::<T, T>(kernels, stream, &desc, d_logits, matrix, out),
-                (Tensor::F32(matrix), None) => {
-                    router_backward::into_x::<T, f32>(kernels, stream, &desc, d_logits, matrix, out)
-                }
-                (other, None) => {
-                    let (argument, expected, got) = ("router.matrix", Dtype::F32, other.dtype());
-                    Err(Error::WrongDtype { operation: OPERATION, argument, expected, got })
-                }
-            }
-            .map_err(within)?;
-            observer(of_input);
+        if let Some((steps, gate)) = self.gate.as_ref().filter(|_| of_gate.is_some() && self.of.d_matrix.is_none()) {
+            self.weight::<T>(scope, workspace, (steps, gate), None)?;
+            observer(GATE[0]);
+        }
+        if let Some(dx) = self.d_input {
+            input::<T>(scope, self.steps, &self.of, gate, dx, false)?;
+            observer(ROUTER[1]);
         }
         Ok(())
     }
+
+    fn weight<T: Element>(
+        &self,
+        scope: &Scope<'_>,
+        workspace: &Held<'_>,
+        (steps, of): (&RouterSteps, &Matrix<'_>),
+        gate: Option<&Matrix<'_>>,
+    ) -> Result<(), Error> {
+        weight::<T>(scope, workspace, (steps, of), gate, (self.seen, self.d_bias), self.accumulate)
+    }
+}
+
+/// A shared expert's gate alone: both gradients, each where it is asked for, the input's written or where something lies there added.
+pub(super) fn gate_alone<T: Element>(
+    scope: &Scope<'_>,
+    workspace: &Held<'_>,
+    (steps, of): (&RouterSteps, &Matrix<'_>),
+    (seen, d_input, added): (Address<'_>, Option<Address<'_>>, bool),
+    accumulate: bool,
+    observer: &mut dyn FnMut(BackwardStage),
+) -> Result<(), Error> {
+    if of.d_matrix.is_some() {
+        weight::<T>(scope, workspace, (steps, of), None, (seen, None), accumulate)?;
+        observer(GATE[0]);
+    }
+    if let Some(dx) = d_input {
+        input::<T>(scope, steps, of, None, dx, added)?;
+        observer(GATE[1]);
+    }
+    Ok(())
+}
+
+/// The gradient of a matrix, of a bias and of a gate beside it, tokens in parts.
+fn weight<T: Element>(
+    scope: &Scope<'_>,
+    workspace: &Held<'_>,
+    (steps, of): (&RouterSteps, &Matrix<'_>),
+    gate: Option<&Matrix<'_>>,
+    (seen, d_bias): (Address<'_>, Option<Address<'_>>),
+    accumulate: bool,
+) -> Result<(), Error> {
+    let Some(d_matrix) = of.d_matrix else { return Ok(()) };
+    let RouterBackwardDesc { tokens, experts, hidden, .. } = steps.desc;
+    let d_logits = of.d_logits.input::<f32>(tokens * experts);
+    let mut args = WeightArgs::new(d_logits, seen.input::<T>(tokens * hidden), d_matrix.out(experts * hidden));
+    args.d_bias = d_bias.map(|sums| sums.out(experts));
+    args.gate = gate.and_then(|gate| gate.d_matrix.map(|to| (gate.d_logits.input(tokens), to.out(hidden))));
+    let desc = steps.desc.accumulate(accumulate).gate(args.gate.is_some());
+    let mut scratch = workspace.part(steps.scratch());
+    args.workspace = Some(&mut scratch);
+    router_backward::weight(scope.kernels, scope.stream, &desc, args).map_err(|error| error.within(OPERATION))
+}
+
+/// The gradient of what a router saw, and of what a gate made of it.
+fn input<T: Element>(
+    scope: &Scope<'_>,
+    steps: &RouterSteps,
+    of: &Matrix<'_>,
+    gate: Option<&Matrix<'_>>,
+    dx: Address<'_>,
+    added: bool,
+) -> Result<(), Error> {
+    let Some(matrix) = of.matrix else { return Ok(()) };
+    match matrix.dtype() {
+        Dtype::F32 => input_by::<T, f32>(scope, steps, (of, matrix), gate, dx, added),
+        _ => input_by::<T, T>(scope, steps, (of, matrix), gate, dx, added),
+    }
+}
+
+fn input_by<T: Element, W: Element>(
+    scope: &Scope<'_>,
+    steps: &RouterSteps,
+    (of, matrix): (&Matrix<'_>, Tensor<'_>),
+    gate: Option<&Matrix<'_>>,
+    dx: Address<'_>,
+    added: bool,
+) -> Result<(), Error> {
+    let RouterBackwardDesc { tokens, experts, hidden, .. } = steps.desc;
+    let (d_logits, out) = (of.d_logits.input::<f32>(tokens * experts), dx.out::<T>(tokens * hidden));
+    let mut args = InputArgs::<T, W>::new(d_logits, typed("router.matrix", matrix)?, out);
+    if let Some((gate, matrix)) = gate.and_then(|gate| Some((gate, gate.matrix?))) {
+        args.gate = Some((gate.d_logits.input(tokens), typed("shared.gate", matrix)?));
+    }
+    let desc = steps.desc.accumulate(added).gate(args.gate.is_some());
+    router_backward::input(scope.kernels, scope.stream, &desc, args).map_err(|error| error.within(OPERATION))
 }
 
 impl BackwardPlan {
@@ -76,11 +161,16 @@ impl BackwardPlan {
         scope.fill(ones, 1f32.to_bits(), tokens)?;
         let desc = RouterBackwardDesc::new(R::DTYPE, tokens, experts, hidden).accumulate(self.desc().accumulate);
         let (kernels, stream, sums) = (scope.kernels, scope.stream, sums.out::<f32>(experts * hidden));
+        let (ones, mut scratch) = (ones.input::<f32>(tokens), workspace.part(self.regions.scratch));
         match f32::of_tensor(R::tensor(rows)).filter(|_| hidden == 1) {
             Some(logits) => {
-                router_backward::into_weight::<f32>(kernels, stream, &desc, logits, ones.input::<f32>(tokens), sums)
+                let args = WeightArgs::new(logits, ones, sums).workspace(&mut scratch);
+                router_backward::weight::<f32>(kernels, stream, &desc, args)
             }
-            None => router_backward::into_weight::<R>(kernels, stream, &desc, ones.input::<f32>(tokens), rows, sums),
+            None => {
+                let args = WeightArgs::<R>::new(ones, rows, sums).workspace(&mut scratch);
+                router_backward::weight(kernels, stream, &desc, args)
+            }
         }
         .map_err(|error| error.within(OPERATION))
     }

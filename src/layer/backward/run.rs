@@ -6,8 +6,11 @@ use cudarc::driver::CudaStream;
 
 use super::args::BackwardArgs;
 use super::held::HeldGradients;
-use super::mlp::{self, Inputs, Wanted};
-use super::router::RouterBack;
+use super::mlp;
+use super::norms;
+use super::pass::{Inputs, Pass, Wanted};
+use super::router::{Matrix, RouterBack, gate_alone};
+use super::shared::seen_gradient;
 use super::{BackwardPlan, BackwardStage, OPERATION, Origin, Saved};
 use crate::experts::choice_backward::{self, ChoiceBackwardArgs, Identities};
 use crate::experts::combine::{self, CombineArgs, Identity};
@@ -18,7 +21,7 @@ use crate::routers::gating_backward::{self, GatingBackwardArgs};
 use crate::rules::Weighting;
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
-use crate::{Element, Error, In, Kernels, Workspace};
+use crate::{Dtype, Element, Error, In, Kernels, Workspace};
 
 /// Buffers of a pass, opened, but for those of weights.
 pub(super) struct Opened<'a> {
@@ -126,13 +129,13 @@ impl BackwardPlan {
         self.enqueue(&scope, weights, saved, &opened, &workspace, observer)
     }
 
-    fn enqueue<T: Element>(
-        &self,
+    fn enqueue<'a, T: Element>(
+        &'a self,
         scope: &Scope<'_>,
-        weights: &LayerWeights<'_>,
-        saved: &Saved<T>,
-        at: &Opened<'_>,
-        workspace: &Held<'_>,
+        weights: &LayerWeights<'a>,
+        saved: &'a Saved<T>,
+        at: &'a Opened<'a>,
+        workspace: &'a Held<'a>,
         observer: &mut dyn FnMut(BackwardStage),
     ) -> Result<(), Error> {
         let within = |error: Error| error.within(OPERATION);
@@ -145,6 +148,7 @@ impl BackwardPlan {
         let router_input = if at.router_x.is_some() { &gradients.router_x } else { &gradients.x };
         let none = None;
         let router_input = if self.router.is_some() { router_input } else { &none };
+        let norm_weights = [&gradients.router_norm, &gradients.expert_norm];
         let of_logits = self.gating.is_some()
             && [
                 &gradients.router,
@@ -153,35 +157,66 @@ impl BackwardPlan {
                 &gradients.expert_scale,
                 &gradients.global_scale,
                 router_input,
+                norm_weights[0],
             ]
             .into_iter()
             .any(Option::is_some);
-        let wanted = Wanted { weights: of_logits || gradients.weights.is_some(), input: gradients.x.is_some() };
+        let wanted = Wanted {
+            weights: of_logits || gradients.weights.is_some(),
+            input: gradients.x.is_some() || gradients.expert_norm.is_some(),
+        };
 
-        if wanted.weights || wanted.input || gradients.routed.is_some() {
-            let pre_activation = match &saved.pre_activation {
-                Some(kept) => kept.into(),
-                None => self.recompute(scope, weights, saved, x, workspace, observer)?,
-            };
-            let experts = &weights.experts;
+        let wants_routed = wanted.any() || gradients.routed.is_some();
+        // What the routed experts saw.
+        let norm_weight = weights.experts.norms.experts;
+        let seen_by_experts = match self.expert_norm.as_ref().filter(|_| wants_routed) {
+            Some(norm) => {
+                let of = (x, norm_weight);
+                norm.again(scope, of, workspace, norms::EXPERTS, observer)?.input::<T>(elements)
+            }
+            None => x,
+        };
+        let pre_activation = match (&saved.pre_activation, wants_routed) {
+            (_, false) => None,
+            (Some(kept), true) => Some(kept.into()),
+            (None, true) => Some(self.recompute(scope, weights, saved, seen_by_experts, workspace, observer)?),
+        };
+        let experts = &weights.experts;
+        let routed = pre_activation.map(|pre_activation| {
+            let row_weight = Some(saved.dispatched.slot_weight().into());
             let inputs = Inputs {
-                x,
+                x: seen_by_experts,
                 dy,
                 gate_up: experts.gate_up,
                 down: experts.down,
                 swiglu: experts.swiglu,
                 pre_activation,
                 rows: &saved.dispatched,
-                row_weight: Some(saved.dispatched.slot_weight().into()),
+                row_weight,
+                bias_weight: row_weight,
                 dropout: saved.dropout,
                 noise_state: saved.drew_by_state.then(|| (&saved.noise_state).into()),
                 frozen: optional(&at.frozen).map(|frozen| frozen.input(desc.local_experts())),
             };
-            self.routed.enqueue(scope, mlp::ROUTED, &inputs, workspace, &gradients.routed, wanted, observer)?;
+            let gradients = &gradients.routed;
+            Pass { plan: &self.routed, names: mlp::ROUTED, at: inputs, gradients, wanted, workspace }
+        });
+        let shared = self.shared_pass(scope, weights, saved, at, workspace, observer)?;
+        match (&routed, &shared) {
+            (Some(routed), shared) if shared.is_none() || self.joins() => {
+                routed.enqueue(scope, shared.as_ref(), observer)?
+            }
+            (routed, shared) => {
+                for pass in [routed, shared].into_iter().flatten() {
+                    pass.enqueue(scope, None, observer)?;
+                }
+            }
         }
-        let by_choice = self.enqueue_choices(scope, saved, at, workspace, of_logits, observer)?;
+        let mut gate = self.gate_matrix(weights, at, shared.as_ref());
+        let by_choice = self.enqueue_choices(scope, saved, at, seen_by_experts, workspace, of_logits, observer)?;
         // What comes through router and gate to x is written there first.
         let mut written = false;
+        let (seen, accumulate) = (optional(&at.router_x).unwrap_or_else(|| at.x.address()), self.desc().accumulate);
         if let Some(step) = self.gating.as_ref().filter(|_| of_logits) {
             let d_logits = optional(&gradients.logits).unwrap_or_else(|| workspace.at(self.regions.d_logits));
             let columns = desc.logit_columns();
@@ -195,7 +230,9 @@ impl BackwardPlan {
             };
             let mut args = GatingBackwardArgs::new(logits, &saved.ids, d_weights, d_logits.out(tokens * columns));
             args.dispatched = by_choice.is_none().then_some(&saved.dispatched);
+            let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);
             args.counts = optional(&at.loss_counts).map(|counts| counts.input(desc.experts));
+            args.counts = args.counts.or_else(|| balances.then(|| saved.counts().into()));
             args.counted = optional(&at.counted).map(|counted| counted.input(1));
             args.importance = optional(&at.importance).map(|sums| sums.input(desc.experts));
             args.sequence_counts =
@@ -209,39 +246,88 @@ impl BackwardPlan {
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
             if let Some(steps) = &self.router {
+                let of = Matrix { d_logits, matrix: weights.router.matrix, d_matrix: optional(&gradients.router) };
+                let of_bias = optional(&gradients.router_bias);
+                let (beside, alone) = if of.d_matrix.is_some() { (of_bias, None) } else { (None, of_bias) };
+                let rows = seen.input::<T>(elements);
+                let norm = self.router_norm.as_ref();
+                let of_norm = (rows, weights.router.norm);
+                let normed = norm.map(|norm| norm.again(scope, of_norm, workspace, norms::ROUTER, observer));
+                let to = optional(router_input);
+                let d_gain = optional(norm_weights[0]);
+                let back_wanted = to.is_some() || d_gain.is_some();
                 let back = RouterBack {
                     steps,
-                    d_logits,
-                    seen: optional(&at.router_x).unwrap_or_else(|| at.x.address()),
-                    matrix: weights.router.matrix,
-                    d_matrix: optional(&gradients.router),
-                    d_input: optional(router_input),
-                    added: false,
-                    accumulate: self.desc().accumulate,
+                    seen: normed.transpose()?.unwrap_or(seen),
+                    of,
+                    d_bias: beside,
+                    gate: gate.take(),
+                    d_input: match norm {
+                        Some(norm) => back_wanted.then(|| norm.d_normed(workspace)),
+                        None => to,
+                    },
+                    accumulate,
                 };
-                let stages = [BackwardStage::RouterWeight, BackwardStage::RouterInput];
-                back.enqueue::<T>(scope, stages, observer)?;
+                match norm {
+                    Some(norm) if norm.seen() == Dtype::F32 => back.enqueue::<f32>(scope, workspace, observer)?,
+                    _ => back.enqueue::<T>(scope, workspace, observer)?,
+                }
+                if let Some(norm) = norm.filter(|_| back_wanted) {
+                    norm.back(scope, of_norm, workspace, (to, false, d_gain), norms::ROUTER, observer)?;
+                }
                 written = router_input.is_some();
-                if let Some(gradient) = optional(&gradients.router_bias) {
+                if let Some(gradient) = alone {
                     let d_logits = d_logits.input::<f32>(tokens * columns);
                     self.column_sums::<f32>(scope, workspace, d_logits, [columns, 1], gradient)?;
                     observer(BackwardStage::RouterBias);
                 }
             }
         }
-        written |= self.enqueue_shared(scope, weights, saved, at, workspace, written, observer)?;
+        if let Some((steps, gate)) = &gate {
+            let d_input = seen_gradient(gradients, at);
+            gate_alone::<T>(scope, workspace, (steps, gate), (seen, d_input, written), accumulate, observer)?;
+            written |= d_input.is_some();
+        }
         if let Some(gradient) = optional(&gradients.bias) {
             self.column_sums::<T>(scope, workspace, dy, [1, desc.hidden], gradient)?;
             observer(BackwardStage::Bias);
         }
-        let Some(dx) = optional(&gradients.x) else { return Ok(()) };
+        let dx = optional(&gradients.x);
+        let behind = self.expert_norm.as_ref().map(|norm| norm.d_normed(workspace));
+        if !wanted.input {
+            return Ok(());
+        }
+        let Some(to) = behind.or(dx) else { return Ok(()) };
         let d_rows = workspace.at(self.routed.regions.d_rows).input::<T>(rows.slots * desc.hidden);
-        let mut args = CombineArgs::new(d_rows, &saved.dispatched, dx.out::<T>(elements));
-        args.accumulate = written && at.router_x.is_none();
-        args.addend = self.shared.map(|shared| workspace.at(shared.regions.d_rows).input::<T>(elements));
+        let mut args = CombineArgs::new(d_rows, &saved.dispatched, to.out::<T>(elements));
+        let lies_there = written && at.router_x.is_none();
+        let addend = self.shared.map(|shared| workspace.at(shared.regions.d_rows));
+        args.accumulate = lies_there && behind.is_none();
+        args.addend = addend.filter(|_| behind.is_none()).map(|addend| addend.input::<T>(elements));
         args.identity = self.identity(saved, at, dy);
         combine::forward(kernels, stream, &self.sum.desc, args).map_err(within)?;
         observer(BackwardStage::Sum);
+        if let Some(norm) = &self.expert_norm {
+            let to = (dx, lies_there, optional(norm_weights[1]));
+            norm.back(scope, (x, norm_weight), workspace, to, norms::EXPERTS, observer)?;
+        }
+        // The shared expert has seen x itself.
+        if let (Some(step), Some(addend), Some(dx)) = (&self.shared_sum, addend, dx) {
+            let lists = saved.dispatched.read(scope)?;
+            let at = combine::Addresses {
+                y_slots: addend,
+                rows: lists.addresses(),
+                weights: None,
+                residual: Some(dx),
+                bias: None,
+                addend: Some(addend),
+                addend_gate: None,
+                identity: None,
+                y: dx,
+            };
+            combine::enqueue(scope, &step.desc, &step.selection, at)?;
+            observer(BackwardStage::SharedSum);
+        }
         Ok(())
     }
 
@@ -271,11 +357,13 @@ impl BackwardPlan {
     }
 
     /// The gradients of weights by choice, where somebody asks for these or there are identities; where they lie.
+    #[allow(clippy::too_many_arguments)]
     fn enqueue_choices<'a, T: Element>(
         &self,
         scope: &Scope<'_>,
         saved: &Saved<T>,
         at: &'a Opened<'_>,
+        seen: In<'_, T>,
         workspace: &'a Held<'_>,
         of_logits: bool,
         observer: &mut dyn FnMut(BackwardStage),
@@ -291,7 +379,7 @@ impl BackwardPlan {
         let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, to.out(choices));
         if self.identities() {
             let ids = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| ids.input::<i32>(choices));
-            let (x, dy) = (at.x.address().input::<T>(elements), at.dy.address().input::<T>(elements));
+            let (x, dy) = (seen, at.dy.address().input::<T>(elements));
             args.identities = Some(match (optional(&at.map), desc.map) {
                 (Some(map), Some(of)) => {
                     Identities::of_map(ids, map.input::<i32>(self.map_entries()), of.max_replicas, x, dy)

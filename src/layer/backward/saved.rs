@@ -136,6 +136,11 @@ impl<T: Element> Saved<T> {
         &self.ids
     }
 
+    /// `[E]` of the experts that are here: rows of each, the load. Where nothing is dropped and all experts compute, the choices that a balancing loss counts.
+    pub fn counts(&self) -> &CudaSlice<i32> {
+        self.dispatched.counts()
+    }
+
     /// The rows of every expert.
     pub fn dispatched(&self) -> &Dispatched {
         &self.dispatched

@@ -40,6 +40,12 @@ pub(super) fn mixed(logits: &[f64], out: Option<usize>, of: usize, jitter: f32) 
 
 /// SparseMixer's softmax, of every expert.
 pub(super) fn mixture(logits: &[f64], out: Option<usize>, jitter: f32) -> Vec<f64> {
+    let near = near_largest(logits, out, jitter);
+    softmax(&near.iter().zip(logits).map(|(&near, &l)| if near { l } else { f64::NEG_INFINITY }).collect::<Vec<_>>())
+}
+
+/// Whether SparseMixer leaves an expert: it is not out, and near the largest of those.
+pub(in crate::reference) fn near_largest(logits: &[f64], out: Option<usize>, jitter: f32) -> Vec<bool> {
     let left = |e: usize| if Some(e) == out { f64::NEG_INFINITY } else { logits[e] };
     let largest = (0..logits.len()).map(left).fold(f64::NEG_INFINITY, f64::max);
     let masked = |e: usize| {
@@ -48,6 +54,5 @@ pub(super) fn mixture(logits: &[f64], out: Option<usize>, jitter: f32) -> Vec<f6
         let factor = if logit.is_nan() { logit } else { logit.abs().max(largest) };
         (largest - logit) / factor > 2.0 * jitter
     };
-    let near: Vec<f64> = (0..logits.len()).map(|e| if masked(e) { f64::NEG_INFINITY } else { left(e) }).collect();
-    softmax(&near)
+    (0..logits.len()).map(|e| Some(e) != out && !masked(e)).collect()
 }

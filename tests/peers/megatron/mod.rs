@@ -14,11 +14,12 @@ use crate::calls;
 use crate::close::{assert_choice, assert_norm};
 use crate::data::{rng, values, wide, wide32, with_type};
 use crate::formulas::{bincount, group_limited, linear, order, sigmoid, softmax};
+use crate::gradients::routers;
 use crate::suite::{Peer, Section, product};
 use crate::support::inputs::normals;
 
 pub fn peer() -> Peer {
-    let suite = "`tests/unit_tests/transformer/moe`: routers, aux_loss, multihot_indices_converter, token dropping, quantile_balancing, qb_routing";
+    let suite = "`tests/unit_tests/transformer/moe`: routers, aux_loss, multihot_indices_converter, token dropping, quantile_balancing, qb_routing, gradients";
     let sections = vec![
         rows::multihot(),
         routers(),
@@ -28,12 +29,14 @@ pub fn peer() -> Peer {
         quantile::quantile_balancing(),
         aux_losses(),
         router_product(),
+        routers::megatron_weights(),
+        routers::megatron_losses(),
     ];
     Peer { name: "Megatron-LM", suite, sections }
 }
 
 /// A router's logits for `tokens` tokens of 12 elements, its weight of bf16, summed in f32.
-fn logits(rng: &mut fastrand::Rng, tokens: usize, experts: usize) -> Vec<f32> {
+pub fn logits(rng: &mut fastrand::Rng, tokens: usize, experts: usize) -> Vec<f32> {
     let x: Vec<bf16> = values(rng, tokens * 12);
     let weight: Vec<bf16> = normals(rng, experts * 12, 0.5);
     let weight = wide(&weight);
@@ -42,14 +45,14 @@ fn logits(rng: &mut fastrand::Rng, tokens: usize, experts: usize) -> Vec<f32> {
 
 /// How scores are formed: softmax before or after the choice, or sigmoid over the sum of the chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Form {
+pub enum Form {
     Before,
     After,
     Sigmoid,
 }
 
 impl Form {
-    fn of(sigmoids: bool, before: bool) -> Form {
+    pub fn of(sigmoids: bool, before: bool) -> Form {
         match (sigmoids, before) {
             (true, _) => Form::Sigmoid,
             (false, true) => Form::Before,
@@ -57,7 +60,7 @@ impl Form {
         }
     }
 
-    fn rule(self) -> Gating {
+    pub fn rule(self) -> Gating {
         match self {
             Form::Before => Gating::new(Score::Softmax),
             Form::After => Gating::new(Score::TopkSoftmax),
@@ -65,7 +68,7 @@ impl Form {
         }
     }
 
-    fn values(self, row: &[f64]) -> Vec<f64> {
+    pub fn values(self, row: &[f64]) -> Vec<f64> {
         match self {
             Form::Before => softmax(row),
             Form::After => row.to_vec(),
@@ -73,7 +76,7 @@ impl Form {
         }
     }
 
-    fn weights(self, row: &[f64], ids: &[usize]) -> Vec<f64> {
+    pub fn weights(self, row: &[f64], ids: &[usize]) -> Vec<f64> {
         let of: Vec<f64> = ids.iter().map(|&e| self.values(row)[e]).collect();
         match self {
             Form::Before => of,

@@ -9,7 +9,7 @@ use crate::formulas::{group_limited, order, sigmoid, softmax};
 use crate::suite::{Section, product, scaled};
 
 /// The suite's logits: rising by 1e-2 within a token and by 1e-4 from token to token (sigmoid), or by 1e-4 through all.
-fn pattern(tokens: usize, experts: usize, sigmoids: bool) -> Vec<f32> {
+pub fn pattern(tokens: usize, experts: usize, sigmoids: bool) -> Vec<f32> {
     let value = |t: usize, e: usize| {
         if sigmoids {
             (e as f32 - (experts / 2) as f32) * 1e-2 + (t as f32 - (tokens / 2) as f32) * 1e-4
@@ -34,7 +34,7 @@ fn check_maps(chosen: &calls::Chosen, experts: usize, top_k: usize) {
 }
 
 /// 4 of 8 groups, ranked by the sum of their `topk / 4` best.
-fn groups(grouped: bool, top_k: usize) -> Option<Groups> {
+pub fn groups(grouped: bool, top_k: usize) -> Option<Groups> {
     grouped.then(|| Groups::new(8, 4).score(GroupScore::TopSum(top_k / 4)))
 }
 

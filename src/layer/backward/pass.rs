@@ -1,0 +1,354 @@
+//! The launches of an expert's way back, each of routed rows, of a shared expert's, or of both.
+
+use super::held::{HeldGradient, HeldMlpGradients};
+use super::mlp::{Input, MlpPlan, Regions, Stages};
+use super::{BackwardStage, OPERATION};
+use crate::experts::dispatched::Dispatched;
+use crate::experts::gemm::{self, GemmArgs, ProductOut, SharedRows, SwigluByExpert};
+use crate::experts::gemm_backward::{self, GemmBackwardArgs, SharedRowsBackward};
+use crate::experts::k_grouped::{self, ColumnSums, KGroupedArgs, KGroupedDesc, SharedGroup};
+use crate::experts::weight::Weight;
+use crate::rules::{Dropout, Layout, Weighting};
+use crate::runtime::launch::{Held, Scope};
+use crate::runtime::workspace::Region;
+use crate::{Element, Error, In, Out, Tensor};
+
+/// What is wanted beside gradients of weights.
+#[derive(Clone, Copy)]
+pub(super) struct Wanted {
+    /// Gradients of the rows' weights.
+    pub(super) weights: bool,
+    /// Gradients of the rows' inputs.
+    pub(super) input: bool,
+}
+
+impl Wanted {
+    pub(super) fn any(self) -> bool {
+        self.weights || self.input
+    }
+}
+
+/// What an expert's way back reads.
+pub(super) struct Inputs<'a, T> {
+    pub(super) x: In<'a, T>,
+    pub(super) dy: In<'a, T>,
+    pub(super) gate_up: Weight<'a>,
+    pub(super) down: Weight<'a>,
+    pub(super) swiglu: SwigluByExpert<'a>,
+    pub(super) pre_activation: In<'a, T>,
+    /// The rows of the routed experts, or all tokens as those of one.
+    pub(super) rows: &'a Dispatched,
+    /// `[rows]`, of a gate its logits; 1 if absent.
+    pub(super) row_weight: Option<In<'a, f32>>,
+    /// `[rows]`: what the second product's bias was multiplied by, where it has a gradient; of a gate not its logits.
+    pub(super) bias_weight: Option<In<'a, f32>>,
+    pub(super) dropout: Option<Dropout>,
+    pub(super) noise_state: Option<In<'a, u64>>,
+    /// `[E]`: experts whose gradients are left alone.
+    pub(super) frozen: Option<In<'a, i32>>,
+}
+
+/// The way back of some rows: what is read, what is asked for, and where the rest lies.
+pub(super) struct Pass<'a, T> {
+    pub(super) plan: &'a MlpPlan,
+    pub(super) names: Stages,
+    pub(super) at: Inputs<'a, T>,
+    pub(super) gradients: &'a HeldMlpGradients<'a>,
+    pub(super) wanted: Wanted,
+    pub(super) workspace: &'a Held<'a>,
+}
+
+/// A weight's gradient and its bias's: the rows of its outputs' gradients, those of its inputs, and what is asked for.
+struct WeightSums<'a, T> {
+    outputs: In<'a, T>,
+    inputs: In<'a, T>,
+    matrix: Option<&'a HeldGradient<'a>>,
+    bias: Option<ColumnSums<'a, T>>,
+}
+
+impl<'a, T> WeightSums<'a, T> {
+    /// Both operands: the rows of the gradient are the weight's.
+    fn sides(&self, layout: Layout) -> [In<'a, T>; 2] {
+        match layout {
+            Layout::Nk => [self.outputs, self.inputs],
+            Layout::Kn => [self.inputs, self.outputs],
+        }
+    }
+}
+
+impl<'a, T: Element> Pass<'a, T> {
+    /// From `dy` to gradients of the weights, and where they are wanted of each row's weight and of each row's input; of `shared` rows in the same launches
+    /// where these have what both ask for.
+    pub(super) fn enqueue(
+        &self,
+        scope: &Scope<'_>,
+        shared: Option<&Pass<'a, T>>,
+        observer: &mut dyn FnMut(BackwardStage),
+    ) -> Result<(), Error> {
+        self.through_down(scope, shared)?;
+        observer(self.names.hidden);
+        let plan = self.plan;
+        let descs = |plan: &MlpPlan| (plan.down.desc, plan.down_bias, plan.mlp.down.layout);
+        let both = [Some(self), shared]
+            .map(|pass| pass.map(|pass| (pass, pass.down_sums(), pass.names.down, pass.names.down_bias)));
+        sum(scope, both, descs, observer)?;
+        self.to_input(scope, shared, observer)?;
+        let descs = |plan: &MlpPlan| (plan.gate_up.desc, plan.gate_up_bias, plan.mlp.gate_up.layout);
+        for number in 0..plan.tensors() {
+            let both = [Some(self), shared].map(|pass| {
+                pass.map(|pass| (pass, pass.gate_up_sums(number), pass.names.gate_up, pass.names.gate_up_bias))
+            });
+            sum(scope, both, descs, observer)?;
+        }
+        Ok(())
+    }
+
+    fn rows(&self) -> usize {
+        self.plan.sizes.rows.count()
+    }
+
+    fn input_at(&self, region: Region, columns: usize) -> In<'a, T> {
+        self.workspace.at(region).input::<T>(self.rows() * columns)
+    }
+
+    fn out_at(&self, region: Region, columns: usize) -> Out<'a, T> {
+        self.workspace.at(region).out::<T>(self.rows() * columns)
+    }
+
+    fn grouped(&self) -> Option<&'a Dispatched> {
+        self.plan.sizes.gathers().then_some(self.at.rows)
+    }
+
+    /// Gate's part of the pre-activations' gradient, or all, and up's where it has a tensor of its own.
+    fn outputs(&self, number: usize) -> In<'a, T> {
+        let skipped = number * self.plan.sizes.intermediate;
+        let at = self.workspace.at(self.plan.regions.d_pre_activation);
+        let at = at.offset(skipped * self.plan.sizes.dtype.bytes() as usize);
+        at.input::<T>(self.rows() * self.plan.columns() - skipped)
+    }
+
+    /// Through the second product and the activation.
+    fn through_down(&self, scope: &Scope<'_>, shared: Option<&Pass<'a, T>>) -> Result<(), Error> {
+        let plan = self.plan;
+        let mut args =
+            GemmBackwardArgs::new(self.at.dy, self.at.down.matrix, self.at.pre_activation, self.d_pre_activation());
+        args.dispatched = self.grouped();
+        if !plan.sizes.weighs_input() {
+            args.slot_weight = self.at.row_weight;
+            args.d_slot_weight = self.d_row_weight();
+            args.out_bias = self.out_bias()?;
+        }
+        args.hidden = self.hidden();
+        (args.dropout, args.noise_state, args.swiglu) = (self.at.dropout, self.at.noise_state, self.at.swiglu);
+        let mut desc = plan.hidden.desc;
+        match shared {
+            Some(shared) => {
+                let at = &shared.at;
+                let (weight, d) = (at.down.matrix, shared.d_pre_activation());
+                let mut rows = SharedRowsBackward::new(at.dy, weight, at.pre_activation, d);
+                rows.row_weight = at.row_weight;
+                rows.d_row_weight = shared.d_row_weight();
+                rows.out_bias = shared.out_bias()?;
+                rows.hidden = shared.hidden();
+                args.shared = Some(rows);
+            }
+            None => desc = desc.shared_rows(0).shared_activation(None),
+        }
+        let mut scratch = self.scratch();
+        gemm_backward::forward(scope.kernels, scope.stream, &desc, args, &mut scratch).map_err(within)
+    }
+
+    fn scratch(&self) -> crate::Workspace {
+        self.workspace.part(Region { offset: 0, bytes: self.plan.scratch_bytes })
+    }
+
+    fn d_pre_activation(&self) -> Out<'a, T> {
+        self.out_at(self.plan.regions.d_pre_activation, self.plan.columns())
+    }
+
+    fn d_row_weight(&self) -> Option<Out<'a, f32>> {
+        let place = self.workspace.at(self.plan.regions.d_slot_weight);
+        self.wanted.weights.then(|| place.out(self.rows()))
+    }
+
+    /// The second product's bias, where its rows' weights have gradients that it is part of: a weight of what the activation yields does not reach it.
+    fn out_bias(&self) -> Result<Option<In<'a, T>>, Error> {
+        let reached = self.plan.sizes.weighting == Weighting::Output && self.wanted.weights;
+        self.at.down.bias.filter(|_| reached).map(|bias| typed::<T>("bias", bias)).transpose()
+    }
+
+    /// What stands between the products, where a gradient is made with it.
+    fn hidden(&self) -> Option<Out<'a, T>> {
+        let down = &self.gradients.down;
+        let made = down.matrix.is_some() || down.bias.is_some();
+        made.then(|| self.out_at(self.plan.regions.hidden, self.plan.sizes.intermediate))
+    }
+
+    fn down_sums(&self) -> WeightSums<'a, T> {
+        let of = &self.gradients.down;
+        let bias = of.bias.as_ref().map(|gradient| {
+            let weights = self.at.bias_weight.filter(|_| self.plan.sizes.weighting == Weighting::Output);
+            ColumnSums { weights, ..ColumnSums::new(gradient.product::<T>().0).scale(self.plan.sizes.scale) }
+        });
+        let inputs = self.input_at(self.plan.regions.hidden, self.plan.sizes.intermediate);
+        WeightSums { outputs: self.at.dy, inputs, matrix: of.matrix.as_ref(), bias }
+    }
+
+    fn gate_up_sums(&self, number: usize) -> WeightSums<'a, T> {
+        let of = &self.gradients.gate_up;
+        let (matrix, bias) = [(&of.matrix, &of.bias), (&of.up, &of.up_bias)][number];
+        let inputs = match self.plan.sizes.weighs_input() {
+            true => self.input_at(self.plan.regions.weighted_x, self.plan.sizes.width),
+            false => self.at.x,
+        };
+        let bias = bias.as_ref().map(|gradient| ColumnSums::new(gradient.product::<T>().0));
+        WeightSums { outputs: self.outputs(number), inputs, matrix: matrix.as_ref(), bias }
+    }
+
+    /// Through the first product.
+    fn to_input(
+        &self,
+        scope: &Scope<'_>,
+        shared: Option<&Pass<'a, T>>,
+        observer: &mut dyn FnMut(BackwardStage),
+    ) -> Result<(), Error> {
+        let (plan, wanted) = (self.plan, self.wanted);
+        let Regions { d_rows, weighted_x, .. } = plan.regions;
+        let (kernels, stream) = (scope.kernels, scope.stream);
+        match &plan.input {
+            Input::Product(step, of_up) if wanted.input => {
+                let mut args = GemmArgs::new(self.outputs(0), Weight::new(self.at.gate_up.matrix), self.d_rows());
+                args.dispatched = self.grouped();
+                args.shared = shared.map(|shared| {
+                    SharedRows::new(shared.outputs(0), Weight::new(shared.at.gate_up.matrix), shared.d_rows())
+                });
+                let rows = if shared.is_some() { step.desc.shared_rows } else { 0 };
+                gemm::forward(kernels, stream, &step.desc.shared_rows(rows), args).map_err(within)?;
+                observer(self.names.input);
+                if of_up.is_some() {
+                    for pass in [Some(self), shared].into_iter().flatten() {
+                        pass.add_up(scope)?;
+                        observer(pass.names.input);
+                    }
+                }
+            }
+            Input::Weighted(step) => {
+                // The weighted rows of x, for the weight's gradient or beside the sums of a bias alone.
+                let of = &self.gradients.gate_up;
+                let reads_x = of.matrix.is_some() || of.bias.is_some();
+                let shared = shared.filter(|_| wanted.input);
+                if wanted.input || wanted.weights || reads_x {
+                    let (d, weight) = (self.outputs(0), self.at.gate_up.matrix);
+                    let mut args = GemmBackwardArgs::new(d, weight, self.at.x, self.out_at(d_rows, plan.sizes.width));
+                    args.dispatched = self.grouped();
+                    args.slot_weight = self.at.row_weight;
+                    args.d_slot_weight = self.d_row_weight();
+                    args.hidden = reads_x.then(|| self.out_at(weighted_x, plan.sizes.width));
+                    args.shared = shared.map(|shared| {
+                        let (d, weight) = (shared.outputs(0), shared.at.gate_up.matrix);
+                        SharedRowsBackward::new(d, weight, shared.at.x, shared.d_rows())
+                    });
+                    let rows = if shared.is_some() { step.desc.shared_rows } else { 0 };
+                    let mut scratch = self.scratch();
+                    gemm_backward::forward(kernels, stream, &step.desc.shared_rows(rows), args, &mut scratch)
+                        .map_err(within)?;
+                    observer(self.names.input);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn d_rows(&self) -> Out<'a, T> {
+        self.out_at(self.plan.regions.d_rows, self.plan.sizes.width)
+    }
+
+    /// Onto the gate's part of the inputs' gradients the up's, from a tensor of its own.
+    fn add_up(&self, scope: &Scope<'_>) -> Result<(), Error> {
+        let Input::Product(_, Some(step)) = &self.plan.input else { return Ok(()) };
+        let Some((matrix, _)) = self.at.gate_up.up else { return Ok(()) };
+        let mut args = GemmArgs::new(self.outputs(1), Weight::new(matrix), self.d_rows());
+        args.dispatched = self.grouped();
+        gemm::forward(scope.kernels, scope.stream, &step.desc, args).map_err(within)
+    }
+
+    /// `a^T b` of one side alone, to a weight's gradient and its bias's.
+    fn sum_alone(
+        &self,
+        scope: &Scope<'_>,
+        desc: KGroupedDesc,
+        [a, b]: [In<'a, T>; 2],
+        to: To<'a, T>,
+    ) -> Result<(), Error> {
+        let (out, f32_out) = to.out;
+        let mut args = KGroupedArgs::new(a, b, self.at.rows, out);
+        (args.frozen, args.sums) = (self.at.frozen, to.sums);
+        let desc = desc.shared_rows(0).f32_out(f32_out);
+        k_grouped::forward(scope.kernels, scope.stream, &desc, args).map_err(within)
+    }
+}
+
+/// Where a product along the rows goes, f32 beside another type or not, and sums of a bias.
+struct To<'a, T> {
+    out: (ProductOut<'a, T>, bool),
+    sums: Option<ColumnSums<'a, T>>,
+}
+
+/// The gradients of a weight and its bias, of both in one launch where both have the weight's; sums of a bias alone have a launch of their own.
+#[allow(clippy::type_complexity)] // a pass with its sums and stages, for routed rows and a shared expert's
+fn sum<'a, T: Element>(
+    scope: &Scope<'_>,
+    [own, shared]: [Option<(&Pass<'a, T>, WeightSums<'a, T>, BackwardStage, BackwardStage)>; 2],
+    descs: impl Fn(&MlpPlan) -> (KGroupedDesc, KGroupedDesc, Layout),
+    observer: &mut dyn FnMut(BackwardStage),
+) -> Result<(), Error> {
+    let (own, shared) = match (own, shared) {
+        (Some((pass, own, stage, _)), Some((_, shared, ..))) if own.matrix.is_some() && shared.matrix.is_some() => {
+            let (desc, _, layout) = descs(pass.plan);
+            let of_b = layout == Layout::Kn;
+            let ([a, b], [shared_a, shared_b]) = (own.sides(layout), shared.sides(layout));
+            let Some((matrix, shared_matrix)) = own.matrix.zip(shared.matrix) else { return Ok(()) };
+            let ((out, f32_out), (shared_out, shared_f32_out)) = (matrix.product::<T>(), shared_matrix.product::<T>());
+            let mut group = SharedGroup::new(shared_a, shared_b, shared_out);
+            group.sums = shared.bias.map(|bias| bias.of_b(of_b));
+            let mut args = KGroupedArgs::new(a, b, pass.at.rows, out).shared(group);
+            (args.frozen, args.sums) = (pass.at.frozen, own.bias.map(|bias| bias.of_b(of_b)));
+            let desc = desc.f32_out(f32_out).shared_f32_out(shared_f32_out);
+            k_grouped::forward(scope.kernels, scope.stream, &desc, args).map_err(within)?;
+            observer(stage);
+            return Ok(());
+        }
+        both => both,
+    };
+    for (pass, sums, stage, bias_stage) in [own, shared].into_iter().flatten() {
+        let (desc, of_bias, layout) = descs(pass.plan);
+        let sides = sums.sides(layout);
+        match (sums.matrix, sums.bias) {
+            (Some(matrix), bias) => {
+                let bias = bias.map(|bias| bias.of_b(layout == Layout::Kn));
+                pass.sum_alone(scope, desc, sides, To { out: matrix.product::<T>(), sums: bias })?;
+                observer(stage);
+            }
+            (None, Some(bias)) => {
+                let elements = of_bias.rows.experts * of_bias.m * of_bias.n;
+                let beside = pass.workspace.at(pass.plan.regions.beside_sums).out::<T>(elements);
+                let to = To { out: (ProductOut::Rounded(beside), false), sums: Some(bias) };
+                pass.sum_alone(scope, of_bias, [sums.outputs, sums.inputs], to)?;
+                observer(bias_stage);
+            }
+            (None, None) => {}
+        }
+    }
+    Ok(())
+}
+
+fn within(error: Error) -> Error {
+    error.within(OPERATION)
+}
+
+/// A buffer whose type has been checked.
+pub(super) fn typed<'a, T: Element>(argument: &'static str, tensor: Tensor<'a>) -> Result<In<'a, T>, Error> {
+    let got = tensor.dtype();
+    T::of_tensor(tensor).ok_or(Error::WrongDtype { operation: OPERATION, argument, expected: T::DTYPE, got })
+}
