@@ -18,6 +18,16 @@ const HEIGHTS: [usize; 2] = [64, GemmHopper::TILE.bm as usize];
 /// Blocks of a cluster: they compute two row tiles of an expert, and fetch its weight together, or two column tiles of a row tile that is left over.
 const CLUSTER: u32 = 2;
 
+/// Bytes of L2 that gathered rows may hold against weights and outputs that pass: half of an H100's.
+const KEPT_BYTES: f32 = 25e6;
+
+/// The part of gathered rows to keep in L2 until the launch ends: several experts read each, far apart, and weights are read once. 0 where rows are
+/// read in order.
+fn kept(desc: &GemmDesc) -> f32 {
+    let bytes = desc.a_rows() as f32 * desc.k as f32 * desc.dtype.bytes() as f32;
+    if desc.gather && bytes > 0.0 { (KEPT_BYTES / bytes).min(1.0) } else { 0.0 }
+}
+
 /// A launch of so many blocks.
 pub(super) fn selection(gemm: GemmHopper, blocks: u32) -> Selection {
     Selection { cluster: [CLUSTER, 1, 1], ..Selection::new(Kernel::GemmHopper(gemm), [blocks, 1, 1]) }
@@ -162,8 +172,18 @@ pub(super) fn with_maps<'a>(
     };
     let map_out = out_of(at.out, desc.rows.count())?;
     let map_shared_out = at.shared.map_or(Ok(map_out), |shared| out_of(shared.out, desc.shared_rows))?;
-    let more =
-        GemmHopperMore { map_b, map_b_up, map_shared_b, map_shared_b_up, map_a, map_shared_a, map_out, map_shared_out };
+    let a_kept = kept(desc);
+    let more = GemmHopperMore {
+        map_b,
+        map_b_up,
+        map_shared_b,
+        map_shared_b_up,
+        map_a,
+        map_shared_a,
+        map_out,
+        map_shared_out,
+        a_kept,
+    };
     Ok(GemmHopperParams::with(params, more))
 }
 
