@@ -84,6 +84,8 @@ pub enum Kernel {
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
     Admission(Admission),
+    /// Gradients of the weights that it chose among.
+    AdmissionBackward,
     /// What each expert thinks of each token.
     Affinity,
     /// Each expert's best tokens.
@@ -221,6 +223,7 @@ impl Kernel {
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
+            Kernel::AdmissionBackward => "admission_backward".into(),
             Kernel::Affinity => "affinity".into(),
             Kernel::ExpertChoice => "expert_choice".into(),
             Kernel::TokenSlots => "token_slots".into(),
@@ -297,6 +300,7 @@ impl Kernel {
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
+            Kernel::AdmissionBackward => "AdmissionBackward",
             Kernel::Affinity => "Affinity",
             Kernel::ExpertChoice => "ExpertChoice",
             Kernel::TokenSlots => "TokenSlots",
@@ -363,7 +367,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
-            Kernel::Route(k) => k.gate().warps() * 32,
+            Kernel::Route(k) => k.warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
             Kernel::KeepLargest | Kernel::QuantileBias | Kernel::LoadImportance => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
@@ -407,7 +411,7 @@ impl Kernel {
             | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
-            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
+            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate | Kernel::AdmissionBackward => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
             Kernel::ColumnProducts(_) => COLUMN_PRODUCTS_THREADS,
             Kernel::ProductKeys
@@ -444,6 +448,7 @@ impl Kernel {
             Kernel::Router(_) => "routers/router_mma.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
+            Kernel::Route(k) if k.is_many() => "routers/route_many.ptx.jinja",
             Kernel::Route(_) => "routers/route.ptx.jinja",
             Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
             Kernel::Dispatch(_) | Kernel::DispatchRows(_) => "capacity/dispatch.ptx.jinja",
@@ -461,6 +466,7 @@ impl Kernel {
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
+            Kernel::AdmissionBackward => "capacity/admission_backward.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
             Kernel::ExpertChoice => "routers/expert_choice.ptx.jinja",
             Kernel::TokenSlots => "capacity/token_slots.ptx.jinja",
@@ -535,6 +541,11 @@ impl Kernel {
                 ("warps", Int(k.warps())),
                 ("dispatch_resident", Int(k.dispatch_resident())),
             ],
+            Kernel::Route(k) if k.is_many() => vec![
+                ("score", Text(k.gate().score_name())),
+                ("max_experts", Int(k.gate().max_experts())),
+                ("warps", Int(k.warps())),
+            ],
             Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
             Kernel::GatingWide(k) => vec![
                 ("score", Text(k.score.name())),
@@ -604,6 +615,7 @@ impl Kernel {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
             }
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
+            Kernel::AdmissionBackward => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::SampledBackward
@@ -711,7 +723,8 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     for score in Score::COMMON.map(Some).into_iter().chain([None]) {
-        kernels.extend(Route::VALUES.map(|values| Kernel::Route(Route { score, values })));
+        let many = score.map(|_| Route::MANY);
+        kernels.extend(Route::VALUES.into_iter().chain(many).map(|values| Kernel::Route(Route { score, values })));
     }
     for max_experts in Dispatch::MAX_EXPERTS {
         for ids_bytes in IDS_BYTES {
@@ -762,6 +775,7 @@ pub fn all() -> Vec<Kernel> {
         kernels.push(Kernel::Admission(Admission { max_experts }));
         kernels.push(Kernel::Sinkhorn(Sinkhorn { max_experts }));
     }
+    kernels.push(Kernel::AdmissionBackward);
     kernels.extend([Kernel::Affinity, Kernel::ExpertChoice, Kernel::TokenSlots, Kernel::Base, Kernel::Hash]);
     for spread in Spread::ALL {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));
