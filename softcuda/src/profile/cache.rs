@@ -166,7 +166,9 @@ mod tests {
             let lines = (mib << 20) / 128;
             for start in [0, 1 << 20, 7 << 14] {
                 for pass in 0..2 {
-                    let hits = (start..start + lines).filter(|&line| cache.access(line, 15, false, Priority::Normal).hits == 15).count();
+                    let hits = (start..start + lines)
+                        .filter(|&line| cache.access(line, 15, false, Priority::Normal).hits == 15)
+                        .count();
                     assert_eq!(hits as u64, pass * lines, "{mib} MiB from {start}");
                 }
                 cache.clear();

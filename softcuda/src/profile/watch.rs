@@ -158,7 +158,12 @@ impl State {
 
 impl Watch for TrafficWatch {
     fn observer<'a>(&'a self, _: &'a Launch<'a>, _: u64) -> Option<Box<dyn Observer + 'a>> {
-        Some(Box::new(Recorder { state: &self.state, numbers: &self.numbers, blocks: HashMap::new(), sectors: Vec::new() }))
+        Some(Box::new(Recorder {
+            state: &self.state,
+            numbers: &self.numbers,
+            blocks: HashMap::new(),
+            sectors: Vec::new(),
+        }))
     }
 }
 

@@ -158,7 +158,17 @@ impl Builder<'_> {
         let bytes = self.bulk_size(&operands[2])?;
         let mbarrier = if to_global { None } else { Some(self.address_in(&operands[3], &[Space::Shared])?) };
         let multicast = if multicast { Some(self.source_reg(&operands[4], Type::B16)?) } else { None };
-        self.emit_bulk(BulkOp::Copy(BulkCopy { to_space, to, from_space, from, bytes, mbarrier, multicast, reduce, policy }));
+        self.emit_bulk(BulkOp::Copy(BulkCopy {
+            to_space,
+            to,
+            from_space,
+            from,
+            bytes,
+            mbarrier,
+            multicast,
+            reduce,
+            policy,
+        }));
         Ok(())
     }
 

@@ -1,9 +1,9 @@
 //! Loads, stores, atomics, cache hints and asynchronous copies (PTX ISA 9.7.9, 9.7.13).
 
 use super::{Class, unknown};
+use crate::exec::policy::{Policy, Priority};
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result};
-use crate::exec::policy::{Policy, Priority};
 use crate::lower::ir::{Access, Address, Atom, AtomOp, AtomWide, CopyAsync, Extra, Order, Reg, Scope};
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
