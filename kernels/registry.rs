@@ -82,6 +82,8 @@ pub enum Kernel {
     KGrouped(KGrouped),
     /// Sums over a token's experts.
     Combine(Combine),
+    /// What stands beside a token's sum, where the second product has made that.
+    CombineSums(Combine),
     /// Which of its choices a token gets under a capacity.
     Admission(Admission),
     /// Gradients of the weights that it chose among.
@@ -222,6 +224,7 @@ impl Kernel {
             Kernel::GemmBackwardAny(k) => format!("gemm_backward_{}_{}_any", k.dtype, k.tile().name()),
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
+            Kernel::CombineSums(k) => format!("combine_sums_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::AdmissionBackward => "admission_backward".into(),
             Kernel::Affinity => "affinity".into(),
@@ -298,7 +301,7 @@ impl Kernel {
             Kernel::GemmSwapped(_) => "GemmSwapped",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
             Kernel::KGrouped(_) => "KGrouped",
-            Kernel::Combine(_) => "Combine",
+            Kernel::Combine(_) | Kernel::CombineSums(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::AdmissionBackward => "AdmissionBackward",
             Kernel::Affinity => "Affinity",
@@ -381,7 +384,7 @@ impl Kernel {
             Kernel::GemmSwapped(_) => GemmSwapped::TILE.threads(),
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
-            Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
+            Kernel::Combine(_) | Kernel::CombineSums(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
             Kernel::Affinity | Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::Hash => {
@@ -464,7 +467,7 @@ impl Kernel {
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
-            Kernel::Combine(_) => "experts/combine.ptx.jinja",
+            Kernel::Combine(_) | Kernel::CombineSums(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::AdmissionBackward => "capacity/admission_backward.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -611,8 +614,11 @@ impl Kernel {
             Kernel::KGrouped(k) => {
                 std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
             }
-            Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
-                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
+            Kernel::Combine(Combine { dtype, any })
+            | Kernel::CombineSums(Combine { dtype, any })
+            | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
+                let sums = matches!(self, Kernel::CombineSums(_));
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("sums", Int(u32::from(sums)))]
             }
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::AdmissionBackward => vec![("warps", Int(BLOCK_WARPS))],
@@ -767,6 +773,7 @@ pub fn all() -> Vec<Kernel> {
         for any in [false, true] {
             kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineSums(Combine { dtype, any }));
             kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }

@@ -66,6 +66,7 @@ mod sparse_mixer;
 mod strides;
 mod timing;
 mod token_banks;
+mod token_sums;
 mod tokens;
 mod unit_backward;
 mod unit_experts;
@@ -146,6 +147,7 @@ fn check(kernel: Kernel) {
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
+        Kernel::CombineSums(variant) => combine::check_sums(variant, rng),
         Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::AdmissionBackward => admission_backward::check(rng),

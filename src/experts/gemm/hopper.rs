@@ -40,10 +40,12 @@ pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) ->
     let [expert, output, depth] = places.weight;
     let height = tile_height(desc);
     let fits = device.compute_capability == (9, 0)
+        && desc.output != Output::TokenSums
         && device.shared_bytes_per_block >= GemmHopper::SHARED_BYTES
         && GemmHopper::DTYPES.contains(&desc.dtype)
         && [expert, output.max(depth), places.a[0]].iter().all(|&stride| is_mapped(stride))
-        && HEIGHTS.contains(&height);
+        && HEIGHTS.contains(&height)
+        && desc.shared_depth.is_none();
     let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
     // The kernel counts tiles in 32 bits, two a step.
     let tiles =

@@ -23,7 +23,7 @@ pub use self::activation::SwigluByExpert;
 use self::activation::Unit;
 pub(crate) use self::activation::{ByExpertAddresses, HeldByExpert, check_activation};
 use self::desc::OPERATION;
-pub use self::desc::{GemmDesc, KernelSet, Output, Rows};
+pub use self::desc::{GemmDesc, KernelSet, Output, Rows, SharedDepth};
 use self::shared_rows::HeldShared;
 pub(crate) use self::shared_rows::SharedAddresses;
 pub use self::shared_rows::SharedRows;
@@ -31,7 +31,7 @@ pub use self::strides::Strides;
 use self::strides::outputs_apart;
 pub(crate) use self::swapped::most_partial_bytes;
 use super::combine::CombineDesc;
-use super::cost::{expected_tiles, product_cycles};
+use super::cost::{TiledRows, expected_tiles, product_cycles};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm_combine::SumArgs;
 use super::tiles::{select_tile_of, select_tile_of_width, tile_of_height};
@@ -71,7 +71,7 @@ pub struct GemmArgs<'a, T> {
     pub dropout: Option<Dropout>,
     /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`]. Absent, the dropout's seed and offset are all there is.
     pub noise_state: Option<In<'a, u64>>,
-    /// `[rows, N]`. Rows that no tile covers are left as they are.
+    /// `[rows, N]`. Rows that no tile covers are left as they are. With [`Output::TokenSums`] `[tokens, N]`, to which rows are added.
     pub out: ProductOut<'a, T>,
     /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
     /// Of 16 bits no value is rounded across the limit of a clamp, where the slope jumps.
@@ -90,7 +90,7 @@ impl<'a, T> GemmArgs<'a, T> {
         GemmArgs::to(a.into(), weight, ProductOut::Rounded(out.into()))
     }
 
-    /// A dense product to f32, for [`Output::F32`] and [`Output::AddedF32`].
+    /// A dense product to f32, for [`Output::F32`], [`Output::AddedF32`] and [`Output::TokenSums`].
     pub fn to_f32(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, f32>>) -> GemmArgs<'a, T> {
         GemmArgs::to(a.into(), weight, ProductOut::F32(out.into()))
     }
@@ -146,7 +146,7 @@ impl<'a, T> GemmArgs<'a, T> {
 buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, noise_state: In<u64>, pre_activation: Out<T> });
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
-const BAND: usize = 8;
+pub(crate) const BAND: usize = 8;
 
 /// Chooses kernel and grid: the dispatch's tile height, or for a dense product the cheapest one.
 ///
@@ -232,13 +232,14 @@ fn of_width(
             Error::unsupported(operation, "tile_n", expected, width)
         });
     }
-    let rows = match desc.rows {
+    let tiles_of_rows = match desc.rows {
         Rows::Dense(rows) => rows.div_ceil(height as usize) as u64,
         Rows::Grouped(shape) => expected_tiles(shape.slots, shape.experts, height),
     } + desc.shared_rows.div_ceil(height as usize) as u64;
+    let rows = TiledRows { live: (desc.rows.count() + desc.shared_rows) as u64, tiles: tiles_of_rows };
     let cycles = |tile: &Tile| {
         let columns = desc.n.div_ceil(with(*tile).out_columns() as usize) as u64;
-        product_cycles(tile, rows * columns, desc.k, device)
+        product_cycles(tile, rows, columns, desc.k, device)
     };
     Ok(tiles.min_by_key(|tile| (cycles(tile), tile.bn)).expect("the first is one of them"))
 }
@@ -345,6 +346,16 @@ pub(crate) fn run<T: Element>(
         let reason = "there is no dropout";
         return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
     }
+    if desc.output == Output::TokenSums {
+        let (operation, reason) = (OPERATION, "the output is TokenSums");
+        for (argument, given) in
+            [("pre_activation", args.pre_activation.is_some()), ("dropout", args.dropout.is_some())]
+        {
+            if given {
+                return Err(Error::Unexpected { operation, argument, reason });
+            }
+        }
+    }
     if desc.rows.count() + desc.shared_rows == 0 || selection.grid[0] == 0 {
         return Ok(());
     }
@@ -359,10 +370,10 @@ pub(crate) fn run<T: Element>(
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
-    let elements = places.out_extent(rows, desc.n);
+    let elements = places.out_extent(desc.out_rows(), desc.n);
     let out = match (desc.output, args.out) {
         (Output::Rounded | Output::Added, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
-        (Output::F32 | Output::AddedF32, ProductOut::F32(out)) => {
+        (Output::F32 | Output::AddedF32 | Output::TokenSums, ProductOut::F32(out)) => {
             scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?
         }
         (output, given) => {
@@ -485,6 +496,7 @@ pub(crate) fn enqueue(
     let WeightAddresses { b, b_up, bias, bias_up } = at.weight;
     let shared_weight = at.shared.map(|shared| shared.weight);
     let Strides { a, weight: [expert, output, depth], out } = desc.places();
+    let of_shared = desc.shared_places();
     // Where gate and up alternate, the kernel for any rows sees two matrices of every second output.
     let apart = match selection.kernel.variant() {
         Kernel::GemmAny(_) => outputs_apart(desc.weight.glu),
@@ -499,6 +511,7 @@ pub(crate) fn enqueue(
         out: at.out.into(),
         pre_activation: at.pre_activation.into(),
         slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
+        out_token: at.rows.filter(|_| desc.output == Output::TokenSums).map(|rows| rows.slot_token).into(),
         row_scale: at.row_scale.into(),
         out_scale: at.out_scale.into(),
         tiles: at.rows.map(|rows| rows.tiles).into(),
@@ -511,6 +524,9 @@ pub(crate) fn enqueue(
         shared_out: at.shared.map(|shared| shared.out).into(),
         shared_pre_activation: at.shared.and_then(|shared| shared.pre_activation).into(),
         shared_rows: desc.shared_rows as u32,
+        shared_k: desc.shared_k() as u32,
+        shared_a_row: of_shared.a[0] as u32,
+        shared_b_output: (apart * of_shared.weight[1]) as u32,
         m: desc.rows.count() as u32,
         n: desc.n as u32,
         k: desc.k as u32,
@@ -533,6 +549,7 @@ pub(crate) fn enqueue(
             Output::F32 => 1,
             Output::Added => 2,
             Output::AddedF32 => 3,
+            Output::TokenSums => 4,
         },
         activation,
         alpha,
