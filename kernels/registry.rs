@@ -76,6 +76,8 @@ pub enum Kernel {
     GemmAny(GemmAny),
     /// The second product's way back, with the activation's behind it: a plain product's shape.
     GemmBackward(Gemm),
+    /// The same on Hopper.
+    GemmBackwardHopper(GemmHopper),
     /// The same whatever the rows' width.
     GemmBackwardAny(GemmAny),
     /// Products over the experts' rows.
@@ -221,6 +223,9 @@ impl Kernel {
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::GemmBackward(k) => format!("gemm_backward_{}_{}_{}", k.dtype, k.tile.name(), k.layout.name()),
+            Kernel::GemmBackwardHopper(k) => {
+                format!("gemm_backward_{}_{}_{}_sm90a", k.dtype, GemmHopper::TILE.name(), k.layout.name())
+            }
             Kernel::GemmBackwardAny(k) => format!("gemm_backward_{}_{}_any", k.dtype, k.tile().name()),
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
@@ -300,6 +305,7 @@ impl Kernel {
             Kernel::GemmHopper(_) => "GemmHopper",
             Kernel::GemmSwapped(_) => "GemmSwapped",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
+            Kernel::GemmBackwardHopper(_) => "GemmBackwardHopper",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::Combine(_) | Kernel::CombineSums(_) => "Combine",
             Kernel::Admission(_) => "Admission",
@@ -360,7 +366,7 @@ impl Kernel {
     /// Oldest architecture that runs it.
     pub const fn arch(&self) -> Arch {
         match self {
-            Kernel::GemmHopper(_) => Arch::Sm90a,
+            Kernel::GemmHopper(_) | Kernel::GemmBackwardHopper(_) => Arch::Sm90a,
             _ => Arch::Sm80,
         }
     }
@@ -380,7 +386,7 @@ impl Kernel {
             | Kernel::ChunkRows
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.tile.threads(),
-            Kernel::GemmHopper(_) => GemmHopper::THREADS,
+            Kernel::GemmHopper(_) | Kernel::GemmBackwardHopper(_) => GemmHopper::THREADS,
             Kernel::GemmSwapped(_) => GemmSwapped::TILE.threads(),
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
@@ -432,6 +438,7 @@ impl Kernel {
             Kernel::Router(k) => k.shared_bytes(),
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
+            Kernel::GemmBackwardHopper(_) => GemmHopper::BACKWARD_SHARED_BYTES,
             Kernel::GemmSwapped(_) => GemmSwapped::SHARED_BYTES,
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
@@ -465,6 +472,7 @@ impl Kernel {
             Kernel::GemmSwapped(_) => "experts/gemm_swapped.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
+            Kernel::GemmBackwardHopper(_) => "experts/sm90a/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::Combine(_) | Kernel::CombineSums(_) => "experts/combine.ptx.jinja",
@@ -604,6 +612,12 @@ impl Kernel {
             Kernel::GemmBackward(k) => {
                 let mut constants = Kernel::Gemm(*k).constants();
                 constants.push(("any_width", Int(0)));
+                constants
+            }
+            Kernel::GemmBackwardHopper(k) => {
+                let mut constants = Kernel::GemmHopper(*k).constants();
+                let sums = [("sums_at", GemmHopper::SHARED_BYTES), ("sums_bytes", GemmHopper::SUMS_BYTES)];
+                constants.extend(sums.map(|(name, value)| (name, Int(value))));
                 constants
             }
             Kernel::GemmBackwardAny(k) => {
@@ -766,6 +780,10 @@ pub fn all() -> Vec<Kernel> {
         for &tile in Gemm::tiles(dtype) {
             let backward = |layout| Kernel::GemmBackward(Gemm { dtype, tile, fold: Fold::Plain, layout });
             kernels.extend(Layout::ALL.map(backward));
+        }
+        if GemmHopper::DTYPES.contains(&dtype) {
+            let hopper = |layout| Kernel::GemmBackwardHopper(GemmHopper { dtype, fold: Fold::Plain, layout });
+            kernels.extend(Layout::ALL.map(hopper));
         }
         kernels.push(Kernel::GemmBackwardAny(GemmAny { dtype, gated: false }));
     }

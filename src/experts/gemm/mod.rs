@@ -10,7 +10,7 @@
 
 mod activation;
 mod desc;
-mod hopper;
+pub(in crate::experts) mod hopper;
 mod shared_rows;
 mod strides;
 pub(crate) mod swapped;
@@ -186,7 +186,7 @@ pub(crate) fn select_among(
         .filter(|_| desc.kernels != KernelSet::Sm80 && (desc.tile_n.is_none() || desc.kernels == KernelSet::Sm90a));
     match hopper {
         Some((gemm, blocks)) if desc.kernels == KernelSet::Sm90a => {
-            return Ok(hopper::selection(gemm, blocks));
+            return Ok(hopper::selection(Kernel::GemmHopper(gemm), blocks));
         }
         None if desc.kernels == KernelSet::Sm90a => return Err(hopper::refusal(operation, desc, device)),
         _ => {}
@@ -208,7 +208,7 @@ pub(crate) fn select_among(
     if let Some((hopper, blocks)) = hopper
         && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
     {
-        return Ok(hopper::selection(hopper, blocks));
+        return Ok(hopper::selection(Kernel::GemmHopper(hopper), blocks));
     }
     let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))

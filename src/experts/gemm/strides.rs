@@ -130,7 +130,7 @@ impl GemmDesc {
     }
 
     /// The layout for the kernels of packed rows, where they can compute this.
-    pub(super) fn vector_layout(&self) -> Option<Layout> {
+    pub(in crate::experts) fn vector_layout(&self) -> Option<Layout> {
         let whole = [self.n, self.k, self.shared_k()].iter().all(|size| size.is_multiple_of(8)) && !self.unaligned;
         let layout = if whole { self.places().layout_of_vectors(self)? } else { return None };
         (self.shared_places().layout_of_vectors(self) == Some(layout)).then_some(layout)
