@@ -248,7 +248,10 @@ impl Machine<'_, '_> {
     fn report_transfer(&mut self, t: &Transfer, pc: u32) {
         let source = if t.from_shared { self.shared.rank } else { GLOBAL };
         if t.data.is_none() {
-            let reads: Vec<_> = t.pieces.iter().filter(|p| p.from != 0).map(|p| (source, p.from, p.bytes)).collect();
+            // What several blocks receive is read once.
+            let reader = t.pieces.first().map(|p| p.rank);
+            let read = |p: &&Piece| p.from != 0 && Some(p.rank) == reader;
+            let reads: Vec<_> = t.pieces.iter().filter(read).map(|p| (source, p.from, p.bytes)).collect();
             self.report_ranges(AccessKind::Read, &reads, pc);
         }
         let write = if t.effect == Effect::Copy { AccessKind::Write } else { AccessKind::Atomic };

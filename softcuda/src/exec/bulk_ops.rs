@@ -2,10 +2,12 @@
 
 use super::access::{addresses, get, space_name};
 use super::bulk::{Effect, GLOBAL, Piece, Signal, Transfer};
+use super::copies::policy_of;
 use super::fault::FaultKind;
 use super::lanes::{File, LANES, active};
 use super::mbarrier_ops::Place;
 use super::observe::SyncEvent;
+use super::policy::Policy;
 use super::state::{Machine, Outcome, Raw};
 use super::{SHARED_WINDOW, access};
 use crate::lower::ir::{Address, ProxyFence};
@@ -188,7 +190,9 @@ impl Machine<'_, '_> {
                 transfer.pieces.push(Piece { rank, to, from: source, bytes: size });
             }
         }
+        self.warp.policy = policy_of(file, x.policy, lane);
         self.issue(transfer, lane, pc);
+        self.warp.policy = Policy::default();
         Ok(())
     }
 

@@ -10,8 +10,9 @@ use super::access::{addresses, get};
 use super::fault::FaultKind;
 use super::lanes::{File, LANES, active};
 use super::observe::{AccessKind, Engine, Touch};
+use super::policy::Policy;
 use super::state::{Machine, Outcome, Raw};
-use crate::lower::ir::CopyAsync;
+use crate::lower::ir::{CopyAsync, Reg};
 use crate::ptx::ast::Space;
 
 /// What an asynchronous write looks like before it lands: NaN in every floating-point format.
@@ -61,6 +62,11 @@ impl Copies {
     }
 }
 
+/// What a policy's register holds; a warp's lanes are taken to agree.
+pub fn policy_of(file: File, policy: Option<Reg>, lane: usize) -> Policy {
+    policy.map_or(Policy::default(), |r| Policy(get(file, r)[lane]))
+}
+
 pub fn issue(m: &mut Machine, file: File, x: &CopyAsync, mask: u32, pc: u32) -> Outcome<()> {
     let (to, from) = (addresses(file, &x.to), addresses(file, &x.from));
     let mut length = [x.bytes as u8; LANES];
@@ -93,7 +99,9 @@ pub fn issue(m: &mut Machine, file: File, x: &CopyAsync, mask: u32, pc: u32) -> 
         ..Touch::weak(kind, Some(space), addresses, mask, x.bytes)
     };
     if reading != 0 {
+        m.warp.policy = policy_of(file, x.policy, reading.trailing_zeros() as usize);
         m.observe(&touch(AccessKind::Read, Space::Global, &from, reading), pc);
+        m.warp.policy = Policy::default();
     }
     m.observe(&touch(AccessKind::Write, Space::Shared, &to, mask), pc);
     let copies = &mut m.warp.copies;

@@ -28,6 +28,7 @@ mod mma;
 mod mma_x86;
 pub(crate) mod numeric;
 pub mod observe;
+pub mod policy;
 mod print;
 mod reduce;
 mod reporting;

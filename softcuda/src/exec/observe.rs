@@ -8,6 +8,7 @@
 use std::fmt::Debug;
 
 use super::lanes::LANES;
+use super::policy::Policy;
 use super::{Fault, Launch};
 use crate::lower::Kernel;
 use crate::ptx::ast::Space;
@@ -56,6 +57,8 @@ pub struct Site<'e> {
     /// The warp is in a loop that only waits for others, and not for the first time (`lower::polls`). Known where launches are
     /// counted, else false.
     pub repeated: bool,
+    /// The L2 cache policy of the accesses: told of `cp.async`, bulk and tensor copies alone.
+    pub policy: Policy,
 }
 
 /// A block that starts or ends.

@@ -52,6 +52,7 @@ impl<'a> Machine<'_, 'a> {
             line: self.line(pc),
             repeated: self.worker.tally.as_ref().is_some_and(|tally| tally.repeating()),
             uncached: self.worker.body.ops[pc as usize].x != 0,
+            policy: self.warp.policy,
         }
     }
 

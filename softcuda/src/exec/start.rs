@@ -5,6 +5,7 @@ use super::call::Calls;
 use super::cluster::ClusterState;
 use super::copies::Copies;
 use super::lanes::Buffer;
+use super::policy::Policy;
 use super::state::{Barrier, Cluster, Group, GroupState, Shared, Warp, Worker, mix};
 
 /// The cluster at this place in launch order, made of the parts of a finished one where there is one.
@@ -118,5 +119,6 @@ fn new_warp(worker: &Worker, index: u32, threads: u32) -> Warp {
         rotate: false,
         pinned: false,
         turn: 0,
+        policy: Policy::default(),
     }
 }

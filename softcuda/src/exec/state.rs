@@ -8,6 +8,7 @@ use super::copies::Copies;
 use super::fault::{Fault, FaultKind};
 use super::lanes::{Buffer, File};
 use super::observe::Observer;
+use super::policy::Policy;
 use super::print::Printed;
 use super::tally::Tally;
 use super::{Config, GlobalMemory};
@@ -69,6 +70,8 @@ pub struct Warp {
     /// The group chosen so keeps running to the end of the slice.
     pub pinned: bool,
     pub turn: usize,
+    /// Of the accesses that are being reported.
+    pub policy: Policy,
 }
 
 impl Warp {

@@ -2,10 +2,12 @@
 
 use super::access::{addresses, get, space_of};
 use super::bulk::{Convert, Effect, GLOBAL, Piece, Transfer};
+use super::copies::policy_of;
 use super::fault::FaultKind;
 use super::lanes::{File, LANES, active};
 use super::mbarrier_ops::Place;
 use super::observe::{AccessKind, Engine, ProxyFence, SyncEvent, Touch};
+use super::policy::Policy;
 use super::state::{Machine, Outcome, Raw};
 use crate::lower::ir::AtomOp;
 use crate::lower::ir_bulk::{TensorCopy, TensorDirection, TensormapOp, reduction_allowed};
@@ -201,7 +203,9 @@ impl Machine<'_, '_> {
                 self.add_run(&mut transfer, &map, &run, (rank, place.1), host, lane)?;
             }
         }
+        self.warp.policy = policy_of(file, x.policy, lane);
         self.issue(transfer, lane, pc);
+        self.warp.policy = Policy::default();
         Ok(())
     }
 

@@ -269,6 +269,8 @@ pub struct CopyAsync {
     pub source_bytes: Option<Reg>,
     /// Predicate: ignore the source and write zeros.
     pub ignore: Option<(Reg, bool)>,
+    /// [`crate::exec::policy::Policy`].
+    pub policy: Option<Reg>,
 }
 
 /// `ldmatrix` and `stmatrix` of 8x8 matrices of 16-bit elements.
@@ -464,7 +466,7 @@ impl Extra {
             Self::CopyAsync(x) => {
                 address(&mut x.to, f);
                 address(&mut x.from, f);
-                x.source_bytes.iter_mut().for_each(|r| f(r, Use::Read));
+                x.source_bytes.iter_mut().chain(&mut x.policy).for_each(|r| f(r, Use::Read));
                 x.ignore.iter_mut().for_each(|(r, _)| f(r, Use::Read));
             }
             Self::MatrixMove { store, inner } => {

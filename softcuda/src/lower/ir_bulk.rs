@@ -39,6 +39,8 @@ pub struct BulkCopy {
     /// 16-bit mask of the blocks that receive.
     pub multicast: Option<Reg>,
     pub reduce: Option<(AtomOp, Type)>,
+    /// [`crate::exec::policy::Policy`], of global memory's side.
+    pub policy: Option<Reg>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,6 +67,8 @@ pub struct TensorCopy {
     pub tile_space: Space,
     pub mbarrier: Option<Address>,
     pub multicast: Option<Reg>,
+    /// [`crate::exec::policy::Policy`], of global memory's side.
+    pub policy: Option<Reg>,
 }
 
 /// `st.async`, and with `reduce` `red.async`.
@@ -90,13 +94,13 @@ impl BulkOp {
                 read(&mut x.from.base);
                 read(&mut x.bytes);
                 x.mbarrier.iter_mut().for_each(|a| read(&mut a.base));
-                x.multicast.iter_mut().for_each(read);
+                x.multicast.iter_mut().chain(&mut x.policy).for_each(read);
             }
             Self::Tensor(x) => {
                 read(&mut x.map.base);
                 x.coordinates.iter_mut().for_each(&mut read);
                 x.tile.iter_mut().chain(&mut x.mbarrier).for_each(|a| read(&mut a.base));
-                x.multicast.iter_mut().for_each(read);
+                x.multicast.iter_mut().chain(&mut x.policy).for_each(read);
             }
             Self::Store(x) => {
                 read(&mut x.to.base);

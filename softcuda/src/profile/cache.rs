@@ -1,7 +1,9 @@
 //! A set-associative cache of lines of four sectors.
 //!
-//! Lines are replaced least recently used first; a sector is filled on its own when it is missed. What NVIDIA's caches do
-//! instead is not published.
+//! Lines are replaced by eviction priority, the latest access's, and among those of one priority least recently used first; a sector is
+//! filled on its own when it is missed. What NVIDIA's caches do instead is not published.
+
+use crate::exec::policy::Priority;
 
 /// Sectors of a line.
 pub const SECTORS: u32 = 4;
@@ -13,6 +15,7 @@ const GROUP_BITS: u32 = 10;
 #[derive(Debug, Clone, Copy, Default)]
 struct Line {
     line: u64,
+    priority: Priority,
     /// When it was last used.
     used: u32,
     /// The cache's epoch in which it was filled: of another one, it is empty.
@@ -72,7 +75,7 @@ impl Cache {
     }
 
     /// Looks sectors of a line up, and has them there afterwards, dirty if asked.
-    pub fn access(&mut self, line: u64, sectors: u8, dirty: bool) -> Outcome {
+    pub fn access(&mut self, line: u64, sectors: u8, dirty: bool, priority: Priority) -> Outcome {
         self.clock += 1;
         let start = self.set(line);
         let (epoch, clock) = (self.epoch, self.clock);
@@ -84,12 +87,16 @@ impl Cache {
             self.dirty += u64::from((new_dirty & !found.dirty).count_ones());
             found.dirty |= new_dirty;
             found.used = clock;
+            if priority != Priority::Unchanged {
+                found.priority = priority;
+            }
             return Outcome { hits, written_back: 0 };
         }
-        let age = |l: &Line| if l.epoch == epoch { l.used } else { 0 };
+        let priority = if priority == Priority::Unchanged { Priority::Normal } else { priority };
+        let age = |l: &Line| if l.epoch == epoch { (l.priority, l.used) } else { (Priority::First, 0) };
         let victim = set.iter_mut().min_by_key(|l| age(l)).expect("a set has ways");
         let written_back = if victim.epoch == epoch { victim.dirty } else { 0 };
-        *victim = Line { line, used: clock, epoch, valid: sectors, dirty: new_dirty };
+        *victim = Line { line, priority, used: clock, epoch, valid: sectors, dirty: new_dirty };
         self.dirty += u64::from(new_dirty.count_ones());
         self.dirty -= u64::from(written_back.count_ones());
         Outcome { hits: 0, written_back }
@@ -117,7 +124,7 @@ mod tests {
         // One set of two lines.
         let mut cache = Cache::new(256, 2);
         let mut hits = |line, sectors, dirty| {
-            let Outcome { hits, written_back } = cache.access(line, sectors, dirty);
+            let Outcome { hits, written_back } = cache.access(line, sectors, dirty, Priority::Normal);
             (hits, written_back)
         };
         assert_eq!(hits(1, 0b0011, false), (0, 0));
@@ -131,10 +138,24 @@ mod tests {
         assert_eq!(hits(3, 0b0001, false), (0, 0b0110), "line 1 goes, and two sectors of it are dirty");
         assert_eq!(cache.dirty(), 0);
         cache.clear();
-        assert_eq!(cache.access(3, 1, true), Outcome { hits: 0, written_back: 0 });
-        cache.access(3, 0b10, true);
+        assert_eq!(cache.access(3, 1, true, Priority::Normal), Outcome { hits: 0, written_back: 0 });
+        cache.access(3, 0b10, true, Priority::Normal);
         cache.invalidate(3, 0b10);
         assert_eq!(cache.dirty(), 1);
+    }
+
+    #[test]
+    fn lines_make_room_by_priority_and_then_by_age() {
+        // One set of three lines.
+        let mut cache = Cache::new(384, 3);
+        let mut is_there = |line, priority| cache.access(line, 15, false, priority).hits == 15;
+        use Priority::{First, Last, Normal, Unchanged};
+        assert!(!is_there(1, Last) && !is_there(2, Normal) && !is_there(3, First));
+        assert!(!is_there(4, Normal), "in 3's place, though 1 and 2 are older");
+        assert!(is_there(1, Unchanged) && is_there(2, Normal) && !is_there(5, Normal), "in 4's place");
+        assert!(is_there(1, Normal) && is_there(2, Last) && is_there(5, Last));
+        assert!(!is_there(6, Normal) && !is_there(1, Normal), "1 was the last's no more");
+        assert!(is_there(2, Last) && is_there(5, First) && !is_there(7, Normal) && !is_there(5, Normal));
     }
 
     #[test]
@@ -145,7 +166,9 @@ mod tests {
             let lines = (mib << 20) / 128;
             for start in [0, 1 << 20, 7 << 14] {
                 for pass in 0..2 {
-                    let hits = (start..start + lines).filter(|&line| cache.access(line, 15, false).hits == 15).count();
+                    let hits = (start..start + lines)
+                        .filter(|&line| cache.access(line, 15, false, Priority::Normal).hits == 15)
+                        .count();
                     assert_eq!(hits as u64, pass * lines, "{mib} MiB from {start}");
                 }
                 cache.clear();
@@ -157,7 +180,7 @@ mod tests {
     fn powers_of_two_do_not_meet_in_one_set() {
         let mut cache = Cache::new(50 << 20, 16);
         let columns = || (0..4096).map(|row| row * 1024);
-        columns().for_each(|line| assert_eq!(cache.access(line, 1, false).hits, 0));
-        assert!(columns().all(|line| cache.access(line, 1, false).hits == 1));
+        columns().for_each(|line| assert_eq!(cache.access(line, 1, false, Priority::Normal).hits, 0));
+        assert!(columns().all(|line| cache.access(line, 1, false, Priority::Normal).hits == 1));
     }
 }

@@ -1,11 +1,12 @@
 //! The caches of a device, and requests that go through them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::cache::{Cache, SECTORS};
-use super::trace::{Path, Run};
+use super::trace::{Entry, Path, Run};
 use super::traffic::{Hierarchy, Traffic};
 use crate::device::SECTOR_BYTES;
+use crate::exec::policy::Priority;
 
 /// Lines to a set of either cache. What hardware has is not published.
 const WAYS: usize = 16;
@@ -60,6 +61,24 @@ struct Place<'r> {
     busy: u64,
 }
 
+impl Place<'_> {
+    /// Past what the block says and awaits, up to its next request: whether it need not wait. A block that is not `patient` does not.
+    fn goes_on(&mut self, said: &mut HashSet<u64>, patient: bool) -> bool {
+        while let [run, rest @ ..] = self.rest {
+            match run.entry() {
+                Entry::Access(_) => break,
+                Entry::Says(number) => {
+                    said.insert(number);
+                }
+                Entry::Awaits(number) if patient && !said.remove(&number) => return false,
+                Entry::Awaits(_) => {}
+            }
+            self.rest = rest;
+        }
+        true
+    }
+}
+
 impl Model {
     pub fn new(h: &Hierarchy) -> Model {
         let l1 = || Cache::new(h.l1_bytes.into(), WAYS);
@@ -90,13 +109,24 @@ impl Model {
         let mut places: Vec<Place> = (0..places)
             .map_while(|place| blocks.next().map(|rest| Place { sm: place % h.sm_count as usize, rest, busy: 0 }))
             .collect();
+        let mut said = HashSet::new();
+        // Where all wait, what they wait for is not here: it was replayed before, or its block has no place yet.
+        let mut patient = true;
         while !places.is_empty() {
+            let mut moved = false;
             places.retain_mut(|place| {
                 if place.busy > 0 {
                     place.busy -= 1;
+                    moved = true;
                     return true;
                 }
+                if !place.goes_on(&mut said, patient) {
+                    return true;
+                }
+                moved = true;
                 self.request(place);
+                // What it says at its end nobody must miss.
+                place.goes_on(&mut said, true);
                 if place.rest.is_empty()
                     && let Some(next) = blocks.next()
                 {
@@ -104,6 +134,7 @@ impl Model {
                 }
                 !place.rest.is_empty()
             });
+            patient = moved;
         }
     }
 
@@ -114,7 +145,7 @@ impl Model {
             sectors += run.count() * u64::from(run.sectors().count_ones());
             for line in run.line()..run.line() + run.count() {
                 let line = self.pages.place(line);
-                self.line(place.sm, line, run.sectors(), run.path());
+                self.line(place.sm, line, *run);
             }
             place.rest = rest;
             if rest.first().is_some_and(|run| run.first()) {
@@ -124,7 +155,8 @@ impl Model {
         place.busy = sectors.div_ceil(SECTORS_OF_A_TURN).saturating_sub(1);
     }
 
-    fn line(&mut self, sm: usize, line: u64, sectors: u8, path: Path) {
+    fn line(&mut self, sm: usize, line: u64, run: Run) {
+        let (sectors, path, priority) = (run.sectors(), run.path(), run.priority());
         let count = |sectors: u8| u64::from(sectors.count_ones());
         let bytes = |sectors: u8| count(sectors) * u64::from(SECTOR_BYTES);
         debug_assert!(sectors < 1 << SECTORS);
@@ -132,7 +164,7 @@ impl Model {
         let mut wanted = sectors;
         match path {
             Path::Cached => {
-                let hits = self.l1[sm].access(line, sectors, false).hits;
+                let hits = self.l1[sm].access(line, sectors, false, Priority::Normal).hits;
                 t.l1_sectors += count(sectors);
                 t.l1_hits += count(hits);
                 wanted &= !hits;
@@ -143,7 +175,7 @@ impl Model {
         if wanted == 0 {
             return;
         }
-        let outcome = self.l2.access(line, wanted, matches!(path, Path::Store | Path::Atomic));
+        let outcome = self.l2.access(line, wanted, matches!(path, Path::Store | Path::Atomic), priority);
         let missed = wanted & !outcome.hits;
         match path {
             Path::Cached | Path::Uncached => {

@@ -4,7 +4,9 @@
 //! while they do. Instead the global requests of each block are recorded, and replayed in an order that depends on the
 //! launch alone:
 //!
-//! - Warps of a block take turns, one request each; a barrier of the block that completes ends a round of turns.
+//! - Warps of a block take turns, one request each; a barrier of the block that completes ends a round of turns, and so does a phase of
+//!   an mbarrier that does: warps that fill a pipeline's stages together are at most its depth apart. Where another block of the cluster
+//!   has completed the phase, what the mbarrier's block did after it comes after what that one did before.
 //! - Blocks are given to multiprocessors in launch order, one to each, as many times as the occupancy says; whenever a block
 //!   has no requests left, its place takes the next. All places take turns, one request each; one of more than 512 bytes, a box of the
 //!   copy engine, takes a turn for each of them.
@@ -17,7 +19,8 @@
 //! Loads of loops that only wait for others are recorded once for each time that a warp is run.
 //!
 //! Not modelled: replacement other than least recently used; the two partitions of the L2 and what crosses between them;
-//! prefetches and fetches of more than a sector; eviction priorities and cache policies; sectors that a write covers only in
+//! prefetches and fetches of more than a sector; eviction priorities and cache policies but of `cp.async`, bulk and tensor copies, whose lines make
+//! room in the order of their priorities; sectors that a write covers only in
 //! part (as if memory took any bytes); compression; copies and fills by the driver, which on a GPU go through L2 too; caches of constants and instructions; local memory. Memory pages are
 //! numbered in the order in which the replay first touches them, 2 MiB each, so that results do not depend on where the host
 //! put the device's memory.

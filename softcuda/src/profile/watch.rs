@@ -1,6 +1,7 @@
 //! Records a launch's requests to global memory and replays them through the modelled caches: see [`super::traffic`].
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::replay::Model;
@@ -46,6 +47,7 @@ pub enum Start {
 #[derive(Debug)]
 pub struct TrafficWatch {
     state: Mutex<State>,
+    numbers: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -86,7 +88,7 @@ impl TrafficWatch {
         };
         let (blocks, runs, in_pieces, traffic) = (Vec::new(), 0, false, Traffic::default());
         let state = State { hierarchy, start, blocks, runs, model, in_pieces, traffic };
-        Arc::new(TrafficWatch { state: Mutex::new(state) })
+        Arc::new(TrafficWatch { state: Mutex::new(state), numbers: AtomicU64::new(0) })
     }
 
     /// Replays what was recorded.
@@ -156,19 +158,32 @@ impl State {
 
 impl Watch for TrafficWatch {
     fn observer<'a>(&'a self, _: &'a Launch<'a>, _: u64) -> Option<Box<dyn Observer + 'a>> {
-        Some(Box::new(Recorder { state: &self.state, blocks: HashMap::new(), sectors: Vec::new() }))
+        Some(Box::new(Recorder {
+            state: &self.state,
+            numbers: &self.numbers,
+            blocks: HashMap::new(),
+            sectors: Vec::new(),
+        }))
     }
 }
 
 /// What one host thread records.
 struct Recorder<'w> {
     state: &'w Mutex<State>,
+    /// How many phases of a block's objects another one has completed.
+    numbers: &'w AtomicU64,
     /// Blocks in flight.
     blocks: HashMap<u64, Trace>,
     sectors: Vec<u64>,
 }
 
 impl Recorder<'_> {
+    fn interleave(&mut self, block: u64) {
+        if let Some(trace) = self.blocks.get_mut(&block) {
+            trace.interleave();
+        }
+    }
+
     fn hand_over(&mut self, block: u64, end: bool) {
         let Some(trace) = self.blocks.get_mut(&block) else { return };
         trace.interleave();
@@ -216,9 +231,9 @@ impl Observer for Recorder<'_> {
         let before = runs.len();
         let per_line = u64::from(LINE_BYTES / SECTOR_BYTES);
         let mut push = |line: u64, sectors: u8| {
-            let first = runs.len() == before;
-            if first || !runs.last_mut().is_some_and(|run| run.extend(line, sectors)) {
-                runs.push(Run::new(line, sectors, path, first));
+            let (first, priority) = (runs.len() == before, site.policy.of_line(line));
+            if first || !runs.last_mut().is_some_and(|run| run.extend(line, sectors, priority)) {
+                runs.push(Run::new(line, sectors, path, priority, first));
             }
         };
         let mut current = (u64::MAX, 0);
@@ -243,10 +258,17 @@ impl Observer for Recorder<'_> {
     }
 
     fn sync(&mut self, site: &Site, event: &SyncEvent) {
-        if let SyncEvent::BarrierComplete { .. } = event
-            && let Some(trace) = self.blocks.get_mut(&site.block)
-        {
-            trace.interleave();
+        let owner = match event {
+            SyncEvent::BarrierComplete { .. } => site.block,
+            SyncEvent::MbarrierPhase { at, .. } => at.owner,
+            _ => return,
+        };
+        self.interleave(owner);
+        if owner != site.block {
+            self.interleave(site.block);
+            let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+            self.blocks.entry(site.block).or_default().done.push(Run::says(number));
+            self.blocks.entry(owner).or_default().done.push(Run::awaits(number));
         }
     }
 

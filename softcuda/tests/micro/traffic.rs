@@ -234,3 +234,57 @@ fn caches_are_carried_from_one_launch_to_the_next() {
     caches.clear();
     assert_eq!(copy(&a, &b), first);
 }
+
+#[test]
+fn what_is_kept_stays_while_more_than_the_cache_passes() {
+    // 256 KiB by a policy, then 4 MiB through 1 MiB of L2, then the 256 KiB again.
+    let body = |policy: &str, other: &str| {
+        format!(
+            ".shared .align 16 .b8 s[4096]; .reg .b64 %keep, %pass, %n; mov.u32 %r3, s; mad.lo.u32 %r3, %t, 16, %r3;
+             {policy} {other} mov.u32 %r5, 0;
+             AGAIN: mov.u64 %z, %a; mov.u32 %i, 0;
+             KEPT: cp.async.cg.shared.global.L2::cache_hint [%r3], [%z], 16, %keep; add.u64 %z, %z, 4096; add.u32 %i, %i, 1;
+             setp.lt.u32 %p, %i, 64; @%p bra KEPT;
+             cp.async.wait_all; setp.ne.u32 %p, %r5, 0; @%p bra END; mov.u32 %r5, 1; mov.u64 %z, %b; mov.u32 %i, 0;
+             PASSED: cp.async.cg.shared.global.L2::cache_hint [%r3], [%z], 16, %pass; add.u64 %z, %z, 4096; add.u32 %i, %i, 1;
+             setp.lt.u32 %p, %i, 1024; @%p bra PASSED;
+             bra AGAIN;
+             END: cp.async.wait_all;"
+        )
+    };
+    let (small, large) = (256 << 10, 4 << 20);
+    let case = Case { grid: 1, ..Case::over(large, SMALL) };
+    let again = |policy: &str, other: &str| {
+        let policy = format!("createpolicy.fractional.L2::{policy};");
+        let other = format!("createpolicy.fractional.L2::{other}.b64 %pass;");
+        case.run(&body(&policy, &other)).1.dram_read_bytes as usize - small - large
+    };
+    assert_eq!(again("evict_normal.b64 %keep", "evict_normal"), small);
+    assert_eq!(again("evict_last.b64 %keep", "evict_normal"), 0);
+    assert_eq!(again("evict_last.b64 %keep, 1.0", "evict_last"), small);
+    assert_eq!(again("evict_normal.b64 %keep", "evict_first"), 0);
+    let half = again("evict_last.L2::evict_first.b64 %keep, 0.5", "evict_normal");
+    assert!((small / 3..2 * small / 3).contains(&half), "{half} of {small}");
+}
+
+/// A cluster of two: the first block's boxes go to both, each block stores once it has received.
+#[test]
+fn a_multicast_reads_once() {
+    let body = ".shared .align 8 .b64 b; .shared .align 128 .b8 s[4096]; .reg .b16 %both; ld.param.u64 %rd1, [p1];
+        mov.u32 %r1, s; mov.u32 %r2, %cluster_ctarank; mov.u16 %both, 3; mbarrier.init.shared::cta.b64 [b], 1;
+        mbarrier.arrive.expect_tx.shared::cta.b64 _, [b], 4096; fence.mbarrier_init.release.cluster;
+        barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;
+        setp.ne.u32 %p, %r2, 0; @%p bra WAIT;
+        cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%r1], [%rd1], 4096, [b], %both;
+        WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p, [b], 0; @!%p bra WAIT;
+        barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; ret;";
+    let from = Buffer::new(&[1u8; 4096]);
+    let watch = TrafficWatch::new(SMALL);
+    let mut run = Hopper::row(2, 1, 2);
+    run.config = Config { count: true, watches: vec![watch.clone()], ..run.config };
+    let counters = run.counters(&format!("{PLAIN}{body}"), &[from.address, from.address, from.address]).unwrap();
+    let t = watch.finish();
+    assert_eq!((t.l2_read_sectors, t.dram_read_bytes), (128, 4096));
+    // 512 bytes a request, and both blocks' memory takes all of it.
+    assert_eq!((counters.global.requests, counters.global.sectors, counters.async_bytes), (8, 128, 8192));
+}

@@ -15,8 +15,18 @@ const MAX_STRIDE: u64 = 1 << 40;
 /// Rows of the lists' tiles that it takes: of the lower one a warpgroup multiplies, and the other leaves.
 const HEIGHTS: [usize; 2] = [64, GemmHopper::TILE.bm as usize];
 
-/// Blocks of a cluster: they compute neighbouring row tiles, and fetch the weight together where it is the same.
+/// Blocks of a cluster: they compute two row tiles of an expert, and fetch its weight together, or two column tiles of a row tile that is left over.
 const CLUSTER: u32 = 2;
+
+/// Bytes of L2 that gathered rows may hold against weights and outputs that pass: half of an H100's.
+const KEPT_BYTES: f32 = 25e6;
+
+/// The part of gathered rows to keep in L2 until the launch ends: several experts read each, far apart, and weights are read once. 0 where rows are
+/// read in order.
+fn kept(desc: &GemmDesc) -> f32 {
+    let bytes = desc.a_rows() as f32 * desc.k as f32 * desc.dtype.bytes() as f32;
+    if desc.gather && bytes > 0.0 { (KEPT_BYTES / bytes).min(1.0) } else { 0.0 }
+}
 
 /// A launch of so many blocks.
 pub(in crate::experts) fn selection(kernel: Kernel, blocks: u32) -> Selection {
@@ -37,11 +47,11 @@ pub(in crate::experts) fn candidate(desc: &GemmDesc, layout: Layout, device: &De
         && HEIGHTS.contains(&height)
         && desc.shared_depth.is_none();
     let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
-    // The kernel counts tiles in 32 bits.
-    let pairs = row_tiles(desc, GemmHopper::TILE.bm as usize).div_ceil(2) as u64
-        * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
-    let clusters = pairs.min((device.multiprocessors / CLUSTER).into()) as u32;
-    (fits && device.multiprocessors >= CLUSTER && pairs <= i32::MAX as u64).then_some((gemm, CLUSTER * clusters))
+    // The kernel counts tiles in 32 bits, two a step.
+    let tiles =
+        row_tiles(desc, GemmHopper::TILE.bm as usize) as u64 * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
+    let clusters = tiles.div_ceil(CLUSTER.into()).min((device.multiprocessors / CLUSTER).into()) as u32;
+    (fits && device.multiprocessors >= CLUSTER && tiles <= i32::MAX as u64).then_some((gemm, CLUSTER * clusters))
 }
 
 /// Whether a map's rows may be so many elements apart.
@@ -94,11 +104,16 @@ pub(in crate::experts) fn is_faster(
         bytes(tile.bm, tile.bn),
     );
     let own = Tile { bm: tile_height(desc) as u32, ..GemmHopper::TILE };
-    // From four tiles an expert on, most pairs are of one expert.
+    // From four tiles an expert on, few are left over.
     let shares = desc.rows.count() >= 4 * own.bm as usize * desc.rows.experts();
     let fetched = bytes(own.bm, if shares { own.bn / CLUSTER } else { own.bn });
-    let pairs = row_tiles(desc, own.bm as usize).div_ceil(2) as u64;
-    time(pairs, gemm.out_columns(), device.multiprocessors / CLUSTER, products(&own, 88), fetched) <= other
+    time(
+        row_tiles(desc, own.bm as usize) as u64,
+        gemm.out_columns(),
+        device.multiprocessors,
+        products(&own, 88),
+        fetched,
+    ) <= other
 }
 
 /// What [`KernelSet::Sm90a`] asks for and cannot have.
@@ -194,8 +209,18 @@ pub(super) fn with_maps<'a>(
     };
     let map_out = out_of(at.out, desc.rows.count())?;
     let map_shared_out = at.shared.map_or(Ok(map_out), |shared| out_of(shared.out, desc.shared_rows))?;
-    let more =
-        GemmHopperMore { map_b, map_b_up, map_shared_b, map_shared_b_up, map_a, map_shared_a, map_out, map_shared_out };
+    let a_kept = kept(desc);
+    let more = GemmHopperMore {
+        map_b,
+        map_b_up,
+        map_shared_b,
+        map_shared_b_up,
+        map_a,
+        map_shared_a,
+        map_out,
+        map_shared_out,
+        a_kept,
+    };
     Ok(GemmHopperParams::with(params, more))
 }
 
@@ -244,7 +269,7 @@ mod tests {
     fn a_block_a_multiprocessor_walks_the_tiles() {
         assert_eq!(select(&qwen3(32768, 128), &H100).unwrap().grid, [132, 1, 1]);
         let few = GemmDesc::new(Dtype::Bf16, Rows::Dense(257), 264, 64).kernels(KernelSet::Sm90a);
-        assert_eq!(select(&few, &H100).unwrap().grid, [8, 1, 1]);
+        assert_eq!(select(&few, &H100).unwrap().grid, [6, 1, 1]);
         let none = GemmDesc { rows: Rows::Dense(0), ..few };
         assert_eq!(select(&none, &H100).unwrap().grid, [0, 1, 1]);
     }

@@ -76,7 +76,7 @@ impl Builder<'_> {
         if !m.take("L2") || !m.take("global") {
             return Err(unknown(i));
         }
-        let operands = self.without_policy(i, &mut m)?;
+        let (operands, _) = self.without_policy(i, &mut m)?;
         m.finish()?;
         count(operands, 2..=2)?;
         let from = self.address_in(&operands[0], &[Space::Global])?;
@@ -145,8 +145,11 @@ impl Builder<'_> {
             return Err(LowerErrorKind::Unsupported("`.cp_mask`, which needs sm_100,".into()));
         }
         // Copies between blocks know no cache.
-        let operands =
-            if from_space == Space::Shared && !to_global { &i.operands } else { self.without_policy(i, &mut m)? };
+        let (operands, policy) = if from_space == Space::Shared && !to_global {
+            (&i.operands[..], None)
+        } else {
+            self.without_policy(i, &mut m)?
+        };
         m.finish()?;
         let n = 3 + usize::from(!to_global) + usize::from(multicast);
         count(operands, n..=n)?;
@@ -155,7 +158,17 @@ impl Builder<'_> {
         let bytes = self.bulk_size(&operands[2])?;
         let mbarrier = if to_global { None } else { Some(self.address_in(&operands[3], &[Space::Shared])?) };
         let multicast = if multicast { Some(self.source_reg(&operands[4], Type::B16)?) } else { None };
-        self.emit_bulk(BulkOp::Copy(BulkCopy { to_space, to, from_space, from, bytes, mbarrier, multicast, reduce }));
+        self.emit_bulk(BulkOp::Copy(BulkCopy {
+            to_space,
+            to,
+            from_space,
+            from,
+            bytes,
+            mbarrier,
+            multicast,
+            reduce,
+            policy,
+        }));
         Ok(())
     }
 

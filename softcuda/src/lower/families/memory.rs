@@ -1,9 +1,10 @@
 //! Loads, stores, atomics, cache hints and asynchronous copies (PTX ISA 9.7.9, 9.7.13).
 
 use super::{Class, unknown};
+use crate::exec::policy::{Policy, Priority};
 use crate::lower::LowerErrorKind;
 use crate::lower::builder::{Builder, Result};
-use crate::lower::ir::{Access, Address, Atom, AtomOp, AtomWide, CopyAsync, Extra, Order, Scope};
+use crate::lower::ir::{Access, Address, Atom, AtomOp, AtomWide, CopyAsync, Extra, Order, Reg, Scope};
 use crate::lower::isa::{Code, Width};
 use crate::lower::modifiers::Modifiers;
 use crate::lower::operands::{count, describe, dotted};
@@ -41,14 +42,18 @@ fn passes_l1(i: &Instruction) -> bool {
 }
 
 impl Builder<'_> {
-    /// The operands without the cache policy that `.L2::cache_hint` puts at the end.
-    pub(super) fn without_policy<'i>(&mut self, i: &'i Instruction, m: &mut Modifiers) -> Result<&'i [Operand]> {
+    /// The operands without the cache policy that `.L2::cache_hint` puts at the end, and the policy.
+    pub(super) fn without_policy<'i>(
+        &mut self,
+        i: &'i Instruction,
+        m: &mut Modifiers,
+    ) -> Result<(&'i [Operand], Option<Reg>)> {
         if !m.take("L2::cache_hint") {
-            return Ok(&i.operands);
+            return Ok((&i.operands, None));
         }
         let Some((policy, rest)) = i.operands.split_last() else { return Err(unknown(i)) };
-        self.source(policy, Type::B64)?;
-        Ok(rest)
+        let policy = self.source_reg(policy, Type::B64)?;
+        Ok((rest, Some(policy)))
     }
 
     pub(super) fn load_store(&mut self, i: &Instruction) -> Result<()> {
@@ -97,7 +102,7 @@ impl Builder<'_> {
         if hinted && !cached {
             return Err(unknown(i));
         }
-        let operands = self.without_policy(i, &mut m)?;
+        let (operands, _) = self.without_policy(i, &mut m)?;
         if cached && load {
             m.one_of(&[("L2::64B", ()), ("L2::128B", ()), ("L2::256B", ())]);
         }
@@ -219,7 +224,7 @@ impl Builder<'_> {
         if hinted && matches!(space, Some(Space::Shared | Space::SharedCluster)) {
             return Err(unknown(i));
         }
-        let operands = self.without_policy(i, &mut m)?;
+        let (operands, _) = self.without_policy(i, &mut m)?;
         let vector = m.one_of(&[("v2", 2), ("v4", 4), ("v8", 8)]);
         let ty = m.last_type()?;
         m.finish()?;
@@ -366,17 +371,25 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// A policy is an opaque number that only changes eviction.
+    /// A policy is an opaque number that only changes eviction. Those of address ranges and access properties are `evict_normal`.
     pub(super) fn createpolicy(&mut self, i: &Instruction) -> Result<()> {
         let mut m = Modifiers::new(i);
-        const PRIORITIES: &[(&str, ())] =
-            &[("L2::evict_last", ()), ("L2::evict_normal", ()), ("L2::evict_first", ()), ("L2::evict_unchanged", ())];
+        const PRIORITIES: &[(&str, Priority)] = &[
+            ("L2::evict_last", Priority::Last),
+            ("L2::evict_normal", Priority::Normal),
+            ("L2::evict_first", Priority::First),
+            ("L2::evict_unchanged", Priority::Unchanged),
+        ];
         let kind = m.required("a kind", &[("fractional", 0), ("range", 1), ("cvt", 2)])?;
+        let mut high = Policy::high(Priority::Normal, Priority::Normal);
         if kind == 2 {
             m.required("`.L2`", &[("L2", ())])?;
         } else {
-            m.required("a priority", PRIORITIES)?;
-            m.one_of(PRIORITIES);
+            let primary = m.required("a priority", PRIORITIES)?;
+            let secondary = m.one_of(PRIORITIES).unwrap_or(Priority::Unchanged);
+            if kind == 0 {
+                high = Policy::high(primary, secondary);
+            }
         }
         m.take("global");
         if m.last_type()? != Type::B64 {
@@ -390,8 +403,12 @@ impl Builder<'_> {
         };
         count(&i.operands, arity)?;
         let d = self.dest(&i.operands[0], Type::B64)?;
-        let policy = self.constant64(0x12f0_0000_0000_0000);
-        self.emit(Code::Mov64, d, &[policy]);
+        let fraction = match &i.operands[..] {
+            [_, fraction] if kind == 0 => self.source(fraction, Type::F32)?,
+            _ => self.constant32(0),
+        };
+        let high = self.constant32(high);
+        self.emit(Code::Pack64, d, &[fraction, high]);
         Ok(())
     }
 
@@ -442,7 +459,7 @@ impl Builder<'_> {
             return Err(unknown(i));
         }
         m.one_of(&[("L2::64B", ()), ("L2::128B", ()), ("L2::256B", ())]);
-        let operands = self.without_policy(i, &mut m)?;
+        let (operands, policy) = self.without_policy(i, &mut m)?;
         m.finish()?;
         count(operands, 3..=4)?;
         let (to, to_space) = self.address(&operands[0])?;
@@ -479,7 +496,7 @@ impl Builder<'_> {
                 source_bytes = Some(self.source_reg(o, Type::U32)?);
             }
         }
-        self.emit_extra(Code::CopyAsync, Extra::CopyAsync(CopyAsync { to, from, bytes, source_bytes, ignore }));
+        self.emit_extra(Code::CopyAsync, Extra::CopyAsync(CopyAsync { to, from, bytes, source_bytes, ignore, policy }));
         self.mark_uncached(passes_l1(i));
         Ok(())
     }

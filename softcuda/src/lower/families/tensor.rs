@@ -67,7 +67,7 @@ impl Builder<'_> {
             return Err(unknown(i));
         }
         let multicast = to_space == Space::SharedCluster && m.take("multicast::cluster");
-        let operands = self.without_policy(i, &mut m)?;
+        let (operands, policy) = self.without_policy(i, &mut m)?;
         m.finish()?;
         let n = 2 + usize::from(!store) + usize::from(multicast);
         count(operands, n..=n)?;
@@ -77,7 +77,7 @@ impl Builder<'_> {
         let mbarrier = if store { None } else { Some(self.address_in(&operands[2], &[Space::Shared])?) };
         let multicast = if multicast { Some(self.source_reg(&operands[3], Type::B16)?) } else { None };
         let tile_space = if store { Space::Shared } else { to_space };
-        let x = TensorCopy { direction, map, coordinates, tile, tile_space, mbarrier, multicast };
+        let x = TensorCopy { direction, map, coordinates, tile, tile_space, mbarrier, multicast, policy };
         self.emit_bulk(BulkOp::Tensor(x));
         Ok(())
     }
@@ -92,13 +92,13 @@ impl Builder<'_> {
             return Err(LowerErrorKind::Unsupported(format!("tensor prefetches in mode `.{mode}`")));
         }
         m.take("tile");
-        let operands = self.without_policy(i, &mut m)?;
+        let (operands, policy) = self.without_policy(i, &mut m)?;
         m.finish()?;
         count(operands, 1..=1)?;
         let (map, coordinates) = self.tensor_operand(&operands[0], dimensions)?;
         let direction = TensorDirection::Prefetch;
         let (tile, tile_space, mbarrier, multicast) = (None, Space::Shared, None, None);
-        let x = TensorCopy { direction, map, coordinates, tile, tile_space, mbarrier, multicast };
+        let x = TensorCopy { direction, map, coordinates, tile, tile_space, mbarrier, multicast, policy };
         self.emit_bulk(BulkOp::Tensor(x));
         Ok(())
     }
