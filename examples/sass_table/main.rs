@@ -67,6 +67,7 @@ fn has_products(kernel: &Kernel) -> bool {
             | Kernel::GemmBackward(_)
             | Kernel::GemmBackwardAny(_)
             | Kernel::KGrouped(_)
+            | Kernel::KGroupedHopper(_)
     )
 }
 

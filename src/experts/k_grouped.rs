@@ -14,7 +14,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, SlotShape};
-use super::gemm::ProductOut;
+use super::gemm::{KernelSet, ProductOut};
 use crate::registry::{KGrouped, Kernel};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
@@ -22,6 +22,8 @@ use crate::runtime::launch::{Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::KGroupedParams;
 use crate::runtime::shape::{self, reach};
 use crate::{DeviceInfo, Element, Error, In, Kernels, Selection};
+
+mod hopper;
 
 const OPERATION: &str = "k_grouped";
 
@@ -91,6 +93,8 @@ pub struct KGroupedDesc {
     pub shared_rows: usize,
     /// [`f32_out`](Self::f32_out) of a shared expert's.
     pub shared_f32_out: bool,
+    /// Which kernels may compute it. Between two sets sums differ in their last bits.
+    pub kernels: KernelSet,
 }
 
 impl KGroupedDesc {
@@ -109,7 +113,13 @@ impl KGroupedDesc {
             keep_empty: false,
             shared_rows: 0,
             shared_f32_out: false,
+            kernels: KernelSet::Fastest,
         }
+    }
+
+    /// Experts, and a shared one.
+    fn groups(&self) -> usize {
+        self.rows.experts + usize::from(self.shared_rows > 0)
     }
 
     fn places(&self) -> KGroupedStrides {
@@ -180,6 +190,7 @@ settings!(KGroupedDesc {
     keep_empty: bool,
     shared_rows: usize,
     shared_f32_out: bool,
+    kernels: KernelSet,
 });
 
 /// Sums of `a`'s columns, or of `b`'s, over each expert's rows: `out[e,i] = scale * sum over r of weights[r] * a[row_a(r),i]`.
@@ -297,6 +308,17 @@ pub fn select(desc: &KGroupedDesc, device: &DeviceInfo) -> Result<Selection, Err
     let fits = |kernel: &KGrouped| kernel.shared_bytes() <= device.shared_bytes_per_block;
     let any = KGrouped { dtype: desc.dtype, any: true };
     let fast = KGrouped { any: false, ..any };
+    let hopper = if desc.kernels == KernelSet::Sm80 { None } else { hopper::candidate(desc, device) };
+    match hopper {
+        Some(selection) if desc.kernels == KernelSet::Sm90a || hopper::is_ahead(desc, &selection, &fast, device) => {
+            return Ok(selection);
+        }
+        // Without a row there is nothing to multiply.
+        None if desc.kernels == KernelSet::Sm90a && desc.rows.slots + desc.shared_rows > 0 => {
+            return Err(hopper::refusal(desc, device));
+        }
+        _ => {}
+    }
     let kernel = if desc.packed_in_vectors() && fits(&fast) { fast } else { any };
     if !fits(&kernel) {
         let supported = format!("at least {} bytes of shared memory per block", kernel.shared_bytes());
@@ -305,8 +327,7 @@ pub fn select(desc: &KGroupedDesc, device: &DeviceInfo) -> Result<Selection, Err
     }
     let tile = kernel.tile();
     let tiles = desc.m.div_ceil(tile.bm as usize).saturating_mul(desc.n.div_ceil(tile.bn as usize));
-    let groups = desc.rows.experts + usize::from(desc.shared_rows > 0);
-    let blocks = shape::grid_x(OPERATION, "m", tiles.saturating_mul(groups) as u64)?;
+    let blocks = shape::grid_x(OPERATION, "m", tiles.saturating_mul(desc.groups()) as u64)?;
     Ok(Selection::new(Kernel::KGrouped(kernel), [blocks, 1, 1]))
 }
 
@@ -375,47 +396,52 @@ pub fn forward<T: Element>(
     let shared_sums = of_shared.and_then(|shared| shared.sums.as_ref());
     let lists = args.dispatched.read(&scope)?;
     let at = lists.addresses();
-    scope.launch(
-        &selection,
-        KGroupedParams {
-            a: a.address().into(),
-            b: b.address().into(),
-            out: out.address().into(),
-            slot_token: at.slot_token.into(),
-            offsets: at.offsets.into(),
-            counts: at.counts.into(),
-            frozen: optional(&frozen).into(),
-            sums: sums.map(|sums| sums.out.address()).into(),
-            sum_weights: sums.and_then(|sums| optional(&sums.weights)).into(),
-            sum_scale: sums.map_or(1.0, |sums| sums.scale),
-            shared_a: of_shared.map(|shared| shared.a.address()).into(),
-            shared_b: of_shared.map(|shared| shared.b.address()).into(),
-            shared_out: of_shared.map(|shared| shared.out.address()).into(),
-            shared_sums: shared_sums.map(|sums| sums.out.address()).into(),
-            shared_sum_weights: shared_sums.and_then(|sums| optional(&sums.weights)).into(),
-            shared_sum_scale: shared_sums.map_or(1.0, |sums| sums.scale),
-            slots: desc.rows.slots as u32,
-            m: desc.m as u32,
-            n: desc.n as u32,
-            gather: match desc.gathered {
-                Gathered::Neither => 0,
-                Gathered::A => 1,
-                Gathered::B => 2,
-                Gathered::Both => 3,
-            },
-            a_row: a_at[0] as u32,
-            a_column: a_at[1] as u32,
-            b_row: b_at[0] as u32,
-            b_column: b_at[1] as u32,
-            out_expert_lo: out_at[0] as u64 as u32,
-            out_expert_hi: (out_at[0] as u64 >> 32) as u32,
-            out_row: out_at[1] as u32,
-            out_column: out_at[2] as u32,
-            out_form: form(desc.f32_out, sums),
-            shared_rows: desc.shared_rows as u32,
-            shared_form: form(desc.shared_f32_out, shared_sums),
+    let params = KGroupedParams {
+        a: a.address().into(),
+        b: b.address().into(),
+        out: out.address().into(),
+        slot_token: at.slot_token.into(),
+        offsets: at.offsets.into(),
+        counts: at.counts.into(),
+        frozen: optional(&frozen).into(),
+        sums: sums.map(|sums| sums.out.address()).into(),
+        sum_weights: sums.and_then(|sums| optional(&sums.weights)).into(),
+        sum_scale: sums.map_or(1.0, |sums| sums.scale),
+        shared_a: of_shared.map(|shared| shared.a.address()).into(),
+        shared_b: of_shared.map(|shared| shared.b.address()).into(),
+        shared_out: of_shared.map(|shared| shared.out.address()).into(),
+        shared_sums: shared_sums.map(|sums| sums.out.address()).into(),
+        shared_sum_weights: shared_sums.and_then(|sums| optional(&sums.weights)).into(),
+        shared_sum_scale: shared_sums.map_or(1.0, |sums| sums.scale),
+        slots: desc.rows.slots as u32,
+        m: desc.m as u32,
+        n: desc.n as u32,
+        gather: match desc.gathered {
+            Gathered::Neither => 0,
+            Gathered::A => 1,
+            Gathered::B => 2,
+            Gathered::Both => 3,
         },
-    )
+        a_row: a_at[0] as u32,
+        a_column: a_at[1] as u32,
+        b_row: b_at[0] as u32,
+        b_column: b_at[1] as u32,
+        out_expert_lo: out_at[0] as u64 as u32,
+        out_expert_hi: (out_at[0] as u64 >> 32) as u32,
+        out_row: out_at[1] as u32,
+        out_column: out_at[2] as u32,
+        out_form: form(desc.f32_out, sums),
+        shared_rows: desc.shared_rows as u32,
+        shared_form: form(desc.shared_f32_out, shared_sums),
+    };
+    match selection.kernel.variant() {
+        Kernel::KGroupedHopper(kernel) => {
+            let shared = of_shared.map(|shared| [shared.a.address(), shared.b.address()]);
+            let params = hopper::with_maps(&scope, desc, &kernel, params, [a.address(), b.address()], shared)?;
+            scope.launch(&selection, params)
+        }
+        _ => scope.launch(&selection, params),
+    }
 }
 
 const fn flag(set: bool, bit: u32) -> u32 {

@@ -144,6 +144,7 @@ fn check(kernel: Kernel) {
         Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
+        Kernel::KGroupedHopper(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),

@@ -174,6 +174,7 @@ impl MlpPlan {
                 .accumulate(desc.accumulate)
                 .keep_empty(desc.keep_empty && sizes.gathers())
                 .shared_rows(shared_rows)
+                .kernels(kernels)
         };
         let down = match mlp.down.layout {
             Layout::Nk => sums(width, intermediate, Gathered::A),
