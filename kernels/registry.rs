@@ -86,6 +86,8 @@ pub enum Kernel {
     Combine(Combine),
     /// Which of its choices a token gets under a capacity.
     Admission(Admission),
+    /// Gradients of the weights that it chose among.
+    AdmissionBackward,
     /// What each expert thinks of each token.
     Affinity,
     /// Each expert's best tokens.
@@ -224,6 +226,7 @@ impl Kernel {
             Kernel::KGroupedHopper(k) => format!("k_grouped_{}_{}_sm90a", k.dtype, k.tile().name()),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
+            Kernel::AdmissionBackward => "admission_backward".into(),
             Kernel::Affinity => "affinity".into(),
             Kernel::ExpertChoice => "expert_choice".into(),
             Kernel::TokenSlots => "token_slots".into(),
@@ -301,6 +304,7 @@ impl Kernel {
             Kernel::KGroupedHopper(_) => "KGroupedHopper",
             Kernel::Combine(_) => "Combine",
             Kernel::Admission(_) => "Admission",
+            Kernel::AdmissionBackward => "AdmissionBackward",
             Kernel::Affinity => "Affinity",
             Kernel::ExpertChoice => "ExpertChoice",
             Kernel::TokenSlots => "TokenSlots",
@@ -412,7 +416,7 @@ impl Kernel {
             | Kernel::CombineBackward(_)
             | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
-            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate => BLOCK_WARPS * 32,
+            Kernel::ChoiceBackward(_) | Kernel::SigmoidGate | Kernel::AdmissionBackward => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
             Kernel::ColumnProducts(_) => COLUMN_PRODUCTS_THREADS,
             Kernel::ProductKeys
@@ -468,6 +472,7 @@ impl Kernel {
             Kernel::KGroupedHopper(_) => "experts/sm90a/k_grouped.ptx.jinja",
             Kernel::Combine(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
+            Kernel::AdmissionBackward => "capacity/admission_backward.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
             Kernel::ExpertChoice => "routers/expert_choice.ptx.jinja",
             Kernel::TokenSlots => "capacity/token_slots.ptx.jinja",
@@ -614,6 +619,7 @@ impl Kernel {
                 vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
             }
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
+            Kernel::AdmissionBackward => vec![("warps", Int(BLOCK_WARPS))],
             Kernel::Sinkhorn(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::Affinity | Kernel::Hash | Kernel::CheckLists | Kernel::NoiseState => vec![],
             Kernel::SampledBackward
@@ -775,6 +781,7 @@ pub fn all() -> Vec<Kernel> {
         kernels.push(Kernel::Admission(Admission { max_experts }));
         kernels.push(Kernel::Sinkhorn(Sinkhorn { max_experts }));
     }
+    kernels.push(Kernel::AdmissionBackward);
     kernels.extend([Kernel::Affinity, Kernel::ExpertChoice, Kernel::TokenSlots, Kernel::Base, Kernel::Hash]);
     for spread in Spread::ALL {
         kernels.extend([false, true].map(|grouped| Kernel::Noisy(Noisy { spread, grouped })));

@@ -186,6 +186,15 @@ const POLICY: u32 = 4;
 const RANDOM: u32 = 8;
 const RENORMALISED: u32 = 16;
 
+/// What is got is divided by `max(sum + plus, least)`: both, where it is divided.
+pub(super) fn divisor(rule: &AdmissionRule) -> (f32, f32) {
+    match rule.renormalise {
+        Some(Renormalise::AtLeast(least)) => (0.0, least),
+        Some(Renormalise::Plus(plus)) => (plus, f32::NEG_INFINITY),
+        _ => (0.0, 0.0),
+    }
+}
+
 /// Grants choices.
 ///
 /// With no tokens nothing is launched.
@@ -241,12 +250,7 @@ pub fn forward(
             (threshold, noise)
         }
     };
-    // Divided by max(sum + plus, least).
-    let (plus, least) = match rule.renormalise {
-        Some(Renormalise::AtLeast(least)) => (0.0, least),
-        Some(Renormalise::Plus(plus)) => (plus, f32::NEG_INFINITY),
-        _ => (0.0, 0.0),
-    };
+    let (plus, least) = divisor(rule);
     if rule.renormalise.is_some() {
         flags |= RENORMALISED;
     }

@@ -1,6 +1,7 @@
 //! From choices to rows: who is admitted, which experts are here, and the order of slots.
 
 pub mod admission;
+pub mod admission_backward;
 pub mod chunks;
 pub mod dispatch;
 pub mod expert_counts;

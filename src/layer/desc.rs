@@ -124,6 +124,11 @@ impl LayerDesc {
         self.top_k.saturating_add(self.gating.appended_experts())
     }
 
+    /// Choices of a token before an admission: as many candidates as it has, else all of them.
+    pub(in crate::layer) fn candidates(&self) -> usize {
+        self.admission.map_or(self.all_choices(), |rule| rule.candidates)
+    }
+
     /// Logits of a token: `E`, and a column for each appended expert that has one.
     pub fn logit_columns(&self) -> usize {
         self.experts.saturating_add(self.gating.appended_columns())

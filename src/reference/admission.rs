@@ -2,6 +2,10 @@
 //!
 //! It stands between gating and dispatch, and turns the ids of gating into ids of which dispatch need drop none.
 
+mod backward;
+
+pub use backward::admit_backward;
+
 use super::gating::descending;
 use super::{ReferenceError, require, require_shape};
 use crate::rules::noise::uniform;
@@ -41,6 +45,24 @@ pub fn admit(
     priority: Option<&[f32]>,
     rule: &AdmissionRule,
 ) -> Result<Admitted, ReferenceError> {
+    let choices = choices(ids, weights, priority, rule)?;
+    let mut got = Admitted {
+        ids: choices.iter().map(|slot| slot.map_or(-1, |slot| ids[slot])).collect(),
+        weights: choices.iter().map(|slot| slot.map_or(0.0, |slot| weights[slot])).collect(),
+    };
+    if let Some(renormalise) = rule.renormalise {
+        got.weights.chunks_mut(rule.top_k).try_for_each(|weights| divide(weights, renormalise))?;
+    }
+    Ok(got)
+}
+
+/// `[T,n]`: which of the `T K` choices stands in each place.
+fn choices(
+    ids: &[i32],
+    weights: &[f32],
+    priority: Option<&[f32]>,
+    rule: &AdmissionRule,
+) -> Result<Vec<Option<usize>>, ReferenceError> {
     let AdmissionRule { experts, candidates, top_k, capacity, tokens_per_group, .. } = *rule;
     require("experts", experts > 0, || "at least 1".into(), experts)?;
     require("candidates", candidates > 0, || "at least 1".into(), candidates)?;
@@ -55,7 +77,7 @@ pub fn admit(
         require_shape("priority", priority, &[tokens])?;
     }
 
-    let mut got = Admitted { ids: vec![-1; tokens * top_k], weights: vec![0.0; tokens * top_k] };
+    let mut got = vec![None; tokens * top_k];
     for first in (0..tokens).step_by(tokens_per_group) {
         let mut group: Vec<usize> = (first..(first + tokens_per_group).min(tokens)).collect();
         if rule.prioritised {
@@ -75,13 +97,9 @@ pub fn admit(
             if place < wanted(t, weights, rule) && taken[expert] < capacity {
                 taken[expert] += 1;
                 places[t - first] += 1;
-                got.ids[t * top_k + place] = ids[slot];
-                got.weights[t * top_k + place] = weights[slot];
+                got[t * top_k + place] = Some(slot);
             }
         }
-    }
-    if let Some(renormalise) = rule.renormalise {
-        got.weights.chunks_mut(top_k).try_for_each(|weights| divide(weights, renormalise))?;
     }
     Ok(got)
 }

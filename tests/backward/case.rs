@@ -11,7 +11,7 @@ use moe_kernels::layer::{
     SharedGradients, SharedWeights,
 };
 use moe_kernels::reference::layer::{self, Layer};
-use moe_kernels::rules::{Activation, Bound, Dropout, Glu, IDENTITY, NONE, NullOutput};
+use moe_kernels::rules::{Activation, AdmissionRule, Bound, Dropout, Glu, IDENTITY, NONE, NullOutput};
 use moe_kernels::{Element, Error, Kernels, TokenMask, Workspace};
 
 use crate::compare::{Found, GUARD, HELD, JUNK, compare, read};
@@ -173,12 +173,17 @@ impl<T: Element, W: Element> Problem<T, W> {
         };
         let swiglu = [around(1.3), around(0.4), around(0.5), around(0.7)];
         let given_logits = random::<f32>(&mut rng, case.tokens * desc.experts, 2.0);
-        let given_weights = random::<f32>(&mut rng, case.tokens * desc.top_k, 1.0);
+        let candidates = desc.admission.map_or(desc.top_k, |rule| rule.candidates);
+        let mut given_weights = random::<f32>(&mut rng, case.tokens * candidates, 1.0);
+        if desc.admission.is_some_and(|rule| rule.renormalise.is_some()) {
+            // Their sum divides.
+            given_weights.iter_mut().for_each(|weight| *weight = weight.abs() + 0.25);
+        }
         let mut order: Vec<i32> = (0..desc.experts as i32).collect();
         let mut given_ids = Vec::new();
         for _ in 0..case.tokens {
             rng.shuffle(&mut order);
-            given_ids.extend(&order[..desc.top_k]);
+            given_ids.extend(&order[..candidates]);
         }
         // Every third expert is here, the next one elsewhere, the next an identity.
         let map = (0..desc.experts as i32).map(|e| [e / 3, NONE, IDENTITY][e as usize % 3]).collect::<Vec<i32>>();
@@ -349,7 +354,7 @@ impl<T: Element, W: Element> Problem<T, W> {
             x: full(&self.stream, self.case.tokens * desc.hidden, JUNK),
             router_x: full(&self.stream, if self.case.router_x { self.case.tokens * desc.hidden } else { 0 }, JUNK),
             logits: full(&self.stream, if routed { self.case.tokens * desc.experts } else { 0 }, JUNK),
-            weights: full(&self.stream, self.case.tokens * desc.top_k, JUNK),
+            weights: full(&self.stream, self.given_weights.len(), JUNK),
             router: full(&self.stream, if asked { desc.experts * desc.hidden } else { 0 }, held),
             router_bias: full(&self.stream, if asked && self.case.router_bias { desc.experts } else { 0 }, held),
             expert_scale: full(&self.stream, if desc.gating.expert_scale { desc.experts } else { 0 }, held),
@@ -437,7 +442,9 @@ impl<T: Element, W: Element> Problem<T, W> {
     /// What the backward pass reads, without losses.
     pub fn args<'a>(&'a self, gradients: LayerGradients<'a, T>) -> BackwardArgs<'a, T> {
         let (logits, ids, chosen) = &self.given_on_device;
-        let choices = (self.case.desc.map.is_some() || self.identities()).then(|| Choices::new(ids, chosen));
+        let regraded = |rule: AdmissionRule| rule.candidates != rule.top_k || rule.renormalise.is_some();
+        let asked = self.case.desc.map.is_some() || self.identities() || self.case.desc.admission.is_some_and(regraded);
+        let choices = asked.then(|| Choices::new(ids, chosen));
         let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients);
         args.router_x = self.case.router_x.then_some((&self.router_x_on_device).into());
         args.given_logits = (self.case.back.origin == Origin::Logits).then_some(logits.into());

@@ -34,9 +34,9 @@ fn of_plans() {
     assert_eq!(fault(layer().norms(Norms::new().output(norm)), none), "norms.output");
     assert_eq!(fault(layer().latent(Some(LatentDesc::new(Dtype::F32, 8))), none), "latent");
     let rule = AdmissionRule::new(4, 2, 3, TOKENS);
-    assert_eq!(fault(layer().admission(Some(rule.candidates(3))), none), "admission.candidates");
+    assert!(plan(layer().admission(Some(rule.candidates(3))), none).is_ok());
     let anew = rule.renormalise(Some(Renormalise::Plus(0.0)));
-    assert_eq!(fault(layer().admission(Some(anew)), none), "admission.renormalise");
+    assert!(plan(layer().admission(Some(anew)), none).is_ok());
     assert_eq!(fault(layer().map(Some(MapDesc::new(2))).routed_scale(0.5), none), "routed_scale");
     let weight = WeightDesc::new(Dtype::F32);
     let apart = Mlp::swiglu(Dtype::F32).gate_up(weight.glu(Glu::Apart));

@@ -4,7 +4,8 @@
 use moe_kernels::Dtype;
 use moe_kernels::layer::{BackwardDesc, LayerDesc, MapDesc, Mlp, Norms, Origin, SharedDesc};
 use moe_kernels::rules::{
-    AdmissionRule, Dropout, Gating, LogitRule, NoiseSource, NullExperts, Order, RmsNorm, Score, SecondExpert, Weighting,
+    AdmissionRule, Dropout, Gating, LogitRule, NoiseSource, NullExperts, Order, Renormalise, RmsNorm, Score,
+    SecondExpert, Weighting,
 };
 
 use crate::case::{Case, Problem};
@@ -156,6 +157,31 @@ fn admissions() {
         let rule = rule.order(Order::ByChoice).second(SecondExpert::Above(0.4));
         check(Case::new(desc.admission(Some(rule)), TOKENS));
     }
+}
+
+/// Choices that a full expert passes on, and weights that are divided by what is left of them: by the layer's choices and by others', with a map.
+#[test]
+fn admissions_that_weigh_anew() {
+    let rule = AdmissionRule::new(6, 2, 5, 20);
+    let divided = |epsilon| Some(Renormalise::Plus(epsilon));
+    let passed_on = rule.candidates(4);
+    let softmax = layer().gating(Gating::new(Score::Softmax));
+    for rule in [
+        passed_on,
+        passed_on.order(Order::ByChoice),
+        rule.renormalise(divided(0.0)),
+        passed_on.renormalise(divided(0.25)),
+        passed_on.order(Order::ByChoice).renormalise(Some(Renormalise::AtLeast(0.4))),
+    ] {
+        check(Case::new(softmax.admission(Some(rule)), TOKENS));
+    }
+    let desc = softmax.admission(Some(passed_on.renormalise(divided(0.0))));
+    for origin in [Origin::Logits, Origin::Choices] {
+        check(Case::new(desc, TOKENS).back(BackwardDesc::new().origin(origin)));
+        check(Case::new(desc.map(Some(MapDesc::new(2))), TOKENS).back(BackwardDesc::new().origin(origin)));
+    }
+    check(Case::new(softmax.admission(Some(rule)).map(Some(MapDesc::new(2))), TOKENS));
+    check(Case::new(desc.gating(Gating::new(Score::Sigmoid).renormalised()), TOKENS));
 }
 
 #[test]

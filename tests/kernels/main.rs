@@ -10,6 +10,7 @@ mod support;
 
 mod activation_backward;
 mod admission;
+mod admission_backward;
 mod affinity_backward;
 mod any_rule;
 mod balance;
@@ -148,6 +149,7 @@ fn check(kernel: Kernel) {
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
+        Kernel::AdmissionBackward => admission_backward::check(rng),
         Kernel::Affinity => expert_choice::check_affinity(rng),
         Kernel::ExpertChoice => expert_choice::check_choice(rng),
         Kernel::TokenSlots => expert_choice::check_token_slots(rng),

@@ -18,7 +18,8 @@ pub struct BackwardArgs<'a, T> {
     pub router_x: Option<In<'a, T>>,
     /// `[T, E]`: the logits that the forward pass was given, exactly with [`Origin::Logits`].
     pub given_logits: Option<In<'a, f32>>,
-    /// The choices that the forward pass was given, exactly with [`Origin::Choices`] where there are experts whose output is their input, or a map.
+    /// The choices that the forward pass was given, exactly with [`Origin::Choices`] where there are experts whose output is their input, a map, or an
+    /// admission that passes choices on or divides weights by what is left of them.
     pub choices: Option<Choices<'a>>,
     /// The expert map; exactly where the descriptor has one.
     pub map: Option<MapTable<'a>>,
@@ -120,9 +121,8 @@ impl BackwardPlan {
         }
         let reasons = ["the forward pass was given logits", "the logits were the layer's own"];
         exactly("given_logits", origin == Origin::Logits, args.given_logits.is_some(), reasons)?;
-        let identities = self.identities() && origin == Origin::Choices;
-        let reasons = ["choices of identities are read off them", "the forward pass's are not needed"];
-        exactly("choices", identities, args.choices.is_some(), reasons)?;
+        let reasons = ["identities or an admission are read off them", "the forward pass's are not needed"];
+        exactly("choices", self.asks_choices(), args.choices.is_some(), reasons)?;
         let reasons = ["the descriptor maps experts", "the descriptor has no map"];
         exactly("map", self.layer().desc().map.is_some(), args.map.is_some(), reasons)?;
         let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);

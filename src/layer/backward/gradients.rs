@@ -12,7 +12,7 @@ pub struct LayerGradients<'a, T> {
     pub router_x: Option<Out<'a, T>>,
     /// `[T, E]`, written: of the logits; where the descriptor does something to the router's product ([`crate::layer::LayerDesc::logits`]), of that product.
     pub logits: Option<Out<'a, f32>>,
-    /// `[T, k]`, written: of the choices' weights, from which any router's way back goes on. 0 of a choice that nothing came of.
+    /// `[T, k]`, with an admission `[T, candidates]`, written: of the choices' weights, from which any router's way back goes on. 0 of a choice that nothing came of.
     pub weights: Option<Out<'a, f32>>,
     /// The router's.
     pub router: RouterGradients<'a>,

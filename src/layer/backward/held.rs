@@ -209,7 +209,7 @@ impl<'a, T: Element> LayerGradients<'a, T> {
             x: scope.write_some("gradients.x", self.x, tokens * hidden, alignment)?,
             router_x: scope.write_some("gradients.router_x", self.router_x, tokens * hidden, alignment)?,
             logits: scope.write_some("gradients.logits", self.logits, tokens * columns, SCALAR)?,
-            weights: scope.write_some("gradients.weights", self.weights, tokens * desc.all_choices(), SCALAR)?,
+            weights: scope.write_some("gradients.weights", self.weights, tokens * desc.candidates(), SCALAR)?,
             router: scope.write_some("gradients.router.matrix", self.router.matrix, columns * hidden, SCALAR)?,
             router_bias: some("gradients.router.bias", self.router.bias, columns)?,
             expert_scale: some("gradients.router.expert_scale", self.router.expert_scale, desc.experts)?,

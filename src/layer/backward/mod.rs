@@ -170,6 +170,8 @@ pub enum BackwardStage {
     GateUpBias,
     /// From rows to choices, where somebody asks for these or there are identities.
     Choices,
+    /// From what tokens got to what they chose among, where an admission passes choices on or divides weights by what is left of them.
+    Admission,
     /// From weights and losses to logits, and where somebody asks for those of learned factors to these, by a launch more.
     Gating,
     /// Gradient of the router's weight.
@@ -227,6 +229,7 @@ impl BackwardStage {
             BackwardStage::GateUpWeight => "d W gate_up",
             BackwardStage::GateUpBias => "d b gate_up",
             BackwardStage::Choices => "d choices",
+            BackwardStage::Admission => "d admission",
             BackwardStage::Gating => "d gating",
             BackwardStage::RouterWeight => "d W router",
             BackwardStage::RouterInput => "d router input",

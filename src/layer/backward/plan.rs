@@ -4,6 +4,8 @@ use super::mlp::{self, Joined, MlpPlan, Sizes};
 use super::norms::{self, NormSteps};
 use super::saved::saved_bytes;
 use super::{BackwardDesc, BackwardStage, OPERATION, Origin};
+use crate::capacity::admission::AdmissionDesc;
+use crate::capacity::admission_backward;
 use crate::experts::choice_backward::{self, ChoiceBackwardDesc};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::SlotShape;
@@ -31,6 +33,8 @@ pub struct BackwardPlan {
     pub(super) again: Option<Selection>,
     /// Where somebody may ask for gradients by choice; needed where there are identities.
     pub(super) choices: Step<ChoiceBackwardDesc>,
+    /// Where candidates' weights are not those of what was admitted.
+    pub(super) admission: Option<Step<AdmissionDesc>>,
     pub(super) gating: Option<Step<GatingBackwardDesc>>,
     pub(super) router: Option<RouterSteps>,
     pub(super) sum: Step<CombineDesc>,
@@ -58,6 +62,8 @@ pub(super) struct RouterSteps {
 pub(super) struct Regions {
     pub(super) d_logits: Region,
     pub(super) d_weights: Region,
+    /// `[T, k]`: of what was admitted, where identities' gradients are by choice.
+    pub(super) d_admitted: Region,
     pub(super) pre_activation: Region,
     /// `[T]` of 1.
     pub(super) ones: Region,
@@ -71,8 +77,7 @@ impl LayerPlan {
     /// Plans the way back.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms of experts' outputs and of the sum, a latent width, an admission that passes choices on or weighs them
-    /// anew;
+    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms of experts' outputs and of the sum, a latent width;
     /// [`Error::Invalid`] or [`Error::Overflow`] for losses out of range or sizes past a limit.
     pub fn backward_plan(&self, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         BackwardPlan::new(self, desc)
@@ -120,6 +125,13 @@ impl BackwardPlan {
         let choices = ChoiceBackwardDesc::new(of.dtype, rows, of.hidden);
         let choices = Step { desc: choices, selection: choice_backward::select(&choices, device).map_err(within)? };
 
+        let regraded = of.admission.filter(|rule| rule.candidates != rule.top_k || rule.renormalise.is_some());
+        let admission = regraded.map(|rule| {
+            let desc = AdmissionDesc::new(tokens, rule);
+            let selection = admission_backward::select(&desc, device).map_err(within)?;
+            Ok::<_, Error>(Step { desc, selection })
+        });
+        let admission = admission.transpose()?;
         let gating = (desc.origin != Origin::Choices).then(|| {
             let top_k = of.admission.map_or(of.top_k, |rule| rule.candidates);
             let desc = GatingBackwardDesc::new(tokens, of.experts, top_k, of.gating)
@@ -170,7 +182,12 @@ impl BackwardPlan {
         let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
-            d_weights: arena.region("d_weights", tokens * of.all_choices(), 4)?,
+            d_weights: arena.region("d_weights", tokens * of.candidates(), 4)?,
+            d_admitted: arena.region(
+                "d_admitted",
+                if admission.is_some() { tokens * of.all_choices() } else { 0 },
+                4,
+            )?,
             pre_activation: arena.region("pre_activation", kept, of.dtype.bytes() as usize)?,
             ones: arena.region("ones", tokens, 4)?,
             scratch,
@@ -183,6 +200,7 @@ impl BackwardPlan {
             shared,
             gate,
             choices,
+            admission,
             again: again.map(|(_, selection)| selection),
             gating,
             router,
@@ -211,6 +229,16 @@ impl BackwardPlan {
         of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input)
     }
 
+    /// Whether the way back asks which choices were admitted: for their gradients, or to know an identity that was dropped.
+    pub(super) fn asks_admitted(&self) -> bool {
+        self.admission.is_some() || self.identities() && self.layer.desc().admission.is_some()
+    }
+
+    /// Whether a pass by choices from elsewhere reads these again.
+    pub(super) fn asks_choices(&self) -> bool {
+        self.desc.origin == Origin::Choices && (self.identities() || self.admission.is_some())
+    }
+
     /// Whether the routed experts' launches have a shared expert's rows.
     pub(super) fn joins(&self) -> bool {
         self.routed.sizes.shared.is_some()
@@ -231,7 +259,8 @@ impl BackwardPlan {
     ///
     /// of logits, ids, rows and pre-activations, and 16; `c` is 2 with a gate, else 1, `s` the shared expert's. Without the logits, or logits and ids, where these
     /// came from elsewhere, and without `b S c I` where they are computed again; with `4 k T` more where identities are weighted (`4 T` by a map), and `4 T` with a
-    /// shared expert's gate.
+    /// shared expert's gate. With an admission the ids are of its `K` candidates, `4 K T`; one that passes choices on or divides by their weights, or a map beside
+    /// it, keeps what was admitted, `4 k T`, and where it divides the candidates' weights, `4 K T`.
     pub fn saved_bytes(&self) -> usize {
         saved_bytes(self)
     }
@@ -244,6 +273,7 @@ impl BackwardPlan {
             false => (self.shared.map(|shared| shared.stages(mlp::SHARED)), None),
         };
         let choices = self.identities().then_some((BackwardStage::Choices, self.choices.selection));
+        let admission = self.admission.map(|step| (BackwardStage::Admission, step.selection));
         let gating = self.gating.map(|step| (BackwardStage::Gating, step.selection));
         let router = self
             .router
@@ -265,6 +295,7 @@ impl BackwardPlan {
             .chain(beside.into_iter().flatten())
             .chain(shared.into_iter().flatten())
             .chain(choices)
+            .chain(admission)
             .chain(gating)
             .chain(router_norm_again)
             .chain(router.into_iter().flatten())
@@ -318,16 +349,12 @@ fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
     let routed = desc.origin != Origin::Choices;
     let identities = of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input);
     let scaled = identities && of.routed_scale != 1.0;
-    let passes_on = of.admission.is_some_and(|rule| rule.candidates != rule.top_k);
-    let weighs_anew = of.admission.is_some_and(|rule| rule.renormalise.is_some());
     let two_tensors = of.weighting == Weighting::Input && of.mlp.gate_up.glu == Glu::Apart;
     let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    let refused: [(&'static str, bool, &'static str); 8] = [
+    let refused: [(&'static str, bool, &'static str); 6] = [
         ("norms.slots", of.norms.slots.is_some(), "no norm of an expert's output"),
         ("norms.output", of.norms.output.is_some(), "no norm of the sum"),
         ("latent", of.latent.is_some(), "experts of the layer's width"),
-        ("admission.candidates", passes_on, "as many as top_k"),
-        ("admission.renormalise", weighs_anew, "weights as they were given"),
         ("routed_scale", scaled, "1 beside experts whose output is their input, and a map"),
         ("mlp.gate_up.glu", two_tensors, "one tensor with Weighting::Input"),
         ("choices", wide_ids, "ids of 32 bits, where identities are read off them"),

@@ -12,6 +12,7 @@ use super::pass::{Inputs, Pass, Wanted};
 use super::router::{Matrix, RouterBack, gate_alone};
 use super::shared::seen_gradient;
 use super::{BackwardPlan, BackwardStage, OPERATION, Origin, Saved};
+use crate::capacity::admission_backward::{self, AdmissionBackwardArgs};
 use crate::experts::choice_backward::{self, ChoiceBackwardArgs, Identities};
 use crate::experts::combine::{self, CombineArgs, Identity};
 use crate::experts::gemm::{self, GemmArgs};
@@ -102,7 +103,7 @@ impl BackwardPlan {
         }
         let (elements, logits) = (tokens * desc.hidden, tokens * desc.logit_columns());
         let alignment = shape::row_alignment(desc.dtype, desc.hidden);
-        let choices = tokens * desc.all_choices();
+        let choices = tokens * desc.candidates();
         let (ids, given_weights) = args.choices.map(|choices| (choices.ids, choices.weights)).unzip();
         let opened = Opened {
             x: scope.read("x", args.x, elements, alignment)?,
@@ -225,7 +226,7 @@ impl BackwardPlan {
                 None => (&saved.logits).into(),
             };
             let d_weights = match by_choice {
-                Some(by_choice) => by_choice.input(tokens * desc.all_choices()),
+                Some(by_choice) => by_choice.input(tokens * desc.candidates()),
                 None => self.routed.d_row_weight(workspace).input(rows.slots),
             };
             let mut args = GatingBackwardArgs::new(logits, &saved.ids, d_weights, d_logits.out(tokens * columns));
@@ -356,7 +357,7 @@ impl BackwardPlan {
         desc.local_experts() as u32..desc.experts as u32
     }
 
-    /// The gradients of weights by choice, where somebody asks for these or there are identities; where they lie.
+    /// The gradients of weights by choice, where somebody asks for these, there are identities, or candidates are not what was admitted; where they lie.
     #[allow(clippy::too_many_arguments)]
     fn enqueue_choices<'a, T: Element>(
         &self,
@@ -369,27 +370,48 @@ impl BackwardPlan {
         observer: &mut dyn FnMut(BackwardStage),
     ) -> Result<Option<Address<'a>>, Error> {
         let asked = optional(&at.gradients.weights);
-        if asked.is_none() && !(of_logits && self.identities()) {
+        if asked.is_none() && !(of_logits && (self.identities() || self.admission.is_some())) {
             return Ok(None);
         }
         let (desc, tokens) = (self.layer().desc(), self.layer().tokens());
         let (choices, elements) = (tokens * desc.all_choices(), tokens * desc.hidden);
         let to = asked.unwrap_or_else(|| workspace.at(self.regions.d_weights));
         let by_row = self.routed.d_row_weight(workspace).input::<f32>(self.rows().slots);
-        let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, to.out(choices));
-        if self.identities() {
-            let ids = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| ids.input::<i32>(choices));
-            let (x, dy) = (seen, at.dy.address().input::<T>(elements));
-            args.identities = Some(match (optional(&at.map), desc.map) {
-                (Some(map), Some(of)) => {
-                    Identities::of_map(ids, map.input::<i32>(self.map_entries()), of.max_replicas, x, dy)
-                }
-                _ => Identities::new(ids, self.null_experts(), x, dy),
-            });
-        }
+        let given = tokens * desc.candidates();
+        let ids = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| ids.input::<i32>(given));
         let (kernels, stream) = (scope.kernels, scope.stream);
-        choice_backward::forward(kernels, stream, &self.choices.desc, args).map_err(|error| error.within(OPERATION))?;
-        observer(BackwardStage::Choices);
+        let within = |error: Error| error.within(OPERATION);
+        let by_place = self.admission.map(|_| workspace.at(self.regions.d_admitted));
+        if self.admission.is_none() || self.identities() {
+            let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, by_place.unwrap_or(to).out(choices));
+            if self.identities() {
+                let ids = saved.admitted.as_ref().map_or(ids, Into::into);
+                let (x, dy) = (seen, at.dy.address().input::<T>(elements));
+                args.identities = Some(match (optional(&at.map), desc.map) {
+                    (Some(map), Some(of)) => {
+                        Identities::of_map(ids, map.input::<i32>(self.map_entries()), of.max_replicas, x, dy)
+                    }
+                    _ => Identities::new(ids, self.null_experts(), x, dy),
+                });
+            }
+            choice_backward::forward(kernels, stream, &self.choices.desc, args).map_err(within)?;
+            observer(BackwardStage::Choices);
+        }
+        if let (Some(step), Some(admitted)) = (&self.admission, &saved.admitted) {
+            let (by_place, rows) = match by_place.filter(|_| self.identities()) {
+                Some(by_place) => (by_place.input(choices), None),
+                None => (by_row, Some(&saved.dispatched)),
+            };
+            let mut args = AdmissionBackwardArgs::new(ids, admitted, by_place, to.out(given));
+            args.dispatched = rows;
+            args.weights = match optional(&at.weights) {
+                Some(weights) => Some(weights.input(given)),
+                None => saved.candidate_weights.as_ref().map(Into::into),
+            };
+            args.weights = args.weights.filter(|_| step.desc.rule.renormalise.is_some());
+            admission_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
+            observer(BackwardStage::Admission);
+        }
         Ok(Some(to))
     }
 

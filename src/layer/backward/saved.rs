@@ -28,6 +28,10 @@ pub struct Saved<T> {
     filled: Option<bool>,
     pub(super) logits: CudaSlice<f32>,
     pub(super) ids: CudaSlice<i32>,
+    /// `[T, k]`, where something is read off what was admitted.
+    pub(super) admitted: Option<CudaSlice<i32>>,
+    /// `[T, candidates]`, where an admission divides by a sum of them.
+    pub(super) candidate_weights: Option<CudaSlice<f32>>,
     /// `[T, k]`, where the choices of identities are weighted.
     pub(super) weights: Option<CudaSlice<f32>>,
     /// `[T]`: the sum of identities' weights, where a map says which these are.
@@ -55,6 +59,8 @@ fn pre_activations(mlp: &Mlp, rows: usize, intermediate: usize) -> usize {
 struct Sizes {
     logits: usize,
     ids: usize,
+    admitted: usize,
+    candidate_weights: usize,
     weights: usize,
     identity_weight: usize,
     shared_gate: usize,
@@ -67,9 +73,12 @@ impl Sizes {
         let (desc, tokens) = (plan.layer().desc(), plan.layer().tokens());
         let kept = !plan.desc().recompute;
         let origin = plan.desc().origin;
+        let divides = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
         Sizes {
             logits: if origin == Origin::Router { tokens * desc.logit_columns() } else { 0 },
-            ids: if origin == Origin::Choices { 0 } else { tokens * desc.all_choices() },
+            ids: if origin == Origin::Choices { 0 } else { tokens * desc.candidates() },
+            admitted: if plan.asks_admitted() { tokens * desc.all_choices() } else { 0 },
+            candidate_weights: if divides && origin != Origin::Choices { tokens * desc.candidates() } else { 0 },
             weights: if plan.identities() && desc.map.is_none() { tokens * desc.all_choices() } else { 0 },
             identity_weight: if desc.map.is_some() { tokens } else { 0 },
             shared_gate: if desc.has_shared_gate() { tokens } else { 0 },
@@ -84,7 +93,13 @@ impl Sizes {
 /// Bytes that [`Saved`] allocates for `plan`: the sum over its buffers.
 pub(super) fn saved_bytes(plan: &BackwardPlan) -> usize {
     let (sizes, element) = (Sizes::of(plan), plan.layer().desc().dtype.bytes() as usize);
-    let words = sizes.logits.max(1) + sizes.ids.max(1) + sizes.weights + sizes.identity_weight + sizes.shared_gate;
+    let words = sizes.logits.max(1)
+        + sizes.ids.max(1)
+        + sizes.admitted
+        + sizes.candidate_weights
+        + sizes.weights
+        + sizes.identity_weight
+        + sizes.shared_gate;
     let elements = sizes.pre_activation + sizes.shared_pre_activation;
     let all_tokens = if sizes.shared_pre_activation > 0 { Dispatched::bytes_of_one_expert() } else { 0 };
     4 * words + element * elements + Dispatched::bytes_of(plan.rows()) + all_tokens + 2 * size_of::<u64>()
@@ -113,6 +128,8 @@ impl<T: Element> Saved<T> {
             filled: None,
             logits: stream.alloc_zeros(sizes.logits.max(1)).map_err(failed())?,
             ids: stream.alloc_zeros(sizes.ids.max(1)).map_err(failed())?,
+            admitted: (sizes.admitted > 0).then(|| stream.alloc_zeros(sizes.admitted).map_err(failed())).transpose()?,
+            candidate_weights: words(sizes.candidate_weights)?,
             weights: words(sizes.weights)?,
             identity_weight: words(sizes.identity_weight)?,
             shared_gate: words(sizes.shared_gate)?,
@@ -131,7 +148,7 @@ impl<T: Element> Saved<T> {
         &self.logits
     }
 
-    /// `[T, k]`: the chosen experts; not with [`Origin::Choices`].
+    /// `[T, k]`: the chosen experts, with an admission `[T, candidates]` before it; not with [`Origin::Choices`].
     pub fn ids(&self) -> &CudaSlice<i32> {
         &self.ids
     }
@@ -238,6 +255,10 @@ impl LayerPlan {
             if let Some(weights) = &mut saved.weights {
                 args.route.weights = Some(weights.into());
             }
+            args.route.candidate_weights = saved.candidate_weights.as_mut().map(Into::into);
+        }
+        if let Some(admitted) = &mut saved.admitted {
+            args.route.ids = Some(admitted.into());
         }
         if let Some(weight) = &mut saved.identity_weight {
             args.route.identity_weight = Some(weight.into());

@@ -36,6 +36,8 @@ pub struct RouteArgs<'a> {
     pub mask: TokenMask<'a>,
     /// `[T, candidates]`, written: what the gating chose, before an admission; only where there is one.
     pub(in crate::layer) candidates: Option<Out<'a, i32>>,
+    /// Likewise, written: their weights.
+    pub(in crate::layer) candidate_weights: Option<Out<'a, f32>>,
 }
 
 impl<'a> RouteArgs<'a> {
@@ -52,6 +54,7 @@ impl<'a> RouteArgs<'a> {
             given: self.given,
             ids: self.ids.as_mut().map(Out::reborrow),
             candidates: self.candidates.as_mut().map(Out::reborrow),
+            candidate_weights: self.candidate_weights.as_mut().map(Out::reborrow),
             weights: self.weights.as_mut().map(Out::reborrow),
             counts: self.counts.as_mut().map(Out::reborrow),
             priority: self.priority,

@@ -121,7 +121,7 @@ impl RoutePlan {
 
     /// Ids of a token before admission.
     pub(in crate::layer) fn candidates(&self) -> usize {
-        self.desc.admission.map_or(self.desc.all_choices(), |rule| rule.candidates)
+        self.desc.candidates()
     }
 
     /// The same without those of appended experts.
@@ -246,11 +246,8 @@ impl RoutePlan {
             return Ok(());
         }
         let given = self.tokens * self.candidates();
-        let [ids, chosen_weights] = if self.admission.is_some() {
-            [at.candidates, workspace.at(self.regions.candidate_weights)]
-        } else {
-            [at.ids, at.weights]
-        };
+        let [ids, chosen_weights] =
+            if self.admission.is_some() { [at.candidates, at.candidate_weights] } else { [at.ids, at.weights] };
         let logits = at.logits.input::<f32>(self.tokens * self.desc.logit_columns());
         let mask = at.mask.input(self.tokens);
         let rule = inputs.inputs([self.tokens, self.desc.experts, self.chosen()]);

@@ -43,6 +43,7 @@ pub(in crate::layer) struct HeldRoute<'a> {
     logits: Option<Held<'a>>,
     ids: Option<Held<'a>>,
     candidates: Option<Held<'a>>,
+    candidate_weights: Option<Held<'a>>,
     weights: Option<Held<'a>>,
     counts: Option<Held<'a>>,
     identity_weight: Option<Held<'a>>,
@@ -97,6 +98,12 @@ impl<'a> HeldRoute<'a> {
             },
             ids: scope.write_some("ids", args.ids, choices, SCALAR)?,
             candidates: scope.write_some("candidates", args.candidates, tokens * plan.candidates(), SCALAR)?,
+            candidate_weights: scope.write_some(
+                "candidates",
+                args.candidate_weights,
+                tokens * plan.candidates(),
+                SCALAR,
+            )?,
             weights: scope.write_some("weights", args.weights, choices, SCALAR)?,
             counts: scope.write_some("counts", args.counts, desc.local_experts(), SCALAR)?,
             identity_weight: scope.write_some("identity_weight", args.identity_weight, tokens, SCALAR)?,
@@ -112,8 +119,9 @@ impl<'a> HeldRoute<'a> {
 pub(in crate::layer) struct RouteAddresses<'a> {
     pub(in crate::layer) logits: Address<'a>,
     pub(in crate::layer) ids: Address<'a>,
-    /// What the gating chose, before an admission.
+    /// What the gating chose, before an admission, and with which weights.
     pub(super) candidates: Address<'a>,
+    pub(super) candidate_weights: Address<'a>,
     pub(in crate::layer) weights: Address<'a>,
     pub(super) given: Option<GivenAddress<'a>>,
     pub(super) local_ids: Address<'a>,
@@ -135,6 +143,7 @@ impl<'a> RouteAddresses<'a> {
             logits: optional(&held.logits).unwrap_or_else(|| at(regions.logits)),
             ids: optional(&held.ids).unwrap_or_else(|| at(regions.ids)),
             candidates: optional(&held.candidates).unwrap_or_else(|| at(regions.candidates)),
+            candidate_weights: optional(&held.candidate_weights).unwrap_or_else(|| at(regions.candidate_weights)),
             weights: optional(&held.weights).unwrap_or_else(|| at(regions.weights)),
             given: held.given.as_ref().map(HeldGiven::address),
             local_ids: at(regions.local_ids),
