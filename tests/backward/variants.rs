@@ -59,7 +59,7 @@ fn many_tiles_of_weights() {
         let device = crate::device::kernels().device();
         let own = |desc: LayerDesc| {
             let plan = desc.plan(70, device).unwrap().backward_plan(&case.back).unwrap();
-            plan.kernels().filter(|kernel| matches!(kernel, Kernel::KGroupedHopper(_))).count()
+            plan.kernels().filter(|kernel| matches!(kernel.variant(), Kernel::KGroupedHopper(_))).count()
         };
         assert_eq!(own(desc), usize::from(device.compute_capability == (9, 0)));
         assert_eq!(own(desc.batch_invariant(true)), 0);
