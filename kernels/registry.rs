@@ -371,7 +371,7 @@ impl Kernel {
         match self {
             Kernel::Router(k) => k.shape.threads(),
             Kernel::Gating(k) => k.warps() * 32,
-            Kernel::Route(k) => k.gate().warps() * 32,
+            Kernel::Route(k) => k.warps() * 32,
             Kernel::GatingWide(k) => k.gate().warps() * 32,
             Kernel::KeepLargest | Kernel::QuantileBias | Kernel::LoadImportance => BLOCK_WARPS * 32,
             Kernel::Dispatch(k) | Kernel::DispatchRows(k) => k.warps() * 32,
@@ -454,6 +454,7 @@ impl Kernel {
             Kernel::Router(_) => "routers/router_mma.ptx.jinja",
             Kernel::Gating(Gate { dispatch: false, .. }) => "routers/gating.ptx.jinja",
             Kernel::Gating(Gate { dispatch: true, .. }) => "routers/gating_dispatch.ptx.jinja",
+            Kernel::Route(k) if k.is_many() => "routers/route_many.ptx.jinja",
             Kernel::Route(_) => "routers/route.ptx.jinja",
             Kernel::GatingWide(_) => "routers/gating_wide.ptx.jinja",
             Kernel::Dispatch(_) | Kernel::DispatchRows(_) => "capacity/dispatch.ptx.jinja",
@@ -546,6 +547,11 @@ impl Kernel {
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
                 ("dispatch_resident", Int(k.dispatch_resident())),
+            ],
+            Kernel::Route(k) if k.is_many() => vec![
+                ("score", Text(k.gate().score_name())),
+                ("max_experts", Int(k.gate().max_experts())),
+                ("warps", Int(k.warps())),
             ],
             Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
             Kernel::GatingWide(k) => vec![
@@ -727,7 +733,8 @@ pub fn all() -> Vec<Kernel> {
         }
     }
     for score in Score::COMMON.map(Some).into_iter().chain([None]) {
-        kernels.extend(Route::VALUES.map(|values| Kernel::Route(Route { score, values })));
+        let many = score.map(|_| Route::MANY);
+        kernels.extend(Route::VALUES.into_iter().chain(many).map(|values| Kernel::Route(Route { score, values })));
     }
     for max_experts in Dispatch::MAX_EXPERTS {
         for ids_bytes in IDS_BYTES {

@@ -223,7 +223,7 @@ impl Gate {
 pub struct Route {
     /// From logits to scores; none: any rule there is, said at run time.
     pub score: Option<Score>,
-    /// Logits a lane holds: experts up to `32 * values`.
+    /// Experts up to `32 * values`, which a lane holds the logits of; [`Route::MANY`] looks at them by blocks.
     pub values: u32,
 }
 
@@ -231,8 +231,26 @@ impl Route {
     /// Every number of logits a lane may hold.
     pub const VALUES: [u32; 2] = [4, 16];
 
-    /// Most tokens that it is meant for: a warp each, of the block that chooses.
-    pub const MAX_TOKENS: usize = 8;
+    /// [`Route::values`] of the kernels for very many experts, of a common score.
+    pub const MANY: u32 = 128;
+
+    /// Experts that a block of the kernels for very many computes the logits of, and chooses one of.
+    pub const BLOCK_EXPERTS: usize = 8;
+
+    /// Whether it is a kernel for very many experts.
+    pub const fn is_many(&self) -> bool {
+        self.values == Route::MANY
+    }
+
+    /// Most tokens that it is meant for: a warp each, of the block that chooses, or two where that looks at blocks alone.
+    pub const fn max_tokens(&self) -> usize {
+        if self.is_many() { 16 } else { 8 }
+    }
+
+    /// Warps of a block.
+    pub const fn warps(&self) -> u32 {
+        if self.is_many() { BLOCK_WARPS } else { self.gate().warps() }
+    }
 
     /// The gating and dispatch that it ends with.
     pub const fn gate(&self) -> Gate {

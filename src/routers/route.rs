@@ -1,5 +1,5 @@
 //! Router, gating and dispatch of a few tokens in one launch: what [`crate::routers::router`] followed by [`crate::routers::gating_dispatch`] writes,
-//! with the same bits.
+//! with the same bits; of more than 512 experts a softmax's sum is added up in another order.
 //!
 //! Every block computes logits; the one that comes last chooses experts and sorts the slots for all tokens.
 
@@ -17,6 +17,7 @@ use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::{RouteAnyParams, RouteParams};
+use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, TokenMask, Workspace};
 
 const OPERATION: &str = "route";
@@ -25,9 +26,11 @@ const OPERATION: &str = "route";
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RouteDesc {
-    /// Shapes and types of the router: of 1 to 8 tokens, without [`RouterDesc::batch_invariant`]; a hidden size of a multiple of 8.
+    /// Shapes and types of the router: of 1 to 8 tokens, without [`RouterDesc::batch_invariant`]; a hidden size of a multiple of 8. 1 to 16 tokens of
+    /// more than 512 experts.
     pub router: RouterDesc,
-    /// The rule and the dispatch, of as many tokens and of the router's experts: at most 512.
+    /// The rule and the dispatch, of as many tokens and of the router's experts: at most 512, or 4096 with a common score and without groups, capacity
+    /// and null experts, in tiles of at least as many rows as there are tokens.
     pub choice: GatingDispatchDesc,
 }
 
@@ -57,10 +60,8 @@ impl RouteDesc {
             return Err(Error::invalid(OPERATION, "router", expected, got));
         }
         candidate(router, choice).ok_or_else(|| {
-            let expected = format!(
-                "at most {} tokens and 512 experts, not batch-invariant, hidden of a multiple of 8",
-                Route::MAX_TOKENS
-            );
+            let expected = "at most 8 tokens and 512 experts, not batch-invariant, hidden of a multiple of 8; to 16 tokens and 4096 experts a common \
+                            rule without groups, capacity and null experts, in tiles as high as tokens";
             Error::unsupported(OPERATION, "router", expected, format!("{router:?}"))
         })
     }
@@ -70,17 +71,39 @@ settings!(RouteDesc {});
 
 /// The kernel that does both, which have been checked and fit each other, in one launch.
 pub(crate) fn candidate(router: &RouterDesc, choice: &GatingDispatchDesc) -> Option<Route> {
-    let gate = gating::kernel(&choice.gating, choice.choice().experts, true);
-    let values = Route::VALUES.into_iter().find(|values| *values as usize * 32 >= choice.choice().experts)?;
-    let few =
-        (1..=Route::MAX_TOKENS).contains(&router.tokens) && router.hidden.is_multiple_of(8) && !router.batch_invariant;
-    few.then_some(Route { score: gate.score, values })
+    let experts = choice.choice().experts;
+    let gate = gating::kernel(&choice.gating, experts, true);
+    let values = Route::VALUES.into_iter().chain([Route::MANY]).find(|values| *values as usize * 32 >= experts)?;
+    let kernel = Route { score: gate.score, values };
+    let few = (1..=kernel.max_tokens()).contains(&router.tokens)
+        && router.hidden.is_multiple_of(8)
+        && !router.batch_invariant;
+    (few && (!kernel.is_many() || suits_many(choice))).then_some(kernel)
+}
+
+/// Whether the kernels for very many experts know the rule: a common one without groups, each chosen expert a tile, all of them with rows.
+fn suits_many(choice: &GatingDispatchDesc) -> bool {
+    choice.gating.is_common()
+        && choice.gating.groups.is_none_or(|groups| groups.count == 1)
+        && choice.dispatch.capacity.is_none()
+        && choice.dispatch.tile_m >= choice.dispatch.tokens
+        && choice.null_experts == 0
+}
+
+/// Bytes of workspace that a route of such a choice takes: what is best of each block and token, where there are very many experts, for as many tokens as a
+/// route has at most.
+pub(crate) fn scratch_bytes(choice: &GatingDispatchDesc) -> usize {
+    let many = Route { score: None, values: Route::MANY };
+    let (experts, tokens) = (choice.choice().experts, choice.dispatch.tokens.min(many.max_tokens()));
+    let blocks = if experts > 32 * Route::VALUES[1] as usize { experts.div_ceil(Route::BLOCK_EXPERTS) } else { 0 };
+    // One block chooses.
+    dispatch::barrier_bytes(&choice.dispatch, 1).max(BARRIER_HEADER + tokens * blocks * 2 * size_of::<u32>())
 }
 
 /// The launch of `kernel`: a warp for each row of the router's weight.
 pub(crate) fn selection(kernel: Route, router: &RouterDesc, device: &DeviceInfo) -> Selection {
     let rows = router.experts as u32 + u32::from(router.shared_gate);
-    let selection = Selection::new(Kernel::Route(kernel), [rows.div_ceil(kernel.gate().warps()), 1, 1]);
+    let selection = Selection::new(Kernel::Route(kernel), [rows.div_ceil(kernel.warps()), 1, 1]);
     // From 9.0 on the kernel waits itself for the launch in front of it.
     Selection { programmatic: device.compute_capability >= (9, 0), ..selection }
 }
@@ -99,8 +122,7 @@ pub fn select(desc: &RouteDesc, device: &DeviceInfo) -> Result<Selection, Error>
 /// Those of [`RouteDesc::validate`].
 pub fn workspace_bytes(desc: &RouteDesc, _device: &DeviceInfo) -> Result<usize, Error> {
     desc.validate()?;
-    // One block chooses.
-    Ok(dispatch::barrier_bytes(&desc.choice.dispatch, 1))
+    Ok(scratch_bytes(&desc.choice))
 }
 
 /// Computes logits, chooses experts and sorts the slots.
@@ -281,7 +303,7 @@ buffers!(RouteArgs<'a, X, W> { bias: In<f32>, correction_bias: In<f32> });
 mod tests {
     use super::*;
     use crate::capacity::dispatch::DispatchDesc;
-    use crate::rules::{Gating, Score};
+    use crate::rules::{Capacity, Gating, Groups, Score};
     use crate::runtime::device::A100;
 
     fn desc(tokens: usize, experts: usize) -> RouteDesc {
@@ -295,10 +317,30 @@ mod tests {
         assert_eq!(desc(8, 128).validate(), Ok(()));
         assert_eq!(fault(desc(9, 128)), "router");
         assert_eq!(fault(desc(0, 128)), "router");
-        assert_eq!(fault(desc(8, 513)), "router");
+        assert_eq!(fault(desc(17, 513)), "router");
+        assert_eq!(fault(desc(16, 4097)), "experts");
         assert_eq!(fault(RouteDesc { router: desc(7, 128).router, ..desc(8, 128) }), "router");
         assert_eq!(fault(RouteDesc { router: desc(8, 128).router.batch_invariant(true), ..desc(8, 128) }), "router");
         assert_eq!(fault(RouteDesc { choice: desc(8, 1).choice, ..desc(8, 1) }), "top_k");
+    }
+
+    #[test]
+    fn very_many_experts_have_a_kernel_for_common_rules() {
+        assert_eq!(select(&desc(16, 4096), &A100).unwrap().grid[0], 512);
+        let many = desc(16, 1000);
+        let fault = |change: &dyn Fn(&mut GatingDispatchDesc)| {
+            let mut desc = many;
+            change(&mut desc.choice);
+            select(&desc, &A100).unwrap_err().argument().unwrap()
+        };
+        assert_eq!(fault(&|choice| choice.gating.expert_scale = true), "router");
+        assert_eq!(fault(&|choice| choice.gating.groups = Some(Groups::new(8, 2))), "router");
+        assert_eq!(fault(&|choice| choice.dispatch.capacity = Some(Capacity::new(2, 16))), "router");
+        assert_eq!(fault(&|choice| choice.dispatch.tile_m = 15), "router");
+        assert_eq!(fault(&|choice| (choice.dispatch.experts, choice.null_experts) = (999, 1)), "router");
+        // A workspace for any number of tokens serves fewer.
+        let bytes = |tokens| scratch_bytes(&desc(tokens, 4096).choice);
+        assert_eq!([bytes(1), bytes(3), bytes(16), bytes(5000)], [16416, 16416, 65568, 65568]);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Checks of `route_*`: the bits of a router and a gating with dispatch in launches of their own, which have checks against the reference.
+//! Checks of `route_*`: the bits of a router and a gating with dispatch in launches of their own, which have checks against the reference. A softmax over
+//! very many experts is added up in another order.
 
 use half::{bf16, f16};
 use moe_kernels::capacity::dispatch::DispatchDesc;
@@ -7,7 +8,7 @@ use moe_kernels::registry::{Kernel, Route};
 use moe_kernels::routers::gating_dispatch::{self, GatingDispatchArgs, GatingDispatchDesc};
 use moe_kernels::routers::route::{self, RouteArgs, RouteDesc};
 use moe_kernels::routers::router::{self, RouterArgs, RouterDesc, SharedGate};
-use moe_kernels::rules::{Capacity, Gating, LogitRule, Score};
+use moe_kernels::rules::{Capacity, Gating, GroupScore, Groups, LogitRule, Score};
 use moe_kernels::{In, Workspace, reference};
 
 use crate::any_rule::{Case, OnDevice};
@@ -21,6 +22,9 @@ use crate::timing::time;
 use crate::tokens::Padding;
 
 pub fn check(variant: Route, rng: &mut fastrand::Rng) {
+    if variant.is_many() {
+        return check_many(variant, rng);
+    }
     let most = variant.gate().max_experts() as usize;
     let least = if variant.values == Route::VALUES[0] { 1 } else { 32 * Route::VALUES[0] as usize + 1 };
     for experts in [least, least + 7, (least + most) / 2, most] {
@@ -39,15 +43,42 @@ pub fn check(variant: Route, rng: &mut fastrand::Rng) {
                         Case::new(rng, rule, [tokens, experts, top_k], Logits::Normal)
                     }
                 };
-                match rng.usize(..5) {
-                    0 => run::<bf16, bf16>(variant, rng, &case, hidden),
-                    1 => run::<bf16, f32>(variant, rng, &case, hidden),
-                    2 => run::<f16, f16>(variant, rng, &case, hidden),
-                    3 => run::<f16, f32>(variant, rng, &case, hidden),
-                    _ => run::<f32, f32>(variant, rng, &case, hidden),
-                }
+                of_any_types(variant, rng, &case, hidden);
             }
         }
+    }
+    // Groups that are ranked by more than two of their experts, up to the last.
+    if let Some(score) = variant.score {
+        let rule = Gating::new(score).groups(Some(Groups::new(4, 2).score(GroupScore::TopSum(3))));
+        let case = Case::new(rng, rule, [7, most, 4], Logits::Normal);
+        of_any_types(variant, rng, &case, 72);
+    }
+}
+
+/// Experts that end with a block of eight and within one, with a block of 32 and within; more tokens than warps; as many choices as lanes.
+fn check_many(variant: Route, rng: &mut fastrand::Rng) {
+    let score = variant.score.expect("a kernel for a score");
+    let (least, most) = (32 * Route::VALUES[1] as usize + 1, variant.gate().max_experts() as usize);
+    let sizes = [(1, 1, 72), (16, 8, 8), (5, 2, 264), (13, 32, 40), (8, 4, 24)];
+    for experts in [least, least + 7, (least + most) / 2, most] {
+        for (tokens, top_k, hidden) in sizes {
+            let rule = Gating::new(score)
+                .renormalise(renormalise(rng))
+                .scale(if rng.bool() { 1.0 } else { 2.5 })
+                .garbage(garbage(rng));
+            let case = Case::new(rng, rule, [tokens, experts, top_k], Logits::Normal);
+            of_any_types(variant, rng, &case, hidden);
+        }
+    }
+}
+
+fn of_any_types(variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize) {
+    match rng.usize(..5) {
+        0 => run::<bf16, bf16>(variant, rng, case, hidden),
+        1 => run::<bf16, f32>(variant, rng, case, hidden),
+        2 => run::<f16, f16>(variant, rng, case, hidden),
+        3 => run::<f16, f32>(variant, rng, case, hidden),
+        _ => run::<f32, f32>(variant, rng, case, hidden),
     }
 }
 
@@ -74,8 +105,8 @@ fn run<X: Storage, W: Storage>(variant: Route, rng: &mut fastrand::Rng, case: &C
     let capacities = [None, Some(Capacity::new(2, 13).padded(false)), Some(Capacity::new(2, tokens).padded(true))];
     // Some of the experts have no rows.
     let null = if appended == 0 && rng.bool() { rng.usize(..experts) } else { 0 };
-    let order = DispatchDesc::new(tokens, experts + appended - null, case.all_choices(), 16)
-        .capacity(capacities[rng.usize(..3)]);
+    let (null, capacity) = if variant.is_many() { (0, None) } else { (null, capacities[rng.usize(..3)]) };
+    let order = DispatchDesc::new(tokens, experts + appended - null, case.all_choices(), 16).capacity(capacity);
     let choice = GatingDispatchDesc::new(case.rule, order).null_experts(null);
     let desc = RouteDesc::new(router, choice);
     let name = &format!("{desc:?} bias={biased} {}", padding.name());
@@ -89,7 +120,12 @@ fn run<X: Storage, W: Storage>(variant: Route, rng: &mut fastrand::Rng, case: &C
     }
     let x = Guarded::input(&stream, "x", &x);
     let weight = Guarded::input(&stream, "weight", &normals::<W>(rng, columns * hidden, (hidden as f64).powf(-0.5)));
-    let bias = biased.then(|| Guarded::input(&stream, "bias", &normals::<f32>(rng, columns, 1.0)));
+    let mut added = normals::<f32>(rng, columns, 1.0);
+    if variant.is_many() && rng.bool() {
+        // Sigmoids that are all 1, of logits that differ.
+        added.iter_mut().for_each(|bias| *bias += 25.0);
+    }
+    let bias = biased.then(|| Guarded::input(&stream, "bias", &added));
     let gate_weight = Guarded::input(&stream, "shared_gate.weight", &normals::<W>(rng, hidden, 0.1));
     let correction_bias = case.bias.as_ref().map(|values| Guarded::input(&stream, "correction_bias", values));
     let rule_inputs = OnDevice::new(case);
@@ -147,12 +183,32 @@ fn run<X: Storage, W: Storage>(variant: Route, rng: &mut fastrand::Rng, case: &C
         assert_eq!(bits(&got.logits), bits(&want.logits), "{name}: logits");
         assert_eq!(bits(&got.gate), bits(&want.gate), "{name}: logits of the gate");
         assert_eq!(got.ids.read(&stream), ids, "{name}: ids");
-        assert_eq!(bits(&got.weights), bits(&want.weights), "{name}: weights");
-        lists.assert_equal(&stream, name, &sorted, Some(&weights));
+        let own = got.weights.read(&stream);
+        if variant.is_many() && variant.score == Some(Score::Softmax) {
+            assert_near(name, &own, &weights, softmax_bound(experts));
+        } else {
+            assert_eq!(bits(&got.weights), bits(&want.weights), "{name}: weights");
+        }
+        lists.assert_equal(&stream, name, &sorted, Some(&own));
         got = made();
         lists.reset(&stream);
     }
     time(&stream, name, || launch(&mut got, &mut lists.dispatched, &mut lists.workspace, true));
     x.assert_unchanged(&stream);
     weight.assert_unchanged(&stream);
+}
+
+/// What two softmaxes of so many logits differ by at most, relative to a weight: each rounds as often as it adds on the longest way to its sum (a lane's
+/// logits and five exchanges; three, a lane's blocks and five), and has a few exponentials and quotients of about an ulp.
+fn softmax_bound(experts: usize) -> f64 {
+    let (alone, by_blocks) = (experts.div_ceil(32) + 5, 3 + experts.div_ceil(256) + 5);
+    (alone + by_blocks + 24) as f64 * 2f64.powi(-24)
+}
+
+fn assert_near(name: &str, got: &[f32], want: &[f32], bound: f64) {
+    for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
+        let far = (f64::from(got) - f64::from(want)).abs() > bound * f64::from(want.abs());
+        let same = got.to_bits() == want.to_bits() || (got.is_nan() && want.is_nan());
+        assert!(same || !(far || got.is_nan() || want.is_nan()), "{name}: weight {i} is {got}, not {want}");
+    }
 }

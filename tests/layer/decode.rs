@@ -35,6 +35,20 @@ fn like_qwen3() {
     TOKENS.into_iter().for_each(|tokens| check::<bf16, bf16>(&Case::new(desc, tokens)));
 }
 
+/// More experts than one block's counters hold: chosen from what is best of each eight, up to 16 tokens.
+#[test]
+fn like_sparsely_gated() {
+    for score in Score::COMMON {
+        let desc = LayerDesc::new(Dtype::Bf16, 16, 16, 1000, 4).mlp(Mlp::relu(Dtype::Bf16)).gating(Gating::new(score));
+        assert_eq!(stages(&desc, 16), FEW);
+        assert_eq!(stages(&desc, 17)[..2], [Stage::Router, Stage::GateDispatch]);
+        let mut workspace = None;
+        for tokens in [17, 16, 9, 1] {
+            run::<bf16, bf16>(open(), &Case::new(desc, tokens), &mut workspace);
+        }
+    }
+}
+
 /// Biases everywhere, gate and up by turns, transposed experts.
 #[test]
 fn like_gpt_oss() {

@@ -141,6 +141,7 @@ impl RoutePlan {
         let scratch = [
             dispatch::workspace_bytes(&dispatch.desc, device).map_err(within)?,
             gating_dispatch::workspace_bytes(&both(gating.gating, dispatch.desc), device).unwrap_or(0),
+            route::scratch_bytes(&both(gating.gating, dispatch.desc)),
             match &choice {
                 Choice::Measured(step) => measured_gating::workspace_bytes(&step.desc, device).map_err(within)?,
                 _ => 0,
