@@ -29,7 +29,7 @@
 //!   `d_slot_weight = <dX_slots, x>`, and `hidden = s x` by row, which step 4 takes in place of `x`, ungathered.
 //!
 //! A factor of all weights ([`crate::layer::LayerDesc::routed_scale`]) is [`scale`](GemmBackwardDesc::scale). A shared expert of the same form has rows in the same
-//! launch ([`GemmBackwardDesc::shared_rows`]), or is a launch of [`Rows::Dense`]; its gate's sigmoid and slope are computed here too ([`GemmBackwardDesc::gate`]).
+//! launch ([`GemmBackwardDesc::shared_rows`]), of whatever width ([`GemmBackwardDesc::shared_sizes`]), or is a launch of [`Rows::Dense`]; its gate's sigmoid and slope are computed here too ([`GemmBackwardDesc::gate`]).
 
 use std::sync::Arc;
 
@@ -38,7 +38,8 @@ use cudarc::driver::CudaStream;
 use super::activation_backward::{Numbered, columns_of};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm::{
-    ByExpertAddresses, GemmDesc, KernelSet, Rows, SwigluByExpert, check_activation, check_dropout, select_among,
+    BAND, ByExpertAddresses, GemmDesc, KernelSet, Rows, SharedDepth, SwigluByExpert, check_activation, check_dropout,
+    select_among,
 };
 use crate::registry::Kernel;
 use crate::rules::{
@@ -78,8 +79,10 @@ pub struct GemmBackwardDesc {
     pub gather_pre_activation: bool,
     /// Factor of every row's weight.
     pub scale: f32,
-    /// Rows of a shared expert in the same launch ([`GemmBackwardArgs::shared`]), of the same sizes and forms; 0 without, as with dense rows.
+    /// Rows of a shared expert in the same launch ([`GemmBackwardArgs::shared`]), of the same forms; 0 without, as with dense rows.
     pub shared_rows: usize,
+    /// Their `[n, k]`, where these are not the others'.
+    pub shared_sizes: Option<[usize; 2]>,
     /// The activation of a shared expert's rows; absent, that of the others.
     pub shared_activation: Option<Activation>,
     /// [`scale`](Self::scale) of a shared expert's rows.
@@ -107,6 +110,7 @@ impl GemmBackwardDesc {
             gather_pre_activation: false,
             scale: 1.0,
             shared_rows: 0,
+            shared_sizes: None,
             shared_activation: None,
             shared_scale: 1.0,
             gate: false,
@@ -118,6 +122,17 @@ impl GemmBackwardDesc {
     /// Columns of the pre-activations.
     pub const fn columns(&self) -> usize {
         if self.glu.is_gated() { 2 * self.n } else { self.n }
+    }
+
+    /// Without a shared expert's rows.
+    pub(crate) fn alone(self) -> GemmBackwardDesc {
+        self.shared_rows(0).shared_sizes(None).shared_activation(None)
+    }
+
+    /// Sizes `[n, k]` of a shared expert's rows, and the columns of its pre-activations.
+    fn shared(&self) -> ([usize; 2], usize) {
+        let [n, k] = self.shared_sizes.unwrap_or([self.n, self.k]);
+        ([n, k], if self.glu.is_gated() { 2 * n } else { n })
     }
 
     /// Rows of `a`.
@@ -143,7 +158,8 @@ impl GemmBackwardDesc {
             .gather(self.gather)
             .weight(WeightDesc { format: self.weight.format, layout, glu: Glu::None })
             .shared_rows(self.shared_rows)
-            .unaligned(self.unaligned)
+            .shared_depth(self.shared_sizes.map(|[_, k]| SharedDepth::new(k)))
+            .unaligned(self.unaligned || self.shared_sizes.is_some_and(|[n, _]| !n.is_multiple_of(8)))
             .kernels(KernelSet::Sm80)
     }
 
@@ -163,7 +179,17 @@ impl GemmBackwardDesc {
         shape::product_i32(operation, "n", &[self.n, 2])?;
         shape::product(operation, "pre_activation", &[self.pre_activation_rows(), self.columns()])?;
         shape::product(operation, "d_pre_activation", &[self.rows.count(), self.columns()])?;
-        shape::product(operation, "shared_rows", &[self.shared_rows, self.columns()])?;
+        if let Some([n, _]) = self.shared_sizes {
+            shape::positive(operation, "shared_sizes", n)?;
+            if self.shared_rows == 0 {
+                return Err(Error::invalid(operation, "shared_sizes", "none without shared_rows", n));
+            }
+            // As an expert's of that width.
+            let of_shared = GemmBackwardDesc { shared_sizes: None, n, ..*self }.product();
+            of_shared.check(operation)?;
+            shape::product_i32(operation, "shared_sizes", &[n, 2])?;
+        }
+        shape::product(operation, "shared_rows", &[self.shared_rows, self.shared().1])?;
         shape::product_i32(operation, "shared_rows", &[self.shared_rows + self.rows.count(), 1])?;
         check_activation(operation, "activation", self.activation, self.glu)?;
         for (argument, scale) in [("scale", self.scale), ("shared_scale", self.shared_scale)] {
@@ -189,6 +215,7 @@ settings!(GemmBackwardDesc {
     gather_pre_activation: bool,
     scale: f32,
     shared_rows: usize,
+    shared_sizes: Option<[usize; 2]>,
     shared_activation: Option<Activation>,
     shared_scale: f32,
     gate: bool,
@@ -289,7 +316,7 @@ buffers!(GemmBackwardArgs<'a, T> {
 /// Rows of an expert that every token passes, in the launch of the others: without dropout.
 #[non_exhaustive]
 pub struct SharedRowsBackward<'a, T> {
-    /// `[shared_rows, K]`.
+    /// `[shared_rows, K]`; `K` and `N` are those of [`GemmBackwardDesc::shared_sizes`], where it has some.
     pub a: In<'a, T>,
     /// One expert's.
     pub weight: Tensor<'a>,
@@ -348,7 +375,39 @@ pub fn select(desc: &GemmBackwardDesc, device: &DeviceInfo) -> Result<Selection,
         Kernel::GemmAny(gemm) => Kernel::GemmBackwardAny(gemm),
         other => unreachable!("no product of the sm_80 set: {other:?}"),
     };
-    Ok(Selection::new(kernel, product.grid))
+    let selection = Selection::new(kernel, product.grid);
+    let bands = bands(desc, &selection);
+    if bands[0].tiles == 0 {
+        return Ok(selection);
+    }
+    let blocks = bands.map(|band| band.tiles.saturating_mul(band.columns) as u64);
+    let blocks = shape::grid_x(OPERATION, "shared_sizes", blocks[0].saturating_add(blocks[1]))?;
+    Ok(Selection::new(kernel, [blocks, 1, 1]))
+}
+
+/// Row tiles in whole bands, and the column tiles that each of them has.
+#[derive(Clone, Copy)]
+struct Bands {
+    tiles: usize,
+    columns: usize,
+}
+
+/// Those of a shared expert's rows, where its width is another, and those of the others, with a shared expert's where it is not. `selection` has the kernel.
+fn bands(desc: &GemmBackwardDesc, selection: &Selection) -> [Bands; 2] {
+    let (height, width) = match selection.kernel.variant() {
+        Kernel::GemmBackward(gemm) => (gemm.tile.bm as usize, gemm.out_columns() as usize),
+        Kernel::GemmBackwardAny(gemm) => (gemm.tile().bm as usize, gemm.out_columns() as usize),
+        other => unreachable!("{other:?} is no way back"),
+    };
+    let own = match desc.rows {
+        Rows::Dense(rows) => rows.div_ceil(height),
+        Rows::Grouped(shape) => shape.max_tiles.saturating_mul(shape.tile_m.div_ceil(height)),
+    };
+    let shared = desc.shared_rows.div_ceil(height);
+    let ([n, _], _) = desc.shared();
+    let (apart, joined) = if n == desc.n { (0, shared) } else { (shared, 0) };
+    let band = |tiles: usize, n: usize| Bands { tiles: tiles.next_multiple_of(BAND), columns: n.div_ceil(width) };
+    [band(apart, n), band(own.saturating_add(joined), desc.n)]
 }
 
 /// Sums of rows that several column tiles share: places in a workspace.
@@ -363,28 +422,20 @@ pub(crate) struct SumRegions {
 impl SumRegions {
     /// Lays what the selection needs; nothing where one column tile has all.
     pub(crate) fn lay(arena: &mut Arena, desc: &GemmBackwardDesc, selection: &Selection) -> Result<SumRegions, Error> {
-        let columns = desc.n.div_ceil(tile_columns(selection));
+        let bands = bands(desc, selection);
+        let columns = bands.iter().filter(|band| band.tiles > 0).map(|band| band.columns).max().unwrap_or(1);
         if columns == 1 {
             return Ok(SumRegions::default());
         }
         let rows = desc.shared_rows + desc.rows.count();
         Ok(SumRegions {
-            arrivals: arena.region("workspace", selection.grid[0] as usize / columns, size_of::<u32>())?,
+            arrivals: arena.region("workspace", bands[0].tiles + bands[1].tiles, size_of::<u32>())?,
             parts: arena.region(
                 "workspace",
                 shape::product(OPERATION, "workspace", &[columns, rows])?,
                 size_of::<f32>(),
             )?,
         })
-    }
-}
-
-/// Columns of a block.
-fn tile_columns(selection: &Selection) -> usize {
-    match selection.kernel.variant() {
-        Kernel::GemmBackward(gemm) => gemm.out_columns() as usize,
-        Kernel::GemmBackwardAny(gemm) => gemm.out_columns() as usize,
-        other => unreachable!("{other:?} is no way back"),
     }
 }
 
@@ -515,9 +566,8 @@ impl<'a, T> SharedRowsBackward<'a, T> {
     where
         'a: 'b,
     {
-        let &GemmBackwardDesc { shared_rows: rows, n, k, .. } = desc;
+        let (rows, ([n, k], columns)) = (desc.shared_rows, desc.shared());
         let WeightFormat::Plain(format) = desc.weight.format;
-        let columns = desc.columns();
         Ok(HeldSharedBackward {
             a: scope.read("shared.a", self.a, rows * k, alignment)?,
             weight: scope.read_tensor("shared.weight", self.weight, format, k * n, alignment)?,
@@ -600,6 +650,9 @@ pub(crate) fn enqueue(
     let product = desc.product();
     let [expert, output, depth] = product.weight.strides(desc.n, desc.k);
     let (gate_first, up_first, stride) = columns_of(desc.glu, desc.n as u32);
+    let ([shared_n, shared_k], _) = desc.shared();
+    let (shared_gate_first, shared_up_first, _) = columns_of(desc.glu, shared_n as u32);
+    let [_, shared_output, shared_depth] = product.weight.strides(shared_n, shared_k);
     let sums = at.d_slot_weight.is_some() || at.shared.is_some_and(|shared| shared.d_row_weight.is_some());
     let several = sums && regions != SumRegions::default();
     if several {
@@ -637,6 +690,13 @@ pub(crate) fn enqueue(
             expert_offset: at.swiglu.offset.into(),
             noise_state: at.noise_state.into(),
             shared_rows: desc.shared_rows as u32,
+            shared_n: shared_n as u32,
+            shared_k: shared_k as u32,
+            shared_a_row: shared_k as u32,
+            shared_b_output: shared_output as u32,
+            shared_b_depth: shared_depth as u32,
+            shared_gate_first,
+            shared_up_first,
             gates: u32::from(desc.gate) | u32::from(desc.shared_gate) << 1,
             m: desc.rows.count() as u32,
             n: desc.n as u32,

@@ -7,7 +7,8 @@
 //! row `slot_token[r]` of a matrix that is gathered. Rows of no expert are not read, whatever they hold. Sums are f32, in a fixed order.
 //!
 //! On request the same launch adds up the columns of `a` or of `b` ([`ColumnSums`]), what gradients of biases are made of: `db_e` is the sum of `dv_r`, or of the
-//! rows' weights times the output's gradient. A shared expert of the same sizes is one group more ([`KGroupedDesc::shared_rows`]). Experts that are frozen ([`KGroupedArgs::frozen`]) cost nothing: their blocks read no row and write no gradient.
+//! rows' weights times the output's gradient. A shared expert is one group more ([`KGroupedDesc::shared_rows`]), of its own width
+//! ([`KGroupedDesc::shared_sizes`]); gate and up with a gradient each are two matrices a group ([`KGroupedDesc::second`]). Experts that are frozen ([`KGroupedArgs::frozen`]) cost nothing: their blocks read no row and write no gradient.
 
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ use super::gemm::{KernelSet, ProductOut};
 use crate::registry::{KGrouped, Kernel};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{Held, SCALAR, Scope, VECTOR, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::KGroupedParams;
 use crate::runtime::shape::{self, reach};
 use crate::{DeviceInfo, Element, Error, In, Kernels, Selection};
@@ -65,6 +66,37 @@ impl KGroupedStrides {
 
 settings!(KGroupedStrides { a: [usize; 2], b: [usize; 2], out: [usize; 3] });
 
+/// Where a second matrix of each group comes from: gradients of gate and up, whose outputs lie side by side, in tensors apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Second {
+    /// From columns `M` to `2M` of `a`.
+    OfA,
+    /// From columns `N` to `2N` of `b`.
+    OfB,
+}
+
+/// Sizes of a shared expert's product beside experts of another width.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SharedSizes {
+    /// Columns of its `a`.
+    pub m: usize,
+    /// Columns of its `b`.
+    pub n: usize,
+    /// From a row of its `a` to the next, of its `b`, and of its matrix, in elements. Columns are as far apart as the others'.
+    pub rows: [usize; 3],
+}
+
+impl SharedSizes {
+    /// Packed.
+    pub const fn new(m: usize, n: usize) -> SharedSizes {
+        SharedSizes { m, n, rows: [m, n, n] }
+    }
+}
+
+settings!(SharedSizes { rows: [usize; 3] });
+
 /// Shapes and types of a product of groups along K.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -89,8 +121,16 @@ pub struct KGroupedDesc {
     pub accumulate: bool,
     /// Whether the matrix of an expert without rows is left as it is; else it becomes zero, or with `accumulate` stays.
     pub keep_empty: bool,
-    /// Rows of a shared expert in the same launch ([`KGroupedArgs::shared`]), of the same sizes and strides, neither gathered nor frozen; 0 without.
+    /// Rows of a shared expert in the same launch ([`KGroupedArgs::shared`]), neither gathered nor frozen; 0 without.
     pub shared_rows: usize,
+    /// Its sizes, where they are not `m` and `n`.
+    pub shared_sizes: Option<SharedSizes>,
+    /// A second matrix for each group, of further columns of one operand.
+    pub second: Option<Second>,
+    /// [`f32_out`](Self::f32_out) of second matrices.
+    pub second_f32_out: bool,
+    /// The same of a shared expert's.
+    pub shared_second_f32_out: bool,
     /// [`f32_out`](Self::f32_out) of a shared expert's.
     pub shared_f32_out: bool,
     /// Which kernels may compute it. Between two sets sums differ in their last bits.
@@ -112,6 +152,10 @@ impl KGroupedDesc {
             accumulate: false,
             keep_empty: false,
             shared_rows: 0,
+            shared_sizes: None,
+            second: None,
+            second_f32_out: false,
+            shared_second_f32_out: false,
             shared_f32_out: false,
             kernels: KernelSet::Fastest,
         }
@@ -124,6 +168,26 @@ impl KGroupedDesc {
 
     fn places(&self) -> KGroupedStrides {
         self.strides.unwrap_or(KGroupedStrides::packed(self.m, self.n))
+    }
+
+    /// Without a shared expert's rows.
+    pub(crate) fn alone(self) -> KGroupedDesc {
+        self.shared_rows(0).shared_sizes(None)
+    }
+
+    /// Sizes of a shared expert's product.
+    fn shared(&self) -> SharedSizes {
+        let KGroupedStrides { a, b, out } = self.places();
+        self.shared_sizes.unwrap_or(SharedSizes { m: self.m, n: self.n, rows: [a[0], b[0], out[1]] })
+    }
+
+    /// Columns of an operand that are read, of `m` of A and `n` of B.
+    fn columns(&self, [m, n]: [usize; 2]) -> [usize; 2] {
+        match self.second {
+            None => [m, n],
+            Some(Second::OfA) => [2 * m, n],
+            Some(Second::OfB) => [m, 2 * n],
+        }
     }
 
     /// Rows of `a` and of `b`.
@@ -157,13 +221,32 @@ impl KGroupedDesc {
             shape::product(OPERATION, argument, &[columns, column])?;
         }
         shape::size(OPERATION, "shared_rows", self.shared_rows)?;
-        shape::product(OPERATION, "shared_rows", &[self.shared_rows, a[0].max(b[0])])?;
+        let shared = self.shared();
+        if self.shared_rows == 0 && self.shared_sizes.is_some() {
+            let got = format!("{shared:?}");
+            return Err(Error::invalid(OPERATION, "shared_sizes", "none without shared_rows", got));
+        }
+        shape::positive(OPERATION, "shared_sizes.m", shared.m)?;
+        shape::positive(OPERATION, "shared_sizes.n", shared.n)?;
+        let [a_row, b_row, out_row] = shared.rows;
+        for stride in shared.rows {
+            shape::size(OPERATION, "shared_sizes.rows", stride)?;
+        }
+        shape::product(OPERATION, "shared_rows", &[self.shared_rows, a_row.max(b_row)])?;
+        shape::product(OPERATION, "shared_sizes.m", &[shared.m, out_row])?;
+        shape::product(OPERATION, "shared_sizes.m", &[2, shared.m, a[1].max(out[1])])?;
+        shape::product(OPERATION, "shared_sizes.n", &[2, shared.n, b[1].max(out[2])])?;
         shape::product(OPERATION, "strides.out", &[self.rows.experts, out[0]])?;
         let apart = |inner: (usize, usize), outer: (usize, usize)| inner.1 > 0 && outer.1 > (inner.0 - 1) * inner.1;
         let (row, column) = ((m, out[1]), (n, out[2]));
         if !apart(column, row) && !apart(row, column) || (self.rows.experts > 1 && out[0] < reach(&[row, column])) {
             let expected = "matrices, rows and columns that do not overlap";
             return Err(Error::invalid(OPERATION, "strides.out", expected, format!("{out:?}")));
+        }
+        let (row, column) = ((shared.m, out_row), (shared.n, out[2]));
+        if self.shared_rows > 0 && !apart(column, row) && !apart(row, column) {
+            let expected = "rows and columns that do not overlap";
+            return Err(Error::invalid(OPERATION, "shared_sizes.rows", expected, format!("{shared:?}")));
         }
         Ok(())
     }
@@ -173,10 +256,11 @@ impl KGroupedDesc {
         const MOST: usize = 1 << 26;
         let vector = 16 / self.dtype.bytes() as usize;
         let KGroupedStrides { a, b, out } = self.places();
-        let rows = [a[0], b[0]].iter().all(|row| row.is_multiple_of(vector) && *row <= MOST);
-        let outs = out[..2].iter().all(|stride| stride.is_multiple_of(vector));
+        let SharedSizes { m, n, rows: shared } = self.shared();
+        let rows = [a[0], b[0], shared[0], shared[1]].iter().all(|row| row.is_multiple_of(vector) && *row <= MOST);
+        let outs = [out[0], out[1], shared[2]].iter().all(|stride| stride.is_multiple_of(vector));
         let columns = [a[1], b[1], out[2]] == [1; 3];
-        let whole = self.m.is_multiple_of(8) && self.n.is_multiple_of(8);
+        let whole = [self.m, self.n, m, n].iter().all(|size| size.is_multiple_of(8));
         rows && outs && columns && whole && !self.unaligned && self.gathered != Gathered::Both
     }
 }
@@ -189,6 +273,10 @@ settings!(KGroupedDesc {
     accumulate: bool,
     keep_empty: bool,
     shared_rows: usize,
+    shared_sizes: Option<SharedSizes>,
+    second: Option<Second>,
+    second_f32_out: bool,
+    shared_second_f32_out: bool,
     shared_f32_out: bool,
     kernels: KernelSet,
 });
@@ -244,12 +332,36 @@ pub struct KGroupedArgs<'a, T> {
     pub sums: Option<ColumnSums<'a, T>>,
     /// The shared expert's; exactly with [`KGroupedDesc::shared_rows`].
     pub shared: Option<SharedGroup<'a, T>>,
+    /// Second matrices; exactly with [`KGroupedDesc::second`].
+    pub second: Option<SecondOut<'a, T>>,
+}
+
+/// Where second matrices go.
+#[non_exhaustive]
+pub struct SecondOut<'a, T> {
+    /// As the first ones'.
+    pub out: ProductOut<'a, T>,
+    /// Sums of the columns that they are made of, with the factors of the first ones' sums.
+    pub sums: Option<ProductOut<'a, T>>,
+}
+
+impl<'a, T> SecondOut<'a, T> {
+    /// Matrices alone.
+    pub const fn new(out: ProductOut<'a, T>) -> SecondOut<'a, T> {
+        SecondOut { out, sums: None }
+    }
+
+    /// With sums of columns, of the side that has further ones.
+    #[must_use]
+    pub fn sums(self, sums: ProductOut<'a, T>) -> SecondOut<'a, T> {
+        SecondOut { sums: Some(sums), ..self }
+    }
 }
 
 /// The rows of an expert that every token passes, as one group more.
 #[non_exhaustive]
 pub struct SharedGroup<'a, T> {
-    /// `[shared_rows, M]`, with the strides of the others; so are `b` and `out`.
+    /// `[shared_rows, M]`, with the strides of the others or by [`KGroupedDesc::shared_sizes`]; so are `b` and `out`.
     pub a: In<'a, T>,
     /// `[shared_rows, N]`.
     pub b: In<'a, T>,
@@ -257,18 +369,26 @@ pub struct SharedGroup<'a, T> {
     pub out: ProductOut<'a, T>,
     /// Sums of columns, `[M]` or `[N]`, by weights `[shared_rows]`.
     pub sums: Option<ColumnSums<'a, T>>,
+    /// Second matrices; exactly with [`KGroupedDesc::second`].
+    pub second: Option<SecondOut<'a, T>>,
 }
 
 impl<'a, T> SharedGroup<'a, T> {
     /// `a` and `b` to `out`.
     pub fn new(a: impl Into<In<'a, T>>, b: impl Into<In<'a, T>>, out: ProductOut<'a, T>) -> SharedGroup<'a, T> {
-        SharedGroup { a: a.into(), b: b.into(), out, sums: None }
+        SharedGroup { a: a.into(), b: b.into(), out, sums: None, second: None }
     }
 
     /// With sums of columns.
     #[must_use]
     pub fn sums(self, sums: ColumnSums<'a, T>) -> SharedGroup<'a, T> {
         SharedGroup { sums: Some(sums), ..self }
+    }
+
+    /// With second matrices.
+    #[must_use]
+    pub fn second(self, second: SecondOut<'a, T>) -> SharedGroup<'a, T> {
+        SharedGroup { second: Some(second), ..self }
     }
 }
 
@@ -280,7 +400,7 @@ impl<'a, T> KGroupedArgs<'a, T> {
         dispatched: &'a Dispatched,
         out: ProductOut<'a, T>,
     ) -> KGroupedArgs<'a, T> {
-        KGroupedArgs { a: a.into(), b: b.into(), dispatched, out, frozen: None, sums: None, shared: None }
+        KGroupedArgs { a: a.into(), b: b.into(), dispatched, out, frozen: None, sums: None, shared: None, second: None }
     }
 
     /// With sums of columns.
@@ -293,6 +413,12 @@ impl<'a, T> KGroupedArgs<'a, T> {
     #[must_use]
     pub fn shared(self, shared: SharedGroup<'a, T>) -> KGroupedArgs<'a, T> {
         KGroupedArgs { shared: Some(shared), ..self }
+    }
+
+    /// With second matrices.
+    #[must_use]
+    pub fn second(self, second: SecondOut<'a, T>) -> KGroupedArgs<'a, T> {
+        KGroupedArgs { second: Some(second), ..self }
     }
 }
 
@@ -326,8 +452,11 @@ pub fn select(desc: &KGroupedDesc, device: &DeviceInfo) -> Result<Selection, Err
         return Err(Error::unsupported(OPERATION, "device", supported, got));
     }
     let tile = kernel.tile();
-    let tiles = desc.m.div_ceil(tile.bm as usize).saturating_mul(desc.n.div_ceil(tile.bn as usize));
-    let blocks = shape::grid_x(OPERATION, "m", tiles.saturating_mul(desc.groups()) as u64)?;
+    let tiles = |m: usize, n: usize| m.div_ceil(tile.bm as usize).saturating_mul(n.div_ceil(tile.bn as usize));
+    let of_shared = if desc.shared_rows > 0 { tiles(desc.shared().m, desc.shared().n) } else { 0 };
+    let blocks = tiles(desc.m, desc.n).saturating_mul(desc.rows.experts).saturating_add(of_shared);
+    let tensors = if desc.second.is_some() { 2 } else { 1 };
+    let blocks = shape::grid_x(OPERATION, "m", blocks.saturating_mul(tensors) as u64)?;
     Ok(Selection::new(Kernel::KGrouped(kernel), [blocks, 1, 1]))
 }
 
@@ -359,15 +488,34 @@ pub fn forward<T: Element>(
     let alignment = if any { desc.dtype.bytes().into() } else { VECTOR };
     let KGroupedStrides { a: a_at, b: b_at, out: out_at } = desc.places();
     let [a_rows, b_rows] = desc.sides();
-    let a = scope.read("a", args.a, reach(&[(a_rows, a_at[0]), (desc.m, a_at[1])]), alignment)?;
-    let b = scope.read("b", args.b, reach(&[(b_rows, b_at[0]), (desc.n, b_at[1])]), alignment)?;
+    let [m, n] = desc.columns([desc.m, desc.n]);
+    let a = scope.read("a", args.a, reach(&[(a_rows, a_at[0]), (m, a_at[1])]), alignment)?;
+    let b = scope.read("b", args.b, reach(&[(b_rows, b_at[0]), (n, b_at[1])]), alignment)?;
     let elements = reach(&[(desc.rows.experts, out_at[0]), (desc.m, out_at[1]), (desc.n, out_at[2])]);
     let most = if any { SCALAR } else { VECTOR };
     let out = open_out(&scope, "out", args.out, desc.f32_out, [elements as u64, alignment, most])?;
     let frozen = scope.read_some("frozen", args.frozen, desc.rows.experts, SCALAR)?;
     let names = ["sums.out", "sums.weights"];
     let sizes = [desc.rows.experts, desc.rows.slots];
-    let sums = args.sums.map(|sums| HeldSums::open(&scope, names, sums, desc, sizes)).transpose()?;
+    let sums = args.sums.map(|sums| HeldSums::open(&scope, names, sums, (desc, desc.m, desc.n), sizes)).transpose()?;
+    let second = |argument: &'static str, given: bool| match (desc.second, given) {
+        (Some(_), false) => Err(Error::Missing { operation, argument, reason: "the descriptor has a second matrix" }),
+        (None, true) => Err(Error::Unexpected { operation, argument, reason: "the descriptor has no second matrix" }),
+        _ => Ok(()),
+    };
+    second("second", args.second.is_some())?;
+    let place = [elements as u64, alignment, most];
+    let of_second = args.second.map(|second| {
+        HeldSecond::open(
+            &scope,
+            ["second.out", "second.sums"],
+            second,
+            (desc, desc.second_f32_out),
+            place,
+            [desc.rows.experts, desc.m, desc.n],
+        )
+    });
+    let of_second = of_second.transpose()?;
     if args.shared.is_some() != (desc.shared_rows > 0) {
         let argument = "shared";
         return Err(match &args.shared {
@@ -377,23 +525,34 @@ pub fn forward<T: Element>(
     }
     let shared = args.shared.map(|shared| {
         let rows = desc.shared_rows;
-        let elements = reach(&[(desc.m, out_at[1]), (desc.n, out_at[2])]);
+        second("shared.second", shared.second.is_some())?;
+        let SharedSizes { m, n, rows: [a_row, b_row, out_row] } = desc.shared();
+        let elements = reach(&[(m, out_row), (n, out_at[2])]);
+        let [m_read, n_read] = desc.columns([m, n]);
         let names = ["shared.sums.out", "shared.sums.weights"];
         let place = [elements as u64, alignment, most];
         Ok::<_, Error>(HeldShared {
-            a: scope.read("shared.a", shared.a, reach(&[(rows, a_at[0]), (desc.m, a_at[1])]), alignment)?,
-            b: scope.read("shared.b", shared.b, reach(&[(rows, b_at[0]), (desc.n, b_at[1])]), alignment)?,
+            a: scope.read("shared.a", shared.a, reach(&[(rows, a_row), (m_read, a_at[1])]), alignment)?,
+            b: scope.read("shared.b", shared.b, reach(&[(rows, b_row), (n_read, b_at[1])]), alignment)?,
             out: open_out(&scope, "shared.out", shared.out, desc.shared_f32_out, place)?,
-            sums: shared.sums.map(|sums| HeldSums::open(&scope, names, sums, desc, [1, rows])).transpose()?,
+            sums: shared.sums.map(|sums| HeldSums::open(&scope, names, sums, (desc, m, n), [1, rows])).transpose()?,
+            second: (shared.second)
+                .map(|second| {
+                    let names = ["shared.second.out", "shared.second.sums"];
+                    HeldSecond::open(&scope, names, second, (desc, desc.shared_second_f32_out), place, [1, m, n])
+                })
+                .transpose()?,
         })
     });
     let shared = shared.transpose()?;
-    let form = |f32_out, sums: Option<&HeldSums<'_>>| {
-        let of_sums = sums.map_or(0, |sums| sums.form);
-        flag(f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4) | of_sums
+    let form = |f32_out, of_sums: Option<u32>| {
+        flag(f32_out, 1) | flag(desc.accumulate, 2) | flag(desc.keep_empty, 4) | of_sums.unwrap_or(0)
     };
     let (sums, of_shared) = (sums.as_ref(), shared.as_ref());
     let shared_sums = of_shared.and_then(|shared| shared.sums.as_ref());
+    let shared_second = of_shared.and_then(|shared| shared.second.as_ref());
+    let of_second = of_second.as_ref();
+    let sizes = desc.shared();
     let lists = args.dispatched.read(&scope)?;
     let at = lists.addresses();
     let params = KGroupedParams {
@@ -413,6 +572,10 @@ pub fn forward<T: Element>(
         shared_sums: shared_sums.map(|sums| sums.out.address()).into(),
         shared_sum_weights: shared_sums.and_then(|sums| optional(&sums.weights)).into(),
         shared_sum_scale: shared_sums.map_or(1.0, |sums| sums.scale),
+        out_second: of_second.map(|second| second.out.address()).into(),
+        sums_second: of_second.and_then(HeldSecond::sums).into(),
+        shared_out_second: shared_second.map(|second| second.out.address()).into(),
+        shared_sums_second: shared_second.and_then(HeldSecond::sums).into(),
         slots: desc.rows.slots as u32,
         m: desc.m as u32,
         n: desc.n as u32,
@@ -430,9 +593,21 @@ pub fn forward<T: Element>(
         out_expert_hi: (out_at[0] as u64 >> 32) as u32,
         out_row: out_at[1] as u32,
         out_column: out_at[2] as u32,
-        out_form: form(desc.f32_out, sums),
+        out_form: form(desc.f32_out, sums.map(|sums| sums.form)),
         shared_rows: desc.shared_rows as u32,
-        shared_form: form(desc.shared_f32_out, shared_sums),
+        shared_form: form(desc.shared_f32_out, shared_sums.map(|sums| sums.form)),
+        shared_m: sizes.m as u32,
+        shared_n: sizes.n as u32,
+        shared_a_row: sizes.rows[0] as u32,
+        shared_b_row: sizes.rows[1] as u32,
+        shared_out_row: sizes.rows[2] as u32,
+        second: match desc.second {
+            None => 0,
+            Some(Second::OfA) => 1,
+            Some(Second::OfB) => 2,
+        },
+        second_form: form(desc.second_f32_out, of_second.and_then(HeldSecond::form)),
+        shared_second_form: form(desc.shared_second_f32_out, shared_second.and_then(HeldSecond::form)),
     };
     match selection.kernel.variant() {
         Kernel::KGroupedHopper(kernel) => {
@@ -473,6 +648,40 @@ struct HeldShared<'a> {
     b: Held<'a>,
     out: Held<'a>,
     sums: Option<HeldSums<'a>>,
+    second: Option<HeldSecond<'a>>,
+}
+
+/// Second matrices, opened.
+struct HeldSecond<'a> {
+    out: Held<'a>,
+    sums: Option<HeldSums<'a>>,
+}
+
+impl<'a> HeldSecond<'a> {
+    fn sums(&self) -> Option<Address<'_>> {
+        self.sums.as_ref().map(|sums| sums.out.address())
+    }
+
+    /// Bits of `out_form` that the sums have.
+    fn form(&self) -> Option<u32> {
+        self.sums.as_ref().map(|sums| sums.form)
+    }
+
+    /// Of so many groups of matrices of `m` rows and `n` columns.
+    fn open<'b: 'a, T: Element>(
+        scope: &Scope<'a>,
+        [out, sums]: [&'static str; 2],
+        second: SecondOut<'b, T>,
+        (desc, f32_out): (&KGroupedDesc, bool),
+        place: [u64; 3],
+        [groups, m, n]: [usize; 3],
+    ) -> Result<HeldSecond<'a>, Error> {
+        let of_b = desc.second == Some(Second::OfB);
+        let columns = second
+            .sums
+            .map(|out| HeldSums::open(scope, [sums, sums], ColumnSums::new(out).of_b(of_b), (desc, m, n), [groups, 0]));
+        Ok(HeldSecond { out: open_out(scope, out, second.out, f32_out, place)?, sums: columns.transpose()? })
+    }
 }
 
 /// Sums of columns, opened.
@@ -490,10 +699,10 @@ impl<'a> HeldSums<'a> {
         scope: &Scope<'a>,
         [out, weights]: [&'static str; 2],
         sums: ColumnSums<'b, T>,
-        desc: &KGroupedDesc,
+        (desc, m, n): (&KGroupedDesc, usize, usize),
         [groups, rows]: [usize; 2],
     ) -> Result<HeldSums<'a>, Error> {
-        let elements = groups * if sums.of_b { desc.n } else { desc.m };
+        let elements = groups * if sums.of_b { n } else { m };
         Ok(HeldSums {
             form: flag(matches!(sums.out, ProductOut::F32(_)), 8) | flag(sums.of_b, 16),
             out: match sums.out {

@@ -228,7 +228,8 @@ impl Mlp {
 
 settings!(Mlp { gate_up: WeightDesc, activation: Activation, down: WeightDesc });
 
-/// A shared expert. With the intermediate size and weight forms of the others it is computed in their launches, else in two of its own.
+/// A shared expert. With the intermediate size and weight forms of the others it is computed in their launches, else in two of its own. On the way back its size may
+/// be another.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct SharedDesc {
@@ -250,9 +251,13 @@ impl SharedDesc {
 
     /// Whether it can be computed in the launches of `layer`'s experts: only the activation may be another.
     pub(super) fn joins(&self, layer: &LayerDesc) -> bool {
+        self.intermediate == layer.intermediate && self.joins_back(layer)
+    }
+
+    /// Whether the way back can be: the intermediate size may be another too.
+    pub(super) fn joins_back(&self, layer: &LayerDesc) -> bool {
         let Mlp { gate_up, down, .. } = layer.mlp;
-        let form = (self.intermediate, self.mlp.gate_up, self.mlp.down);
-        layer.latent.is_none() && form == (layer.intermediate, gate_up, down)
+        layer.latent.is_none() && (self.mlp.gate_up, self.mlp.down) == (gate_up, down)
     }
 }
 

@@ -304,6 +304,7 @@ impl ExpertsPlan {
             live: dispatched.live(self.rows.experts),
             rows: dispatched.addresses(),
             kept: kept.addresses(&workspace, self.regions),
+            outputs: y_slots.address(),
             y_slots: y_slots.address(),
             addend: optional(&shared),
             dropout: args.dropout,
@@ -395,7 +396,7 @@ impl ExpertsPlan {
         observer(Stage::GateUp);
         let second = Product {
             a: at.kept.hidden,
-            out: at.y_slots,
+            out: at.outputs,
             pre_activation: None,
             swiglu: ByExpertAddresses::default(),
             row_scale: None,
@@ -421,7 +422,8 @@ impl ExpertsPlan {
         }
         second.enqueue(scope, &self.down, down)?;
         observer(Stage::Down);
-        self.around.enqueue_between(scope, &weights.around, at.y_slots, at.rows, at.live, observer)?;
+        let outputs = (at.outputs, at.y_slots);
+        self.around.enqueue_between(scope, &weights.around, outputs, at.rows, at.live, observer)?;
 
         let Some((steps, ([gate_up, down], addend))) = self.apart.as_ref().zip(shared) else {
             return Ok(());
@@ -530,6 +532,8 @@ pub(super) struct Products<'a> {
     /// Number of the rows, and each one's token.
     pub(super) live: (Address<'a>, Address<'a>),
     pub(super) kept: IntermediateAddresses<'a>,
+    /// What the second product yields: in `y_slots`, where no norm has a place of its own for it.
+    pub(super) outputs: Address<'a>,
     pub(super) y_slots: Address<'a>,
     /// The shared expert's output.
     pub(super) addend: Option<Address<'a>>,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::around::Tail;
+use super::around::{KeptSums, Tail};
 use super::experts::{ExpertsPlan, Products};
 use super::intermediates::Intermediates;
 use super::route::{ChoiceAddresses, HeldRoute, RouteAddresses, RouteArgs, RoutePlan};
@@ -214,6 +214,22 @@ impl LayerPlan {
             shared_pre_activation: args.shared_pre_activation,
         };
         let kept = wanted.open(&scope, desc, self.experts.rows())?;
+        for (argument, there, given) in [
+            ("slot_outputs", desc.norms.slots.is_some(), args.slot_outputs.is_some()),
+            ("latent_sum", desc.latent.is_some(), args.latent_sum.is_some()),
+            ("sum", desc.norms.output.is_some(), args.sum.is_some()),
+        ] {
+            if given && !there {
+                let reason = "nothing stands behind it";
+                return Err(Error::Unexpected { operation: OPERATION, argument, reason });
+            }
+        }
+        let (slots, width) = (self.experts.rows().slots, desc.expert_width());
+        let narrow = shape::row_alignment(desc.dtype, width);
+        let slot_outputs = scope.write_some("slot_outputs", args.slot_outputs, slots * width, narrow)?;
+        let latent_sum = scope.write_some("latent_sum", args.latent_sum, self.tokens * width, narrow)?;
+        let sum = scope.write_some("sum", args.sum, elements, alignment)?;
+        let sums = KeptSums { latent_sum: optional(&latent_sum), sum: optional(&sum) };
         let noise_state = scope.read_noise_state(args.noise_state)?;
         let workspace = workspace.open(&scope, self.workspace_bytes())?;
         let shared_gate = self.open_gate(&scope, args.shared_gate)?;
@@ -251,6 +267,7 @@ impl LayerPlan {
             live: at.lists.live(desc.local_experts()),
             rows: at.lists.rows(),
             kept: kept.addresses(&workspace, regions),
+            outputs: optional(&slot_outputs).unwrap_or_else(|| workspace.at(regions.y_slots)),
             y_slots: workspace.at(regions.y_slots),
             addend: desc.shared.map(|_| workspace.at(regions.addend)),
             dropout: args.dropout,
@@ -262,7 +279,7 @@ impl LayerPlan {
         let around = &self.experts.around;
         let residual = if args.accumulate { Some(y.address()) } else { optional(&residual) };
         let shared_gate = desc.has_shared_gate().then_some(gate_logits);
-        let elsewhere = around.sum_place(&workspace);
+        let elsewhere = around.sum_place(&workspace, sums);
         let sums_shared = around.sums_shared();
         let sum = combine::Addresses {
             y_slots: products.y_slots,
@@ -293,8 +310,14 @@ impl LayerPlan {
         }
         if elsewhere.is_some() {
             let shared = products.addend.filter(|_| !sums_shared).map(|addend| (addend, shared_gate));
-            let tail =
-                Tail { rows: products.rows, shared, shared_scale: desc.shared_scale(), residual, y: y.address() };
+            let tail = Tail {
+                rows: products.rows,
+                shared,
+                shared_scale: desc.shared_scale(),
+                residual,
+                kept: sums,
+                y: y.address(),
+            };
             around.enqueue_after(&scope, &experts.around, &workspace, tail, observer)?;
         }
         filling.into_iter().for_each(Filling::filled);
@@ -330,6 +353,12 @@ pub struct LayerArgs<'a, T> {
     pub shared_pre_activation: Option<Out<'a, T>>,
     /// `[T]`, written: logits of the shared expert's gate, where it has one.
     pub shared_gate: Option<Out<'a, f32>>,
+    /// `[slots, H]`, with a latent width `[slots, L]`, written: the experts' outputs in front of their norm, where they have one.
+    pub slot_outputs: Option<Out<'a, T>>,
+    /// `[T, L]`, written: the experts' sum in front of its projection, where there is a latent width.
+    pub latent_sum: Option<Out<'a, T>>,
+    /// `[T, H]`, written: the sum in front of its norm, where it has one.
+    pub sum: Option<Out<'a, T>>,
     /// Drops some of what stands between the products.
     pub dropout: Option<Dropout>,
     /// `[2]`, 8-byte aligned, of all that the layer draws: dropout, and an admission's second experts (unless
@@ -353,6 +382,9 @@ impl<'a, T> LayerArgs<'a, T> {
             shared_hidden: None,
             shared_pre_activation: None,
             shared_gate: None,
+            slot_outputs: None,
+            latent_sum: None,
+            sum: None,
             dropout: None,
             noise_state: None,
         }
@@ -376,6 +408,9 @@ impl<'a, T> LayerArgs<'a, T> {
             shared_hidden: again(&mut self.shared_hidden),
             shared_pre_activation: again(&mut self.shared_pre_activation),
             shared_gate: again(&mut self.shared_gate),
+            slot_outputs: again(&mut self.slot_outputs),
+            latent_sum: again(&mut self.latent_sum),
+            sum: again(&mut self.sum),
             dropout: self.dropout,
             noise_state: self.noise_state,
         }
@@ -421,5 +456,8 @@ buffers!(LayerArgs<'a, T> {
     shared_hidden: Out<T>,
     shared_pre_activation: Out<T>,
     shared_gate: Out<f32>,
+    slot_outputs: Out<T>,
+    latent_sum: Out<T>,
+    sum: Out<T>,
     noise_state: In<u64>,
 });

@@ -47,8 +47,8 @@ mod weights;
 
 pub use around::{LatentDesc, LatentWeights, NormWeights, Norms};
 pub use backward::{
-    BackwardArgs, BackwardDesc, BackwardPlan, BackwardStage, LayerGradients, NormGradients, Origin, RouterGradients,
-    Saved, SharedGradients, WeightGradients,
+    BackwardArgs, BackwardDesc, BackwardPlan, BackwardStage, LatentGradients, LayerGradients, NormGradients, Origin,
+    RouterGradients, Saved, SharedGradients, WeightGradients,
 };
 pub use banks::{BanksArgs, BanksPlan};
 pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc};

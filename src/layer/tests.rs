@@ -164,3 +164,15 @@ fn faults_name_their_field() {
     let text = error(LayerDesc::new(Dtype::Bf16, 64, 64, 8, 9), 1).to_string();
     assert!(text.starts_with("layer: `top_k` is 9"), "an error of a layer names the layer: {text}");
 }
+
+/// A list of arguments may be lent for a shorter time: a mask that lives in a closure does not force all of it into there. That this compiles is the test.
+#[test]
+fn arguments_may_be_lent_for_a_shorter_time() {
+    fn forward<'b>(args: LayerArgs<'static, f32>) -> LayerArgs<'b, f32> {
+        args
+    }
+    fn back<'b>(args: BackwardArgs<'static, f32>) -> BackwardArgs<'b, f32> {
+        args
+    }
+    let _ = (forward, back);
+}

@@ -4,6 +4,7 @@
 //! uses, or by an `unsafe` constructor whose contract says what nobody can check.
 
 use std::marker::PhantomData;
+use std::ptr::NonNull;
 
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaView, CudaViewMut, DevicePtr, DevicePtrMut};
@@ -91,12 +92,40 @@ pub struct Out<'a, T>(pub(super) Sink<'a, T>);
 
 pub(super) enum Sink<'a, T> {
     /// Memory whose uses cudarc orders across streams.
-    Tracked(&'a mut (dyn DevicePtrMut<T> + 'a)),
+    Tracked(Exclusive<'a, T>),
     Raw {
         address: CUdeviceptr,
         len: usize,
         _exclusive: PhantomData<&'a mut [T]>,
     },
+}
+
+/// `&'a mut (dyn DevicePtrMut<T> + 'a)` as it may be lent for a shorter time: the language takes that type for one that another buffer of a shorter life could be
+/// put into, which nobody can do behind a trait object, and so for one that has exactly `'a`. With it every list of arguments would have the time of the
+/// shortest-lived of them.
+pub(super) struct Exclusive<'a, T> {
+    buffer: NonNull<dyn DevicePtrMut<T> + 'a>,
+    _exclusive: PhantomData<&'a mut [T]>,
+}
+
+impl<'a, T> Exclusive<'a, T> {
+    fn new(buffer: &'a mut (dyn DevicePtrMut<T> + 'a)) -> Exclusive<'a, T> {
+        Exclusive { buffer: NonNull::from(buffer), _exclusive: PhantomData }
+    }
+
+    pub(super) fn into_inner(mut self) -> &'a mut (dyn DevicePtrMut<T> + 'a) {
+        // SAFETY: made of an exclusive borrow of at least 'a, which went into it and comes out of it once.
+        unsafe { self.buffer.as_mut() }
+    }
+
+    fn len(&self) -> usize {
+        // SAFETY: as above; shared for as long as this is borrowed.
+        unsafe { self.buffer.as_ref() }.len()
+    }
+
+    fn reborrow(&mut self) -> Exclusive<'_, T> {
+        Exclusive { buffer: self.buffer, _exclusive: PhantomData }
+    }
 }
 
 impl<'a, T> Out<'a, T> {
@@ -129,7 +158,7 @@ impl<'a, T> Out<'a, T> {
     /// The same buffer for a shorter time.
     pub fn reborrow(&mut self) -> Out<'_, T> {
         match &mut self.0 {
-            Sink::Tracked(buffer) => Out(Sink::Tracked(&mut **buffer)),
+            Sink::Tracked(buffer) => Out(Sink::Tracked(buffer.reborrow())),
             Sink::Raw { address, len, .. } => Out(Sink::Raw { address: *address, len: *len, _exclusive: PhantomData }),
         }
     }
@@ -137,12 +166,12 @@ impl<'a, T> Out<'a, T> {
 
 impl<'a, T> From<&'a mut CudaSlice<T>> for Out<'a, T> {
     fn from(buffer: &'a mut CudaSlice<T>) -> Self {
-        Out(Sink::Tracked(buffer))
+        Out(Sink::Tracked(Exclusive::new(buffer)))
     }
 }
 
 impl<'a, T> From<&'a mut CudaViewMut<'_, T>> for Out<'a, T> {
     fn from(buffer: &'a mut CudaViewMut<'_, T>) -> Self {
-        Out(Sink::Tracked(buffer))
+        Out(Sink::Tracked(Exclusive::new(buffer)))
     }
 }

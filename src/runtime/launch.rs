@@ -181,6 +181,7 @@ impl<'a> Scope<'a> {
         self.check_length(argument, buffer.len(), needed)?;
         let (value, access) = match buffer.0 {
             Sink::Tracked(buffer) => {
+                let buffer = buffer.into_inner();
                 self.check_context(argument, buffer.stream())?;
                 let (value, access) = buffer.device_ptr_mut(self.stream);
                 (value, Some(access))

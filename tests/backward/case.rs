@@ -4,11 +4,12 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
+use moe_kernels::experts::Weight;
 use moe_kernels::experts::gemm::SwigluByExpert;
 use moe_kernels::layer::{
-    BackwardArgs, BackwardDesc, BackwardPlan, BackwardStage, Choices, ExpertWeights, LayerArgs, LayerDesc,
-    LayerGradients, LayerPlan, LayerWeights, MapTable, Origin, RouteArgs, RouterGradients, RouterWeights, Saved,
-    SharedGradients, SharedWeights,
+    BackwardArgs, BackwardDesc, BackwardPlan, BackwardStage, Choices, ExpertWeights, LatentGradients, LatentWeights,
+    LayerArgs, LayerDesc, LayerGradients, LayerPlan, LayerWeights, MapTable, Origin, RouteArgs, RouterGradients,
+    RouterWeights, Saved, SharedGradients, SharedWeights, WeightGradients,
 };
 use moe_kernels::reference::layer::{self, Layer};
 use moe_kernels::rules::{Activation, AdmissionRule, Bound, Dropout, Glu, IDENTITY, NONE, NullOutput};
@@ -101,9 +102,14 @@ pub struct Problem<T, W> {
     pub shared_gate: Vec<W>,
     /// Factors of each expert's weight, and of all.
     pub scales: [Vec<f32>; 2],
-    /// Weights of norms: of what the router sees, of what the experts see.
-    pub norms: [Vec<T>; 2],
-    norms_on_device: [CudaSlice<T>; 2],
+    /// Weights of norms: of what the router sees, of what the experts see, of each expert's output, of the sum, of what is projected to a latent width.
+    pub norms: [Vec<T>; 5],
+    norms_on_device: [CudaSlice<T>; 5],
+    /// Of a latent width: both projections, and their biases.
+    pub latent: [Vec<T>; 2],
+    latent_on_device: [CudaSlice<T>; 2],
+    pub latent_bias: [Vec<T>; 2],
+    latent_bias_on_device: [CudaSlice<T>; 2],
     scales_on_device: [CudaSlice<f32>; 2],
     bias: Vec<T>,
     bias_on_device: CudaSlice<T>,
@@ -137,7 +143,9 @@ pub struct Buffers<T, G> {
     pub global_scale: CudaSlice<f32>,
     pub shared_gate: CudaSlice<f32>,
     pub bias: CudaSlice<f32>,
-    pub norms: [CudaSlice<f32>; 2],
+    pub norms: [CudaSlice<f32>; 5],
+    /// Both projections, and their biases.
+    pub latent: [CudaSlice<G>; 4],
     pub routed: Gradients<G>,
     pub shared: Gradients<G>,
 }
@@ -159,7 +167,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         let router = random::<W>(&mut rng, desc.experts * desc.hidden, 0.5);
         let router_bias = case.router_bias.then(|| random::<f32>(&mut rng, desc.experts, 0.5));
         let routed = {
-            let sizes = [desc.local_experts(), desc.intermediate, desc.hidden];
+            let sizes = [desc.local_experts(), desc.intermediate, desc.expert_width()];
             Mlp::new(&stream, &mut rng, desc.mlp, sizes, case.biases)
         };
         let shared = desc.shared.map(|shared| {
@@ -190,16 +198,22 @@ impl<T: Element, W: Element> Problem<T, W> {
         let mask: Vec<u8> = (0..case.tokens).map(|t| u8::from(t + case.padding < case.tokens)).collect();
         let mut of_scales = fastrand::Rng::with_seed(case.seed + 100);
         let scales = [(0..desc.experts).map(|_| 0.5 + of_scales.f32()).collect(), vec![1.25]];
-        let norms = [(); 2].map(|()| {
-            let values = random::<f32>(&mut of_scales, desc.hidden, 0.5);
+        let width = desc.expert_width();
+        let norms = [desc.hidden, desc.hidden, width, desc.hidden, width].map(|width| {
+            let values = random::<f32>(&mut of_scales, width, 0.5);
             values.iter().map(|v| T::from_f32(1.0 + v)).collect::<Vec<T>>()
         });
+        let projection = if desc.latent.is_some() { desc.hidden * width } else { 0 };
+        let latent = [(); 2].map(|()| random::<T>(&mut of_scales, projection, 0.3));
+        let latent_bias = [width, desc.hidden].map(|outputs| random::<T>(&mut of_scales, outputs, 0.5));
         let bytes = plan.workspace_bytes().max(back.workspace_bytes());
         Problem {
             shared_gate_on_device: upload(&stream, &shared_gate),
             scales_on_device: scales.each_ref().map(|scales| upload(&stream, scales)),
             bias_on_device: upload(&stream, &bias),
             norms_on_device: norms.each_ref().map(|weight| upload(&stream, weight)),
+            latent_on_device: latent.each_ref().map(|weight| upload(&stream, weight)),
+            latent_bias_on_device: latent_bias.each_ref().map(|bias| upload(&stream, bias)),
             swiglu_on_device: swiglu.each_ref().map(|numbers| upload(&stream, numbers)),
             x_on_device: upload(&stream, &x),
             router_x_on_device: upload(&stream, &router_x),
@@ -234,6 +248,8 @@ impl<T: Element, W: Element> Problem<T, W> {
             shared_gate,
             scales,
             norms,
+            latent,
+            latent_bias,
             bias,
             swiglu,
         }
@@ -261,6 +277,21 @@ impl<T: Element, W: Element> Problem<T, W> {
         if self.norms()[1] {
             experts.norms = experts.norms.experts(&self.norms_on_device[1]);
         }
+        if self.norms()[2] {
+            experts.norms = experts.norms.slots(&self.norms_on_device[2]);
+        }
+        if self.norms()[3] {
+            experts.norms = experts.norms.output(&self.norms_on_device[3]);
+        }
+        if let Some(latent) = self.case.desc.latent {
+            let [input, output] = [0, 1].map(|side| {
+                let weight = Weight::new(&self.latent_on_device[side]);
+                if self.case.biases { weight.bias(&self.latent_bias_on_device[side]) } else { weight }
+            });
+            let weights = LatentWeights::new(input, output);
+            let normed = latent.norm.is_some();
+            experts = experts.latent(if normed { weights.norm(&self.norms_on_device[4]) } else { weights });
+        }
         if self.case.bias {
             experts = experts.bias(&self.bias_on_device);
         }
@@ -271,9 +302,15 @@ impl<T: Element, W: Element> Problem<T, W> {
     }
 
     /// Which norms there are, each with a weight.
-    fn norms(&self) -> [bool; 2] {
-        let norms = &self.case.desc.norms;
-        [norms.router.is_some() && self.case.back.origin == Origin::Router, norms.experts.is_some()]
+    fn norms(&self) -> [bool; 5] {
+        let (norms, latent) = (&self.case.desc.norms, self.case.desc.latent);
+        [
+            norms.router.is_some() && self.case.back.origin == Origin::Router,
+            norms.experts.is_some(),
+            norms.slots.is_some(),
+            norms.output.is_some(),
+            latent.is_some_and(|latent| latent.norm.is_some()),
+        ]
     }
 
     fn route(&self) -> RouteArgs<'_> {
@@ -297,6 +334,8 @@ impl<T: Element, W: Element> Problem<T, W> {
         (self.given_on_device.0, self.given_on_device.2) =
             (upload(stream, &self.given_logits), upload(stream, &self.given_weights));
         self.norms_on_device = self.norms.each_ref().map(|weight| upload(stream, weight));
+        self.latent_on_device = self.latent.each_ref().map(|weight| upload(stream, weight));
+        self.latent_bias_on_device = self.latent_bias.each_ref().map(|bias| upload(stream, bias));
         self.routed.upload(stream);
         self.shared.iter_mut().for_each(|shared| shared.upload(stream));
     }
@@ -360,7 +399,16 @@ impl<T: Element, W: Element> Problem<T, W> {
             expert_scale: full(&self.stream, if desc.gating.expert_scale { desc.experts } else { 0 }, held),
             global_scale: full(&self.stream, usize::from(desc.gating.global_scale), held),
             bias: full(&self.stream, if self.case.bias { desc.hidden } else { 0 }, held),
-            norms: self.norms().map(|there| full(&self.stream, if there { desc.hidden } else { 0 }, held)),
+            norms: [0, 1, 2, 3, 4].map(|norm| {
+                let there = self.norms()[norm];
+                full(&self.stream, if there { self.norms[norm].len() } else { 0 }, held)
+            }),
+            latent: {
+                let biased = self.case.biases && desc.latent.is_some();
+                let biases = if biased { [desc.expert_width(), desc.hidden] } else { [0; 2] };
+                let [input, output] = self.latent.each_ref().map(Vec::len);
+                [input, output, biases[0], biases[1]].map(|len| full::<G>(&self.stream, len, held))
+            },
             shared_gate: full(&self.stream, if self.gated() { desc.hidden } else { 0 }, held),
             routed: mlp(Some(&self.routed)),
             shared: mlp(self.shared.as_ref()),
@@ -383,17 +431,29 @@ impl<T: Element, W: Element> Problem<T, W> {
             shared_gate,
             bias,
             norms,
+            latent,
             routed,
             shared,
         } = buffers;
-        let [of_router_norm, of_expert_norm] = norms;
-        let [router_norm, expert_norm] = self.norms();
+        let [of_router_norm, of_expert_norm, of_slot_norm, of_output_norm, of_latent_norm] = norms;
+        let [router_norm, expert_norm, slot_norm, output_norm, latent_norm] = self.norms();
         let [gate_up, down] = self.routed.gradients(routed);
         let mut gradients = LayerGradients::new().x(x).weights(weights).gate_up(gate_up).down(down);
         gradients.router_x = other.then_some(router_x.into());
         gradients.logits = routes.then_some(logits.into());
         gradients.bias = self.case.bias.then_some(bias.into());
         gradients.norms.experts = expert_norm.then_some(of_expert_norm.into());
+        gradients.norms.slots = slot_norm.then_some(of_slot_norm.into());
+        gradients.norms.output = output_norm.then_some(of_output_norm.into());
+        if self.case.desc.latent.is_some() {
+            let [input, output, input_bias, output_bias] = latent;
+            let (mut of_input, mut of_output) = (WeightGradients::new(input), WeightGradients::new(output));
+            if self.case.biases {
+                (of_input, of_output) = (of_input.bias(input_bias), of_output.bias(output_bias));
+            }
+            gradients.latent = LatentGradients::new().input(of_input).output(of_output);
+            gradients.latent.norm = latent_norm.then_some(of_latent_norm.into());
+        }
         if asked {
             let mut of = RouterGradients::new().matrix(router);
             of.expert_scale = scaled.expert_scale.then_some(expert_scale.into());
@@ -492,7 +552,13 @@ impl<T: Element, W: Element> Problem<T, W> {
             ("bias", read(&self.stream, "bias", &buffers.bias)),
             ("router.norm", read(&self.stream, "router.norm", &buffers.norms[0])),
             ("norms.experts", read(&self.stream, "norms.experts", &buffers.norms[1])),
+            ("norms.slots", read(&self.stream, "norms.slots", &buffers.norms[2])),
+            ("norms.output", read(&self.stream, "norms.output", &buffers.norms[3])),
+            ("latent.norm", read(&self.stream, "latent.norm", &buffers.norms[4])),
         ];
+        let projections = ["latent.input", "latent.output", "latent.input.bias", "latent.output.bias"];
+        let of = projections.into_iter().zip(&buffers.latent);
+        found.extend(of.map(|(name, buffer)| (name, read(&self.stream, name, buffer))));
         found.retain(|(_, values)| !values.is_empty());
         if self.gated() {
             found.push(("shared.gate", read(&self.stream, "shared.gate", &buffers.shared_gate)));

@@ -7,7 +7,7 @@ use moe_kernels::layer::{
     BackwardDesc, BackwardStage, LayerDesc, LayerGradients, Mlp, Origin, RouterGradients, SharedDesc, SharedGradients,
     WeightGradients,
 };
-use moe_kernels::rules::{Capacity, Dropout, LossGradient, LossScore, NoiseSource, Weighting};
+use moe_kernels::rules::{Capacity, Dropout, Glu, LossGradient, LossScore, NoiseSource, Weighting};
 use moe_kernels::{Dtype, Element, Kernels};
 
 use crate::case::{Case, Problem, check};
@@ -290,7 +290,12 @@ fn saved_counts() {
 /// What is asked of one of both experts alone has launches of its own, with the same bits.
 #[test]
 fn parts_of_a_joined_shared_expert() {
-    let shared = SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true);
+    for size in [24, 40] {
+        parts_of(SharedDesc::new(size, Mlp::swiglu(Dtype::F32)).gated(true));
+    }
+}
+
+fn parts_of(shared: SharedDesc) {
     let case = Case { biases: true, ..Case::new(layer(Dtype::F32).shared(Some(shared)), TOKENS) };
     let mut problem = Problem::<f32, f32>::new(case);
     problem.forward();
@@ -317,12 +322,15 @@ fn parts_of_a_joined_shared_expert() {
     }
 }
 
-/// A shared expert of the others' form adds no launch, nor does its gate.
+/// A shared expert of the others' form adds no launch, of whatever width, nor does its gate.
 #[test]
 fn few_launches() {
     let shared = SharedDesc::new(24, Mlp::swiglu(Dtype::Bf16));
     let with = |shared| layer(Dtype::Bf16).shared(Some(shared));
     let wide = SharedDesc::new(32, Mlp::swiglu(Dtype::Bf16));
+    let plain = Mlp::swiglu(Dtype::Bf16);
+    let apart = plain.gate_up(plain.gate_up.glu(Glu::Apart));
+    let of_two = |shared| layer(Dtype::Bf16).mlp(apart).shared(shared);
     for (desc, back, want) in [
         (layer(Dtype::Bf16), BackwardDesc::new(), 8),
         (layer(Dtype::Bf16).weighting(Weighting::Input), BackwardDesc::new(), 8),
@@ -331,9 +339,13 @@ fn few_launches() {
         (with(shared.gated(true)), BackwardDesc::new(), 8),
         (with(shared.gated(true)), BackwardDesc::new().recompute(true), 9),
         (with(shared.gated(true)), BackwardDesc::new().origin(Origin::Choices), 7),
-        // Another width: four of its own.
-        (with(wide), BackwardDesc::new(), 12),
-        (with(wide.gated(true)), BackwardDesc::new(), 12),
+        // Of another width; gate and up in a tensor each.
+        (with(wide), BackwardDesc::new(), 8),
+        (with(wide.gated(true)), BackwardDesc::new(), 8),
+        (with(wide).weighting(Weighting::Input), BackwardDesc::new(), 8),
+        (of_two(None), BackwardDesc::new(), 9),
+        (of_two(Some(SharedDesc::new(24, apart))), BackwardDesc::new(), 9),
+        (of_two(Some(SharedDesc::new(32, apart).gated(true))), BackwardDesc::new(), 9),
     ] {
         for biases in [false, true] {
             let case = Case { biases, router_bias: biases, ..Case::new(desc, 600) };

@@ -2,10 +2,10 @@
 //! padding, choices and logits from elsewhere, other rows for the router.
 
 use moe_kernels::Dtype;
-use moe_kernels::layer::{BackwardDesc, LayerDesc, MapDesc, Mlp, Norms, Origin, SharedDesc};
+use moe_kernels::layer::{BackwardDesc, LatentDesc, LayerDesc, MapDesc, Mlp, Norms, Origin, SharedDesc};
 use moe_kernels::rules::{
-    AdmissionRule, Dropout, Gating, LogitRule, NoiseSource, NullExperts, Order, Renormalise, RmsNorm, Score,
-    SecondExpert, Weighting,
+    AdmissionRule, Dropout, Gating, Layout, LogitRule, NoiseSource, NullExperts, Order, Renormalise, RmsNorm, Score,
+    SecondExpert, WeightDesc, Weighting,
 };
 
 use crate::case::{Case, Problem};
@@ -34,6 +34,13 @@ fn values<'a>(problem: &'a mut Problem<f32, f32>, name: &str) -> &'a mut Vec<f32
         "global_scale" => &mut problem.scales[1],
         "router.norm" => &mut problem.norms[0],
         "norms.experts" => &mut problem.norms[1],
+        "norms.slots" => &mut problem.norms[2],
+        "norms.output" => &mut problem.norms[3],
+        "latent.norm" => &mut problem.norms[4],
+        "latent.input" => &mut problem.latent[0],
+        "latent.input.bias" => &mut problem.latent_bias[0],
+        "latent.output.bias" => &mut problem.latent_bias[1],
+        "latent.output" => &mut problem.latent[1],
         other => unreachable!("no values of {other}"),
     }
 }
@@ -63,7 +70,7 @@ fn check(case: Case) {
     let found = gradients(&problem);
     let mut rng = fastrand::Rng::with_seed(5);
     let inner = |name: &str| match name {
-        name if name.ends_with("bias") => true,
+        name if name.ends_with("bias") => !name.starts_with("latent"),
         "logits" => case.back.origin != Origin::Logits,
         "weights" => case.back.origin != Origin::Choices,
         _ => false,
@@ -128,6 +135,56 @@ fn norms() {
     check(Case::new(layer().norms(both), TOKENS).back(BackwardDesc::new().recompute(true)));
     check(Case { router_x: true, ..Case::new(layer().norms(both), TOKENS) });
     check(Case { seed: 3, ..Case::new(layer().norms(both), TOKENS).back(BackwardDesc::new().origin(Origin::Choices)) });
+}
+
+/// Of each expert's output, which is weighted behind it or before, and of the sum, beside a shared expert and a residual's place.
+#[test]
+fn norms_behind_the_experts() {
+    let norm = RmsNorm::new(1e-5);
+    let [slots, output] = [Norms::new().slots(Some(norm)), Norms::new().output(Some(norm.factor(0.5)))];
+    let all = slots.output(Some(norm)).experts(Some(norm)).router(Some(norm));
+    for norms in [slots, output] {
+        for weighting in [Weighting::Output, Weighting::Input, Weighting::Activation] {
+            check(Case { biases: true, ..Case::new(layer().norms(norms).weighting(weighting), TOKENS) });
+        }
+    }
+    check(Case::new(layer().norms(all), TOKENS));
+    check(Case::new(layer().norms(all), TOKENS).back(BackwardDesc::new().recompute(true)));
+    for size in [24, 32] {
+        let shared = Some(SharedDesc::new(size, Mlp::swiglu(Dtype::F32)));
+        check(Case::new(layer().norms(slots.output(Some(norm))).shared(shared), TOKENS));
+    }
+    check(Case {
+        seed: 3,
+        ..Case::new(layer().norms(slots), TOKENS).back(BackwardDesc::new().origin(Origin::Choices))
+    });
+    check(Case { padding: 11, ..Case::new(layer().norms(all.router(None)), TOKENS) });
+    let dropout = Some(Dropout::new(0.4, NoiseSource::new(7, 9)));
+    check(Case { dropout, ..Case::new(layer().norms(slots), TOKENS) });
+    check(Case::new(layer().norms(output).null(Some(NullExperts::identity(2))), TOKENS));
+}
+
+/// Experts of a latent width, with each norm that may stand there, biases and either order of the projections.
+#[test]
+fn latent_widths() {
+    let norm = RmsNorm::new(1e-5);
+    let latent = |layout| {
+        let weight = WeightDesc::new(Dtype::F32).layout(layout);
+        LatentDesc::new(Dtype::F32, 16).input(weight).output(weight)
+    };
+    let all = Norms::new().slots(Some(norm)).output(Some(norm)).experts(Some(norm));
+    for layout in Layout::ALL {
+        let plain = layer().latent(Some(latent(layout)));
+        check(Case { biases: true, ..Case::new(plain, TOKENS) });
+        check(Case::new(layer().latent(Some(latent(layout).norm(Some(norm)))).norms(all), TOKENS));
+        let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)).gated(true));
+        check(Case::new(plain.shared(shared), TOKENS));
+    }
+    let normed = layer().latent(Some(latent(Layout::Nk).norm(Some(norm))));
+    check(Case::new(normed.weighting(Weighting::Input), TOKENS).back(BackwardDesc::new().recompute(true)));
+    check(Case { seed: 3, ..Case::new(normed, TOKENS).back(BackwardDesc::new().origin(Origin::Choices)) });
+    check(Case::new(normed.null(Some(NullExperts::identity(2))), TOKENS));
+    check(Case { router_x: true, ..Case::new(normed, TOKENS) });
 }
 
 /// Factors that a router learns, and logits that are scaled and capped.

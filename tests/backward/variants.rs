@@ -217,6 +217,33 @@ fn joined_shared_experts() {
     check::<f32, f32, f32>(Case { biases: true, ..Case::new(odd, TOKENS) });
 }
 
+/// Of another width than the others': its rows go along all the same.
+#[test]
+fn shared_experts_of_another_width() {
+    for (glu, size) in [(Glu::Split, 56), (Glu::Apart, 8), (Glu::None, 40), (Glu::Interleaved, 200)] {
+        let mlp = mlp(Dtype::Bf16, glu, [Layout::Nk; 2], Activation::Silu);
+        let desc = layer(Dtype::Bf16).mlp(mlp).shared(Some(SharedDesc::new(size, mlp).gated(true).scale(0.5)));
+        check::<bf16, bf16, f32>(Case { biases: true, ..Case::new(desc, TOKENS) });
+    }
+    for weighting in [Weighting::Input, Weighting::Activation] {
+        let shared = SharedDesc::new(72, Mlp::swiglu(Dtype::F32));
+        let desc = layer(Dtype::F32).weighting(weighting).shared(Some(shared));
+        check::<f32, f32, f32>(Case { biases: true, ..Case::new(desc, TOKENS) });
+    }
+    let odd = |size| SharedDesc::new(size, mlp(Dtype::F32, Glu::Apart, [Layout::Kn, Layout::Nk], Activation::Silu));
+    for size in [19, 30] {
+        let shared = odd(size);
+        let desc = LayerDesc::new(Dtype::F32, 37, 21, 5, 3).mlp(shared.mlp).shared(Some(shared));
+        check::<f32, f32, f32>(
+            Case { biases: true, ..Case::new(desc, TOKENS) }.back(BackwardDesc::new().accumulate(true)),
+        );
+    }
+    // Several column tiles of either.
+    let shared = SharedDesc::new(300, Mlp::swiglu(Dtype::Bf16)).gated(true);
+    let desc = LayerDesc::new(Dtype::Bf16, 136, 150, 3, 2).shared(Some(shared));
+    check::<bf16, bf16, bf16>(Case::new(desc, 150));
+}
+
 #[test]
 fn added_to_what_there_is() {
     let shared = Some(SharedDesc::new(24, Mlp::swiglu(Dtype::F32)));

@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaView;
 use half::{bf16, f16};
-use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Rows, SharedRows};
+use moe_kernels::experts::gemm::{self, GemmArgs, GemmDesc, KernelSet, Output, Rows, SharedDepth, SharedRows};
 use moe_kernels::experts::gemm_combine::{self, GemmCombineDesc, SumArgs};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::experts::{SlotShape, Weight};
@@ -16,7 +16,7 @@ use moe_kernels::{Dtype, In, Out, Workspace, reference};
 use crate::dispatch::rule;
 use crate::noise_state::State;
 use crate::rows::Rows as Lists;
-use crate::strides;
+use crate::strides::{self, spread};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, rounding, to_f64, unit_roundoff};
 use crate::support::device;
@@ -355,13 +355,16 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     // What is kept and the shared expert's rows are in the launch, or neither is.
     let mut launch = |out: &mut Guarded<T>,
                       dropout: Option<(Dropout, &State)>,
-                      more: Option<(&mut Guarded<T>, &mut Option<Shared<T>>)>| {
+                      more: Option<(&mut Guarded<T>, &mut Option<Shared<T>>)>,
+                      output: Output| {
         let (a, mut view, weight) = (a.view(), out.view_mut(), weight.views());
         let [scale, out_scale] = [&scale, &out_scale].map(|scale| scale.as_ref().map(Guarded::view));
         let (mut desc, mut more) = (*desc, more.map(|(kept, shared)| (kept.view_mut(), shared.as_mut())));
         let mut shared = more.as_mut().and_then(|(_, shared)| shared.take()).map(|shared| {
             desc.shared_rows = shared.rows;
             desc.shared_activation = shared.activation;
+            desc.shared_depth = shared.depth;
+            desc.output = output;
             (shared.a.view(), shared.weight.views(), shared.out.view_mut(), shared.kept.view_mut())
         });
         assert_eq!(variant.selected(&desc), variant.kernel);
@@ -398,7 +401,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
             assert_eq!(y, if slot < 0 { &zeros } else { &rows[slot as usize * n..][..n] }, "{name}: sum of one row");
         }
     };
-    launch(&mut out, None, None);
+    launch(&mut out, None, None, Output::Rounded);
     let first = out.read(&stream);
     assert_sums(&name, &to_f64(&first[..live * n]), &want, &bounds, variant.dtype);
     let same = bytemuck::cast_slice::<T, u8>(&first[live * n..]) == bytemuck::cast_slice::<T, u8>(&junk[live * n..]);
@@ -406,9 +409,9 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     a.assert_unchanged(&stream);
     weight.assert_unchanged();
     by_expert.iter().flatten().for_each(|values| values.assert_unchanged(&stream));
-    time(&stream, &name, || launch(&mut out, None, None));
+    time(&stream, &name, || launch(&mut out, None, None, Output::Rounded));
     out.reset(&stream);
-    launch(&mut out, None, Some((&mut kept, &mut shared)));
+    launch(&mut out, None, Some((&mut kept, &mut shared)), Output::Rounded);
     let again = out.read(&stream);
     let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
     assert!(same, "{name}: another run, with more in the launch, gave other bits");
@@ -417,6 +420,11 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let untouched = bytemuck::cast_slice::<T, u8>(&values[live * columns..]).iter().all(|&byte| byte == 0xff);
     assert!(untouched, "{name}: before the activation: a row that no tile covers was written");
     shared.iter().for_each(|shared| shared.check(&name));
+    if shared.is_some() {
+        // Onto what is there: the shared expert's rows too.
+        launch(&mut out, None, Some((&mut kept, &mut shared)), Output::Added);
+        shared.iter_mut().for_each(|shared| shared.check_added(&name));
+    }
 
     // The mask is the host's, exactly; what is kept is scaled before the one rounding.
     let noise = NoiseSource::new(rng.u64(..), rng.u64(..));
@@ -431,7 +439,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     kept.reset(&stream);
     shared.iter_mut().for_each(Shared::reset);
     let more = rng.bool();
-    launch(&mut out, Some((dropout, &state)), more.then_some((&mut kept, &mut shared)));
+    launch(&mut out, Some((dropout, &state)), more.then_some((&mut kept, &mut shared)), Output::Rounded);
     if more {
         // Nothing is dropped of them.
         assert_products(
@@ -686,6 +694,9 @@ impl<T: Storage> Views<'_, T> {
 /// Rows of a shared expert, neither scaled nor dropped, of a weight like the others', with their activation or another.
 struct Shared<T> {
     rows: usize,
+    depth: Option<SharedDepth>,
+    /// What `check` has found there.
+    found: std::cell::RefCell<Vec<f64>>,
     activation: Option<Activation>,
     a: Guarded<T>,
     weight: OnDevice<T>,
@@ -700,7 +711,16 @@ impl<T: Storage> Shared<T> {
     fn new(variant: Variant, rng: &mut fastrand::Rng, case: &Case) -> Shared<T> {
         let stream = device::stream();
         let rows = [1, variant.tile_m + 1][rng.usize(..2)];
-        let (a, values) = (normals(rng, rows * case.k, 1.0), Values::draw(rng, case, 1));
+        // Where the kernel can, of another depth, rows apart.
+        let depth = (matches!(variant.kernel, Kernel::Gemm(_) | Kernel::GemmAny(_)) && rng.bool()).then(|| {
+            let unit = if matches!(variant.kernel, Kernel::GemmAny(_)) { 1 } else { 8 };
+            let k = unit * (1 + rng.usize(..200 / unit));
+            SharedDepth::new(k).a_row(k + unit * rng.usize(..3))
+        });
+        let case = &Case { k: depth.map_or(case.k, |depth| depth.k), ..*case };
+        let (a, values): (Vec<T>, _) = (normals(rng, rows * case.k, 1.0), Values::draw(rng, case, 1));
+        let a_row = depth.map_or(case.k, |depth| depth.a_row);
+        let apart = spread(&a, [1, rows, case.k], [0, a_row, 1], T::from_f64(f64::NAN));
         let plan = dispatch(&vec![0; rows], &rule(1, 1, 16)).unwrap();
         let matrix = values.matrix(variant, case);
         let others = activations(variant.fold);
@@ -712,8 +732,10 @@ impl<T: Storage> Shared<T> {
         let products = products(&a, &matrix, &plan, false, None, &[activation], arithmetic(variant.dtype));
         Shared {
             rows,
+            depth,
+            found: vec![].into(),
             activation: own,
-            a: Guarded::input(&stream, "shared.a", &a),
+            a: Guarded::input(&stream, "shared.a", &apart),
             weight: values.on_device(variant, case),
             out: Guarded::output(&stream, "shared.out", want.len()),
             kept: Guarded::output(&stream, "shared.pre_activation", products.before.len()),
@@ -726,10 +748,21 @@ impl<T: Storage> Shared<T> {
         [&mut self.out, &mut self.kept].into_iter().for_each(|buffer| buffer.reset(&device::stream()));
     }
 
+    /// After a launch onto what [`Shared::check`] has found.
+    fn check_added(&self, name: &str) {
+        let got = to_f64(&self.out.read(&device::stream()));
+        let before = self.found.borrow();
+        let want: Vec<f64> = before.iter().zip(&self.want).map(|(before, want)| before + want).collect();
+        let bounds: Vec<f64> =
+            want.iter().zip(&self.products.after).map(|(sum, bound)| bound + UNIT * (sum.abs() + bound)).collect();
+        assert_sums(&format!("{name}: shared expert, twice"), &got, &want, &bounds, T::DTYPE);
+    }
+
     fn check(&self, name: &str) {
         let stream = device::stream();
         let (name, out) = (format!("{name}: shared expert"), to_f64(&self.out.read(&stream)));
         assert_sums(&name, &out, &self.want, &self.products.after, T::DTYPE);
+        *self.found.borrow_mut() = out;
         assert_products(
             &format!("{name}, before the activation"),
             &self.kept.read(&stream),

@@ -389,7 +389,10 @@ fn bounds<T: Storage>(what: &HiddenBackward<T>, plan: &Plan, want: &HiddenGradie
                 all.d_pre_activation[out(up_at)] = carried(gradient)
                     + ACTIVATION_GRADIENT * gradient.abs().max(s * m * d.abs() * function.abs().max(0.1));
             }
-            all.hidden[at] = ACTIVATION_GRADIENT * (s * m * value.abs()).max(0.1 * s * m * up);
+            // A SwiGLU's up value is a sum with an offset, which may be smaller than its terms.
+            let offset = if let Activation::Swiglu(unit) = activation { f64::from(unit.offset).abs() } else { 0.0 };
+            let terms = value.abs() + 2.0 * offset * function.abs();
+            all.hidden[at] = ACTIVATION_GRADIENT * (s * m * terms).max(0.1 * s * m * up);
             size += (d * m * value).abs();
             moved += (m * value).abs() * error;
         }
@@ -450,12 +453,21 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         dropout: false,
         ..*case
     };
+    // Of another width than the others' now and then: fewer and more column tiles, another depth.
+    let unit = if variant.shift > 0 { 1 } else { 8 };
+    let [n, k] = [case.n, case.k].map(|size| match rng.usize(..3) {
+        0 => size,
+        1 => unit * (1 + rng.usize(..size.div_ceil(unit))),
+        _ => size + unit * (1 + rng.usize(..150 / unit)),
+    });
+    let shared_case = Case { n, k, ..shared_case };
     let own = rng.bool();
     let shared_case = if own { shared_case } else { Case { activation: case.activation, ..shared_case } };
     if shared_rows > 0 {
         desc = desc
             .shared_rows(shared_rows)
             .shared_scale(0.5)
+            .shared_sizes(([n, k] != [case.n, case.k]).then_some([n, k]))
             .shared_gate(shared_case.gate)
             .shared_activation(own.then_some(shared_case.activation));
     }

@@ -4,7 +4,8 @@ use cudarc::driver::{CudaView, CudaViewMut};
 use half::{bf16, f16};
 use moe_kernels::experts::gemm::{KernelSet, ProductOut};
 use moe_kernels::experts::k_grouped::{
-    self, ColumnSums, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides, SharedGroup,
+    self, ColumnSums, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides, Second, SecondOut, SharedGroup,
+    SharedSizes,
 };
 use moe_kernels::experts::{SlotShape, TileEntry};
 use moe_kernels::reference::k_grouped::{RowMatrix, column_sums, k_grouped as reference};
@@ -71,6 +72,39 @@ struct Case {
     keep_empty: bool,
     /// Strides: packed, or one of three sets.
     places: usize,
+    /// A second matrix for each group.
+    second: Option<Second>,
+}
+
+impl Case {
+    /// Columns that lie in a row, of those of `m` and `n` that a matrix is made of.
+    fn columns(&self, [m, n]: [usize; 2]) -> [usize; 2] {
+        match self.second {
+            None => [m, n],
+            Some(Second::OfA) => [2 * m, n],
+            Some(_) => [m, 2 * n],
+        }
+    }
+}
+
+/// Rows as they lie.
+fn ungathered<'a, T>(a: &'a [T], b: &'a [T], [m, n]: [usize; 2]) -> [RowMatrix<'a, T>; 2] {
+    [RowMatrix { values: a, columns: m, slot_token: None }, RowMatrix { values: b, columns: n, slot_token: None }]
+}
+
+/// Columns `first ..` of each row.
+fn columns_of<T: Copy>(values: &[T], all: usize, first: usize, columns: usize) -> Vec<T> {
+    values.chunks(all).flat_map(|row| row[first..first + columns].to_vec()).collect()
+}
+
+/// The operands of a group's first matrix, and of its second.
+fn halves<T: Copy>(values: [&[T]; 2], [m, n]: [usize; 2], second: Option<Second>) -> Vec<[Vec<T>; 2]> {
+    let [a, b] = values;
+    match second {
+        None => vec![[a.to_vec(), b.to_vec()]],
+        Some(Second::OfA) => [0, m].map(|first| [columns_of(a, 2 * m, first, m), b.to_vec()]).to_vec(),
+        Some(_) => [0, n].map(|first| [a.to_vec(), columns_of(b, 2 * n, first, n)]).to_vec(),
+    }
 }
 
 fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
@@ -119,7 +153,10 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             let gathered = variant.gathers[(index + more) % variant.gathers.len()];
             let (f32_out, accumulate, keep_empty) =
                 ((index + more) % 2 == 0, (index / 2 + more) % 2 == 0, index % 3 == 0);
-            let case = Case { m, n, gathered, f32_out, accumulate, keep_empty, places: (index + 2 * more) % 4 };
+            let second = [None, Some(Second::OfA), Some(Second::OfB)][(index + more + rng.usize(..2)) % 3];
+            let second = second.filter(|_| variant.kernels == KernelSet::Sm80);
+            let places = (index + 2 * more) % 4;
+            let case = Case { m, n, gathered, f32_out, accumulate, keep_empty, places, second };
             run::<T>(variant, rng, &loads[(index + 3 * more) % loads.len()], &case);
         }
     }
@@ -130,7 +167,7 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             let loads: Vec<usize> =
                 (0..90).map(|_| [0, rng.usize(..64), rng.usize(..200), 320][rng.usize(..4)]).collect();
             let (gathered, f32_out) = (variant.gathers[0], places == 0);
-            let case = Case { m, n, gathered, f32_out, accumulate: false, keep_empty: false, places };
+            let case = Case { m, n, gathered, f32_out, accumulate: false, keep_empty: false, places, second: None };
             run::<T>(variant, rng, &loads, &case);
         }
     }
@@ -144,12 +181,16 @@ fn of_sides(variant: Variant, [g, p]: [usize; 2]) -> [usize; 2] {
 fn strides(variant: Variant, case: &Case, [a_rows, b_rows]: [usize; 2]) -> Option<KGroupedStrides> {
     let Case { m, n, .. } = *case;
     let packed = KGroupedStrides::packed(m, n);
+    // Rows have all columns.
+    let [m, n] = case.columns([m, n]);
     match (case.places, variant.any) {
-        (0, _) => None,
-        (which, false) => Some(packed.a([m + 8 * which, 1]).b([n + 16, 1]).out([m * (n + 8) + 16, n + 8, 1])),
-        (1, true) => Some(packed.a([1, a_rows + 3]).b([n + 1, 1]).out([m * n + 1, 1, m])),
-        (2, true) => Some(packed.a([m + 3, 1]).b([1, b_rows]).out([m * (n + 1), n + 1, 1])),
-        (_, true) => Some(packed.a([2 * m + 1, 2]).b([3 * n, 3]).out([2 * m * n + 5, 2 * n, 2])),
+        (0, _) => case.second.map(|_| packed.a([m, 1]).b([n, 1])),
+        (which, false) => {
+            Some(packed.a([m + 8 * which, 1]).b([n + 16, 1]).out([case.m * (case.n + 8) + 16, case.n + 8, 1]))
+        }
+        (1, true) => Some(packed.a([1, a_rows + 3]).b([n + 1, 1]).out([case.m * case.n + 1, 1, case.m])),
+        (2, true) => Some(packed.a([m + 3, 1]).b([1, b_rows]).out([case.m * (case.n + 1), case.n + 1, 1])),
+        (_, true) => Some(packed.a([2 * m + 1, 2]).b([3 * n, 3]).out([2 * case.m * case.n + 5, 2 * case.n, 2])),
     }
 }
 
@@ -186,7 +227,10 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         }
         values
     };
-    let (a, b) = (matrix(m, by_token[0]), matrix(n, by_token[1]));
+    let all_columns = case.columns([m, n]);
+    let [whole_a, whole_b] = [0, 1].map(|side| matrix(all_columns[side], by_token[side]));
+    let mut halves = halves([&whole_a[..], &whole_b[..]], [m, n], case.second).into_iter();
+    let [a, b] = halves.next().unwrap();
     let tokens_of = |by_token: bool| by_token.then_some(&slot_token[..]);
     let of = |f: fn(f64) -> f64| {
         let [a, b] = [&a, &b].map(|values| to_f64(values).into_iter().map(f).collect::<Vec<f64>>());
@@ -229,13 +273,32 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         let matrix = RowMatrix { values: &values[..], columns, slot_token: tokens_of(by_token[usize::from(of_b)]) };
         Columns::draw(rng, case, of_b, matrix, &spans, slots, &is_frozen)
     });
+    let mut second = halves.next().map(|[a, b]| {
+        let a = RowMatrix { values: &a[..], columns: m, slot_token: tokens_of(by_token[0]) };
+        let b = RowMatrix { values: &b[..], columns: n, slot_token: tokens_of(by_token[1]) };
+        Target::draw(rng, variant, case, [a, b], (&spans, &is_frozen), columns.as_ref())
+    });
     // A shared expert's rows as one group more: none, one, a stage with a remainder, several.
     let shared_rows = [0, 1, 77, 150][rng.usize(..4)];
-    let mut shared = (shared_rows > 0).then(|| Shared::<T>::draw(rng, variant, case, shared_rows));
+    // Of the same width, or another; where columns of the matrix are as far apart as it has rows, no more of these.
+    let unit = if variant.any { 1 } else { 8 };
+    let column_major = variant.any && case.places == 1;
+    let shared_sizes = [m, n].map(|size| match rng.usize(..3) {
+        0 => size,
+        1 => unit * (1 + rng.usize(..size.div_ceil(unit))).min(size / unit),
+        _ if column_major => size,
+        _ => size + unit * (1 + rng.usize(..150 / unit)),
+    });
+    let shared_sizes = if variant.kernels == KernelSet::Sm90a { [m, n] } else { shared_sizes };
+    let mut shared = (shared_rows > 0).then(|| Shared::<T>::draw(rng, variant, case, shared_rows, shared_sizes));
     let frozen_in = frozen.as_ref().map(|frozen| Guarded::input(&stream, "frozen", frozen));
     let shape = SlotShape::new(tokens, experts, Some(1), slots, 16, slots);
     let [a_rows, b_rows] = by_token.map(|by_token| if by_token { tokens } else { slots });
     let strides = strides(variant, case, [a_rows, b_rows].map(|rows| rows.max(shared_rows)));
+    let at = strides.unwrap_or(KGroupedStrides::packed(m, n));
+    if let Some(shared) = &mut shared {
+        shared.lay(rng, at, [m, n], unit);
+    }
     let desc = KGroupedDesc::new(variant.dtype, shape, m, n)
         .gathered(case.gathered)
         .strides(strides)
@@ -243,19 +306,25 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         .accumulate(case.accumulate)
         .keep_empty(case.keep_empty)
         .shared_rows(shared_rows)
-        .shared_f32_out(shared.as_ref().is_some_and(|shared| shared.f32_out))
+        .shared_f32_out(shared.as_ref().is_some_and(|shared| shared.first.f32_out))
+        .shared_sizes(shared.as_ref().and_then(|shared| shared.asked))
+        .second(case.second)
+        .second_f32_out(second.as_ref().is_some_and(|second| second.f32_out))
+        .shared_second_f32_out(
+            shared.as_ref().and_then(|shared| shared.second.as_ref()).is_some_and(|second| second.f32_out),
+        )
         .unaligned(variant.any)
         .kernels(variant.kernels);
     let selected = k_grouped::select(&desc, kernels.device()).unwrap().kernel.variant();
     assert_eq!(selected, variant.kernel, "{name}");
-    let at = strides.unwrap_or(KGroupedStrides::packed(m, n));
     // Chunks are read by elements, or by 16 or 4 bytes at once.
     let shift = if variant.any { [1, 0, 2][(m + n) % 3] } else { 0 };
-    let [a, b] =
-        [("a", &a, a_rows, m, at.a), ("b", &b, b_rows, n, at.b)].map(|(name, values, rows, columns, [row, column])| {
-            let spread = spread(values, [1, rows, columns], [0, row, column], nan);
+    let [a, b] = [("a", &whole_a, a_rows, 0, at.a), ("b", &whole_b, b_rows, 1, at.b)].map(
+        |(name, values, rows, side, [row, column])| {
+            let spread = spread(values, [1, rows, all_columns[side]], [0, row, column], nan);
             Guarded::shifted_input(&stream, name, &spread, shift)
-        });
+        },
+    );
     let outs = places([experts, m, n], at.out);
     let all = outs.iter().max().unwrap() + 1;
     let mut before = (vec![Guarded::<T>::junk(); all], vec![Guarded::<f32>::junk(); all]);
@@ -281,12 +350,16 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
     };
     let dispatched = lists.dispatched(&stream, &shape);
     if let Some(shared) = &mut shared {
-        shared.lay(at, shift, nan);
+        shared.put(shift, nan);
+    }
+    if let Some(second) = &mut second {
+        second.put("second.out", [experts, m, n], at.out, shift);
     }
     let launch = |rounded: &mut Guarded<T>,
                   wide: &mut Guarded<f32>,
                   columns: &mut Option<Columns<T>>,
-                  shared: &mut Option<Shared<T>>| {
+                  shared: &mut Option<Shared<T>>,
+                  second: &mut Option<Target<T>>| {
         let (a, b, mut rounded, mut wide) = (a.view(), b.view(), rounded.view_mut(), wide.view_mut());
         let out =
             if case.f32_out { ProductOut::F32((&mut wide).into()) } else { ProductOut::Rounded((&mut rounded).into()) };
@@ -296,12 +369,16 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         let mut sums = columns.as_mut().map(Columns::views);
         args.sums = sums.as_mut().map(asked);
         let mut views = shared.as_mut().map(Shared::views);
-        args.shared = views.as_mut().map(|(a, b, rounded, wide, f32_out, columns)| {
+        args.shared = views.as_mut().map(|([a, b], first, second)| {
+            let TargetViews { rounded, wide, f32_out, columns } = first;
             let out = if *f32_out { ProductOut::F32(wide.into()) } else { ProductOut::Rounded(rounded.into()) };
             let mut group = SharedGroup::new(&*a, &*b, out);
             group.sums = columns.as_mut().map(asked);
+            group.second = second.as_mut().map(TargetViews::second);
             group
         });
+        let mut second = second.as_mut().map(Target::views);
+        args.second = second.as_mut().map(TargetViews::second);
         k_grouped::forward(kernels, &stream, &desc, args).unwrap();
     };
     let mut first = None;
@@ -310,7 +387,9 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         wide.reset(&stream);
         columns.iter_mut().for_each(Columns::reset);
         shared.iter_mut().for_each(Shared::reset);
-        launch(&mut rounded, &mut wide, &mut columns, &mut shared);
+        second.iter_mut().for_each(Target::reset);
+        launch(&mut rounded, &mut wide, &mut columns, &mut shared, &mut second);
+        second.iter().for_each(|second| second.check(&format!("{name} second")));
         shared.iter().for_each(|shared| shared.check(&format!("{name} shared {shared_rows}")));
         columns.iter().for_each(|columns| columns.check(&name));
         let got = (rounded.read(&stream), wide.read(&stream));
@@ -332,12 +411,13 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         }
         assert!(now == expected, "{name}: written where no output is");
         let now = (now, columns.as_ref().map(Columns::bytes), shared.as_ref().map(Shared::bytes));
+        let now = (now, second.as_ref().map(Target::bytes));
         assert!(first.is_none_or(|first| first == now), "{name}: another run gave other bits");
         first = Some(now);
     }
     a.assert_unchanged(&stream);
     b.assert_unchanged(&stream);
-    time(&stream, &name, || launch(&mut rounded, &mut wide, &mut columns, &mut shared));
+    time(&stream, &name, || launch(&mut rounded, &mut wide, &mut columns, &mut shared, &mut second));
 }
 
 /// Where sums of columns go, rounded or f32, the rows' factors, which of the two and whose columns, and a factor of all.
@@ -350,98 +430,120 @@ fn asked<'a, T>((rounded, wide, weights, [f32_out, of_b], scale): &'a mut Column
     sums
 }
 
-/// A shared expert's rows: one group more, with everything of its own.
-struct Shared<T: Storage> {
-    rows: usize,
-    sizes: [usize; 2],
-    values: [Vec<T>; 2],
+/// Rows of each group, and whose matrix is left alone.
+type Groups<'a> = (&'a [(usize, usize)], &'a dyn Fn(usize) -> bool);
+
+/// Where matrices go beside the first ones, and what they should be.
+struct Target<T: Storage> {
     f32_out: bool,
     old: (Vec<T>, Vec<f32>),
     want: Vec<f64>,
     bounds: Vec<f64>,
     columns: Option<Columns<T>>,
     outs: Vec<usize>,
-    laid: Option<Laid<T>>,
+    laid: Option<(Guarded<T>, Guarded<f32>)>,
 }
 
-/// Both operands, and both forms of the result.
-struct Laid<T> {
-    a: Guarded<T>,
-    b: Guarded<T>,
-    rounded: Guarded<T>,
-    wide: Guarded<f32>,
+/// A target's buffers for a launch.
+struct TargetViews<'a, T> {
+    rounded: CudaViewMut<'a, T>,
+    wide: CudaViewMut<'a, f32>,
+    f32_out: bool,
+    columns: Option<ColumnViews<'a, T>>,
 }
 
-impl<T: Storage> Shared<T> {
-    fn draw(rng: &mut fastrand::Rng, variant: Variant, case: &Case, rows: usize) -> Shared<T> {
-        let Case { m, n, .. } = *case;
-        let values: [Vec<T>; 2] = [m, n].map(|columns| normals(rng, rows * columns, 1.0));
-        let spans = [(0, rows)];
+impl<T> TargetViews<'_, T> {
+    fn second(&mut self) -> SecondOut<'_, T> {
+        let TargetViews { rounded, wide, f32_out, columns } = self;
+        let out = if *f32_out { ProductOut::F32(wide.into()) } else { ProductOut::Rounded(rounded.into()) };
+        let second = SecondOut::new(out);
+        match columns.as_mut() {
+            Some((_, wide, _, [true, _], _)) => second.sums(ProductOut::F32(wide.into())),
+            Some((rounded, ..)) => second.sums(ProductOut::Rounded(rounded.into())),
+            None => second,
+        }
+    }
+}
+
+impl<T: Storage> Target<T> {
+    /// Matrices of these operands. Second ones have sums with the factors of the `first` ones', of the side that has two.
+    fn draw(
+        rng: &mut fastrand::Rng,
+        variant: Variant,
+        case: &Case,
+        [a, b]: [RowMatrix<'_, T>; 2],
+        (spans, is_frozen): Groups<'_>,
+        first: Option<&Columns<T>>,
+    ) -> Target<T> {
+        let (m, n) = (a.columns, b.columns);
         let of = |f: fn(f64) -> f64| {
-            let [a, b] = values.each_ref().map(|values| to_f64(values).into_iter().map(f).collect::<Vec<f64>>());
-            let a = RowMatrix { values: &a[..], columns: m, slot_token: None };
-            let b = RowMatrix { values: &b[..], columns: n, slot_token: None };
-            reference(a, b, &spans).unwrap()
+            let [a64, b64] = [a, b].map(|side| to_f64(side.values).into_iter().map(f).collect::<Vec<f64>>());
+            let a = RowMatrix { values: &a64[..], columns: m, slot_token: a.slot_token };
+            let b = RowMatrix { values: &b64[..], columns: n, slot_token: b.slot_token };
+            reference(a, b, spans).unwrap()
         };
         let (sums, magnitudes, squares) = (of(|v| v), of(f64::abs), of(|v| v * v));
         let arithmetic = if variant.dtype == Dtype::F32 { Arithmetic::Tf32x3 } else { Arithmetic::Mma16 };
         let f32_out = rng.bool();
-        let old: (Vec<T>, Vec<f32>) = (normals(rng, m * n, 1.0), normals(rng, m * n, 1.0));
+        let old: (Vec<T>, Vec<f32>) = (normals(rng, sums.len(), 1.0), normals(rng, sums.len(), 1.0));
         let old64 = if f32_out { to_f64(&old.1) } else { to_f64(&old.0) };
-        let (mut want, mut bounds) = (sums.clone(), vec![]);
-        for i in 0..m * n {
-            let own = arithmetic.sum_bound(rows, sums[i], magnitudes[i], squares[i].sqrt());
-            if case.accumulate {
-                want[i] += old64[i];
+        let (mut want, mut bounds, mut keeps) = (sums.clone(), vec![], case.accumulate);
+        for i in 0..sums.len() {
+            let (begin, end) = spans[i / (m * n)];
+            let untouched = is_frozen(i / (m * n)) || begin == end && (case.keep_empty || case.accumulate);
+            keeps |= untouched;
+            let own = arithmetic.sum_bound(end - begin, sums[i], magnitudes[i], squares[i].sqrt());
+            match (untouched, case.accumulate) {
+                (true, _) => want[i] = old64[i],
+                (false, true) => want[i] += old64[i],
+                _ => {}
             }
-            bounds.push(own + if case.accumulate { UNIT * want[i].abs() } else { 0.0 });
+            let added = if case.accumulate { UNIT * want[i].abs() } else { 0.0 };
+            bounds.push(if untouched || begin == end { 0.0 } else { own + added });
         }
         let columns = (rng.u8(..4) > 0).then(|| {
-            let of_b = rng.bool();
-            let (values, columns) = if of_b { (&values[1], n) } else { (&values[0], m) };
-            let matrix = RowMatrix { values: &values[..], columns, slot_token: None };
-            Columns::draw(rng, case, of_b, matrix, &spans, rows, &|_| false)
+            let of_b = case.second == Some(Second::OfB);
+            let matrix = if of_b { b } else { a };
+            let mut columns = Columns::draw_by(
+                rng,
+                case,
+                of_b,
+                matrix,
+                spans,
+                is_frozen,
+                match first {
+                    Some(first) => (first.factors.clone(), first.scale),
+                    None => (None, 1.0),
+                },
+            );
+            columns.weights = None;
+            columns
         });
-        let old = if case.accumulate {
-            old
-        } else {
-            (vec![Guarded::<T>::junk(); m * n], vec![Guarded::<f32>::junk(); m * n])
-        };
-        Shared { rows, sizes: [m, n], values, f32_out, old, want, bounds, columns, outs: vec![], laid: None }
+        let junk = (vec![Guarded::<T>::junk(); sums.len()], vec![Guarded::<f32>::junk(); sums.len()]);
+        Target { f32_out, old: if keeps { old } else { junk }, want, bounds, columns, outs: vec![], laid: None }
     }
 
-    /// Puts everything where the others' strides say.
-    fn lay(&mut self, at: KGroupedStrides, shift: usize, nan: T) {
+    /// Puts the matrices where strides say.
+    fn put(&mut self, name: &'static str, sizes: [usize; 3], out: [usize; 3], shift: usize) {
         let stream = device::stream();
-        let [m, n] = self.sizes;
-        let [a, b] =
-            [("shared.a", 0, m, at.a), ("shared.b", 1, n, at.b)].map(|(name, side, columns, [row, column])| {
-                let spread = spread(&self.values[side], [1, self.rows, columns], [0, row, column], nan);
-                Guarded::shifted_input(&stream, name, &spread, shift)
-            });
-        self.outs = places([1, m, n], at.out);
+        self.outs = places(sizes, out);
         let all = self.outs.iter().max().unwrap() + 1;
         let mut before = (vec![Guarded::<T>::junk(); all], vec![Guarded::<f32>::junk(); all]);
         for (i, &at) in self.outs.iter().enumerate() {
             (before.0[at], before.1[at]) = (self.old.0[i], self.old.1[i]);
         }
-        let rounded = Guarded::filled_output(&stream, "shared.out", &before.0, shift);
-        let wide = Guarded::filled_output(&stream, "shared.out", &before.1, shift);
-        self.laid = Some(Laid { a, b, rounded, wide });
+        let rounded = Guarded::filled_output(&stream, name, &before.0, shift);
+        self.laid = Some((rounded, Guarded::filled_output(&stream, name, &before.1, shift)));
     }
 
-    #[allow(clippy::type_complexity)] // both operands, both forms of the result, which of them, sums
-    fn views(
-        &mut self,
-    ) -> (CudaView<'_, T>, CudaView<'_, T>, CudaViewMut<'_, T>, CudaViewMut<'_, f32>, bool, Option<ColumnViews<'_, T>>)
-    {
-        let Laid { a, b, rounded, wide } = self.laid.as_mut().unwrap();
+    fn views(&mut self) -> TargetViews<'_, T> {
+        let (rounded, wide) = self.laid.as_mut().unwrap();
         let columns = self.columns.as_mut().map(Columns::views);
-        (a.view(), b.view(), rounded.view_mut(), wide.view_mut(), self.f32_out, columns)
+        TargetViews { rounded: rounded.view_mut(), wide: wide.view_mut(), f32_out: self.f32_out, columns }
     }
 
     fn reset(&mut self) {
-        let Laid { rounded, wide, .. } = self.laid.as_mut().unwrap();
+        let (rounded, wide) = self.laid.as_mut().unwrap();
         rounded.reset(&device::stream());
         wide.reset(&device::stream());
         self.columns.iter_mut().for_each(Columns::reset);
@@ -449,7 +551,7 @@ impl<T: Storage> Shared<T> {
 
     fn bytes(&self) -> Vec<u8> {
         let stream = device::stream();
-        let Laid { rounded, wide, .. } = self.laid.as_ref().unwrap();
+        let (rounded, wide) = self.laid.as_ref().unwrap();
         let (rounded, wide) = (rounded.read(&stream), wide.read(&stream));
         let mut all = [bytemuck::cast_slice::<T, u8>(&rounded), bytemuck::cast_slice(&wide)].concat();
         all.extend(self.columns.iter().flat_map(Columns::bytes));
@@ -458,7 +560,7 @@ impl<T: Storage> Shared<T> {
 
     fn check(&self, name: &str) {
         let stream = device::stream();
-        let Laid { a, b, rounded, wide } = self.laid.as_ref().unwrap();
+        let (rounded, wide) = self.laid.as_ref().unwrap();
         let (got, dtype) = if self.f32_out {
             rounded.assert_unchanged(&stream);
             (to_f64(&wide.read(&stream)), Dtype::F32)
@@ -466,11 +568,110 @@ impl<T: Storage> Shared<T> {
             wide.assert_unchanged(&stream);
             (to_f64(&rounded.read(&stream)), T::DTYPE)
         };
+        // Junk is NaN, and stays between the outputs.
+        let mut between = vec![true; got.len()];
+        self.outs.iter().for_each(|&at| between[at] = false);
+        let untouched = got.iter().zip(&between).all(|(value, between)| !between || value.is_nan());
+        assert!(untouched, "{name}: written where no output is");
         let got: Vec<f64> = self.outs.iter().map(|&at| got[at]).collect();
         assert_sums(name, &got, &self.want, &self.bounds, dtype);
-        a.assert_unchanged(&stream);
-        b.assert_unchanged(&stream);
         self.columns.iter().for_each(|columns| columns.check(name));
+    }
+}
+
+/// A shared expert's rows: one group more, with everything of its own.
+struct Shared<T: Storage> {
+    rows: usize,
+    sizes: [usize; 2],
+    /// Both operands, of all columns that they have.
+    values: [Vec<T>; 2],
+    all_columns: [usize; 2],
+    /// Sizes, where they are not the others'.
+    asked: Option<SharedSizes>,
+    /// From row to row and from column to column of operands, and of the matrix.
+    at: [[usize; 2]; 3],
+    first: Target<T>,
+    second: Option<Target<T>>,
+    laid: Option<[Guarded<T>; 2]>,
+}
+
+/// Operands, and where both matrices go.
+type SharedViews<'a, T> = ([CudaView<'a, T>; 2], TargetViews<'a, T>, Option<TargetViews<'a, T>>);
+
+impl<T: Storage> Shared<T> {
+    fn draw(rng: &mut fastrand::Rng, variant: Variant, case: &Case, rows: usize, [m, n]: [usize; 2]) -> Shared<T> {
+        let all_columns = case.columns([m, n]);
+        let values: [Vec<T>; 2] = all_columns.map(|columns| normals(rng, rows * columns, 1.0));
+        let spans = [(0, rows)];
+        let mut halves = halves(values.each_ref().map(|values| &values[..]), [m, n], case.second).into_iter();
+        let [a, b] = halves.next().unwrap();
+        let nobody = |_| false;
+        let mut first = Target::draw(rng, variant, case, ungathered(&a, &b, [m, n]), (&spans, &nobody), None);
+        first.columns = (rng.u8(..4) > 0).then(|| {
+            let of_b = rng.bool();
+            let matrix = ungathered(&a, &b, [m, n])[usize::from(of_b)];
+            Columns::draw(rng, case, of_b, matrix, &spans, rows, &nobody)
+        });
+        let second = halves.next().map(|[a, b]| {
+            let of_first = first.columns.as_ref();
+            Target::draw(rng, variant, case, ungathered(&a, &b, [m, n]), (&spans, &nobody), of_first)
+        });
+        Shared { rows, sizes: [m, n], values, all_columns, asked: None, at: [[0; 2]; 3], first, second, laid: None }
+    }
+
+    /// Finds places: those of the others' strides, or rows as far apart as its own width asks for, in whole units.
+    fn lay(&mut self, rng: &mut fastrand::Rng, others: KGroupedStrides, [m, n]: [usize; 2], unit: usize) {
+        let KGroupedStrides { a, b, out, .. } = others;
+        self.at = [a, b, [out[1], out[2]]];
+        if self.sizes == [m, n] {
+            return;
+        }
+        let columns = [self.all_columns[0], self.all_columns[1], self.sizes[1]];
+        for (at, columns) in self.at.iter_mut().zip(columns) {
+            // Columns that lie further apart than rows stay where they are.
+            if at[0] >= at[1] {
+                at[0] = columns * at[1] + unit * rng.usize(..3);
+            }
+        }
+        let [m, n] = self.sizes;
+        self.asked = Some(SharedSizes::new(m, n).rows(self.at.map(|[row, _]| row)));
+    }
+
+    fn put(&mut self, shift: usize, nan: T) {
+        let stream = device::stream();
+        let [m, n] = self.sizes;
+        self.laid = Some([("shared.a", 0), ("shared.b", 1)].map(|(name, side)| {
+            let [row, column] = self.at[side];
+            let spread = spread(&self.values[side], [1, self.rows, self.all_columns[side]], [0, row, column], nan);
+            Guarded::shifted_input(&stream, name, &spread, shift)
+        }));
+        let [row, column] = self.at[2];
+        self.first.put("shared.out", [1, m, n], [0, row, column], shift);
+        if let Some(second) = &mut self.second {
+            second.put("shared.second.out", [1, m, n], [0, row, column], shift);
+        }
+    }
+
+    fn views(&mut self) -> SharedViews<'_, T> {
+        let operands = self.laid.as_ref().unwrap().each_ref().map(Guarded::view);
+        (operands, self.first.views(), self.second.as_mut().map(Target::views))
+    }
+
+    fn reset(&mut self) {
+        self.first.reset();
+        self.second.iter_mut().for_each(Target::reset);
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        let mut all = self.first.bytes();
+        all.extend(self.second.iter().flat_map(Target::bytes));
+        all
+    }
+
+    fn check(&self, name: &str) {
+        self.first.check(name);
+        self.second.iter().for_each(|second| second.check(&format!("{name} second")));
+        self.laid.iter().flatten().for_each(|operand| operand.assert_unchanged(&device::stream()));
     }
 }
 
@@ -479,6 +680,8 @@ struct Columns<T> {
     rounded: Guarded<T>,
     wide: Guarded<f32>,
     weights: Option<Guarded<f32>>,
+    /// The factors of the rows.
+    factors: Option<Vec<f32>>,
     f32_out: bool,
     of_b: bool,
     scale: f32,
@@ -496,11 +699,25 @@ impl<T: Storage> Columns<T> {
         slots: usize,
         is_frozen: &dyn Fn(usize) -> bool,
     ) -> Columns<T> {
+        let weights: Option<Vec<f32>> = rng.bool().then(|| normals(rng, slots, 1.0));
+        let scale = [1.0, -1.5][rng.usize(..2)];
+        Columns::draw_by(rng, case, of_b, matrix, spans, is_frozen, (weights, scale))
+    }
+
+    /// By these factors.
+    fn draw_by(
+        rng: &mut fastrand::Rng,
+        case: &Case,
+        of_b: bool,
+        matrix: RowMatrix<'_, T>,
+        spans: &[(usize, usize)],
+        is_frozen: &dyn Fn(usize) -> bool,
+        (weights, scale): (Option<Vec<f32>>, f32),
+    ) -> Columns<T> {
         let stream = device::stream();
         let RowMatrix { values, columns, slot_token } = matrix;
         let elements = spans.len() * columns;
-        let weights: Option<Vec<f32>> = rng.bool().then(|| normals(rng, slots, 1.0));
-        let (f32_out, scale) = (rng.bool(), [1.0, -1.5][rng.usize(..2)]);
+        let f32_out = rng.bool();
         let of = |f: fn(f64) -> f64| {
             let a: Vec<f64> = to_f64(values).into_iter().map(f).collect();
             let weights: Option<Vec<f32>> =
@@ -526,7 +743,8 @@ impl<T: Storage> Columns<T> {
         Columns {
             rounded: Guarded::filled_output(&stream, "sums", &old, 1),
             wide: Guarded::filled_output(&stream, "sums", &old32, 1),
-            weights: weights.map(|weights| Guarded::input(&stream, "sums.weights", &weights)),
+            weights: weights.as_ref().map(|weights| Guarded::input(&stream, "sums.weights", weights)),
+            factors: weights,
             f32_out,
             of_b,
             scale,

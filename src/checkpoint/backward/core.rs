@@ -7,8 +7,9 @@ use super::zeros;
 use crate::checkpoint::store::DeviceBuffer;
 use crate::checkpoint::weights::{BlockWeights, MatrixWeight, weight};
 use crate::layer::{
-    BackwardArgs, BackwardDesc, BackwardPlan, Choices, ExpertWeights, LayerArgs, LayerDesc, LayerGradients, LayerPlan,
-    LayerWeights, Origin, RouteArgs, RouterGradients, RouterWeights, Saved, SharedGradients, WeightGradients,
+    BackwardArgs, BackwardDesc, BackwardPlan, Choices, ExpertWeights, LatentGradients, LayerArgs, LayerDesc,
+    LayerGradients, LayerPlan, LayerWeights, Origin, RouteArgs, RouterGradients, RouterWeights, Saved, SharedGradients,
+    WeightGradients,
 };
 use crate::rules::NullExperts;
 use crate::{Element, Error, In, Workspace};
@@ -45,11 +46,6 @@ impl<T: Element> Core<T> {
             plan,
             back,
         })
-    }
-
-    /// The output of the last forward pass.
-    pub(super) fn y(&self) -> &CudaSlice<T> {
-        &self.y
     }
 
     /// Forth, by the layer's own router.
@@ -119,6 +115,12 @@ pub(super) fn of_layer<T>(of: &mut BlockWeights<CudaSlice<f32>>) -> LayerGradien
     router.norm = of.around.router.as_mut().map(Into::into);
     let mut gradients = of_products(&mut of.gate_up, &mut of.down).router(router);
     gradients.norms.experts = of.around.experts.as_mut().map(Into::into);
+    gradients.norms.slots = of.around.slots.as_mut().map(Into::into);
+    gradients.norms.output = of.around.output.as_mut().map(Into::into);
+    if let Some([input, output]) = &mut of.around.latent {
+        gradients.latent = LatentGradients::new().input(matrix(input)).output(matrix(output));
+        gradients.latent.norm = of.around.latent_norm.as_mut().map(Into::into);
+    }
     gradients.bias = of.output_bias.as_mut().map(Into::into);
     match &mut of.shared {
         None => gradients,

@@ -31,7 +31,6 @@ mod gradients;
 mod network;
 mod parts;
 mod sequences;
-mod slots;
 mod unit_experts;
 
 use std::sync::Arc;
@@ -41,7 +40,6 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr, ValidAsZeroBits};
 use super::kind::Kind;
 use super::run::BlockInputs;
 use super::weights::DeviceBlock;
-use crate::layer::LayerDesc;
 use crate::{Element, Error, In, Kernels, TokenMask};
 use apart::Apart;
 use banks::Banks;
@@ -91,13 +89,12 @@ impl<T: Element> BlockBackward<T> {
             return Err(Error::WrongDtype { operation, argument, expected, got: T::DTYPE });
         }
         let queue = Queue { kernels, stream };
-        let apart =
-            || Apart::new(&block.kind, &block.weights, &desc, tokens, queue).map(|of| Steps::Apart(Box::new(of)));
         let steps = match &block.kind {
-            Kind::Layer if is_whole(&desc) => {
-                Steps::Layer(Box::new(Core::routed(&without_map(&desc, &block.weights), tokens, queue)?))
+            Kind::Layer => Steps::Layer(Box::new(Core::routed(&without_map(&desc, &block.weights), tokens, queue)?)),
+            Kind::Network(_) => {
+                let apart = Apart::new(&block.kind, &block.weights, &desc, tokens, queue)?;
+                Steps::Apart(Box::new(apart))
             }
-            Kind::Layer | Kind::Network(_) => apart()?,
             Kind::Banks(bank) => Steps::Banks(Box::new(Banks::new(block, bank, &desc, tokens, queue)?)),
             Kind::UnitExperts { keys, .. } => {
                 Steps::UnitExperts(Box::new(UnitExperts::new(&desc, *keys, tokens, queue)?))
@@ -154,12 +151,6 @@ impl<T: Element> BlockBackward<T> {
     pub fn gradients(&self) -> &BlockGradients<T> {
         &self.gradients
     }
-}
-
-/// Whether a layer's own way back has all that the layer has.
-fn is_whole(desc: &LayerDesc) -> bool {
-    let weighs_anew = desc.admission.is_some_and(|rule| rule.renormalise.is_some());
-    !weighs_anew && desc.norms.slots.is_none() && desc.norms.output.is_none() && desc.latent.is_none()
 }
 
 fn another_block() -> Error {

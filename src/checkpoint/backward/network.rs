@@ -2,7 +2,7 @@
 
 use cudarc::driver::CudaSlice;
 
-use super::parts::{Dense, Norm, Product, Queue, Tokens};
+use super::parts::{Dense, Product, Queue, Tokens};
 use super::zeros;
 use crate::checkpoint::kind::Network;
 use crate::checkpoint::store::DeviceBuffer;
@@ -26,7 +26,8 @@ pub(super) struct NetworkPass {
     experts: usize,
     width: usize,
     layer: Dense,
-    norm: Norm,
+    /// `[T, 2]`, for the sums of the norm's gain.
+    factors: CudaSlice<f32>,
     projected: CudaSlice<f32>,
     /// With the previous layer's.
     state: CudaSlice<f32>,
@@ -51,7 +52,7 @@ impl NetworkPass {
             experts: desc.experts,
             width,
             layer: Dense::new(Dtype::F32, width, width),
-            norm: Norm::new(network.norm, width, tokens, queue.stream)?,
+            factors: zeros(queue.stream, 2 * tokens)?,
             projected: rows()?,
             state: rows()?,
             values: [rows()?, rows()?, rows()?],
@@ -133,7 +134,7 @@ impl NetworkPass {
         let state = if scaled.is_some() { &self.state } else { &self.projected };
         let desc = RmsNormBackwardDesc::new(Dtype::F32, count, width, network.norm);
         let mut args = RmsNormBackwardArgs::new(state, Gradient::from(&*d), &mut *other).weight(tensor(&network.gain)?);
-        (args.d_weight, args.factors) = (Some((&mut of.gain).into()), Some(self.norm.factors().into()));
+        (args.d_weight, args.factors) = (Some((&mut of.gain).into()), Some((&mut self.factors).into()));
         if let Some(((scale, _), to)) = scaled.zip(d_previous) {
             args.addend_scale = Some(tensor(scale)?);
             args.d_addend = Some(to.into());

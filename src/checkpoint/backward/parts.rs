@@ -12,10 +12,8 @@ use crate::experts::Dispatched;
 use crate::experts::combine::{self, CombineArgs, CombineDesc};
 use crate::experts::gemm::{self, GemmArgs, GemmDesc, Output, ProductOut, Rows};
 use crate::experts::k_grouped::{self, KGroupedArgs, KGroupedDesc};
-use crate::experts::rms_norm::{self, RmsNormArgs, RmsNormDesc};
-use crate::experts::rms_norm_backward::{self, Gradient, RmsNormBackwardArgs, RmsNormBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
-use crate::rules::{Activation, Layout, RmsNorm, WeightDesc};
+use crate::rules::{Activation, Layout, WeightDesc};
 use crate::{Dtype, Element, Error, In, Kernels, Out, Tensor, Workspace};
 
 /// Where launches go.
@@ -176,57 +174,5 @@ impl Product {
     ) -> Result<(), Error> {
         let desc = RouterBackwardDesc::new(self.x, tokens.count, self.n, self.k);
         router_backward::into_weight::<X>(queue.kernels, queue.stream, &desc, d, x, gradient)
-    }
-}
-
-/// A norm of every token's row.
-pub(super) struct Norm {
-    rule: RmsNorm,
-    width: usize,
-    factors: CudaSlice<f32>,
-}
-
-impl Norm {
-    pub(super) fn new(rule: RmsNorm, width: usize, rows: usize, stream: &Arc<CudaStream>) -> Result<Norm, Error> {
-        Ok(Norm { rule, width, factors: zeros(stream, 2 * rows)? })
-    }
-
-    /// `[rows, 2]`: for the sums of a gain's gradient.
-    pub(super) fn factors(&mut self) -> &mut CudaSlice<f32> {
-        &mut self.factors
-    }
-
-    pub(super) fn forward<'a, T: Element>(
-        &self,
-        queue: Queue<'_>,
-        rows: usize,
-        mut args: RmsNormArgs<'a, T>,
-        gain: &'a Option<DeviceBuffer>,
-        output: Dtype,
-    ) -> Result<(), Error> {
-        let gain = gain.as_ref().map(tensor).transpose()?;
-        args.weight = gain;
-        let desc = RmsNormDesc::new(T::DTYPE, rows, self.width, self.rule).output(output);
-        rms_norm::forward(queue.kernels, queue.stream, &desc, args)
-    }
-
-    /// From `dy` to `dx`, written, or added to what is there, and to the gain's gradient.
-    pub(super) fn backward<T: Element>(
-        &mut self,
-        queue: Queue<'_>,
-        rows: usize,
-        (x, dy): (In<'_, T>, Gradient<'_, T>),
-        (gain, d_gain): (&Option<DeviceBuffer>, Option<&mut CudaSlice<f32>>),
-        add: bool,
-        mut dx: Out<'_, T>,
-    ) -> Result<(), Error> {
-        let gradient = if matches!(dy, Gradient::F32(_)) { Dtype::F32 } else { T::DTYPE };
-        let desc = RmsNormBackwardDesc::new(T::DTYPE, rows, self.width, self.rule).gradient(gradient).accumulate(add);
-        let mut args = RmsNormBackwardArgs::new(x, dy, dx.reborrow());
-        args.weight = gain.as_ref().map(tensor).transpose()?;
-        if let Some(d_gain) = d_gain {
-            (args.d_weight, args.factors) = (Some(d_gain.into()), Some((&mut self.factors).into()));
-        }
-        rms_norm_backward::backward(queue.kernels, queue.stream, &desc, args)
     }
 }

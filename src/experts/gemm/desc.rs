@@ -63,9 +63,11 @@ pub struct GemmDesc {
     pub weight: WeightDesc,
     /// What is applied to the product.
     pub activation: Activation,
-    /// Rows of a shared expert in the same launch (`GemmArgs::shared`), of the same `n`, `k` and weight form; 0 without, as with dense
+    /// Rows of a shared expert in the same launch (`GemmArgs::shared`), of the same `n` and weight form; 0 without, as with dense
     /// rows.
     pub shared_rows: usize,
+    /// Their depth, where it is not `k`: only the `sm_80` set takes another.
+    pub shared_depth: Option<SharedDepth>,
     /// The activation of a shared expert's rows; absent, that of the others.
     pub shared_activation: Option<Activation>,
     /// Where elements lie, if not packed.
@@ -110,6 +112,25 @@ pub enum Output {
     AddedF32,
 }
 
+/// The depth of a shared expert's product beside experts of another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SharedDepth {
+    /// Columns of the shared rows that are summed over; the shared weight is packed, in the layout of the others.
+    pub k: usize,
+    /// From one of those rows to the next, in elements.
+    pub a_row: usize,
+}
+
+impl SharedDepth {
+    /// Of packed rows.
+    pub const fn new(k: usize) -> SharedDepth {
+        SharedDepth { k, a_row: k }
+    }
+}
+
+settings!(SharedDepth { a_row: usize });
+
 impl GemmDesc {
     /// `out [rows, N] = a [rows, K] b^T`, nothing else, with a weight `[E, N, K]` of the same type.
     pub const fn new(dtype: Dtype, rows: Rows, n: usize, k: usize) -> GemmDesc {
@@ -123,6 +144,7 @@ impl GemmDesc {
             weight,
             activation: Activation::Identity,
             shared_rows: 0,
+            shared_depth: None,
             shared_activation: None,
             strides: None,
             unaligned: false,
@@ -178,12 +200,16 @@ impl GemmDesc {
         shape::size(operation, "shared_rows", self.shared_rows)?;
         shape::positive(operation, "n", self.n)?;
         shape::positive(operation, "k", self.k)?;
-        if self.shared_rows > 0 && self.output != Output::Rounded {
-            let expected = "Output::Rounded with shared_rows";
+        if self.shared_rows > 0 && !matches!(self.output, Output::Rounded | Output::Added) {
+            let expected = "Output::Rounded or Output::Added with shared_rows";
             return Err(Error::unsupported(operation, "output", expected, format!("{:?}", self.output)));
         }
+        self.check_shared_depth(operation)?;
         let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
-        for (argument, value, limit) in [("k", self.k, MAX_K), ("n", outputs, MAX_B_OUTPUTS)] {
+        let shared_k = self.shared_k();
+        for (argument, value, limit) in
+            [("k", self.k, MAX_K), ("shared_depth.k", shared_k, MAX_K), ("n", outputs, MAX_B_OUTPUTS)]
+        {
             if value > limit {
                 let (value, limit) = (value.to_string(), limit as u64);
                 return Err(Error::Overflow { operation, argument, value, limit });
@@ -192,7 +218,7 @@ impl GemmDesc {
         shape::product(operation, "a", &[self.a_rows(), self.k])?;
         shape::product(operation, "weight", &[self.rows.experts(), self.b_outputs(), self.k])?;
         shape::product(operation, "out", &[self.rows.count(), self.n])?;
-        let widest = self.pre_activation_columns().max(self.k);
+        let widest = self.pre_activation_columns().max(self.k).max(self.shared_places().a[0]).max(shared_k);
         shape::product(operation, "shared_rows", &[self.shared_rows, widest])?;
         shape::product(operation, "pre_activation", &[self.rows.count(), self.pre_activation_columns()])?;
         if let Some(strides) = &self.strides {
@@ -206,6 +232,32 @@ impl GemmDesc {
         check_activation(operation, "activation", self.activation, self.weight.glu)?;
         check_shared(operation, self)
     }
+
+    /// Without a shared expert's rows.
+    pub(crate) fn alone(self) -> GemmDesc {
+        self.shared_rows(0).shared_depth(None).shared_activation(None)
+    }
+
+    /// Depth of a shared expert's rows.
+    pub(super) fn shared_k(&self) -> usize {
+        self.shared_depth.map_or(self.k, |depth| depth.k)
+    }
+
+    fn check_shared_depth(&self, operation: &'static str) -> Result<(), Error> {
+        let Some(SharedDepth { k, a_row }) = self.shared_depth else { return Ok(()) };
+        if self.shared_rows == 0 {
+            return Err(Error::invalid(operation, "shared_depth", "none without shared_rows", k));
+        }
+        shape::positive(operation, "shared_depth.k", k)?;
+        shape::size(operation, "shared_depth.a_row", a_row)?;
+        // Depths of the one lie as far apart as those of the others.
+        let [_, _, depth] = self.places().weight;
+        let [_, _, own] = self.shared_places().weight;
+        if depth != own {
+            return Err(Error::unsupported(operation, "strides.weight", "a packed weight with shared_depth", depth));
+        }
+        Ok(())
+    }
 }
 
 settings!(GemmDesc {
@@ -213,6 +265,7 @@ settings!(GemmDesc {
     weight: WeightDesc,
     activation: Activation,
     shared_rows: usize,
+    shared_depth: Option<SharedDepth>,
     shared_activation: Option<Activation>,
     strides: Option<Strides>,
     unaligned: bool,

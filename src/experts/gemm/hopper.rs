@@ -33,7 +33,8 @@ pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) ->
         && device.shared_bytes_per_block >= GemmHopper::SHARED_BYTES
         && GemmHopper::DTYPES.contains(&desc.dtype)
         && [expert, output.max(depth), places.a[0]].iter().all(|&stride| is_mapped(stride))
-        && HEIGHTS.contains(&height);
+        && HEIGHTS.contains(&height)
+        && desc.shared_depth.is_none();
     let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
     // The kernel counts tiles in 32 bits.
     let pairs = row_tiles(desc, GemmHopper::TILE.bm as usize).div_ceil(2) as u64

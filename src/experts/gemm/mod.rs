@@ -23,7 +23,7 @@ pub use self::activation::SwigluByExpert;
 use self::activation::Unit;
 pub(crate) use self::activation::{ByExpertAddresses, HeldByExpert, check_activation};
 use self::desc::OPERATION;
-pub use self::desc::{GemmDesc, KernelSet, Output, Rows};
+pub use self::desc::{GemmDesc, KernelSet, Output, Rows, SharedDepth};
 use self::shared_rows::HeldShared;
 pub(crate) use self::shared_rows::SharedAddresses;
 pub use self::shared_rows::SharedRows;
@@ -146,7 +146,7 @@ impl<'a, T> GemmArgs<'a, T> {
 buffers!(GemmArgs<'a, T> { row_scale: In<f32>, out_scale: In<f32>, noise_state: In<u64>, pre_activation: Out<T> });
 
 /// Tiles that consecutive blocks share a weight over, so that it is read from L2: the kernel's order of blocks.
-const BAND: usize = 8;
+pub(crate) const BAND: usize = 8;
 
 /// Chooses kernel and grid: the dispatch's tile height, or for a dense product the cheapest one.
 ///
@@ -485,6 +485,7 @@ pub(crate) fn enqueue(
     let WeightAddresses { b, b_up, bias, bias_up } = at.weight;
     let shared_weight = at.shared.map(|shared| shared.weight);
     let Strides { a, weight: [expert, output, depth], out } = desc.places();
+    let of_shared = desc.shared_places();
     // Where gate and up alternate, the kernel for any rows sees two matrices of every second output.
     let apart = match selection.kernel.variant() {
         Kernel::GemmAny(_) => outputs_apart(desc.weight.glu),
@@ -511,6 +512,9 @@ pub(crate) fn enqueue(
         shared_out: at.shared.map(|shared| shared.out).into(),
         shared_pre_activation: at.shared.and_then(|shared| shared.pre_activation).into(),
         shared_rows: desc.shared_rows as u32,
+        shared_k: desc.shared_k() as u32,
+        shared_a_row: of_shared.a[0] as u32,
+        shared_b_output: (apart * of_shared.weight[1]) as u32,
         m: desc.rows.count() as u32,
         n: desc.n as u32,
         k: desc.k as u32,

@@ -1,7 +1,7 @@
 //! Rows of a shared expert as part of the others' products.
 
 use super::desc::{GemmDesc, OPERATION};
-use crate::experts::weight::{HeldWeight, Weight, WeightAddresses, WeightNames};
+use crate::experts::weight::{HeldWeight, Weight, WeightAddresses, WeightNames, WeightPlace};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, Held, Scope, optional};
 use crate::{Error, In, Out};
@@ -9,7 +9,7 @@ use crate::{Error, In, Out};
 /// Rows of an expert that every token passes, in the launch of the others: neither scaled nor dropped.
 #[non_exhaustive]
 pub struct SharedRows<'a, T> {
-    /// `[shared_rows, K]`, with the strides of the others' `a`; so are weight and `out`.
+    /// `[shared_rows, K]`, with the strides of the others' `a`, or as [`GemmDesc::shared_depth`] says; so are weight and `out`.
     pub a: In<'a, T>,
     /// One expert's.
     pub weight: Weight<'a>,
@@ -57,10 +57,11 @@ impl<'a, T> SharedRows<'a, T> {
             up: "shared.weight.up",
             up_bias: "shared.weight.up_bias",
         };
-        let (places, rows) = (desc.places(), desc.shared_rows);
+        let (places, rows) = (desc.shared_places(), desc.shared_rows);
+        let place = WeightPlace { experts: 1, n: desc.n, k: desc.shared_k(), strides: places.weight, alignment };
         Ok(HeldShared {
-            a: scope.read("shared.a", self.a, places.a_extent(rows, desc.k), alignment)?,
-            weight: self.weight.open(scope, names, &desc.weight, desc.weight_place(1, alignment))?,
+            a: scope.read("shared.a", self.a, places.a_extent(rows, desc.shared_k()), alignment)?,
+            weight: self.weight.open(scope, names, &desc.weight, place)?,
             out: scope.write("shared.out", self.out, places.out_extent(rows, desc.n), alignment)?,
             pre_activation: scope.write_some(
                 "shared.pre_activation",

@@ -1,6 +1,6 @@
 //! Where the elements of a product's matrices lie.
 
-use super::desc::GemmDesc;
+use super::desc::{GemmDesc, SharedDepth};
 use crate::Error;
 use crate::rules::{Glu, Layout};
 use crate::runtime::shape::{self, reach};
@@ -118,9 +118,21 @@ impl GemmDesc {
         self.strides.unwrap_or_else(|| Strides::packed(self))
     }
 
+    /// Those of a shared expert's rows and weight.
+    pub(super) fn shared_places(&self) -> Strides {
+        let places = self.places();
+        match self.shared_depth {
+            None => places,
+            Some(SharedDepth { k, a_row }) => {
+                Strides { a: [a_row, places.a[1]], weight: self.weight.strides(self.n, k), ..places }
+            }
+        }
+    }
+
     /// The layout for the kernels of packed rows, where they can compute this.
     pub(super) fn vector_layout(&self) -> Option<Layout> {
-        let whole = self.n.is_multiple_of(8) && self.k.is_multiple_of(8) && !self.unaligned;
-        if whole { self.places().layout_of_vectors(self) } else { None }
+        let whole = [self.n, self.k, self.shared_k()].iter().all(|size| size.is_multiple_of(8)) && !self.unaligned;
+        let layout = if whole { self.places().layout_of_vectors(self)? } else { return None };
+        (self.shared_places().layout_of_vectors(self) == Some(layout)).then_some(layout)
     }
 }

@@ -40,6 +40,7 @@ pub(super) fn plan(
     let height = GemmSwapped::TILE.bm as usize;
     let fits = desc.kernels == KernelSet::Fastest
         && desc.tile_n.is_none()
+        && desc.shared_depth.is_none()
         && GemmSwapped::DTYPES.contains(&desc.dtype)
         && device.shared_bytes_per_block >= GemmSwapped::SHARED_BYTES
         && match &desc.rows {

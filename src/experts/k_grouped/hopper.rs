@@ -20,6 +20,8 @@ pub(super) fn candidate(desc: &KGroupedDesc, device: &DeviceInfo) -> Option<Sele
         && device.multiprocessors >= CLUSTER
         && KGroupedHopper::DTYPES.contains(&desc.dtype)
         && desc.packed_in_vectors()
+        && desc.second.is_none()
+        && desc.shared_sizes.is_none()
         && desc.rows.slots + desc.shared_rows > 0;
     let gathers_b = desc.gathered == Gathered::B;
     let kernel = KGroupedHopper { dtype: desc.dtype, gathers_b };
@@ -77,7 +79,7 @@ pub(super) fn is_ahead(desc: &KGroupedDesc, selection: &Selection, other: &KGrou
 pub(super) fn refusal(desc: &KGroupedDesc, device: &DeviceInfo) -> Error {
     let (major, minor) = device.compute_capability;
     let got = format!("{:?} of {} on compute capability {major}.{minor}", desc.kernels, desc.dtype);
-    let expected = "another set, unless 16-bit, of rows that begin on 16 bytes, at most one gathered, on 9.0";
+    let expected = "another set, unless 16-bit, of rows that begin on 16 bytes, at most one gathered, of one matrix a group, all of one size, on 9.0";
     Error::unsupported(OPERATION, "kernels", expected, got)
 }
 

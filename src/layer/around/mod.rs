@@ -8,7 +8,7 @@
 mod plan;
 mod weights;
 
-pub(super) use plan::{AroundPlan, Tail};
+pub(super) use plan::{AroundPlan, KeptSums, Tail};
 pub(super) use weights::{HeldAround, open_norm};
 pub use weights::{LatentWeights, NormWeights};
 

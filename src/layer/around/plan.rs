@@ -168,12 +168,12 @@ impl AroundPlan {
         self.slots.is_none()
     }
 
-    /// Normalises the experts' outputs in place. `live`: the number of rows, and each one's token.
+    /// Normalises the experts' outputs, to `y_slots`, which may be where they are. `live`: the number of rows, and each one's token.
     pub(in crate::layer) fn enqueue_between(
         &self,
         scope: &Scope<'_>,
         weights: &HeldAround<'_>,
-        y_slots: Address<'_>,
+        (outputs, y_slots): (Address<'_>, Address<'_>),
         rows: RowAddresses<'_>,
         live: (Address<'_>, Address<'_>),
         observer: &mut dyn FnMut(Stage),
@@ -183,7 +183,7 @@ impl AroundPlan {
             weight: optional(&weights.slots),
             row_scale: (self.weighting == Weighting::Output).then_some(rows.slot_weight),
             live: Some(live),
-            ..rms_norm::Addresses::new(y_slots, y_slots)
+            ..rms_norm::Addresses::new(outputs, y_slots)
         };
         rms_norm::enqueue(scope, &step.desc, &step.selection, at)?;
         observer(Stage::SlotNorm);
@@ -191,12 +191,20 @@ impl AroundPlan {
     }
 
     /// Where the experts' sum goes if something comes after it, else none.
-    pub(in crate::layer) fn sum_place<'a>(&self, workspace: &'a Held<'_>) -> Option<Address<'a>> {
+    pub(in crate::layer) fn sum_place<'a>(&self, workspace: &'a Held<'_>, kept: KeptSums<'a>) -> Option<Address<'a>> {
         match (&self.latent, &self.output) {
-            (Some(_), _) => Some(workspace.at(self.regions.latent_sum)),
-            (None, Some(_)) => Some(workspace.at(self.regions.sum)),
+            (Some(_), _) => Some(self.latent_sum(workspace, kept)),
+            (None, Some(_)) => Some(self.sum(workspace, kept)),
             (None, None) => None,
         }
+    }
+
+    fn latent_sum<'a>(&self, workspace: &'a Held<'_>, kept: KeptSums<'a>) -> Address<'a> {
+        kept.latent_sum.unwrap_or_else(|| workspace.at(self.regions.latent_sum))
+    }
+
+    fn sum<'a>(&self, workspace: &'a Held<'_>, kept: KeptSums<'a>) -> Address<'a> {
+        kept.sum.unwrap_or_else(|| workspace.at(self.regions.sum))
     }
 
     /// Whether the experts' sum takes shared experts in: they have its width.
@@ -214,11 +222,11 @@ impl AroundPlan {
         observer: &mut dyn FnMut(Stage),
     ) -> Result<(), Error> {
         let (to, residual) = match &self.output {
-            Some(_) => (workspace.at(self.regions.sum), None),
+            Some(_) => (self.sum(workspace, tail.kept), None),
             None => (tail.y, tail.residual),
         };
         if let Some((steps, weights)) = self.latent.as_ref().zip(weights.latent.as_ref()) {
-            let from = workspace.at(self.regions.latent_sum);
+            let from = self.latent_sum(workspace, tail.kept);
             let alone = residual.is_none() && tail.shared.is_none();
             let projected = if alone { to } else { workspace.at(self.regions.projected) };
             project(scope, &steps.output, &weights.output, from, projected)?;
@@ -271,7 +279,17 @@ pub(in crate::layer) struct Tail<'a> {
     pub(in crate::layer) shared_scale: f32,
     /// May be `y`.
     pub(in crate::layer) residual: Option<Address<'a>>,
+    pub(in crate::layer) kept: KeptSums<'a>,
     pub(in crate::layer) y: Address<'a>,
+}
+
+/// Buffers of the caller's for sums, which a backward pass reads; else they are in the workspace.
+#[derive(Clone, Copy, Default)]
+pub(in crate::layer) struct KeptSums<'a> {
+    /// `[T, L]`: the experts', in front of its projection.
+    pub(in crate::layer) latent_sum: Option<Address<'a>>,
+    /// `[T, H]`: in front of the last norm.
+    pub(in crate::layer) sum: Option<Address<'a>>,
 }
 
 /// A dense product.

@@ -170,10 +170,17 @@ impl BackwardPlan {
             }
         }
         let weighs = |norm: Option<RmsNorm>| norm.is_some_and(|norm| norm.gain.has_weight());
-        let norms = &self.layer().desc().norms;
+        let (norms, latent) = (&self.layer().desc().norms, self.layer().desc().latent);
         for (argument, there, given) in [
             ("gradients.router.norm", asked && weighs(norms.router), of_router.norm.is_some()),
             ("gradients.norms.experts", weighs(norms.experts), args.gradients.norms.experts.is_some()),
+            ("gradients.norms.slots", weighs(norms.slots), args.gradients.norms.slots.is_some()),
+            ("gradients.norms.output", weighs(norms.output), args.gradients.norms.output.is_some()),
+            (
+                "gradients.latent.norm",
+                weighs(latent.and_then(|latent| latent.norm)),
+                args.gradients.latent.norm.is_some(),
+            ),
         ] {
             if given && !there {
                 let reason = "no norm with a weight stands there";
@@ -195,7 +202,18 @@ impl BackwardPlan {
             [weight.and_then(|weight| weight.bias).is_some(), up.is_some()]
         };
         let asks = |gradients: &WeightGradients<'_>| [gradients.bias.is_some(), gradients.up_bias.is_some()];
+        let projections = experts.latent.as_ref();
         for ([bias, up_bias], there, given) in [
+            (
+                ["gradients.latent.input.bias", "gradients.latent.input.up_bias"],
+                has(projections.map(|latent| &latent.input)),
+                asks(&of.latent.input),
+            ),
+            (
+                ["gradients.latent.output.bias", "gradients.latent.output.up_bias"],
+                has(projections.map(|latent| &latent.output)),
+                asks(&of.latent.output),
+            ),
             (["gradients.gate_up.bias", "gradients.gate_up.up_bias"], has(Some(&experts.gate_up)), asks(&of.gate_up)),
             (["gradients.down.bias", "gradients.down.up_bias"], has(Some(&experts.down)), asks(&of.down)),
             (

@@ -26,6 +26,8 @@ pub struct LayerGradients<'a, T> {
     pub bias: Option<Out<'a, f32>>,
     /// Of norms' weights; not with [`super::BackwardDesc::accumulate`].
     pub norms: NormGradients<'a>,
+    /// Of the projections round experts of a latent width.
+    pub latent: LatentGradients<'a>,
 }
 
 impl<T> Default for LayerGradients<'_, T> {
@@ -48,6 +50,7 @@ impl<'a, T> LayerGradients<'a, T> {
             shared: SharedGradients::new(),
             bias: None,
             norms: NormGradients::new(),
+            latent: LatentGradients::new(),
         }
     }
 
@@ -60,7 +63,16 @@ impl<'a, T> LayerGradients<'a, T> {
             weights: self.weights.as_mut().map(Out::reborrow),
             router: self.router.reborrow(),
             bias: self.bias.as_mut().map(Out::reborrow),
-            norms: NormGradients { experts: self.norms.experts.as_mut().map(Out::reborrow) },
+            norms: NormGradients {
+                experts: self.norms.experts.as_mut().map(Out::reborrow),
+                slots: self.norms.slots.as_mut().map(Out::reborrow),
+                output: self.norms.output.as_mut().map(Out::reborrow),
+            },
+            latent: LatentGradients {
+                input: self.latent.input.reborrow(),
+                norm: self.latent.norm.as_mut().map(Out::reborrow),
+                output: self.latent.output.reborrow(),
+            },
             gate_up: self.gate_up.reborrow(),
             down: self.down.reborrow(),
             shared: SharedGradients {
@@ -95,6 +107,12 @@ impl<'a, T> LayerGradients<'a, T> {
         LayerGradients { norms, ..self }
     }
 
+    /// With those of the projections round experts of a latent width.
+    #[must_use]
+    pub fn latent(self, latent: LatentGradients<'a>) -> LayerGradients<'a, T> {
+        LayerGradients { latent, ..self }
+    }
+
     /// With the shared expert's.
     #[must_use]
     pub fn shared(self, shared: SharedGradients<'a>) -> LayerGradients<'a, T> {
@@ -126,16 +144,53 @@ pub struct RouterGradients<'a> {
 pub struct NormGradients<'a> {
     /// `[H]`: of the norm of the experts' input, where that has one.
     pub experts: Option<Out<'a, f32>>,
+    /// `[H]`, with a latent width `[L]`: of the norm of each expert's output.
+    pub slots: Option<Out<'a, f32>>,
+    /// `[H]`: of the norm of the sum.
+    pub output: Option<Out<'a, f32>>,
 }
+
+/// Gradients of the projections round experts of a latent width. A bias's goes along with its matrix's.
+#[derive(Default)]
+#[non_exhaustive]
+pub struct LatentGradients<'a> {
+    /// Of the projection before the experts.
+    pub input: WeightGradients<'a>,
+    /// `[L]`, of f32: of the weight of the norm between them; not with [`super::BackwardDesc::accumulate`].
+    pub norm: Option<Out<'a, f32>>,
+    /// Of the projection of their sum.
+    pub output: WeightGradients<'a>,
+}
+
+impl<'a> LatentGradients<'a> {
+    /// None.
+    pub const fn new() -> Self {
+        LatentGradients { input: WeightGradients::none(), norm: None, output: WeightGradients::none() }
+    }
+
+    /// With that of the projection before the experts.
+    #[must_use]
+    pub fn input(self, input: WeightGradients<'a>) -> Self {
+        LatentGradients { input, ..self }
+    }
+
+    /// With that of the projection of their sum.
+    #[must_use]
+    pub fn output(self, output: WeightGradients<'a>) -> Self {
+        LatentGradients { output, ..self }
+    }
+}
+
+buffers!(LatentGradients<'a> { norm: Out<f32> });
 
 impl NormGradients<'_> {
     /// None.
     pub const fn new() -> Self {
-        NormGradients { experts: None }
+        NormGradients { experts: None, slots: None, output: None }
     }
 }
 
-buffers!(NormGradients<'a> { experts: Out<f32> });
+buffers!(NormGradients<'a> { experts: Out<f32>, slots: Out<f32>, output: Out<f32> });
 
 impl RouterGradients<'_> {
     /// None.

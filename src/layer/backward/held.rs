@@ -1,7 +1,7 @@
 //! Buffers of gradients, opened.
 
 use super::OPERATION;
-use super::gradients::{LayerGradients, SharedGradients, WeightGradients};
+use super::gradients::{LatentGradients, LayerGradients, SharedGradients, WeightGradients};
 use crate::experts::gemm::ProductOut;
 use crate::layer::LayerDesc;
 use crate::layer::desc::Mlp;
@@ -140,6 +140,11 @@ pub(super) struct HeldGradients<'a> {
     pub(super) bias: Option<Held<'a>>,
     pub(super) router_norm: Option<Held<'a>>,
     pub(super) expert_norm: Option<Held<'a>>,
+    pub(super) slot_norm: Option<Held<'a>>,
+    pub(super) output_norm: Option<Held<'a>>,
+    /// Of both projections, and of the norm between them.
+    pub(super) latent: [HeldWeightGradients<'a>; 2],
+    pub(super) latent_norm: Option<Held<'a>>,
     pub(super) routed: HeldMlpGradients<'a>,
     pub(super) shared: Option<HeldMlpGradients<'a>>,
     pub(super) shared_gate: Option<Held<'a>>,
@@ -174,6 +179,21 @@ const SHARED: [Names; 2] = [
     },
 ];
 
+const LATENT: [Names; 2] = [
+    Names {
+        matrix: "gradients.latent.input",
+        up: "gradients.latent.input.up",
+        bias: "gradients.latent.input.bias",
+        up_bias: "gradients.latent.input.up_bias",
+    },
+    Names {
+        matrix: "gradients.latent.output",
+        up: "gradients.latent.output.up",
+        bias: "gradients.latent.output.bias",
+        up_bias: "gradients.latent.output.up_bias",
+    },
+];
+
 impl<'a, T: Element> LayerGradients<'a, T> {
     /// Opens what is given, for `tokens` tokens.
     pub(super) fn open<'b>(self, scope: &Scope<'b>, desc: &LayerDesc, tokens: usize) -> Result<HeldGradients<'b>, Error>
@@ -187,13 +207,14 @@ impl<'a, T: Element> LayerGradients<'a, T> {
         }
         let alignment = shape::row_alignment(dtype, hidden);
         let columns = desc.logit_columns();
+        let width = desc.expert_width();
         let mlp = |names: &[Names; 2],
                    form: &Mlp,
                    gate_up: WeightGradients<'a>,
                    down: WeightGradients<'a>,
-                   [experts, intermediate]: [usize; 2]| {
-            let first = [experts, intermediate, hidden];
-            let second = [experts, hidden, intermediate];
+                   [experts, intermediate, width]: [usize; 3]| {
+            let first = [experts, intermediate, width];
+            let second = [experts, width, intermediate];
             Ok::<_, Error>(HeldMlpGradients {
                 gate_up: gate_up.open(scope, &names[0], desc, &form.gate_up, first)?,
                 down: down.open(scope, &names[1], desc, &form.down, second)?,
@@ -204,6 +225,19 @@ impl<'a, T: Element> LayerGradients<'a, T> {
             let reason = "the descriptor has no gated shared expert";
             return Err(Error::Unexpected { operation: OPERATION, argument: "gradients.shared.gate", reason });
         }
+        let LatentGradients { input, norm: latent_norm, output } = self.latent;
+        if desc.latent.is_none() && (input.is_some() || output.is_some() || latent_norm.is_some()) {
+            let reason = "the descriptor has no latent width";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "gradients.latent", reason });
+        }
+        for (names, of) in LATENT.iter().zip([&input, &output]) {
+            if of.bias.is_some() && of.matrix.is_none() {
+                let reason = "its bias's gradient is made with it";
+                return Err(Error::Missing { operation: OPERATION, argument: names.matrix, reason });
+            }
+        }
+        let plain = WeightDesc::new(dtype);
+        let [of_input, of_output] = desc.latent.map_or([plain; 2], |latent| [latent.input, latent.output]);
         let some = |argument, buffer, elements| scope.write_some::<f32>(argument, buffer, elements, SCALAR);
         Ok(HeldGradients {
             x: scope.write_some("gradients.x", self.x, tokens * hidden, alignment)?,
@@ -217,10 +251,17 @@ impl<'a, T: Element> LayerGradients<'a, T> {
             bias: some("gradients.bias", self.bias, hidden)?,
             router_norm: some("gradients.router.norm", self.router.norm, hidden)?,
             expert_norm: some("gradients.norms.experts", self.norms.experts, hidden)?,
-            routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate])?,
+            slot_norm: some("gradients.norms.slots", self.norms.slots, width)?,
+            output_norm: some("gradients.norms.output", self.norms.output, hidden)?,
+            latent: [
+                input.open(scope, &LATENT[0], desc, &of_input, [1, width, hidden])?,
+                output.open(scope, &LATENT[1], desc, &of_output, [1, hidden, width])?,
+            ],
+            latent_norm: some("gradients.latent.norm", latent_norm, width)?,
+            routed: mlp(&ROUTED, &desc.mlp, self.gate_up, self.down, [desc.local_experts(), intermediate, width])?,
             shared: desc
                 .shared
-                .map(|shared| mlp(&SHARED, &shared.mlp, gate_up, down, [1, shared.intermediate]))
+                .map(|shared| mlp(&SHARED, &shared.mlp, gate_up, down, [1, shared.intermediate, hidden]))
                 .transpose()?,
             shared_gate: scope.write_some("gradients.shared.gate", gate, desc.hidden, SCALAR)?,
         })
@@ -243,8 +284,13 @@ impl HeldGradients<'_> {
             (&self.bias, desc.hidden),
             (&self.router_norm, desc.hidden),
             (&self.expert_norm, desc.hidden),
+            (&self.slot_norm, desc.expert_width()),
+            (&self.output_norm, desc.hidden),
+            (&self.latent_norm, desc.expert_width()),
         ];
         words.into_iter().try_for_each(|(held, elements)| zero(held.as_ref().map(Held::address), elements))?;
+        let projections = self.latent.iter().flat_map(|of| [&of.matrix, &of.bias]).flatten();
+        projections.into_iter().try_for_each(|gradient| gradient.zero(scope))?;
         if !keep_empty {
             self.routed.all().try_for_each(|gradient| gradient.zero(scope))?;
         }

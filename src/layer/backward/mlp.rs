@@ -1,12 +1,15 @@
-//! An expert's two products on their way back: four launches, of routed rows or of a shared expert's, or of both.
+//! An expert's two products on their way back: four launches, of routed rows or of a shared expert's, or of both; five where gate and up have a tensor each.
+//!
+//! A shared expert's rows have a width of their own in each of them: outputs of the first launch, columns of the sums, depth of the product to the inputs.
 
 use super::{BackwardDesc, BackwardStage, OPERATION};
 use crate::experts::dispatched::{Dispatched, SlotShape};
-use crate::experts::gemm::{self, GemmDesc, KernelSet, Output, Rows, Strides};
+use crate::experts::gemm::{self, GemmDesc, KernelSet, Output, Rows, SharedDepth, Strides};
 use crate::experts::gemm_backward::{self, GemmBackwardDesc};
-use crate::experts::k_grouped::{self, Gathered, KGroupedDesc, KGroupedStrides};
+use crate::experts::k_grouped::{self, Gathered, KGroupedDesc, KGroupedStrides, Second, SharedSizes};
 use crate::layer::Step;
 use crate::layer::desc::Mlp;
+use crate::registry::Kernel;
 use crate::rules::{Activation, Dtype, Glu, Layout, WeightDesc, Weighting};
 use crate::runtime::launch::{Address, Held};
 use crate::runtime::shape;
@@ -21,7 +24,7 @@ pub(super) struct MlpPlan {
     pub(super) hidden: Step<GemmBackwardDesc>,
     pub(super) down: Step<KGroupedDesc>,
     pub(super) input: Input,
-    /// Of each tensor of the first product's weight.
+    /// Of the first product's weight, of both tensors where it has two.
     pub(super) gate_up: Step<KGroupedDesc>,
     /// Of biases alone.
     pub(super) down_bias: KGroupedDesc,
@@ -36,7 +39,7 @@ pub(super) struct MlpPlan {
 #[allow(clippy::large_enum_variant)]
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Input {
-    /// A product, and one of up's tensor, where it has one, onto what gate's left.
+    /// A product, and one of up's tensor, where it has one, onto what gate's left. A shared expert's rows are in both, or in neither.
     Product(Step<GemmDesc>, Option<Step<GemmDesc>>),
     /// A product that weighs each row, has the gradient of that weight and the weighted rows of x.
     Weighted(Step<GemmBackwardDesc>),
@@ -56,6 +59,8 @@ pub(super) struct Sizes {
     pub(super) scale: f32,
     /// Whether the rows' weights are logits of a gate.
     pub(super) gate: bool,
+    /// Whether each row has a gradient of its outputs of its own, from behind a norm of these; else that of its token.
+    pub(super) own_outputs: bool,
     /// A shared expert of the same form, whose rows may join.
     pub(super) shared: Option<Joined>,
 }
@@ -64,6 +69,7 @@ pub(super) struct Sizes {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Joined {
     pub(super) rows: usize,
+    pub(super) intermediate: usize,
     pub(super) activation: Activation,
     pub(super) scale: f32,
     pub(super) gate: bool,
@@ -133,7 +139,7 @@ pub(super) const SHARED: Stages = Stages {
 };
 
 /// The form of a weight whose product goes the other way: its outputs are depths.
-fn turned(weight: &WeightDesc) -> WeightDesc {
+pub(super) fn turned(weight: &WeightDesc) -> WeightDesc {
     let layout = match weight.layout {
         Layout::Nk => Layout::Kn,
         Layout::Kn => Layout::Nk,
@@ -155,16 +161,19 @@ impl MlpPlan {
             Ok::<_, Error>(Step { desc, selection: k_grouped::select(&desc, device).map_err(within)? })
         };
         let mut hidden = GemmBackwardDesc::new(dtype, rows, intermediate, width, mlp.activation)
-            .gather(sizes.gathers())
+            .gather(sizes.gathers() && !sizes.own_outputs)
             .weight(mlp.down)
             .glu(mlp.gate_up.glu)
             .scale(scale)
             .gate(sizes.gate);
         let shared_rows = sizes.shared.map_or(0, |shared| shared.rows);
-        if let Some(Joined { rows, activation, scale, gate }) = sizes.shared {
+        let other = sizes.shared.map(|shared| shared.intermediate).filter(|&other| other != intermediate);
+        if let Some(Joined { rows, activation, scale, gate, .. }) = sizes.shared {
+            hidden = hidden.shared_sizes(other.map(|other| [other, width]));
             hidden = hidden.shared_rows(rows).shared_activation(Some(activation)).shared_scale(scale).shared_gate(gate);
         }
         let columns = hidden.columns();
+        let columns_of = |intermediate: usize| columns / sizes.intermediate * intermediate;
 
         let slots = sizes.groups();
         let sums = |m, n, gathered| {
@@ -176,17 +185,21 @@ impl MlpPlan {
                 .shared_rows(shared_rows)
                 .kernels(kernels)
         };
-        let down = match mlp.down.layout {
-            Layout::Nk => sums(width, intermediate, Gathered::A),
-            Layout::Kn => sums(intermediate, width, Gathered::B),
+        let of_dy = |gathered| if sizes.own_outputs { Gathered::Neither } else { gathered };
+        let of_down = |intermediate: usize| match mlp.down.layout {
+            Layout::Nk => [width, intermediate],
+            Layout::Kn => [intermediate, width],
         };
+        let [m, n] = of_down(intermediate);
+        let down = sums(m, n, of_dy(if mlp.down.layout == Layout::Nk { Gathered::A } else { Gathered::B }));
+        let down = down.shared_sizes(other.map(of_down).map(|[m, n]| SharedSizes::new(m, n)));
         let outputs = mlp.gate_up.outputs(intermediate);
         let of_x = |gathered| if sizes.weighs_input() { Gathered::Neither } else { gathered };
         let (gate_up, [m, n]) = match mlp.gate_up.layout {
             Layout::Nk => (sums(outputs, width, of_x(Gathered::B)), [outputs, width]),
             Layout::Kn => (sums(width, outputs, of_x(Gathered::A)), [width, outputs]),
         };
-        // Gate's and up's gradients lie side by side in a row.
+        // Gate's and up's gradients lie side by side in a row: two matrices.
         let apart = (mlp.gate_up.glu == Glu::Apart).then(|| {
             let packed = KGroupedStrides::packed(m, n);
             match mlp.gate_up.layout {
@@ -194,29 +207,48 @@ impl MlpPlan {
                 Layout::Kn => packed.b([columns, 1]),
             }
         });
-        let gate_up = gate_up.strides(apart);
+        let second = match mlp.gate_up.layout {
+            Layout::Nk => Second::OfA,
+            Layout::Kn => Second::OfB,
+        };
+        let of_shared = other.map(|other| {
+            let (outputs, columns) = (mlp.gate_up.outputs(other), columns_of(other));
+            match mlp.gate_up.layout {
+                Layout::Nk => SharedSizes::new(outputs, width).rows([columns, width, width]),
+                Layout::Kn => SharedSizes::new(width, outputs).rows([width, columns, outputs]),
+            }
+        });
+        let gate_up = gate_up.strides(apart).second(apart.map(|_| second)).shared_sizes(of_shared);
         // A bias alone: sums of one operand's columns, beside a product with a few of the other's.
-        let (of_dy, few) = (sums(width, BESIDE.min(intermediate), Gathered::A), BESIDE.min(intermediate));
-        let down_bias = of_dy.shared_rows(0).strides(Some(KGroupedStrides::packed(width, few).b([intermediate, 1])));
+        let few = BESIDE.min(intermediate);
+        let down_bias = sums(width, few, of_dy(Gathered::A))
+            .alone()
+            .strides(Some(KGroupedStrides::packed(width, few).b([intermediate, 1])));
         let few = BESIDE.min(width);
         let of_outputs = sums(outputs, few, of_x(Gathered::B));
         let strides = KGroupedStrides::packed(outputs, few).b([width, 1]);
-        let gate_up_bias = of_outputs.shared_rows(0).strides(Some(strides.a([columns, 1])));
+        let gate_up_bias = of_outputs.alone().strides(Some(strides.a([columns, 1])));
         let input = if sizes.weighs_input() {
             let plain = WeightDesc { glu: Glu::None, ..mlp.gate_up };
             let desc = GemmBackwardDesc::new(dtype, rows, width, outputs, Activation::Identity)
                 .weight(plain)
                 .glu(Glu::None)
                 .gather_pre_activation(sizes.gathers())
-                .shared_rows(shared_rows);
+                .shared_rows(shared_rows)
+                .shared_sizes(other.map(|other| [width, mlp.gate_up.outputs(other)]));
             Input::Weighted(through(desc)?)
         } else {
             let mut desc = GemmDesc::new(dtype, rows, width, outputs).kernels(kernels).weight(turned(&mlp.gate_up));
             if apart.is_some() {
                 desc.strides = Some(Strides::packed(&desc).a(columns, 1));
             }
+            let depth = |other| SharedDepth::new(mlp.gate_up.outputs(other)).a_row(columns_of(other));
+            let with_shared = desc.shared_rows(shared_rows).shared_depth(other.map(depth));
+            // Another depth is the sm_80 set's alone: where a faster one takes the others, a launch more is less than that.
+            let faster = other.is_some() && apart.is_none() && is_of_hopper(&product(desc)?.selection);
+            let desc = if faster { desc } else { with_shared };
             let up = apart.map(|_| product(desc.output(Output::Added))).transpose()?;
-            Input::Product(product(desc.shared_rows(shared_rows))?, up)
+            Input::Product(product(desc)?, up)
         };
 
         let scratch = |desc: &GemmBackwardDesc| gemm_backward::workspace_bytes(desc, device).map_err(within);
@@ -280,25 +312,33 @@ impl MlpPlan {
         };
         let gate_up = (names.gate_up, self.gate_up.selection);
         let first = [(names.hidden, self.hidden.selection), (names.down, self.down.selection), (names.input, input)];
-        first
-            .into_iter()
-            .chain(input_of_up.map(|selection| (names.input, selection)))
-            .chain(std::iter::repeat_n(gate_up, self.tensors()))
+        first.into_iter().chain(input_of_up.map(|selection| (names.input, selection))).chain([gate_up])
     }
 
-    /// Launches of a joined shared expert that the others' do not have: of a second tensor, whose product is added.
-    pub(super) fn stages_beside_joined(&self) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
-        let of_up = match self.input {
-            Input::Product(_, of_up) => of_up,
-            Input::Weighted(_) => None,
-        };
-        of_up.map(|step| (SHARED.input, step.selection)).into_iter()
+    /// Whether the launches to the inputs have a joined shared expert's rows.
+    pub(super) fn input_joins(&self) -> bool {
+        match &self.input {
+            Input::Product(step, _) => step.desc.shared_rows > 0,
+            Input::Weighted(step) => step.desc.shared_rows > 0,
+        }
+    }
+
+    /// The launch to the inputs.
+    pub(super) fn input_selection(&self) -> Selection {
+        match &self.input {
+            Input::Product(step, _) => step.selection,
+            Input::Weighted(step) => step.selection,
+        }
     }
 
     /// The gradients of the rows' weights, or of a gate's logits.
     pub(super) fn d_row_weight<'a>(&self, workspace: &'a Held<'_>) -> Address<'a> {
         workspace.at(self.regions.d_slot_weight)
     }
+}
+
+fn is_of_hopper(selection: &Selection) -> bool {
+    matches!(selection.kernel.variant(), Kernel::GemmHopper(_))
 }
 
 /// Columns of the product beside the sums of a bias alone.

@@ -13,6 +13,9 @@
 //! input gives the same bits. A dropped choice has no gradient; neither has the choice itself. What was dropped between the products is drawn again.
 //! [`Weighting::Input`](super::Weighting::Input) and [`Weighting::Activation`](super::Weighting::Activation) go back their own way.
 //!
+//! Norms of what router and experts see, of each expert's output and of the sum go back too, and so does a latent width; what they normalised is made again or
+//! kept.
+//!
 //! A residual's gradient is `dy`, and so is that of what [`super::LayerArgs::accumulate`] adds to.
 //!
 //! # A framework's autograd function
@@ -79,6 +82,7 @@
 //! [`BackwardPlan::saved_bytes`] says what [`Saved`] takes, [`BackwardDesc::recompute`] leaves the pre-activations out of it.
 
 mod args;
+mod around;
 mod gradients;
 mod held;
 mod mlp;
@@ -91,7 +95,9 @@ mod saved;
 mod shared;
 
 pub use args::BackwardArgs;
-pub use gradients::{LayerGradients, NormGradients, RouterGradients, SharedGradients, WeightGradients};
+pub use gradients::{
+    LatentGradients, LayerGradients, NormGradients, RouterGradients, SharedGradients, WeightGradients,
+};
 pub use plan::BackwardPlan;
 pub use saved::Saved;
 
@@ -216,6 +222,30 @@ pub enum BackwardStage {
     RouterNorm,
     /// Gradient of its weight, where it has one.
     RouterNormWeight,
+    /// Through the norm of the sum.
+    OutputNorm,
+    /// Gradient of its weight, where it has one.
+    OutputNormWeight,
+    /// Through the norm of each expert's output, with the gradients of the rows' weights.
+    SlotNorm,
+    /// Gradient of its weight, where it has one.
+    SlotNormWeight,
+    /// The projection to a latent width once more.
+    LatentInputAgain,
+    /// The norm behind it once more.
+    LatentNormAgain,
+    /// Through that norm.
+    LatentNorm,
+    /// Gradient of its weight, where it has one.
+    LatentNormWeight,
+    /// Gradient of the weight of the projection to a latent width.
+    LatentInputWeight,
+    /// Through that projection.
+    LatentInput,
+    /// Gradient of the weight of the projection of the experts' sum.
+    LatentOutputWeight,
+    /// Through that projection.
+    LatentOutput,
 }
 
 impl BackwardStage {
@@ -244,6 +274,18 @@ impl BackwardStage {
             BackwardStage::RouterNormAgain => "router norm again",
             BackwardStage::RouterNorm => "d router norm",
             BackwardStage::RouterNormWeight => "d W router norm",
+            BackwardStage::OutputNorm => "d output norm",
+            BackwardStage::OutputNormWeight => "d W output norm",
+            BackwardStage::SlotNorm => "d slot norm",
+            BackwardStage::SlotNormWeight => "d W slot norm",
+            BackwardStage::LatentInputAgain => "latent input again",
+            BackwardStage::LatentNormAgain => "latent norm again",
+            BackwardStage::LatentNorm => "d latent norm",
+            BackwardStage::LatentNormWeight => "d W latent norm",
+            BackwardStage::LatentInputWeight => "d W latent input",
+            BackwardStage::LatentInput => "d latent input",
+            BackwardStage::LatentOutputWeight => "d W latent output",
+            BackwardStage::LatentOutput => "d latent output",
             BackwardStage::SharedHidden => "d shared hidden",
             BackwardStage::SharedGate => "shared gate",
             BackwardStage::SharedDownWeight => "d W shared down",

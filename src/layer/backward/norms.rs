@@ -1,4 +1,4 @@
-//! RMS norms of what router and experts see, on their way back: the rows behind the norm are made again, one launch and no memory kept.
+//! RMS norms on their way back. Of those in front of router and experts the rows behind the norm are made again, one launch and no memory kept.
 
 use super::{BackwardStage, OPERATION};
 use crate::experts::column_products::{self, ColumnProductsDesc};
@@ -11,19 +11,83 @@ use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Dtype, Element, Error, In, Selection, Tensor};
 
+/// From the gradient of a norm's rows to that of what was normalised, and to that of its weight.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NormBack {
+    step: Step<RmsNormBackwardDesc>,
+    /// Of the weight's gradient, where the gain has a weight.
+    sums: Option<Selection>,
+    /// `[rows, 2]`.
+    factors: Region,
+}
+
+/// The stages of a way back: through the norm, and to its weight.
+pub(super) type BackNames = [BackwardStage; 2];
+
+impl NormBack {
+    /// Of so many rows and columns, of gradients of `seen`: `dtype`, or f32.
+    pub(super) fn new(
+        norm: RmsNorm,
+        [dtype, seen]: [Dtype; 2],
+        [rows, width]: [usize; 2],
+        device: &DeviceInfo,
+    ) -> Result<NormBack, Error> {
+        let within = |error: Error| error.within(OPERATION);
+        let desc = RmsNormBackwardDesc::new(dtype, rows, width, norm).gradient(seen);
+        let sums = ColumnProductsDesc::new(dtype, rows, width).gradient(seen);
+        let sums = norm.gain.has_weight().then(|| column_products::select(&sums, device).map_err(within));
+        Ok(NormBack {
+            step: Step { desc, selection: rms_norm_backward::select(&desc, device).map_err(within)? },
+            sums: sums.transpose()?,
+            factors: Region::default(),
+        })
+    }
+
+    pub(super) fn lay(&mut self, arena: &mut Arena) -> Result<(), Error> {
+        self.factors = arena.region("norms", 2 * self.step.desc.rows, 4)?;
+        Ok(())
+    }
+
+    pub(super) fn stages(&self, names: BackNames) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
+        let sums = self.sums.map(|sums| (names[1], sums));
+        std::iter::once((names[0], self.step.selection)).chain(sums)
+    }
+
+    /// The gradient of what was normalised, written or `added`, and that of the weight, where it has a place.
+    pub(super) fn enqueue<'a, T: Element>(
+        &self,
+        scope: &Scope<'_>,
+        mut args: RmsNormBackwardArgs<'a, T>,
+        (added, d_weight): (bool, Option<Address<'a>>),
+        workspace: &'a Held<'_>,
+        names: BackNames,
+        observer: &mut dyn FnMut(BackwardStage),
+    ) -> Result<(), Error> {
+        let RmsNormBackwardDesc { rows, width, .. } = self.step.desc;
+        if let Some(d_weight) = d_weight {
+            args.d_weight = Some(d_weight.out(width));
+            args.factors = Some(workspace.at(self.factors).out(2 * rows));
+        }
+        let desc = self.step.desc.accumulate(added);
+        let (kernels, stream) = (scope.kernels, scope.stream);
+        rms_norm_backward::backward(kernels, stream, &desc, args).map_err(|error| error.within(OPERATION))?;
+        observer(names[0]);
+        if d_weight.is_some() {
+            observer(names[1]);
+        }
+        Ok(())
+    }
+}
+
 /// A norm in front of a part of the layer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct NormSteps {
     forward: Step<RmsNormDesc>,
-    back: Step<RmsNormBackwardDesc>,
-    /// Of the weight's gradient, where the gain has a weight.
-    sums: Option<Selection>,
-    /// `[T, H]`: what the part saw.
+    back: NormBack,
+    /// `[T, width]`: what the part saw.
     normed: Region,
-    /// `[T, H]`: the gradient of it.
+    /// `[T, width]`: the gradient of it.
     d_normed: Region,
-    /// `[T, 2]`.
-    factors: Region,
 }
 
 /// The stages of a norm: once more, back, and its weight's gradient.
@@ -33,6 +97,8 @@ pub(super) const ROUTER: Names =
     [BackwardStage::RouterNormAgain, BackwardStage::RouterNorm, BackwardStage::RouterNormWeight];
 pub(super) const EXPERTS: Names =
     [BackwardStage::ExpertNormAgain, BackwardStage::ExpertNorm, BackwardStage::ExpertNormWeight];
+pub(super) const LATENT: Names =
+    [BackwardStage::LatentNormAgain, BackwardStage::LatentNorm, BackwardStage::LatentNormWeight];
 
 impl NormSteps {
     /// Of `tokens` rows of `width` elements, to rows of `dtype` or of f32 (`seen`).
@@ -42,18 +108,13 @@ impl NormSteps {
         [tokens, width]: [usize; 2],
         device: &DeviceInfo,
     ) -> Result<NormSteps, Error> {
-        let within = |error: Error| error.within(OPERATION);
         let forward = RmsNormDesc::new(dtype, tokens, width, norm).output(seen);
-        let back = RmsNormBackwardDesc::new(dtype, tokens, width, norm).gradient(seen);
-        let sums = ColumnProductsDesc::new(dtype, tokens, width).gradient(seen);
-        let weighs = norm.gain.has_weight();
+        let selection = rms_norm::select(&forward, device).map_err(|error| error.within(OPERATION))?;
         Ok(NormSteps {
-            forward: Step { desc: forward, selection: rms_norm::select(&forward, device).map_err(within)? },
-            back: Step { desc: back, selection: rms_norm_backward::select(&back, device).map_err(within)? },
-            sums: weighs.then(|| column_products::select(&sums, device)).transpose().map_err(within)?,
+            forward: Step { desc: forward, selection },
+            back: NormBack::new(norm, [dtype, seen], [tokens, width], device)?,
             normed: Region::default(),
             d_normed: Region::default(),
-            factors: Region::default(),
         })
     }
 
@@ -62,8 +123,7 @@ impl NormSteps {
         let elements = shape::product(OPERATION, "norms", &[rows, width])?;
         self.normed = arena.region("norms", elements, output.bytes() as usize)?;
         self.d_normed = arena.region("norms", elements, output.bytes() as usize)?;
-        self.factors = arena.region("norms", 2 * rows, 4)?;
-        Ok(())
+        self.back.lay(arena)
     }
 
     /// Type of what the part saw.
@@ -78,8 +138,7 @@ impl NormSteps {
 
     /// The stages with their launches, in front of the part's way back, and behind.
     pub(super) fn stages(&self, names: Names) -> [Vec<(BackwardStage, Selection)>; 2] {
-        let behind = [Some((names[1], self.back.selection)), self.sums.map(|sums| (names[2], sums))];
-        [vec![(names[0], self.forward.selection)], behind.into_iter().flatten().collect()]
+        [vec![(names[0], self.forward.selection)], self.back.stages([names[1], names[2]]).collect()]
     }
 
     /// Makes what the part saw again, and says where it is.
@@ -122,17 +181,7 @@ impl NormSteps {
         };
         let mut args = RmsNormBackwardArgs::new(x, dy, dx.unwrap_or(nobody).out::<T>(rows * width));
         args.weight = weight;
-        if let Some(d_weight) = d_weight {
-            args.d_weight = Some(d_weight.out(width));
-            args.factors = Some(workspace.at(self.factors).out(2 * rows));
-        }
-        let desc = self.back.desc.accumulate(added && dx.is_some());
-        let (kernels, stream) = (scope.kernels, scope.stream);
-        rms_norm_backward::backward(kernels, stream, &desc, args).map_err(|error| error.within(OPERATION))?;
-        observer(names[1]);
-        if d_weight.is_some() {
-            observer(names[2]);
-        }
-        Ok(())
+        let to = (added && dx.is_some(), d_weight);
+        self.back.enqueue(scope, args, to, workspace, [names[1], names[2]], observer)
     }
 }

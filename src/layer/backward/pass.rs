@@ -6,7 +6,7 @@ use super::{BackwardStage, OPERATION};
 use crate::experts::dispatched::Dispatched;
 use crate::experts::gemm::{self, GemmArgs, ProductOut, SharedRows, SwigluByExpert};
 use crate::experts::gemm_backward::{self, GemmBackwardArgs, SharedRowsBackward};
-use crate::experts::k_grouped::{self, ColumnSums, KGroupedArgs, KGroupedDesc, SharedGroup};
+use crate::experts::k_grouped::{self, ColumnSums, KGroupedArgs, KGroupedDesc, SecondOut, SharedGroup};
 use crate::experts::weight::Weight;
 use crate::rules::{Dropout, Layout, Weighting};
 use crate::runtime::launch::{Held, Scope};
@@ -64,15 +64,29 @@ struct WeightSums<'a, T> {
     inputs: In<'a, T>,
     matrix: Option<&'a HeldGradient<'a>>,
     bias: Option<ColumnSums<'a, T>>,
+    /// A second tensor's matrix and bias, whose outputs stand behind the first's.
+    second: Option<(&'a HeldGradient<'a>, Option<&'a HeldGradient<'a>>)>,
 }
 
-impl<'a, T> WeightSums<'a, T> {
+impl<'a, T: Element> WeightSums<'a, T> {
     /// Both operands: the rows of the gradient are the weight's.
     fn sides(&self, layout: Layout) -> [In<'a, T>; 2] {
         match layout {
             Layout::Nk => [self.outputs, self.inputs],
             Layout::Kn => [self.inputs, self.outputs],
         }
+    }
+
+    /// Where the second tensor's go, and whether its matrix is f32 beside another type.
+    fn second_out(&self) -> Option<(SecondOut<'a, T>, bool)> {
+        let (matrix, bias) = self.second?;
+        let (out, f32_out) = matrix.product::<T>();
+        let second = SecondOut::new(out);
+        let second = match bias {
+            Some(bias) => second.sums(bias.product::<T>().0),
+            None => second,
+        };
+        Some((second, f32_out))
     }
 }
 
@@ -94,13 +108,22 @@ impl<'a, T: Element> Pass<'a, T> {
         sum(scope, both, descs, observer)?;
         self.to_input(scope, shared, observer)?;
         let descs = |plan: &MlpPlan| (plan.gate_up.desc, plan.gate_up_bias, plan.mlp.gate_up.layout);
-        for number in 0..plan.tensors() {
+        let together = [Some(self), shared].into_iter().flatten().all(Pass::has_both_tensors);
+        let numbers = if together { 1 } else { plan.tensors() };
+        for number in 0..numbers {
             let both = [Some(self), shared].map(|pass| {
-                pass.map(|pass| (pass, pass.gate_up_sums(number), pass.names.gate_up, pass.names.gate_up_bias))
+                let sums = pass.map(|pass| pass.gate_up_sums(number, together));
+                pass.zip(sums).map(|(pass, sums)| (pass, sums, pass.names.gate_up, pass.names.gate_up_bias))
             });
             sum(scope, both, descs, observer)?;
         }
         Ok(())
+    }
+
+    /// Whether gate and up have a tensor each, and the gradients of both are asked for.
+    fn has_both_tensors(&self) -> bool {
+        let of = &self.gradients.gate_up;
+        self.plan.tensors() == 2 && of.matrix.is_some() && of.up.is_some()
     }
 
     fn rows(&self) -> usize {
@@ -152,7 +175,7 @@ impl<'a, T: Element> Pass<'a, T> {
                 rows.hidden = shared.hidden();
                 args.shared = Some(rows);
             }
-            None => desc = desc.shared_rows(0).shared_activation(None),
+            None => desc = desc.alone(),
         }
         let mut scratch = self.scratch();
         gemm_backward::forward(scope.kernels, scope.stream, &desc, args, &mut scratch).map_err(within)
@@ -191,10 +214,11 @@ impl<'a, T: Element> Pass<'a, T> {
             ColumnSums { weights, ..ColumnSums::new(gradient.product::<T>().0).scale(self.plan.sizes.scale) }
         });
         let inputs = self.input_at(self.plan.regions.hidden, self.plan.sizes.intermediate);
-        WeightSums { outputs: self.at.dy, inputs, matrix: of.matrix.as_ref(), bias }
+        WeightSums { outputs: self.at.dy, inputs, matrix: of.matrix.as_ref(), bias, second: None }
     }
 
-    fn gate_up_sums(&self, number: usize) -> WeightSums<'a, T> {
+    /// Of the first tensor or the second, or of both.
+    fn gate_up_sums(&self, number: usize, both: bool) -> WeightSums<'a, T> {
         let of = &self.gradients.gate_up;
         let (matrix, bias) = [(&of.matrix, &of.bias), (&of.up, &of.up_bias)][number];
         let inputs = match self.plan.sizes.weighs_input() {
@@ -202,7 +226,8 @@ impl<'a, T: Element> Pass<'a, T> {
             false => self.at.x,
         };
         let bias = bias.as_ref().map(|gradient| ColumnSums::new(gradient.product::<T>().0));
-        WeightSums { outputs: self.outputs(number), inputs, matrix: matrix.as_ref(), bias }
+        let second = of.up.as_ref().filter(|_| both).map(|up| (up, of.up_bias.as_ref()));
+        WeightSums { outputs: self.outputs(number), inputs, matrix: matrix.as_ref(), bias, second }
     }
 
     /// Through the first product.
@@ -215,6 +240,10 @@ impl<'a, T: Element> Pass<'a, T> {
         let (plan, wanted) = (self.plan, self.wanted);
         let Regions { d_rows, weighted_x, .. } = plan.regions;
         let (kernels, stream) = (scope.kernels, scope.stream);
+        let (shared, beside) = if plan.input_joins() { (shared, None) } else { (None, shared) };
+        if let Some(shared) = beside {
+            shared.to_input(scope, None, observer)?;
+        }
         match &plan.input {
             Input::Product(step, of_up) if wanted.input => {
                 let mut args = GemmArgs::new(self.outputs(0), Weight::new(self.at.gate_up.matrix), self.d_rows());
@@ -222,14 +251,12 @@ impl<'a, T: Element> Pass<'a, T> {
                 args.shared = shared.map(|shared| {
                     SharedRows::new(shared.outputs(0), Weight::new(shared.at.gate_up.matrix), shared.d_rows())
                 });
-                let rows = if shared.is_some() { step.desc.shared_rows } else { 0 };
-                gemm::forward(kernels, stream, &step.desc.shared_rows(rows), args).map_err(within)?;
+                let desc = if shared.is_some() { step.desc } else { step.desc.alone() };
+                gemm::forward(kernels, stream, &desc, args).map_err(within)?;
                 observer(self.names.input);
                 if of_up.is_some() {
-                    for pass in [Some(self), shared].into_iter().flatten() {
-                        pass.add_up(scope)?;
-                        observer(pass.names.input);
-                    }
+                    self.add_up(scope, shared)?;
+                    observer(self.names.input);
                 }
             }
             Input::Weighted(step) => {
@@ -248,10 +275,9 @@ impl<'a, T: Element> Pass<'a, T> {
                         let (d, weight) = (shared.outputs(0), shared.at.gate_up.matrix);
                         SharedRowsBackward::new(d, weight, shared.at.x, shared.d_rows())
                     });
-                    let rows = if shared.is_some() { step.desc.shared_rows } else { 0 };
+                    let desc = if shared.is_some() { step.desc } else { step.desc.alone() };
                     let mut scratch = self.scratch();
-                    gemm_backward::forward(kernels, stream, &step.desc.shared_rows(rows), args, &mut scratch)
-                        .map_err(within)?;
+                    gemm_backward::forward(kernels, stream, &desc, args, &mut scratch).map_err(within)?;
                     observer(self.names.input);
                 }
             }
@@ -265,12 +291,17 @@ impl<'a, T: Element> Pass<'a, T> {
     }
 
     /// Onto the gate's part of the inputs' gradients the up's, from a tensor of its own.
-    fn add_up(&self, scope: &Scope<'_>) -> Result<(), Error> {
+    fn add_up(&self, scope: &Scope<'_>, shared: Option<&Pass<'a, T>>) -> Result<(), Error> {
         let Input::Product(_, Some(step)) = &self.plan.input else { return Ok(()) };
         let Some((matrix, _)) = self.at.gate_up.up else { return Ok(()) };
         let mut args = GemmArgs::new(self.outputs(1), Weight::new(matrix), self.d_rows());
         args.dispatched = self.grouped();
-        gemm::forward(scope.kernels, scope.stream, &step.desc, args).map_err(within)
+        args.shared = shared.and_then(|shared| {
+            let (matrix, _) = shared.at.gate_up.up?;
+            Some(SharedRows::new(shared.outputs(1), Weight::new(matrix), shared.d_rows()))
+        });
+        let desc = if shared.is_some() { step.desc } else { step.desc.alone() };
+        gemm::forward(scope.kernels, scope.stream, &desc, args).map_err(within)
     }
 
     /// `a^T b` of one side alone, to a weight's gradient and its bias's.
@@ -284,15 +315,19 @@ impl<'a, T: Element> Pass<'a, T> {
         let (out, f32_out) = to.out;
         let mut args = KGroupedArgs::new(a, b, self.at.rows, out);
         (args.frozen, args.sums) = (self.at.frozen, to.sums);
-        let desc = desc.shared_rows(0).f32_out(f32_out);
+        let (second, second_f32_out) = to.second.unzip();
+        let desc = desc.alone().f32_out(f32_out).second(desc.second.filter(|_| second.is_some()));
+        let desc = desc.second_f32_out(second_f32_out.unwrap_or(false));
+        args.second = second;
         k_grouped::forward(scope.kernels, scope.stream, &desc, args).map_err(within)
     }
 }
 
-/// Where a product along the rows goes, f32 beside another type or not, and sums of a bias.
+/// Where a product along the rows goes, f32 beside another type or not, sums of a bias, and where a second tensor's goes.
 struct To<'a, T> {
     out: (ProductOut<'a, T>, bool),
     sums: Option<ColumnSums<'a, T>>,
+    second: Option<(SecondOut<'a, T>, bool)>,
 }
 
 /// The gradients of a weight and its bias, of both in one launch where both have the weight's; sums of a bias alone have a launch of their own.
@@ -311,10 +346,16 @@ fn sum<'a, T: Element>(
             let Some((matrix, shared_matrix)) = own.matrix.zip(shared.matrix) else { return Ok(()) };
             let ((out, f32_out), (shared_out, shared_f32_out)) = (matrix.product::<T>(), shared_matrix.product::<T>());
             let mut group = SharedGroup::new(shared_a, shared_b, shared_out);
+            let (second, shared_second) = (own.second_out().unzip(), shared.second_out().unzip());
             group.sums = shared.bias.map(|bias| bias.of_b(of_b));
+            group.second = shared_second.0;
             let mut args = KGroupedArgs::new(a, b, pass.at.rows, out).shared(group);
             (args.frozen, args.sums) = (pass.at.frozen, own.bias.map(|bias| bias.of_b(of_b)));
             let desc = desc.f32_out(f32_out).shared_f32_out(shared_f32_out);
+            let desc = desc.second(desc.second.filter(|_| second.0.is_some()));
+            let desc = desc.second_f32_out(second.1.unwrap_or(false));
+            let desc = desc.shared_second_f32_out(shared_second.1.unwrap_or(false));
+            args.second = second.0;
             k_grouped::forward(scope.kernels, scope.stream, &desc, args).map_err(within)?;
             observer(stage);
             return Ok(());
@@ -323,17 +364,17 @@ fn sum<'a, T: Element>(
     };
     for (pass, sums, stage, bias_stage) in [own, shared].into_iter().flatten() {
         let (desc, of_bias, layout) = descs(pass.plan);
-        let sides = sums.sides(layout);
+        let (sides, second) = (sums.sides(layout), sums.second_out());
         match (sums.matrix, sums.bias) {
             (Some(matrix), bias) => {
                 let bias = bias.map(|bias| bias.of_b(layout == Layout::Kn));
-                pass.sum_alone(scope, desc, sides, To { out: matrix.product::<T>(), sums: bias })?;
+                pass.sum_alone(scope, desc, sides, To { out: matrix.product::<T>(), sums: bias, second })?;
                 observer(stage);
             }
             (None, Some(bias)) => {
                 let elements = of_bias.rows.experts * of_bias.m * of_bias.n;
                 let beside = pass.workspace.at(pass.plan.regions.beside_sums).out::<T>(elements);
-                let to = To { out: (ProductOut::Rounded(beside), false), sums: Some(bias) };
+                let to = To { out: (ProductOut::Rounded(beside), false), sums: Some(bias), second: None };
                 pass.sum_alone(scope, of_bias, [sums.outputs, sums.inputs], to)?;
                 observer(bias_stage);
             }

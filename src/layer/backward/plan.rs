@@ -1,5 +1,6 @@
 //! From a layer's plan to that of its way back.
 
+use super::around::AroundBack;
 use super::mlp::{self, Joined, MlpPlan, Sizes};
 use super::norms::{self, NormSteps};
 use super::saved::saved_bytes;
@@ -25,7 +26,7 @@ pub struct BackwardPlan {
     layer: LayerPlan,
     desc: BackwardDesc,
     pub(super) routed: MlpPlan,
-    /// The shared expert's own launches; the routed experts' have its rows where it [joins](BackwardPlan::joins).
+    /// The shared expert's own launches; the routed experts' have its rows where it [joins](BackwardPlan::joins), whatever its width.
     pub(super) shared: Option<MlpPlan>,
     /// The product of a shared expert's gate.
     pub(super) gate: Option<RouterSteps>,
@@ -41,7 +42,9 @@ pub struct BackwardPlan {
     /// Of what the router sees, where the layer's is asked, and of what the routed experts see.
     pub(super) router_norm: Option<NormSteps>,
     pub(super) expert_norm: Option<NormSteps>,
-    /// A shared expert's part of the gradient of `x` beside a norm of what the others see.
+    /// Norms behind the experts, and projections.
+    pub(super) around: AroundBack,
+    /// A shared expert's part of the gradient of `x` beside a norm or a projection of what the others see.
     pub(super) shared_sum: Option<Step<CombineDesc>>,
     pub(super) regions: Regions,
     workspace_bytes: usize,
@@ -77,7 +80,7 @@ impl LayerPlan {
     /// Plans the way back.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: norms of experts' outputs and of the sum, a latent width;
+    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: a factor of the routed sum beside identities or a norm of each expert's output;
     /// [`Error::Invalid`] or [`Error::Overflow`] for losses out of range or sizes past a limit.
     pub fn backward_plan(&self, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         BackwardPlan::new(self, desc)
@@ -91,8 +94,9 @@ impl BackwardPlan {
         check(of, desc)?;
         let rows = *layer.experts().rows();
         let all = Rows::Dense(tokens);
-        let joined = of.shared.filter(|shared| shared.joins(of) && tokens > 0).map(|shared| Joined {
+        let joined = of.shared.filter(|shared| shared.joins_back(of) && tokens > 0).map(|shared| Joined {
             rows: tokens,
+            intermediate: shared.intermediate,
             activation: shared.mlp.activation,
             scale: shared.scale,
             gate: shared.gated,
@@ -100,17 +104,20 @@ impl BackwardPlan {
         let routed = Sizes {
             dtype: of.dtype,
             rows: Rows::Grouped(rows),
-            width: of.hidden,
+            width: of.expert_width(),
             intermediate: of.intermediate,
             kernels: of.kernels(),
             weighting: of.weighting,
             scale: of.routed_scale,
             gate: false,
+            own_outputs: of.norms.slots.is_some(),
             shared: joined,
         };
         let shared = of.shared.map(|shared| {
             let sizes = Sizes {
                 rows: all,
+                width: of.hidden,
+                own_outputs: false,
                 intermediate: shared.intermediate,
                 weighting: Weighting::Output,
                 scale: shared.scale,
@@ -122,7 +129,8 @@ impl BackwardPlan {
         });
         let (mut routed, mut shared) = (MlpPlan::new(&of.mlp, routed, desc, device)?, shared.transpose()?);
         let gate = of.has_shared_gate().then(|| RouterSteps::new(of, tokens, 1, device)).transpose()?;
-        let choices = ChoiceBackwardDesc::new(of.dtype, rows, of.hidden);
+        let width = of.expert_width();
+        let choices = ChoiceBackwardDesc::new(of.dtype, rows, width);
         let choices = Step { desc: choices, selection: choice_backward::select(&choices, device).map_err(within)? };
 
         let regraded = of.admission.filter(|rule| rule.candidates != rule.top_k || rule.renormalise.is_some());
@@ -145,7 +153,9 @@ impl BackwardPlan {
         let asked = of.norms.router.filter(|_| desc.origin == Origin::Router);
         let mut router_norm = asked.map(|rule| norm(rule, seen_by_router(of))).transpose()?;
         let mut expert_norm = of.norms.experts.map(|rule| norm(rule, of.dtype)).transpose()?;
-        let shared_sum = (expert_norm.is_some() && of.shared.is_some()).then(|| {
+        let mut around = AroundBack::new(layer, desc, device)?;
+        let seen_apart = expert_norm.is_some() || of.latent.is_some();
+        let shared_sum = (seen_apart && of.shared.is_some()).then(|| {
             let sum = CombineDesc::new(of.dtype, SlotShape::new(tokens, 1, Some(1), tokens, 1, 0), of.hidden);
             let selection = combine::select_for(OPERATION, &sum, device)?;
             // Nobody's rows.
@@ -153,7 +163,7 @@ impl BackwardPlan {
             Ok::<_, Error>(Step { desc: CombineDesc { rows, ..sum }, selection })
         });
         let again = layer.experts().stages().find(|(stage, _)| desc.recompute && *stage == Stage::GateUp);
-        let sum = CombineDesc::new(of.dtype, rows, of.hidden);
+        let sum = CombineDesc::new(of.dtype, rows, width);
         let sum = Step { desc: sum, selection: combine::select_for(OPERATION, &sum, device)? };
         let logits = if desc.origin == Origin::Choices { 0 } else { tokens * of.logit_columns() };
         let kept = if desc.recompute { rows.slots * routed.columns() } else { 0 };
@@ -179,6 +189,7 @@ impl BackwardPlan {
         for norm in [&mut router_norm, &mut expert_norm].into_iter().flatten() {
             norm.lay(&mut arena)?;
         }
+        around.lay(&mut arena, of)?;
         let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
@@ -207,6 +218,7 @@ impl BackwardPlan {
             sum,
             router_norm,
             expert_norm,
+            around,
             shared_sum: shared_sum.transpose()?,
             regions,
             workspace_bytes: arena.bytes(),
@@ -257,7 +269,8 @@ impl BackwardPlan {
     ///
     /// `4 E T + 4 k T + (4 k T + 8 S + lists of E and of tiles) + b S c I + b T c_s I_s`
     ///
-    /// of logits, ids, rows and pre-activations, and 16; `c` is 2 with a gate, else 1, `s` the shared expert's. Without the logits, or logits and ids, where these
+    /// of logits, ids, rows and pre-activations, and 16; `c` is 2 with a gate, else 1, `s` the shared expert's. With a norm of each expert's output `b S H` more of
+    /// these, with a norm of the sum `b T H`, with a latent width `L` `b T L` of the experts' sum (and `L` in place of `H`). Without the logits, or logits and ids, where these
     /// came from elsewhere, and without `b S c I` where they are computed again; with `4 k T` more where identities are weighted (`4 T` by a map), and `4 T` with a
     /// shared expert's gate. With an admission the ids are of its `K` candidates, `4 K T`; one that passes choices on or divides by their weights, or a map beside
     /// it, keeps what was admitted, `4 k T`, and where it divides the candidates' weights, `4 K T`.
@@ -269,7 +282,7 @@ impl BackwardPlan {
     pub fn stages(&self) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
         let tokens = self.layer.tokens();
         let (shared, beside) = match self.joins() {
-            true => (None, Some(self.routed.stages_beside_joined())),
+            true => (None, self.shared.filter(|_| !self.routed.input_joins())),
             false => (self.shared.map(|shared| shared.stages(mlp::SHARED)), None),
         };
         let choices = self.identities().then_some((BackwardStage::Choices, self.choices.selection));
@@ -288,11 +301,14 @@ impl BackwardPlan {
         let [expert_norm_again, expert_norm] = stages(self.expert_norm, norms::EXPERTS);
         let [router_norm_again, router_norm] = stages(self.router_norm, norms::ROUTER);
         let shared_sum = self.shared_sum.map(|step| (BackwardStage::SharedSum, step.selection));
-        expert_norm_again
+        let [behind_experts, before_experts, to_input] = self.around.stages();
+        behind_experts
             .into_iter()
+            .chain(expert_norm_again)
+            .chain(before_experts)
             .chain(again)
             .chain(self.routed.stages(mlp::ROUTED))
-            .chain(beside.into_iter().flatten())
+            .chain(beside.map(|shared| (mlp::SHARED.input, shared.input_selection())))
             .chain(shared.into_iter().flatten())
             .chain(choices)
             .chain(admission)
@@ -302,6 +318,7 @@ impl BackwardPlan {
             .chain(router_norm)
             .chain(gate.into_iter().flatten())
             .chain([(BackwardStage::Sum, self.sum.selection)])
+            .chain(to_input)
             .chain(expert_norm)
             .chain(shared_sum)
             .filter(move |_| tokens > 0)
@@ -351,10 +368,9 @@ fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
     let scaled = identities && of.routed_scale != 1.0;
     let two_tensors = of.weighting == Weighting::Input && of.mlp.gate_up.glu == Glu::Apart;
     let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    let refused: [(&'static str, bool, &'static str); 6] = [
-        ("norms.slots", of.norms.slots.is_some(), "no norm of an expert's output"),
-        ("norms.output", of.norms.output.is_some(), "no norm of the sum"),
-        ("latent", of.latent.is_some(), "experts of the layer's width"),
+    let normed = of.norms.slots.is_some() && of.routed_scale != 1.0;
+    let refused: [(&'static str, bool, &'static str); 4] = [
+        ("routed_scale", normed, "1 beside a norm of each expert's output"),
         ("routed_scale", scaled, "1 beside experts whose output is their input, and a map"),
         ("mlp.gate_up.glu", two_tensors, "one tensor with Weighting::Input"),
         ("choices", wide_ids, "ids of 32 bits, where identities are read off them"),

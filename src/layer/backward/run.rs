@@ -143,6 +143,7 @@ impl BackwardPlan {
         let (kernels, stream) = (scope.kernels, scope.stream);
         let (desc, tokens) = (self.layer().desc(), self.layer().tokens());
         let (rows, elements) = (self.rows(), tokens * desc.hidden);
+        let experts_elements = tokens * desc.expert_width();
         let (x, dy) = (at.x.address().input::<T>(elements), at.dy.address().input::<T>(elements));
         let gradients = &at.gradients;
         // Through the router's product to x, or to what the router saw instead.
@@ -164,18 +165,29 @@ impl BackwardPlan {
             .any(Option::is_some);
         let wanted = Wanted {
             weights: of_logits || gradients.weights.is_some(),
-            input: gradients.x.is_some() || gradients.expert_norm.is_some(),
+            input: gradients.x.is_some()
+                || gradients.expert_norm.is_some()
+                || gradients.latent_norm.is_some()
+                || gradients.latent[0].matrix.is_some(),
         };
 
-        let wants_routed = wanted.any() || gradients.routed.is_some();
+        let wants_routed = wanted.any() || gradients.routed.is_some() || gradients.slot_norm.is_some();
+        // Behind the experts.
+        let around = &self.around;
+        let dy = around.sum_gradient(scope, weights, saved, (at, dy), workspace, observer)?;
+        let d_sum = around.experts_sum_gradient(scope, weights, saved, (at, dy), wants_routed, workspace, observer)?;
         // What the routed experts saw.
         let norm_weight = weights.experts.norms.experts;
-        let seen_by_experts = match self.expert_norm.as_ref().filter(|_| wants_routed) {
+        let behind_norm = match self.expert_norm.as_ref().filter(|_| wants_routed) {
             Some(norm) => {
                 let of = (x, norm_weight);
                 norm.again(scope, of, workspace, norms::EXPERTS, observer)?.input::<T>(elements)
             }
             None => x,
+        };
+        let seen_by_experts = match wants_routed {
+            true => around.again(scope, weights, behind_norm, workspace, observer)?,
+            false => behind_norm,
         };
         let pre_activation = match (&saved.pre_activation, wants_routed) {
             (_, false) => None,
@@ -183,11 +195,20 @@ impl BackwardPlan {
             (None, true) => Some(self.recompute(scope, weights, saved, seen_by_experts, workspace, observer)?),
         };
         let experts = &weights.experts;
+        let outputs = match wants_routed {
+            true => {
+                let d_row_weight = wanted.weights.then(|| self.routed.d_row_weight(workspace));
+                around.outputs_gradient(scope, weights, saved, (at, d_sum), d_row_weight, workspace, observer)?
+            }
+            false => None,
+        };
+        // A norm of the experts' outputs has the rows' weights behind it, and their gradients.
+        let weighed = around.weighs_slots();
         let routed = pre_activation.map(|pre_activation| {
-            let row_weight = Some(saved.dispatched.slot_weight().into());
+            let row_weight = (!weighed).then(|| saved.dispatched.slot_weight().into());
             let inputs = Inputs {
                 x: seen_by_experts,
-                dy,
+                dy: outputs.unwrap_or(d_sum),
                 gate_up: experts.gate_up,
                 down: experts.down,
                 swiglu: experts.swiglu,
@@ -200,9 +221,10 @@ impl BackwardPlan {
                 frozen: optional(&at.frozen).map(|frozen| frozen.input(desc.local_experts())),
             };
             let gradients = &gradients.routed;
+            let wanted = Wanted { weights: wanted.weights && !weighed, ..wanted };
             Pass { plan: &self.routed, names: mlp::ROUTED, at: inputs, gradients, wanted, workspace }
         });
-        let shared = self.shared_pass(scope, weights, saved, at, workspace, observer)?;
+        let shared = self.shared_pass(scope, weights, saved, (at, dy), workspace, observer)?;
         match (&routed, &shared) {
             (Some(routed), shared) if shared.is_none() || self.joins() => {
                 routed.enqueue(scope, shared.as_ref(), observer)?
@@ -214,7 +236,8 @@ impl BackwardPlan {
             }
         }
         let mut gate = self.gate_matrix(weights, at, shared.as_ref());
-        let by_choice = self.enqueue_choices(scope, saved, at, seen_by_experts, workspace, of_logits, observer)?;
+        let by_choice =
+            self.enqueue_choices(scope, saved, at, (seen_by_experts, d_sum), workspace, of_logits, observer)?;
         // What comes through router and gate to x is written there first.
         let mut written = false;
         let (seen, accumulate) = (optional(&at.router_x).unwrap_or_else(|| at.x.address()), self.desc().accumulate);
@@ -295,20 +318,23 @@ impl BackwardPlan {
         }
         let dx = optional(&gradients.x);
         let behind = self.expert_norm.as_ref().map(|norm| norm.d_normed(workspace));
+        let seen_behind = around.d_seen(workspace).or(behind);
         if !wanted.input {
             return Ok(());
         }
-        let Some(to) = behind.or(dx) else { return Ok(()) };
-        let d_rows = workspace.at(self.routed.regions.d_rows).input::<T>(rows.slots * desc.hidden);
-        let mut args = CombineArgs::new(d_rows, &saved.dispatched, to.out::<T>(elements));
+        let Some(to) = seen_behind.or(dx) else { return Ok(()) };
+        let d_rows = workspace.at(self.routed.regions.d_rows).input::<T>(rows.slots * desc.expert_width());
+        let mut args = CombineArgs::new(d_rows, &saved.dispatched, to.out::<T>(experts_elements));
         let lies_there = written && at.router_x.is_none();
         let addend = self.shared.map(|shared| workspace.at(shared.regions.d_rows));
-        args.accumulate = lies_there && behind.is_none();
-        args.addend = addend.filter(|_| behind.is_none()).map(|addend| addend.input::<T>(elements));
-        args.identity = self.identity(saved, at, dy);
+        args.accumulate = lies_there && seen_behind.is_none();
+        args.addend = addend.filter(|_| seen_behind.is_none()).map(|addend| addend.input::<T>(elements));
+        args.identity = self.identity(saved, at, d_sum);
         combine::forward(kernels, stream, &self.sum.desc, args).map_err(within)?;
         observer(BackwardStage::Sum);
-        if let Some(norm) = &self.expert_norm {
+        let to_input = behind.map(|behind| (behind, false)).or(dx.map(|dx| (dx, lies_there)));
+        around.input_gradient(scope, weights, saved, (at, behind_norm), to_input, workspace, observer)?;
+        if let Some(norm) = self.expert_norm.as_ref().filter(|_| dx.is_some() || norm_weights[1].is_some()) {
             let to = (dx, lies_there, optional(norm_weights[1]));
             norm.back(scope, (x, norm_weight), workspace, to, norms::EXPERTS, observer)?;
         }
@@ -364,7 +390,7 @@ impl BackwardPlan {
         scope: &Scope<'_>,
         saved: &Saved<T>,
         at: &'a Opened<'_>,
-        seen: In<'_, T>,
+        (seen, d_sum): (In<'_, T>, In<'_, T>),
         workspace: &'a Held<'_>,
         of_logits: bool,
         observer: &mut dyn FnMut(BackwardStage),
@@ -374,7 +400,7 @@ impl BackwardPlan {
             return Ok(None);
         }
         let (desc, tokens) = (self.layer().desc(), self.layer().tokens());
-        let (choices, elements) = (tokens * desc.all_choices(), tokens * desc.hidden);
+        let choices = tokens * desc.all_choices();
         let to = asked.unwrap_or_else(|| workspace.at(self.regions.d_weights));
         let by_row = self.routed.d_row_weight(workspace).input::<f32>(self.rows().slots);
         let given = tokens * desc.candidates();
@@ -386,7 +412,7 @@ impl BackwardPlan {
             let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, by_place.unwrap_or(to).out(choices));
             if self.identities() {
                 let ids = saved.admitted.as_ref().map_or(ids, Into::into);
-                let (x, dy) = (seen, at.dy.address().input::<T>(elements));
+                let (x, dy) = (seen, d_sum);
                 args.identities = Some(match (optional(&at.map), desc.map) {
                     (Some(map), Some(of)) => {
                         Identities::of_map(ids, map.input::<i32>(self.map_entries()), of.max_replicas, x, dy)

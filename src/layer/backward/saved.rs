@@ -45,7 +45,13 @@ pub struct Saved<T> {
     pub(super) dispatched: Dispatched,
     pub(super) pre_activation: Option<CudaSlice<T>>,
     pub(super) shared_pre_activation: Option<CudaSlice<T>>,
-    /// All tokens as the rows of one expert, for the gradients of a shared one's weights.
+    /// `[slots, H]` (`[slots, L]`), of experts whose outputs go through a norm.
+    pub(super) slot_outputs: Option<CudaSlice<T>>,
+    /// `[T, L]`.
+    pub(super) latent_sum: Option<CudaSlice<T>>,
+    /// `[T, H]`, in front of a norm of the sum.
+    pub(super) sum: Option<CudaSlice<T>>,
+    /// All tokens as the rows of one expert, for the gradients of a shared one's weights and of projections.
     pub(super) all_tokens: Option<Dispatched>,
 }
 
@@ -66,6 +72,9 @@ struct Sizes {
     shared_gate: usize,
     pre_activation: usize,
     shared_pre_activation: usize,
+    slot_outputs: usize,
+    latent_sum: usize,
+    sum: usize,
 }
 
 impl Sizes {
@@ -86,7 +95,15 @@ impl Sizes {
             shared_pre_activation: desc
                 .shared
                 .map_or(0, |shared| pre_activations(&shared.mlp, tokens, shared.intermediate)),
+            slot_outputs: if desc.norms.slots.is_some() { plan.rows().slots * desc.expert_width() } else { 0 },
+            latent_sum: desc.latent.map_or(0, |latent| tokens * latent.width),
+            sum: if desc.norms.output.is_some() { tokens * desc.hidden } else { 0 },
         }
+    }
+
+    /// Whether sums over all tokens are taken as those of one expert's rows.
+    fn all_tokens(&self) -> bool {
+        self.shared_pre_activation > 0 || self.latent_sum > 0
     }
 }
 
@@ -100,8 +117,9 @@ pub(super) fn saved_bytes(plan: &BackwardPlan) -> usize {
         + sizes.weights
         + sizes.identity_weight
         + sizes.shared_gate;
-    let elements = sizes.pre_activation + sizes.shared_pre_activation;
-    let all_tokens = if sizes.shared_pre_activation > 0 { Dispatched::bytes_of_one_expert() } else { 0 };
+    let around = sizes.slot_outputs + sizes.latent_sum + sizes.sum;
+    let elements = sizes.pre_activation + sizes.shared_pre_activation + around;
+    let all_tokens = if sizes.all_tokens() { Dispatched::bytes_of_one_expert() } else { 0 };
     4 * words + element * elements + Dispatched::bytes_of(plan.rows()) + all_tokens + 2 * size_of::<u64>()
 }
 
@@ -119,7 +137,6 @@ impl<T: Element> Saved<T> {
             |elements: usize| (elements > 0).then(|| stream.alloc_zeros::<T>(elements).map_err(failed())).transpose();
         let words =
             |elements: usize| (elements > 0).then(|| stream.alloc_zeros::<f32>(elements).map_err(failed())).transpose();
-        let shared = sizes.shared_pre_activation > 0;
         Ok(Saved {
             desc: *desc,
             tokens,
@@ -139,7 +156,10 @@ impl<T: Element> Saved<T> {
             dispatched: Dispatched::new(stream, plan.rows())?,
             pre_activation: some(sizes.pre_activation)?,
             shared_pre_activation: some(sizes.shared_pre_activation)?,
-            all_tokens: shared.then(|| Dispatched::of_one_expert(stream, tokens)).transpose()?,
+            slot_outputs: some(sizes.slot_outputs)?,
+            latent_sum: some(sizes.latent_sum)?,
+            sum: some(sizes.sum)?,
+            all_tokens: sizes.all_tokens().then(|| Dispatched::of_one_expert(stream, tokens)).transpose()?,
         })
     }
 
@@ -227,6 +247,9 @@ impl LayerPlan {
             ("shared_gate", args.shared_gate.is_some()),
             ("pre_activation", args.pre_activation.is_some()),
             ("shared_pre_activation", args.shared_pre_activation.is_some()),
+            ("slot_outputs", args.slot_outputs.is_some()),
+            ("latent_sum", args.latent_sum.is_some()),
+            ("sum", args.sum.is_some()),
         ];
         if let Some((argument, _)) = held.into_iter().find(|(_, given)| *given) {
             return Err(Error::Unexpected { operation: OPERATION, argument, reason: "saved holds it" });
@@ -270,6 +293,9 @@ impl LayerPlan {
         let noise_state = args.noise_state.filter(|_| saved.drew_by_state);
         args.pre_activation = saved.pre_activation.as_mut().map(Into::into);
         args.shared_pre_activation = saved.shared_pre_activation.as_mut().map(Into::into);
+        args.slot_outputs = saved.slot_outputs.as_mut().map(Into::into);
+        args.latent_sum = saved.latent_sum.as_mut().map(Into::into);
+        args.sum = saved.sum.as_mut().map(Into::into);
         self.run(kernels, stream, weights, args, Some(&mut saved.dispatched), workspace, &mut |_| ())?;
         if let Some(state) = noise_state {
             let scope = Scope::begin(OPERATION, kernels, stream)?;

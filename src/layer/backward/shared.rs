@@ -11,17 +11,17 @@ use crate::experts::gemm::SwigluByExpert;
 use crate::experts::sigmoid_gate::{self, SigmoidGateArgs};
 use crate::layer::weights::LayerWeights;
 use crate::runtime::launch::{Address, Held, Scope, optional};
-use crate::{Element, Error};
+use crate::{Element, Error, In};
 
 impl BackwardPlan {
-    /// What is done for a shared expert, where there is one and something is asked of it. A gate's values are computed where the second product's bias has a
+    /// What is done for a shared expert, where there is one and something is asked of it, with `dy` the gradient of the sum that it is in. A gate's values are computed where the second product's bias has a
     /// gradient, which takes them by row.
     pub(super) fn shared_pass<'a, T: Element>(
         &'a self,
         scope: &Scope<'_>,
         weights: &LayerWeights<'a>,
         saved: &'a Saved<T>,
-        at: &'a Opened<'a>,
+        (at, dy): (&'a Opened<'a>, In<'a, T>),
         workspace: &'a Held<'a>,
         observer: &mut dyn FnMut(BackwardStage),
     ) -> Result<Option<Pass<'a, T>>, Error> {
@@ -49,7 +49,7 @@ impl BackwardPlan {
         }
         let inputs = Inputs {
             x: at.x.address().input::<T>(elements),
-            dy: at.dy.address().input::<T>(elements),
+            dy,
             gate_up: shared.gate_up,
             down: shared.down,
             swiglu: SwigluByExpert::new(),
