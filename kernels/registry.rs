@@ -76,6 +76,8 @@ pub enum Kernel {
     GemmAny(GemmAny),
     /// The second product's way back, with the activation's behind it: a plain product's shape.
     GemmBackward(Gemm),
+    /// The same on Hopper.
+    GemmBackwardHopper(GemmHopper),
     /// The same whatever the rows' width.
     GemmBackwardAny(GemmAny),
     /// Products over the experts' rows.
@@ -84,6 +86,8 @@ pub enum Kernel {
     KGroupedHopper(KGroupedHopper),
     /// Sums over a token's experts.
     Combine(Combine),
+    /// What stands beside a token's sum, where the second product has made that.
+    CombineSums(Combine),
     /// Which of its choices a token gets under a capacity.
     Admission(Admission),
     /// Gradients of the weights that it chose among.
@@ -221,10 +225,14 @@ impl Kernel {
             }
             Kernel::GemmAny(k) => format!("gemm_{}_{}_{}_any", k.dtype, k.tile().name(), k.fold().name()),
             Kernel::GemmBackward(k) => format!("gemm_backward_{}_{}_{}", k.dtype, k.tile.name(), k.layout.name()),
+            Kernel::GemmBackwardHopper(k) => {
+                format!("gemm_backward_{}_{}_{}_sm90a", k.dtype, GemmHopper::TILE.name(), k.layout.name())
+            }
             Kernel::GemmBackwardAny(k) => format!("gemm_backward_{}_{}_any", k.dtype, k.tile().name()),
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
             Kernel::KGroupedHopper(k) => format!("k_grouped_{}_{}_sm90a", k.dtype, k.tile().name()),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
+            Kernel::CombineSums(k) => format!("combine_sums_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
             Kernel::AdmissionBackward => "admission_backward".into(),
             Kernel::Affinity => "affinity".into(),
@@ -300,9 +308,10 @@ impl Kernel {
             Kernel::GemmHopper(_) => "GemmHopper",
             Kernel::GemmSwapped(_) => "GemmSwapped",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
+            Kernel::GemmBackwardHopper(_) => "GemmBackwardHopper",
             Kernel::KGrouped(_) => "KGrouped",
             Kernel::KGroupedHopper(_) => "KGroupedHopper",
-            Kernel::Combine(_) => "Combine",
+            Kernel::Combine(_) | Kernel::CombineSums(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::AdmissionBackward => "AdmissionBackward",
             Kernel::Affinity => "Affinity",
@@ -361,7 +370,7 @@ impl Kernel {
     /// Oldest architecture that runs it.
     pub const fn arch(&self) -> Arch {
         match self {
-            Kernel::GemmHopper(_) | Kernel::KGroupedHopper(_) => Arch::Sm90a,
+            Kernel::GemmHopper(_) | Kernel::GemmBackwardHopper(_) | Kernel::KGroupedHopper(_) => Arch::Sm90a,
             _ => Arch::Sm80,
         }
     }
@@ -381,12 +390,12 @@ impl Kernel {
             | Kernel::ChunkRows
             | Kernel::Permute { .. } => BLOCK_WARPS * 32,
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.tile.threads(),
-            Kernel::GemmHopper(_) => GemmHopper::THREADS,
+            Kernel::GemmHopper(_) | Kernel::GemmBackwardHopper(_) => GemmHopper::THREADS,
             Kernel::GemmSwapped(_) => GemmSwapped::TILE.threads(),
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
             Kernel::KGroupedHopper(_) => KGroupedHopper::THREADS,
-            Kernel::Combine(_) | Kernel::CombineRagged(_) => Combine::THREADS,
+            Kernel::Combine(_) | Kernel::CombineSums(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
             Kernel::Affinity | Kernel::ExpertChoice | Kernel::TokenSlots | Kernel::Base | Kernel::Hash => {
@@ -434,6 +443,7 @@ impl Kernel {
             Kernel::Router(k) => k.shared_bytes(),
             Kernel::Gemm(k) | Kernel::GemmBackward(k) => k.shared_bytes(),
             Kernel::GemmHopper(_) => GemmHopper::SHARED_BYTES,
+            Kernel::GemmBackwardHopper(_) => GemmHopper::BACKWARD_SHARED_BYTES,
             Kernel::GemmSwapped(_) => GemmSwapped::SHARED_BYTES,
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
@@ -468,10 +478,11 @@ impl Kernel {
             Kernel::GemmSwapped(_) => "experts/gemm_swapped.ptx.jinja",
             Kernel::GemmAny(_) => "experts/gemm_any.ptx.jinja",
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "experts/gemm_backward.ptx.jinja",
+            Kernel::GemmBackwardHopper(_) => "experts/sm90a/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
             Kernel::KGroupedHopper(_) => "experts/sm90a/k_grouped.ptx.jinja",
-            Kernel::Combine(_) => "experts/combine.ptx.jinja",
+            Kernel::Combine(_) | Kernel::CombineSums(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::AdmissionBackward => "capacity/admission_backward.ptx.jinja",
             Kernel::Affinity => "routers/affinity.ptx.jinja",
@@ -610,6 +621,12 @@ impl Kernel {
                 constants.push(("any_width", Int(0)));
                 constants
             }
+            Kernel::GemmBackwardHopper(k) => {
+                let mut constants = Kernel::GemmHopper(*k).constants();
+                let sums = [("sums_at", GemmHopper::SHARED_BYTES), ("sums_bytes", GemmHopper::SUMS_BYTES)];
+                constants.extend(sums.map(|(name, value)| (name, Int(value))));
+                constants
+            }
             Kernel::GemmBackwardAny(k) => {
                 let mut constants = Kernel::GemmAny(*k).constants();
                 constants.push(("any_width", Int(1)));
@@ -621,8 +638,11 @@ impl Kernel {
             Kernel::KGroupedHopper(k) => {
                 std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
             }
-            Kernel::Combine(Combine { dtype, any }) | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
-                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any)))]
+            Kernel::Combine(Combine { dtype, any })
+            | Kernel::CombineSums(Combine { dtype, any })
+            | Kernel::CombineRagged(CombineRagged { dtype, any }) => {
+                let sums = matches!(self, Kernel::CombineSums(_));
+                vec![("dtype", Text(dtype.name())), ("any", Int(u32::from(*any))), ("sums", Int(u32::from(sums)))]
             }
             Kernel::Admission(k) => vec![("max_experts", Int(k.max_experts)), ("warps", Int(k.warps()))],
             Kernel::AdmissionBackward => vec![("warps", Int(BLOCK_WARPS))],
@@ -771,12 +791,17 @@ pub fn all() -> Vec<Kernel> {
             let backward = |layout| Kernel::GemmBackward(Gemm { dtype, tile, fold: Fold::Plain, layout });
             kernels.extend(Layout::ALL.map(backward));
         }
+        if GemmHopper::DTYPES.contains(&dtype) {
+            let hopper = |layout| Kernel::GemmBackwardHopper(GemmHopper { dtype, fold: Fold::Plain, layout });
+            kernels.extend(Layout::ALL.map(hopper));
+        }
         kernels.push(Kernel::GemmBackwardAny(GemmAny { dtype, gated: false }));
     }
     for dtype in Dtype::ALL {
         for any in [false, true] {
             kernels.push(Kernel::KGrouped(KGrouped { dtype, any }));
             kernels.push(Kernel::Combine(Combine { dtype, any }));
+            kernels.push(Kernel::CombineSums(Combine { dtype, any }));
             kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }

@@ -21,8 +21,6 @@ use softcuda::profile::Profile;
 /// A batch of bf16 rows and the buffers of its way back.
 struct Chain {
     stream: Arc<CudaStream>,
-    /// Of the gradients of weights.
-    kernels: KernelSet,
     tokens: usize,
     top_k: usize,
     experts: usize,
@@ -42,11 +40,13 @@ struct Chain {
     d_rows: CudaSlice<bf16>,
     dx: CudaSlice<bf16>,
     workspace: Workspace,
+    /// Of the products that go by rows.
+    kernels: KernelSet,
 }
 
 impl Chain {
     /// Every token at `top_k` different experts, drawn.
-    fn new([tokens, top_k, experts, hidden, width]: [usize; 5]) -> Chain {
+    fn new([tokens, top_k, experts, hidden, width]: [usize; 5], set: KernelSet) -> Chain {
         let (kernels, stream) = (device::kernels(), device::stream());
         let mut rng = fastrand::Rng::with_seed(7);
         let ids: Vec<i32> = (0..tokens).flat_map(|_| rng.choose_multiple(0..experts as i32, top_k)).collect();
@@ -60,7 +60,8 @@ impl Chain {
         let weights = stream.clone_htod(&vec![0.25f32; tokens * top_k]).unwrap();
         let args = DispatchArgs::new(&ids, &mut dispatched, &mut workspace).weights(&weights);
         dispatch::forward(kernels, &stream, &order, args).unwrap();
-        let back = GemmBackwardDesc::new(Dtype::Bf16, Rows::Grouped(shape), width, hidden, Activation::Silu);
+        let back =
+            GemmBackwardDesc::new(Dtype::Bf16, Rows::Grouped(shape), width, hidden, Activation::Silu).kernels(set);
         let bytes = gemm_backward::workspace_bytes(&back, kernels.device()).unwrap();
         let mut values = |len: usize| {
             let values: Vec<bf16> = (0..len).map(|_| bf16::from_f32(rng.f32() - 0.5)).collect();
@@ -68,7 +69,6 @@ impl Chain {
         };
         let zeros = |len: usize| stream.alloc_zeros::<bf16>(len).unwrap();
         Chain {
-            kernels: KernelSet::Fastest,
             tokens,
             top_k,
             experts,
@@ -89,13 +89,15 @@ impl Chain {
             dx: zeros(tokens * hidden),
             workspace: Workspace::new(&stream, bytes).unwrap(),
             stream,
+            kernels: set,
         }
     }
 
     fn back(&mut self) {
         let shape = *self.dispatched.shape();
         let desc = GemmBackwardDesc::new(Dtype::Bf16, Rows::Grouped(shape), self.width, self.hidden, Activation::Silu)
-            .gather(true);
+            .gather(true)
+            .kernels(self.kernels);
         let args = GemmBackwardArgs::new(&self.d_out, &self.down, &self.z, &mut self.d_z)
             .dispatched(&self.dispatched)
             .slot_weight(self.dispatched.slot_weight())
@@ -129,7 +131,7 @@ impl Chain {
         let shape = *self.dispatched.shape();
         let desc = GemmDesc::new(Dtype::Bf16, Rows::Grouped(shape), self.hidden, 2 * self.width)
             .weight(WeightDesc::new(Dtype::Bf16).layout(Layout::Kn))
-            .kernels(KernelSet::Sm80);
+            .kernels(self.kernels);
         let args = GemmArgs::new(&self.d_z, Weight::new(&self.gate_up), &mut self.d_rows).dispatched(&self.dispatched);
         gemm::forward(kernels, &self.stream, &desc, args).unwrap();
         let desc = CombineDesc::new(Dtype::Bf16, shape, self.hidden);
@@ -162,25 +164,41 @@ fn profiled(section: impl FnOnce()) -> Option<Profile> {
 }
 
 /// A batch, made while nobody counts.
-fn made(sizes: [usize; 5]) -> Chain {
+fn made(sizes: [usize; 5], kernels: KernelSet) -> Chain {
     let mut chain = None;
-    profiled(|| chain = Some(Chain::new(sizes)));
+    profiled(|| chain = Some(Chain::new(sizes, kernels)));
     chain.expect("a section runs")
 }
 
-/// Tokens, choices of each, experts, H and I.
-fn sizes() -> [usize; 5] {
-    match std::env::var("MOE_TRAFFIC").as_deref() {
+/// Device memory sees each matrix about once: what blocks share they share in L2.
+#[test]
+fn the_five_move_little_more_than_they_must() {
+    let sizes = match std::env::var("MOE_TRAFFIC").as_deref() {
         Ok("large") => [1024, 4, 16, 1024, 512],
         _ => [512, 4, 8, 512, 256],
+    };
+    let is_hopper = device::kernels().device().compute_capability == (9, 0);
+    let sets = if is_hopper { vec![KernelSet::Sm80, KernelSet::Sm90a] } else { vec![KernelSet::Sm80] };
+    for set in sets {
+        moved_little(made(sizes, set));
     }
 }
 
-/// Each launch's bytes of DRAM are below 1.1 of what it must move.
-fn assert_little_more(profile: &Profile, compulsory: &[u64]) {
+fn moved_little(mut chain: Chain) {
+    let Some(profile) = profiled(|| {
+        chain.back();
+        chain.weights(None, None);
+        chain.input();
+    }) else {
+        return;
+    };
+    let compulsory = chain.compulsory();
     assert_eq!(profile.launches.len(), compulsory.len());
+    for product in 0..4 {
+        let kernel = &profile.launches[product].kernel;
+        assert_eq!(kernel.ends_with("_sm90a"), chain.kernels == KernelSet::Sm90a, "{kernel}");
+    }
     for (launch, must) in profile.launches.iter().zip(compulsory) {
-        let must = *must;
         let moved = launch.work.traffic.dram_bytes();
         let share = moved as f64 / must as f64;
         println!("{}: {moved} bytes of DRAM, {share:.3} of the {must} that it must move", launch.kernel);
@@ -188,39 +206,10 @@ fn assert_little_more(profile: &Profile, compulsory: &[u64]) {
     }
 }
 
-/// Device memory sees each matrix about once: what blocks share they share in L2.
-#[test]
-fn the_five_move_little_more_than_they_must() {
-    let mut chain = made(sizes());
-    let profile = profiled(|| {
-        chain.back();
-        chain.weights(None, None);
-        chain.input();
-    });
-    let Some(profile) = profile else { return };
-    assert_little_more(&profile, &chain.compulsory());
-}
-
-/// So it is by the kernels for Hopper, which a shape this small does not choose; an expert's tiles share its rows in L2.
-#[test]
-fn gradients_of_weights_on_hopper() {
-    if device::kernels().device().compute_capability != (9, 0) {
-        return;
-    }
-    let mut chain = made(sizes());
-    chain.kernels = KernelSet::Sm90a;
-    let Some(profile) = profiled(|| chain.weights(None, None)) else { return };
-    assert!(profile.launches.iter().all(|launch| launch.kernel.ends_with("_sm90a")));
-    assert_little_more(&profile, &chain.compulsory()[1..3]);
-    for launch in &profile.launches {
-        println!("{}: {} bytes through L2", launch.kernel, launch.work.traffic.l2_bytes());
-    }
-}
-
 /// Their blocks return before they read a row; what others' do is the same, and memory of frozen gradients stays as it is.
 #[test]
 fn frozen_experts_cost_nothing() {
-    let mut chain = made([256, 2, 8, 128, 128]);
+    let mut chain = made([256, 2, 8, 128, 128], KernelSet::Fastest);
     let stream = chain.stream.clone();
     let mut sums = stream.alloc_zeros::<f32>(8 * 256).unwrap();
     profiled(|| chain.back());
@@ -273,5 +262,31 @@ fn frozen_experts_cost_nothing() {
                 assert_eq!(launch.work.global.sectors, launch.work.warps, "{}", launch.kernel);
             }
         }
+    }
+}
+
+/// Sums of several column tiles are added by whichever warpgroup comes last to its rows: in one order, whatever the blocks' is.
+#[test]
+fn the_same_bits_in_any_order() {
+    let Some(control) = device::control() else { return };
+    if device::kernels().device().compute_capability != (9, 0) {
+        return;
+    }
+    let mut chain = made([300, 2, 5, 72, 520], KernelSet::Sm90a);
+    let stream = chain.stream.clone();
+    let mut back = |seed, threads| {
+        control.set_seed(seed);
+        control.set_threads(threads);
+        stream.memcpy_htod(&vec![f32::NAN; chain.d_weight.len()], &mut chain.d_weight).unwrap();
+        stream.memcpy_htod(&vec![bf16::NAN; chain.d_z.len()], &mut chain.d_z).unwrap();
+        profiled(|| chain.back());
+        let sums: Vec<u32> = stream.clone_dtoh(&chain.d_weight).unwrap().into_iter().map(f32::to_bits).collect();
+        let d_z: Vec<u16> = stream.clone_dtoh(&chain.d_z).unwrap().into_iter().map(bf16::to_bits).collect();
+        (sums, d_z)
+    };
+    let first = back(0, 1);
+    assert!(first.0.iter().all(|&sum| f32::from_bits(sum).is_finite()));
+    for (seed, threads) in [(1, 1), (2, 4), (3, 3), (4, 1), (5, 2)] {
+        assert!(back(seed, threads) == first, "seed {seed}, {threads} threads");
     }
 }

@@ -6,6 +6,8 @@ mod composition;
 #[path = "layer/decode.rs"]
 mod decode;
 mod support;
+#[path = "layer/token_sums.rs"]
+mod token_sums;
 
 use half::{bf16, f16};
 use moe_kernels::Dtype;

@@ -16,6 +16,8 @@ pub struct Counted {
     /// Bytes that L2 moved.
     pub l2_bytes: f64,
     pub dram_bytes: f64,
+    /// Those of them that were written back.
+    pub dram_written: f64,
     /// Multiply-adds of tensor cores over those of live rows.
     pub rows: f64,
     /// Products by shape and types.
@@ -37,6 +39,7 @@ impl Counted {
             sum.wavefronts += work.shared.wavefronts as f64;
             sum.l2_bytes += work.traffic.l2_bytes() as f64;
             sum.dram_bytes += work.traffic.dram_bytes() as f64;
+            sum.dram_written += work.traffic.dram_write_bytes as f64;
             sum.rows += work.tensor.values().map(|ops| ops.multiply_adds as f64).sum::<f64>() / live;
             for (name, count) in &work.matrix {
                 *sum.tensor.entry(name.clone()).or_default() += count;
@@ -75,6 +78,7 @@ impl Counted {
     pub fn json(&self) -> Value {
         json!({
             "kernels": self.kernels, "wavefronts": self.wavefronts, "l2_bytes": self.l2_bytes, "dram_bytes": self.dram_bytes,
+            "dram_written_bytes": self.dram_written,
             "rows_for_a_live_one": self.rows, "tensor_instructions": self.tensor, "modelled_us": self.seconds * 1e6,
             "limited_by": self.limited_by,
         })

@@ -33,6 +33,7 @@ use counters::Counted;
 use cudarc::driver::CudaStream;
 use half::bf16;
 use inputs::{Batch, Weights};
+use moe_kernels::layer::TokenSums;
 use moe_kernels::{Kernels, device};
 use ours::Part;
 use rows::Row;
@@ -70,6 +71,9 @@ struct Options {
     /// Fails where a figure of ours is more than Triton's.
     #[arg(long)]
     require_ahead: bool,
+    /// Our second product adds each token's experts up itself (`TokenSums::Atomic`).
+    #[arg(long)]
+    atomic: bool,
     /// Thousand millions of multiply-adds of live rows that a side may cost: what needs more is cut.
     #[arg(long, default_value_t = 6.0)]
     most_gmac: f64,
@@ -144,6 +148,7 @@ fn run(options: &Options) -> Result<bool> {
             triton: theirs::Kernels::load(&context.default_stream(), toolchain.compile(&needed, arch)?)?,
             device: name,
             arch,
+            token_sums: if options.atomic { TokenSums::Atomic } else { TokenSums::Ordered },
         };
         side.record_triton();
         let mut weights = None;
@@ -173,6 +178,8 @@ struct Side<'a> {
     triton: theirs::Kernels,
     device: &'static str,
     arch: u32,
+    /// Of our layer.
+    token_sums: TokenSums,
 }
 
 impl Side<'_> {
@@ -214,7 +221,7 @@ impl Side<'_> {
         let batch = Batch::new(stream, case)?;
         let tile = case.tile(self.arch);
 
-        let mut ours = ours::Prepared::new(stream, &self.kernels, case)?;
+        let mut ours = ours::Prepared::new(stream, &self.kernels, case, self.token_sums)?;
         let launches = ours.launches();
         self.record_ours(&launches)?;
         let our_profile = self.profiled(|| ours.run(stream, &self.kernels, weights, &batch))?;

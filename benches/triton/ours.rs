@@ -5,7 +5,9 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream};
 use half::bf16;
 use moe_kernels::experts::Weight;
-use moe_kernels::layer::{Choices, ExpertWeights, LayerArgs, LayerDesc, LayerPlan, LayerWeights, RouterWeights, Stage};
+use moe_kernels::layer::{
+    Choices, ExpertWeights, LayerArgs, LayerDesc, LayerPlan, LayerWeights, RouterWeights, Stage, TokenSums,
+};
 use moe_kernels::{Dtype, Kernels, Workspace};
 
 use crate::Result;
@@ -33,10 +35,10 @@ pub enum Part {
 }
 
 impl Prepared {
-    pub fn new(stream: &Arc<CudaStream>, kernels: &Kernels, case: &Case) -> Result<Prepared> {
+    pub fn new(stream: &Arc<CudaStream>, kernels: &Kernels, case: &Case, token_sums: TokenSums) -> Result<Prepared> {
         let shape = &case.shape;
         let desc = LayerDesc::new(Dtype::Bf16, shape.hidden, shape.intermediate, shape.experts, shape.top_k);
-        let plan = desc.plan(case.tokens, kernels.device())?;
+        let plan = desc.token_sums(token_sums).plan(case.tokens, kernels.device())?;
         kernels.preload(plan.stages_of_choices().map(|(_, selection)| selection.kernel))?;
         Ok(Prepared {
             workspace: Workspace::new(stream, plan.workspace_bytes())?,

@@ -65,6 +65,7 @@ fn has_products(kernel: &Kernel) -> bool {
             | Kernel::GemmHopper(_)
             | Kernel::GemmAny(_)
             | Kernel::GemmBackward(_)
+            | Kernel::GemmBackwardHopper(_)
             | Kernel::GemmBackwardAny(_)
             | Kernel::KGrouped(_)
             | Kernel::KGroupedHopper(_)

@@ -104,6 +104,12 @@ impl GemmHopper {
         t.stages * ((t.bm + t.bn) * t.bk * 2 + 24) + t.bm * 64 * 4
     };
 
+    /// Bytes behind those that a warpgroup of the way back has: the sums of its 64 rows, and a word.
+    pub const SUMS_BYTES: u32 = 64 * 4 + 16;
+
+    /// [`SHARED_BYTES`](Self::SHARED_BYTES) of the way back.
+    pub const BACKWARD_SHARED_BYTES: u32 = GemmHopper::SHARED_BYTES + 2 * GemmHopper::SUMS_BYTES;
+
     /// Output columns of a tile.
     pub const fn out_columns(&self) -> u32 {
         match self.fold {

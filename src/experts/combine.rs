@@ -17,7 +17,7 @@ use super::gemm::swapped::Sum;
 use crate::registry::{Combine, CombineRagged, Kernel};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{Address, SCALAR, Scope, optional};
+use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::{CombineParams, CombineRaggedParams};
 use crate::runtime::shape;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
@@ -38,12 +38,14 @@ pub struct CombineDesc {
     pub scale: f32,
     /// Factor of `addend`, beside its gate; 1 in most models. Both 1/2 make a mean of experts and shared expert (Cohere 2).
     pub addend_scale: f32,
+    /// Whether the second product has added up each token's rows ([`crate::experts::gemm::Output::TokenSums`]): [`CombineArgs::of_sums`].
+    pub sums: bool,
 }
 
 impl CombineDesc {
     /// The sums of a dispatch's rows of `hidden` elements of type `dtype`.
     pub const fn new(dtype: Dtype, rows: SlotShape, hidden: usize) -> CombineDesc {
-        CombineDesc { dtype, rows, hidden, scale: 1.0, addend_scale: 1.0 }
+        CombineDesc { dtype, rows, hidden, scale: 1.0, addend_scale: 1.0, sums: false }
     }
 
     /// Checks all that can be checked without buffers.
@@ -68,13 +70,15 @@ impl CombineDesc {
     }
 }
 
-settings!(CombineDesc { scale: f32, addend_scale: f32 });
+settings!(CombineDesc { scale: f32, addend_scale: f32, sums: bool });
 
 /// Buffers of a combine.
 #[non_exhaustive]
 pub struct CombineArgs<'a, T> {
-    /// `[slots, H]`, the experts' outputs by row. Rows that no token refers to may hold anything.
-    pub y_slots: In<'a, T>,
+    /// `[slots, H]`, the experts' outputs by row. Rows that no token refers to may hold anything. Exactly without [`CombineDesc::sums`].
+    pub y_slots: Option<In<'a, T>>,
+    /// `[T, H]`, what each token's rows add up to. Exactly with [`CombineDesc::sums`].
+    pub sums: Option<In<'a, f32>>,
     /// The dispatch whose rows these are, of the descriptor's shape.
     pub dispatched: &'a Dispatched,
     /// `[T, k]`, or `[slots]` for ragged tokens; absent, every weight is 1.
@@ -102,8 +106,22 @@ impl<'a, T> CombineArgs<'a, T> {
         dispatched: &'a Dispatched,
         y: impl Into<Out<'a, T>>,
     ) -> CombineArgs<'a, T> {
+        CombineArgs { y_slots: Some(y_slots.into()), ..CombineArgs::to(dispatched, y.into()) }
+    }
+
+    /// What stands beside each token's sum, and that sum, to `y`.
+    pub fn of_sums(
+        sums: impl Into<In<'a, f32>>,
+        dispatched: &'a Dispatched,
+        y: impl Into<Out<'a, T>>,
+    ) -> CombineArgs<'a, T> {
+        CombineArgs { sums: Some(sums.into()), ..CombineArgs::to(dispatched, y.into()) }
+    }
+
+    fn to(dispatched: &'a Dispatched, y: Out<'a, T>) -> CombineArgs<'a, T> {
         CombineArgs {
-            y_slots: y_slots.into(),
+            y_slots: None,
+            sums: None,
             dispatched,
             weights: None,
             residual: None,
@@ -112,7 +130,7 @@ impl<'a, T> CombineArgs<'a, T> {
             addend: None,
             addend_gate: None,
             identity: None,
-            y: y.into(),
+            y,
         }
     }
 
@@ -191,6 +209,7 @@ pub(crate) fn select_for(
     let grid = combine.grid(desc.rows.tokens as u32, desc.hidden as u32);
     shape::grid_y(operation, "hidden", grid[1])?;
     let kernel = match desc.rows.top_k {
+        _ if desc.sums => Kernel::CombineSums(combine),
         Some(_) => Kernel::Combine(combine),
         None => Kernel::CombineRagged(CombineRagged { dtype: desc.dtype, any }),
     };
@@ -202,8 +221,9 @@ pub(crate) fn select_for(
 /// With no tokens nothing is launched.
 ///
 /// # Errors
-/// Those of [`select`]; [`Error::Invalid`] for a dispatch of another shape; [`Error::Unexpected`] for a residual that `y` is already, a gate
-/// without an addend, or an identity for ragged tokens; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
+/// Those of [`select`]; [`Error::Invalid`] for a dispatch of another shape; [`Error::Missing`] or [`Error::Unexpected`] for rows or sums against the
+/// descriptor; [`Error::Unexpected`] for a residual that `y` is already, a gate without an addend, weights of sums, or an identity for ragged tokens; those of a
+/// buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
 /// [`Error::DifferentContext`]; and those of the driver.
 pub fn forward<T: Element>(
     kernels: &Kernels,
@@ -225,6 +245,17 @@ pub fn forward<T: Element>(
     if args.identity.is_some() && rows.top_k.is_none() {
         return Err(Error::Unexpected { operation, argument: "identity", reason: "the tokens are ragged" });
     }
+    if args.weights.is_some() && desc.sums {
+        return Err(Error::Unexpected { operation, argument: "weights", reason: "the rows have been added up" });
+    }
+    let given = [("y_slots", !desc.sums, args.y_slots.is_some()), ("sums", desc.sums, args.sums.is_some())];
+    for (argument, needed, given) in given {
+        match (needed, given) {
+            (true, false) => return Err(Error::Missing { operation, argument, reason: "by CombineDesc::sums" }),
+            (false, true) => return Err(Error::Unexpected { operation, argument, reason: "by CombineDesc::sums" }),
+            _ => {}
+        }
+    }
     if args.addend_gate.is_some() && args.addend.is_none() {
         return Err(Error::Unexpected { operation, argument: "addend_gate", reason: "there is no addend" });
     }
@@ -233,7 +264,9 @@ pub fn forward<T: Element>(
     }
     let elements = rows.tokens * desc.hidden;
     let alignment = shape::row_alignment(desc.dtype, desc.hidden);
-    let y_slots = scope.read("y_slots", args.y_slots, rows.slots * desc.hidden, alignment)?;
+    let y_slots = scope.read_some("y_slots", args.y_slots, rows.slots * desc.hidden, alignment)?;
+    let sums =
+        scope.read_some("sums", args.sums, elements, if desc.hidden.is_multiple_of(8) { VECTOR } else { SCALAR })?;
     let dispatched = args.dispatched.read(&scope)?;
     let weights = scope.read_some("weights", args.weights, rows.token_slots(), SCALAR)?;
     let residual = scope.read_some("residual", args.residual, elements, alignment)?;
@@ -255,7 +288,7 @@ pub fn forward<T: Element>(
     }
     let y = scope.write("y", args.y, elements, alignment)?;
     let at = Addresses {
-        y_slots: y_slots.address(),
+        y_slots: optional(&y_slots).or(optional(&sums)).expect("one of them is given"),
         rows: dispatched.addresses(),
         weights: optional(&weights),
         residual: if args.accumulate { Some(y.address()) } else { optional(&residual) },
@@ -275,6 +308,7 @@ pub fn forward<T: Element>(
 /// What a combine reads and writes.
 #[derive(Clone, Copy)]
 pub(crate) struct Addresses<'a> {
+    /// Rows, or sums.
     pub(crate) y_slots: Address<'a>,
     pub(crate) rows: RowAddresses<'a>,
     pub(crate) weights: Option<Address<'a>>,
@@ -320,7 +354,8 @@ pub(crate) fn enqueue(
     at: Addresses<'_>,
 ) -> Result<(), Error> {
     let (tokens, hidden) = (desc.rows.tokens as u32, desc.hidden as u32);
-    let Some(top_k) = desc.rows.top_k else {
+    let top_k = desc.rows.top_k.or(desc.sums.then_some(0));
+    let Some(top_k) = top_k else {
         let params = CombineRaggedParams {
             y_slots: at.y_slots.into(),
             token_offsets: at.rows.token_offsets.into(),

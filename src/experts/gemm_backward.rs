@@ -31,6 +31,8 @@
 //! A factor of all weights ([`crate::layer::LayerDesc::routed_scale`]) is [`scale`](GemmBackwardDesc::scale). A shared expert of the same form has rows in the same
 //! launch ([`GemmBackwardDesc::shared_rows`]), of whatever width ([`GemmBackwardDesc::shared_sizes`]), or is a launch of [`Rows::Dense`]; its gate's sigmoid and slope are computed here too ([`GemmBackwardDesc::gate`]).
 
+mod hopper;
+
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
@@ -41,7 +43,7 @@ use super::gemm::{
     BAND, ByExpertAddresses, GemmDesc, KernelSet, Rows, SharedDepth, SwigluByExpert, check_activation, check_dropout,
     select_among,
 };
-use crate::registry::Kernel;
+use crate::registry::{GemmHopper, Kernel};
 use crate::rules::{
     Activation, Dropout, Dtype, Glu, Layout, NoiseSource, WeightDesc, WeightFormat, drop_below, keep_scale,
 };
@@ -81,7 +83,7 @@ pub struct GemmBackwardDesc {
     pub scale: f32,
     /// Rows of a shared expert in the same launch ([`GemmBackwardArgs::shared`]), of the same forms; 0 without, as with dense rows.
     pub shared_rows: usize,
-    /// Their `[n, k]`, where these are not the others'.
+    /// Their `[n, k]`, where these are not the others': then the kernels of every device compute all rows.
     pub shared_sizes: Option<[usize; 2]>,
     /// The activation of a shared expert's rows; absent, that of the others.
     pub shared_activation: Option<Activation>,
@@ -93,6 +95,8 @@ pub struct GemmBackwardDesc {
     pub shared_gate: bool,
     /// Buffers may begin on any element. Else they begin on 16 bytes if `n` and `k` are multiples of 8.
     pub unaligned: bool,
+    /// Which kernels may compute it. None is made for few rows.
+    pub kernels: KernelSet,
 }
 
 impl GemmBackwardDesc {
@@ -116,6 +120,7 @@ impl GemmBackwardDesc {
             gate: false,
             shared_gate: false,
             unaligned: false,
+            kernels: KernelSet::Fastest,
         }
     }
 
@@ -148,7 +153,7 @@ impl GemmBackwardDesc {
         }
     }
 
-    /// The product without what follows it: the weight in its other order.
+    /// The product without what follows it, by the kernels of every device: the weight in its other order.
     fn product(&self) -> GemmDesc {
         let layout = match self.weight.layout {
             Layout::Nk => Layout::Kn,
@@ -221,6 +226,7 @@ settings!(GemmBackwardDesc {
     gate: bool,
     shared_gate: bool,
     unaligned: bool,
+    kernels: KernelSet,
 });
 
 /// Buffers of a second product's way back.
@@ -362,14 +368,17 @@ buffers!(SharedRowsBackward<'a, T> {
     d_row_weight: Out<f32>,
 });
 
-/// Chooses kernel and grid: that of [`super::gemm`] for the product.
+/// Chooses kernel and grid: that of [`super::gemm`] for the product, by the same costs, but none for few rows.
 ///
 /// # Errors
-/// Those of [`GemmBackwardDesc::validate`]; [`Error::Unsupported`] for a tile height without a kernel, or a device with too little
-/// shared memory; [`Error::Overflow`] for a grid past the device's limit.
+/// Those of [`GemmBackwardDesc::validate`]; [`Error::Unsupported`] for a tile height without a kernel, a device with too little
+/// shared memory, or a set of kernels that cannot compute it there; [`Error::Overflow`] for a grid past the device's limit.
 pub fn select(desc: &GemmBackwardDesc, device: &DeviceInfo) -> Result<Selection, Error> {
     desc.validate()?;
     let product = select_among(OPERATION, &desc.product(), &[], device)?;
+    if let Some(selection) = hopper::select(desc, &product, device)? {
+        return Ok(selection);
+    }
     let kernel = match product.kernel.variant() {
         Kernel::Gemm(gemm) => Kernel::GemmBackward(gemm),
         Kernel::GemmAny(gemm) => Kernel::GemmBackwardAny(gemm),
@@ -396,6 +405,7 @@ struct Bands {
 fn bands(desc: &GemmBackwardDesc, selection: &Selection) -> [Bands; 2] {
     let (height, width) = match selection.kernel.variant() {
         Kernel::GemmBackward(gemm) => (gemm.tile.bm as usize, gemm.out_columns() as usize),
+        Kernel::GemmBackwardHopper(gemm) => (GemmHopper::TILE.bm as usize, gemm.out_columns() as usize),
         Kernel::GemmBackwardAny(gemm) => (gemm.tile().bm as usize, gemm.out_columns() as usize),
         other => unreachable!("{other:?} is no way back"),
     };
@@ -415,7 +425,7 @@ fn bands(desc: &GemmBackwardDesc, selection: &Selection) -> [Bands; 2] {
 pub(crate) struct SumRegions {
     /// `[column tiles, shared_rows + rows]` f32.
     pub(crate) parts: Region,
-    /// A counter for each row tile.
+    /// A counter for each row tile, or of the kernels for Hopper for each row.
     pub(crate) arrivals: Region,
 }
 
@@ -428,8 +438,12 @@ impl SumRegions {
             return Ok(SumRegions::default());
         }
         let rows = desc.shared_rows + desc.rows.count();
+        let arrivals = match selection.kernel.variant() {
+            Kernel::GemmBackwardHopper(_) => rows,
+            _ => bands[0].tiles + bands[1].tiles,
+        };
         Ok(SumRegions {
-            arrivals: arena.region("workspace", bands[0].tiles + bands[1].tiles, size_of::<u32>())?,
+            arrivals: arena.region("workspace", arrivals, size_of::<u32>())?,
             parts: arena.region(
                 "workspace",
                 shape::product(OPERATION, "workspace", &[columns, rows])?,
@@ -457,7 +471,7 @@ pub fn workspace_bytes(desc: &GemmBackwardDesc, device: &DeviceInfo) -> Result<u
 /// Computes `d_pre_activation` and what else is asked for.
 ///
 /// With no rows or no tiles nothing is launched. A launch whose `d_slot_weight` has several column tiles is preceded by zeros into their counters (four bytes a
-/// row tile), no kernel.
+/// row tile; a row on Hopper), no kernel.
 ///
 /// # Errors
 /// Those of [`select`]; [`Error::Missing`], [`Error::Unexpected`] or [`Error::Invalid`] for a dispatch or a shared expert against the descriptor, for a
@@ -659,89 +673,100 @@ pub(crate) fn enqueue(
         scope.zero(workspace.at(regions.arrivals), regions.arrivals.bytes)?;
     }
     let slot_token = at.rows.map(|rows| rows.slot_token);
-    scope.launch(
-        selection,
-        GemmBackwardParams {
-            a: at.a.into(),
-            b: at.weight.into(),
-            slot_token: slot_token.filter(|_| desc.gather).into(),
-            tiles: at.rows.map(|rows| rows.tiles).into(),
-            num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
-            pre_activation: at.pre_activation.into(),
-            pre_slot_token: slot_token.filter(|_| desc.gather_pre_activation).into(),
-            weight: at.slot_weight.into(),
-            out_bias: at.out_bias.into(),
-            d_pre_activation: at.d_pre_activation.into(),
-            hidden: at.hidden.into(),
-            d_weight: at.d_slot_weight.into(),
-            shared_a: at.shared.map(|shared| shared.a).into(),
-            shared_b: at.shared.map(|shared| shared.weight).into(),
-            shared_pre_activation: at.shared.map(|shared| shared.pre_activation).into(),
-            shared_weight: at.shared.and_then(|shared| shared.row_weight).into(),
-            shared_out_bias: at.shared.and_then(|shared| shared.out_bias).into(),
-            shared_d_pre_activation: at.shared.map(|shared| shared.d_pre_activation).into(),
-            shared_hidden: at.shared.and_then(|shared| shared.hidden).into(),
-            shared_d_weight: at.shared.and_then(|shared| shared.d_row_weight).into(),
-            parts: several.then(|| workspace.at(regions.parts)).into(),
-            arrivals: several.then(|| workspace.at(regions.arrivals)).into(),
-            expert_alpha: at.swiglu.alpha.into(),
-            expert_gate_limit: at.swiglu.gate.into(),
-            expert_up_limit: at.swiglu.up.into(),
-            expert_offset: at.swiglu.offset.into(),
-            noise_state: at.noise_state.into(),
-            shared_rows: desc.shared_rows as u32,
-            shared_n: shared_n as u32,
-            shared_k: shared_k as u32,
-            shared_a_row: shared_k as u32,
-            shared_b_output: shared_output as u32,
-            shared_b_depth: shared_depth as u32,
-            shared_gate_first,
-            shared_up_first,
-            gates: u32::from(desc.gate) | u32::from(desc.shared_gate) << 1,
-            m: desc.rows.count() as u32,
-            n: desc.n as u32,
-            k: desc.k as u32,
-            b_outputs: desc.n as u32,
-            tile_m: match &desc.rows {
-                Rows::Dense(_) => 1,
-                Rows::Grouped(shape) => shape.tile_m as u32,
-            },
-            a_row: desc.k as u32,
-            a_depth: 1,
-            b_expert_lo: expert as u64 as u32,
-            b_expert_hi: (expert as u64 >> 32) as u32,
-            b_output: output as u32,
-            b_depth: depth as u32,
-            gated: u32::from(desc.glu.is_gated()),
-            gate_first,
-            up_first,
-            stride,
-            scale: desc.scale,
-            shared_scale: desc.shared_scale,
-            activation: own.activation,
-            gate_bound: own.gate_bound,
-            up_bound: own.up_bound,
-            alpha: own.alpha,
-            gate_limit: own.gate_limit,
-            up_limit: own.up_limit,
-            factor: own.factor,
-            offset: own.offset,
-            shared_activation: shared.activation,
-            shared_gate_bound: shared.gate_bound,
-            shared_up_bound: shared.up_bound,
-            shared_alpha: shared.alpha,
-            shared_gate_limit: shared.gate_limit,
-            shared_up_limit: shared.up_limit,
-            shared_factor: shared.factor,
-            shared_offset: shared.offset,
-            drop_below: drop_below(probability),
-            keep_scale: keep_scale(probability),
-            seed_lo,
-            seed_hi,
-            offset_lo,
-            offset_hi,
+    let params = GemmBackwardParams {
+        a: at.a.into(),
+        b: at.weight.into(),
+        slot_token: slot_token.filter(|_| desc.gather).into(),
+        tiles: at.rows.map(|rows| rows.tiles).into(),
+        num_tiles: at.rows.map(|rows| rows.num_tiles).into(),
+        pre_activation: at.pre_activation.into(),
+        pre_slot_token: slot_token.filter(|_| desc.gather_pre_activation).into(),
+        weight: at.slot_weight.into(),
+        out_bias: at.out_bias.into(),
+        d_pre_activation: at.d_pre_activation.into(),
+        hidden: at.hidden.into(),
+        d_weight: at.d_slot_weight.into(),
+        shared_a: at.shared.map(|shared| shared.a).into(),
+        shared_b: at.shared.map(|shared| shared.weight).into(),
+        shared_pre_activation: at.shared.map(|shared| shared.pre_activation).into(),
+        shared_weight: at.shared.and_then(|shared| shared.row_weight).into(),
+        shared_out_bias: at.shared.and_then(|shared| shared.out_bias).into(),
+        shared_d_pre_activation: at.shared.map(|shared| shared.d_pre_activation).into(),
+        shared_hidden: at.shared.and_then(|shared| shared.hidden).into(),
+        shared_d_weight: at.shared.and_then(|shared| shared.d_row_weight).into(),
+        parts: several.then(|| workspace.at(regions.parts)).into(),
+        arrivals: several.then(|| workspace.at(regions.arrivals)).into(),
+        expert_alpha: at.swiglu.alpha.into(),
+        expert_gate_limit: at.swiglu.gate.into(),
+        expert_up_limit: at.swiglu.up.into(),
+        expert_offset: at.swiglu.offset.into(),
+        noise_state: at.noise_state.into(),
+        shared_rows: desc.shared_rows as u32,
+        shared_n: shared_n as u32,
+        shared_k: shared_k as u32,
+        shared_a_row: shared_k as u32,
+        shared_b_output: shared_output as u32,
+        shared_b_depth: shared_depth as u32,
+        shared_gate_first,
+        shared_up_first,
+        gates: u32::from(desc.gate) | u32::from(desc.shared_gate) << 1,
+        m: desc.rows.count() as u32,
+        n: desc.n as u32,
+        k: desc.k as u32,
+        b_outputs: desc.n as u32,
+        tile_m: match &desc.rows {
+            Rows::Dense(_) => 1,
+            Rows::Grouped(shape) => shape.tile_m as u32,
         },
-    )
+        a_row: desc.k as u32,
+        a_depth: 1,
+        b_expert_lo: expert as u64 as u32,
+        b_expert_hi: (expert as u64 >> 32) as u32,
+        b_output: output as u32,
+        b_depth: depth as u32,
+        gated: u32::from(desc.glu.is_gated()),
+        gate_first,
+        up_first,
+        stride,
+        scale: desc.scale,
+        shared_scale: desc.shared_scale,
+        activation: own.activation,
+        gate_bound: own.gate_bound,
+        up_bound: own.up_bound,
+        alpha: own.alpha,
+        gate_limit: own.gate_limit,
+        up_limit: own.up_limit,
+        factor: own.factor,
+        offset: own.offset,
+        shared_activation: shared.activation,
+        shared_gate_bound: shared.gate_bound,
+        shared_up_bound: shared.up_bound,
+        shared_alpha: shared.alpha,
+        shared_gate_limit: shared.gate_limit,
+        shared_up_limit: shared.up_limit,
+        shared_factor: shared.factor,
+        shared_offset: shared.offset,
+        drop_below: drop_below(probability),
+        keep_scale: keep_scale(probability),
+        seed_lo,
+        seed_hi,
+        offset_lo,
+        offset_hi,
+    };
+    match selection.kernel.variant() {
+        Kernel::GemmBackwardHopper(gemm) => scope.launch(
+            selection,
+            hopper::with_maps(
+                scope,
+                desc,
+                &gemm,
+                params,
+                [at.a, at.weight],
+                at.shared.map(|shared| [shared.a, shared.weight]),
+            )?,
+        ),
+        _ => scope.launch(selection, params),
+    }
 }
 
 #[cfg(test)]
@@ -749,7 +774,7 @@ mod tests {
     use super::*;
     use crate::experts::dispatched::SlotShape;
     use crate::rules::Swiglu;
-    use crate::runtime::device::A100;
+    use crate::runtime::device::{A100, H100};
 
     fn desc() -> GemmBackwardDesc {
         let rows = Rows::Grouped(SlotShape::new(100, 8, Some(2), 200, 64, 11));
@@ -788,6 +813,37 @@ mod tests {
         // Three column tiles of 200 rows, and a counter for each of 16 row tiles.
         assert!(bytes(desc()) >= 3 * 200 * 4 + 16 * 4);
         assert!(bytes(desc().shared_rows(1000)) >= 3 * 1200 * 4);
+    }
+
+    #[test]
+    fn hopper_runs_its_own_where_it_is_ahead() {
+        // Qwen3-30B's, and a smaller batch.
+        let of = |tokens: usize, tile_m: usize, kernels| {
+            let tiles = crate::experts::tiles::max_tiles(8 * tokens, 128, tile_m);
+            let rows = Rows::Grouped(SlotShape::new(tokens, 128, Some(8), 8 * tokens, tile_m, tiles));
+            GemmBackwardDesc::new(Dtype::Bf16, rows, 768, 2048, Activation::Silu).gather(true).kernels(kernels)
+        };
+        let is_own = |desc: &GemmBackwardDesc, device: &DeviceInfo| {
+            matches!(select(desc, device).unwrap().kernel.variant(), Kernel::GemmBackwardHopper(_))
+        };
+        let large = of(32768, 128, KernelSet::Fastest);
+        assert!(is_own(&large, &H100));
+        assert_eq!(select(&large, &H100).unwrap().cluster, [2, 1, 1]);
+        assert!(!is_own(&large, &A100));
+        assert!(!is_own(&large.kernels(KernelSet::Sm80), &H100));
+        assert!(!is_own(&large.unaligned(true), &H100));
+        assert!(!is_own(&of(128, 16, KernelSet::Fastest), &H100), "lists of low tiles");
+        let little = DeviceInfo { shared_bytes_per_block: GemmHopper::BACKWARD_SHARED_BYTES - 1, ..H100 };
+        assert!(!is_own(&large, &little));
+        for (desc, device) in [
+            (of(64, 16, KernelSet::Sm90a), H100),
+            (of(64, 128, KernelSet::Sm90a).unaligned(true), H100),
+            (of(64, 128, KernelSet::Sm90a), A100),
+        ] {
+            assert_eq!(select(&desc, &device).unwrap_err().argument(), Some("kernels"));
+        }
+        let single = GemmBackwardDesc { dtype: Dtype::F32, weight: WeightDesc::new(Dtype::F32), ..large };
+        assert!(!is_own(&GemmBackwardDesc { rows: Rows::Dense(4096), ..single.gather(false) }, &H100));
     }
 
     #[test]

@@ -34,12 +34,12 @@ fn weight_rows(dtype: Dtype, device: &DeviceInfo) -> u64 {
 ///
 /// An active expert gets `r = slots / min(experts, slots)` rows on average. With loads that vary, it needs about
 /// `r / bm + 1/2` tiles, each costing its `bm` rows and a share of `w` for the weight (56 rows on an A100, else 32), so the choice minimises
-/// `(r / bm + 1/2) (bm + w)`: few rows per expert take low tiles, from 74 rows on an A100 and from 129 elsewhere the tallest. Both GEMMs of a layer use
+/// `(r / bm + 1/2) (bm + w)`: few rows per expert take low tiles, from 129 rows on the tallest. Both GEMMs of a layer use
 /// the same tile list, so the choice depends on neither's width.
 ///
-/// On Hopper a tile of 128 rows of which at most 64 live costs what a tile of 64 does ([`KernelSet::Sm90a`]), and an expert
-/// with more takes its weight from L2 once: there 16-bit types take the tallest as soon as experts may have more than 64 rows, from 32 on
-/// average.
+/// A tile of 128 rows of which at most 64 live multiplies and fetches what a tile of 64 does, and an expert with more takes its weight from L2 once. On an
+/// A100, which waits for L2, and for Hopper's own kernels ([`KernelSet::Sm90a`]) 16-bit types take the tallest as soon as experts may have more than 64
+/// rows, from 33 on average.
 ///
 /// Tiles whose shared memory the device cannot give are left out.
 ///
@@ -58,9 +58,13 @@ pub(crate) fn select_tile_of(
     device: &DeviceInfo,
 ) -> Result<Tile, Error> {
     let active = experts.min(slots).max(1);
-    let is_hopper =
-        kernels != KernelSet::Sm80 && device.compute_capability == (9, 0) && GemmHopper::DTYPES.contains(&dtype);
-    let tallest = if is_hopper && slots / 32 >= active && slots != 32 * active { GemmHopper::TILE.bm } else { 0 };
+    let grows_early = match device.compute_capability {
+        (8, 0) => true,
+        (9, 0) => kernels != KernelSet::Sm80,
+        _ => false,
+    };
+    let many = slots / 32 >= active && slots != 32 * active;
+    let tallest = if grows_early && many && dtype != Dtype::F32 { GemmHopper::TILE.bm } else { 0 };
     let weight = weight_rows(dtype, device);
     let cost = |tile: &Tile| height_cost(slots, experts, tile, weight);
     fitting(dtype, device).min_by_key(|tile| (tile.bm != tallest, cost(tile), tile.bm)).ok_or_else(|| {
@@ -153,7 +157,7 @@ mod tests {
         let height = |slots, experts| select_tile(Dtype::Bf16, slots, experts, &A100).unwrap().bm;
         assert_eq!(height(1, 8), 16);
         assert_eq!(height(8 * 8, 8), 16);
-        assert_eq!(height(8 * 64, 8), 64);
+        assert_eq!(height(8 * 32, 8), 64);
         assert_eq!(height(8 * 512, 8), 128);
         assert_eq!(height(32768 * 8, 128), 128);
         assert_eq!(select_tile(Dtype::F32, 1 << 20, 8, &A100).unwrap().bm, 64);
@@ -163,7 +167,8 @@ mod tests {
     fn what_l2_gives_decides_when_tiles_grow() {
         // A weight that comes from L2 twice costs more than half a tile's dead rows: `(r / 16 + 1/2) (16 + w)` against `(r / 64 + 1/2) (64 + w)`.
         let height = |dtype, rows: usize, device| select_tile(dtype, 8 * rows, 8, device).unwrap().bm;
-        assert_eq!([9, 10, 73, 74].map(|rows| height(Dtype::Bf16, rows, &A100)), [16, 64, 64, 128]);
+        // And from where experts may have more than 64 rows on, it comes once.
+        assert_eq!([9, 10, 32, 33].map(|rows| height(Dtype::Bf16, rows, &A100)), [16, 64, 64, 128]);
         assert_eq!([16, 17].map(|rows| height(Dtype::Bf16, rows, &H100)), [16, 64]);
         assert_eq!([16, 17].map(|rows| height(Dtype::F32, rows, &A100)), [16, 64]);
     }

@@ -59,6 +59,8 @@ pub struct LayerDesc {
     pub norms: Norms,
     /// Routed experts of a width of their own, between two projections.
     pub latent: Option<LatentDesc>,
+    /// How a token's experts are added up.
+    pub token_sums: TokenSums,
     /// Times that a run on a GPU measured: the products' kernels are the fastest of those that it timed ([`Overrides::leak`]).
     pub overrides: Option<&'static Overrides>,
 }
@@ -94,6 +96,7 @@ impl LayerDesc {
             routed_scale: 1.0,
             norms: Norms::new(),
             latent: None,
+            token_sums: TokenSums::Ordered,
             overrides: None,
         }
     }
@@ -170,8 +173,25 @@ settings!(LayerDesc {
     routed_scale: f32,
     norms: Norms,
     latent: Option<LatentDesc>,
+    token_sums: TokenSums,
     overrides: Option<&'static Overrides>,
 });
+
+/// How a whole layer adds up a token's experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TokenSums {
+    /// In the order of the choices, of rows that the second product has written: the same bits at each run.
+    Ordered,
+    /// By the second product itself, which adds each row to its token's, in f32 and atomically ([`crate::experts::gemm::Output::TokenSums`]). **Not deterministic:** additions come in
+    /// the order in which blocks end, so that the last bits of `y` differ from run to run.
+    ///
+    /// `S H` values are neither written nor read again; `T H` of f32 are set to zero, added to and read once. That is less traffic of DRAM while these stay in
+    /// L2 (`4 T H` bytes), and more where they do not, as each addition reads and writes its place. The product is one of the `sm_80` set, also on Hopper.
+    /// A product of few rows an expert keeps its rows, as does one with a norm of each expert's output, and the parts of a layer
+    /// ([`crate::layer::ExpertsPlan`]). Not with [`LayerDesc::batch_invariant`].
+    Atomic,
+}
 
 /// An expert map between choice and dispatch: see [`crate::capacity::expert_map`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::around::AroundPlan;
-use super::desc::{LayerDesc, Mlp, SharedDesc};
+use super::desc::{LayerDesc, Mlp, SharedDesc, TokenSums};
 use super::intermediates::{IntermediateAddresses, Intermediates, Regions};
 use super::weights::{ExpertWeights, HeldExperts};
 use super::{OPERATION, Stage, Step};
@@ -15,6 +15,7 @@ use crate::experts::gemm::swapped::{Scratch, Sum};
 use crate::experts::gemm::{self, ByExpertAddresses, GemmDesc, Rows};
 use crate::experts::gemm_combine;
 use crate::experts::weight::HeldWeight;
+use crate::registry::Kernel;
 use crate::routers::router::{self, RouterDesc};
 use crate::rules::{Activation, Dropout, Weighting};
 use crate::runtime::builder::buffers;
@@ -38,6 +39,8 @@ pub struct ExpertsPlan {
     combine: Step<CombineDesc>,
     /// The second product and the sum in one launch, in a whole layer of few tokens.
     down_combine: Option<Selection>,
+    /// The same in a whole layer whose second product adds onto each token's sum, and what is left of the combine.
+    sums: Option<(Step<GemmDesc>, Step<CombineDesc>)>,
     /// Norms and projections.
     pub(super) around: AroundPlan,
     pub(super) regions: Regions,
@@ -75,6 +78,11 @@ impl ExpertsPlan {
         }
 
         let width = desc.expert_width();
+        let step = |product: GemmDesc| {
+            let measured = desc.overrides.map_or(Ok(product), |measured| measured.apply(&product, device));
+            let desc = measured.map_err(|error| error.within(OPERATION))?;
+            Ok::<_, Error>(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })
+        };
         let steps = |mlp: &Mlp, rows: Rows, shared: Option<(usize, Activation)>, [intermediate, width]: [usize; 2]| {
             let (shared_rows, shared_activation) = shared.unzip();
             let shared_rows = shared_rows.unwrap_or(0);
@@ -91,11 +99,6 @@ impl ExpertsPlan {
                 .split(!desc.batch_invariant)
                 .weight(mlp.down)
                 .shared_rows(shared_rows);
-            let step = |product: GemmDesc| {
-                let measured = desc.overrides.map_or(Ok(product), |measured| measured.apply(&product, device));
-                let desc = measured.map_err(|error| error.within(OPERATION))?;
-                Ok(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })
-            };
             Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
         };
         let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {
@@ -122,6 +125,11 @@ impl ExpertsPlan {
         let combine = CombineDesc::new(dtype, *rows, width).scale(desc.routed_scale).addend_scale(desc.shared_scale());
         let combine = Step { desc: combine, selection: combine::select_for(OPERATION, &combine, device)? };
 
+        if desc.token_sums == TokenSums::Atomic && desc.batch_invariant {
+            let expected = "TokenSums::Ordered with batch_invariant";
+            return Err(Error::invalid(OPERATION, "token_sums", expected, format!("{:?}", desc.token_sums)));
+        }
+
         let element = dtype.bytes() as usize;
         let h = shape::product(OPERATION, "intermediate", &[rows.slots, intermediate])?;
         let shared_intermediate = desc.shared.map_or(0, |shared| shared.intermediate);
@@ -134,10 +142,16 @@ impl ExpertsPlan {
             let both = arena.region("intermediate", h.max(shared_h), element)?;
             (both, both)
         };
+        // Few tokens keep their rows, of more there are sums of f32: as large as either, for any number of tokens.
+        let y_slots = shape::product(OPERATION, "y_slots", &[rows.slots, width])?;
+        let sums_fit = match desc.token_sums {
+            TokenSums::Ordered => 0,
+            TokenSums::Atomic => shape::product(OPERATION, "y", &[rows.tokens, width, size_of::<f32>() / element])?,
+        };
         let regions = Regions {
             hidden: intermediates,
             shared_hidden: shared_intermediates,
-            y_slots: arena.region("y_slots", shape::product(OPERATION, "y_slots", &[rows.slots, width])?, element)?,
+            y_slots: arena.region("y_slots", y_slots.max(sums_fit), element)?,
             addend: arena.region("addend", addend, element)?,
             shared_gate: arena.region("shared_gate", if gate.is_some() { rows.tokens } else { 0 }, 4)?,
             // For any number of tokens: few have more blocks that share than many.
@@ -153,6 +167,16 @@ impl ExpertsPlan {
             Ok::<_, Error>(plan.map(|plan| plan.selection()))
         };
         let down_combine = combines(&down)?;
+        let few_rows = matches!(down.selection.kernel.variant(), Kernel::GemmSwapped(_));
+        let adds = desc.token_sums == TokenSums::Atomic && !few_rows && desc.norms.slots.is_none();
+        let sums = adds.then(|| {
+            let product =
+                GemmDesc { tile_n: None, kernels: desc.kernels(), ..down.desc }.output(gemm::Output::TokenSums);
+            let rest = combine.desc.sums(true);
+            let selection = combine::select_for(OPERATION, &rest, device)?;
+            Ok::<_, Error>((step(product)?, Step { desc: rest, selection }))
+        });
+        let sums = sums.transpose()?;
         Ok(ExpertsPlan {
             desc: *desc,
             device: *device,
@@ -163,6 +187,7 @@ impl ExpertsPlan {
             gate,
             combine,
             down_combine,
+            sums,
             around,
             regions,
             workspace_bytes: arena.bytes(),
@@ -191,7 +216,7 @@ impl ExpertsPlan {
 
     /// The stages with their launches, in order, of [`ExpertsPlan::forward`] and [`ExpertsPlan::combine`]. None with no tokens.
     pub fn stages(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        self.gate_stage().chain(self.stages_after_gate(None))
+        self.gate_stage().chain(self.stages_after_gate(false))
     }
 
     /// Those of a whole layer.
@@ -201,7 +226,7 @@ impl ExpertsPlan {
 
     /// Those of a whole layer whose router has computed the shared expert's gate.
     pub(super) fn stages_of_layer_after_gate(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
-        self.stages_after_gate(self.down_combine)
+        self.stages_after_gate(true)
     }
 
     fn gate_stage(&self) -> impl Iterator<Item = (Stage, Selection)> + use<> {
@@ -209,14 +234,19 @@ impl ExpertsPlan {
         self.gate.filter(|_| tokens > 0).map(|step| (Stage::SharedGate, step.selection)).into_iter()
     }
 
-    /// `together`: second product and sum in one launch.
-    fn stages_after_gate(&self, together: Option<Selection>) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+    /// `whole`: second product and sum as a whole layer has them, in one launch or the sums in the product.
+    fn stages_after_gate(&self, whole: bool) -> impl Iterator<Item = (Stage, Selection)> + use<> {
+        let together = self.down_combine.filter(|_| whole);
+        let (down, combine) = match &self.sums {
+            Some((down, combine)) if whole => (down.selection, combine.selection),
+            _ => (self.down.selection, self.combine.selection),
+        };
         let rows = self.rows;
         let shared = self.apart.into_iter().flat_map(|[gate_up, down]| {
             [(Stage::SharedGateUp, gate_up.selection), (Stage::SharedDown, down.selection)]
         });
-        let second = together.map_or((Stage::Down, self.down.selection), |together| (Stage::DownCombine, together));
-        let combine = together.is_none().then_some((Stage::Combine, self.combine.selection));
+        let second = together.map_or((Stage::Down, down), |together| (Stage::DownCombine, together));
+        let combine = together.is_none().then_some((Stage::Combine, combine));
         let products = [(Stage::GateUp, self.gate_up.selection), second];
         self.around
             .stages_before()
@@ -311,6 +341,7 @@ impl ExpertsPlan {
             noise_state: optional(&noise_state),
             scratch: Scratch { partials: workspace.at(self.regions.partials), counters: workspace.counters() },
             sum: None,
+            adds_to_sums: false,
         };
         if let Some(logits) = optional(&shared_gate) {
             self.enqueue_gate(&scope, &weights, at.x, logits, &mut |_| ())?;
@@ -358,6 +389,11 @@ impl ExpertsPlan {
     /// Whether a whole layer's second product adds up each token's rows.
     pub(super) fn combines(&self) -> bool {
         self.down_combine.is_some()
+    }
+
+    /// Whether a whole layer's second product adds onto each token's sum.
+    pub(super) fn adds_to_sums(&self) -> bool {
+        self.sums.is_some()
     }
 
     /// Both products, and the shared expert's.
@@ -420,7 +456,14 @@ impl ExpertsPlan {
             observer(Stage::DownCombine);
             return Ok(());
         }
-        second.enqueue(scope, &self.down, down)?;
+        let step = match &self.sums {
+            Some((step, _)) if at.adds_to_sums => {
+                scope.zero(at.y_slots, self.rows.tokens * self.combine.desc.hidden * size_of::<f32>())?;
+                step
+            }
+            _ => &self.down,
+        };
+        second.enqueue(scope, step, down)?;
         observer(Stage::Down);
         let outputs = (at.outputs, at.y_slots);
         self.around.enqueue_between(scope, &weights.around, outputs, at.rows, at.live, observer)?;
@@ -450,9 +493,10 @@ impl ExpertsPlan {
         Ok(())
     }
 
-    /// The sum of each token's rows.
+    /// The sum of each token's rows in a whole layer, or what is left of it.
     pub(super) fn enqueue_combine(&self, scope: &Scope<'_>, at: combine::Addresses<'_>) -> Result<(), Error> {
-        combine::enqueue(scope, &self.combine.desc, &self.combine.selection, at)
+        let step = self.sums.as_ref().map_or(&self.combine, |(_, combine)| combine);
+        combine::enqueue(scope, &step.desc, &step.selection, at)
     }
 }
 
@@ -542,6 +586,8 @@ pub(super) struct Products<'a> {
     pub(super) scratch: Scratch<'a>,
     /// Each token's sum, where [`ExpertsPlan::combines`].
     pub(super) sum: Option<combine::Addresses<'a>>,
+    /// Whether this is a whole layer where [`ExpertsPlan::adds_to_sums`]: `y_slots` is the sums then.
+    pub(super) adds_to_sums: bool,
 }
 
 /// Rows in and out of one product.

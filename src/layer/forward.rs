@@ -274,6 +274,7 @@ impl LayerPlan {
             noise_state: optional(&noise_state),
             scratch: Scratch { partials: workspace.at(regions.partials), counters: workspace.counters() },
             sum: None,
+            adds_to_sums: self.experts.adds_to_sums(),
         };
         // What comes after the sum takes the residual, and where the sum has a width of its own, the shared expert too.
         let around = &self.experts.around;

@@ -15,6 +15,7 @@ pub(super) struct Regions {
     pub(super) hidden: Region,
     /// `[T, I]` of the shared expert: where it has launches of its own, the same place as `hidden`, which is done with then.
     pub(super) shared_hidden: Region,
+    /// `[slots, H]`; or `[T, H]` of f32, where the second product adds up each token's rows.
     pub(super) y_slots: Region,
     /// The shared expert's output.
     pub(super) addend: Region,

@@ -11,6 +11,8 @@
 //! enqueues five launches at most, three for up to eight tokens, allocates nothing and waits for nothing. A shared expert of the others' form and size, be its
 //! activation another, is computed in their launches, another one in two more; its gate in the router's.
 //!
+//! The same input gives the same bits, but with [`TokenSums::Atomic`], where the second product adds onto each token's sum.
+//!
 //! # Parts
 //!
 //! [`RoutePlan::forward`] chooses experts and fills a [`crate::experts::Dispatched`], the rows of every expert;
@@ -51,7 +53,7 @@ pub use backward::{
     RouterGradients, Saved, SharedGradients, WeightGradients,
 };
 pub use banks::{BanksArgs, BanksPlan};
-pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc};
+pub use desc::{LayerDesc, MapDesc, Mlp, SharedDesc, TokenSums};
 pub use experts::{ExpertsArgs, ExpertsPlan};
 pub use forward::{LayerArgs, LayerPlan};
 pub use route::{Choices, MapTable, Measured, RouteArgs, RoutePlan};

@@ -10,6 +10,7 @@ use moe_kernels::rules::{
 };
 
 use crate::case::{Case, check, fits};
+use crate::device;
 
 const TOKENS: usize = 37;
 
@@ -259,4 +260,40 @@ fn pre_activations_once_more() {
     for desc in [layer(Dtype::F32), layer(Dtype::F32).shared(shared)] {
         check::<f32, f32, f32>(Case::new(desc, TOKENS).back(BackwardDesc::new().recompute(true)));
     }
+}
+
+/// Enough rows an expert that a Hopper device takes its own kernels (wgmma) back through both products, with a shared expert's rows in their launches, by numbers
+/// where they are gathered, in order where they are not; on other devices the same layer on theirs.
+#[test]
+fn many_rows_an_expert() {
+    let shared = SharedDesc::new(264, Mlp::swiglu(Dtype::Bf16)).gated(true);
+    let desc = LayerDesc::new(Dtype::Bf16, 264, 264, 2, 2).shared(Some(shared));
+    takes_its_own(desc, 1920);
+    let invariant = own(desc.batch_invariant(true), 1920);
+    assert!(invariant.iter().all(|kernel| !kernel.ends_with("_sm90a")), "{invariant:?}");
+    check::<bf16, bf16, bf16>(Case { biases: true, ..Case::new(desc, 1920) });
+}
+
+/// The same where weights scale the input, and the first product goes back by the second's kernel.
+#[test]
+fn many_weighted_rows_an_expert() {
+    let mlp = mlp(Dtype::F16, Glu::Interleaved, [Layout::Kn, Layout::Nk], Activation::Silu);
+    let desc = LayerDesc::new(Dtype::F16, 264, 264, 2, 1).mlp(mlp).weighting(Weighting::Input);
+    takes_its_own(desc, 5800);
+    check::<f16, f16, f32>(Case::new(desc, 5800));
+}
+
+/// Kernels of the way back.
+fn own(desc: LayerDesc, tokens: usize) -> Vec<String> {
+    let plan = desc.plan(tokens, device::kernels().device()).unwrap().backward_plan(&BackwardDesc::new()).unwrap();
+    plan.kernels().map(|kernel| kernel.name()).collect()
+}
+
+fn takes_its_own(desc: LayerDesc, tokens: usize) {
+    let names = own(desc, tokens);
+    let count = |start: &str| names.iter().filter(|name| name.starts_with(start) && name.ends_with("_sm90a")).count();
+    let is_hopper = device::kernels().device().compute_capability == (9, 0);
+    let weighs_input = desc.weighting == Weighting::Input;
+    let want = if weighs_input { [2, 2] } else { [2, 1] };
+    assert_eq!([count("gemm_"), count("gemm_backward_")], if is_hopper { want } else { [0; 2] }, "{names:?}");
 }

@@ -14,29 +14,45 @@ use crate::support::inputs::{normal, normals};
 use crate::timing::time;
 
 pub fn check(variant: Combine, rng: &mut fastrand::Rng) {
+    of_dtype(variant, false, rng);
+}
+
+/// Of sums that are there, in place of rows.
+pub fn check_sums(variant: Combine, rng: &mut fastrand::Rng) {
+    of_dtype(variant, true, rng);
+}
+
+fn of_dtype(variant: Combine, sums: bool, rng: &mut fastrand::Rng) {
     match variant.dtype {
-        Dtype::Bf16 => check_as::<bf16>(variant, rng),
-        Dtype::F16 => check_as::<f16>(variant, rng),
-        Dtype::F32 => check_as::<f32>(variant, rng),
+        Dtype::Bf16 => check_as::<bf16>(variant, sums, rng),
+        Dtype::F16 => check_as::<f16>(variant, sums, rng),
+        Dtype::F32 => check_as::<f32>(variant, sums, rng),
         other => unreachable!("no kernel has {other}"),
     }
 }
 
-fn check_as<T: Storage>(variant: Combine, rng: &mut fastrand::Rng) {
+fn check_as<T: Storage>(variant: Combine, sums: bool, rng: &mut fastrand::Rng) {
     let shapes = if variant.any {
         [(1, 1, 1), (1, 32, 2057), (7, 2, 100), (130, 8, 7), (3, 5, 4100), (65, 3, 341)]
     } else {
         [(1, 1, 8), (1, 32, 2056), (7, 2, 104), (130, 8, 96), (3, 5, 4104), (65, 3, 2048)]
     };
     for (tokens, top_k, hidden) in shapes {
-        for options in 0..32 {
-            case::<T>(variant, rng, [tokens, top_k, hidden], options);
+        // Weights are those of rows.
+        for options in (0..32).step_by(if sums { 2 } else { 1 }) {
+            case::<T>(variant, sums, rng, [tokens, top_k, hidden], options);
         }
     }
 }
 
 /// Bits of `options`: weights, residual, addend, identity experts, factors and a bias.
-fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, hidden]: [usize; 3], options: u32) {
+fn case<T: Storage>(
+    variant: Combine,
+    sums: bool,
+    rng: &mut fastrand::Rng,
+    [tokens, top_k, hidden]: [usize; 3],
+    options: u32,
+) {
     let kernels = device::kernels();
     let stream = device::stream();
     let name = format!("T={tokens} k={top_k} H={hidden} options={options:05b}");
@@ -50,6 +66,7 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     for &slot in token_slot.iter().filter(|&&slot| slot >= 0) {
         y_slots[slot as usize * hidden..][..hidden].copy_from_slice(&normals::<T>(rng, hidden, 1.0));
     }
+    let summed: Vec<f32> = normals(rng, if sums { tokens * hidden } else { 0 }, 2.0);
     let weights: Option<Vec<f32>> =
         (options & 1 != 0).then(|| (0..tokens * top_k).map(|_| normal(rng) as f32).collect());
     let mut rows = |bit: u32| (options & bit != 0).then(|| normals::<T>(rng, tokens * hidden, 1.0));
@@ -94,8 +111,11 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         });
         let weights = weights.as_deref();
         let y_slots = of(to_f64(&y_slots));
-        let mut sum =
-            reference::combine::combine::<f64, f64>(&y_slots, &token_slot, weights, None, None, top_k, hidden).unwrap();
+        let mut sum = match sums {
+            true => of(to_f64(&summed)),
+            false => reference::combine::combine::<f64, f64>(&y_slots, &token_slot, weights, None, None, top_k, hidden)
+                .unwrap(),
+        };
         if let Some(identity) = &identity {
             let weight = match by_choices {
                 true => {
@@ -117,11 +137,13 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
         magnitudes.iter().map(|&m| Arithmetic::Fma.sum_bound(2 * top_k + 6, m, m, m) + sigmoid * m).collect();
 
     let shape = SlotShape::new(tokens, 1, Some(top_k), slots, 16, 0);
-    let desc = CombineDesc::new(variant.dtype, shape, hidden).scale(scale).addend_scale(addend_scale);
-    assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel.variant(), Kernel::Combine(variant));
+    let desc = CombineDesc::new(variant.dtype, shape, hidden).scale(scale).addend_scale(addend_scale).sums(sums);
+    let kernel = if sums { Kernel::CombineSums(variant) } else { Kernel::Combine(variant) };
+    assert_eq!(combine::select(&desc, kernels.device()).unwrap().kernel.variant(), kernel);
     // Where rows begin on any element, so do buffers.
     let shift = |elements: usize| if variant.any { elements } else { 0 };
     let y_slots = Guarded::shifted_input(&stream, "y_slots", &y_slots, shift(1));
+    let summed = Guarded::shifted_input(&stream, "sums", &summed, shift(1));
     let dispatched = Rows { token_slot, ..Rows::default() }.dispatched(&stream, &shape);
     let weights = weights.map(|values| Guarded::input(&stream, "weights", &values));
     // A residual that the sum replaces.
@@ -138,11 +160,15 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let mut y = Guarded::filled_output(&stream, "y", &junk, shift(1));
     let launch = |y: &mut Guarded<T>, accumulate: bool| {
         let (rows, identity_weight, mut y) = (y_slots.view(), identity_weight.view(), y.view_mut());
+        let summed = summed.view();
         let weights = weights.as_ref().map(Guarded::view);
         let [residual, addend, identity] =
             [&residual, &addend, &identity].map(|buffer| buffer.as_ref().map(Guarded::view));
         let gate = gate.as_ref().map(Guarded::view);
-        let mut args = CombineArgs::new(&rows, &dispatched, &mut y);
+        let mut args = match sums {
+            true => CombineArgs::of_sums(&summed, &dispatched, &mut y),
+            false => CombineArgs::new(&rows, &dispatched, &mut y),
+        };
         args.addend_gate = gate.as_ref().map(In::from);
         args.weights = weights.as_ref().map(In::from);
         args.addend = addend.as_ref().map(In::from);
@@ -164,6 +190,7 @@ fn case<T: Storage>(variant: Combine, rng: &mut fastrand::Rng, [tokens, top_k, h
     let first = y.read(&stream);
     assert_sums(&name, &to_f64(&first), &want, &bounds, variant.dtype);
     y_slots.assert_unchanged(&stream);
+    summed.assert_unchanged(&stream);
     time(&stream, &name, || launch(&mut y, false));
     y.reset(&stream);
     launch(&mut y, false);

@@ -22,6 +22,7 @@ use crate::support::compare::{Arithmetic, Bounded, Storage, UNIT, assert_sums, r
 use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
+use crate::token_sums;
 
 /// A kernel, and what it is tried with.
 #[derive(Clone, Copy, Debug)]
@@ -215,6 +216,9 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     grouped::<T>(variant, rng, &[0, 0, 0], &Case { k: 16, n: 16, ..case });
     if !variant.combines() {
         strides::check::<T>(variant, rng);
+    }
+    if matches!(variant.kernel, Kernel::Gemm(_)) && variant.fold == Fold::Plain {
+        token_sums::check::<T>(variant, rng);
     }
 }
 

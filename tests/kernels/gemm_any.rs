@@ -9,6 +9,7 @@ use moe_kernels::rules::{Glu, Layout};
 use crate::gemm::{Case, Variant, activations, dense, forms, grouped};
 use crate::strides;
 use crate::support::compare::Storage;
+use crate::token_sums;
 
 pub fn check(variant: GemmAny, rng: &mut fastrand::Rng) {
     match variant.dtype {
@@ -49,4 +50,7 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
     let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
     let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, tile_n: None, fold, shift };
     strides::check::<T>(variant, rng);
+    if !any.gated {
+        token_sums::check::<T>(variant, rng);
+    }
 }

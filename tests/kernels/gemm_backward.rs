@@ -2,14 +2,14 @@
 
 use half::{bf16, f16};
 use moe_kernels::experts::SlotShape;
-use moe_kernels::experts::gemm::Rows;
+use moe_kernels::experts::gemm::{KernelSet, Rows};
 use moe_kernels::experts::gemm_backward::{self, GemmBackwardArgs, GemmBackwardDesc, SharedRowsBackward};
 use moe_kernels::experts::tiles::max_tiles;
 use moe_kernels::reference::activation::{activate, activate_glu};
 use moe_kernels::reference::choice_backward::sigmoid_gate;
 use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm_backward::{HiddenBackward, HiddenGradients, hidden_backward, product_backward};
-use moe_kernels::registry::{Gemm, GemmAny, Kernel};
+use moe_kernels::registry::{Gemm, GemmAny, GemmHopper, Kernel};
 use moe_kernels::rules::{Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc};
 use moe_kernels::{Dtype, In, Out, Workspace, reference};
 
@@ -31,6 +31,7 @@ struct Variant {
     /// Of the forward product.
     layout: Layout,
     tile_m: usize,
+    kernels: KernelSet,
     /// Elements by which buffers begin behind 16 bytes.
     shift: usize,
 }
@@ -38,8 +39,17 @@ struct Variant {
 pub fn check(gemm: Gemm, rng: &mut fastrand::Rng) {
     let layout = if gemm.layout == Layout::Nk { Layout::Kn } else { Layout::Nk };
     let (dtype, tile_m, shift) = (gemm.dtype, gemm.tile.bm as usize, 0);
-    let variant = Variant { kernel: Kernel::GemmBackward(gemm), dtype, layout, tile_m, shift };
+    let variant =
+        Variant { kernel: Kernel::GemmBackward(gemm), dtype, layout, tile_m, kernels: KernelSet::Sm80, shift };
     in_type(&|_| variant, dtype, rng);
+}
+
+pub fn check_hopper(gemm: GemmHopper, rng: &mut fastrand::Rng) {
+    let layout = if gemm.layout == Layout::Nk { Layout::Kn } else { Layout::Nk };
+    let (kernel, kernels) = (Kernel::GemmBackwardHopper(gemm), KernelSet::Sm90a);
+    let tile_m = GemmHopper::TILE.bm as usize;
+    let variant = Variant { kernel, dtype: gemm.dtype, layout, tile_m, kernels, shift: 0 };
+    in_type(&|_| variant, gemm.dtype, rng);
 }
 
 pub fn check_any(gemm: GemmAny, rng: &mut fastrand::Rng) {
@@ -49,6 +59,7 @@ pub fn check_any(gemm: GemmAny, rng: &mut fastrand::Rng) {
         layout: Layout::ALL[index % 2],
         // A block has 64 rows: lists of lower tiles, of its own, and of higher ones, whose last part may be empty.
         tile_m: [16, 64, 128][index % 3],
+        kernels: KernelSet::Fastest,
         shift: [1, 3, 0, 5, 2][index % 5],
     };
     in_type(&variant, gemm.dtype, rng);
@@ -101,11 +112,12 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
     for (index, &(activation, gated)) in all.iter().enumerate() {
         let variant = variant(index);
         let any = matches!(variant.kernel, Kernel::GemmBackwardAny(_));
+        let is_hopper = matches!(variant.kernel, Kernel::GemmBackwardHopper(_));
         // K: less than a stage, ragged, several stages; N: less than a tile, ragged, two tiles, three.
         let (k, n) = if any {
             ([37, 8, 136, 65, 100][index % 5], [13, 70, 1, 129, 12][index % 5])
         } else {
-            ([40, 8, 200, 72, 16, 264][index % 6], [24, 136, 8, 272, 72][index % 5])
+            ([40, 8, 200, 72, 16, 264][index % 6], [24, 136, 8, 272, if is_hopper { 520 } else { 72 }][index % 5])
         };
         let case = Case {
             k,
@@ -147,6 +159,20 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
     // All rows in one expert; none at all.
     grouped::<T>(variant, rng, &[0, 2 * variant.tile_m + 3, 0], &case);
     grouped::<T>(variant, rng, &[0, 0], &case);
+    if matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
+        // Lists of half tiles too; rows by number, and in order.
+        for (tile_m, gather) in [(variant.tile_m, true), (variant.tile_m / 2, false)] {
+            walk::<T>(Variant { tile_m, ..variant }, rng, &Case { gather, gate: !gather, ..case });
+        }
+    }
+}
+
+/// Clusters that walk two or three steps, five stages deep, in three columns of which the last is narrow. Most row tiles have one live row, some more than half of
+/// theirs; an expert of two tiles has a step of its own, or halves of two.
+fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
+    let experts = device::kernels().device().multiprocessors as usize * 2 / 3 + 2;
+    let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1, 1, 1][expert % 12]).collect();
+    grouped::<T>(variant, rng, &loads, &Case { k: 264, n: 2 * 256 + 8, ..*case });
 }
 
 fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
@@ -185,6 +211,7 @@ fn desc(variant: &Variant, case: &Case, rows: Rows) -> GemmBackwardDesc {
         .gather_pre_activation(case.gather_pre_activation)
         .scale(case.scale)
         .gate(case.gate)
+        .kernels(variant.kernels)
         .unaligned(variant.shift > 0)
 }
 
@@ -453,9 +480,11 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         dropout: false,
         ..*case
     };
-    // Of another width than the others' now and then: fewer and more column tiles, another depth.
+    // Of another width than the others' now and then, where the kernel can: fewer and more column tiles, another depth.
+    let one_width = matches!(variant.kernel, Kernel::GemmBackwardHopper(_));
     let unit = if variant.shift > 0 { 1 } else { 8 };
     let [n, k] = [case.n, case.k].map(|size| match rng.usize(..3) {
+        _ if one_width => size,
         0 => size,
         1 => unit * (1 + rng.usize(..size.div_ceil(unit))),
         _ => size + unit * (1 + rng.usize(..150 / unit)),

@@ -66,6 +66,7 @@ mod sparse_mixer;
 mod strides;
 mod timing;
 mod token_banks;
+mod token_sums;
 mod tokens;
 mod unit_backward;
 mod unit_experts;
@@ -143,10 +144,12 @@ fn check(kernel: Kernel) {
         Kernel::GemmSwapped(variant) => gemm::check(variant, rng),
         Kernel::GemmAny(variant) => gemm_any::check(variant, rng),
         Kernel::GemmBackward(variant) => gemm_backward::check(variant, rng),
+        Kernel::GemmBackwardHopper(variant) => gemm_backward::check_hopper(variant, rng),
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
         Kernel::KGroupedHopper(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
+        Kernel::CombineSums(variant) => combine::check_sums(variant, rng),
         Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),
         Kernel::Admission(variant) => admission::check(variant, rng),
         Kernel::AdmissionBackward => admission_backward::check(rng),

@@ -70,10 +70,23 @@ fn check_many(variant: Route, rng: &mut fastrand::Rng) {
             of_any_types(variant, rng, &case, hidden);
         }
     }
+    // Deep enough for two rounds of the router's product.
+    for types in 0..TYPES {
+        let case = Case::new(rng, Gating::new(score), [3, least, 2], Logits::Normal);
+        of_types(types, variant, rng, &case, 2056);
+    }
 }
 
 fn of_any_types(variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize) {
-    match rng.usize(..5) {
+    let types = rng.usize(..TYPES);
+    of_types(types, variant, rng, case, hidden);
+}
+
+/// Pairs of types that a route takes.
+const TYPES: usize = 5;
+
+fn of_types(types: usize, variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize) {
+    match types {
         0 => run::<bf16, bf16>(variant, rng, case, hidden),
         1 => run::<bf16, f32>(variant, rng, case, hidden),
         2 => run::<f16, f16>(variant, rng, case, hidden),

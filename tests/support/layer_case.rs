@@ -7,7 +7,8 @@ use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use moe_kernels::experts::Weight;
 use moe_kernels::experts::gemm::SwigluByExpert;
 use moe_kernels::layer::{
-    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights, Stage, Weighting,
+    ExpertWeights, LayerArgs, LayerDesc, LayerWeights, Mlp, RouteArgs, RouterWeights, SharedWeights, Stage, TokenSums,
+    Weighting,
 };
 use moe_kernels::reference::{activation, gating};
 use moe_kernels::rules::{Activation, Bound, Glu, Layout, NullOutput, Swiglu};
@@ -437,7 +438,10 @@ pub fn run<T: Element + PartialEq + std::fmt::Debug, W: Element + PartialEq>(
         assert!(error <= most, "{name}: relative error {error:.3e}, at most {most:.0e}");
     }
     let again = pass();
-    assert!(got.y == again.y && got.weights == again.weights, "the same input gave other bits");
+    assert!(got.weights == again.weights, "the same input gave other weights");
+    if case.desc.token_sums == TokenSums::Ordered {
+        assert!(got.y == again.y, "the same input gave other bits");
+    }
     inputs.assert_unchanged(stream, &values);
 }
 

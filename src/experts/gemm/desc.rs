@@ -5,7 +5,7 @@ use super::strides::Strides;
 use crate::Error;
 use crate::experts::dispatched::SlotShape;
 use crate::experts::weight::WeightPlace;
-use crate::rules::{Activation, Dtype, WeightDesc, WeightFormat};
+use crate::rules::{Activation, Dtype, Glu, WeightDesc, WeightFormat};
 use crate::runtime::builder::settings;
 use crate::runtime::shape;
 
@@ -110,6 +110,11 @@ pub enum Output {
     F32,
     /// Added to what `out`, of f32, holds: one addition after all else.
     AddedF32,
+    /// Of the rows of a dispatch: each added to its token's row of `out` `[tokens, N]`, of f32, atomically. With weights as `GemmArgs::out_scale` that is what
+    /// [`crate::experts::combine`] makes of rows, without these. A token's experts are added in the order in which their blocks end, so the last bits of a sum
+    /// differ from run to run; denormals may become zero. By the `sm_80` set, without gate, activation and dropout. Rows of a shared expert are
+    /// [`Output::Rounded`] beside it.
+    TokenSums,
 }
 
 /// The depth of a shared expert's product beside experts of another.
@@ -163,6 +168,14 @@ impl GemmDesc {
         }
     }
 
+    /// Rows of `out`.
+    pub fn out_rows(&self) -> usize {
+        match self.rows {
+            Rows::Grouped(shape) if self.output == Output::TokenSums => shape.tokens,
+            rows => rows.count(),
+        }
+    }
+
     /// Outputs of one tensor of the weight.
     pub(crate) fn b_outputs(&self) -> usize {
         self.weight.outputs(self.n)
@@ -200,11 +213,18 @@ impl GemmDesc {
         shape::size(operation, "shared_rows", self.shared_rows)?;
         shape::positive(operation, "n", self.n)?;
         shape::positive(operation, "k", self.k)?;
-        if self.shared_rows > 0 && !matches!(self.output, Output::Rounded | Output::Added) {
-            let expected = "Output::Rounded or Output::Added with shared_rows";
+        if self.shared_rows > 0 && !matches!(self.output, Output::Rounded | Output::Added | Output::TokenSums) {
+            let expected = "Output::Rounded, Output::Added or Output::TokenSums with shared_rows";
             return Err(Error::unsupported(operation, "output", expected, format!("{:?}", self.output)));
         }
         self.check_shared_depth(operation)?;
+        if self.output == Output::TokenSums {
+            let plain = self.weight.glu == Glu::None && self.activation == Activation::Identity;
+            if !plain || matches!(self.rows, Rows::Dense(_)) || self.kernels == KernelSet::Sm90a {
+                let expected = "another form, unless of a dispatch's rows, without gate and activation, by KernelSet::Fastest or Sm80";
+                return Err(Error::unsupported(operation, "output", expected, "Output::TokenSums"));
+            }
+        }
         let outputs = shape::product_i32(operation, "n", &[self.n, if self.weight.glu.is_gated() { 2 } else { 1 }])?;
         let shared_k = self.shared_k();
         for (argument, value, limit) in
@@ -217,7 +237,7 @@ impl GemmDesc {
         }
         shape::product(operation, "a", &[self.a_rows(), self.k])?;
         shape::product(operation, "weight", &[self.rows.experts(), self.b_outputs(), self.k])?;
-        shape::product(operation, "out", &[self.rows.count(), self.n])?;
+        shape::product(operation, "out", &[self.out_rows(), self.n])?;
         let widest = self.pre_activation_columns().max(self.k).max(self.shared_places().a[0]).max(shared_k);
         shape::product(operation, "shared_rows", &[self.shared_rows, widest])?;
         shape::product(operation, "pre_activation", &[self.rows.count(), self.pre_activation_columns()])?;

@@ -5,7 +5,7 @@ use super::{Addresses, fold};
 use crate::experts::weight::WeightAddresses;
 use crate::registry::{GemmHopper, Kernel, Tile};
 use crate::rules::Layout;
-use crate::runtime::launch::{Boxes, Scope};
+use crate::runtime::launch::{Address, Boxes, Scope};
 use crate::runtime::params::{GemmHopperMore, GemmHopperParams, GemmParams, TensorMap};
 use crate::{DeviceInfo, Error, Selection};
 
@@ -19,17 +19,18 @@ const HEIGHTS: [usize; 2] = [64, GemmHopper::TILE.bm as usize];
 const CLUSTER: u32 = 2;
 
 /// A launch of so many blocks.
-pub(super) fn selection(gemm: GemmHopper, blocks: u32) -> Selection {
-    Selection { cluster: [CLUSTER, 1, 1], ..Selection::new(Kernel::GemmHopper(gemm), [blocks, 1, 1]) }
+pub(in crate::experts) fn selection(kernel: Kernel, blocks: u32) -> Selection {
+    Selection { cluster: [CLUSTER, 1, 1], ..Selection::new(kernel, [blocks, 1, 1]) }
 }
 
 /// The kernel and its grid of persistent blocks, where it computes `desc` in row tiles of its own height on this device; `layout` is that of
 /// [`GemmDesc::vector_layout`].
-pub(super) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) -> Option<(GemmHopper, u32)> {
+pub(in crate::experts) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) -> Option<(GemmHopper, u32)> {
     let places = desc.places();
     let [expert, output, depth] = places.weight;
     let height = tile_height(desc);
     let fits = device.compute_capability == (9, 0)
+        && desc.output != Output::TokenSums
         && device.shared_bytes_per_block >= GemmHopper::SHARED_BYTES
         && GemmHopper::DTYPES.contains(&desc.dtype)
         && [expert, output.max(depth), places.a[0]].iter().all(|&stride| is_mapped(stride))
@@ -71,7 +72,12 @@ fn row_tiles(desc: &GemmDesc, height: usize) -> usize {
 /// reach, 65 % for `mma.sync` and 88 % for `wgmma` of 256 columns (published measurements on an H800); or its rows and columns
 /// through L2, which gives a multiprocessor 32 bytes a cycle. Either set runs in rounds of a tile a multiprocessor; a round that is
 /// not full takes as long as one that is, so few tiles favour small ones.
-pub(super) fn is_faster(desc: &GemmDesc, gemm: &GemmHopper, other: (&Tile, u32), device: &DeviceInfo) -> bool {
+pub(in crate::experts) fn is_faster(
+    desc: &GemmDesc,
+    gemm: &GemmHopper,
+    other: (&Tile, u32),
+    device: &DeviceInfo,
+) -> bool {
     let time = |rows: u64, columns: u32, blocks: u32, products: u64, bytes: u64| {
         let rounds = (rows * desc.n.div_ceil(columns as usize) as u64).div_ceil(blocks.max(1).into());
         u128::from(rounds) * u128::from(products.max(bytes / 32))
@@ -96,7 +102,7 @@ pub(super) fn is_faster(desc: &GemmDesc, gemm: &GemmHopper, other: (&Tile, u32),
 }
 
 /// What [`KernelSet::Sm90a`] asks for and cannot have.
-pub(super) fn refusal(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Error {
+pub(in crate::experts) fn refusal(operation: &'static str, desc: &GemmDesc, device: &DeviceInfo) -> Error {
     let (major, minor) = device.compute_capability;
     let rows = match desc.rows {
         Rows::Dense(_) => "dense rows".to_owned(),
@@ -108,6 +114,60 @@ pub(super) fn refusal(operation: &'static str, desc: &GemmDesc, device: &DeviceI
     Error::unsupported(operation, "kernels", expected, got)
 }
 
+/// The map of a tensor of the weight, of so many experts.
+pub(in crate::experts) fn weight_map(
+    scope: &Scope<'_>,
+    desc: &GemmDesc,
+    gemm: &GemmHopper,
+    first: Address<'_>,
+    experts: usize,
+) -> Result<TensorMap, Error> {
+    let [expert, output, depth] = desc.places().weight;
+    let (box_outputs, box_depths) = gemm.map_box();
+    // Gate and up have a map each; where they alternate one has both.
+    let outputs = if desc.weight.glu == crate::rules::Glu::Interleaved { 2 * desc.n } else { desc.n };
+    let boxes = match gemm.layout {
+        Layout::Nk => Boxes {
+            dtype: desc.dtype,
+            sizes: [desc.k, outputs, experts],
+            strides: [output, expert],
+            extent: [box_depths, box_outputs],
+        },
+        _ => Boxes {
+            dtype: desc.dtype,
+            sizes: [outputs, desc.k, experts],
+            strides: [depth, expert],
+            extent: [box_outputs, box_depths],
+        },
+    };
+    scope.tensor_map(first, &boxes)
+}
+
+/// The map of rows of so many columns, `stride` elements apart, by 64 rows and columns.
+fn rows_map(
+    scope: &Scope<'_>,
+    desc: &GemmDesc,
+    first: Address<'_>,
+    [rows, width]: [usize; 2],
+    stride: usize,
+) -> Result<TensorMap, Error> {
+    let boxes = Boxes { dtype: desc.dtype, sizes: [width, rows, 1], strides: [stride; 2], extent: [64; 2] };
+    scope.tensor_map(first, &boxes)
+}
+
+/// Maps of the rows of `a` and of the shared expert's; of those that the kernel does not read by one, `unused`.
+pub(in crate::experts) fn a_maps(
+    scope: &Scope<'_>,
+    desc: &GemmDesc,
+    a: Address<'_>,
+    shared: Option<Address<'_>>,
+    unused: TensorMap,
+) -> Result<[TensorMap; 2], Error> {
+    let of = |first, rows| rows_map(scope, desc, first, [rows, desc.k], desc.places().a[0]);
+    let own = if desc.gather || desc.a_rows() == 0 { unused } else { of(a, desc.a_rows())? };
+    Ok([own, shared.map_or(Ok(own), |shared| of(shared, desc.shared_rows))?])
+}
+
 /// The launch's parameters with the maps of weights, rows and results.
 pub(super) fn with_maps<'a>(
     scope: &Scope<'_>,
@@ -117,44 +177,20 @@ pub(super) fn with_maps<'a>(
     at: &Addresses<'_>,
 ) -> Result<GemmHopperParams<'a>, Error> {
     let places = desc.places();
-    let [expert, output, depth] = places.weight;
-    let (box_outputs, box_depths) = gemm.map_box();
-    // Gate and up have a map each; where they alternate one has both.
-    let outputs = if desc.weight.glu == crate::rules::Glu::Interleaved { 2 * desc.n } else { desc.n };
     let maps = |weight: WeightAddresses<'_>, experts| {
-        let boxes = match gemm.layout {
-            Layout::Nk => Boxes {
-                dtype: desc.dtype,
-                sizes: [desc.k, outputs, experts],
-                strides: [output, expert],
-                extent: [box_depths, box_outputs],
-            },
-            _ => Boxes {
-                dtype: desc.dtype,
-                sizes: [outputs, desc.k, experts],
-                strides: [depth, expert],
-                extent: [box_outputs, box_depths],
-            },
-        };
-        let first = scope.tensor_map(weight.b, &boxes)?;
+        let first = weight_map(scope, desc, gemm, weight.b, experts)?;
         let up = weight.b_up.filter(|_| gemm.fold == crate::registry::Fold::Glu);
-        Ok::<_, Error>([first, up.map_or(Ok(first), |up| scope.tensor_map(up, &boxes))?])
+        Ok::<_, Error>([first, up.map_or(Ok(first), |up| weight_map(scope, desc, gemm, up, experts))?])
     };
     let [map_b, map_b_up] = maps(at.weight, desc.rows.experts())?;
     // Those that the kernel does not use are the weight's.
     let [map_shared_b, map_shared_b_up]: [TensorMap; 2] =
         at.shared.map_or(Ok([map_b, map_b_up]), |shared| maps(shared.weight, 1))?;
-    let rows_of = |first, rows: usize, width, stride| {
-        let extent = [64; 2];
-        scope.tensor_map(first, &Boxes { dtype: desc.dtype, sizes: [width, rows, 1], strides: [stride; 2], extent })
-    };
-    let a_of = |first, rows| rows_of(first, rows, desc.k, places.a[0]);
-    let map_a = if desc.gather || desc.a_rows() == 0 { Ok(map_b) } else { a_of(at.a, desc.a_rows()) }?;
-    let map_shared_a = at.shared.map_or(Ok(map_a), |shared| a_of(shared.a, desc.shared_rows))?;
+    let [map_a, map_shared_a] = a_maps(scope, desc, at.a, at.shared.map(|shared| shared.a), map_b)?;
     let out_of = |first, rows: usize| {
         // A tile of 64 rows is stored by the map; fewer rows may have any stride.
         let used = desc.output == Output::Rounded && rows >= 64;
-        if used { rows_of(first, rows, desc.n, places.out[0]) } else { Ok(map_b) }
+        if used { rows_map(scope, desc, first, [rows, desc.n], places.out[0]) } else { Ok(map_b) }
     };
     let map_out = out_of(at.out, desc.rows.count())?;
     let map_shared_out = at.shared.map_or(Ok(map_out), |shared| out_of(shared.out, desc.shared_rows))?;

@@ -10,7 +10,7 @@
 
 mod activation;
 mod desc;
-mod hopper;
+pub(in crate::experts) mod hopper;
 mod shared_rows;
 mod strides;
 pub(crate) mod swapped;
@@ -31,7 +31,7 @@ pub use self::strides::Strides;
 use self::strides::outputs_apart;
 pub(crate) use self::swapped::most_partial_bytes;
 use super::combine::CombineDesc;
-use super::cost::{expected_tiles, product_cycles};
+use super::cost::{TiledRows, expected_tiles, product_cycles};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm_combine::SumArgs;
 use super::tiles::{select_tile_of, select_tile_of_width, tile_of_height};
@@ -71,7 +71,7 @@ pub struct GemmArgs<'a, T> {
     pub dropout: Option<Dropout>,
     /// `[2]`, 8-byte aligned, with `dropout` only: see [`crate::routers::noise_state`]. Absent, the dropout's seed and offset are all there is.
     pub noise_state: Option<In<'a, u64>>,
-    /// `[rows, N]`. Rows that no tile covers are left as they are.
+    /// `[rows, N]`. Rows that no tile covers are left as they are. With [`Output::TokenSums`] `[tokens, N]`, to which rows are added.
     pub out: ProductOut<'a, T>,
     /// `[rows, N]`, or with a gate `[rows, 2N]`, gates before ups whatever the weight's order; written: what stands before the activation.
     /// Of 16 bits no value is rounded across the limit of a clamp, where the slope jumps.
@@ -90,7 +90,7 @@ impl<'a, T> GemmArgs<'a, T> {
         GemmArgs::to(a.into(), weight, ProductOut::Rounded(out.into()))
     }
 
-    /// A dense product to f32, for [`Output::F32`] and [`Output::AddedF32`].
+    /// A dense product to f32, for [`Output::F32`], [`Output::AddedF32`] and [`Output::TokenSums`].
     pub fn to_f32(a: impl Into<In<'a, T>>, weight: Weight<'a>, out: impl Into<Out<'a, f32>>) -> GemmArgs<'a, T> {
         GemmArgs::to(a.into(), weight, ProductOut::F32(out.into()))
     }
@@ -186,7 +186,7 @@ pub(crate) fn select_among(
         .filter(|_| desc.kernels != KernelSet::Sm80 && (desc.tile_n.is_none() || desc.kernels == KernelSet::Sm90a));
     match hopper {
         Some((gemm, blocks)) if desc.kernels == KernelSet::Sm90a => {
-            return Ok(hopper::selection(gemm, blocks));
+            return Ok(hopper::selection(Kernel::GemmHopper(gemm), blocks));
         }
         None if desc.kernels == KernelSet::Sm90a => return Err(hopper::refusal(operation, desc, device)),
         _ => {}
@@ -208,7 +208,7 @@ pub(crate) fn select_among(
     if let Some((hopper, blocks)) = hopper
         && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
     {
-        return Ok(hopper::selection(hopper, blocks));
+        return Ok(hopper::selection(Kernel::GemmHopper(hopper), blocks));
     }
     let blocks = grid(operation, tiles, desc.n, gemm.out_columns())?;
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
@@ -232,13 +232,14 @@ fn of_width(
             Error::unsupported(operation, "tile_n", expected, width)
         });
     }
-    let rows = match desc.rows {
+    let tiles_of_rows = match desc.rows {
         Rows::Dense(rows) => rows.div_ceil(height as usize) as u64,
         Rows::Grouped(shape) => expected_tiles(shape.slots, shape.experts, height),
     } + desc.shared_rows.div_ceil(height as usize) as u64;
+    let rows = TiledRows { live: (desc.rows.count() + desc.shared_rows) as u64, tiles: tiles_of_rows };
     let cycles = |tile: &Tile| {
         let columns = desc.n.div_ceil(with(*tile).out_columns() as usize) as u64;
-        product_cycles(tile, rows * columns, desc.k, device)
+        product_cycles(tile, rows, columns, desc.k, device)
     };
     Ok(tiles.min_by_key(|tile| (cycles(tile), tile.bn)).expect("the first is one of them"))
 }
@@ -345,6 +346,16 @@ pub(crate) fn run<T: Element>(
         let reason = "there is no dropout";
         return Err(Error::Unexpected { operation: OPERATION, argument: "noise_state", reason });
     }
+    if desc.output == Output::TokenSums {
+        let (operation, reason) = (OPERATION, "the output is TokenSums");
+        for (argument, given) in
+            [("pre_activation", args.pre_activation.is_some()), ("dropout", args.dropout.is_some())]
+        {
+            if given {
+                return Err(Error::Unexpected { operation, argument, reason });
+            }
+        }
+    }
     if desc.rows.count() + desc.shared_rows == 0 || selection.grid[0] == 0 {
         return Ok(());
     }
@@ -359,10 +370,10 @@ pub(crate) fn run<T: Element>(
     let row_scale = scope.read_some("row_scale", args.row_scale, rows, SCALAR)?;
     let out_scale = scope.read_some("out_scale", args.out_scale, rows, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
-    let elements = places.out_extent(rows, desc.n);
+    let elements = places.out_extent(desc.out_rows(), desc.n);
     let out = match (desc.output, args.out) {
         (Output::Rounded | Output::Added, ProductOut::Rounded(out)) => scope.write("out", out, elements, alignment)?,
-        (Output::F32 | Output::AddedF32, ProductOut::F32(out)) => {
+        (Output::F32 | Output::AddedF32 | Output::TokenSums, ProductOut::F32(out)) => {
             scope.write("out", out, elements, if any { SCALAR } else { VECTOR })?
         }
         (output, given) => {
@@ -500,6 +511,7 @@ pub(crate) fn enqueue(
         out: at.out.into(),
         pre_activation: at.pre_activation.into(),
         slot_token: at.rows.filter(|_| desc.gather).map(|rows| rows.slot_token).into(),
+        out_token: at.rows.filter(|_| desc.output == Output::TokenSums).map(|rows| rows.slot_token).into(),
         row_scale: at.row_scale.into(),
         out_scale: at.out_scale.into(),
         tiles: at.rows.map(|rows| rows.tiles).into(),
@@ -537,6 +549,7 @@ pub(crate) fn enqueue(
             Output::F32 => 1,
             Output::Added => 2,
             Output::AddedF32 => 3,
+            Output::TokenSums => 4,
         },
         activation,
         alpha,

@@ -52,7 +52,7 @@ impl Strides {
             shape::size(operation, argument, stride[0].max(stride[1]))?;
         }
         let outputs = desc.weight.outputs(desc.n);
-        let [rows, a_rows, experts] = [desc.rows.count(), desc.a_rows(), desc.rows.experts()];
+        let [rows, a_rows, experts] = [desc.out_rows(), desc.a_rows(), desc.rows.experts()];
         extent(operation, "strides.a", &[(a_rows.max(desc.shared_rows), self.a[0]), (desc.k, self.a[1])])?;
         let [expert, output, depth] = self.weight;
         extent(operation, "strides.weight", &[(experts, expert), (outputs, output), (desc.k, depth)])?;
@@ -130,7 +130,7 @@ impl GemmDesc {
     }
 
     /// The layout for the kernels of packed rows, where they can compute this.
-    pub(super) fn vector_layout(&self) -> Option<Layout> {
+    pub(in crate::experts) fn vector_layout(&self) -> Option<Layout> {
         let whole = [self.n, self.k, self.shared_k()].iter().all(|size| size.is_multiple_of(8)) && !self.unaligned;
         let layout = if whole { self.places().layout_of_vectors(self)? } else { return None };
         (self.shared_places().layout_of_vectors(self) == Some(layout)).then_some(layout)

@@ -1,6 +1,6 @@
 //! The kernels for few rows: when they are chosen, and how many blocks share a tile's depth.
 
-use super::desc::{GemmDesc, KernelSet, Rows};
+use super::desc::{GemmDesc, KernelSet, Output, Rows};
 use super::fold;
 use crate::experts::tiles::select_tile;
 use crate::registry::{GemmSwapped, Kernel, Tile};
@@ -39,6 +39,7 @@ pub(super) fn plan(
 ) -> Result<Option<Plan>, Error> {
     let height = GemmSwapped::TILE.bm as usize;
     let fits = desc.kernels == KernelSet::Fastest
+        && desc.output != Output::TokenSums
         && desc.tile_n.is_none()
         && desc.shared_depth.is_none()
         && GemmSwapped::DTYPES.contains(&desc.dtype)

@@ -72,7 +72,9 @@ pub(super) fn is_ahead(desc: &KGroupedDesc, selection: &Selection, other: &KGrou
     let tiles = [(desc.m, tile.bm), (desc.n, tile.bn)].map(|(size, side)| (size as u64).div_ceil(side.into()));
     let blocks = tiles[0] * tiles[1] * desc.groups() as u64;
     let other_rounds = blocks.div_ceil(device.multiprocessors.max(1).into());
-    time(rounds, stage, own) <= time(other_rounds, rates.stage_cycles(&tile), elements(tile.bm, tile.bn))
+    let (others, bytes) = (elements(tile.bm, tile.bn), 128 * u64::from(tile.bm + tile.bn));
+    let other_stage = (64 * others / rates.mma).max(bytes / rates.l2_bytes);
+    time(rounds, stage, own) <= time(other_rounds, other_stage, others)
 }
 
 /// What [`KernelSet::Sm90a`](crate::experts::gemm::KernelSet::Sm90a) asks for and cannot have.

@@ -165,7 +165,8 @@ impl MlpPlan {
             .weight(mlp.down)
             .glu(mlp.gate_up.glu)
             .scale(scale)
-            .gate(sizes.gate);
+            .gate(sizes.gate)
+            .kernels(kernels);
         let shared_rows = sizes.shared.map_or(0, |shared| shared.rows);
         let other = sizes.shared.map(|shared| shared.intermediate).filter(|&other| other != intermediate);
         if let Some(Joined { rows, activation, scale, gate, .. }) = sizes.shared {
@@ -235,7 +236,8 @@ impl MlpPlan {
                 .glu(Glu::None)
                 .gather_pre_activation(sizes.gathers())
                 .shared_rows(shared_rows)
-                .shared_sizes(other.map(|other| [width, mlp.gate_up.outputs(other)]));
+                .shared_sizes(other.map(|other| [width, mlp.gate_up.outputs(other)]))
+                .kernels(kernels);
             Input::Weighted(through(desc)?)
         } else {
             let mut desc = GemmDesc::new(dtype, rows, width, outputs).kernels(kernels).weight(turned(&mlp.gate_up));
@@ -251,7 +253,11 @@ impl MlpPlan {
             Input::Product(product(desc)?, up)
         };
 
-        let scratch = |desc: &GemmBackwardDesc| gemm_backward::workspace_bytes(desc, device).map_err(within);
+        // Of whichever kernel a launch with fewer rows chooses: those of every device need most.
+        let scratch = |desc: &GemmBackwardDesc| {
+            let bytes = |desc: GemmBackwardDesc| gemm_backward::workspace_bytes(&desc, device).map_err(within);
+            Ok::<_, Error>(bytes(*desc)?.max(bytes(desc.kernels(KernelSet::Sm80))?))
+        };
         let scratch_bytes = match &input {
             Input::Product(..) => scratch(&hidden)?,
             Input::Weighted(step) => scratch(&hidden)?.max(scratch(&step.desc)?),

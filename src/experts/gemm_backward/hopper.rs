@@ -1,0 +1,50 @@
+//! The `sm_90a` kernels of the way back: when they are chosen, and their tensor maps.
+
+use super::{GemmBackwardDesc, OPERATION};
+use crate::experts::gemm::{KernelSet, hopper};
+use crate::registry::{GemmHopper, Kernel};
+use crate::runtime::launch::{Address, Scope};
+use crate::runtime::params::{GemmBackwardHopperMore, GemmBackwardHopperParams, GemmBackwardParams};
+use crate::{DeviceInfo, Error, Selection};
+
+/// The kernel, which takes a shared expert of the others' sizes alone, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by the cost of [`super::super::gemm`].
+pub(super) fn select(
+    desc: &GemmBackwardDesc,
+    other: &Selection,
+    device: &DeviceInfo,
+) -> Result<Option<Selection>, Error> {
+    let product = desc.product();
+    let found = product
+        .vector_layout()
+        .and_then(|layout| hopper::candidate(&product, layout, device))
+        .filter(|_| device.shared_bytes_per_block >= GemmHopper::BACKWARD_SHARED_BYTES);
+    let is_faster = |gemm: &GemmHopper| match other.kernel.variant() {
+        Kernel::Gemm(gemm80) => hopper::is_faster(&product, gemm, (&gemm80.tile, gemm80.out_columns()), device),
+        _ => false,
+    };
+    let chosen = match desc.kernels {
+        KernelSet::Sm80 => None,
+        KernelSet::Sm90a => Some(found.ok_or_else(|| hopper::refusal(OPERATION, &product, device))?),
+        KernelSet::Fastest => found.filter(|(gemm, _)| is_faster(gemm)),
+    };
+    Ok(chosen.map(|(gemm, blocks)| hopper::selection(Kernel::GemmBackwardHopper(gemm), blocks)))
+}
+
+/// The launch's parameters with the maps of rows and weights: `at` and `shared` are a pair of both.
+pub(super) fn with_maps<'a>(
+    scope: &Scope<'_>,
+    desc: &GemmBackwardDesc,
+    gemm: &GemmHopper,
+    params: GemmBackwardParams<'a>,
+    [a, weight]: [Address<'_>; 2],
+    shared: Option<[Address<'_>; 2]>,
+) -> Result<GemmBackwardHopperParams<'a>, Error> {
+    let product = desc.product();
+    let of = |weight, experts| hopper::weight_map(scope, &product, gemm, weight, experts);
+    let map_b = of(weight, desc.rows.experts())?;
+    // Those that the kernel does not use are the weight's.
+    let map_shared_b = shared.map_or(Ok(map_b), |[_, weight]| of(weight, 1))?;
+    let [map_a, map_shared_a] = hopper::a_maps(scope, &product, a, shared.map(|[a, _]| a), map_b)?;
+    let more = GemmBackwardHopperMore { map_b, map_shared_b, map_a, map_shared_a };
+    Ok(GemmBackwardHopperParams::with(params, more))
+}
