@@ -6,7 +6,7 @@
 //! learns as if all near experts had been computed. [`crate::reference::sparse_mixer::sparse_mixer`] has the formulas.
 //!
 //! Outside training the largest are taken: [`Score::SparseMixer`](crate::rules::Score::SparseMixer) of [`crate::routers::gating`]. The way back is that
-//! score's, with the same jitter and these ids: [`crate::routers::gating_backward`].
+//! score's, with the same jitter, these ids and the same padding, which has no gradient: [`crate::routers::gating_backward`].
 //!
 //! ```
 //! use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBackwardDesc};
@@ -44,7 +44,7 @@ use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::SparseMixerParams;
 use crate::runtime::shape;
-use crate::{DeviceInfo, Error, In, Kernels, Out, Selection};
+use crate::{DeviceInfo, Error, In, Kernels, Out, Selection, TokenMask};
 
 const OPERATION: &str = "sparse_mixer";
 
@@ -95,6 +95,8 @@ pub struct SparseMixerArgs<'a> {
     pub weights: Out<'a, f32>,
     /// `[2]`, 8-byte aligned: see [`crate::routers::noise_state`]. Absent, the rule's seed and offset are all there is.
     pub noise_state: Option<In<'a, u64>>,
+    /// Which tokens count: the others draw nothing.
+    pub mask: TokenMask<'a>,
 }
 
 impl<'a> SparseMixerArgs<'a> {
@@ -104,7 +106,19 @@ impl<'a> SparseMixerArgs<'a> {
         ids: impl Into<Out<'a, i32>>,
         weights: impl Into<Out<'a, f32>>,
     ) -> SparseMixerArgs<'a> {
-        SparseMixerArgs { logits: logits.into(), ids: ids.into(), weights: weights.into(), noise_state: None }
+        SparseMixerArgs {
+            logits: logits.into(),
+            ids: ids.into(),
+            weights: weights.into(),
+            noise_state: None,
+            mask: TokenMask::all(),
+        }
+    }
+
+    /// With padding among the tokens.
+    #[must_use]
+    pub fn mask(self, mask: TokenMask<'a>) -> SparseMixerArgs<'a> {
+        SparseMixerArgs { mask, ..self }
     }
 }
 
@@ -143,6 +157,7 @@ pub fn forward(
     let ids = scope.write("ids", args.ids, tokens * rule.top_k, SCALAR)?;
     let weights = scope.write("weights", args.weights, tokens * rule.top_k, SCALAR)?;
     let noise_state = scope.read_noise_state(args.noise_state)?;
+    let mask = args.mask.open(&scope, tokens)?;
     let [seed_lo, seed_hi, offset_lo, offset_hi] = rule.noise.words_of_source();
     scope.launch(
         &selection,
@@ -159,6 +174,9 @@ pub fn forward(
             offset_lo,
             offset_hi,
             noise_state: optional(&noise_state).into(),
+            mask: mask.addresses().mask.into(),
+            valid_tokens: mask.addresses().valid_tokens.into(),
+            token_flags: mask.addresses().flags(),
         },
     )
 }

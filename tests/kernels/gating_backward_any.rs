@@ -38,6 +38,7 @@ pub fn check(rng: &mut fastrand::Rng) {
             }
         }
     }
+    large_joint_logits(rng);
     mixer_by_hand(rng);
     one_choice_has_none(rng);
     a_balanced_batch_has_none(rng);
@@ -407,6 +408,19 @@ fn plain(rng: &mut fastrand::Rng, desc: GatingBackwardDesc, logits: &[f32], ids:
     case.d_weights = ids.iter().map(|_| normal(rng) as f32).collect();
     case.in_parts = case.d_weights.clone();
     case
+}
+
+/// Shares of sigmoids that are all 1: a factor of all that is taken out of them must not make them vanish.
+fn large_joint_logits(rng: &mut fastrand::Rng) {
+    let gating = Gating::new(Score::Sigmoid)
+        .renormalise(Some(Renormalise::Plus(0.0)))
+        .appended(Some(Appended::new(1, AppendedWeight::Column)));
+    let desc = GatingBackwardDesc::new(2, 3, 2, gating);
+    let logits = [150.0, 120.0, 90.0, 140.0, 0.5, -1.0, 160.0, 2.0];
+    let ids = choose(&logits, &desc, None);
+    let case = plain(rng, desc, &logits, &ids);
+    let got = case.run(rng);
+    case.compare(&got);
 }
 
 /// Three experts of which two are near: p (d - dot) over those; the second round without the first.

@@ -93,13 +93,16 @@ struct Case {
 }
 
 /// Clamped before the SiLU by 16 bytes; all else column by column.
-const SWIGLUS: [Swiglu; 6] = [
+const SWIGLUS: [Swiglu; 8] = [
     Swiglu::new(),
     Swiglu::GPT_OSS.gate(Bound::Clamp(1.5)).up(Bound::Clamp(1.25)),
     Swiglu::new().up(Bound::Clamp(0.75)).alpha(0.5).factor(-2.0),
     Swiglu::clamped(0.75).clamp_after(true).factor(-2.0),
     Swiglu::softcapped(2.0, 3.0),
     Swiglu::new().up(Bound::Softcap(1.5)).alpha(0.5).offset(0.25),
+    // Each bound of the gate beside a bound of the up value that is not of its kind.
+    Swiglu::new().gate(Bound::Softcap(1.5)).alpha(2.0),
+    Swiglu::new().gate(Bound::Clamp(1.0)).up(Bound::Softcap(2.5)).offset(0.5),
 ];
 
 fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::Rng) {
@@ -128,7 +131,7 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
             gather_pre_activation: index % 5 == 1,
             bias: index % 3 != 1,
             weighted: index % 4 != 3,
-            gate: index % 5 >= 3,
+            gate: index % 5 >= 2,
             scale: [1.0, -0.75, 2.5][index % 3],
             wants: [index % 4 != 2, index % 6 != 4],
             dropout: index % 3 == 2,

@@ -8,7 +8,9 @@ use moe_kernels::rules::{NoiseSource, NoisyRule};
 use moe_kernels::{In, Workspace};
 
 use crate::noise_state::State;
-use crate::noisy::{Got, Logits, assert_finite, assert_loss, assert_same_bits, assert_sums, tokens_of_parts};
+use crate::noisy::{
+    Got, Logits, assert_finite, assert_loss, assert_same_bits, assert_sums, of_tokens, tokens_of_parts,
+};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
@@ -202,20 +204,6 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &HierarchicalDesc, kind: 
             );
         }
     }
-}
-
-/// Leaves of a level's rows, `width` noisy logits, `choices` and as many pairs of thresholds as `gates` a token, those of tokens that count. Of padding
-/// ids and weights are written, and no more.
-fn of_tokens(name: &str, padding: &Padding, got: &mut Got, width: usize, choices: usize, gates: usize) {
-    assert!(padding.of_padding(&got.ids, choices).iter().all(|&id| id == -1), "{name}: ids of padding");
-    assert!(padding.of_padding(&got.weights, choices).iter().all(|&w| w.to_bits() == 0), "{name}: weights of padding");
-    for (rows, width) in [(&mut got.noisy, width), (&mut got.thresholds, 2 * gates)] {
-        let left = padding.of_padding(rows, width);
-        assert!(left.iter().all(|value| value.to_bits() == u32::MAX), "{name}: more of padding than is said");
-        *rows = padding.of_tokens(rows, width);
-    }
-    got.ids = padding.of_tokens(&got.ids, choices);
-    got.weights = padding.of_tokens(&got.weights, choices);
 }
 
 /// Each token prefers one group and one expert in it, evenly: all four losses vanish.

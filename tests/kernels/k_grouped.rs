@@ -122,7 +122,8 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             [7, 7],
             [bm - 1, 4 * bm + 1],
             [50, 8 * bm],
-            [16 * bm + 3, 9],
+            // B's chunks by 16 bytes.
+            [16 * bm + 3, bm / 8 + 16],
             [4 * bm, bm + 2],
         ]
         .to_vec()
@@ -267,8 +268,10 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         });
     }
 
-    let mut columns = (rng.u8(..4) > 0 || m.max(n) > 500).then(|| {
-        let of_b = rng.bool();
+    let wide = m.max(n) > 300;
+    let mut columns = (rng.u8(..4) > 0 || wide).then(|| {
+        // Added to what is there where more column tiles share a sum than it has units for, and where they have all.
+        let of_b = if wide { case.accumulate == (m > n) } else { rng.bool() };
         let (values, columns) = if of_b { (&b, n) } else { (&a, m) };
         let matrix = RowMatrix { values: &values[..], columns, slot_token: tokens_of(by_token[usize::from(of_b)]) };
         Columns::draw(rng, case, of_b, matrix, &spans, slots, &is_frozen)

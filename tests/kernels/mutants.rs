@@ -150,7 +150,7 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
             add(Kind::Barrier, i, text, without());
         } else if starts(&["fence", "membar", "wgmma.fence"]) {
             add(Kind::Fence, i, text, without());
-        } else if starts(&["cp.async.wait", "cp.async.bulk.wait", "wgmma.wait"]) {
+        } else if starts(&["cp.async.wait", "cp.async.bulk.wait", "wgmma.wait", "griddepcontrol.wait"]) {
             add(Kind::Wait, i, text, without());
         }
         let fence = starts(&["fence", "membar"]);
@@ -306,15 +306,24 @@ fn harmless(m: &Mutant) -> Option<&'static str> {
     ROWS.get_or_init(harmless_rows).iter().find(|row| row.fits(m)).map(|row| row.reason)
 }
 
+/// What the software device is, unless it is told otherwise.
+const CAPABILITY: (u32, u32) = (9, 0);
+
+/// The text that runs there: what begins with `//sm_90 ` are instructions.
+fn text_of(kernel: &str) -> String {
+    let found = embedded().iter().find(|e| e.name == kernel);
+    found.expect("every kernel is embedded").ptx_for(CAPABILITY)
+}
+
 /// Mutants that are no PTX: a spelling mistake of this file. Of those that differ in numbers alone one is read.
 fn misspelt(all: &[Mutant]) -> Vec<String> {
     let plain = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
     let different: BTreeMap<_, &Mutant> = all.iter().map(|m| ((m.kind, plain(&m.old), plain(&m.new)), m)).collect();
     let mut by_kernel: BTreeMap<&str, Vec<&Mutant>> = BTreeMap::new();
     different.into_values().for_each(|m| by_kernel.entry(&m.kernel).or_default().push(m));
-    let environment = Environment { compute_capability: (9, 0), ..Default::default() };
+    let environment = Environment { compute_capability: CAPABILITY, ..Default::default() };
     let wrong = by_kernel.into_iter().flat_map(|(kernel, mutants)| {
-        let ptx = embedded().iter().find(|e| e.name == kernel).expect("every kernel is embedded").ptx();
+        let ptx = text_of(kernel);
         let lines: Vec<&str> = ptx.lines().collect();
         let refused = |m: &&Mutant| {
             let mut lines = lines.clone();
@@ -344,8 +353,7 @@ fn patience(kernel: &str, id: usize) -> Duration {
 /// The mutants of `kernel`.
 fn of(kernel: &Kernel, limit: usize) -> Vec<Mutant> {
     let name = kernel.name();
-    let ptx = embedded().iter().find(|e| e.name == name).expect("every kernel is embedded").ptx();
-    mutants(&name, &ptx, limit)
+    mutants(&name, &text_of(&name), limit)
 }
 
 /// Breaks the kernels and prints what became of it: `limit` places of each kind, `all`, or for a number of seconds (`120s`) places that the

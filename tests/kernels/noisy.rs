@@ -228,16 +228,7 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &NoisyDesc, kind: Logits)
     let want = noisy_top_k_of(&clean, &raw, desc.experts, &drawn, &padding.valid).unwrap();
     let mut got = launch_padded(desc, &clean, &raw, rng.bool(), &state, &padding);
     padding.assert_unchanged(&device::stream());
-    // Of padding ids and weights are written, and no more.
-    let top_k = desc.rule.top_k;
-    assert!(padding.of_padding(&got.ids, top_k).iter().all(|&id| id == -1), "{name}: ids of padding");
-    assert!(padding.of_padding(&got.weights, top_k).iter().all(|&weight| weight == 0.0), "{name}: weights of padding");
-    for (rows, width) in [(&got.noisy, desc.experts), (&got.thresholds, 2)] {
-        let left = padding.of_padding(rows, width);
-        assert!(left.iter().all(|value| value.to_bits() == u32::MAX), "{name}: more of padding than is said");
-    }
-    (got.ids, got.weights) = (padding.of_tokens(&got.ids, top_k), padding.of_tokens(&got.weights, top_k));
-    (got.noisy, got.thresholds) = (padding.of_tokens(&got.noisy, desc.experts), padding.of_tokens(&got.thresholds, 2));
+    of_tokens(&name, &padding, &mut got, desc.experts, desc.rule.top_k, 1);
     assert_same_bits(&format!("{name}: H"), &got.noisy, &want.noisy);
     assert_eq!(got.ids, want.ids, "{name}: ids");
     // Keys make zeros positive.
@@ -250,6 +241,17 @@ fn case(variant: Noisy, rng: &mut fastrand::Rng, desc: &NoisyDesc, kind: Logits)
     assert_sums(&format!("{name}: load"), &got.load, &want.load);
     assert_loss(&format!("{name}: importance loss"), got.losses[0], &got.importance);
     assert_loss(&format!("{name}: load loss"), got.losses[1], &got.load);
+}
+
+/// Leaves of a level's rows, `width` noisy logits, `choices` and as many pairs of thresholds as `gates` a token, those of tokens that count. Of padding
+/// ids and weights are written, and no more.
+pub fn of_tokens(name: &str, padding: &Padding, got: &mut Got, width: usize, choices: usize, gates: usize) {
+    for (rows, width) in [(&mut got.noisy, width), (&mut got.thresholds, 2 * gates)] {
+        let left = padding.of_padding(rows, width);
+        assert!(left.iter().all(|value| value.to_bits() == u32::MAX), "{name}: more of padding than is said");
+        *rows = padding.of_tokens(rows, width);
+    }
+    (got.ids, got.weights) = padding.choices_of_tokens(name, &got.ids, &got.weights, choices);
 }
 
 /// Whatever the logits are.

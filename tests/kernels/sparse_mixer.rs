@@ -14,6 +14,7 @@ use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
 use crate::support::inputs::{normal, run_seed};
 use crate::timing::time;
+use crate::tokens::Padding;
 
 pub fn check(rng: &mut fastrand::Rng) {
     // Around a step of the warp, and of the noise: 32 and 128 experts.
@@ -39,6 +40,16 @@ pub fn check(rng: &mut fastrand::Rng) {
 }
 
 fn launch(desc: &SparseMixerDesc, logits: &[f32], state: &State, name: &str) -> (Vec<i32>, Vec<f32>) {
+    launch_padded(desc, logits, state, &Padding::none(desc.tokens), name)
+}
+
+fn launch_padded(
+    desc: &SparseMixerDesc,
+    logits: &[f32],
+    state: &State,
+    padding: &Padding,
+    name: &str,
+) -> (Vec<i32>, Vec<f32>) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let choices = desc.tokens * desc.rule.top_k;
     let input = Guarded::input(&stream, "logits", logits);
@@ -48,9 +59,11 @@ fn launch(desc: &SparseMixerDesc, logits: &[f32], state: &State, name: &str) -> 
         {
             let (logits, mut ids, mut weights, state) =
                 (input.view(), ids.view_mut(), weights.view_mut(), state.view());
-            let mut args = SparseMixerArgs::new(&logits, &mut ids, &mut weights);
-            args.noise_state = state.as_ref().map(In::from);
-            sparse_mixer::forward(kernels, &stream, desc, args).unwrap();
+            padding.with(|mask| {
+                let mut args = SparseMixerArgs::new(&logits, &mut ids, &mut weights).mask(mask);
+                args.noise_state = state.as_ref().map(In::from);
+                sparse_mixer::forward(kernels, &stream, desc, args).unwrap();
+            });
         }
         (ids.read(&stream), weights.read(&stream))
     };
@@ -60,18 +73,23 @@ fn launch(desc: &SparseMixerDesc, logits: &[f32], state: &State, name: &str) -> 
     time(&stream, name, || drop(run()));
     input.assert_unchanged(&stream);
     state.assert_unchanged();
+    padding.assert_unchanged(&stream);
     got
 }
 
 fn case(rng: &mut fastrand::Rng, desc: &SparseMixerDesc, logits: &[f32], kind: &str) {
     let state = State::draw(rng);
-    let name = format!("{desc:?} {kind} {state:?}");
+    let padding = Padding::draw(&device::stream(), rng, desc.tokens);
+    let name = format!("{desc:?} {kind} {state:?} {}", padding.name());
     let mut rule = desc.rule;
     rule.noise = state.of(rule.noise);
     let want = reference(logits, desc.experts, &rule).unwrap();
-    let (ids, weights) = launch(desc, logits, &state, &name);
-    assert_eq!(ids, want.ids, "{name}: ids");
-    assert_weights(&name, &weights, &want.weights, Shares::Softmax(desc.experts), 0);
+    let (ids, weights) = launch_padded(desc, logits, &state, &padding, &name);
+    let k = desc.rule.top_k;
+    // A token's draws are the same whoever else counts.
+    let (ids, weights) = padding.choices_of_tokens(&name, &ids, &weights, k);
+    assert_eq!(ids, padding.of_tokens(&want.ids, k), "{name}: ids");
+    assert_weights(&name, &weights, &padding.of_tokens(&want.weights, k), Shares::Softmax(desc.experts), 0);
 }
 
 fn garbage() {

@@ -83,6 +83,13 @@ impl Padding {
         tokens.flat_map(|t| &rows[t * width..][..width]).copied().collect()
     }
 
+    /// Ids and weights of tokens that count; padding has ids -1 and weights 0.
+    pub fn choices_of_tokens(&self, name: &str, ids: &[i32], weights: &[f32], choices: usize) -> (Vec<i32>, Vec<f32>) {
+        assert!(self.of_padding(ids, choices).iter().all(|&id| id == -1), "{name}: ids of padding");
+        assert!(self.of_padding(weights, choices).iter().all(|w| w.to_bits() == 0), "{name}: weights of padding");
+        (self.of_tokens(ids, choices), self.of_tokens(weights, choices))
+    }
+
     pub fn name(&self) -> String {
         let padding = self.valid.iter().filter(|&&valid| !valid).count();
         let by = [self.attention.is_some(), self.padding.is_some(), self.first.is_some()];

@@ -76,6 +76,7 @@ fn typed<T: Storage>(rng: &mut fastrand::Rng) {
         let desc = UnitExpertsBackwardDesc::new(forward).accumulate(accumulate).accumulate_experts(accumulate);
         case::<T>(rng, &desc, WANTED[0], Choice::Nobody);
     }
+    nobody_beside_an_infinite_row::<T>();
     without_a_workspace::<T>();
 }
 
@@ -266,6 +267,32 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &UnitExpertsBackwardDesc, wan
     assert!(bits(&got) == bits(&again), "{name}: another run gave other bits");
     inputs.iter().for_each(|buffer| buffer.assert_unchanged(&stream));
     time(&stream, &name, || drop(launch()));
+}
+
+/// Choices that are none add nothing, not 0 times what stands where a row would be.
+fn nobody_beside_an_infinite_row<T: Storage>() {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let hidden = 8;
+    let forward = UnitExpertsDesc::new(T::DTYPE, 1, hidden, 2, 4).activation(Activation::Identity);
+    let desc = UnitExpertsBackwardDesc::new(forward);
+    let row = |value: f64| [T::from_f64(value)].repeat(hidden);
+    let rows = |first: f64| [row(first), row(1.0)].concat();
+    let [x, dy, input, output] = [row(1.0), row(1.0), rows(f64::INFINITY), rows(1.0)];
+    let [x, dy, input, output] = [x, dy, input, output].map(|values| stream.clone_htod(&values).unwrap());
+    let ids = stream.clone_htod(&[0, 0, -1, 2]).unwrap();
+    let weights = stream.clone_htod(&[1f32; 4]).unwrap();
+    let (mut dx, mut d_weights) =
+        (stream.clone_htod(&row(0.0)).unwrap(), Guarded::<f32>::output(&stream, "d_weights", 4));
+    {
+        let mut d_weights = d_weights.view_mut();
+        let rows = [In::from(&input), In::from(&output)];
+        let mut args = UnitExpertsBackwardArgs::new(&x, rows, &ids, &weights, &dy).dx(&mut dx);
+        args.d_weights = Some((&mut d_weights).into());
+        unit_experts_backward::backward(kernels, &stream, &desc, args).unwrap();
+    }
+    let dx = to_f64(&stream.clone_dtoh(&dx).unwrap());
+    assert!(dx.iter().all(|&dx| dx == f64::INFINITY), "{dx:?}");
+    assert_eq!(d_weights.read(&stream), [f32::INFINITY, f32::INFINITY, 0.0, 0.0]);
 }
 
 fn without_a_workspace<T: Storage>() {

@@ -57,6 +57,12 @@ impl Switches {
         self.random.is_multiple_of(self.one_in)
     }
 
+    /// Whether one that waited is asked again.
+    fn looks(&mut self) -> bool {
+        self.random = mix(self.random);
+        self.random & 1 != 0
+    }
+
     /// The next cluster of `n` that are there, or `n` for a new one.
     fn choice(&mut self, n: usize) -> usize {
         self.random = mix(self.random);
@@ -278,8 +284,9 @@ fn run_clusters(worker: &mut Worker, l: &Launch, common: &Common) -> Result<(), 
             let next = switches.choice(resident.len());
             let room = resident.len() < if l.cooperative { limit } else { limit.min(MIXED) };
             if next < resident.len() {
-                // One that waits gets its turn when others do nothing else.
-                if !resident[next].spins {
+                // One that waits gets its turn when others do nothing else, and now and then before: else whoever sees first that a
+                // barrier is open would always be the first at the next one too, and never find it open at once.
+                if !resident[next].spins || switches.looks() {
                     resident.swap(0, next);
                 }
             } else if room && let Some(cluster) = take(worker, l, common) {
