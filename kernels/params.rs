@@ -39,7 +39,7 @@ pub fn structs(rendered: &Path, kernels: &[Kernel]) -> String {
 }
 
 /// Entries that take what another takes and then other things than tensor maps.
-const LONGER: [(&str, &str); 2] = [("GemmHopper", "Gemm"), ("GemmSwapped", "Gemm")];
+const LONGER: [(&str, &str); 3] = [("GemmHopper", "Gemm"), ("GemmSwapped", "Gemm"), ("KGroupedHopper", "KGrouped")];
 
 /// `entry`'s parameters from those of `shorter`, which its list begins with, and `more` as a struct of its own.
 fn longer(entry: &str, shorter: &str, first: &[Parameter], more: &[Parameter]) -> String {

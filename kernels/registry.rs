@@ -17,8 +17,8 @@ pub use capacity::{Admission, Dispatch, IDS_BYTES, MAX_CHUNKS, MAX_COUNTED};
 use experts::any_width;
 pub use experts::{
     COLUMN_PRODUCTS_THREADS, Combine, CombineRagged, Fold, GRADIENT_BUFFERS, GRADIENT_CHUNK, Gemm, GemmAny, GemmHopper,
-    GemmSwapped, KGrouped, MAX_UNIT_SHARE, MAX_UNIT_TOP_K, PERMUTE_BATCH, PERMUTE_UNITS, RMS_NORM_THREADS,
-    permute_grid,
+    GemmSwapped, KGrouped, KGroupedHopper, MAX_UNIT_SHARE, MAX_UNIT_TOP_K, PERMUTE_BATCH, PERMUTE_UNITS,
+    RMS_NORM_THREADS, permute_grid,
 };
 pub use routers::{
     AFFINITY_TOKENS, Gate, LOAD_IMPORTANCE_TOKENS, MAX_PRODUCT_KEYS, MeasuredGate, Noisy, Route, Router,
@@ -82,6 +82,8 @@ pub enum Kernel {
     GemmBackwardAny(GemmAny),
     /// Products over the experts' rows.
     KGrouped(KGrouped),
+    /// The same on Hopper.
+    KGroupedHopper(KGroupedHopper),
     /// Sums over a token's experts.
     Combine(Combine),
     /// What stands beside a token's sum, where the second product has made that.
@@ -228,6 +230,7 @@ impl Kernel {
             }
             Kernel::GemmBackwardAny(k) => format!("gemm_backward_{}_{}_any", k.dtype, k.tile().name()),
             Kernel::KGrouped(k) => format!("k_grouped_{}_{}{}", k.dtype, k.tile().name(), any_width(k.any)),
+            Kernel::KGroupedHopper(k) => format!("k_grouped_{}_{}_sm90a", k.dtype, k.tile().name()),
             Kernel::Combine(k) => format!("combine_{}{}", k.dtype, any_width(k.any)),
             Kernel::CombineSums(k) => format!("combine_sums_{}{}", k.dtype, any_width(k.any)),
             Kernel::Admission(k) => format!("admission_e{}", k.max_experts),
@@ -307,6 +310,7 @@ impl Kernel {
             Kernel::GemmBackward(_) | Kernel::GemmBackwardAny(_) => "GemmBackward",
             Kernel::GemmBackwardHopper(_) => "GemmBackwardHopper",
             Kernel::KGrouped(_) => "KGrouped",
+            Kernel::KGroupedHopper(_) => "KGroupedHopper",
             Kernel::Combine(_) | Kernel::CombineSums(_) => "Combine",
             Kernel::Admission(_) => "Admission",
             Kernel::AdmissionBackward => "AdmissionBackward",
@@ -366,7 +370,7 @@ impl Kernel {
     /// Oldest architecture that runs it.
     pub const fn arch(&self) -> Arch {
         match self {
-            Kernel::GemmHopper(_) | Kernel::GemmBackwardHopper(_) => Arch::Sm90a,
+            Kernel::GemmHopper(_) | Kernel::GemmBackwardHopper(_) | Kernel::KGroupedHopper(_) => Arch::Sm90a,
             _ => Arch::Sm80,
         }
     }
@@ -390,6 +394,7 @@ impl Kernel {
             Kernel::GemmSwapped(_) => GemmSwapped::TILE.threads(),
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.tile().threads(),
             Kernel::KGrouped(k) => k.tile().threads(),
+            Kernel::KGroupedHopper(_) => KGroupedHopper::THREADS,
             Kernel::Combine(_) | Kernel::CombineSums(_) | Kernel::CombineRagged(_) => Combine::THREADS,
             Kernel::Admission(k) => k.warps() * 32,
             Kernel::Sinkhorn(k) => k.warps() * 32,
@@ -442,6 +447,7 @@ impl Kernel {
             Kernel::GemmSwapped(_) => GemmSwapped::SHARED_BYTES,
             Kernel::GemmAny(k) | Kernel::GemmBackwardAny(k) => k.shared_bytes(),
             Kernel::KGrouped(k) => k.shared_bytes(),
+            Kernel::KGroupedHopper(_) => KGroupedHopper::SHARED_BYTES,
             Kernel::MeasuredGating(k) => k.shared_bytes(),
             _ => 0,
         }
@@ -475,6 +481,7 @@ impl Kernel {
             Kernel::GemmBackwardHopper(_) => "experts/sm90a/gemm_backward.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: false, .. }) => "experts/k_grouped.ptx.jinja",
             Kernel::KGrouped(KGrouped { any: true, .. }) => "experts/k_grouped_any.ptx.jinja",
+            Kernel::KGroupedHopper(_) => "experts/sm90a/k_grouped.ptx.jinja",
             Kernel::Combine(_) | Kernel::CombineSums(_) => "experts/combine.ptx.jinja",
             Kernel::Admission(_) => "capacity/admission.ptx.jinja",
             Kernel::AdmissionBackward => "capacity/admission_backward.ptx.jinja",
@@ -626,6 +633,9 @@ impl Kernel {
                 constants
             }
             Kernel::KGrouped(k) => {
+                std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
+            }
+            Kernel::KGroupedHopper(k) => {
                 std::iter::once(("dtype", Text(k.dtype.name()))).chain(k.tile().constants()).collect()
             }
             Kernel::Combine(Combine { dtype, any })
@@ -795,6 +805,9 @@ pub fn all() -> Vec<Kernel> {
             kernels.push(Kernel::CombineBackward(Combine { dtype, any }));
             kernels.push(Kernel::CombineRagged(CombineRagged { dtype, any }));
         }
+    }
+    for dtype in KGroupedHopper::DTYPES {
+        kernels.extend([false, true].map(|gathers_b| Kernel::KGroupedHopper(KGroupedHopper { dtype, gathers_b })));
     }
     for max_experts in Admission::MAX_EXPERTS {
         kernels.push(Kernel::Admission(Admission { max_experts }));

@@ -68,6 +68,7 @@ fn has_products(kernel: &Kernel) -> bool {
             | Kernel::GemmBackwardHopper(_)
             | Kernel::GemmBackwardAny(_)
             | Kernel::KGrouped(_)
+            | Kernel::KGroupedHopper(_)
     )
 }
 

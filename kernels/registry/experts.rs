@@ -227,6 +227,35 @@ impl KGrouped {
     }
 }
 
+/// [`KGrouped`] by wgmma and TMA: two warpgroups multiply, a third fetches. Of one operand, whose rows may be gathered, a block has 128 columns,
+/// of the other 256.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KGroupedHopper {
+    /// Type of both operands, of 16 bits.
+    pub dtype: Dtype,
+    /// Whether it is B that may be gathered; else it is A.
+    pub gathers_b: bool,
+}
+
+impl KGroupedHopper {
+    /// The types it multiplies.
+    pub const DTYPES: [Dtype; 2] = [Dtype::Bf16, Dtype::F16];
+
+    const STAGES: u32 = 4;
+
+    /// Threads of a block: those that multiply, and the warpgroup that fetches.
+    pub const THREADS: u32 = 384;
+
+    /// Dynamic shared memory in bytes: stages of 64 rows of 384 columns, sums of columns of each warp that multiplies, three barriers a stage.
+    pub const SHARED_BYTES: u32 = KGroupedHopper::STAGES * (64 * 384 * 2 + 24) + 8 * 512;
+
+    /// A block's share, of the warps that multiply.
+    pub const fn tile(&self) -> Tile {
+        let [bm, bn] = if self.gathers_b { [256, 128] } else { [128, 256] };
+        Tile::new(bm, bn, 64, 8, 1, KGroupedHopper::STAGES)
+    }
+}
+
 /// Weighted sum of a token's expert outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Combine {

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, SlotShape};
-use super::gemm::ProductOut;
+use super::gemm::{KernelSet, ProductOut};
 use crate::registry::{KGrouped, Kernel};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
@@ -23,6 +23,8 @@ use crate::runtime::launch::{Address, Held, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::KGroupedParams;
 use crate::runtime::shape::{self, reach};
 use crate::{DeviceInfo, Element, Error, In, Kernels, Selection};
+
+mod hopper;
 
 const OPERATION: &str = "k_grouped";
 
@@ -131,6 +133,8 @@ pub struct KGroupedDesc {
     pub shared_second_f32_out: bool,
     /// [`f32_out`](Self::f32_out) of a shared expert's.
     pub shared_f32_out: bool,
+    /// Which kernels may compute it. Between two sets sums differ in their last bits.
+    pub kernels: KernelSet,
 }
 
 impl KGroupedDesc {
@@ -153,7 +157,13 @@ impl KGroupedDesc {
             second_f32_out: false,
             shared_second_f32_out: false,
             shared_f32_out: false,
+            kernels: KernelSet::Fastest,
         }
+    }
+
+    /// Experts, and a shared one.
+    fn groups(&self) -> usize {
+        self.rows.experts + usize::from(self.shared_rows > 0)
     }
 
     fn places(&self) -> KGroupedStrides {
@@ -268,6 +278,7 @@ settings!(KGroupedDesc {
     second_f32_out: bool,
     shared_second_f32_out: bool,
     shared_f32_out: bool,
+    kernels: KernelSet,
 });
 
 /// Sums of `a`'s columns, or of `b`'s, over each expert's rows: `out[e,i] = scale * sum over r of weights[r] * a[row_a(r),i]`.
@@ -423,6 +434,17 @@ pub fn select(desc: &KGroupedDesc, device: &DeviceInfo) -> Result<Selection, Err
     let fits = |kernel: &KGrouped| kernel.shared_bytes() <= device.shared_bytes_per_block;
     let any = KGrouped { dtype: desc.dtype, any: true };
     let fast = KGrouped { any: false, ..any };
+    let hopper = if desc.kernels == KernelSet::Sm80 { None } else { hopper::candidate(desc, device) };
+    match hopper {
+        Some(selection) if desc.kernels == KernelSet::Sm90a || hopper::is_ahead(desc, &selection, &fast, device) => {
+            return Ok(selection);
+        }
+        // Without a row there is nothing to multiply.
+        None if desc.kernels == KernelSet::Sm90a && desc.rows.slots + desc.shared_rows > 0 => {
+            return Err(hopper::refusal(desc, device));
+        }
+        _ => {}
+    }
     let kernel = if desc.packed_in_vectors() && fits(&fast) { fast } else { any };
     if !fits(&kernel) {
         let supported = format!("at least {} bytes of shared memory per block", kernel.shared_bytes());
@@ -533,63 +555,68 @@ pub fn forward<T: Element>(
     let sizes = desc.shared();
     let lists = args.dispatched.read(&scope)?;
     let at = lists.addresses();
-    scope.launch(
-        &selection,
-        KGroupedParams {
-            a: a.address().into(),
-            b: b.address().into(),
-            out: out.address().into(),
-            slot_token: at.slot_token.into(),
-            offsets: at.offsets.into(),
-            counts: at.counts.into(),
-            frozen: optional(&frozen).into(),
-            sums: sums.map(|sums| sums.out.address()).into(),
-            sum_weights: sums.and_then(|sums| optional(&sums.weights)).into(),
-            sum_scale: sums.map_or(1.0, |sums| sums.scale),
-            shared_a: of_shared.map(|shared| shared.a.address()).into(),
-            shared_b: of_shared.map(|shared| shared.b.address()).into(),
-            shared_out: of_shared.map(|shared| shared.out.address()).into(),
-            shared_sums: shared_sums.map(|sums| sums.out.address()).into(),
-            shared_sum_weights: shared_sums.and_then(|sums| optional(&sums.weights)).into(),
-            shared_sum_scale: shared_sums.map_or(1.0, |sums| sums.scale),
-            out_second: of_second.map(|second| second.out.address()).into(),
-            sums_second: of_second.and_then(HeldSecond::sums).into(),
-            shared_out_second: shared_second.map(|second| second.out.address()).into(),
-            shared_sums_second: shared_second.and_then(HeldSecond::sums).into(),
-            slots: desc.rows.slots as u32,
-            m: desc.m as u32,
-            n: desc.n as u32,
-            gather: match desc.gathered {
-                Gathered::Neither => 0,
-                Gathered::A => 1,
-                Gathered::B => 2,
-                Gathered::Both => 3,
-            },
-            a_row: a_at[0] as u32,
-            a_column: a_at[1] as u32,
-            b_row: b_at[0] as u32,
-            b_column: b_at[1] as u32,
-            out_expert_lo: out_at[0] as u64 as u32,
-            out_expert_hi: (out_at[0] as u64 >> 32) as u32,
-            out_row: out_at[1] as u32,
-            out_column: out_at[2] as u32,
-            out_form: form(desc.f32_out, sums.map(|sums| sums.form)),
-            shared_rows: desc.shared_rows as u32,
-            shared_form: form(desc.shared_f32_out, shared_sums.map(|sums| sums.form)),
-            shared_m: sizes.m as u32,
-            shared_n: sizes.n as u32,
-            shared_a_row: sizes.rows[0] as u32,
-            shared_b_row: sizes.rows[1] as u32,
-            shared_out_row: sizes.rows[2] as u32,
-            second: match desc.second {
-                None => 0,
-                Some(Second::OfA) => 1,
-                Some(Second::OfB) => 2,
-            },
-            second_form: form(desc.second_f32_out, of_second.and_then(HeldSecond::form)),
-            shared_second_form: form(desc.shared_second_f32_out, shared_second.and_then(HeldSecond::form)),
+    let params = KGroupedParams {
+        a: a.address().into(),
+        b: b.address().into(),
+        out: out.address().into(),
+        slot_token: at.slot_token.into(),
+        offsets: at.offsets.into(),
+        counts: at.counts.into(),
+        frozen: optional(&frozen).into(),
+        sums: sums.map(|sums| sums.out.address()).into(),
+        sum_weights: sums.and_then(|sums| optional(&sums.weights)).into(),
+        sum_scale: sums.map_or(1.0, |sums| sums.scale),
+        shared_a: of_shared.map(|shared| shared.a.address()).into(),
+        shared_b: of_shared.map(|shared| shared.b.address()).into(),
+        shared_out: of_shared.map(|shared| shared.out.address()).into(),
+        shared_sums: shared_sums.map(|sums| sums.out.address()).into(),
+        shared_sum_weights: shared_sums.and_then(|sums| optional(&sums.weights)).into(),
+        shared_sum_scale: shared_sums.map_or(1.0, |sums| sums.scale),
+        out_second: of_second.map(|second| second.out.address()).into(),
+        sums_second: of_second.and_then(HeldSecond::sums).into(),
+        shared_out_second: shared_second.map(|second| second.out.address()).into(),
+        shared_sums_second: shared_second.and_then(HeldSecond::sums).into(),
+        slots: desc.rows.slots as u32,
+        m: desc.m as u32,
+        n: desc.n as u32,
+        gather: match desc.gathered {
+            Gathered::Neither => 0,
+            Gathered::A => 1,
+            Gathered::B => 2,
+            Gathered::Both => 3,
         },
-    )
+        a_row: a_at[0] as u32,
+        a_column: a_at[1] as u32,
+        b_row: b_at[0] as u32,
+        b_column: b_at[1] as u32,
+        out_expert_lo: out_at[0] as u64 as u32,
+        out_expert_hi: (out_at[0] as u64 >> 32) as u32,
+        out_row: out_at[1] as u32,
+        out_column: out_at[2] as u32,
+        out_form: form(desc.f32_out, sums.map(|sums| sums.form)),
+        shared_rows: desc.shared_rows as u32,
+        shared_form: form(desc.shared_f32_out, shared_sums.map(|sums| sums.form)),
+        shared_m: sizes.m as u32,
+        shared_n: sizes.n as u32,
+        shared_a_row: sizes.rows[0] as u32,
+        shared_b_row: sizes.rows[1] as u32,
+        shared_out_row: sizes.rows[2] as u32,
+        second: match desc.second {
+            None => 0,
+            Some(Second::OfA) => 1,
+            Some(Second::OfB) => 2,
+        },
+        second_form: form(desc.second_f32_out, of_second.and_then(HeldSecond::form)),
+        shared_second_form: form(desc.shared_second_f32_out, shared_second.and_then(HeldSecond::form)),
+    };
+    match selection.kernel.variant() {
+        Kernel::KGroupedHopper(kernel) => {
+            let shared = of_shared.map(|shared| [shared.a.address(), shared.b.address()]);
+            let params = hopper::with_maps(&scope, desc, &kernel, params, [a.address(), b.address()], shared)?;
+            scope.launch(&selection, params)
+        }
+        _ => scope.launch(&selection, params),
+    }
 }
 
 const fn flag(set: bool, bit: u32) -> u32 {

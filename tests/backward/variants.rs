@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 use moe_kernels::Dtype;
 use moe_kernels::layer::{BackwardDesc, LayerDesc, Mlp, SharedDesc};
+use moe_kernels::registry::Kernel;
 use moe_kernels::rules::{
     Activation, Bound, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, Swiglu,
     WeightDesc, Weighting,
@@ -45,6 +46,26 @@ fn few_tokens() {
         check::<f32, f32, f32>(Case::new(layer(Dtype::F32).shared(shared), tokens));
         let wide = LayerDesc::new(Dtype::Bf16, 256, 512, 6, 2);
         check::<bf16, bf16, bf16>(Case::new(wide, tokens));
+    }
+}
+
+/// Enough tiles that on Hopper the first weights' gradients have kernels of their own (wgmma), with x gathered on either side, a shared expert's rows and sums for biases in
+/// their launch; on other devices the same on theirs.
+#[test]
+fn many_tiles_of_weights() {
+    for layouts in [Layout::Nk, Layout::Kn] {
+        let mlp = mlp(Dtype::Bf16, Glu::Split, [layouts; 2], Activation::Silu);
+        let desc = LayerDesc::new(Dtype::Bf16, 256, 128, 40, 2).mlp(mlp).shared(Some(SharedDesc::new(128, mlp)));
+        let case = Case { biases: true, ..Case::new(desc, 70) };
+        let device = crate::device::kernels().device();
+        let own = |desc: LayerDesc| {
+            let plan = desc.plan(70, device).unwrap().backward_plan(&case.back).unwrap();
+            plan.kernels().filter(|kernel| matches!(kernel.variant(), Kernel::KGroupedHopper(_))).count()
+        };
+        assert_eq!(own(desc), usize::from(device.compute_capability == (9, 0)));
+        assert_eq!(own(desc.batch_invariant(true)), 0);
+        check::<bf16, bf16, f32>(case);
+        check::<bf16, bf16, bf16>(case.back(BackwardDesc::new().accumulate(true)));
     }
 }
 

@@ -2,14 +2,14 @@
 
 use cudarc::driver::{CudaView, CudaViewMut};
 use half::{bf16, f16};
-use moe_kernels::experts::gemm::ProductOut;
+use moe_kernels::experts::gemm::{KernelSet, ProductOut};
 use moe_kernels::experts::k_grouped::{
     self, ColumnSums, Gathered, KGroupedArgs, KGroupedDesc, KGroupedStrides, Second, SecondOut, SharedGroup,
     SharedSizes,
 };
 use moe_kernels::experts::{SlotShape, TileEntry};
 use moe_kernels::reference::k_grouped::{RowMatrix, column_sums, k_grouped as reference};
-use moe_kernels::registry::{KGrouped, Kernel};
+use moe_kernels::registry::{KGrouped, KGroupedHopper, Kernel, Tile};
 use moe_kernels::{Dtype, In};
 
 use crate::rows::Rows;
@@ -20,7 +20,39 @@ use crate::support::device;
 use crate::support::inputs::normals;
 use crate::timing::time;
 
-pub fn check(variant: KGrouped, rng: &mut fastrand::Rng) {
+/// A kernel of products of groups along K.
+#[derive(Clone, Copy)]
+pub struct Variant {
+    kernel: Kernel,
+    kernels: KernelSet,
+    dtype: Dtype,
+    tile: Tile,
+    /// Whether matrices have any width, address and stride.
+    any: bool,
+    /// What may be gathered.
+    gathers: &'static [Gathered],
+}
+
+impl From<KGrouped> for Variant {
+    fn from(kernel: KGrouped) -> Variant {
+        let all = &[Gathered::A, Gathered::B, Gathered::Neither, Gathered::Both];
+        let KGrouped { dtype, any } = kernel;
+        let gathers = if any { &all[..] } else { &all[..3] };
+        Variant { kernel: Kernel::KGrouped(kernel), kernels: KernelSet::Sm80, dtype, tile: kernel.tile(), any, gathers }
+    }
+}
+
+impl From<KGroupedHopper> for Variant {
+    fn from(kernel: KGroupedHopper) -> Variant {
+        let gathers: &[Gathered] = if kernel.gathers_b { &[Gathered::B] } else { &[Gathered::A, Gathered::Neither] };
+        let (tile, dtype) = (kernel.tile(), kernel.dtype);
+        let kernels = KernelSet::Sm90a;
+        Variant { kernel: Kernel::KGroupedHopper(kernel), kernels, dtype, tile, any: false, gathers }
+    }
+}
+
+pub fn check(variant: impl Into<Variant>, rng: &mut fastrand::Rng) {
+    let variant = variant.into();
     match variant.dtype {
         Dtype::Bf16 => check_as::<bf16>(variant, rng),
         Dtype::F16 => check_as::<f16>(variant, rng),
@@ -75,8 +107,8 @@ fn halves<T: Copy>(values: [&[T]; 2], [m, n]: [usize; 2], second: Option<Second>
     }
 }
 
-fn check_as<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng) {
-    let tile = variant.tile();
+fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
+    let tile = variant.tile;
     let (bm, bk) = (tile.bm as usize, tile.bk as usize);
     // M and N: less than a tile, a part of a chunk's row, a tile and more.
     // Then as many column tiles as share the sums of columns in units of 4, 2 and 1.
@@ -94,6 +126,11 @@ fn check_as<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng) {
             [16 * bm + 3, bm / 8 + 16],
             [4 * bm, bm + 2],
         ]
+        .to_vec()
+    } else if variant.kernels == KernelSet::Sm90a {
+        // Of the operand that may be gathered one tile of 128 of a pair, both, and more; of the other one of 256 and more. Then bands of tiles.
+        let sides = [[8, 264], [136, 256], [272, 24], [120, 520], [392, 80], [264, 248], [264, 2312]];
+        sides.map(|sides| of_sides(variant, sides)).to_vec()
     } else {
         [
             [8, bm + 8],
@@ -107,25 +144,42 @@ fn check_as<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng) {
             [17 * bm, 24],
             [bm + 8, 5 * bm],
         ]
+        .to_vec()
     };
     // Rows: none, one, a stage less one, a stage, one more, several stages with a remainder and without.
     let loads =
         [[0, 1, bk - 1], [bk, 0, bk + 1], [3 * bk + 5, 2, 0], [4 * bk, 7, 1], [0, 0, 0], [2 * bk, 6 * bk + 1, 9]];
-    let gathered = [Gathered::A, Gathered::B, Gathered::Neither, Gathered::Both];
     for (index, [m, n]) in widths.into_iter().enumerate() {
         for more in 0..2 {
-            let gathered = gathered[(index + more) % if variant.any { 4 } else { 3 }];
+            let gathered = variant.gathers[(index + more) % variant.gathers.len()];
             let (f32_out, accumulate, keep_empty) =
                 ((index + more) % 2 == 0, (index / 2 + more) % 2 == 0, index % 3 == 0);
             let second = [None, Some(Second::OfA), Some(Second::OfB)][(index + more + rng.usize(..2)) % 3];
+            let second = second.filter(|_| variant.kernels == KernelSet::Sm80);
             let places = (index + 2 * more) % 4;
             let case = Case { m, n, gathered, f32_out, accumulate, keep_empty, places, second };
             run::<T>(variant, rng, &loads[(index + 3 * more) % loads.len()], &case);
         }
     }
+    if variant.kernels == KernelSet::Sm90a {
+        // More pairs of tiles than clusters: of many experts, with rows of fewer stages than slots, of more, and none.
+        for places in 0..2 {
+            let [m, n] = of_sides(variant, [136, 40]);
+            let loads: Vec<usize> =
+                (0..90).map(|_| [0, rng.usize(..64), rng.usize(..200), 320][rng.usize(..4)]).collect();
+            let (gathered, f32_out) = (variant.gathers[0], places == 0);
+            let case = Case { m, n, gathered, f32_out, accumulate: false, keep_empty: false, places, second: None };
+            run::<T>(variant, rng, &loads, &case);
+        }
+    }
 }
 
-fn strides(variant: KGrouped, case: &Case, [a_rows, b_rows]: [usize; 2]) -> Option<KGroupedStrides> {
+/// M and N, of the columns of the operand that may be gathered on Hopper and of the other.
+fn of_sides(variant: Variant, [g, p]: [usize; 2]) -> [usize; 2] {
+    if variant.tile.bm == 128 { [g, p] } else { [p, g] }
+}
+
+fn strides(variant: Variant, case: &Case, [a_rows, b_rows]: [usize; 2]) -> Option<KGroupedStrides> {
     let Case { m, n, .. } = *case;
     let packed = KGroupedStrides::packed(m, n);
     // Rows have all columns.
@@ -142,7 +196,7 @@ fn strides(variant: KGrouped, case: &Case, [a_rows, b_rows]: [usize; 2]) -> Opti
 }
 
 /// `loads[e]` rows for expert `e`, a few rows of nobody before, between and behind, which hold NaN and no token.
-fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
+fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let name = format!("{loads:?} {case:?}");
     let Case { m, n, .. } = *case;
@@ -238,6 +292,7 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         _ if column_major => size,
         _ => size + unit * (1 + rng.usize(..150 / unit)),
     });
+    let shared_sizes = if variant.kernels == KernelSet::Sm90a { [m, n] } else { shared_sizes };
     let mut shared = (shared_rows > 0).then(|| Shared::<T>::draw(rng, variant, case, shared_rows, shared_sizes));
     let frozen_in = frozen.as_ref().map(|frozen| Guarded::input(&stream, "frozen", frozen));
     let shape = SlotShape::new(tokens, experts, Some(1), slots, 16, slots);
@@ -261,9 +316,10 @@ fn run<T: Storage>(variant: KGrouped, rng: &mut fastrand::Rng, loads: &[usize], 
         .shared_second_f32_out(
             shared.as_ref().and_then(|shared| shared.second.as_ref()).is_some_and(|second| second.f32_out),
         )
-        .unaligned(variant.any);
+        .unaligned(variant.any)
+        .kernels(variant.kernels);
     let selected = k_grouped::select(&desc, kernels.device()).unwrap().kernel.variant();
-    assert_eq!(selected, Kernel::KGrouped(variant), "{name}");
+    assert_eq!(selected, variant.kernel, "{name}");
     // Chunks are read by elements, or by 16 or 4 bytes at once.
     let shift = if variant.any { [1, 0, 2][(m + n) % 3] } else { 0 };
     let [a, b] = [("a", &whole_a, a_rows, 0, at.a), ("b", &whole_b, b_rows, 1, at.b)].map(
@@ -416,7 +472,7 @@ impl<T: Storage> Target<T> {
     /// Matrices of these operands. Second ones have sums with the factors of the `first` ones', of the side that has two.
     fn draw(
         rng: &mut fastrand::Rng,
-        variant: KGrouped,
+        variant: Variant,
         case: &Case,
         [a, b]: [RowMatrix<'_, T>; 2],
         (spans, is_frozen): Groups<'_>,
@@ -546,7 +602,7 @@ struct Shared<T: Storage> {
 type SharedViews<'a, T> = ([CudaView<'a, T>; 2], TargetViews<'a, T>, Option<TargetViews<'a, T>>);
 
 impl<T: Storage> Shared<T> {
-    fn draw(rng: &mut fastrand::Rng, variant: KGrouped, case: &Case, rows: usize, [m, n]: [usize; 2]) -> Shared<T> {
+    fn draw(rng: &mut fastrand::Rng, variant: Variant, case: &Case, rows: usize, [m, n]: [usize; 2]) -> Shared<T> {
         let all_columns = case.columns([m, n]);
         let values: [Vec<T>; 2] = all_columns.map(|columns| normals(rng, rows * columns, 1.0));
         let spans = [(0, rows)];

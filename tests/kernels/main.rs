@@ -147,6 +147,7 @@ fn check(kernel: Kernel) {
         Kernel::GemmBackwardHopper(variant) => gemm_backward::check_hopper(variant, rng),
         Kernel::GemmBackwardAny(variant) => gemm_backward::check_any(variant, rng),
         Kernel::KGrouped(variant) => k_grouped::check(variant, rng),
+        Kernel::KGroupedHopper(variant) => k_grouped::check(variant, rng),
         Kernel::Combine(variant) => combine::check(variant, rng),
         Kernel::CombineSums(variant) => combine::check_sums(variant, rng),
         Kernel::CombineBackward(variant) => combine_backward::check(variant, rng),

@@ -184,6 +184,7 @@ impl MlpPlan {
                 .accumulate(desc.accumulate)
                 .keep_empty(desc.keep_empty && sizes.gathers())
                 .shared_rows(shared_rows)
+                .kernels(kernels)
         };
         let of_dy = |gathered| if sizes.own_outputs { Gathered::Neither } else { gathered };
         let of_down = |intermediate: usize| match mlp.down.layout {

@@ -1,0 +1,167 @@
+//! The `sm_90a` kernels: when they are chosen, and the tensor maps of the operand that lies by rows.
+
+use super::{Gathered, KGroupedDesc, OPERATION};
+use crate::experts::cost::Rates;
+use crate::registry::{KGrouped, KGroupedHopper, Kernel};
+use crate::runtime::launch::{Address, Boxes, Scope};
+use crate::runtime::params::{KGroupedHopperMore, KGroupedHopperParams, KGroupedParams};
+use crate::{DeviceInfo, Error, Selection};
+
+/// Blocks of a cluster: they compute neighbouring tiles, and fetch what both need together.
+const CLUSTER: u32 = 2;
+
+/// Rows of a stage, and columns of a box of 128 bytes.
+const BOX: [u32; 2] = [64; 2];
+
+/// The kernel and its grid of persistent blocks, where it computes `desc` on this device.
+pub(super) fn candidate(desc: &KGroupedDesc, device: &DeviceInfo) -> Option<Selection> {
+    let fits = device.compute_capability == (9, 0)
+        && device.shared_bytes_per_block >= KGroupedHopper::SHARED_BYTES
+        && device.multiprocessors >= CLUSTER
+        && KGroupedHopper::DTYPES.contains(&desc.dtype)
+        && desc.packed_in_vectors()
+        && desc.second.is_none()
+        && desc.shared_sizes.is_none()
+        && desc.rows.slots + desc.shared_rows > 0;
+    let gathers_b = desc.gathered == Gathered::B;
+    let kernel = KGroupedHopper { dtype: desc.dtype, gathers_b };
+    // Rows of a tensor map lie apart, and the kernel counts pairs of tiles in 32 bits.
+    let counts = by_rows(desc, &kernel).1 > 0 && pairs(desc) <= i32::MAX as u64;
+    if !fits || !counts {
+        return None;
+    }
+    let clusters = pairs(desc).min((device.multiprocessors / CLUSTER).into()) as u32;
+    let selection = Selection::new(Kernel::KGroupedHopper(kernel), [CLUSTER * clusters, 1, 1]);
+    Some(Selection { cluster: [CLUSTER, 1, 1], ..selection })
+}
+
+/// Columns of the operand that is not gathered, and elements from a row of it to the next.
+fn by_rows(desc: &KGroupedDesc, kernel: &KGroupedHopper) -> (usize, usize) {
+    let places = desc.places();
+    if kernel.gathers_b { (desc.m, places.a[0]) } else { (desc.n, places.b[0]) }
+}
+
+/// Pairs of tiles, which a cluster computes at once: 256 columns of either operand.
+fn pairs(desc: &KGroupedDesc) -> u64 {
+    (desc.m as u64).div_ceil(256) * (desc.n as u64).div_ceil(256) * desc.groups() as u64
+}
+
+/// Whether the kernel is ahead of the `sm_80` one.
+///
+/// A tile takes, for each stage of its group's rows, the time of the slower of two, its products or its rows through L2 (see
+/// [`crate::experts::cost`]; a pair shares the wider operand), and the stores of its outputs, of which L2 takes as many bytes a cycle. Either kernel's
+/// tiles run in rounds of a block a multiprocessor.
+pub(super) fn is_ahead(desc: &KGroupedDesc, selection: &Selection, other: &KGrouped, device: &DeviceInfo) -> bool {
+    let Kernel::KGroupedHopper(kernel) = selection.kernel.variant() else { return false };
+    let rates = Rates::of(device.compute_capability);
+    let stages = |rows: usize| rows.div_ceil(64) as u64;
+    let mean = desc.rows.slots.div_ceil(desc.rows.experts);
+    let all_stages = desc.rows.experts as u64 * stages(mean) + stages(desc.shared_rows);
+    let size = if desc.f32_out { 4 } else { desc.dtype.bytes() };
+    let time = |rounds: u64, stage: u64, tile: u64| {
+        let out = tile * u64::from(size) / rates.l2_bytes;
+        u128::from(rounds) * (u128::from(all_stages) * u128::from(stage) + u128::from(desc.groups() as u64 * out))
+    };
+    let elements = |bm: u32, bn: u32| u64::from(bm) * u64::from(bn);
+    let tile = kernel.tile();
+    let own = elements(tile.bm, tile.bn);
+    // 128 columns of one operand, and of the other half of 256.
+    let stage = (64 * own / rates.wgmma).max(64 * 256 * 2 / rates.l2_bytes);
+    let rounds = pairs(desc).div_ceil((device.multiprocessors / CLUSTER).into());
+    let tile = other.tile();
+    let tiles = [(desc.m, tile.bm), (desc.n, tile.bn)].map(|(size, side)| (size as u64).div_ceil(side.into()));
+    let blocks = tiles[0] * tiles[1] * desc.groups() as u64;
+    let other_rounds = blocks.div_ceil(device.multiprocessors.max(1).into());
+    let (others, bytes) = (elements(tile.bm, tile.bn), 128 * u64::from(tile.bm + tile.bn));
+    let other_stage = (64 * others / rates.mma).max(bytes / rates.l2_bytes);
+    time(rounds, stage, own) <= time(other_rounds, other_stage, others)
+}
+
+/// What [`KernelSet::Sm90a`](crate::experts::gemm::KernelSet::Sm90a) asks for and cannot have.
+pub(super) fn refusal(desc: &KGroupedDesc, device: &DeviceInfo) -> Error {
+    let (major, minor) = device.compute_capability;
+    let got = format!("{:?} of {} on compute capability {major}.{minor}", desc.kernels, desc.dtype);
+    let expected = "another set, unless 16-bit, of rows that begin on 16 bytes, at most one gathered, of one matrix a group, all of one size, on 9.0";
+    Error::unsupported(OPERATION, "kernels", expected, got)
+}
+
+/// The launch's parameters with the maps of the operand that is not gathered, `[a, b]` and the shared expert's.
+pub(super) fn with_maps<'a>(
+    scope: &Scope<'_>,
+    desc: &KGroupedDesc,
+    kernel: &KGroupedHopper,
+    params: KGroupedParams<'a>,
+    sides: [Address<'_>; 2],
+    shared: Option<[Address<'_>; 2]>,
+) -> Result<KGroupedHopperParams<'a>, Error> {
+    let (columns, row) = by_rows(desc, kernel);
+    let side = usize::from(!kernel.gathers_b);
+    // Element (c, y, z) is column c of row y + z: a box whose y begins below 0 begins with zeros.
+    let map_of = |first: Address<'_>, rows: usize| {
+        let [_, deep] = BOX;
+        let sizes = [columns, deep as usize, rows];
+        scope.tensor_map(first, &Boxes { dtype: desc.dtype, sizes, strides: [row; 2], extent: BOX })
+    };
+    let own = (desc.rows.slots > 0).then(|| map_of(sides[side], desc.rows.slots)).transpose()?;
+    let of_shared = shared.map(|shared| map_of(shared[side], desc.shared_rows)).transpose()?;
+    // One that the kernel does not use is the other.
+    let map = own.or(of_shared).expect("there are rows, as the kernel was chosen");
+    let more = KGroupedHopperMore { groups: desc.groups() as u32, map, map_shared: of_shared.unwrap_or(map) };
+    Ok(KGroupedHopperParams::with(params, more))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::select;
+    use super::*;
+    use crate::experts::dispatched::SlotShape;
+    use crate::experts::gemm::KernelSet;
+    use crate::rules::Dtype;
+    use crate::runtime::device::{A100, H100};
+
+    /// A gradient of Qwen3-30B's second weight, of so many tokens.
+    fn qwen3(tokens: usize) -> KGroupedDesc {
+        let rows = SlotShape::new(tokens, 128, Some(8), 8 * tokens, 128, tokens);
+        KGroupedDesc::new(Dtype::Bf16, rows, 2048, 768).gathered(Gathered::A)
+    }
+
+    fn chosen(desc: &KGroupedDesc, device: &DeviceInfo) -> Option<bool> {
+        match select(desc, device).unwrap().kernel.variant() {
+            Kernel::KGroupedHopper(kernel) => Some(kernel.gathers_b),
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn only_hopper_runs_it_and_only_where_it_is_ahead() {
+        for tokens in [512, 4096, 32768] {
+            assert_eq!(chosen(&qwen3(tokens), &H100), Some(false), "{tokens}");
+        }
+        assert_eq!(chosen(&qwen3(4096), &A100), None);
+        assert_eq!(chosen(&qwen3(4096), &DeviceInfo { shared_bytes_per_block: 164 << 10, ..H100 }), None);
+        assert_eq!(chosen(&qwen3(4096).gathered(Gathered::B), &H100), Some(true));
+        assert_eq!(chosen(&qwen3(4096).gathered(Gathered::Both), &H100), None);
+        assert_eq!(chosen(&qwen3(4096).kernels(KernelSet::Sm80), &H100), None);
+        assert_eq!(chosen(&KGroupedDesc { dtype: Dtype::F32, ..qwen3(4096) }, &H100), None);
+        assert_eq!(chosen(&KGroupedDesc { m: 2047, ..qwen3(4096) }, &H100), None);
+        // A block of sm_80 for each multiprocessor does it in one round.
+        let one = KGroupedDesc::new(Dtype::F16, SlotShape::new(512, 1, Some(1), 512, 64, 8), 1024, 1024);
+        assert_eq!(chosen(&one, &H100), None);
+    }
+
+    #[test]
+    fn a_set_that_was_asked_for() {
+        let small = KGroupedDesc::new(Dtype::F16, SlotShape::new(64, 3, Some(1), 64, 64, 3), 264, 520);
+        let forced = small.kernels(KernelSet::Sm90a);
+        assert_eq!(chosen(&small, &H100), None);
+        // Two and three pairs a group.
+        let selection = select(&forced, &H100).unwrap();
+        assert_eq!((selection.grid, selection.cluster), ([2 * 3 * 2 * 3, 1, 1], [2, 1, 1]));
+        assert_eq!(select(&qwen3(4096), &H100).unwrap().grid, [132, 1, 1]);
+        for (desc, device) in
+            [(forced, &A100), (forced.gathered(Gathered::Both), &H100), (forced.unaligned(true), &H100)]
+        {
+            assert_eq!(select(&desc, device).unwrap_err().argument(), Some("kernels"));
+        }
+    }
+}
