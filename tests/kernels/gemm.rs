@@ -199,7 +199,7 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     if variant.is_swapped() {
         parts::<T>(variant, rng);
     }
-    // Few live rows in a tile: a main loop each, up to a half and up to a quarter.
+    // Few live rows in a tile: a main loop each, up to three quarters, a half and a quarter.
     let case = Case {
         k: 200,
         n: 72,
@@ -211,7 +211,8 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
         scale: false,
         out_scale: false,
     };
-    grouped::<T>(variant, rng, &[bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1].map(|rows| rows.max(1)), &case);
+    let few = [bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1, bm - bm / 4, bm - bm / 4 + 1];
+    grouped::<T>(variant, rng, &few.map(|rows| rows.max(1)), &case);
     // Nothing at all to do: no tile.
     grouped::<T>(variant, rng, &[0, 0, 0], &Case { k: 16, n: 16, ..case });
     if !variant.combines() {
