@@ -152,7 +152,7 @@ pub struct RmsNormBackwardArgs<'a, T> {
     pub gathered: Option<&'a Dispatched>,
     /// `[R, W]`, written: may be `dy`, where that is of the same type and not gathered.
     pub dx: Out<'a, T>,
-    /// `[R, W]`, written: of the addend, `dx` without what it held, times `addend_scale`.
+    /// `[R, W]`, written: of the addend, `dx` times `addend_scale`. What `dx` held is part of it, a gradient of the same sum.
     pub d_addend: Option<Out<'a, T>>,
     /// `[R]`, written: of the rows' factors, which may be absent, being 1.
     pub d_row_scale: Option<Out<'a, f32>>,

@@ -31,6 +31,7 @@ pub mod k_grouped;
 pub mod keep_largest;
 pub mod layer;
 pub mod load_importance;
+pub mod network;
 pub mod noise_state;
 pub mod noisy;
 mod parallel;

@@ -9,7 +9,7 @@ use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::experts::Dispatched;
 use crate::registry::Kernel;
 use crate::routers::gating::{self, GatingDesc, HeldInputs, Routing, RuleInputs};
-use crate::rules::{Gating, Score};
+use crate::rules::Gating;
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{GatingAnyDispatchParams, GatingDispatchParams};
@@ -134,11 +134,9 @@ pub fn workspace_bytes(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result
 /// The instructions of a token are those that the gate kernel's header states.
 fn blocks(both: &GatingDispatchDesc, device: &DeviceInfo) -> u32 {
     let desc = &both.dispatch;
-    let experts = desc.experts.saturating_add(both.null_experts);
-    let gate = gating::kernel(&Gating::new(Score::Softmax), experts, true);
+    let gate = gating::kernel(&both.gating, both.choice().experts, true);
     let work = 18 * u64::from(gate.values) + 60 + 40 * desc.top_k as u64;
-    let resident = gating::kernel(&both.gating, both.choice().experts, true).dispatch_resident();
-    dispatch::blocks(desc, gate.warps(), work, resident, device)
+    dispatch::blocks(desc, gate.warps(), work, gate.dispatch_resident(), device)
 }
 
 /// Chooses kernel and grid.
@@ -156,7 +154,7 @@ pub fn select(desc: &GatingDispatchDesc, device: &DeviceInfo) -> Result<Selectio
 /// With no tokens counts, offsets and the number of tiles are set to zero, and nothing is launched.
 ///
 /// # Errors
-/// Those of [`GatingDispatchDesc::validate`]; [`Error::Unexpected`] for a correction bias with [`Score::TopkSoftmax`]; those of a
+/// Those of [`GatingDispatchDesc::validate`]; [`Error::Unexpected`] for a correction bias with [`TopkSoftmax`](crate::rules::Score::TopkSoftmax); those of a
 /// buffer: [`Error::BufferTooShort`], [`Error::Misaligned`], [`Error::DifferentContext`], [`Error::WorkspaceTooSmall`]; and those
 /// of the driver.
 pub fn forward(
@@ -272,7 +270,7 @@ pub(crate) fn enqueue(
 mod tests {
     use super::*;
     use crate::rules::Groups;
-    use crate::rules::{Appended, AppendedWeight, GroupScore};
+    use crate::rules::{Appended, AppendedWeight, GroupScore, Score};
     use crate::runtime::device::A100;
 
     fn desc(tokens: usize, experts: usize, top_k: usize) -> GatingDispatchDesc {

@@ -10,23 +10,26 @@
 //!
 //! # The way back
 //!
-//! [`NetworkPlan::forward`] keeps only the state. Whoever trains a network launches its parts, and from the gradient of the logits
-//! ([`crate::routers::gating_backward`], or [`LayerGradients::logits`](crate::layer::LayerGradients::logits)) the other way round; with a state of
-//! f32 (`d` is a gradient):
+//! [`NetworkBackwardPlan`], of a state of f32, goes from the gradient of the logits ([`crate::routers::gating_backward`], or
+//! [`LayerGradients::logits`](crate::layer::LayerGradients::logits)) and that of the state from the next layer's router to those of `x`, of the previous state and of
+//! every weight. The forward pass keeps nothing for it but `x` and the state before. It is made of (`d` is a gradient)
 //!
 //! | forth | back |
 //! |---|---|
 //! | `W_down x + b_down`: [`gemm`] to f32 | `d W_down`, `d b_down` (of a column of ones), `dx`, added: [`router_backward`](crate::routers::router_backward) |
 //! | `+ state_scale previous`, the norm: [`rms_norm`] with `addend`, `sum` | `d` of the state, of the gain and of `previous`: [`rms_norm_backward`](crate::experts::rms_norm_backward); of `state_scale`: [`column_products`](crate::experts::column_products) |
-//! | each layer: [`gemm`] with `pre_activation` | [`activation_backward`](crate::experts::activation_backward); `d W`: [`k_grouped`](crate::experts::k_grouped) of one expert; `d` of its input: [`gemm`] with [`Layout::Kn`](crate::rules::Layout::Kn) |
+//! | each layer: [`gemm`] with `pre_activation` | [`activation_backward`](crate::experts::activation_backward); `d W`: [`router_backward`](crate::routers::router_backward); `d` of its input: [`gemm`] with [`Layout::Kn`](crate::rules::Layout::Kn) |
 //! | `W_out`: [`router`] | `d W_out` and `d` of its input: [`router_backward`](crate::routers::router_backward) |
 //!
-//! The gradient of a state joins that of `previous` from the next layer's router. `checkpoint::BlockBackward` does all this for a loaded block,
-//! and returns the gradient of `previous` too.
+//! [`crate::reference::network`] has the formulas.
+
+mod backward;
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
+
+pub use backward::{NetworkBackwardArgs, NetworkBackwardPlan, NetworkGradients};
 
 use super::router::{self, RouterDesc};
 use crate::experts::Weight;

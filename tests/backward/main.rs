@@ -9,6 +9,7 @@ mod data;
 mod device;
 mod gating;
 mod mlp;
+mod network;
 mod properties;
 mod refusals;
 mod slopes;

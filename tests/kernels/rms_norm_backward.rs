@@ -243,9 +243,9 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormBackwardDesc, operands: &Operan
         assert_bounded(&format!("{name}: row {r}"), &to_f64(&dx[range.clone()]), &sums, &sum_bounds, desc.dtype);
         if operands.has_addend {
             let factor = |i: usize| operands.addend_scale.as_ref().map_or(1.0, |list| list[i].into());
-            let want: Vec<f64> = (0..width).map(|i| factor(i) * want.sum[range.start + i]).collect();
+            let want: Vec<f64> = (0..width).map(|i| factor(i) * sums[i]).collect();
             let bounds: Vec<f64> =
-                (0..width).map(|i| factor(i).abs() * bounds[i] + 2.0 * UNIT * want[i].abs()).collect();
+                (0..width).map(|i| factor(i).abs() * sum_bounds[i] + 2.0 * UNIT * want[i].abs()).collect();
             let got = to_f64(&d_addend[range.clone()]);
             assert_bounded(&format!("{name}: addend of row {r}"), &got, &want, &bounds, desc.dtype);
         }

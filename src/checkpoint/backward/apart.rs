@@ -96,7 +96,7 @@ impl<T: Element> Apart<T> {
         let (tokens, d_logits) = (&self.tokens, (&self.choices.d_logits).into());
         if let (Some(pass), Kind::Network(network), Kind::Network(of)) = (&mut self.network, kind, of_kind) {
             let to: (Out<'_, T>, _) = (dx.into(), previous);
-            return pass.backward(queue, tokens, network, (x, d_logits), inputs.previous, of, to);
+            return pass.backward(queue, network, (x, d_logits), inputs.previous, of, to);
         }
         let Some(matrix) = &weights.router else { return Ok(()) };
         let columns = self.desc.logit_columns();
@@ -123,7 +123,7 @@ impl<T: Element> Apart<T> {
         let Buffers { logits, ids, weights: shares, .. } = &mut self.choices;
         match (&mut self.network, kind) {
             (Some(pass), Kind::Network(network)) => {
-                pass.forward(queue, &self.tokens, network, x, inputs.previous, logits)?;
+                pass.forward(queue, network, x, inputs.previous, logits)?;
             }
             _ => {
                 let missing =
