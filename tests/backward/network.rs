@@ -176,7 +176,7 @@ fn refusals() {
     let fault = |result: Result<(), Error>| result.unwrap_err().argument().unwrap();
     assert_eq!(fault(NetworkBackwardPlan::new(&desc, kernels.device()).map(drop)), "state");
     let plan = NetworkBackwardPlan::new(&desc.state(Dtype::F32), kernels.device()).unwrap();
-    let (x, ones) = (upload(&stream, &vec![bf16::ONE; 64]), upload(&stream, &[1.0f32; 64]));
+    let (x, ones) = (upload(&stream, &[bf16::ONE; 64]), upload(&stream, &[1.0f32; 64]));
     let weights = NetworkWeights::new(Weight::new(&x), [Weight::new(&ones), Weight::new(&ones)], &ones);
     let mut workspace = Workspace::new(&stream, plan.workspace_bytes()).unwrap();
     let mut out = stream.alloc_zeros::<f32>(64).unwrap();
