@@ -260,13 +260,15 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
         out.address(),
         0,
         optional(case.grouped, &slots_buffer),
+        // No token's sum.
+        0,
         optional(case.scaled, &scale.bytes),
         0,
         optional(case.grouped, &tiles_buffer),
         optional(case.grouped, &count_buffer),
     ]
     .into_iter()
-    // No shared expert: seven addresses, and its number of rows.
+    // No shared expert: seven addresses, and its number of rows, depth and two strides.
     .chain([0; 7]);
     // No dropout: the last six are not looked at beyond the first.
     let dropout = [0, 1f32.to_bits(), 0, 0, 0, 0];
@@ -274,12 +276,10 @@ fn check(gemm: Gemm, case: &Case, seed: u64) -> Result<Counters, String> {
     let expert = (nb * k) as u32;
     let strides = [tile.bm, k as u32, 1, expert, 0, output as u32, depth as u32, 1, n as u32, 1];
     let rounded = 0;
-    let scalars = ([0, total as u32, n as u32, k as u32, nb as u32].into_iter())
+    let scalars = ([0, 0, 0, 0, total as u32, n as u32, k as u32, nb as u32].into_iter())
         .chain(strides)
         .chain([rounded, case.activation, ALPHA.to_bits(), LIMIT.to_bits()])
-        .chain(dropout)
-        // A word between.
-        .chain([0]);
+        .chain(dropout);
     let noise_state = 0_u64;
     // The up value's bound, its factor and what is added; no shared expert: six numbers of its activation. Then a word between.
     let swiglu = [LIMIT.to_bits(), FACTOR.to_bits(), OFFSET.to_bits(), 0, 0, 0, 0, 0, 0, 0];
