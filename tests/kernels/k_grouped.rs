@@ -162,6 +162,19 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
         }
     }
     if variant.kernels == KernelSet::Sm90a {
+        // Deep: each slot is filled again while products read the one behind it.
+        let [m, n] = of_sides(variant, [136, 40]);
+        let case = Case {
+            m,
+            n,
+            gathered: variant.gathers[0],
+            f32_out: true,
+            accumulate: false,
+            keep_empty: false,
+            places: 0,
+            second: None,
+        };
+        run::<T>(variant, rng, &[13 * bk + 5], &case);
         // More pairs of tiles than clusters: of many experts, with rows of fewer stages than slots, of more, and none.
         for places in 0..2 {
             let [m, n] = of_sides(variant, [136, 40]);
