@@ -67,6 +67,15 @@ impl Kernels {
         })
     }
 
+    /// The same, nothing loaded, of no more than `most` multiprocessors, for work beside other work. Kernels whose blocks stay, for one tile after
+    /// another or at a grid barrier, are launched with as many blocks as these hold. A grid with a block for each tile is as large as
+    /// ever: to bound it too, give the context a partition of the device.
+    pub fn on_multiprocessors(self, most: u32) -> Kernels {
+        let multiprocessors = self.device.multiprocessors.min(most).max(1);
+        let loaded = embedded().iter().map(|_| OnceLock::new()).collect();
+        Kernels { device: DeviceInfo { multiprocessors, ..self.device }, loaded, ..self }
+    }
+
     /// The same, nothing loaded, where no more than `blocks` are resident at once.
     #[cfg(test)]
     pub(crate) fn with_resident_limit(self, blocks: u32) -> Kernels {

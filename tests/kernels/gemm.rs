@@ -11,7 +11,7 @@ use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm::ExpertMatrix;
 use moe_kernels::registry::{Fold, Gemm, GemmHopper, GemmSwapped, Kernel};
 use moe_kernels::rules::{Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc, drop_below};
-use moe_kernels::{Dtype, In, Out, Workspace, reference};
+use moe_kernels::{Dtype, In, Kernels, Out, Workspace, reference};
 
 use crate::dispatch::rule;
 use crate::noise_state::State;
@@ -39,6 +39,8 @@ pub struct Variant {
     pub fold: Fold,
     /// Elements by which buffers begin behind 16 bytes.
     pub shift: usize,
+    /// Whether it is launched for few multiprocessors, whose blocks walk many tiles.
+    pub few: bool,
 }
 
 impl From<Gemm> for Variant {
@@ -46,7 +48,7 @@ impl From<Gemm> for Variant {
         let Gemm { dtype, tile, fold, layout } = gemm;
         let (kernel, kernels) = (Kernel::Gemm(gemm), KernelSet::Sm80);
         let (tile_m, tile_n) = (tile.bm as usize, Some(tile.bn as usize));
-        Variant { kernel, kernels, dtype, layout, tile_m, tile_n, fold, shift: 0 }
+        Variant { kernel, kernels, dtype, layout, tile_m, tile_n, fold, shift: 0, few: false }
     }
 }
 
@@ -54,7 +56,17 @@ impl From<GemmHopper> for Variant {
     fn from(gemm: GemmHopper) -> Variant {
         let GemmHopper { dtype, fold, layout } = gemm;
         let (kernel, kernels) = (Kernel::GemmHopper(gemm), KernelSet::Sm90a);
-        Variant { kernel, kernels, dtype, layout, tile_m: GemmHopper::TILE.bm as usize, tile_n: None, fold, shift: 0 }
+        Variant {
+            kernel,
+            kernels,
+            dtype,
+            layout,
+            tile_m: GemmHopper::TILE.bm as usize,
+            tile_n: None,
+            fold,
+            shift: 0,
+            few: false,
+        }
     }
 }
 
@@ -62,11 +74,25 @@ impl From<GemmSwapped> for Variant {
     fn from(gemm: GemmSwapped) -> Variant {
         let GemmSwapped { dtype, fold, layout, .. } = gemm;
         let (kernel, kernels) = (Kernel::GemmSwapped(gemm), KernelSet::Fastest);
-        Variant { kernel, kernels, dtype, layout, tile_m: GemmSwapped::TILE.bm as usize, tile_n: None, fold, shift: 0 }
+        Variant {
+            kernel,
+            kernels,
+            dtype,
+            layout,
+            tile_m: GemmSwapped::TILE.bm as usize,
+            tile_n: None,
+            fold,
+            shift: 0,
+            few: false,
+        }
     }
 }
 
 impl Variant {
+    fn loaded(&self) -> &'static Kernels {
+        if self.few { device::few() } else { device::kernels() }
+    }
+
     /// Whether it adds up each token's rows too.
     fn combines(&self) -> bool {
         matches!(self.kernel, Kernel::GemmSwapped(GemmSwapped { combines: true, .. }))
@@ -77,7 +103,7 @@ impl Variant {
     }
 
     fn workspace_bytes(&self, desc: &GemmDesc) -> usize {
-        let device = device::kernels().device();
+        let device = self.loaded().device();
         let bytes = if self.combines() {
             gemm_combine::workspace_bytes(&GemmCombineDesc::new(*desc), device)
         } else {
@@ -88,7 +114,7 @@ impl Variant {
 
     /// What is chosen for `desc`.
     fn selected(&self, desc: &GemmDesc) -> Kernel {
-        let device = device::kernels().device();
+        let device = self.loaded().device();
         let selection = if self.combines() {
             gemm_combine::select(&GemmCombineDesc::new(*desc), device)
         } else {
@@ -193,7 +219,7 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     if matches!(variant.kernel, Kernel::GemmHopper(_)) {
         // Lists of half tiles too; rows by number, and in order.
         for (tile_m, gather) in [(variant.tile_m, true), (variant.tile_m / 2, false)] {
-            walk::<T>(Variant { tile_m, ..variant }, gather, rng);
+            walk::<T>(Variant { tile_m, few: true, ..variant }, gather, rng);
         }
     }
     if variant.is_swapped() {
@@ -238,16 +264,28 @@ fn parts<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     }
 }
 
-/// Clusters that walk two pairs of tiles or three, five stages deep, in three columns of which the last is narrow. Most row tiles have one live row, some
-/// more than half of theirs; an expert of two tiles has a pair of its own, or halves of two.
+/// Clusters that walk several pairs of tiles, in three columns of which the last is narrow; the last pair is one tile.
 fn walk<T: Storage>(variant: Variant, gather: bool, rng: &mut fastrand::Rng) {
-    let experts = device::kernels().device().multiprocessors as usize * 2 / 3 + 2;
-    let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1, 1, 1][expert % 12]).collect();
     let n = if variant.fold == Fold::Plain { 2 * 256 + 8 } else { 2 * 128 + 8 };
     let (glu, activation) = (forms(variant.fold)[0], activations(variant.fold)[0]);
     let case =
         Case { k: 264, n, glu, activation, by_expert: true, gather, bias: false, scale: false, out_scale: false };
-    grouped::<T>(variant, rng, &loads, &case);
+    grouped::<T>(variant, rng, &FEW_WALKED, &case);
+    if gather {
+        grouped::<T>(variant, rng, &many_walked(), &Case { k: 72, ..case });
+    } else {
+        // More row tiles of an expert than a band has.
+        grouped::<T>(variant, rng, &[1, 9 * variant.tile_m + 1], &Case { k: 8, bias: true, ..case });
+    }
+}
+
+/// Rows of experts with an odd number of tiles, of 128 rows or 64: most have one live row, some more than half of theirs; an expert of two tiles has a
+/// pair of its own, or halves of two. For a depth of five stages, one more than slots.
+pub const FEW_WALKED: [usize; 8] = [1, 129, 1, 66, 1, 1, 64, 2];
+
+/// The same in more tiles of 128 rows than a window has.
+pub fn many_walked() -> Vec<usize> {
+    (0..32).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1][expert % 10]).collect()
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -309,7 +347,7 @@ pub fn apart<T: Storage>(both: &[T], layout: Layout, outputs: usize, k: usize) -
 
 /// `plan` says which rows go to which expert; dense rows have one of a single expert.
 fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, case: &Case, plan: &Plan) {
-    let kernels = device::kernels();
+    let kernels = variant.loaded();
     let stream = device::stream();
     let Case { k, n, glu, activation, .. } = *case;
     let (rows, a_rows, experts, gather) = (desc.rows.count(), desc.a_rows(), desc.rows.experts(), desc.gather);

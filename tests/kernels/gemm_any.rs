@@ -32,7 +32,8 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
             // Chunks are read by elements, or by 16 or 4 bytes at once.
             let shift = [1, 3, 0, 5, 2][index % 5];
             let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
-            let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, tile_n: None, fold, shift };
+            let variant =
+                Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, tile_n: None, fold, shift, few: false };
             // K: one, less than a stage, ragged, several stages; N: one, less than a tile, a tile and one more.
             let [k, n] = [[37, 13], [8, 70], [136, 1], [65, 129], [100, 12]][index % 5];
             let (gather, bias) = (index % 2 == second, index % 3 != 1);
@@ -48,7 +49,7 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
     }
     let (layout, tile_m, shift) = (Layout::Nk, 64, 1);
     let (kernel, kernels) = (Kernel::GemmAny(any), KernelSet::Fastest);
-    let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, tile_n: None, fold, shift };
+    let variant = Variant { kernel, kernels, dtype: any.dtype, layout, tile_m, tile_n: None, fold, shift, few: false };
     strides::check::<T>(variant, rng);
     if !any.gated {
         token_sums::check::<T>(variant, rng);

@@ -11,10 +11,10 @@ use moe_kernels::reference::dispatch::{Dispatched as Plan, dispatch};
 use moe_kernels::reference::gemm_backward::{HiddenBackward, HiddenGradients, hidden_backward, product_backward};
 use moe_kernels::registry::{Gemm, GemmAny, GemmHopper, Kernel};
 use moe_kernels::rules::{Activation, Bound, Dropout, Glu, Layout, NoiseSource, Swiglu, WeightDesc};
-use moe_kernels::{Dtype, In, Out, Workspace, reference};
+use moe_kernels::{Dtype, In, Kernels, Out, Workspace, reference};
 
 use crate::dispatch::rule;
-use crate::gemm::{ByExpert, arithmetic};
+use crate::gemm::{ByExpert, FEW_WALKED, arithmetic, many_walked};
 use crate::noise_state::State;
 use crate::rows::Rows as Lists;
 use crate::support::buffer::Guarded;
@@ -34,13 +34,28 @@ struct Variant {
     kernels: KernelSet,
     /// Elements by which buffers begin behind 16 bytes.
     shift: usize,
+    /// Whether it is launched for few multiprocessors, whose blocks walk many tiles.
+    few: bool,
+}
+
+impl Variant {
+    fn loaded(&self) -> &'static Kernels {
+        if self.few { device::few() } else { device::kernels() }
+    }
 }
 
 pub fn check(gemm: Gemm, rng: &mut fastrand::Rng) {
     let layout = if gemm.layout == Layout::Nk { Layout::Kn } else { Layout::Nk };
     let (dtype, tile_m, shift) = (gemm.dtype, gemm.tile.bm as usize, 0);
-    let variant =
-        Variant { kernel: Kernel::GemmBackward(gemm), dtype, layout, tile_m, kernels: KernelSet::Sm80, shift };
+    let variant = Variant {
+        kernel: Kernel::GemmBackward(gemm),
+        dtype,
+        layout,
+        tile_m,
+        kernels: KernelSet::Sm80,
+        shift,
+        few: false,
+    };
     in_type(&|_| variant, dtype, rng);
 }
 
@@ -48,7 +63,7 @@ pub fn check_hopper(gemm: GemmHopper, rng: &mut fastrand::Rng) {
     let layout = if gemm.layout == Layout::Nk { Layout::Kn } else { Layout::Nk };
     let (kernel, kernels) = (Kernel::GemmBackwardHopper(gemm), KernelSet::Sm90a);
     let tile_m = GemmHopper::TILE.bm as usize;
-    let variant = Variant { kernel, dtype: gemm.dtype, layout, tile_m, kernels, shift: 0 };
+    let variant = Variant { kernel, dtype: gemm.dtype, layout, tile_m, kernels, shift: 0, few: false };
     in_type(&|_| variant, gemm.dtype, rng);
 }
 
@@ -61,6 +76,7 @@ pub fn check_any(gemm: GemmAny, rng: &mut fastrand::Rng) {
         tile_m: [16, 64, 128][index % 3],
         kernels: KernelSet::Fastest,
         shift: [1, 3, 0, 5, 2][index % 5],
+        few: false,
     };
     in_type(&variant, gemm.dtype, rng);
 }
@@ -165,17 +181,18 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
     if matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
         // Lists of half tiles too; rows by number, and in order.
         for (tile_m, gather) in [(variant.tile_m, true), (variant.tile_m / 2, false)] {
-            walk::<T>(Variant { tile_m, ..variant }, rng, &Case { gather, gate: !gather, ..case });
+            walk::<T>(Variant { tile_m, few: true, ..variant }, rng, &Case { gather, gate: !gather, ..case });
         }
     }
 }
 
-/// Clusters that walk two or three steps, five stages deep, in three columns of which the last is narrow. Most row tiles have one live row, some more than half of
-/// theirs; an expert of two tiles has a step of its own, or halves of two.
+/// Clusters that walk several steps, in three columns of which the last is narrow; the last step is one tile.
 fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
-    let experts = device::kernels().device().multiprocessors as usize * 2 / 3 + 2;
-    let loads: Vec<usize> = (0..experts).map(|expert| [1, 1, 129, 2, 1, 1, 66, 1, 1, 1, 1, 1][expert % 12]).collect();
-    grouped::<T>(variant, rng, &loads, &Case { k: 264, n: 2 * 256 + 8, ..*case });
+    let case = Case { k: 264, n: 2 * 256 + 8, ..*case };
+    grouped::<T>(variant, rng, &FEW_WALKED, &case);
+    if case.gather {
+        grouped::<T>(variant, rng, &many_walked(), &Case { k: 72, ..case });
+    }
 }
 
 fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
@@ -195,7 +212,7 @@ fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize
 fn dense<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
     let bm = variant.tile_m;
     let case = Case { gather: false, gather_pre_activation: false, ..*case };
-    let device = device::kernels().device();
+    let device = variant.loaded().device();
     let takes = |&rows: &usize| {
         let desc = desc(&variant, &case, Rows::Dense(rows));
         gemm_backward::select(&desc, device).unwrap().kernel.variant() == variant.kernel
@@ -447,7 +464,7 @@ fn unit_up(activation: Activation, up: f64) -> f64 {
 }
 
 fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: &Case, plan: &Plan) {
-    let (kernels, stream) = (device::kernels(), device::stream());
+    let (kernels, stream) = (variant.loaded(), device::stream());
     let form = if matches!(rows, Rows::Grouped(_)) { "grouped" } else { "dense" };
     let (experts, count, shift) = (rows.experts(), rows.count(), variant.shift);
     let name = format!("{form} rows={count} E={experts} {case:?} {variant:?}");

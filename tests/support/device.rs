@@ -35,6 +35,12 @@ pub fn stream() -> Arc<CudaStream> {
     context().new_stream().expect("the device gives a stream")
 }
 
+/// The same for few multiprocessors, where blocks that stay meet many tiles of a small case.
+pub fn few() -> &'static Kernels {
+    static KERNELS: OnceLock<Kernels> = OnceLock::new();
+    KERNELS.get_or_init(|| Kernels::new(&context()).expect("the device takes the kernels").on_multiprocessors(8))
+}
+
 /// The kernels of [`context`].
 pub fn kernels() -> &'static Kernels {
     static KERNELS: OnceLock<Kernels> = OnceLock::new();
