@@ -6,10 +6,11 @@
 //! gap in the tests or no mistake at all: `harmless.txt` lists those with the reason, by kernel, text and place.
 //!
 //! `MOE_MUTANTS=8` breaks up to 8 places of each kind in each kernel, `MOE_MUTANTS=all` every place, `MOE_MUTANTS=120s` places drawn from
-//! all kernels by the run's seed, as many as that time allows; `MOE_CASES` selects kernels. Places are the same for the same text but
+//! all kernels by the run's seed, as many as that time allows; `MOE_CASES` selects kernels, and `MOE_MUTANTS_BESIDE` others, by globs as well: what
+//! can be broken in these, at the same place of the same text but for numbers, is left alone. Places are the same for the same text but
 //! for numbers: of an unrolled loop, the first and last copies come first.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -120,24 +121,31 @@ enum Verdict {
     Survived,
 }
 
-/// Every way to break a kernel.
-fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
+/// A mutant as it is in any kernel that has the same instructions: numbers are left out.
+type Form = (Kind, [String; 5]);
+
+fn form(m: &Mutant) -> Form {
+    let Place { label, previous, next } = &m.place;
+    (m.kind, [&m.old, &m.new, label, previous, next].map(|text| plain(text)))
+}
+
+fn plain(text: &str) -> String {
+    text.replace(|c: char| c.is_ascii_digit(), "")
+}
+
+/// Every way to break a kernel but those of `known` forms.
+fn mutants(kernel: &str, ptx: &str, limit: usize, known: &BTreeSet<Form>) -> Vec<Mutant> {
     let around = places(ptx);
     let version_line = 1 + ptx.lines().position(|line| line.starts_with(".version")).expect("a module has a version");
     let mut alike: BTreeMap<(Kind, String), Vec<Mutant>> = BTreeMap::new();
     let mut add = |kind, line: usize, old: &str, new: String| {
         let old = old.split("//").next().unwrap_or_default().trim().to_owned();
-        let key = (kind, old.replace(|c: char| c.is_ascii_digit(), ""));
+        let key = (kind, plain(&old));
         let place = around.get(&line).cloned().unwrap_or_default();
-        alike.entry(key).or_default().push(Mutant {
-            kernel: kernel.to_owned(),
-            kind,
-            line,
-            version_line,
-            old,
-            new,
-            place,
-        });
+        let mutant = Mutant { kernel: kernel.to_owned(), kind, line, version_line, old, new, place };
+        if known.is_empty() || !known.contains(&form(&mutant)) {
+            alike.entry(key).or_default().push(mutant);
+        }
     };
     let body = ptx.lines().enumerate().skip_while(|(_, line)| !line.starts_with('{'));
     for (i, text) in body.map(|(i, text)| (i + 1, text.trim())) {
@@ -342,7 +350,6 @@ fn text_of(kernel: &str) -> String {
 
 /// Mutants that are no PTX: a spelling mistake of this file. Of those that differ in numbers alone one is read.
 fn misspelt(all: &[Mutant]) -> Vec<String> {
-    let plain = |text: &str| text.replace(|c: char| c.is_ascii_digit(), "");
     let different: BTreeMap<_, &Mutant> = all.iter().map(|m| ((m.kind, plain(&m.old), plain(&m.new)), m)).collect();
     let mut by_kernel: BTreeMap<&str, Vec<&Mutant>> = BTreeMap::new();
     different.into_values().for_each(|m| by_kernel.entry(&m.kernel).or_default().push(m));
@@ -376,17 +383,25 @@ fn patience(kernel: &str, id: usize) -> Duration {
     taken * 3 + Duration::from_secs(1)
 }
 
-/// The mutants of `kernel`.
-fn of(kernel: &Kernel, limit: usize) -> Vec<Mutant> {
+/// The mutants of `kernel` that are not `known`.
+fn of(kernel: &Kernel, limit: usize, known: &BTreeSet<Form>) -> Vec<Mutant> {
     let name = kernel.name();
-    mutants(&name, &text_of(&name), limit)
+    mutants(&name, &text_of(&name), limit, known)
+}
+
+/// The forms of what is broken in the kernels that `MOE_MUTANTS_BESIDE` names.
+fn known() -> BTreeSet<Form> {
+    let globs = std::env::var("MOE_MUTANTS_BESIDE").unwrap_or_default();
+    let globs: Vec<WildMatch> = globs.split(',').map(WildMatch::new).collect();
+    let names = embedded().iter().map(|e| e.name).filter(|name| globs.iter().any(|glob| glob.matches(name)));
+    names.flat_map(|name| mutants(name, &text_of(name), usize::MAX, &BTreeSet::new())).map(|m| form(&m)).collect()
 }
 
 /// Breaks the kernels and prints what became of it: `limit` places of each kind, `all`, or for a number of seconds (`120s`) places that the
 /// run's seed draws.
 pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
     // Of some kernels it says nothing about rows for others.
-    let all: Vec<Mutant> = kernels.iter().flat_map(|kernel| of(kernel, usize::MAX)).collect();
+    let all: Vec<Mutant> = kernels.iter().flat_map(|kernel| of(kernel, usize::MAX, &BTreeSet::new())).collect();
     let misspelt = misspelt(&all);
     assert!(misspelt.is_empty(), "no mutants but spelling mistakes:\n{}", misspelt.join("\n"));
     let stale = if kernels.len() == embedded().len() { stale_rows(&all) } else { Vec::new() };
@@ -399,11 +414,12 @@ pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
             number.parse().unwrap_or_else(|_| panic!("MOE_MUTANTS: expected `all`, a number or `120s`, got {number:?}"))
         }
     };
+    let known = known();
     let queue: Box<dyn Iterator<Item = (Mutant, Option<Duration>)> + Send> = match seconds {
         None => {
             let all = kernels.iter().flat_map(|kernel| {
                 let patience = patience(&kernel.name(), usize::MAX);
-                of(kernel, limit).into_iter().map(move |mutant| (mutant, Some(patience)))
+                of(kernel, limit, &known).into_iter().map(move |mutant| (mutant, Some(patience)))
             });
             let all: Vec<_> = all.collect();
             println!("{} mutants of {} kernels", all.len(), kernels.len());
@@ -456,7 +472,7 @@ fn sample(mut kernels: Vec<Kernel>, end: Instant) -> impl Iterator<Item = (Mutan
         if Instant::now() >= end {
             return None;
         }
-        let mut all = of(&kernel, usize::MAX);
+        let mut all = of(&kernel, usize::MAX, &BTreeSet::new());
         let mutant = all.swap_remove(rng.usize(..all.len()));
         Some((mutant, None))
     })
