@@ -228,3 +228,46 @@ impl Model {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two multiprocessors of one block each, and an L2 cache of one set.
+    const PAIR: Hierarchy = Hierarchy { sm_count: 2, blocks_per_sm: 1, l1_bytes: 2048, l2_bytes: 128 * WAYS as u32 };
+
+    /// A request of a sector of each of these lines, one after the other.
+    fn reads(lines: impl Iterator<Item = u64>) -> Vec<Run> {
+        lines.map(|line| Run::new(line, 1, Path::Uncached, Priority::Normal, true)).collect()
+    }
+
+    /// Sectors that L2 fetches for these blocks.
+    fn fetched(blocks: &[Vec<Run>]) -> u64 {
+        let mut model = Model::new(&PAIR);
+        model.replay(&PAIR, blocks.iter().map(Vec::as_slice));
+        model.take_traffic().dram_read_bytes / u64::from(SECTOR_BYTES)
+    }
+
+    #[test]
+    fn a_block_goes_on_when_another_has_got_to_where_it_waits_for() {
+        // Line 0, and as many others as L2 holds, so that it is gone.
+        let all = reads(0..WAYS as u64 + 1);
+        let says = [all.clone(), vec![Run::says(7)]].concat();
+        let early = [&all[..1], &[Run::says(7)], &all[1..]].concat();
+        let awaits = [vec![Run::awaits(7)], reads(0..1)].concat();
+        let each_once = WAYS as u64 + 1;
+        // Side by side they share it; the second time it is fetched again.
+        assert_eq!(fetched(&[reads(0..1), all]), each_once);
+        assert_eq!(fetched(&[awaits.clone(), says.clone()]), each_once + 1);
+        assert_eq!(fetched(&[says, awaits.clone()]), each_once + 1);
+        assert_eq!(fetched(&[awaits, early]), each_once);
+    }
+
+    #[test]
+    fn each_that_waits_takes_a_word_of_its_own() {
+        // The first wait takes what is said; the second, which nobody answers, ends when all that is left waits.
+        let awaits = [vec![Run::awaits(7)], reads(100..101), vec![Run::awaits(7)], reads(0..1)].concat();
+        let says = [reads(0..1), vec![Run::says(7)], reads(1..WAYS as u64 + 1)].concat();
+        assert_eq!(fetched(&[awaits, says]), WAYS as u64 + 3);
+    }
+}
