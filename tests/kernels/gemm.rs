@@ -276,8 +276,10 @@ fn walk<T: Storage>(variant: Variant, gather: bool, rng: &mut fastrand::Rng) {
     if gather {
         grouped::<T>(variant, rng, &many_walked(), &Case { k: 72, ..case });
     } else {
-        // More row tiles of an expert than a band has.
-        grouped::<T>(variant, rng, &[1, 9 * variant.tile_m + 1], &Case { k: 8, bias: true, ..case });
+        // More row tiles of an expert than a band has; of a clamped SwiGLU whose numbers are the descriptor's, which ends in registers.
+        let activation = if glu.is_gated() { Activation::Swiglu(SWIGLUS[0]) } else { Activation::Relu };
+        let case = Case { k: 8, activation, by_expert: false, bias: true, ..case };
+        grouped::<T>(variant, rng, &[1, 9 * variant.tile_m + 1], &case);
     }
 }
 
