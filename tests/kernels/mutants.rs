@@ -418,8 +418,9 @@ pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
     let queue: Box<dyn Iterator<Item = (Mutant, Option<Duration>)> + Send> = match seconds {
         None => {
             let all = kernels.iter().flat_map(|kernel| {
-                let patience = patience(&kernel.name(), usize::MAX);
-                of(kernel, limit, &known).into_iter().map(move |mutant| (mutant, Some(patience)))
+                let mutants = of(kernel, limit, &known);
+                let patience = (!mutants.is_empty()).then(|| patience(&kernel.name(), usize::MAX));
+                mutants.into_iter().map(move |mutant| (mutant, patience))
             });
             let all: Vec<_> = all.collect();
             println!("{} mutants of {} kernels", all.len(), kernels.len());

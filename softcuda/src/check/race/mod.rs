@@ -36,6 +36,8 @@
 //! - The fence of a thread counts for those that a barrier orders after it, as in the idiom by which all threads fence and one
 //!   of them then speaks for the block; the manual asks for a fence by the thread that speaks.
 //! - Two `fence.sc` with no access to a common place between them do not order anything here, as `fence.acq_rel` does not.
+//! - The scope of an acquiring wait at an mbarrier. Compiled kernels wait for the cluster's other blocks without one, which is `.cta` (PTX ISA,
+//!   `mbarrier.try_wait`) and by the model too narrow.
 //! - Of the readers since the last write, three are remembered for shared memory and two for global memory.
 //! - With more than about 60 blocks that synchronise through one place, knowledge is coarsened: see [`clock`].
 //! - Accesses by the host, and values that streams write and wait for. Launches that run beside one another and synchronise
