@@ -39,7 +39,8 @@ fn check_as<T: Storage>(any: GemmAny, rng: &mut fastrand::Rng) {
             let (gather, bias) = (index % 2 == second, index % 3 != 1);
             let (scale, out_scale) = (index % 2 == 0, index % 2 == 1);
             let glu = |more: usize| forms[(index + second + more) % forms.len()];
-            let case = Case { k, n, glu: glu(0), activation, by_expert: true, gather, bias, scale, out_scale };
+            let case =
+                Case { k, n, glu: glu(0), activation, by_expert: true, gather, bias, scale, out_scale, once: false };
             let loads = [tile_m, 0, 1, tile_m / 2 + 1, 0, tile_m - 1];
             grouped::<T>(variant, rng, &loads, &case);
             let rows = [[1], [63], [65], [133], [9]][index % 5];

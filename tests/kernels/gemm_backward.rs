@@ -186,12 +186,12 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
     }
 }
 
-/// Clusters that walk several steps, in three columns of which the last is narrow; the last step is one tile.
+/// Clusters that walk several steps, in two or three columns of which the last is narrow; in three the last step is one tile.
 fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
     let case = Case { k: 264, n: 2 * 256 + 8, ..*case };
     grouped::<T>(variant, rng, &FEW_WALKED, &case);
     if case.gather {
-        grouped::<T>(variant, rng, &many_walked(), &Case { k: 72, ..case });
+        grouped::<T>(variant, rng, &many_walked(), &Case { k: 72, n: 256 + 8, ..case });
     }
 }
 

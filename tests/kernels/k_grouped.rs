@@ -167,9 +167,12 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             let second = second.filter(|_| variant.kernels == KernelSet::Sm80);
             let places = (index + 2 * more) % 4;
             let case = Case { m, n, gathered, f32_out, accumulate, keep_empty, places, second };
+            // Bands of tiles are much to compare: once, of few rows.
             let wide = variant.kernels == KernelSet::Sm90a && m.max(n) > 2000;
-            let loads =
-                if wide { &[[0, 70].as_slice(), &[65]][more] } else { &loads[(index + 3 * more) % loads.len()][..] };
+            if wide && more > 0 {
+                continue;
+            }
+            let loads = if wide { &[0, 70] } else { &loads[(index + 3 * more) % loads.len()][..] };
             run::<T>(variant, rng, loads, &case);
         }
     }

@@ -40,6 +40,7 @@ pub fn check<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             bias: index != 0,
             scale: index == 2,
             out_scale: index == 1,
+            once: false,
         };
         for more in 0..if any { 3 } else { 1 } {
             grouped::<T>(variant, rng, &case, output, index + more, any);

@@ -40,6 +40,7 @@ pub fn check<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
             bias: index != 0,
             scale: index % 2 == 1,
             out_scale: index >= 2,
+            once: false,
         };
         sums::<T>(variant, rng, &case, index, any);
     }
