@@ -123,6 +123,7 @@
 //! blocks than the driver's occupancy for the loaded kernel allows on these; results are the same, but for Sinkhorn's potentials,
 //! whose sums are grouped by blocks. A share that is changed after [`Kernels::new`], or a thread percentage that the driver does
 //! not report, is not seen: such a launch fails with the driver's `CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE`.
+//! [`Kernels::on_multiprocessors`] asks for fewer than there are, of kernels whose blocks stay.
 //!
 //! # Beside other crates
 //!

@@ -192,6 +192,15 @@ mod tests {
     }
 
     #[test]
+    fn fewer_multiprocessors_than_the_device_has() {
+        softcuda::install_if_no_gpu().expect("a real or a software device can be had");
+        let context = crate::device::open(0).unwrap();
+        let all = Kernels::new(&context).unwrap().device().multiprocessors;
+        let of = |most| Kernels::new(&context).unwrap().on_multiprocessors(most).device().multiprocessors;
+        assert_eq!([8, 0, u32::MAX].map(of), [all.min(8), 1, all]);
+    }
+
+    #[test]
     fn every_kernel_is_listed_once() {
         assert!(sorted().windows(2).all(|pair| pair[0].0 < pair[1].0));
     }
