@@ -179,6 +179,8 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
     grouped::<T>(variant, rng, &[0, 2 * variant.tile_m + 3, 0], &case);
     grouped::<T>(variant, rng, &[0, 0], &case);
     if matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
+        // Deep: each slot is filled again while products read the one behind it.
+        grouped::<T>(variant, rng, &[2, variant.tile_m + 1], &Case { k: 13 * 64 + 8, n: 8, ..case });
         // Lists of half tiles too; rows by number, and in order.
         for (tile_m, gather) in [(variant.tile_m, true), (variant.tile_m / 2, false)] {
             walk::<T>(Variant { tile_m, few: true, ..variant }, rng, &Case { gather, gate: !gather, ..case });
