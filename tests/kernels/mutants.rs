@@ -6,9 +6,9 @@
 //! gap in the tests or no mistake at all: `harmless.txt` lists those with the reason, by kernel, text and place.
 //!
 //! `MOE_MUTANTS=8` breaks up to 8 places of each kind in each kernel, `MOE_MUTANTS=all` every place, `MOE_MUTANTS=120s` places drawn from
-//! all kernels by the run's seed, as many as that time allows; `MOE_CASES` selects kernels, and `MOE_MUTANTS_BESIDE` others, by globs as well: what
-//! can be broken in these, at the same place of the same text but for numbers, is left alone. Places are the same for the same text but
-//! for numbers: of an unrolled loop, the first and last copies come first.
+//! all kernels by the run's seed, as many as that time allows; `MOE_CASES` selects kernels. `MOE_MUTANTS_BESIDE` names others, by globs as well: what
+//! these have too, the same line between the same lines but for numbers, is left alone, and so is what an earlier kernel of the run has. Places are
+//! the same for the same text but for numbers: of an unrolled loop, the first and last copies come first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -414,11 +414,14 @@ pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
             number.parse().unwrap_or_else(|_| panic!("MOE_MUTANTS: expected `all`, a number or `120s`, got {number:?}"))
         }
     };
-    let known = known();
+    let mut known = known();
     let queue: Box<dyn Iterator<Item = (Mutant, Option<Duration>)> + Send> = match seconds {
         None => {
             let all = kernels.iter().flat_map(|kernel| {
                 let mutants = of(kernel, limit, &known);
+                if !known.is_empty() {
+                    known.extend(of(kernel, usize::MAX, &BTreeSet::new()).iter().map(form));
+                }
                 let patience = (!mutants.is_empty()).then(|| patience(&kernel.name(), usize::MAX));
                 mutants.into_iter().map(move |mutant| (mutant, patience))
             });
