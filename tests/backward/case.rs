@@ -20,7 +20,7 @@ use crate::device;
 use crate::mlp::{Gradients, Mlp, random, upload, upload_numbers};
 
 /// A layer, a number of tokens, what is asked for, and which optional inputs there are.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Case {
     pub desc: LayerDesc,
     pub tokens: usize,
@@ -570,8 +570,8 @@ impl<T: Element, W: Element> Problem<T, W> {
         found
     }
 
-    /// The same by the reference, in f64 of the same rounded inputs.
-    pub fn expected(&self) -> Found {
+    /// The layer in f64 of the same rounded inputs, and its forward pass by the reference.
+    fn with_reference<R>(&self, then: impl FnOnce(&[f64], &Layer<f64, f64>, &layer::Forward) -> R) -> R {
         let desc = &self.case.desc;
         let wide = |values: &[T]| values.iter().map(|v| v.to_f32().into()).collect::<Vec<f64>>();
         let router: Vec<f64> = self.router.iter().map(|v| v.to_f32().into()).collect();
@@ -605,13 +605,59 @@ impl<T: Element, W: Element> Problem<T, W> {
             bias: self.case.bias.then_some(&bias[..]),
             null: desc.null,
         };
-        let (x, dy) = (wide(&self.x), wide(&self.dy));
-        let forward = layer::forward(&x, &of).unwrap();
+        let x = wide(&self.x);
+        then(&x, &of, &layer::forward(&x, &of).unwrap())
+    }
+
+    /// What the reference's forward pass gives.
+    pub fn expected_y(&self) -> Vec<f64> {
+        self.with_reference(|_, _, forward| forward.y.clone())
+    }
+
+    /// Whether the reference chose the same experts: not where rounding decides between two.
+    pub fn agrees(&self) -> bool {
         let ids = self.stream.clone_dtoh(self.saved.ids()).unwrap();
-        assert_eq!(forward.ids, ids[..forward.ids.len()], "another choice: take another seed");
+        self.with_reference(|_, _, forward| forward.ids == ids[..forward.ids.len()])
+    }
+
+    /// What a gradient is the sum of, in the norm, where that may cancel: products of `dy` with experts' outputs, and what follows from these alone.
+    pub fn terms(&self, name: &str) -> f64 {
+        let Case { desc, tokens, .. } = &self.case;
+        let rows = self.dy.chunks(desc.hidden);
+        let products =
+            |row: &[T], of: &[f64]| row.iter().zip(of).map(|(dy, y)| (f64::from(dy.to_f32()) * y).powi(2)).sum::<f64>();
+        let [of_routed, of_shared] = self.with_reference(|x, _, forward| {
+            let slots = forward.plan.token_slot.chunks(desc.top_k).zip(rows.clone()).flat_map(|(slots, row)| {
+                slots.iter().filter_map(move |&slot| usize::try_from(slot).ok()).map(move |slot| (slot, row))
+            });
+            let routed = slots.map(|(slot, row)| products(row, &forward.y_slots[slot * desc.hidden..][..desc.hidden]));
+            // An identity's output is x.
+            let is_identity = |id: &&i32| self.identities() && **id >= desc.local_experts() as i32;
+            let of_x = forward.ids.chunks(desc.top_k).zip(rows.clone()).zip(x.chunks(desc.hidden));
+            let identities =
+                of_x.map(|((ids, row), x)| ids.iter().filter(is_identity).count() as f64 * products(row, x));
+            let routed = routed.chain(identities);
+            let shared = forward.shared.iter().flat_map(|all| all.chunks(desc.hidden)).zip(rows);
+            [routed.sum::<f64>().sqrt(), shared.map(|(of, row)| products(row, of)).sum::<f64>().sqrt()]
+        });
+        let of_routed = of_routed * f64::from(desc.gating.scale * desc.routed_scale);
+        // A sum of as many as there are tokens; a row of x has about the norm sqrt(H).
+        match name {
+            "weights" | "logits" => of_routed,
+            "router_bias" => of_routed * (*tokens as f64).sqrt(),
+            "router" => of_routed * (desc.hidden as f64).sqrt(),
+            "shared.gate" => 0.25 * of_shared * (desc.hidden as f64).sqrt(),
+            _ => 0.0,
+        }
+    }
+
+    /// The gradients by the reference.
+    pub fn expected(&self) -> Found {
+        assert!(self.agrees(), "another choice: take another seed");
+        let dy: Vec<f64> = self.dy.iter().map(|v| v.to_f32().into()).collect();
         let counts = self.counts();
         let losses = self.case.back.losses.as_ref().map(|losses| (losses, &counts[..], self.case.tokens));
-        let want = layer::backward(&x, &of, &forward, &dy, losses).unwrap();
+        let want = self.with_reference(|x, of, forward| layer::backward(x, of, forward, &dy, losses).unwrap());
         let mut found = vec![("x", want.x), ("logits", want.logits), ("weights", want.weights)];
         found.push(("router", want.router_weight));
         found.extend(want.router_bias.map(|bias| ("router_bias", bias)));

@@ -11,7 +11,10 @@ mod gating;
 mod mlp;
 mod network;
 mod properties;
+mod random;
 mod refusals;
+#[path = "../support/seed.rs"]
+mod seed;
 mod slopes;
 mod torch;
 mod variants;

@@ -12,6 +12,7 @@ mod activation_backward;
 mod admission;
 mod admission_backward;
 mod affinity_backward;
+mod alone;
 mod any_rule;
 mod balance;
 mod base;
@@ -50,6 +51,7 @@ mod noisy_backward;
 mod permute;
 mod product_keys;
 mod product_keys_backward;
+mod registers;
 mod rms_norm;
 mod rms_norm_backward;
 mod route;
@@ -74,18 +76,15 @@ mod unit_experts_backward;
 
 use std::process::{Command, ExitCode};
 
+use alone::ALONE;
 use libtest_mimic::{Arguments, Failed, Trial};
 use moe_kernels::registry::{self, Kernel};
 use support::inputs::run_seed;
 use wildmatch::WildMatch;
 
-/// Set in a child process: the one case it runs.
-const ALONE: &str = "MOE_CASE_ALONE";
-
 fn main() -> ExitCode {
     if let Ok(name) = std::env::var(ALONE) {
-        let kernel = registry::all().into_iter().find(|kernel| kernel.name() == name);
-        check(kernel.unwrap_or_else(|| panic!("{ALONE}: no kernel is named {name:?}")));
+        alone::run(&name);
         return ExitCode::SUCCESS;
     }
     let arguments = Arguments::from_args();

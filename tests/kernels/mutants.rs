@@ -11,17 +11,19 @@
 
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, ExitStatus, Stdio};
 use std::sync::{Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use moe_kernels::kernels::embedded;
 use moe_kernels::registry::Kernel;
+use rustix::process::Signal;
 use softcuda::lower::{Environment, lower_module};
 use wildmatch::WildMatch;
 
-use super::ALONE;
+use super::alone::{ALONE, PROCESSOR_LIMIT, PROCESSOR_TIME};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
@@ -209,6 +211,19 @@ fn mutants(kernel: &str, ptx: &str, limit: usize) -> Vec<Mutant> {
 /// not ordered between blocks is in order in most runs.
 const WAYS: [(u32, u64); 3] = [(1, 0), (4, 0), (1, 1)];
 
+/// A process that takes less processor time than it may ends after this many times as much by the clock: more than a busy machine makes of it.
+const BY_THE_CLOCK: u32 = 40;
+
+/// Where processes of this run leave what they found.
+fn folder() -> PathBuf {
+    std::env::temp_dir().join(format!("moe-mutants-{}", std::process::id()))
+}
+
+/// Where one leaves how long it took.
+fn time_file(id: usize) -> PathBuf {
+    folder().join(format!("{id}.time"))
+}
+
 /// What becomes of a mutant.
 fn verdict(mutant: &Mutant, id: usize, limit: Duration) -> Verdict {
     let mut verdicts = WAYS.iter().map(|&way| run(&mutant.kernel, Some(mutant), id, limit, way));
@@ -216,10 +231,13 @@ fn verdict(mutant: &Mutant, id: usize, limit: Duration) -> Verdict {
 }
 
 /// Runs a kernel's case in a process of its own, with the patch if there is one.
+///
+/// `limit` is processor time, which does not depend on what else the machine does; several threads, whose waiting blocks look again and again,
+/// have twice of it. One that sleeps for ever takes none, and ends by the clock.
 fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, (threads, further): (u32, u64)) -> Verdict {
-    let folder = std::env::temp_dir().join(format!("moe-mutants-{}", std::process::id()));
-    let _ = std::fs::create_dir_all(&folder);
-    let path = |what: &str| -> PathBuf { folder.join(format!("{id}.{what}")) };
+    let limit = if threads > 1 { 2 * limit } else { limit };
+    let _ = std::fs::create_dir_all(folder());
+    let path = |what: &str| folder().join(format!("{id}.{what}"));
     let (patch_file, findings_file, log) = (path("patch"), path("findings"), path("log"));
     let rows = |m: &Mutant| m.rows().map(|(line, new)| format!("{}\t{line}\t{new}\n", m.kernel)).collect::<String>();
     let text = patch.map_or(String::new(), rows);
@@ -233,7 +251,8 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, (thread
         .env("SOFTCUDA_THREADS", threads.to_string())
         // The order in which warps and blocks run.
         .env("SOFTCUDA_SEED", super::support::inputs::run_seed().wrapping_add(further).to_string())
-        .env("SOFTCUDA_TIMEOUT_MS", limit.as_millis().to_string())
+        .env(PROCESSOR_LIMIT, limit.as_secs_f64().ceil().to_string())
+        .env(PROCESSOR_TIME, time_file(id))
         .env("SOFTCUDA_PATCH", &patch_file)
         .env("SOFTCUDA_FINDINGS", &findings_file)
         .env("RUST_BACKTRACE", "0")
@@ -246,7 +265,7 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, (thread
     let status = loop {
         match child.try_wait().expect("a child of this process") {
             Some(status) => break Some(status),
-            None if started.elapsed() > 4 * limit => {
+            None if started.elapsed() > BY_THE_CLOCK * limit => {
                 let _ = child.kill();
                 let _ = child.wait();
                 break None;
@@ -263,10 +282,16 @@ fn run(kernel: &str, patch: Option<&Mutant>, id: usize, limit: Duration, (thread
     assert!(!last.contains("CUDA_ERROR_INVALID_PTX"), "{kernel}: no mutant but a spelling mistake: {last}");
     match (status, finding) {
         (None, _) => Verdict::Case("no end".into()),
+        (Some(status), _) if killed(status) => Verdict::Case("no end".into()),
         (Some(status), _) if !status.success() => Verdict::Case(last),
         (_, Some(finding)) => Verdict::Checker(finding),
         _ => Verdict::Survived,
     }
+}
+
+/// Whether a process took more of the processor than it might.
+fn killed(status: ExitStatus) -> bool {
+    [Signal::XCPU, Signal::KILL].iter().any(|signal| status.signal() == Some(signal.as_raw()))
 }
 
 /// A row of `harmless.txt`: kernel globs, kind, line glob, place and reason, separated by ` | `.
@@ -342,12 +367,13 @@ fn stale_rows(all: &[Mutant]) -> Vec<&'static str> {
     harmless_rows().into_iter().filter(|row| !all.iter().any(|m| row.fits(m))).map(|row| row.row).collect()
 }
 
-/// How long a broken kernel may take, by how long the unbroken one did.
+/// How much of the processor's time a broken kernel may take, by how much the unbroken one did.
 fn patience(kernel: &str, id: usize) -> Duration {
-    let started = Instant::now();
-    let healthy = run(kernel, None, id, Duration::from_secs(600), WAYS[0]);
+    let healthy = run(kernel, None, id, Duration::from_secs(1200), WAYS[0]);
     assert_eq!(healthy, Verdict::Survived, "{kernel} fails unbroken");
-    started.elapsed() * 3 + Duration::from_secs(2)
+    let taken = std::fs::read_to_string(time_file(id)).expect("a case says how long it took");
+    let taken = Duration::from_secs_f64(taken.parse().expect("seconds"));
+    taken * 3 + Duration::from_secs(1)
 }
 
 /// The mutants of `kernel`.
@@ -403,7 +429,7 @@ pub fn report(kernels: &[Kernel], limit: &str) -> ExitCode {
         }
     });
     let done: Vec<(Mutant, Verdict)> = done.into_inner().expect("no panic").into_values().collect();
-    let _ = std::fs::remove_dir_all(std::env::temp_dir().join(format!("moe-mutants-{}", std::process::id())));
+    let _ = std::fs::remove_dir_all(folder());
     let (caught, missed) = print_table(&done);
     let _ = std::io::stdout().flush();
     // A sample of n misses more than its share by chance: three standard deviations are allowed to it.

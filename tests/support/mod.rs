@@ -8,3 +8,4 @@ pub mod device;
 pub mod inputs;
 pub mod layer_case;
 pub mod lists;
+pub mod seed;

@@ -1,0 +1,173 @@
+//! Layers drawn at random: what is tested one by one elsewhere, in each other's company.
+
+use half::{bf16, f16};
+use moe_kernels::layer::{BackwardDesc, LayerDesc, Mlp, SharedDesc};
+use moe_kernels::rules::{
+    Activation, Bound, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, Swiglu,
+    WeightDesc, Weighting,
+};
+use moe_kernels::{Dtype, Element, Error};
+
+use crate::case::{Case, Problem, fits};
+use crate::compare::{compare_terms, norm, tolerance};
+use crate::device;
+use crate::seed::generator;
+
+/// `MOE_LAYERS` says how many, in place of these.
+const LAYERS: usize = 12;
+
+fn one_of<T: Copy>(rng: &mut fastrand::Rng, of: &[T]) -> T {
+    of[rng.usize(..of.len())]
+}
+
+/// True once in so many times.
+fn once_in(rng: &mut fastrand::Rng, times: usize) -> bool {
+    rng.usize(..times) == 0
+}
+
+/// A width of at least 16, as sums of fewer cancel; most are of whole vectors.
+fn width(rng: &mut fastrand::Rng, most: usize) -> usize {
+    if once_in(rng, 5) { rng.usize(16..=most) } else { 8 * rng.usize(2..=most / 8) }
+}
+
+fn activation(rng: &mut fastrand::Rng, dtype: Dtype, glu: Glu) -> Activation {
+    let limited = [
+        Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6)),
+        Swiglu::clamped(0.2).clamp_after(true),
+        Swiglu::softcapped(0.8, 1.2).alpha(0.8).factor(0.5).offset(-0.25),
+    ];
+    let mut all = vec![
+        Activation::Identity,
+        Activation::Relu,
+        Activation::ReluSquared,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Silu,
+    ];
+    // What is kept in 16 bits may be rounded to the other side of a bound, where the slope is another.
+    if dtype == Dtype::F32 {
+        all.extend(limited.map(Activation::from));
+    }
+    all.retain(|&activation| fits(activation, glu));
+    one_of(rng, &all)
+}
+
+fn mlp(rng: &mut fastrand::Rng, dtype: Dtype) -> Mlp {
+    let (weight, glu) = (WeightDesc::new(dtype), one_of(rng, &Glu::ALL));
+    let [up, down] = [(); 2].map(|()| one_of(rng, &[Layout::Nk, Layout::Kn]));
+    let activation = activation(rng, dtype, glu);
+    Mlp::swiglu(dtype).gate_up(weight.layout(up).glu(glu)).down(weight.layout(down)).activation(activation)
+}
+
+fn gating(rng: &mut fastrand::Rng) -> Gating {
+    let score = one_of(rng, &[Score::Softmax, Score::TopkSoftmax, Score::Sigmoid, Score::SqrtSoftplus]);
+    let renormalise = one_of(
+        rng,
+        &[None, Some(Renormalise::Plus(0.0)), Some(Renormalise::Plus(1e-3)), Some(Renormalise::AtLeast(0.5))],
+    );
+    Gating::new(score).renormalise(renormalise).scale(one_of(rng, &[1.0, 2.5]))
+}
+
+fn layer(rng: &mut fastrand::Rng, dtype: Dtype, router_dtype: Dtype) -> LayerDesc {
+    let experts = rng.usize(1..=12);
+    let top_k = rng.usize(1..=experts.min(4));
+    let mlp_desc = mlp(rng, dtype);
+    let mut desc = LayerDesc::new(dtype, width(rng, 160), width(rng, 160), experts, top_k)
+        .router_dtype(router_dtype)
+        .gating(gating(rng))
+        .mlp(mlp_desc)
+        .weighting(one_of(rng, &[Weighting::Output, Weighting::Output, Weighting::Input, Weighting::Activation]))
+        .batch_invariant(once_in(rng, 4))
+        .routed_scale(one_of(rng, &[1.0, 1.0, 0.5]));
+    match rng.usize(..6) {
+        0 => desc = desc.capacity(Some(Capacity::new(rng.usize(1..=8), rng.usize(1..=40)).padded(rng.bool()))),
+        1 if experts > top_k => {
+            let count = rng.usize(1..=experts - top_k);
+            desc = desc.null(Some(one_of(rng, &[NullExperts::zero(count), NullExperts::identity(count)])));
+        }
+        _ => {}
+    }
+    if rng.bool() {
+        let form = if rng.bool() { mlp_desc } else { mlp(rng, dtype) };
+        let size = if rng.bool() { desc.intermediate } else { width(rng, 200) };
+        desc = desc.shared(Some(SharedDesc::new(size, form).gated(rng.bool()).scale(one_of(rng, &[1.0, 0.75]))));
+    }
+    desc
+}
+
+fn case(rng: &mut fastrand::Rng, dtype: Dtype, router_dtype: Dtype) -> Case {
+    let desc = layer(rng, dtype, router_dtype);
+    let losses = LossGradient::new(LossScore::Softmax).balance(0.01).z(0.001);
+    let back = BackwardDesc::new()
+        .accumulate(once_in(rng, 3))
+        .recompute(once_in(rng, 3))
+        .losses(once_in(rng, 3).then_some(losses));
+    Case {
+        router_bias: rng.bool(),
+        biases: rng.bool(),
+        bias: once_in(rng, 3),
+        by_expert: matches!(desc.mlp.activation, Activation::Swiglu(_)) && rng.bool(),
+        seed: rng.u64(..1 << 32),
+        ..Case::new(desc, one_of(rng, &[1, 2, 7, 16, 37, 70, 130, 200])).back(back)
+    }
+}
+
+/// Why the layer is refused, if it is.
+fn refused(case: &Case) -> Option<Error> {
+    let plan = case.desc.plan(case.tokens, device::kernels().device());
+    plan.and_then(|plan| plan.backward_plan(&case.back)).err()
+}
+
+/// Forward and back against the reference; false where rounding chose other experts.
+fn holds<T: Element, W: Element, G: Element>(case: Case) -> bool {
+    let mut problem = Problem::<T, W>::new(case);
+    problem.forward();
+    if !problem.agrees() {
+        return false;
+    }
+    let y: Vec<f64> = problem.stream.clone_dtoh(&problem.y).unwrap().iter().map(|v| v.to_f32().into()).collect();
+    let want = problem.expected_y();
+    let error = norm(y.iter().zip(&want).map(|(got, want)| got - want));
+    assert!(error <= tolerance(T::DTYPE) * norm(want.iter().copied()), "y: {error:e}");
+    let mut buffers = problem.buffers::<G>();
+    let gradients = problem.gradients(&mut buffers);
+    problem.backward(gradients).unwrap();
+    compare_terms(T::DTYPE, &problem.found(&buffers), &problem.expected(), |name| problem.terms(name));
+    true
+}
+
+#[test]
+fn in_company() {
+    let layers = std::env::var("MOE_LAYERS").ok().map_or(LAYERS, |text| text.parse().expect("MOE_LAYERS: a number"));
+    let rng = &mut generator("layers at random");
+    let (mut tried, mut elsewhere) = (0, 0);
+    while tried < layers {
+        let form = rng.usize(..6);
+        let dtypes = [
+            [Dtype::F32; 2],
+            [Dtype::F32; 2],
+            [Dtype::Bf16; 2],
+            [Dtype::Bf16, Dtype::F32],
+            [Dtype::F16; 2],
+            [Dtype::F16, Dtype::F32],
+        ];
+        let [dtype, router_dtype] = dtypes[form];
+        let case = case(rng, dtype, router_dtype);
+        if let Some(why) = refused(&case) {
+            assert!(matches!(why, Error::Unsupported { .. } | Error::Invalid { .. }), "{why}");
+            println!("refused: {why}");
+            continue;
+        }
+        tried += 1;
+        println!("{tried}: {case:?}");
+        let holds = match form {
+            0 | 1 => holds::<f32, f32, f32>(case),
+            2 => holds::<bf16, bf16, bf16>(case),
+            3 => holds::<bf16, f32, f32>(case),
+            4 => holds::<f16, f16, f32>(case),
+            _ => holds::<f16, f32, f16>(case),
+        };
+        elsewhere += usize::from(!holds);
+    }
+    assert!(elsewhere <= 1 + layers / 50, "{elsewhere} of {layers} chose other experts");
+}
