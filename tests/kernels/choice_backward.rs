@@ -182,6 +182,9 @@ impl<T: Storage> Problem<T> {
         let Some(rule) = &self.rule else { return (places, errors) };
         let want = admission::admit_backward(&self.ids, &self.weights, None, rule, &places).unwrap();
         let sums = admission::admit(&self.ids, &self.weights, None, &rule.renormalise(None)).unwrap().weights;
+        // What nobody got has a gradient of 0, exactly.
+        let ones = vec![1.0; places.len()];
+        let got = admission::admit_backward(&self.ids, &self.weights, None, &rule.renormalise(None), &ones).unwrap();
         // Two sums of at most 32 terms, two quotients and a difference; shares of what the places are off by add up to as much.
         let bound = |at: usize| {
             let token = at / rule.candidates;
@@ -194,7 +197,7 @@ impl<T: Storage> Problem<T> {
                 Some(_) => sum,
             };
             let off = 24.0 * UNIT * most(&places) + 2.0 * most(&errors);
-            if divisor == 0.0 || want[at] == 0.0 { 0.0 } else { off / divisor }
+            if divisor == 0.0 || got[at] == 0.0 { 0.0 } else { off / divisor }
         };
         let bounds = (0..want.len()).map(bound).collect();
         (want, bounds)
