@@ -215,11 +215,12 @@ impl Gate {
         32 * self.values
     }
 
-    /// Logits that each lane holds, whatever the number of experts: as few have a narrower kernel. With 128 beside what a dispatch holds ptxas
-    /// needs more registers than there are where it is not asked whether they are there, and so nothing is taken for certain.
+    /// Logits that each lane holds, whatever the number of experts: as few have a narrower kernel. Where nothing is asked ptxas loads more at once,
+    /// and takes so many registers that of 64 logits half as many warps are resident, and of 128 beside a dispatch some are spilled: there
+    /// nothing is taken for certain.
     pub(super) fn certain(&self) -> u32 {
         match (self.score, self.values, self.dispatch) {
-            (Some(_), 128, true) => 0,
+            (Some(_), 64, _) | (Some(_), 128, true) => 0,
             (Some(_), values, _) => next_below(values, &Gate::VALUES),
             (None, values, _) => next_below(values, &Gate::ANY_VALUES),
         }
