@@ -555,6 +555,7 @@ impl Kernel {
                 ("score", Text(k.score_name())),
                 ("ids_bytes", Int(4)),
                 ("values", Int(k.values)),
+                ("certain", Int(k.certain())),
                 ("max_experts", Int(k.max_counted())),
                 ("warps", Int(k.warps())),
                 ("dispatch_resident", Int(k.dispatch_resident())),
@@ -564,16 +565,22 @@ impl Kernel {
                 ("max_experts", Int(k.gate().max_experts())),
                 ("warps", Int(k.warps())),
             ],
-            Kernel::Route(k) => Kernel::Gating(k.gate()).constants(),
+            Kernel::Route(k) => {
+                let gating = Kernel::Gating(k.gate()).constants();
+                let own = |(name, value)| (name, if name == "certain" { Int(k.certain()) } else { value });
+                gating.into_iter().map(own).collect()
+            }
             Kernel::GatingWide(k) => vec![
                 ("score", Text(k.score.name())),
                 ("values", Int(k.values)),
+                ("certain", Int(k.certain())),
                 ("max_experts", Int(k.gate().max_experts())),
                 ("warps", Int(k.gate().warps())),
             ],
             Kernel::MeasuredGating(k) => vec![
                 ("score", Text(k.gate().score_name())),
                 ("values", Int(k.values)),
+                ("certain", Int(k.certain())),
                 ("max_experts", Int(k.gate().max_experts())),
                 ("warps", Int(k.gate().warps())),
                 ("blocks_resident", Int(k.blocks_resident())),

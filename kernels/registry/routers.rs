@@ -199,6 +199,17 @@ impl Gate {
         32 * self.values
     }
 
+    /// Logits that each lane holds, whatever the number of experts: as few have a narrower kernel. Where nothing is asked ptxas loads more at once,
+    /// and takes so many registers that of 64 logits half as many warps are resident, and of 128 beside a dispatch some are spilled: there
+    /// nothing is taken for certain.
+    pub(super) fn certain(&self) -> u32 {
+        match (self.score, self.values, self.dispatch) {
+            (Some(_), 64, _) | (Some(_), 128, true) => 0,
+            (Some(_), values, _) => next_below(values, &Gate::VALUES),
+            (None, values, _) => next_below(values, &Gate::ANY_VALUES),
+        }
+    }
+
     /// Most experts whose slots are counted: those, and where the rule may append any, as many as a token has.
     pub const fn max_counted(&self) -> u32 {
         self.max_experts() + if self.score.is_none() { Gate::MAX_TOP_K } else { 0 }
@@ -256,6 +267,16 @@ impl Route {
     pub const fn gate(&self) -> Gate {
         Gate { score: self.score, values: self.values, dispatch: true }
     }
+
+    /// See [`Gate::certain`].
+    pub(super) fn certain(&self) -> u32 {
+        next_below(self.values, &Route::VALUES)
+    }
+}
+
+/// The largest of `all` below `values`, 0 if there is none.
+fn next_below(values: u32, all: &[u32]) -> u32 {
+    all.iter().copied().filter(|&other| other < values).max().unwrap_or(0)
 }
 
 /// Top-k gating of more than 32 experts a token.
@@ -278,6 +299,11 @@ impl WideGate {
     pub const fn gate(&self) -> Gate {
         Gate { score: Some(self.score), values: self.values, dispatch: false }
     }
+
+    /// See [`Gate::certain`]. More than 32 choices are among more than 32 experts.
+    pub(super) fn certain(&self) -> u32 {
+        next_below(self.values, &WideGate::VALUES).max(1)
+    }
 }
 
 /// Top-k gating that also measures the batch: balancing losses and router statistics from the same logits.
@@ -293,6 +319,11 @@ impl MeasuredGate {
     /// The gating of the same score and width that measures nothing.
     pub const fn gate(&self) -> Gate {
         Gate { score: self.score, values: self.values, dispatch: false }
+    }
+
+    /// See [`Gate::certain`].
+    pub(super) fn certain(&self) -> u32 {
+        if self.values == 128 { 0 } else { self.gate().certain() }
     }
 
     /// Blocks that a multiprocessor holds at once.

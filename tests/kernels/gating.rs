@@ -9,6 +9,7 @@ use moe_kernels::{In, reference};
 
 use crate::any_rule;
 use crate::dispatch::{Outputs, rule_of};
+use crate::registers;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Shares, assert_weights};
 use crate::support::device;
@@ -43,8 +44,10 @@ pub fn check_wide(variant: WideGate, rng: &mut fastrand::Rng) {
             case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, false);
         }
     }
+    registers::check(Kernel::GatingWide(variant), variant.score, [least, most], 64, rng);
     let warps = 8 * device::kernels().device().multiprocessors * variant.gate().warps();
     if variant.values == 8 {
+        registers::check_ahead(Kernel::GatingWide(variant), variant.score, [least + 1, most], 33, rng);
         let desc = GatingDesc::new(warps as usize + 5, 70, 35, Gating::new(variant.score));
         case(Kernel::GatingWide(variant), rng, &desc, Logits::Normal, variant.score != Score::TopkSoftmax);
     }
@@ -74,6 +77,12 @@ pub fn check(variant: Gate, rng: &mut fastrand::Rng) {
     for (experts, top_k, groups) in every_group_rule(score, most) {
         let desc = GatingDesc::new(23, experts, top_k, Gating::new(score).groups(Some(groups)));
         case(Kernel::Gating(variant), rng, &desc, Logits::Normal, false);
+    }
+    if variant.values >= 4 {
+        registers::check(Kernel::Gating(variant), score, [least, most], 32, rng);
+    }
+    if !variant.dispatch && variant.values == 16 {
+        registers::check_ahead(Kernel::Gating(variant), score, [least + 1, most], 4, rng);
     }
     // More tokens than there are warps, so that a warp has several: `dispatch` has them with few tokens already.
     if !variant.dispatch && variant.values <= 32 {
@@ -172,10 +181,26 @@ pub fn logits(rng: &mut fastrand::Rng, kind: Logits, len: usize) -> Vec<f32> {
         .collect()
 }
 
+/// What a case is about: its logits, and a bias.
+pub struct Batch {
+    name: String,
+    logits: Vec<f32>,
+    bias: Option<Vec<f32>>,
+    /// So many tokens in front are padding, and logits stay f32 if there are any; none: padding is drawn.
+    padding: Option<usize>,
+}
+
+impl Batch {
+    pub fn new(name: impl Into<String>, logits: Vec<f32>) -> Batch {
+        Batch { name: name.into(), logits, bias: None, padding: None }
+    }
+
+    pub fn behind_padding(self, padding: usize) -> Batch {
+        Batch { padding: Some(padding), ..self }
+    }
+}
+
 fn case(variant: Kernel, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logits, with_bias: bool) {
-    let dispatches = matches!(variant, Kernel::Gating(Gate { dispatch: true, .. }));
-    let kernels = device::kernels();
-    let stream = device::stream();
     let mut logits = logits(rng, kind, desc.tokens * desc.experts);
     // A token with nothing but NaN: what is no expert would come before its experts.
     if matches!(kind, Logits::NotFinite) && desc.tokens > 1 {
@@ -185,10 +210,30 @@ fn case(variant: Kernel, rng: &mut fastrand::Rng, desc: &GatingDesc, kind: Logit
         coarse(&mut logits);
     }
     let bias = with_bias.then(|| correction_bias(rng, desc.experts, &desc.gating));
-    let device_logits = LogitsOn::draw(&stream, rng, &mut logits);
-    let padding = Padding::draw(&stream, rng, desc.tokens);
-    let name = format!("{desc:?} {kind:?} bias={with_bias} {} {}", device_logits.name(), padding.name());
-    let want = reference::gating::gate(&logits, bias.as_deref(), desc.experts, desc.top_k, &desc.gating).unwrap();
+    case_of(variant, rng, desc, Batch { bias, ..Batch::new(format!("{kind:?}"), logits) });
+}
+
+/// Ids and weights against the reference, and what dispatch makes of them; the same again.
+pub fn case_of(variant: Kernel, rng: &mut fastrand::Rng, desc: &GatingDesc, batch: Batch) {
+    let dispatches = matches!(variant, Kernel::Gating(Gate { dispatch: true, .. }));
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let Batch { name, mut logits, bias, padding } = batch;
+    let in_front = padding.unwrap_or(0);
+    let device_logits = if in_front > 0 {
+        LogitsOn::F32(Guarded::input(&stream, "logits", &logits))
+    } else {
+        LogitsOn::draw(&stream, rng, &mut logits)
+    };
+    let padding = match padding {
+        None => Padding::draw(&stream, rng, desc.tokens),
+        Some(0) => Padding::none(desc.tokens),
+        Some(tokens) => Padding::in_front(&stream, tokens, desc.tokens),
+    };
+    let name = format!("{desc:?} {name} bias={} {} {}", bias.is_some(), device_logits.name(), padding.name());
+    let counting = &logits[in_front * desc.experts..];
+    let mut want = reference::gating::gate(counting, bias.as_deref(), desc.experts, desc.top_k, &desc.gating).unwrap();
+    want.ids.splice(..0, vec![-1; in_front * desc.top_k]);
+    want.weights.splice(..0, vec![0.0; in_front * desc.top_k]);
     let want = want.without_padding(&padding.valid);
 
     let bias = bias.map(|values| Guarded::input(&stream, "correction_bias", &values));

@@ -218,6 +218,10 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     if !variant.combines() {
         strides::check::<T>(variant, rng);
     }
+    let has_own_limits = matches!(variant.kernel, Kernel::Gemm(_) | Kernel::GemmSwapped(_));
+    if has_own_limits && variant.fold != Fold::Plain && variant.dtype != Dtype::F32 {
+        beside_limits::<T>(variant, rng);
+    }
     if matches!(variant.kernel, Kernel::Gemm(_)) && variant.fold == Fold::Plain {
         token_sums::check::<T>(variant, rng);
     }
@@ -235,6 +239,23 @@ fn parts<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
         let (gather, bias, scale, out_scale) = (n == 72, n == 136, k == 3072, k == 2000);
         let case = Case { k, n, glu, activation, by_expert: false, gather, bias, scale, out_scale };
         grouped::<T>(variant, rng, loads, &case);
+    }
+}
+
+/// Products within a few roundings of the limits of gate and up value, which lie between two numbers of 16 bits, nearer to the upper one or to the
+/// lower one: what is kept stays on its side.
+fn beside_limits<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
+    let step = unit_roundoff(variant.dtype);
+    let limit = |part: f64| Bound::Clamp((0.75 + part * step) as f32);
+    for [gate, up] in [[0.3, 0.3], [0.7, 0.7], [0.3, 0.7], [0.7, 0.3]] {
+        // With an offset of 1, both clamped alike have a loop of their own.
+        let activation = Activation::Swiglu(Swiglu::new().gate(limit(gate)).up(limit(up)).offset(1.0));
+        let (k, n, glu) = (8, 24, forms(variant.fold)[0]);
+        let case =
+            Case { k, n, glu, activation, by_expert: false, gather: false, bias: true, scale: false, out_scale: false };
+        let b = normals(rng, 2 * n * k, step * (k as f64).powf(-0.5));
+        let bias = (0..2 * n).map(|_| T::from_f64(if rng.bool() { 0.75 } else { -0.75 })).collect();
+        grouped_of::<T>(variant, rng, &[9], &case, Some(Values { b, bias: Some(bias) }));
     }
 }
 
@@ -278,6 +299,17 @@ impl Case {
 
 /// `loads[e]` rows for expert `e`, spread over the tokens at random.
 pub fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
+    grouped_of::<T>(variant, rng, loads, case, None);
+}
+
+/// The same of a weight of these values.
+fn grouped_of<T: Storage>(
+    variant: Variant,
+    rng: &mut fastrand::Rng,
+    loads: &[usize],
+    case: &Case,
+    values: Option<Values<T>>,
+) {
     let experts = loads.len();
     let tile_m = variant.tile_m;
     let mut ids: Vec<i32> =
@@ -288,7 +320,7 @@ pub fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[u
     let tokens = ids.len();
     let plan = dispatch(&ids, &rule(experts, 1, tile_m)).unwrap();
     let shape = SlotShape::new(tokens, experts, Some(1), tokens, tile_m, max_tiles(tokens, experts, tile_m));
-    run::<T>(variant, rng, &case.desc(variant, Rows::Grouped(shape)), case, &plan);
+    run::<T>(variant, rng, &case.desc(variant, Rows::Grouped(shape)), case, &plan, values);
 }
 
 /// One expert for all rows, in one of these numbers, the first for which the selection takes the variant.
@@ -297,7 +329,7 @@ pub fn dense<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: &[usiz
     let rows = rows.iter().copied().find(|&rows| variant.selected(&desc(rows)) == variant.kernel);
     let rows = rows.expect("some number of rows takes each variant");
     let plan = dispatch(&vec![0; rows], &rule(1, 1, variant.tile_m)).unwrap();
-    run::<T>(variant, rng, &desc(rows), case, &plan);
+    run::<T>(variant, rng, &desc(rows), case, &plan, None);
 }
 
 /// Gate and up of each expert, out of a tensor that has gate's outputs first.
@@ -308,7 +340,14 @@ pub fn apart<T: Storage>(both: &[T], layout: Layout, outputs: usize, k: usize) -
 }
 
 /// `plan` says which rows go to which expert; dense rows have one of a single expert.
-fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, case: &Case, plan: &Plan) {
+fn run<T: Storage>(
+    variant: Variant,
+    rng: &mut fastrand::Rng,
+    desc: &GemmDesc,
+    case: &Case,
+    plan: &Plan,
+    values: Option<Values<T>>,
+) {
     let kernels = device::kernels();
     let stream = device::stream();
     let Case { k, n, glu, activation, .. } = *case;
@@ -317,7 +356,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, desc: &GemmDesc, c
     let name = format!("{form} rows={rows} E={experts} {case:?}");
     let columns = if glu.is_gated() { 2 * n } else { n };
     let a: Vec<T> = normals(rng, a_rows * k, 1.0);
-    let values = Values::draw(rng, case, experts);
+    let values = values.unwrap_or_else(|| Values::draw(rng, case, experts));
     let scale: Option<Vec<f32>> = case.scale.then(|| normals(rng, rows, 1.0));
     let out_scale: Option<Vec<f32>> = case.out_scale.then(|| normals(rng, rows, 1.0));
     let by_expert = if case.by_expert { ByExpert::draw(rng, activation, experts) } else { ByExpert::none() };

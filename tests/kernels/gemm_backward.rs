@@ -162,6 +162,12 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
     // All rows in one expert; none at all.
     grouped::<T>(variant, rng, &[0, 2 * variant.tile_m + 3, 0], &case);
     grouped::<T>(variant, rng, &[0, 0], &case);
+    if matches!(variant.kernel, Kernel::GemmBackward(_)) {
+        // Few live rows in a tile: a main loop each, up to three quarters, a half and a quarter.
+        let bm = variant.tile_m;
+        let few = [bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1, bm - bm / 4, bm - bm / 4 + 1];
+        grouped::<T>(variant, rng, &few, &Case { k: 72, n: 24, ..case });
+    }
     if matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
         // Lists of half tiles too; rows by number, and in order.
         for (tile_m, gather) in [(variant.tile_m, true), (variant.tile_m / 2, false)] {

@@ -51,6 +51,7 @@ mod noisy_backward;
 mod permute;
 mod product_keys;
 mod product_keys_backward;
+mod registers;
 mod rms_norm;
 mod rms_norm_backward;
 mod route;

@@ -47,6 +47,15 @@ pub fn check(variant: Route, rng: &mut fastrand::Rng) {
             }
         }
     }
+    // As many groups of depth as a round takes, in every pair of types.
+    for types in 0..TYPES {
+        let score = variant.score.unwrap_or(Score::SqrtSoftplus);
+        let case = match variant.score {
+            None => Case::draw(rng, score, 2, least, 1, Logits::Normal),
+            Some(_) => Case::new(rng, Gating::new(score), [2, least, 1], Logits::Normal),
+        };
+        of_types(types, variant, rng, &case, 2048);
+    }
     // Groups of every kind, up to the last expert.
     if let Some(score) = variant.score {
         for (experts, top_k, groups) in every_group_rule(score, most) {

@@ -23,6 +23,13 @@ impl Padding {
         Padding { valid: vec![true; tokens], attention: None, padding: None, first: None }
     }
 
+    /// The first `padding` of the tokens, by a mask.
+    pub fn in_front(stream: &Arc<CudaStream>, padding: usize, tokens: usize) -> Padding {
+        let valid: Vec<bool> = (0..tokens).map(|token| token >= padding).collect();
+        let bytes: Vec<u8> = valid.iter().map(|&valid| u8::from(valid)).collect();
+        Padding { attention: Some(Guarded::input(stream, "mask", &bytes)), valid, ..Padding::none(0) }
+    }
+
     /// No padding in half of the cases.
     pub fn draw(stream: &Arc<CudaStream>, rng: &mut fastrand::Rng, tokens: usize) -> Padding {
         let mut drawn = Padding::none(tokens);

@@ -293,13 +293,14 @@ fn instructions_of_a_token() {
         launch(kernel, [1, 1, 1], 0, &args).warp_instructions.iter().sum::<u64>()
     };
     for (score, experts, top_k, most) in [
-        (Score::Softmax, 8, 2, 165),
-        (Score::Softmax, 64, 8, 356),
-        (Score::Softmax, 128, 8, 498),
-        (Score::Softmax, 512, 10, 1236),
-        (Score::TopkSoftmax, 32, 4, 168),
-        (Score::TopkSoftmax, 128, 4, 258),
-        (Score::Sigmoid, 128, 1, 150),
+        (Score::Softmax, 8, 2, 145),
+        (Score::Softmax, 64, 8, 332),
+        (Score::Softmax, 128, 8, 470),
+        (Score::Softmax, 512, 10, 1184),
+        (Score::Softmax, 4096, 4, 4828),
+        (Score::TopkSoftmax, 32, 4, 148),
+        (Score::TopkSoftmax, 128, 4, 230),
+        (Score::Sigmoid, 128, 1, 122),
     ] {
         let got = (all(score, experts, top_k, 80) - all(score, experts, top_k, 40)) / 40;
         println!("{score:?}, {top_k} of {experts}: {got}");

@@ -1,6 +1,7 @@
 //! Seeded inputs. Every case draws from its own generator, so that one case reproduces alone.
 
 use super::compare::Storage;
+#[allow(unused_imports)] // a bench takes neither from here
 pub use super::seed::{generator, run_seed};
 
 /// One standard normal value (Box-Muller).
