@@ -8,7 +8,7 @@ use crate::runtime::launch::{Address, Scope};
 use crate::runtime::params::{GemmBackwardHopperMore, GemmBackwardHopperParams, GemmBackwardParams};
 use crate::{DeviceInfo, Error, Selection};
 
-/// The kernel, which takes a shared expert of the others' sizes alone, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by [`crate::experts::cost`].
+/// The kernel, which takes a shared expert of the others' sizes and packed rows alone and adds to nothing, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by [`crate::experts::cost`].
 pub(super) fn select(
     desc: &GemmBackwardDesc,
     other: &Selection,
@@ -18,7 +18,8 @@ pub(super) fn select(
     let found = product
         .vector_layout()
         .and_then(|layout| hopper::candidate(&product, layout, device))
-        .filter(|_| device.shared_bytes_per_block >= GemmHopper::BACKWARD_SHARED_BYTES);
+        .filter(|_| device.shared_bytes_per_block >= GemmHopper::BACKWARD_SHARED_BYTES)
+        .filter(|_| desc.a_rows_apart.is_none() && !desc.accumulate);
     let is_ahead = |gemm: GemmHopper| match other.kernel.variant() {
         Kernel::Gemm(sm80) => Candidate::Hopper(gemm).is_ahead_of(Candidate::sm80(&sm80), &product, device),
         _ => false,
