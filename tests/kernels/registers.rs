@@ -22,9 +22,11 @@ pub fn check(kernel: Kernel, score: Score, [least, most]: [usize; 2], top_k: usi
     let logits = one_lane(rng, &plain);
     case_of(kernel, rng, &plain, Batch::new("one lane", logits).behind_padding(0));
     for (experts, count) in ends(least, most) {
-        let grouped = desc(8, experts, Some(Groups::new(count, count / 2).score(GroupScore::TOP_TWO)));
-        let logits = edges(rng, &grouped, count);
-        case_of(kernel, rng, &grouped, Batch::new("edges", logits).behind_padding(0));
+        for (tokens, by) in [(8, GroupScore::TOP_TWO), (2, GroupScore::Max)] {
+            let grouped = desc(tokens, experts, Some(Groups::new(count, count / 2).score(by)));
+            let logits = edges(rng, &grouped, count);
+            case_of(kernel, rng, &grouped, Batch::new("edges", logits).behind_padding(0));
+        }
     }
     let count = (most / 32).clamp(4, 32);
     let grouped = desc(16, most, Some(Groups::new(count, count / 2).score(GroupScore::TopSum(3))));
