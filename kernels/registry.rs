@@ -22,7 +22,7 @@ pub use experts::{
 };
 pub use routers::{
     AFFINITY_TOKENS, Gate, LOAD_IMPORTANCE_TOKENS, MAX_PRODUCT_KEYS, MeasuredGate, Noisy, Route, Router,
-    RouterBackward, RouterShape, Sinkhorn, Spread, WideGate,
+    RouterBackward, RouterBackwardBoth, RouterShape, Sinkhorn, Spread, WideGate,
 };
 pub use tiles::{Arch, BLOCK_WARPS, Tile};
 
@@ -165,6 +165,8 @@ pub enum Kernel {
     CombineBackward(Combine),
     /// Back through the router's product.
     RouterBackward(RouterBackward),
+    /// Both gradients of a router product.
+    RouterBackwardBoth(RouterBackwardBoth),
     /// Rows divided by their root mean square.
     RmsNorm(Dtype),
     /// Back through that.
@@ -272,6 +274,7 @@ impl Kernel {
             Kernel::GradientScale => "gradient_scale".into(),
             Kernel::CombineBackward(k) => format!("combine_backward_{}{}", k.dtype, any_width(k.any)),
             Kernel::RouterBackward(k) => format!("router_backward_{}_{}", k.b, k.out),
+            Kernel::RouterBackwardBoth(k) => format!("router_backward_both_{}_{}", k.x, k.weight),
             Kernel::RmsNorm(dtype) => format!("rms_norm_{dtype}"),
             Kernel::RmsNormBackward(dtype) => format!("rms_norm_backward_{dtype}"),
             Kernel::ColumnProducts(dtype) => format!("column_products_{dtype}"),
@@ -353,6 +356,7 @@ impl Kernel {
             Kernel::GradientScale => "GradientScale",
             Kernel::CombineBackward(_) => "CombineBackward",
             Kernel::RouterBackward(_) => "RouterBackward",
+            Kernel::RouterBackwardBoth(_) => "RouterBackwardBoth",
             Kernel::RmsNorm(_) => "RmsNorm",
             Kernel::RmsNormBackward(_) => "RmsNormBackward",
             Kernel::ColumnProducts(_) => "ColumnProducts",
@@ -423,7 +427,8 @@ impl Kernel {
             | Kernel::GradientNorm
             | Kernel::GradientScale
             | Kernel::CombineBackward(_)
-            | Kernel::RouterBackward(_) => BLOCK_WARPS * 32,
+            | Kernel::RouterBackward(_)
+            | Kernel::RouterBackwardBoth(_) => BLOCK_WARPS * 32,
             Kernel::NoiseState => 32,
             Kernel::ChoiceBackward(_) | Kernel::SigmoidGate | Kernel::AdmissionBackward => BLOCK_WARPS * 32,
             Kernel::RmsNorm(_) | Kernel::RmsNormBackward(_) => RMS_NORM_THREADS,
@@ -519,6 +524,7 @@ impl Kernel {
             Kernel::GradientNorm | Kernel::GradientScale => "experts/gradient_norm.ptx.jinja",
             Kernel::CombineBackward(_) => "experts/combine_backward.ptx.jinja",
             Kernel::RouterBackward(_) => "routers/router_backward.ptx.jinja",
+            Kernel::RouterBackwardBoth(_) => "routers/router_backward_both.ptx.jinja",
             Kernel::RmsNorm(_) => "experts/rms_norm.ptx.jinja",
             Kernel::RmsNormBackward(_) => "experts/rms_norm_backward.ptx.jinja",
             Kernel::ColumnProducts(_) => "experts/column_products.ptx.jinja",
@@ -706,6 +712,13 @@ impl Kernel {
                 ("bn", Int(RouterBackward::COLUMNS)),
                 ("depth", Int(RouterBackward::DEPTH)),
             ],
+            Kernel::RouterBackwardBoth(k) => vec![
+                ("x_dtype", Text(k.x.name())),
+                ("w_dtype", Text(k.weight.name())),
+                ("bm", Int(RouterBackward::ROWS)),
+                ("bn", Int(RouterBackward::COLUMNS)),
+                ("depth", Int(RouterBackward::DEPTH)),
+            ],
             Kernel::ProductKeys => vec![("warps", Int(BLOCK_WARPS)), ("max_keys", Int(MAX_PRODUCT_KEYS))],
             Kernel::UnitExperts(dtype) | Kernel::UnitExpertsBackward(dtype) => {
                 vec![("dtype", Text(dtype.name())), ("warps", Int(BLOCK_WARPS))]
@@ -848,6 +861,8 @@ pub fn all() -> Vec<Kernel> {
         // Into the weight f32; into x its type, which is that of the weight unless that is f32.
         let outs = Dtype::ALL.into_iter().filter(|&out| b == Dtype::F32 || out == b || out == Dtype::F32);
         kernels.extend(outs.map(|out| Kernel::RouterBackward(RouterBackward { b, out })));
+        let weights = Dtype::ALL.into_iter().filter(|&weight| weight == b || weight == Dtype::F32);
+        kernels.extend(weights.map(|weight| Kernel::RouterBackwardBoth(RouterBackwardBoth { x: b, weight })));
     }
     for ids_bytes in IDS_BYTES {
         kernels.extend([Kernel::ExpertCounts { ids_bytes }, Kernel::IdsToMap { ids_bytes }]);

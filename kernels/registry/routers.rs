@@ -39,6 +39,22 @@ impl RouterBackward {
     }
 }
 
+/// Both gradients of a router product in one launch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RouterBackwardBoth {
+    /// Type of x and of its gradient.
+    pub x: Dtype,
+    /// Type of the router's weight: that of x, or f32.
+    pub weight: Dtype,
+}
+
+impl RouterBackwardBoth {
+    /// Blocks that a multiprocessor holds at once.
+    pub const fn resident_blocks(&self) -> u32 {
+        if matches!((self.x, self.weight), (Dtype::F32, _) | (_, Dtype::F32)) { 1 } else { 2 }
+    }
+}
+
 /// How a router's work is cut into blocks, and by which unit its products are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RouterShape {

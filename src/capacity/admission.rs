@@ -5,6 +5,7 @@
 //!
 //! - token by token (Fedus et al., *Switch Transformers*, 2021), or all first choices before all second ones (Lepikhin et
 //!   al., *GShard*, 2020, algorithm 1; Du et al., *GLaM*, 2021);
+//! - groups of tokens that follow each other (`[B, S]`), or whose tokens alternate (`[S, B]`: Megatron-LM's order);
 //! - tokens as they come, or the most confident first (batch-prioritised: Riquelme et al., *V-MoE*, 2021, section 4.1).
 //!
 //! A choice that finds its expert full is dropped, or, with more candidates than `top_k`, passed on to the token's next one
@@ -40,7 +41,7 @@ use std::sync::Arc;
 use cudarc::driver::CudaStream;
 
 use crate::registry::{Admission, Kernel};
-use crate::rules::{AdmissionRule, NoiseSource, Order, Renormalise, SecondExpert};
+use crate::rules::{AdmissionRule, NoiseSource, Order, Renormalise, SecondExpert, Sequences};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::AdmissionParams;
@@ -130,6 +131,10 @@ impl AdmissionDesc {
         }
         shape::positive(OPERATION, "capacity", rule.capacity)?;
         shape::positive(OPERATION, "tokens_per_group", rule.tokens_per_group)?;
+        if rule.groups == Sequences::Alternating && !self.tokens.is_multiple_of(rule.tokens_per_group) {
+            let expected = format!("a divisor of the number of tokens, {}, where groups alternate", self.tokens);
+            return Err(Error::invalid(OPERATION, "tokens_per_group", expected, rule.tokens_per_group));
+        }
         match rule.renormalise {
             Some(Renormalise::Plus(epsilon) | Renormalise::AtLeast(epsilon)) if epsilon < 0.0 || epsilon.is_nan() => {
                 return Err(Error::invalid(OPERATION, "renormalise", "an epsilon of at least 0", epsilon));
@@ -185,15 +190,7 @@ const PRIORITISED: u32 = 2;
 const POLICY: u32 = 4;
 const RANDOM: u32 = 8;
 const RENORMALISED: u32 = 16;
-
-/// What is got is divided by `max(sum + plus, least)`: both, where it is divided.
-pub(super) fn divisor(rule: &AdmissionRule) -> (f32, f32) {
-    match rule.renormalise {
-        Some(Renormalise::AtLeast(least)) => (0.0, least),
-        Some(Renormalise::Plus(plus)) => (plus, f32::NEG_INFINITY),
-        _ => (0.0, 0.0),
-    }
-}
+const ALTERNATES: u32 = 32;
 
 /// Grants choices.
 ///
@@ -250,9 +247,12 @@ pub fn forward(
             (threshold, noise)
         }
     };
-    let (plus, least) = divisor(rule);
+    let (plus, least) = rule.divisor();
     if rule.renormalise.is_some() {
         flags |= RENORMALISED;
+    }
+    if rule.groups == Sequences::Alternating {
+        flags |= ALTERNATES;
     }
     let [seed_lo, seed_hi, offset_lo, offset_hi] = noise.words_of_source();
     scope.launch(
@@ -295,6 +295,7 @@ mod tests {
             top_k: 2,
             capacity: 4,
             tokens_per_group: 16,
+            groups: Sequences::Following,
             order: Order::ByChoice,
             prioritised: false,
             second: SecondExpert::Above(0.5),
@@ -321,6 +322,7 @@ mod tests {
         assert_eq!(fault(|d| d.rule.top_k = 1), "top_k");
         assert_eq!(fault(|d| d.rule.capacity = 0), "capacity");
         assert_eq!(fault(|d| d.rule.tokens_per_group = 0), "tokens_per_group");
+        assert_eq!(fault(|d| d.rule.groups = Sequences::Alternating), "tokens_per_group");
         assert_eq!(fault(|d| d.rule.second = SecondExpert::Above(f32::NAN)), "second.threshold");
         assert_eq!(fault(|d| d.tokens = 1 << 30), "ids");
         assert_eq!(fault(|d| d.rule.renormalise = Some(Renormalise::PNorm(2.0))), "renormalise");

@@ -28,7 +28,7 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::admission::{AdmissionDesc, divisor};
+use super::admission::AdmissionDesc;
 use crate::experts::dispatched::Dispatched;
 use crate::registry::{BLOCK_WARPS, Kernel};
 use crate::runtime::builder::buffers;
@@ -135,7 +135,7 @@ pub fn forward(
     let d_admitted = scope.read("d_admitted", args.d_admitted, gradients, SCALAR)?;
     let lists = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
     let d_weights = scope.write("d_weights", args.d_weights, choices, SCALAR)?;
-    let (plus, least) = divisor(rule);
+    let (plus, least) = rule.divisor();
     scope.launch(
         &selection,
         AdmissionBackwardParams {
@@ -148,7 +148,7 @@ pub fn forward(
             tokens: desc.tokens as u32,
             candidates: rule.candidates as u32,
             top_k: rule.top_k as u32,
-            flags: u32::from(rule.renormalise.is_some()),
+            renormalises: u32::from(rule.renormalise.is_some()),
             renormalise_plus: plus,
             renormalise_least: least,
         },

@@ -2,7 +2,9 @@
 //!
 //! With `y[t] = sum_j weights[t,j] v_j`, the gradient of a weight is `<dy[t], v_j>`: of a choice with a row its `d_slot_weight`
 //! ([`crate::experts::activation_backward::ActivationBackwardArgs::d_slot_weight`]), of an expert whose output is its input `<dy[t], x[t]>`, of any other choice 0.
-//! [`crate::routers::gating_backward`] takes gradients by row too; by choice they are for whoever made the choices, and where there are identities.
+//! Where an admission passed choices on or divided their weights they go back through that too ([`crate::capacity::admission_backward`]), in the same launch.
+//!
+//! [`crate::routers::gating_backward`] does all that itself where the choices are a gating's; this is for whoever else made them.
 
 use std::sync::Arc;
 
@@ -10,7 +12,8 @@ use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, SlotShape};
 use crate::registry::{BLOCK_WARPS, Kernel};
-use crate::rules::Dtype;
+use crate::rules::{AdmissionRule, Dtype};
+use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::ChoiceBackwardParams;
 use crate::runtime::shape;
@@ -19,7 +22,7 @@ use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection};
 const OPERATION: &str = "choice_backward";
 
 /// Shapes of the choices' way back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ChoiceBackwardDesc {
     /// Type of `x` and `dy`.
@@ -28,12 +31,14 @@ pub struct ChoiceBackwardDesc {
     pub rows: SlotShape,
     /// Hidden size `H`.
     pub hidden: usize,
+    /// Factor of what identities yield: that of the sum over the experts.
+    pub identity_scale: f32,
 }
 
 impl ChoiceBackwardDesc {
     /// Of a dispatch's choices.
     pub const fn new(dtype: Dtype, rows: SlotShape, hidden: usize) -> ChoiceBackwardDesc {
-        ChoiceBackwardDesc { dtype, rows, hidden }
+        ChoiceBackwardDesc { dtype, rows, hidden, identity_scale: 1.0 }
     }
 
     /// Checks all that can be checked without buffers.
@@ -50,9 +55,14 @@ impl ChoiceBackwardDesc {
             }
         }
         shape::positive(OPERATION, "hidden", self.hidden)?;
+        if !self.identity_scale.is_finite() {
+            return Err(Error::invalid(OPERATION, "identity_scale", "a finite number", self.identity_scale));
+        }
         shape::product(OPERATION, "x", &[self.rows.tokens, self.hidden]).map(drop)
     }
 }
+
+settings!(ChoiceBackwardDesc { identity_scale: f32 });
 
 /// Buffers of the choices' way back.
 #[non_exhaustive]
@@ -63,7 +73,11 @@ pub struct ChoiceBackwardArgs<'a, T> {
     pub dispatched: &'a Dispatched,
     /// Experts whose output is their input.
     pub identities: Option<Identities<'a, T>>,
-    /// `[T, k]`, written.
+    /// `[T, K]`: the candidates, exactly with `admitted`.
+    pub candidates: Option<In<'a, i32>>,
+    /// What an admission made of the candidates; it is what the dispatch went by.
+    pub admitted: Option<Admitted<'a>>,
+    /// `[T, k]`, with an admission `[T, K]`, written.
     pub d_weights: Out<'a, f32>,
 }
 
@@ -75,7 +89,7 @@ impl<'a, T> ChoiceBackwardArgs<'a, T> {
         d_weights: impl Into<Out<'a, f32>>,
     ) -> ChoiceBackwardArgs<'a, T> {
         let (d_slot_weight, d_weights) = (d_slot_weight.into(), d_weights.into());
-        ChoiceBackwardArgs { d_slot_weight, dispatched, identities: None, d_weights }
+        ChoiceBackwardArgs { d_slot_weight, dispatched, identities: None, candidates: None, admitted: None, d_weights }
     }
 
     /// With experts whose output is their input.
@@ -83,13 +97,66 @@ impl<'a, T> ChoiceBackwardArgs<'a, T> {
     pub fn identities(self, identities: Identities<'a, T>) -> ChoiceBackwardArgs<'a, T> {
         ChoiceBackwardArgs { identities: Some(identities), ..self }
     }
+
+    /// Back to the weights of `candidates`, of which an admission made `admitted`.
+    #[must_use]
+    pub fn admitted(self, candidates: impl Into<In<'a, i32>>, admitted: Admitted<'a>) -> ChoiceBackwardArgs<'a, T> {
+        ChoiceBackwardArgs { candidates: Some(candidates.into()), admitted: Some(admitted), ..self }
+    }
 }
+
+/// What an admission made of a token's candidates.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct Admitted<'a> {
+    /// `[T, n]`: what the tokens got.
+    pub ids: In<'a, i32>,
+    /// `[T, K]`: the candidates' weights, exactly where the rule divides by what is left of them.
+    pub weights: Option<In<'a, f32>>,
+    /// The rule, of `K` candidates, at most 32.
+    pub rule: AdmissionRule,
+}
+
+impl<'a> Admitted<'a> {
+    /// `ids`, by `rule`.
+    pub fn new(ids: impl Into<In<'a, i32>>, rule: AdmissionRule) -> Admitted<'a> {
+        Admitted { ids: ids.into(), weights: None, rule }
+    }
+
+    /// Checks weights and shape against the rule, of a dispatch of `top_k` choices a token.
+    pub(crate) fn check(&self, operation: &'static str, top_k: Option<usize>) -> Result<(), Error> {
+        let (argument, rule) = ("admitted.weights", &self.rule);
+        match (rule.renormalise.is_some(), self.weights.is_some()) {
+            (true, false) => {
+                return Err(Error::Missing { operation, argument, reason: "the rule divides by their sum" });
+            }
+            (false, true) => {
+                return Err(Error::Unexpected { operation, argument, reason: "the rule leaves weights as they are" });
+            }
+            _ => {}
+        }
+        if !(1..=MAX_CANDIDATES).contains(&rule.candidates) {
+            let supported = format!("1 to {MAX_CANDIDATES} candidates");
+            return Err(Error::unsupported(operation, "admitted.rule", supported, rule.candidates));
+        }
+        if top_k != Some(rule.top_k) || rule.top_k > rule.candidates {
+            let expected = format!("one that gives each token {top_k:?} of its {} candidates", rule.candidates);
+            return Err(Error::invalid(operation, "admitted.rule", expected, rule.top_k));
+        }
+        Ok(())
+    }
+}
+
+/// Most candidates of a token: a lane has one.
+const MAX_CANDIDATES: usize = 32;
+
+buffers!(Admitted<'a> { weights: In<f32> });
 
 /// Choices of experts whose output is their input; those that have a row are none.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Identities<'a, T> {
-    /// `[T, k]`: ids as the router knows them.
+    /// `[T, k]`: ids as the router knows them. Where an admission says what tokens got, those are read in their place.
     pub ids: In<'a, i32>,
     /// Which of them are an identity, where there is no map; at most `i32::MAX`.
     pub experts: (u32, u32),
@@ -161,6 +228,19 @@ pub fn forward<T: Element>(
         let got = format!("{first}..{last}");
         return Err(Error::invalid(OPERATION, "identities.experts", "a range of numbers of experts", got));
     }
+    match (args.candidates.is_some(), &args.admitted) {
+        (true, None) => {
+            let reason = "nothing says what an admission made of them";
+            return Err(Error::Unexpected { operation: OPERATION, argument: "candidates", reason });
+        }
+        (false, Some(_)) => {
+            let reason = "an admission chose among them";
+            return Err(Error::Missing { operation: OPERATION, argument: "candidates", reason });
+        }
+        (_, Some(admitted)) => admitted.check(OPERATION, rows.top_k)?,
+        (false, None) => {}
+    }
+    let rule = args.admitted.as_ref().map(|admitted| admitted.rule);
     let (map, columns) = args.identities.as_ref().and_then(|identities| identities.map).unzip();
     let columns = columns.map_or(Ok(1), |columns| shape::positive(OPERATION, "identities.map", columns))?;
     if rows.tokens == 0 {
@@ -171,29 +251,42 @@ pub fn forward<T: Element>(
     let (elements, element) = (rows.tokens * desc.hidden, desc.dtype.bytes().into());
     let ids = args.identities.as_ref().map(|identities| identities.ids);
     let ids = scope.read_some("identities.ids", ids, choices, SCALAR)?;
+    let admitted = scope.read_some("admitted.ids", args.admitted.map(|admitted| admitted.ids), choices, SCALAR)?;
+    let given = rows.tokens * rule.map_or(0, |rule| rule.candidates);
+    let candidates = scope.read_some("candidates", args.candidates, given, SCALAR)?;
+    let weights = args.admitted.and_then(|admitted| admitted.weights);
+    let weights = scope.read_some("admitted.weights", weights, given, SCALAR)?;
     let experts = map.map_or(0, |map| map.len() / columns as usize);
     let map = scope.read_some("identities.map", map, experts * columns as usize, SCALAR)?;
     let (x, dy) = args.identities.as_ref().map(|identities| (identities.x, identities.dy)).unzip();
     let x = scope.read_some("identities.x", x, elements, element)?;
     let dy = scope.read_some("identities.dy", dy, elements, element)?;
-    let d_weights = scope.write("d_weights", args.d_weights, choices, SCALAR)?;
+    let d_weights = scope.write("d_weights", args.d_weights, rule.map_or(choices, |_| given), SCALAR)?;
+    let (renormalise_plus, renormalise_least) = rule.map_or((0.0, 0.0), |rule| rule.divisor());
     scope.launch(
         &selection,
         ChoiceBackwardParams {
             d_slot_weight: d_slot_weight.address().into(),
             token_slot: lists.addresses().token_slot.into(),
-            ids: optional(&ids).into(),
+            place_ids: optional(&admitted).or(optional(&ids)).into(),
             map: optional(&map).into(),
             x: optional(&x).into(),
             dy: optional(&dy).into(),
+            ids: optional(&candidates).into(),
+            weights: optional(&weights).into(),
             d_weights: d_weights.address().into(),
             tokens: rows.tokens as u32,
-            top_k: rows.top_k.unwrap_or(1) as u32,
+            places: rows.top_k.unwrap_or(1) as u32,
+            candidates: rule.map_or(0, |rule| rule.candidates) as u32,
             hidden: desc.hidden as u32,
-            experts: experts.min(i32::MAX as usize) as u32,
+            map_experts: experts.min(i32::MAX as usize) as u32,
             map_columns: columns,
             first_identity: first,
             last_identity: last,
+            identity_scale: desc.identity_scale,
+            renormalises: u32::from(rule.is_some_and(|rule| rule.renormalise.is_some())),
+            renormalise_plus,
+            renormalise_least,
         },
     )
 }

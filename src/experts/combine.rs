@@ -1,6 +1,6 @@
 //! Combine: each token's sum of its experts' outputs.
 //!
-//! `y[t] = residual[t] + bias + addend_scale * gate[t] * addend[t] + scale * (identity_weight[t] * identity[t] + sum of w * y_slots[s])` over the
+//! `y[t] = residual[t] + bias + addend_scale * gate[t] * addend[t] + scale * (identity_scale * identity_weight[t] * identity[t] + sum of w * y_slots[s])` over the
 //! token's rows `s`, added in that order in f32 and rounded once: the same input gives the same bits. `gate[t]` is 1, or the sigmoid of a
 //! logit. A skipped or dropped slot adds nothing.
 //!
@@ -38,6 +38,8 @@ pub struct CombineDesc {
     pub scale: f32,
     /// Factor of `addend`, beside its gate; 1 in most models. Both 1/2 make a mean of experts and shared expert (Cohere 2).
     pub addend_scale: f32,
+    /// Factor of identities beside `scale`, where the rows have been multiplied by theirs: on the way back of a sum with a factor. 1 else.
+    pub identity_scale: f32,
     /// Whether the second product has added up each token's rows ([`crate::experts::gemm::Output::TokenSums`]): [`CombineArgs::of_sums`].
     pub sums: bool,
 }
@@ -45,7 +47,7 @@ pub struct CombineDesc {
 impl CombineDesc {
     /// The sums of a dispatch's rows of `hidden` elements of type `dtype`.
     pub const fn new(dtype: Dtype, rows: SlotShape, hidden: usize) -> CombineDesc {
-        CombineDesc { dtype, rows, hidden, scale: 1.0, addend_scale: 1.0, sums: false }
+        CombineDesc { dtype, rows, hidden, scale: 1.0, addend_scale: 1.0, identity_scale: 1.0, sums: false }
     }
 
     /// Checks all that can be checked without buffers.
@@ -59,7 +61,9 @@ impl CombineDesc {
     fn check(&self, operation: &'static str) -> Result<(), Error> {
         self.rows.validate(operation)?;
         shape::positive(operation, "hidden", self.hidden)?;
-        for (argument, factor) in [("scale", self.scale), ("addend_scale", self.addend_scale)] {
+        let factors =
+            [("scale", self.scale), ("addend_scale", self.addend_scale), ("identity_scale", self.identity_scale)];
+        for (argument, factor) in factors {
             if !factor.is_finite() {
                 return Err(Error::invalid(operation, argument, "a finite number", factor));
             }
@@ -70,7 +74,7 @@ impl CombineDesc {
     }
 }
 
-settings!(CombineDesc { scale: f32, addend_scale: f32, sums: bool });
+settings!(CombineDesc { scale: f32, addend_scale: f32, identity_scale: f32, sums: bool });
 
 /// Buffers of a combine.
 #[non_exhaustive]
@@ -391,6 +395,7 @@ pub(crate) fn enqueue(
             identity: at.identity.map(|identity| identity.x).into(),
             identity_weight: at.identity.map(|identity| identity.weight).into(),
             identity_ids: identity_ids.into(),
+            identity_scale: desc.identity_scale,
             first_identity,
             last_identity,
             tokens,

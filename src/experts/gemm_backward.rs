@@ -40,8 +40,8 @@ use cudarc::driver::CudaStream;
 use super::activation_backward::{Numbered, columns_of};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm::{
-    BAND, ByExpertAddresses, GemmDesc, KernelSet, Rows, SharedDepth, SwigluByExpert, check_activation, check_dropout,
-    select_among,
+    BAND, ByExpertAddresses, GemmDesc, KernelSet, Rows, SharedDepth, Strides, SwigluByExpert, check_activation,
+    check_dropout, select_among,
 };
 use crate::registry::{GemmHopper, Kernel};
 use crate::rules::{
@@ -93,6 +93,11 @@ pub struct GemmBackwardDesc {
     pub gate: bool,
     /// [`gate`](Self::gate) of a shared expert's rows.
     pub shared_gate: bool,
+    /// From a row of `a` to the next in elements, where that is not `k`; of a shared expert's [`SharedRowsBackward::a`] the second.
+    pub a_rows_apart: Option<[usize; 2]>,
+    /// Adds `d_pre_activation` and `d_slot_weight` to what their buffers hold, in f32 and once: of [`Activation::Identity`] without a gate, where the weight has
+    /// two tensors and each a launch.
+    pub accumulate: bool,
     /// Buffers may begin on any element. Else they begin on 16 bytes if `n` and `k` are multiples of 8.
     pub unaligned: bool,
     /// Which kernels may compute it. None is made for few rows.
@@ -119,6 +124,8 @@ impl GemmBackwardDesc {
             shared_scale: 1.0,
             gate: false,
             shared_gate: false,
+            a_rows_apart: None,
+            accumulate: false,
             unaligned: false,
             kernels: KernelSet::Fastest,
         }
@@ -145,6 +152,12 @@ impl GemmBackwardDesc {
         self.product().a_rows()
     }
 
+    /// Elements that so many rows of `a` reach over, or of a shared expert's.
+    fn a_extent(&self, rows: usize, k: usize, which: usize) -> usize {
+        let apart = self.a_rows_apart.map_or(k, |apart| apart[which]);
+        shape::reach(&[(rows, apart), (k, 1)])
+    }
+
     /// Rows of `pre_activation`.
     fn pre_activation_rows(&self) -> usize {
         match self.rows {
@@ -159,11 +172,14 @@ impl GemmBackwardDesc {
             Layout::Nk => Layout::Kn,
             Layout::Kn => Layout::Nk,
         };
-        GemmDesc::new(self.dtype, self.rows, self.n, self.k)
-            .gather(self.gather)
-            .weight(WeightDesc { format: self.weight.format, layout, glu: Glu::None })
+        let weight = WeightDesc { format: self.weight.format, layout, glu: Glu::None };
+        let product = GemmDesc::new(self.dtype, self.rows, self.n, self.k).gather(self.gather).weight(weight);
+        let apart = self.a_rows_apart;
+        let depth = self.shared_sizes.map(|[_, k]| k).or(apart.map(|_| self.k)).filter(|_| self.shared_rows > 0);
+        product
+            .strides(apart.map(|[row, _]| Strides::packed(&product).a(row, 1)))
             .shared_rows(self.shared_rows)
-            .shared_depth(self.shared_sizes.map(|[_, k]| SharedDepth::new(k)))
+            .shared_depth(depth.map(|k| apart.map_or(SharedDepth::new(k), |[_, row]| SharedDepth::new(k).a_row(row))))
             .unaligned(self.unaligned || self.shared_sizes.is_some_and(|[n, _]| !n.is_multiple_of(8)))
             .kernels(KernelSet::Sm80)
     }
@@ -177,6 +193,17 @@ impl GemmBackwardDesc {
         self.product().check(operation)?;
         if self.weight.glu == Glu::Apart {
             return Err(Error::unsupported(operation, "weight.glu", "one tensor", "Glu::Apart"));
+        }
+        if self.accumulate && (self.glu.is_gated() || self.activation != Activation::Identity || self.gate) {
+            let expected = "false, but of Activation::Identity without a gate";
+            return Err(Error::unsupported(operation, "accumulate", expected, true));
+        }
+        if let Some([row, shared_row]) = self.a_rows_apart {
+            let ([_, k], _) = self.shared();
+            if row < self.k || shared_row < k {
+                let expected = format!("at least {} and {k}", self.k);
+                return Err(Error::invalid(operation, "a_rows_apart", expected, format!("{row} and {shared_row}")));
+            }
         }
         if self.gather_pre_activation && matches!(self.rows, Rows::Dense(_)) {
             return Err(Error::invalid(operation, "gather_pre_activation", "false for dense rows", true));
@@ -225,6 +252,8 @@ settings!(GemmBackwardDesc {
     shared_scale: f32,
     gate: bool,
     shared_gate: bool,
+    a_rows_apart: Option<[usize; 2]>,
+    accumulate: bool,
     unaligned: bool,
     kernels: KernelSet,
 });
@@ -502,7 +531,7 @@ pub fn forward<T: Element>(
     let alignment = if any { element } else { VECTOR };
     let (rows, experts, columns) = (desc.rows.count(), desc.rows.experts(), desc.columns());
     let &GemmBackwardDesc { n, k, .. } = desc;
-    let a = scope.read("a", args.a, desc.a_rows() * k, alignment)?;
+    let a = scope.read("a", args.a, desc.a_extent(desc.a_rows(), k, 0), alignment)?;
     let WeightFormat::Plain(format) = desc.weight.format;
     let weight = scope.read_tensor("weight", args.weight, format, experts * k * n, alignment)?;
     let dispatched = args.dispatched.map(|dispatched| dispatched.read(&scope)).transpose()?;
@@ -583,7 +612,7 @@ impl<'a, T> SharedRowsBackward<'a, T> {
         let (rows, ([n, k], columns)) = (desc.shared_rows, desc.shared());
         let WeightFormat::Plain(format) = desc.weight.format;
         Ok(HeldSharedBackward {
-            a: scope.read("shared.a", self.a, rows * k, alignment)?,
+            a: scope.read("shared.a", self.a, desc.a_extent(rows, k, 1), alignment)?,
             weight: scope.read_tensor("shared.weight", self.weight, format, k * n, alignment)?,
             pre_activation: scope.read("shared.pre_activation", self.pre_activation, rows * columns, alignment)?,
             row_weight: scope.read_some("shared.row_weight", self.row_weight, rows, SCALAR)?,
@@ -704,7 +733,7 @@ pub(crate) fn enqueue(
         shared_rows: desc.shared_rows as u32,
         shared_n: shared_n as u32,
         shared_k: shared_k as u32,
-        shared_a_row: shared_k as u32,
+        shared_a_row: desc.a_rows_apart.map_or(shared_k, |[_, row]| row) as u32,
         shared_b_output: shared_output as u32,
         shared_b_depth: shared_depth as u32,
         shared_gate_first,
@@ -718,7 +747,7 @@ pub(crate) fn enqueue(
             Rows::Dense(_) => 1,
             Rows::Grouped(shape) => shape.tile_m as u32,
         },
-        a_row: desc.k as u32,
+        a_row: desc.a_rows_apart.map_or(desc.k, |[row, _]| row) as u32,
         a_depth: 1,
         b_expert_lo: expert as u64 as u32,
         b_expert_hi: (expert as u64 >> 32) as u32,
@@ -752,6 +781,7 @@ pub(crate) fn enqueue(
         seed_hi,
         offset_lo,
         offset_hi,
+        accumulate: u32::from(desc.accumulate),
     };
     match selection.kernel.variant() {
         Kernel::GemmBackwardHopper(gemm) => scope.launch(
@@ -800,6 +830,8 @@ mod tests {
             "activation"
         );
         assert_eq!(fault(desc().scale(f32::NAN)), "scale");
+        assert_eq!(fault(desc().accumulate(true)), "accumulate");
+        assert_eq!(fault(desc().a_rows_apart(Some([71, 72]))), "a_rows_apart");
         assert_eq!(fault(desc().shared_scale(f32::INFINITY)), "shared_scale");
         assert_eq!(fault(desc().shared_activation(Some(Activation::Silu))), "shared_activation");
         assert_eq!(fault(desc().shared_rows(3).shared_activation(Some(Activation::Identity))), "shared_activation");

@@ -80,9 +80,11 @@ impl RmsNormDesc {
             let supported = format!("the type of x ({}) or f32", self.dtype);
             return Err(Error::unsupported(operation, "output", supported, self.output));
         }
-        let RmsNorm { epsilon, factor, .. } = self.norm;
-        if !(epsilon >= 0.0 && epsilon.is_finite()) {
-            return Err(Error::invalid(operation, "norm.epsilon", "a finite number of at least 0", epsilon));
+        let RmsNorm { epsilon, least, factor, .. } = self.norm;
+        for (argument, value) in [("norm.epsilon", epsilon), ("norm.least", least)] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return Err(Error::invalid(operation, argument, "a finite number of at least 0", value));
+            }
         }
         if !factor.is_finite() {
             return Err(Error::invalid(operation, "norm.factor", "a finite number", factor));
@@ -320,7 +322,7 @@ pub(crate) fn enqueue(
     selection: &Selection,
     at: Addresses<'_>,
 ) -> Result<(), Error> {
-    let RmsNorm { epsilon, gain, factor } = desc.norm;
+    let RmsNorm { epsilon, least, gain, factor } = desc.norm;
     let (last_row, slot_token) = at.live.unzip();
     scope.launch(
         selection,
@@ -344,6 +346,7 @@ pub(crate) fn enqueue(
             gain_base: if gain == Gain::Weight { 0.0 } else { 1.0 },
             inverse_width: (1.0 / desc.width as f64) as f32,
             epsilon,
+            least,
             factor,
         },
     )
@@ -366,6 +369,7 @@ mod tests {
         assert_eq!(fault(desc(3, 0)), "width");
         assert_eq!(fault(RmsNormDesc { norm: RmsNorm::new(-1e-6), ..desc(3, 8) }), "norm.epsilon");
         assert_eq!(fault(RmsNormDesc { norm: RmsNorm::new(f32::NAN), ..desc(3, 8) }), "norm.epsilon");
+        assert_eq!(fault(RmsNormDesc { norm: RmsNorm::new(0.0).least(f32::INFINITY), ..desc(3, 8) }), "norm.least");
         assert_eq!(fault(RmsNormDesc { norm: RmsNorm::new(0.0).factor(f32::INFINITY), ..desc(3, 8) }), "norm.factor");
     }
 

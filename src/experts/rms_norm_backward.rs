@@ -275,7 +275,7 @@ pub fn backward<T: Element>(
     let d_addend = scope.write_some("d_addend", args.d_addend, elements, align)?;
     let d_row_scale = scope.write_some("d_row_scale", args.d_row_scale, rows, SCALAR)?;
     let factors = scope.write_some("factors", args.factors, 2 * rows, PAIR)?;
-    let RmsNorm { epsilon, gain, factor } = desc.norm;
+    let RmsNorm { epsilon, least, gain, factor } = desc.norm;
     let (last_row, slot_token) = live.unzip();
     let gain_base = gain_base(gain);
     scope.launch(
@@ -301,6 +301,7 @@ pub fn backward<T: Element>(
             gain_base,
             inverse_width: (1.0 / width as f64) as f32,
             epsilon,
+            least,
             factor,
         },
     )?;

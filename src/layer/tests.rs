@@ -32,6 +32,7 @@ fn in_many_steps() -> LayerDesc {
         top_k: 2,
         capacity: 4,
         tokens_per_group: 16,
+        groups: Sequences::Following,
         order: Order::ByChoice,
         prioritised: false,
         second: SecondExpert::Always,

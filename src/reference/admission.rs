@@ -9,7 +9,7 @@ pub use backward::admit_backward;
 use super::gating::descending;
 use super::{ReferenceError, require, require_shape};
 use crate::rules::noise::uniform;
-use crate::rules::{AdmissionRule, Order, Renormalise, SecondExpert};
+use crate::rules::{AdmissionRule, Order, Renormalise, SecondExpert, Sequences};
 
 /// What every token got.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,8 +78,12 @@ fn choices(
     }
 
     let mut got = vec![None; tokens * top_k];
-    for first in (0..tokens).step_by(tokens_per_group) {
-        let mut group: Vec<usize> = (first..(first + tokens_per_group).min(tokens)).collect();
+    let (groups, alternate) = (tokens.div_ceil(tokens_per_group), rule.groups == Sequences::Alternating);
+    let whole = !alternate || tokens.is_multiple_of(tokens_per_group);
+    require("tokens_per_group", whole, || format!("a divisor of {tokens}"), tokens_per_group)?;
+    let group_of = |t: usize| if alternate { t % groups } else { t / tokens_per_group };
+    for number in 0..groups {
+        let mut group: Vec<usize> = (0..tokens).filter(|&t| group_of(t) == number).collect();
         if rule.prioritised {
             let of = |t: usize| f64::from(priority.map_or(weights[t * candidates], |priority| priority[t]));
             group.sort_by(|&a, &b| descending(of(a), of(b)));
@@ -89,14 +93,14 @@ fn choices(
             Order::ByChoice => (0..candidates).flat_map(|j| group.iter().map(move |&t| (t, j))).collect(),
         };
         let mut taken = vec![0; experts];
-        let mut places = vec![0; tokens_per_group];
+        let mut places = vec![0; tokens];
         for (t, choice) in turns {
-            let place = if top_k == candidates { choice } else { places[t - first] };
+            let place = if top_k == candidates { choice } else { places[t] };
             let slot = t * candidates + choice;
             let Some(expert) = usize::try_from(ids[slot]).ok().filter(|&id| id < experts) else { continue };
             if place < wanted(t, weights, rule) && taken[expert] < capacity {
                 taken[expert] += 1;
-                places[t - first] += 1;
+                places[t] += 1;
                 got[t * top_k + place] = Some(slot);
             }
         }
@@ -140,6 +144,7 @@ mod tests {
             top_k: 2,
             capacity: 1,
             tokens_per_group: 2,
+            groups: Sequences::Following,
             order: Order::ByToken,
             prioritised: false,
             second: SecondExpert::Always,
@@ -165,6 +170,17 @@ mod tests {
     #[test]
     fn capacity_counts_anew_in_each_group() {
         assert_eq!(ids(AdmissionRule { tokens_per_group: 1, ..rule() }), IDS);
+    }
+
+    #[test]
+    fn groups_may_alternate() {
+        // Four tokens want one expert, which takes one of each group: of [0, 1] and [2, 3], or of [0, 2] and [1, 3].
+        let rule = AdmissionRule { experts: 1, candidates: 1, top_k: 1, ..rule() };
+        let got = |rule| admit(&[0; 4], &[0.5; 4], None, &rule).unwrap().ids;
+        assert_eq!(got(rule), [0, -1, 0, -1]);
+        let alternate = AdmissionRule { groups: Sequences::Alternating, ..rule };
+        assert_eq!(got(alternate), [0, 0, -1, -1]);
+        assert!(admit(&[0; 3], &[0.5; 3], None, &alternate).is_err(), "not of whole groups");
     }
 
     #[test]

@@ -76,7 +76,10 @@ pub fn rms_norm<T: Real>(rows: &Rows<'_, T>, norm: &RmsNorm) -> Result<Normed, R
             v.iter_mut().enumerate().for_each(|(c, v)| *v = T::round(*v * gain(c)));
         }
         let mean = v.iter().map(|v| v * v).sum::<f64>() / width as f64;
-        let scale = f64::from(norm.factor) / (mean + f64::from(norm.epsilon)).sqrt();
+        let under_root = mean + f64::from(norm.epsilon);
+        // Not a number stays none.
+        let under_root = if under_root < f64::from(norm.least) { f64::from(norm.least) } else { under_root };
+        let scale = f64::from(norm.factor) / under_root.sqrt();
         let row_scale = rows.row_scale.map_or(1.0, |list| list[r]);
         normed.y.extend(v.iter().enumerate().map(|(c, v)| {
             let gain = if norm.gain == Gain::OnePlusFirst { 1.0 } else { gain(c) };
@@ -111,6 +114,16 @@ mod tests {
         // Gains 3 and 0.5: (9, -2), mean square 42.5.
         let first = rms_norm(&with, &RmsNorm::new(57.5).gain(Gain::OnePlusFirst)).unwrap();
         assert!((first.y[0] - 3.7).abs() < 1e-15 && (first.y[1] - 0.4).abs() < 1e-15);
+    }
+
+    #[test]
+    fn a_least_length() {
+        // A length of 5 stays, one of 1e-3 becomes 1 (F.normalize, times the root of the width).
+        let norm = RmsNorm::new(0.0).least(0.5).gain(Gain::One);
+        let normed = rms_norm(&rows(&[3.0, -4.0, 6e-4, 8e-4]), &norm).unwrap();
+        let want = [0.6, -0.8, 6e-4, 8e-4].map(|v| v * 2f64.sqrt());
+        assert!(normed.y.iter().zip(want).all(|(got, want)| (got - want).abs() < 1e-15), "{:?}", normed.y);
+        assert!(rms_norm(&rows(&[f64::NAN, 1.0]), &norm).unwrap().y[0].is_nan());
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! logits[t,e] = exp(min(temperature, most)) f[e] (p[t] / |p[t]|) . (s[e] / |s[e]|)     [T, E]
 //! ```
 //!
-//! A row of zeros has cosine 0. A length is `sqrt(|v|^2 + 1e-24)` where Tutel has `max(|v|, 1e-12)`: only rows about as short as 1e-12 see it. Beyond the products' inputs all is f32. The logits go to a gating, or a layer
+//! A length is `max(|v|, 1e-12)`, as in torch's `F.normalize`, which Tutel calls: a row of zeros has cosine 0. Beyond the products' inputs all is f32. The logits go to a gating, or a layer
 //! ([`crate::layer::RouteArgs::given_logits`]).
 //!
 //! The way back is [`CosineBackwardPlan`].
@@ -132,8 +132,8 @@ impl CosinePlan {
             let desc = desc.batch_invariant(batch_invariant);
             Ok::<_, Error>((desc, router::select(&desc, device).map_err(|error: Error| error.within(OPERATION))?))
         };
-        // v / |v| = D^-0.5 v / sqrt(mean(v^2) + epsilon), with 1e-24 under the root of the squares' sum.
-        let norm = RmsNorm::new((1e-24 / width as f64) as f32).gain(Gain::One);
+        // v / |v| = D^-0.5 v / sqrt(mean(v^2)), of squares whose sum is at least 1e-24.
+        let norm = RmsNorm::new(0.0).least((1e-24 / width as f64) as f32).gain(Gain::One);
         let norm = norm.factor((1.0 / (width as f64).sqrt()) as f32);
         let unit = |dtype: Dtype, rows: usize| {
             let desc = RmsNormDesc::new(dtype, rows, width, norm).output(Dtype::F32);

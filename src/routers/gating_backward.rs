@@ -9,7 +9,7 @@
 //! estimate of its authors, which is that of the two softmaxes. One renormalised choice has exactly none.
 //! The choice is constant: correction bias and groups have no gradient, and neither has what an expert turned away (give it -1 and its weight's
 //! gradient is not read). So are the counts of balancing losses (Switch Transformers, section 2.2).
-//! Learned factors have gradients of their own, appended experts those of their columns, and a factor and a cap of the logits
+//! Learned factors have gradients of their own, in the same launch where the device has cooperative ones, appended experts those of their columns, and a factor and a cap of the logits
 //! ([`GatingBackwardDesc::logit_rule`]) are gone back through.
 //!
 //! The same operation is the way back of every router that weighs by a score of the logit: give it the router's ids. For BASE
@@ -38,7 +38,7 @@ use crate::runtime::shape;
 use crate::runtime::workspace::{Arena, Region};
 use crate::{DeviceInfo, Dtype, Error, Kernels, Selection};
 
-pub use args::GatingBackwardArgs;
+pub use args::{GatingBackwardArgs, IdentityRows};
 
 const OPERATION: &str = "gating_backward";
 
@@ -229,15 +229,29 @@ pub fn workspace_bytes(desc: &GatingBackwardDesc) -> Result<usize, Error> {
 /// # Errors
 /// Those of [`GatingBackwardDesc::validate`].
 pub fn select(desc: &GatingBackwardDesc, device: &DeviceInfo) -> Result<Selection, Error> {
-    select_for(desc, device, false)
+    select_for(desc, device, false, false)
 }
 
-fn select_for(desc: &GatingBackwardDesc, device: &DeviceInfo, any: bool) -> Result<Selection, Error> {
+/// The same; `any`: by the kernel that knows every rule, as with [`GatingBackwardArgs::admitted`], [`GatingBackwardArgs::identities`] and
+/// [`GatingBackwardArgs::d_choices`]. `sums_up`: with gradients of learned factors, which are sums over tokens behind a grid barrier.
+pub(crate) fn select_for(
+    desc: &GatingBackwardDesc,
+    device: &DeviceInfo,
+    any: bool,
+    sums_up: bool,
+) -> Result<Selection, Error> {
     desc.validate()?;
     let any = any || !desc.is_common();
     let blocks = (desc.tokens as u32).div_ceil(BLOCK_WARPS).min(8 * device.multiprocessors).max(1);
-    Ok(Selection::new(Kernel::GatingBackward { any }, [blocks, 1, 1]))
+    let kernel = Kernel::GatingBackward { any };
+    Ok(match sums_up && device.cooperative_launch {
+        true => Selection::cooperative(kernel, blocks.min(RESIDENT_BLOCKS * device.multiprocessors)),
+        false => Selection::new(kernel, [blocks, 1, 1]),
+    })
 }
+
+/// Blocks of the kernel that knows every rule that a multiprocessor holds at once.
+const RESIDENT_BLOCKS: u32 = 2;
 
 const RENORMALISE: u32 = 1;
 const AT_LEAST: u32 = 2;
@@ -250,6 +264,11 @@ const PLAIN: u32 = 128;
 const JOINT: u32 = 256;
 const BY_LARGEST: u32 = 512;
 const ALTERNATE: u32 = 1024;
+
+/// Rows beside: of 16 bits, of f16, and whether what tokens got is an admission's.
+const NARROW: u32 = 1;
+const HALF: u32 = 2;
+const CANDIDATES: u32 = 4;
 
 /// Rule and losses as words: flags, epsilon, power, score.
 fn words(desc: &GatingBackwardDesc) -> (u32, f32, f32, u32) {
@@ -327,16 +346,52 @@ fn check_args(desc: &GatingBackwardDesc, args: &GatingBackwardArgs<'_>) -> Resul
         let reason = "gradients of factors are sums over tokens";
         return Err(Error::Missing { operation, argument: "workspace", reason });
     }
+    let by_place = [("admitted", args.admitted.is_some()), ("identities", args.identities.is_some())];
+    if let Some((argument, _)) = by_place.into_iter().find(|(_, given)| *given) {
+        if args.dispatched.is_none() {
+            let reason = "gradients of what tokens got are those of its rows";
+            return Err(Error::Missing { operation, argument: "dispatched", reason });
+        }
+        if desc.parts != 1 {
+            return Err(Error::unsupported(operation, "parts", format!("1 with {argument}"), desc.parts));
+        }
+    }
+    let mut choices = desc.choices();
+    if let Some(admitted) = &args.admitted {
+        admitted.check(operation, args.dispatched.and_then(|dispatched| dispatched.shape().top_k))?;
+        if admitted.rule.candidates != choices {
+            let (expected, got) = (format!("{choices} candidates, as there are choices"), admitted.rule.candidates);
+            return Err(Error::invalid(operation, "admitted.rule", expected, got));
+        }
+        choices = admitted.rule.top_k;
+    }
+    if let Some(identities) = &args.identities {
+        let (first, last) = identities.experts;
+        if first > last || last > i32::MAX as u32 {
+            let got = format!("{first}..{last}");
+            return Err(Error::invalid(operation, "identities.experts", "a range of numbers of experts", got));
+        }
+        shape::positive(operation, "identities.hidden", identities.hidden)?;
+        shape::product(operation, "identities.x", &[desc.tokens, identities.hidden])?;
+        let (expected, got) = (identities.x.dtype(), identities.dy.dtype());
+        if got != expected {
+            return Err(Error::WrongDtype { operation, argument: "identities.dy", expected, got });
+        }
+        if !identities.scale.is_finite() {
+            return Err(Error::invalid(operation, "identities.scale", "a finite number", identities.scale));
+        }
+    }
     if let Some(shape) = args.dispatched.map(Dispatched::shape)
-        && (shape.tokens, shape.top_k) != (desc.tokens, Some(desc.choices()))
+        && (shape.tokens, shape.top_k) != (desc.tokens, Some(choices))
     {
-        let expected = format!("a dispatch of {} tokens with {} choices each", desc.tokens, desc.choices());
+        let expected = format!("a dispatch of {} tokens with {choices} choices each", desc.tokens);
         return Err(Error::invalid(OPERATION, "dispatched", expected, format!("{shape:?}")));
     }
     Ok(())
 }
 
-/// Computes the gradient of the logits, and where they are asked for those of the rule's learned factors, in a launch more.
+/// Computes the gradient of the logits, and where they are asked for those of the rule's learned factors: on a device without cooperative launches in a launch
+/// more.
 ///
 /// With no tokens nothing is launched, and gradients of factors become 0, or with `accumulate` stay.
 ///
@@ -350,8 +405,10 @@ pub fn forward(
     args: GatingBackwardArgs<'_>,
 ) -> Result<(), Error> {
     let dtype = args.logits.dtype();
-    let any = dtype != Dtype::F32 || !args.mask.is_all();
-    let selection = select_for(desc, kernels.device(), any)?;
+    let by_place = args.admitted.is_some() || args.identities.is_some();
+    let any = dtype != Dtype::F32 || !args.mask.is_all() || by_place || args.d_choices.is_some();
+    let sums_up = args.d_expert_scale.is_some() || args.d_global_scale.is_some();
+    let selection = select_for(desc, kernels.device(), any, sums_up)?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
     check_args(desc, &args)?;
     let d_expert_scale = scope.write_some("d_expert_scale", args.d_expert_scale, desc.experts, SCALAR)?;
@@ -408,7 +465,34 @@ pub fn forward(
     let sequence_counts = scope.read_some("sequence_counts", args.sequence_counts, sequences * desc.experts, SCALAR)?;
     let sequence_tokens = scope.read_some("sequence_tokens", args.sequence_tokens, sequences, SCALAR)?;
     let mask = args.mask.open(&scope, desc.tokens)?;
-    let sums_up = d_expert_scale.is_some() || d_global_scale.is_some();
+    let d_choices = scope.write_some("d_choices", args.d_choices, choices, SCALAR)?;
+    let rule = args.admitted.map(|admitted| admitted.rule);
+    let places = rule.map_or(desc.choices(), |rule| rule.top_k);
+    let admitted = args.admitted.map(|admitted| admitted.ids);
+    let admitted = scope.read_some("admitted.ids", admitted, desc.tokens * places, SCALAR)?;
+    let weights = args.admitted.and_then(|admitted| admitted.weights);
+    let weights = scope.read_some("admitted.weights", weights, choices, SCALAR)?;
+    let (renormalise_plus, renormalise_least) = rule.map_or((0.0, 0.0), |rule| rule.divisor());
+    let (map, map_columns) = args.identities.and_then(|identities| identities.map).unzip();
+    let map_columns = map_columns.map_or(Ok(1), |columns| shape::positive(OPERATION, "identities.map", columns))?;
+    let map_experts = map.map_or(0, |map| map.len() / map_columns as usize);
+    let map = scope.read_some("identities.map", map, map_experts * map_columns as usize, SCALAR)?;
+    let rows = args.identities.map(|identities| [("identities.x", identities.x), ("identities.dy", identities.dy)]);
+    let hidden = args.identities.map_or(0, |identities| identities.hidden);
+    let rows = rows.map(|rows| {
+        let [x, dy] = rows
+            .map(|(argument, rows)| scope.read_any(argument, rows, desc.tokens * hidden, rows.dtype().bytes().into()));
+        Ok::<_, Error>([x?, dy?])
+    });
+    let rows = rows.transpose()?;
+    let [x, dy] = [0, 1].map(|row| rows.as_ref().map(|rows| rows[row].address()));
+    let identities = args.identities.map_or((0, 0), |identities| identities.experts);
+    let mut row_flags = args.identities.map_or(0, |identities| match identities.x.dtype() {
+        Dtype::F32 => 0,
+        Dtype::F16 => NARROW | HALF,
+        _ => NARROW,
+    });
+    row_flags |= if rule.is_some() { CANDIDATES } else { 0 };
     let ([sums, terms], bytes) = desc.regions()?;
     let workspace = args.workspace.filter(|_| sums_up).map(|workspace| workspace.open(&scope, bytes)).transpose()?;
     let at = |region: Region| workspace.as_ref().map(|workspace| workspace.at(region));
@@ -454,8 +538,37 @@ pub fn forward(
             sequence: per_choice,
             tokens_per_sequence: losses.tokens_per_sequence as u32,
             sequences: sequences as u32,
+            d_choices: optional(&d_choices).into(),
+            place_ids: match (&admitted, &rows) {
+                (Some(admitted), _) => admitted.address().into(),
+                (None, Some(_)) => ids,
+                (None, None) => Pointer::NULL,
+            },
+            map: optional(&map).into(),
+            x: x.into(),
+            dy: dy.into(),
+            weights: optional(&weights).into(),
+            places: places as u32,
+            hidden: hidden as u32,
+            map_experts: map_experts.min(i32::MAX as usize) as u32,
+            map_columns,
+            first_identity: identities.0,
+            last_identity: identities.1,
+            row_flags,
+            identity_scale: args.identities.map_or(1.0, |identities| identities.scale),
+            renormalises: u32::from(rule.is_some_and(|rule| rule.renormalise.is_some())),
+            renormalise_plus,
+            renormalise_least,
+            choices: choices as u32,
+            d_expert_scale: optional(&d_expert_scale).into(),
+            d_global_scale: optional(&d_global_scale).into(),
+            accumulate: u32::from(desc.accumulate),
+            workspace: at(sums).filter(|_| selection.cooperative).map_or(Pointer::NULL, Pointer::from),
         },
     )?;
+    if selection.cooperative {
+        return Ok(());
+    }
     let (Some(sums), Some(terms)) = (at(sums), at(terms)) else { return Ok(()) };
     scope.launch(
         &Selection::new(Kernel::ScaleSums, [desc.experts as u32 + 1, 1, 1]),

@@ -5,17 +5,19 @@
 //! TF32 on tensor cores, with an f32 gradient cut in two, so that they lose 2^-22 of it. A token whose gradients are all 0 (padding) is not
 //! multiplied by them: its row of `x` may hold anything.
 //!
+//! [`both`] is [`input`] and [`weight`] in one launch, where a step counts its launches.
+//!
 //! The gate of a shared expert, whose logit is one more column of the router's product ([`super::router::SharedGate`]), goes along: [`RouterBackwardDesc::gate`].
 
 use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use crate::registry::{Kernel, RouterBackward};
+use crate::registry::{Kernel, RouterBackward, RouterBackwardBoth};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::RouterBackwardParams;
+use crate::runtime::params::{Pointer, RouterBackwardBothParams, RouterBackwardParams};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -325,6 +327,101 @@ pub fn weight<X: Element>(
         parts,
     };
     launch(&scope, desc, &selection, a, Rows { at: x.address(), of_gate: None }, [experts, tokens], to)
+}
+
+/// Chooses kernel, grid and parts of [`both`] with a workspace: as many blocks as are resident at once.
+///
+/// # Errors
+/// Those of [`select_into_x`] and [`select_weight`].
+pub fn select_both(desc: &RouterBackwardDesc, device: &DeviceInfo) -> Result<(Selection, usize), Error> {
+    let (of_weight, parts) = select_weight(desc, device)?;
+    let kernel = RouterBackwardBoth { x: desc.x, weight: desc.weight };
+    let resident = u64::from(kernel.resident_blocks() * device.multiprocessors);
+    let items = desc.tiles(desc.tokens) + desc.weight_tiles() * parts as u64;
+    let blocks = items.min(resident) as u32;
+    let kernel = Kernel::RouterBackwardBoth(kernel);
+    let selection = match of_weight.cooperative {
+        true => Selection::cooperative(kernel, blocks),
+        false => Selection::new(kernel, [blocks, 1, 1]),
+    };
+    Ok((selection, parts))
+}
+
+/// [`input`] and [`weight`] in one launch, with the bits of both. The descriptor's `accumulate` is that of the weight's gradient, `added` says that
+/// the gradient of what the router has seen is added to what lies there.
+///
+/// With no tokens nothing is launched, and gradients of weights are as [`weight`] leaves them.
+///
+/// # Errors
+/// Those of [`input`] and [`weight`]; [`Error::Missing`] without a workspace.
+pub fn both<X: Element, W: Element>(
+    kernels: &Kernels,
+    stream: &Arc<CudaStream>,
+    desc: &RouterBackwardDesc,
+    into_x: InputArgs<'_, X, W>,
+    added: bool,
+    into_weight: WeightArgs<'_, X>,
+) -> Result<(), Error> {
+    if desc.tokens == 0 {
+        return weight(kernels, stream, desc, into_weight);
+    }
+    let (selection, parts) = select_both(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    scope.check_dtype::<X>("dx", desc.x)?;
+    scope.check_dtype::<W>("weight", desc.weight)?;
+    check_gate(desc, into_x.gate.is_some())?;
+    check_gate(desc, into_weight.gate.is_some())?;
+    let Some(workspace) = into_weight.workspace else {
+        let reason = "tokens are added up in parts (router_backward::workspace_bytes)";
+        return Err(Error::Missing { operation: OPERATION, argument: "workspace", reason });
+    };
+    let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
+    let d_logits = scope.read("d_logits", into_x.d_logits, tokens * experts, SCALAR)?;
+    let matrix = scope.read("weight", into_x.weight, experts * hidden, SCALAR)?;
+    let (d_gate, gate) = into_x.gate.unzip();
+    let d_gate = scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?;
+    let gate = scope.read_some("gate.weight", gate, hidden, desc.weight.bytes().into())?;
+    let dx = scope.write("dx", into_x.dx, tokens * hidden, SCALAR)?;
+    let of_weight = scope.read("d_logits", into_weight.d_logits, tokens * experts, SCALAR)?;
+    let (d_gate_again, d_gate_weight) = into_weight.gate.unzip();
+    let d_gate_again = scope.read_some("gate.d_logits", d_gate_again, tokens, SCALAR)?;
+    let d_gate_weight = scope.write_some("gate.d_weight", d_gate_weight, hidden, SCALAR)?;
+    let x = scope.read("x", into_weight.x, tokens * hidden, SCALAR)?;
+    let d_weight = scope.write("d_weight", into_weight.d_weight, experts * hidden, SCALAR)?;
+    let d_bias = scope.write_some("d_bias", into_weight.d_bias, experts, SCALAR)?;
+    let bytes = workspace_bytes(desc)?;
+    let workspace = (parts > 1).then(|| workspace.open(&scope, bytes)).transpose()?;
+    scope.launch(
+        &selection,
+        RouterBackwardBothParams {
+            into_a: d_logits.address().into(),
+            into_b: matrix.address().into(),
+            into_out: dx.address().into(),
+            into_m: tokens as u32,
+            into_n: hidden as u32,
+            into_k: experts as u32,
+            into_a_row: experts as u32,
+            into_a_column: 1,
+            into_accumulate: u32::from(added),
+            into_gate_a: optional(&d_gate).into(),
+            into_gate_b: optional(&gate).into(),
+            weight_a: of_weight.address().into(),
+            weight_b: x.address().into(),
+            weight_out: d_weight.address().into(),
+            weight_m: experts as u32,
+            weight_n: hidden as u32,
+            weight_k: tokens as u32,
+            weight_a_row: 1,
+            weight_a_column: experts as u32,
+            weight_accumulate: u32::from(desc.accumulate),
+            weight_parts: parts as u32,
+            weight_d_bias: optional(&d_bias).into(),
+            weight_gate_a: optional(&d_gate_again).into(),
+            weight_gate_b: Pointer::NULL,
+            weight_gate_out: optional(&d_gate_weight).into(),
+            weight_workspace: optional(&workspace).into(),
+        },
+    )
 }
 
 /// Gradients of logits as one side of a product: element `(m, k)` at `m strides[0] + k strides[1]`.

@@ -1,5 +1,6 @@
 //! How many slots an expert takes, and whose.
 
+use super::balance::Sequences;
 use super::gating::Renormalise;
 use super::noise::NoiseSource;
 use super::settings::settings;
@@ -75,6 +76,8 @@ pub struct AdmissionRule {
     pub capacity: usize,
     /// Tokens of a group; the last may be shorter.
     pub tokens_per_group: usize,
+    /// Which tokens make a group; those that alternate are of whole groups.
+    pub groups: Sequences,
     /// Whose turn it is.
     pub order: Order,
     /// Take the tokens of a group by falling priority, equal ones by token (batch-prioritised routing: Riquelme et al. 2021,
@@ -96,6 +99,7 @@ impl AdmissionRule {
             top_k,
             capacity,
             tokens_per_group,
+            groups: Sequences::Following,
             order: Order::ByToken,
             prioritised: false,
             second: SecondExpert::Always,
@@ -113,8 +117,26 @@ impl AdmissionRule {
     }
 }
 
+impl AdmissionRule {
+    /// Whether the weights of what tokens get are others than those of their choices: of choices that were passed on, or divided by what is left of them. Their
+    /// gradients then go back by [`crate::capacity::admission_backward`].
+    pub const fn regrades(&self) -> bool {
+        self.candidates != self.top_k || self.renormalise.is_some()
+    }
+
+    /// What a token's weights are divided by, as `max(sum + plus, least)`.
+    pub(crate) fn divisor(&self) -> (f32, f32) {
+        match self.renormalise {
+            Some(Renormalise::AtLeast(least)) => (0.0, least),
+            Some(Renormalise::Plus(plus)) => (plus, f32::NEG_INFINITY),
+            _ => (0.0, 0.0),
+        }
+    }
+}
+
 settings!(AdmissionRule {
     candidates: usize,
+    groups: Sequences,
     order: Order,
     prioritised: bool,
     second: SecondExpert,

@@ -2,12 +2,15 @@
 
 use super::settings::settings;
 
-/// `y = factor g v / sqrt(mean(v^2) + epsilon)` over a row `v` (Zhang and Sennrich 2019, eq. 4).
+/// `y = factor g v / sqrt(max(mean(v^2) + epsilon, least))` over a row `v` (Zhang and Sennrich 2019, eq. 4, with `least` 0).
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct RmsNorm {
     /// Added to the mean of squares; finite, at least 0.
     pub epsilon: f32,
+    /// What is under the root at least; finite, at least 0, which it is in norms of models. With `epsilon` 0 a row is divided by a length of at least
+    /// `sqrt(least)` (torch's `F.normalize`), a constant for rows below that.
+    pub least: f32,
     /// What `g` is.
     pub gain: Gain,
     /// Factor of every element; `H^-0.5` before Gemma 4's router.
@@ -39,8 +42,8 @@ impl Gain {
 impl RmsNorm {
     /// With a weight, factor 1.
     pub const fn new(epsilon: f32) -> RmsNorm {
-        RmsNorm { epsilon, gain: Gain::Weight, factor: 1.0 }
+        RmsNorm { epsilon, least: 0.0, gain: Gain::Weight, factor: 1.0 }
     }
 }
 
-settings!(RmsNorm { gain: Gain, factor: f32 });
+settings!(RmsNorm { least: f32, gain: Gain, factor: f32 });

@@ -12,7 +12,7 @@ use moe_kernels::layer::{
     RouterWeights, Saved, SharedGradients, SharedWeights, WeightGradients,
 };
 use moe_kernels::reference::layer::{self, Layer};
-use moe_kernels::rules::{Activation, AdmissionRule, Bound, Dropout, Glu, IDENTITY, NONE, NullOutput};
+use moe_kernels::rules::{Activation, Bound, Dropout, Glu, IDENTITY, NONE, NullOutput};
 use moe_kernels::{Element, Error, Kernels, TokenMask, Workspace};
 
 use crate::compare::{Found, GUARD, HELD, JUNK, compare, read};
@@ -502,8 +502,8 @@ impl<T: Element, W: Element> Problem<T, W> {
     /// What the backward pass reads, without losses.
     pub fn args<'a>(&'a self, gradients: LayerGradients<'a, T>) -> BackwardArgs<'a, T> {
         let (logits, ids, chosen) = &self.given_on_device;
-        let regraded = |rule: AdmissionRule| rule.candidates != rule.top_k || rule.renormalise.is_some();
-        let asked = self.case.desc.map.is_some() || self.identities() || self.case.desc.admission.is_some_and(regraded);
+        let regraded = self.case.desc.admission.is_some_and(|rule| rule.regrades());
+        let asked = self.case.desc.map.is_some() || self.identities() || regraded;
         let choices = asked.then(|| Choices::new(ids, chosen));
         let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients);
         args.router_x = self.case.router_x.then_some((&self.router_x_on_device).into());

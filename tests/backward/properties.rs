@@ -4,10 +4,12 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice};
 use half::bf16;
 use moe_kernels::layer::{
-    BackwardDesc, BackwardStage, LayerDesc, LayerGradients, Mlp, Origin, RouterGradients, SharedDesc, SharedGradients,
-    WeightGradients,
+    BackwardDesc, BackwardStage, LayerDesc, LayerGradients, MapDesc, Mlp, Origin, RouterGradients, SharedDesc,
+    SharedGradients, WeightGradients,
 };
-use moe_kernels::rules::{Capacity, Dropout, Glu, LossGradient, LossScore, NoiseSource, Weighting};
+use moe_kernels::rules::{
+    AdmissionRule, Capacity, Dropout, Glu, LossGradient, LossScore, NoiseSource, Renormalise, Weighting,
+};
 use moe_kernels::{Dtype, Element, Kernels};
 
 use crate::case::{Case, Problem, check};
@@ -331,6 +333,8 @@ fn few_launches() {
     let plain = Mlp::swiglu(Dtype::Bf16);
     let apart = plain.gate_up(plain.gate_up.glu(Glu::Apart));
     let of_two = |shared| layer(Dtype::Bf16).mlp(apart).shared(shared);
+    let rule = AdmissionRule::new(6, 2, 200, 600).candidates(4).renormalise(Some(Renormalise::Plus(0.0)));
+    let regraded = |desc: LayerDesc| desc.admission(Some(rule)).map(Some(MapDesc::new(2)));
     for (desc, back, want) in [
         (layer(Dtype::Bf16), BackwardDesc::new(), 8),
         (layer(Dtype::Bf16).weighting(Weighting::Input), BackwardDesc::new(), 8),
@@ -338,7 +342,7 @@ fn few_launches() {
         (with(shared).weighting(Weighting::Input), BackwardDesc::new(), 8),
         (with(shared.gated(true)), BackwardDesc::new(), 8),
         (with(shared.gated(true)), BackwardDesc::new().recompute(true), 9),
-        (with(shared.gated(true)), BackwardDesc::new().origin(Origin::Choices), 7),
+        (with(shared.gated(true)), BackwardDesc::new().origin(Origin::Choices), 8),
         // Of another width; gate and up in a tensor each.
         (with(wide), BackwardDesc::new(), 8),
         (with(wide.gated(true)), BackwardDesc::new(), 8),
@@ -346,6 +350,16 @@ fn few_launches() {
         (of_two(None), BackwardDesc::new(), 9),
         (of_two(Some(SharedDesc::new(24, apart))), BackwardDesc::new(), 9),
         (of_two(Some(SharedDesc::new(32, apart).gated(true))), BackwardDesc::new(), 9),
+        // And pre-activations again, by an admission that passes on, with a map.
+        (of_two(Some(SharedDesc::new(32, apart).gated(true))), BackwardDesc::new().recompute(true), 9),
+        (regraded(of_two(None)), BackwardDesc::new().recompute(true), 9),
+        (regraded(of_two(None)), BackwardDesc::new().recompute(true).origin(Origin::Choices), 8),
+        (regraded(of_two(Some(SharedDesc::new(24, apart).gated(true)))), BackwardDesc::new().recompute(true), 9),
+        (
+            regraded(of_two(Some(SharedDesc::new(24, apart).gated(true)))).weighting(Weighting::Input),
+            BackwardDesc::new().recompute(true).origin(Origin::Choices),
+            9,
+        ),
     ] {
         for biases in [false, true] {
             let case = Case { biases, router_bias: biases, ..Case::new(desc, 600) };
@@ -353,14 +367,10 @@ fn few_launches() {
             problem.forward();
             assert_eq!(problem.back.launches(), want, "{desc:?} {back:?}");
             let mut buffers = problem.buffers::<bf16>();
-            let mut gradients = problem.gradients(&mut buffers);
-            if back.origin != Origin::Choices {
-                gradients.weights = None;
-            }
+            let gradients = problem.gradients(&mut buffers);
             let stages = problem.backward(gradients).unwrap();
             // A bias behind a gate takes the gate's values; of choices the gradients are asked for.
             let more = usize::from(biases && desc.shared.is_some_and(|shared| shared.gated));
-            let more = more + usize::from(back.origin == Origin::Choices);
             assert_eq!(stages.len(), want + more, "{desc:?} {back:?}: {stages:?}");
         }
     }

@@ -5,7 +5,7 @@ use moe_kernels::Dtype;
 use moe_kernels::layer::{BackwardDesc, LatentDesc, LayerDesc, MapDesc, Mlp, Norms, Origin, SharedDesc};
 use moe_kernels::rules::{
     AdmissionRule, Dropout, Gating, Layout, LogitRule, NoiseSource, NullExperts, Order, Renormalise, RmsNorm, Score,
-    SecondExpert, WeightDesc, Weighting,
+    SecondExpert, Sequences, WeightDesc, Weighting,
 };
 
 use crate::case::{Case, Problem};
@@ -205,6 +205,25 @@ fn maps() {
     check(Case::new(desc, TOKENS).back(BackwardDesc::new().origin(Origin::Choices)));
 }
 
+/// A factor of the sum over the experts beside identities, a map and a norm of each expert's output; with an admission, which may drop an identity.
+#[test]
+fn factors_of_the_sum() {
+    let plain = layer().gating(Gating::new(Score::Softmax)).routed_scale(0.4);
+    let choices = BackwardDesc::new().origin(Origin::Choices);
+    for back in [BackwardDesc::new(), choices] {
+        check(Case { seed: 3, ..Case::new(plain.null(Some(NullExperts::identity(2))), TOKENS).back(back) });
+        check(Case::new(plain.map(Some(MapDesc::new(2))), TOKENS).back(back));
+        let rule = AdmissionRule::new(6, 2, 5, 20).candidates(4).renormalise(Some(Renormalise::Plus(0.0)));
+        check(Case::new(plain.map(Some(MapDesc::new(2))).admission(Some(rule)), TOKENS).back(back));
+    }
+    let norm = Some(RmsNorm::new(1e-5));
+    for weighting in [Weighting::Output, Weighting::Input, Weighting::Activation] {
+        check(Case { biases: true, ..Case::new(plain.norms(Norms::new().slots(norm)).weighting(weighting), TOKENS) });
+    }
+    let normed = plain.norms(Norms::new().slots(norm)).null(Some(NullExperts::identity(2)));
+    check(Case::new(normed, TOKENS));
+}
+
 #[test]
 fn admissions() {
     for gating in [Gating::new(Score::Softmax), Gating::new(Score::Softmax).renormalised()] {
@@ -213,6 +232,10 @@ fn admissions() {
         check(Case::new(desc.admission(Some(rule)), TOKENS));
         let rule = rule.order(Order::ByChoice).second(SecondExpert::Above(0.4));
         check(Case::new(desc.admission(Some(rule)), TOKENS));
+        // Groups whose tokens alternate.
+        let alternate = AdmissionRule::new(6, 2, 3, 12).groups(Sequences::Alternating);
+        check(Case::new(desc.admission(Some(alternate)), 36));
+        check(Case::new(desc.admission(Some(alternate.candidates(4))), 36));
     }
 }
 

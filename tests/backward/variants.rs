@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 use moe_kernels::Dtype;
-use moe_kernels::layer::{BackwardDesc, LayerDesc, Mlp, SharedDesc};
+use moe_kernels::layer::{BackwardDesc, BackwardStage, LayerDesc, Mlp, SharedDesc};
 use moe_kernels::registry::Kernel;
 use moe_kernels::rules::{
     Activation, Bound, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, Swiglu,
@@ -160,7 +160,43 @@ fn weightings_and_scales() {
             check::<f32, f32, f32>(case.back(BackwardDesc::new().recompute(true)));
         }
         check::<bf16, bf16, bf16>(Case::new(layer(Dtype::Bf16).weighting(weighting), TOKENS));
+        // Gate and up in a tensor each.
+        for [up, down] in [[Layout::Nk, Layout::Nk], [Layout::Kn, Layout::Kn]] {
+            let of = |dtype| mlp(dtype, Glu::Apart, [up, down], Activation::Silu);
+            let desc = layer(Dtype::F32).mlp(of(Dtype::F32)).weighting(weighting).routed_scale(0.5);
+            check::<f32, f32, f32>(Case { biases: true, ..Case::new(desc, TOKENS) });
+            for shared in [24, 40] {
+                let shared = Some(SharedDesc::new(shared, of(Dtype::Bf16)).gated(shared == 40));
+                let desc = layer(Dtype::Bf16).mlp(of(Dtype::Bf16)).weighting(weighting).shared(shared);
+                check::<bf16, bf16, f32>(Case { biases: true, ..Case::new(desc, TOKENS) });
+            }
+        }
     }
+}
+
+/// Where both gradients of the router's product share a launch, as there would be more than nine: with a router of either type, a gate, and tokens in parts.
+#[test]
+fn routers_in_one_launch() {
+    let of = |dtype| mlp(dtype, Glu::Apart, [Layout::Nk; 2], Activation::Silu);
+    let back = BackwardDesc::new().recompute(true);
+    let merged = |case: &Case| {
+        let plan = case.desc.plan(case.tokens, device::kernels().device()).unwrap().backward_plan(&case.back).unwrap();
+        assert_eq!(plan.launches(), 9);
+        assert!(plan.stages().any(|(stage, _)| stage == BackwardStage::RouterBoth));
+    };
+    for gated in [false, true] {
+        let shared = gated.then(|| SharedDesc::new(24, of(Dtype::F32)).gated(true));
+        let desc = layer(Dtype::F32).mlp(of(Dtype::F32)).shared(shared);
+        let case = Case { router_bias: true, ..Case::new(desc, TOKENS) }.back(back);
+        merged(&case);
+        check::<f32, f32, f32>(case);
+        check::<f32, f32, f32>(case.back(back.accumulate(true)));
+    }
+    let desc = layer(Dtype::Bf16).mlp(of(Dtype::Bf16));
+    let case = Case { router_bias: true, ..Case::new(desc, 600) }.back(back);
+    merged(&case);
+    check::<bf16, bf16, f32>(case);
+    check::<bf16, f32, f32>(Case { desc: desc.router_dtype(Dtype::F32), ..case });
 }
 
 #[test]

@@ -27,6 +27,14 @@ fn with_weights<T: Storage, W: Storage>() {
             // An expert without a direction.
             similar[width..2 * width].fill(W::from_f64(0.0));
         }
+        if experts > 3 && W::DTYPE != Dtype::F16 {
+            // Rows about as short as the least length, 1e-12: half of it, and twice.
+            for (row, length) in [(2, 0.5e-12), (3, 2e-12)] {
+                let row = &mut similar[row * width..][..width];
+                let norm = to_f64(row).iter().map(|v| v * v).sum::<f64>().sqrt();
+                row.iter_mut().for_each(|v| *v = W::from_f64(Into::<f64>::into(*v) * length / norm));
+            }
+        }
         let scale = normals::<f32>(&mut rng, experts, 1.0);
         let (x_on, projection_on, similar_on) = (up(&run, &x), up(&run, &projection), up(&run, &similar));
         let (bias_on, scale_on) = (up(&run, &bias), up(&run, &scale));

@@ -3,7 +3,7 @@
 use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
 use moe_kernels::reference::admission::Admitted;
 use moe_kernels::registry::{Admission, Dispatch, Kernel};
-use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, Renormalise, SecondExpert, capacity};
+use moe_kernels::rules::{AdmissionRule, NoiseSource, Order, Renormalise, SecondExpert, Sequences, capacity};
 use moe_kernels::{In, Workspace, reference};
 
 use crate::noise_state::State;
@@ -33,8 +33,10 @@ pub fn check(variant: Admission, rng: &mut fastrand::Rng) {
                 let renormalise =
                     [None, Some(Renormalise::Plus(epsilon)), Some(Renormalise::AtLeast(epsilon))][rng.usize(..3)];
                 let capacity = capacity(group.min(tokens), experts, top_k, [0.5, 1.0, 2.0][rng.usize(..3)]);
+                let alternate = tokens.is_multiple_of(group) && rng.bool();
                 let rule = AdmissionRule::new(experts, top_k, capacity, group)
                     .candidates(candidates)
+                    .groups(if alternate { Sequences::Alternating } else { Sequences::Following })
                     .order(order)
                     .prioritised(rng.bool())
                     .second(second)
@@ -150,11 +152,13 @@ fn case(variant: Admission, rng: &mut fastrand::Rng, desc: &AdmissionDesc) {
         }
     }
     // GShard's promise, of the device's own output.
-    for group in got.ids.chunks(rule.tokens_per_group * rule.top_k) {
-        let mut taken = vec![0; rule.experts];
-        group.iter().filter(|&&id| id >= 0).for_each(|&id| taken[id as usize] += 1);
-        assert!(taken.iter().all(|&taken| taken <= rule.capacity), "{desc:?}: an expert took more than its capacity");
+    let groups = desc.tokens.div_ceil(rule.tokens_per_group);
+    let mut taken = vec![0; groups * rule.experts];
+    for (t, got) in got.ids.chunks(rule.top_k).enumerate() {
+        let group = if rule.groups == Sequences::Alternating { t % groups } else { t / rule.tokens_per_group };
+        got.iter().filter(|&&id| id >= 0).for_each(|&id| taken[group * rule.experts + id as usize] += 1);
     }
+    assert!(taken.iter().all(|&taken| taken <= rule.capacity), "{desc:?}: an expert took more than its capacity");
 }
 
 /// One group of 2^20 tokens, more turns than 2^16 by far, overflow passed on in either order.

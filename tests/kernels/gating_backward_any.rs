@@ -38,6 +38,7 @@ pub fn check(rng: &mut fastrand::Rng) {
             }
         }
     }
+    crate::choice_backward::within_gating(rng);
     large_joint_logits(rng);
     mixer_by_hand(rng);
     one_choice_has_none(rng);

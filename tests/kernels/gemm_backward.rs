@@ -168,10 +168,95 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
         let few = [bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1, bm - bm / 4, bm - bm / 4 + 1];
         grouped::<T>(variant, rng, &few, &Case { k: 72, n: 24, ..case });
     }
+    if !matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
+        for n in [24, 264] {
+            onto_what_there_is::<T>(&variant, rng, n);
+        }
+    }
     if matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
         // Lists of half tiles too; rows by number, and in order.
         for (tile_m, gather) in [(variant.tile_m, true), (variant.tile_m / 2, false)] {
             walk::<T>(Variant { tile_m, ..variant }, rng, &Case { gather, gate: !gather, ..case });
+        }
+    }
+}
+
+/// Added to what lies there, of rows of gradients apart, as a weight of two tensors goes back: what is written otherwise, and one addition.
+fn onto_what_there_is<T: Storage>(variant: &Variant, rng: &mut fastrand::Rng, n: usize) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    let (k, apart, bm, shared_rows) = (72, [144, 80], variant.tile_m, 9);
+    let mut ids: Vec<i32> =
+        [bm + 1, 0, 3].iter().zip(0..).flat_map(|(&load, e)| std::iter::repeat_n(e, load)).collect();
+    ids.extend([-1; 5]);
+    rng.shuffle(&mut ids);
+    let rows = ids.len();
+    let plan = dispatch(&ids, &rule(3, 1, bm)).unwrap();
+    let shape = SlotShape::new(rows, 3, Some(1), rows, bm, max_tiles(rows, 3, bm));
+    let lists = Lists::of(&plan).dispatched(&stream, &shape);
+    let desc = GemmBackwardDesc::new(variant.dtype, Rows::Grouped(shape), n, k, Activation::Identity)
+        .weight(WeightDesc::new(variant.dtype).layout(variant.layout))
+        .glu(Glu::None)
+        .gather_pre_activation(true)
+        .shared_rows(shared_rows)
+        .scale(-0.75)
+        .kernels(variant.kernels)
+        .unaligned(variant.shift > 0);
+    let name = format!("{} onto what there is: {desc:?}", variant.kernel.name());
+    // Rows of gradients side by side, and the same with something between them.
+    let spread = |packed: &[T], row: usize| -> Vec<T> {
+        let fill = vec![T::from_f64(f64::NAN); row - k];
+        packed.chunks(k).flat_map(|values| [values, &fill[..]].concat()).collect()
+    };
+    let a = [rows, shared_rows].map(|rows| normals::<T>(rng, rows * k, 1.0));
+    let wide = [0, 1].map(|of| spread(&a[of], apart[of]));
+    let upload = |values: &[T]| stream.clone_htod(values).unwrap();
+    let (a, wide) = (a.each_ref().map(|a| upload(a)), wide.each_ref().map(|a| upload(a)));
+    let weights = [3, 1].map(|experts| upload(&normals::<T>(rng, experts * k * n, 0.1)));
+    let z = [rows, shared_rows].map(|rows| upload(&normals::<T>(rng, rows * n, 1.0)));
+    let of_rows: Vec<f32> = (0..rows).map(|_| rng.f32()).collect();
+    let of_rows = stream.clone_htod(&of_rows).unwrap();
+    let held = [rows, shared_rows].map(|rows| normals::<T>(rng, rows * n, 1.0));
+    let held_sums: Vec<f32> = (0..rows).map(|_| normal(rng) as f32).collect();
+    let launch = |a: &[cudarc::driver::CudaSlice<T>; 2], desc: &GemmBackwardDesc| {
+        assert_eq!(gemm_backward::select(desc, kernels.device()).unwrap().kernel, variant.kernel.into());
+        let mut out = [0, 1].map(|of| Guarded::filled_output(&stream, "d_pre_activation", &held[of], 0));
+        let mut sums = Guarded::filled_output(&stream, "d_slot_weight", &held_sums, 0);
+        let bytes = gemm_backward::workspace_bytes(desc, kernels.device()).unwrap();
+        let mut workspace = Workspace::new(&stream, bytes).unwrap();
+        {
+            let [own, of_shared] = &mut out.each_mut().map(Guarded::view_mut);
+            let mut to_sums = sums.view_mut();
+            let mut args = GemmBackwardArgs::<T>::new(&a[0], &weights[0], &z[0], own)
+                .dispatched(&lists)
+                .slot_weight(&of_rows)
+                .d_slot_weight(&mut to_sums);
+            args.shared = Some(SharedRowsBackward::new(&a[1], &weights[1], &z[1], of_shared));
+            gemm_backward::forward(kernels, &stream, desc, args, &mut workspace).unwrap();
+        }
+        (out.map(|out| out.read(&stream)), sums.read(&stream))
+    };
+    let written = launch(&a, &desc);
+    assert!(launch(&wide, &desc.a_rows_apart(Some(apart))) == written, "{name}: rows apart");
+    let (added, sums) = launch(&wide, &desc.a_rows_apart(Some(apart)).accumulate(true));
+    let live = *plan.offsets.last().unwrap() as usize;
+    for r in 0..rows {
+        let want = if r < live { held_sums[r] + written.1[r] } else { held_sums[r] };
+        assert_eq!(sums[r].to_bits(), want.to_bits(), "{name}: sum of row {r}");
+    }
+    for (of, live) in [live, shared_rows].into_iter().enumerate() {
+        for i in 0..held[of].len() {
+            let [got, before, alone] = [&added[of][i], &held[of][i], &written.0[of][i]].map(|&v| Into::<f64>::into(v));
+            if i / n >= live {
+                assert_eq!(got, before, "{name}: row {} is not to be written", i / n);
+                continue;
+            }
+            // The sum is rounded once, what is written alone by itself; two values of f32 are exact.
+            let want = before + alone;
+            let bound = match T::DTYPE {
+                Dtype::F32 => UNIT * want.abs(),
+                dtype => rounding(dtype, alone.abs()) + rounding(dtype, want.abs()) + UNIT * want.abs(),
+            };
+            assert!((got - want).abs() <= bound, "{name}: {of} {i} is {got:e}, want {want:e}, bound {bound:.2e}");
         }
     }
 }

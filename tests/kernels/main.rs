@@ -183,6 +183,7 @@ fn check(kernel: Kernel) {
         Kernel::UnitBackward(dtype) => unit_backward::check(dtype, rng),
         Kernel::ProductKeysBackward => product_keys_backward::check(rng),
         Kernel::RouterBackward(variant) => router_backward::check(variant, rng),
+        Kernel::RouterBackwardBoth(variant) => router_backward::check_both(variant, rng),
         Kernel::ActivationBackward(dtype) => activation_backward::check(dtype, rng),
         Kernel::RmsNorm(dtype) => rms_norm::check(dtype, rng),
         Kernel::RmsNormBackward(dtype) => rms_norm_backward::check(dtype, rng),

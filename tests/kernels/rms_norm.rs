@@ -54,6 +54,11 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &RmsNormDesc) {
     let (rows, width) = (desc.rows, desc.width);
     let magnitude = 10f64.powf(rng.f64() * 2.0 - 1.0);
     let mut x = normals::<T>(rng, rows * width, magnitude);
+    // Some rows are shorter than what is divided by at least, some longer.
+    let least = if rng.u32(..3) == 0 { (magnitude * magnitude) as f32 } else { 0.0 };
+    let mut desc = *desc;
+    desc.norm.least = least;
+    let desc = &desc;
     // Rows without a number, or with an infinite one, spoil no other.
     if rows > 4 {
         x[rng.usize(0..width)] = T::from_f64(f64::NAN);

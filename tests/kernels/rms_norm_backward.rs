@@ -72,6 +72,10 @@ pub fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &RmsNormBackwardDesc) {
         desc.gradient = Dtype::F32;
     }
     let magnitude = 10f64.powf(rng.f64() * 2.0 - 1.0);
+    // Some rows are shorter than what is divided by at least, some longer.
+    if rng.u32(..3) == 0 {
+        desc.norm.least = (magnitude * magnitude) as f32;
+    }
     let gathered = (rows > 0 && rng.bool()).then(|| {
         let tokens = rng.usize(1..=rows);
         let of_rows = (0..rows).map(|_| if rng.u32(..5) == 0 { -1 } else { rng.i32(0..tokens as i32) }).collect();
@@ -224,11 +228,13 @@ fn compare<T: Storage>(name: &str, desc: &RmsNormBackwardDesc, operands: &Operan
             .collect();
         let after = |c: usize| if is_first { 1.0 } else { gain(c) };
         let mean = u.iter().map(|u| u * u).sum::<f64>() / width as f64 + f64::from(desc.norm.epsilon);
+        let constant = mean < f64::from(desc.norm.least);
+        let mean = mean.max(desc.norm.least.into());
         let p = f64::from(desc.norm.factor) / mean.sqrt();
         let row = row_scale.as_ref().map_or(1.0, |list| list[r]);
         let c: Vec<f64> = range.clone().enumerate().map(|(c, i)| (after(c) * dy[i]).abs()).collect();
         let dot: f64 = c.iter().zip(&u).map(|(c, u)| c * u.abs()).sum();
-        let q = dot / (width as f64 * mean);
+        let q = if constant { 0.0 } else { dot / (width as f64 * mean) };
         let terms = |i: usize| (row * p).abs() * (c[i] + u[i].abs() * q);
         let outer = |i: usize| if is_first { gain(i).abs() } else { 1.0 };
         let bounds: Vec<f64> = (0..width).map(|i| relative * terms(i) * outer(i)).collect();

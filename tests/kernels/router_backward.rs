@@ -2,7 +2,7 @@
 
 use cudarc::driver::DeviceRepr;
 use half::{bf16, f16};
-use moe_kernels::registry::{Kernel, RouterBackward};
+use moe_kernels::registry::{Kernel, RouterBackward, RouterBackwardBoth};
 use moe_kernels::routers::router_backward::{self, InputArgs, RouterBackwardDesc, WeightArgs};
 use moe_kernels::{Dtype, Error, In, Out, Workspace};
 
@@ -228,6 +228,83 @@ fn weight<X: Storage + DeviceRepr>(
     for (e, &value) in got[1].iter().enumerate().filter(|_| with_bias) {
         let terms = live().map(|t| (f64::from(d[t * experts + e]), 1.0));
         compare(&format!("{name}: bias"), e, value, desc.accumulate.then(|| before[1][e]), whole, terms);
+    }
+}
+
+pub fn check_both(variant: RouterBackwardBoth, rng: &mut fastrand::Rng) {
+    match (variant.x, variant.weight) {
+        (Dtype::Bf16, Dtype::Bf16) => both::<bf16, bf16>(variant, rng),
+        (Dtype::Bf16, Dtype::F32) => both::<bf16, f32>(variant, rng),
+        (Dtype::F16, Dtype::F16) => both::<f16, f16>(variant, rng),
+        (Dtype::F16, Dtype::F32) => both::<f16, f32>(variant, rng),
+        (Dtype::F32, Dtype::F32) => both::<f32, f32>(variant, rng),
+        other => unreachable!("no kernel of {other:?}"),
+    }
+}
+
+/// The bits of both launches of their own, which are checked by themselves; tokens in one part and in several.
+fn both<X: Storage + DeviceRepr, W: Storage + DeviceRepr>(variant: RouterBackwardBoth, rng: &mut fastrand::Rng) {
+    let (kernels, stream) = (device::kernels(), device::stream());
+    for (turn, (tokens, experts, hidden)) in SHAPES.into_iter().chain(IN_PARTS).chain([(0, 3, 5)]).enumerate() {
+        let desc = RouterBackwardDesc::new(X::DTYPE, tokens, experts, hidden).weight(W::DTYPE);
+        let (accumulate, added, with_bias) = (turn % 2 == 0, turn % 3 == 0, turn % 4 < 2);
+        let desc = desc.accumulate(accumulate).gate(turn / 2 % 2 == 0);
+        let selection = router_backward::select_both(&desc, kernels.device()).unwrap().0;
+        assert_eq!(selection.kernel.variant(), Kernel::RouterBackwardBoth(variant));
+        let (mut d, d_gate) = (gradients(rng, tokens, experts, false), gradients(rng, tokens, 1, false));
+        let (mut x, mut matrix) = (rows::<X>(rng, tokens * hidden, false), rows::<W>(rng, experts * hidden, false));
+        // What no gradient reaches may be anything: tokens, and an expert.
+        (0..tokens).filter(|t| t % 4 == 2).for_each(|t| x[t * hidden..][..hidden].fill(X::from_f64(f64::NAN)));
+        if experts > 1 {
+            d.iter_mut().skip(1).step_by(experts).for_each(|d| *d = 0.0);
+            matrix[hidden..2 * hidden].fill(W::from_f64(f64::NAN));
+        }
+        let gate = rows::<W>(rng, hidden, false);
+        let floats = [("d_logits", &d), ("gate.d_logits", &d_gate)].map(|(what, of)| Guarded::input(&stream, what, of));
+        let x_in = Guarded::input(&stream, "x", &x);
+        let of_w = [("weight", &matrix), ("gate.weight", &gate)].map(|(what, of)| Guarded::input(&stream, what, of));
+        let before = [experts * hidden, experts, hidden].map(|len| rows::<f32>(rng, len, false));
+        let dx_before = rows::<X>(rng, tokens * hidden, false);
+        let bytes = router_backward::workspace_bytes(&desc).unwrap();
+        let mut workspace = Workspace::new(&stream, bytes).unwrap();
+        let mut launch = |together: bool| {
+            let mut out = [("d_weight", 0), ("d_bias", 1), ("gate.d_weight", 2)].map(|(what, i)| {
+                let junk = vec![Guarded::<f32>::junk(); before[i].len()];
+                Guarded::filled_output(&stream, what, if accumulate { &before[i] } else { &junk }, 0)
+            });
+            let mut dx = match added {
+                true => Guarded::filled_output(&stream, "dx", &dx_before, 0),
+                false => Guarded::<X>::output(&stream, "dx", tokens * hidden),
+            };
+            {
+                let ([d, d_gate], [w, gate]) =
+                    (floats.each_ref().map(Guarded::view), of_w.each_ref().map(Guarded::view));
+                let (x, mut dx) = (x_in.view(), dx.view_mut());
+                let [to, bias, to_gate] = &mut out.each_mut().map(Guarded::view_mut);
+                let mut into_x = InputArgs::<X, W>::new(&d, &w, &mut dx);
+                into_x.gate = desc.gate.then(|| (In::from(&d_gate), In::from(&gate)));
+                let mut into_weight = WeightArgs::new(&d, &x, to).workspace(&mut workspace);
+                into_weight.d_bias = with_bias.then(|| Out::from(bias));
+                into_weight.gate = desc.gate.then(|| (In::from(&d_gate), Out::from(to_gate)));
+                if together {
+                    router_backward::both(kernels, &stream, &desc, into_x, added, into_weight).unwrap();
+                } else {
+                    router_backward::input(kernels, &stream, &desc.accumulate(added), into_x).unwrap();
+                    router_backward::weight(kernels, &stream, &desc, into_weight).unwrap();
+                }
+            }
+            (out.map(|out| out.read(&stream)), dx.read(&stream))
+        };
+        let (want, want_dx) = launch(false);
+        let name = format!("{desc:?} bias {with_bias} added {added}");
+        for _ in 0..2 {
+            let (got, dx) = launch(true);
+            (0..3).for_each(|i| assert!(bits(&got[i]) == bits(&want[i]), "{name}: gradient {i}"));
+            assert!(bits(&dx) == bits(&want_dx), "{name}: dx");
+        }
+        assert!(want[0].iter().all(|v| v.is_finite()) || experts * hidden == 0, "{name}");
+        time(&stream, &name, || drop(launch(true)));
+        floats.iter().for_each(|buffer| buffer.assert_unchanged(&stream));
     }
 }
 

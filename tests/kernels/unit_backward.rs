@@ -46,8 +46,8 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: CosineDesc, kind: Rows) {
     if kind == Rows::Short {
         similar[..width].fill(T::from_f64(0.0));
         if experts > 1 && T::DTYPE != Dtype::F16 {
-            // Far shorter, for the forward pass adds 1e-24 to the square where the formula takes the larger.
-            let length = 3e-14 / (width as f64).sqrt();
+            // On either side of the least length.
+            let length = [0.7e-12, 1.4e-12][rng.usize(..2)] / (width as f64).sqrt();
             similar[width..2 * width].iter_mut().for_each(|v| *v = T::from_f64(length * Into::<f64>::into(*v)));
         }
     }

@@ -7,7 +7,7 @@ use crate::runtime::launch::{Address, Scope};
 use crate::runtime::params::{GemmBackwardHopperMore, GemmBackwardHopperParams, GemmBackwardParams};
 use crate::{DeviceInfo, Error, Selection};
 
-/// The kernel, which takes a shared expert of the others' sizes alone, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by the cost of [`super::super::gemm`].
+/// The kernel, which takes a shared expert of the others' sizes and packed rows alone and adds to nothing, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by the cost of [`super::super::gemm`].
 pub(super) fn select(
     desc: &GemmBackwardDesc,
     other: &Selection,
@@ -17,7 +17,8 @@ pub(super) fn select(
     let found = product
         .vector_layout()
         .and_then(|layout| hopper::candidate(&product, layout, device))
-        .filter(|_| device.shared_bytes_per_block >= GemmHopper::BACKWARD_SHARED_BYTES);
+        .filter(|_| device.shared_bytes_per_block >= GemmHopper::BACKWARD_SHARED_BYTES)
+        .filter(|_| desc.a_rows_apart.is_none() && !desc.accumulate);
     let is_faster = |gemm: &GemmHopper| match other.kernel.variant() {
         Kernel::Gemm(gemm80) => hopper::is_faster(&product, gemm, (&gemm80.tile, gemm80.out_columns()), device),
         _ => false,

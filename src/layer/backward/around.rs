@@ -78,7 +78,12 @@ impl AroundBack {
         };
         Ok(AroundBack {
             output: of.norms.output.map(|norm| behind(norm, tokens, of.hidden)).transpose()?,
-            slots: of.norms.slots.map(|norm| behind(norm, slots, of.expert_width())).transpose()?,
+            // The factor of the sum over the experts stands behind this norm.
+            slots: of
+                .norms
+                .slots
+                .map(|norm| behind(norm.factor(norm.factor * of.routed_scale), slots, of.expert_width()))
+                .transpose()?,
             latent: of.latent.map(|_| LatentBack::new(of, tokens, desc, device)).transpose()?,
             weighting: of.weighting,
         })

@@ -41,8 +41,9 @@ pub(super) struct MlpPlan {
 pub(super) enum Input {
     /// A product, and one of up's tensor, where it has one, onto what gate's left. A shared expert's rows are in both, or in neither.
     Product(Step<GemmDesc>, Option<Step<GemmDesc>>),
-    /// A product that weighs each row, has the gradient of that weight and the weighted rows of x.
-    Weighted(Step<GemmBackwardDesc>),
+    /// A product that weighs each row, has the gradient of that weight and the weighted rows of x; of up's tensor, where it has one, the same onto what gate's
+    /// left.
+    Weighted(Step<GemmBackwardDesc>, Option<Step<GemmBackwardDesc>>),
 }
 
 /// Rows, columns, and how rows are weighted.
@@ -237,8 +238,10 @@ impl MlpPlan {
                 .gather_pre_activation(sizes.gathers())
                 .shared_rows(shared_rows)
                 .shared_sizes(other.map(|other| [width, mlp.gate_up.outputs(other)]))
+                .a_rows_apart(apart.map(|_| [columns, columns_of(other.unwrap_or(intermediate))]))
                 .kernels(kernels);
-            Input::Weighted(through(desc)?)
+            let up = apart.map(|_| through(desc.accumulate(true))).transpose()?;
+            Input::Weighted(through(desc)?, up)
         } else {
             let mut desc = GemmDesc::new(dtype, rows, width, outputs).kernels(kernels).weight(turned(&mlp.gate_up));
             if apart.is_some() {
@@ -260,7 +263,7 @@ impl MlpPlan {
         };
         let scratch_bytes = match &input {
             Input::Product(..) => scratch(&hidden)?,
-            Input::Weighted(step) => scratch(&hidden)?.max(scratch(&step.desc)?),
+            Input::Weighted(step, _) => scratch(&hidden)?.max(scratch(&step.desc)?),
         };
         Ok(MlpPlan {
             mlp: *mlp,
@@ -314,7 +317,7 @@ impl MlpPlan {
     pub(super) fn stages(&self, names: Stages) -> impl Iterator<Item = (BackwardStage, Selection)> + use<> {
         let (input, input_of_up) = match self.input {
             Input::Product(step, of_up) => (step.selection, of_up.map(|step| step.selection)),
-            Input::Weighted(step) => (step.selection, None),
+            Input::Weighted(step, of_up) => (step.selection, of_up.map(|step| step.selection)),
         };
         let gate_up = (names.gate_up, self.gate_up.selection);
         let first = [(names.hidden, self.hidden.selection), (names.down, self.down.selection), (names.input, input)];
@@ -325,7 +328,7 @@ impl MlpPlan {
     pub(super) fn input_joins(&self) -> bool {
         match &self.input {
             Input::Product(step, _) => step.desc.shared_rows > 0,
-            Input::Weighted(step) => step.desc.shared_rows > 0,
+            Input::Weighted(step, _) => step.desc.shared_rows > 0,
         }
     }
 
@@ -333,7 +336,7 @@ impl MlpPlan {
     pub(super) fn input_selection(&self) -> Selection {
         match &self.input {
             Input::Product(step, _) => step.selection,
-            Input::Weighted(step) => step.selection,
+            Input::Weighted(step, _) => step.selection,
         }
     }
 

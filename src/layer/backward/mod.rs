@@ -174,16 +174,16 @@ pub enum BackwardStage {
     GateUpWeight,
     /// Gradient of the first product's bias, where its weight's is not asked for.
     GateUpBias,
-    /// From rows to choices, where somebody asks for these or there are identities.
+    /// From rows' weights to choices, back through an admission, where there is no [`BackwardStage::Gating`].
     Choices,
-    /// From what tokens got to what they chose among, where an admission passes choices on or divides weights by what is left of them.
-    Admission,
-    /// From weights and losses to logits, and where somebody asks for those of learned factors to these, by a launch more.
+    /// From rows' weights and losses to logits and learned factors, back through an admission, with the gradients of choices where these are asked for.
     Gating,
     /// Gradient of the router's weight.
     RouterWeight,
     /// Logits through the router's product.
     RouterInput,
+    /// Both in one launch, where there would be more than nine.
+    RouterBoth,
     /// Gradient of the router's bias, where its weight's is not asked for.
     RouterBias,
     /// A shared expert's gate, by which the gradient of its second product's bias is weighted; only for that.
@@ -204,6 +204,8 @@ pub enum BackwardStage {
     SharedGateWeight,
     /// [`BackwardStage::RouterInput`] of the gate, likewise.
     SharedGateInput,
+    /// Both in one launch, where there would be more than nine.
+    SharedGateBoth,
     /// Gradient of the vector that is added to every token's sum, where somebody asks for it.
     Bias,
     /// Sum of a token's rows.
@@ -249,6 +251,33 @@ pub enum BackwardStage {
 }
 
 impl BackwardStage {
+    /// Whether it belongs to a norm, or to a projection to a latent width.
+    pub const fn is_around(self) -> bool {
+        use BackwardStage::*;
+        matches!(
+            self,
+            ExpertNormAgain
+                | ExpertNorm
+                | ExpertNormWeight
+                | RouterNormAgain
+                | RouterNorm
+                | RouterNormWeight
+                | OutputNorm
+                | OutputNormWeight
+                | SlotNorm
+                | SlotNormWeight
+                | SharedSum
+                | LatentInputAgain
+                | LatentNormAgain
+                | LatentNorm
+                | LatentNormWeight
+                | LatentInputWeight
+                | LatentInput
+                | LatentOutputWeight
+                | LatentOutput
+        )
+    }
+
     /// A word for tables.
     pub const fn name(self) -> &'static str {
         match self {
@@ -259,10 +288,10 @@ impl BackwardStage {
             BackwardStage::GateUpWeight => "d W gate_up",
             BackwardStage::GateUpBias => "d b gate_up",
             BackwardStage::Choices => "d choices",
-            BackwardStage::Admission => "d admission",
             BackwardStage::Gating => "d gating",
             BackwardStage::RouterWeight => "d W router",
             BackwardStage::RouterInput => "d router input",
+            BackwardStage::RouterBoth => "d router",
             BackwardStage::RouterBias => "d router bias",
             BackwardStage::Bias => "d bias",
             BackwardStage::Input => "d input",
@@ -295,6 +324,7 @@ impl BackwardStage {
             BackwardStage::SharedInput => "d shared input",
             BackwardStage::SharedGateWeight => "d W shared gate",
             BackwardStage::SharedGateInput => "d shared gate input",
+            BackwardStage::SharedGateBoth => "d shared gate",
         }
     }
 }

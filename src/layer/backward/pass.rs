@@ -259,31 +259,42 @@ impl<'a, T: Element> Pass<'a, T> {
                     observer(self.names.input);
                 }
             }
-            Input::Weighted(step) => {
+            Input::Weighted(step, of_up) => {
                 // The weighted rows of x, for the weight's gradient or beside the sums of a bias alone.
                 let of = &self.gradients.gate_up;
                 let reads_x = of.matrix.is_some() || of.bias.is_some();
                 let shared = shared.filter(|_| wanted.input);
                 if wanted.input || wanted.weights || reads_x {
-                    let (d, weight) = (self.outputs(0), self.at.gate_up.matrix);
-                    let mut args = GemmBackwardArgs::new(d, weight, self.at.x, self.out_at(d_rows, plan.sizes.width));
-                    args.dispatched = self.grouped();
-                    args.slot_weight = self.at.row_weight;
-                    args.d_slot_weight = self.d_row_weight();
-                    args.hidden = reads_x.then(|| self.out_at(weighted_x, plan.sizes.width));
-                    args.shared = shared.map(|shared| {
-                        let (d, weight) = (shared.outputs(0), shared.at.gate_up.matrix);
-                        SharedRowsBackward::new(d, weight, shared.at.x, shared.d_rows())
-                    });
-                    let desc = if shared.is_some() { step.desc } else { step.desc.alone() };
-                    let mut scratch = self.scratch();
-                    gemm_backward::forward(kernels, stream, &desc, args, &mut scratch).map_err(within)?;
-                    observer(self.names.input);
+                    for (number, step) in [Some(step), of_up.as_ref()].into_iter().flatten().enumerate() {
+                        let Some(weight) = self.tensor(number) else { continue };
+                        let to = self.out_at(d_rows, plan.sizes.width);
+                        let mut args = GemmBackwardArgs::new(self.outputs(number), weight, self.at.x, to);
+                        args.dispatched = self.grouped();
+                        args.slot_weight = self.at.row_weight;
+                        args.d_slot_weight = self.d_row_weight();
+                        args.hidden = (reads_x && number == 0).then(|| self.out_at(weighted_x, plan.sizes.width));
+                        args.shared = shared.and_then(|shared| {
+                            let (d, weight) = (shared.outputs(number), shared.tensor(number)?);
+                            Some(SharedRowsBackward::new(d, weight, shared.at.x, shared.d_rows()))
+                        });
+                        let desc = if shared.is_some() { step.desc } else { step.desc.alone() };
+                        let mut scratch = self.scratch();
+                        gemm_backward::forward(kernels, stream, &desc, args, &mut scratch).map_err(within)?;
+                        observer(self.names.input);
+                    }
                 }
             }
             _ => {}
         }
         Ok(())
+    }
+
+    /// The first product's tensor of all its outputs or the gate's, or that of the up values.
+    fn tensor(&self, number: usize) -> Option<Tensor<'a>> {
+        match number {
+            0 => Some(self.at.gate_up.matrix),
+            _ => self.at.gate_up.up.map(|(matrix, _)| matrix),
+        }
     }
 
     fn d_rows(&self) -> Out<'a, T> {

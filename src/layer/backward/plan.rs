@@ -3,10 +3,9 @@
 use super::around::AroundBack;
 use super::mlp::{self, Joined, MlpPlan, Sizes};
 use super::norms::{self, NormSteps};
+use super::router::{GATE, ROUTER};
 use super::saved::saved_bytes;
 use super::{BackwardDesc, BackwardStage, OPERATION, Origin};
-use crate::capacity::admission::AdmissionDesc;
-use crate::capacity::admission_backward;
 use crate::experts::choice_backward::{self, ChoiceBackwardDesc};
 use crate::experts::combine::{self, CombineDesc};
 use crate::experts::dispatched::SlotShape;
@@ -16,9 +15,12 @@ use crate::layer::forward::LayerPlan;
 use crate::layer::{Stage, Step};
 use crate::routers::gating_backward::{self, GatingBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
-use crate::rules::{Dtype, Glu, IdFormat, LogitRule, NullOutput, RmsNorm, Weighting};
+use crate::rules::{AdmissionRule, Dtype, IdFormat, LogitRule, NullOutput, RmsNorm, Weighting};
 use crate::runtime::workspace::{Arena, BARRIER_HEADER, Region};
 use crate::{DeviceInfo, Error, Kernel, Selection};
+
+/// Most launches, but for those of norms, projections and a shared expert of another form.
+const MOST_LAUNCHES: usize = 9;
 
 /// Every choice for a layer's backward pass and a number of tokens: kernels, grids, and places in the workspace.
 #[derive(Clone, Copy, Debug)]
@@ -32,10 +34,10 @@ pub struct BackwardPlan {
     pub(super) gate: Option<RouterSteps>,
     /// The first product again.
     pub(super) again: Option<Selection>,
-    /// Where somebody may ask for gradients by choice; needed where there are identities.
+    /// Gradients by choice, for who asks for them without those of logits.
     pub(super) choices: Step<ChoiceBackwardDesc>,
-    /// Where candidates' weights are not those of what was admitted.
-    pub(super) admission: Option<Step<AdmissionDesc>>,
+    /// Where candidates' weights are not those of what was admitted, or an identity may have been dropped.
+    pub(super) admission: Option<AdmissionRule>,
     pub(super) gating: Option<Step<GatingBackwardDesc>>,
     pub(super) router: Option<RouterSteps>,
     pub(super) sum: Step<CombineDesc>,
@@ -56,6 +58,9 @@ pub(super) struct RouterSteps {
     pub(super) desc: RouterBackwardDesc,
     weight: Selection,
     input: Selection,
+    /// Both in one launch, where there would be more than nine.
+    both: Selection,
+    pub(super) merges: bool,
     /// For sums of parts, a gate's among them.
     scratch_bytes: usize,
 }
@@ -64,9 +69,6 @@ pub(super) struct RouterSteps {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Regions {
     pub(super) d_logits: Region,
-    pub(super) d_weights: Region,
-    /// `[T, k]`: of what was admitted, where identities' gradients are by choice.
-    pub(super) d_admitted: Region,
     pub(super) pre_activation: Region,
     /// `[T]` of 1.
     pub(super) ones: Region,
@@ -80,8 +82,7 @@ impl LayerPlan {
     /// Plans the way back.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what has no backward pass here, naming the field: a factor of the routed sum beside identities or a norm of each expert's output;
-    /// [`Error::Invalid`] or [`Error::Overflow`] for losses out of range or sizes past a limit.
+    /// [`Error::Unsupported`] for what has no backward pass here, naming the field; [`Error::Invalid`] or [`Error::Overflow`] for losses out of range or sizes past a limit.
     pub fn backward_plan(&self, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         BackwardPlan::new(self, desc)
     }
@@ -108,7 +109,8 @@ impl BackwardPlan {
             intermediate: of.intermediate,
             kernels: of.kernels(),
             weighting: of.weighting,
-            scale: of.routed_scale,
+            // A norm of each row behind the experts has the factor.
+            scale: if of.norms.slots.is_some() { 1.0 } else { of.routed_scale },
             gate: false,
             own_outputs: of.norms.slots.is_some(),
             shared: joined,
@@ -130,22 +132,19 @@ impl BackwardPlan {
         let (mut routed, mut shared) = (MlpPlan::new(&of.mlp, routed, desc, device)?, shared.transpose()?);
         let gate = of.has_shared_gate().then(|| RouterSteps::new(of, tokens, 1, device)).transpose()?;
         let width = of.expert_width();
-        let choices = ChoiceBackwardDesc::new(of.dtype, rows, width);
+        let choices = ChoiceBackwardDesc::new(of.dtype, rows, width).identity_scale(of.routed_scale);
         let choices = Step { desc: choices, selection: choice_backward::select(&choices, device).map_err(within)? };
 
-        let regraded = of.admission.filter(|rule| rule.candidates != rule.top_k || rule.renormalise.is_some());
-        let admission = regraded.map(|rule| {
-            let desc = AdmissionDesc::new(tokens, rule);
-            let selection = admission_backward::select(&desc, device).map_err(within)?;
-            Ok::<_, Error>(Step { desc, selection })
-        });
-        let admission = admission.transpose()?;
+        let admission = of.admission.filter(|rule| rule.regrades() || has_identities(of));
         let gating = (desc.origin != Origin::Choices).then(|| {
             let top_k = of.admission.map_or(of.top_k, |rule| rule.candidates);
             let desc = GatingBackwardDesc::new(tokens, of.experts, top_k, of.gating)
                 .losses(desc.losses)
                 .logit_rule(if desc.origin == Origin::Router { of.logits } else { LogitRule::PLAIN });
-            Ok::<_, Error>(Step { desc, selection: gating_backward::select(&desc, device).map_err(within)? })
+            let by_place = admission.is_some() || has_identities(of);
+            let learned = of.gating.expert_scale || of.gating.global_scale;
+            let selection = gating_backward::select_for(&desc, device, by_place, learned);
+            Ok::<_, Error>(Step { desc, selection: selection.map_err(within)? })
         });
         let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, of.logit_columns(), device));
         let router = router.transpose()?;
@@ -163,7 +162,7 @@ impl BackwardPlan {
             Ok::<_, Error>(Step { desc: CombineDesc { rows, ..sum }, selection })
         });
         let again = layer.experts().stages().find(|(stage, _)| desc.recompute && *stage == Stage::GateUp);
-        let sum = CombineDesc::new(of.dtype, rows, width);
+        let sum = CombineDesc::new(of.dtype, rows, width).identity_scale(of.routed_scale);
         let sum = Step { desc: sum, selection: combine::select_for(OPERATION, &sum, device)? };
         let logits = if desc.origin == Origin::Choices { 0 } else { tokens * of.logit_columns() };
         let kept = if desc.recompute { rows.slots * routed.columns() } else { 0 };
@@ -193,18 +192,12 @@ impl BackwardPlan {
         let gated = if gate.is_some() { tokens } else { 0 };
         let regions = Regions {
             d_logits: arena.region("d_logits", logits, 4)?,
-            d_weights: arena.region("d_weights", tokens * of.candidates(), 4)?,
-            d_admitted: arena.region(
-                "d_admitted",
-                if admission.is_some() { tokens * of.all_choices() } else { 0 },
-                4,
-            )?,
             pre_activation: arena.region("pre_activation", kept, of.dtype.bytes() as usize)?,
             ones: arena.region("ones", tokens, 4)?,
             scratch,
             shared_gate: arena.region("shared_gate", gated, 4)?,
         };
-        Ok(BackwardPlan {
+        let mut plan = BackwardPlan {
             layer: *layer,
             desc: *desc,
             routed,
@@ -222,7 +215,12 @@ impl BackwardPlan {
             shared_sum: shared_sum.transpose()?,
             regions,
             workspace_bytes: arena.bytes(),
-        })
+        };
+        // A router's two products, or a gate's, share a launch where it is one too many.
+        if plan.launches_of_experts() > MOST_LAUNCHES {
+            [&mut plan.router, &mut plan.gate].into_iter().flatten().for_each(|steps| steps.merges = true);
+        }
+        Ok(plan)
     }
 
     /// The plan of the forward pass.
@@ -237,13 +235,12 @@ impl BackwardPlan {
 
     /// Whether there are experts whose output is their input, or a map that may say so.
     pub(super) fn identities(&self) -> bool {
-        let of = self.layer.desc();
-        of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input)
+        has_identities(self.layer.desc())
     }
 
     /// Whether the way back asks which choices were admitted: for their gradients, or to know an identity that was dropped.
     pub(super) fn asks_admitted(&self) -> bool {
-        self.admission.is_some() || self.identities() && self.layer.desc().admission.is_some()
+        self.admission.is_some()
     }
 
     /// Whether a pass by choices from elsewhere reads these again.
@@ -285,18 +282,14 @@ impl BackwardPlan {
             true => (None, self.shared.filter(|_| !self.routed.input_joins())),
             false => (self.shared.map(|shared| shared.stages(mlp::SHARED)), None),
         };
-        let choices = self.identities().then_some((BackwardStage::Choices, self.choices.selection));
-        let admission = self.admission.map(|step| (BackwardStage::Admission, step.selection));
+        // A gating's own way back has them.
+        let asks = self.gating.is_none();
+        let choices = asks.then_some((BackwardStage::Choices, self.choices.selection));
         let gating = self.gating.map(|step| (BackwardStage::Gating, step.selection));
-        let router = self
-            .router
-            .map(|steps| [(BackwardStage::RouterWeight, steps.weight), (BackwardStage::RouterInput, steps.input)]);
+        let router = self.router.map(|steps| steps.stages(ROUTER));
         let again = self.again.map(|selection| (BackwardStage::GateUp, selection));
         // Beside a router the gate is part of its launches.
-        let gate = self
-            .gate
-            .filter(|_| self.router.is_none())
-            .map(|gate| [(BackwardStage::SharedGateWeight, gate.weight), (BackwardStage::SharedGateInput, gate.input)]);
+        let gate = self.gate.filter(|_| self.router.is_none()).map(|gate| gate.stages(GATE));
         let stages = |norm: Option<NormSteps>, names| norm.map_or([vec![], vec![]], |norm| norm.stages(names));
         let [expert_norm_again, expert_norm] = stages(self.expert_norm, norms::EXPERTS);
         let [router_norm_again, router_norm] = stages(self.router_norm, norms::ROUTER);
@@ -311,7 +304,6 @@ impl BackwardPlan {
             .chain(beside.map(|shared| (mlp::SHARED.input, shared.input_selection())))
             .chain(shared.into_iter().flatten())
             .chain(choices)
-            .chain(admission)
             .chain(gating)
             .chain(router_norm_again)
             .chain(router.into_iter().flatten())
@@ -324,7 +316,13 @@ impl BackwardPlan {
             .filter(move |_| tokens > 0)
     }
 
-    /// Kernel launches where all gradients are asked for.
+    /// Launches without those of norms and of projections to a latent width, which have their own.
+    fn launches_of_experts(&self) -> usize {
+        self.stages().filter(|(stage, _)| !stage.is_around()).count()
+    }
+
+    /// Kernel launches where all gradients are asked for: at most nine, and those of norms and projections; three more where a shared expert's weights have
+    /// another form than the others'.
     pub fn launches(&self) -> usize {
         self.stages().count()
     }
@@ -345,11 +343,20 @@ impl RouterSteps {
             weight: router_backward::select_weight(&with_gate, device).map_err(within)?.0,
             scratch_bytes: router_backward::workspace_bytes(&with_gate).map_err(within)?,
             input: router_backward::select_into_x(&desc, device).map_err(within)?,
+            both: router_backward::select_both(&with_gate, device).map_err(within)?.0,
+            merges: false,
         })
     }
 }
 
 impl RouterSteps {
+    fn stages(&self, [weight, input, both]: [BackwardStage; 3]) -> Vec<(BackwardStage, Selection)> {
+        match self.merges {
+            true => vec![(both, self.both)],
+            false => vec![(weight, self.weight), (input, self.input)],
+        }
+    }
+
     /// Memory for sums of parts, at a workspace's begin.
     pub(super) fn scratch(&self) -> Region {
         Region { offset: 0, bytes: self.scratch_bytes }
@@ -361,26 +368,92 @@ fn seen_by_router(of: &LayerDesc) -> Dtype {
     if of.norms.router.is_some() && of.router_dtype == Dtype::F32 { Dtype::F32 } else { of.dtype }
 }
 
+/// Whether there are experts whose output is their input, or a map that may say so.
+fn has_identities(of: &LayerDesc) -> bool {
+    of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input)
+}
+
 /// What has no way back here.
 fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
     let routed = desc.origin != Origin::Choices;
-    let identities = of.map.is_some() || of.null.is_some_and(|null| null.output == NullOutput::Input);
-    let scaled = identities && of.routed_scale != 1.0;
-    let two_tensors = of.weighting == Weighting::Input && of.mlp.gate_up.glu == Glu::Apart;
+    let identities = has_identities(of);
     let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    let normed = of.norms.slots.is_some() && of.routed_scale != 1.0;
-    let refused: [(&'static str, bool, &'static str); 4] = [
-        ("routed_scale", normed, "1 beside a norm of each expert's output"),
-        ("routed_scale", scaled, "1 beside experts whose output is their input, and a map"),
-        ("mlp.gate_up.glu", two_tensors, "one tensor with Weighting::Input"),
-        ("choices", wide_ids, "ids of 32 bits, where identities are read off them"),
-    ];
-    if let Some((argument, _, supported)) = refused.into_iter().find(|(_, there, _)| *there) {
-        return Err(Error::unsupported(OPERATION, argument, supported, "another"));
+    if wide_ids {
+        let supported = "ids of 32 bits, where identities are read off them";
+        return Err(Error::unsupported(OPERATION, "choices", supported, format!("{:?}", of.choices)));
     }
     if !routed && desc.losses.is_some() {
         let reason = "the choices come from elsewhere, with their losses";
         return Err(Error::Unexpected { operation: OPERATION, argument: "losses", reason });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{MapDesc, Mlp, SharedDesc};
+    use crate::rules::{Gating, Glu, LossGradient, LossScore, NullExperts, Renormalise, Score, WeightDesc};
+    use crate::runtime::device::{A100, H100};
+
+    const TOKENS: usize = 4096;
+
+    /// Forms of the experts: weights, what their rows' weights scale, a shared expert.
+    fn forms(dtype: Dtype, router: Dtype) -> Vec<LayerDesc> {
+        let mut all = Vec::new();
+        for glu in [Glu::Split, Glu::Apart, Glu::None] {
+            let mlp = Mlp::swiglu(dtype).gate_up(WeightDesc::new(dtype).glu(glu));
+            let mlp = if glu == Glu::None { Mlp::relu(dtype) } else { mlp };
+            for weighting in [Weighting::Output, Weighting::Input, Weighting::Activation] {
+                for shared in [None, Some((768, false)), Some((768, true)), Some((1024, false)), Some((1024, true))] {
+                    let shared = shared.map(|(size, gated)| SharedDesc::new(size, mlp).gated(gated));
+                    let desc = LayerDesc::new(dtype, 512, 768, 8, 2).router_dtype(router).mlp(mlp);
+                    all.push(desc.weighting(weighting).shared(shared));
+                }
+            }
+        }
+        all
+    }
+
+    /// What may stand between choices and rows.
+    fn admitted(desc: LayerDesc) -> Vec<LayerDesc> {
+        let rule = AdmissionRule::new(8, 2, TOKENS, TOKENS);
+        let divided = rule.renormalise(Some(Renormalise::Plus(0.0)));
+        let rules = [None, Some(rule), Some(rule.candidates(4)), Some(divided.candidates(3))];
+        let mut all: Vec<LayerDesc> = rules
+            .into_iter()
+            .flat_map(|rule| [None, Some(MapDesc::new(4))].map(|map| desc.admission(rule).map(map)))
+            .collect();
+        all.extend([NullExperts::zero(2), NullExperts::identity(2)].map(|null| desc.null(Some(null))));
+        all
+    }
+
+    /// All combinations, on devices with kernels of each set, but for norms and projections, whose launches are their own.
+    #[test]
+    fn never_more_than_nine_launches() {
+        let (mut most, mut plans) = (0, 0);
+        let losses = LossGradient::new(LossScore::Softmax).balance(0.01).importance(0.1).sequence(0.1);
+        for (device, dtype, router) in
+            [(A100, Dtype::Bf16, Dtype::Bf16), (H100, Dtype::Bf16, Dtype::F32), (A100, Dtype::F32, Dtype::F32)]
+        {
+            for desc in forms(dtype, router).into_iter().flat_map(admitted) {
+                for learned in [false, true] {
+                    let gating = Gating::new(Score::Softmax).expert_scale(learned).global_scale(learned);
+                    let Ok(plan) = desc.gating(gating).plan(TOKENS, &device) else { continue };
+                    for recompute in [false, true] {
+                        for origin in [Origin::Router, Origin::Logits, Origin::Choices] {
+                            let asked = BackwardDesc::new().recompute(recompute).origin(origin);
+                            let asked = asked.losses((learned && origin != Origin::Choices).then_some(losses));
+                            let back = plan.backward_plan(&asked).unwrap();
+                            let launches = back.launches();
+                            assert!(launches <= MOST_LAUNCHES, "{launches} of {asked:?} {:?}", plan.desc());
+                            (most, plans) = (most.max(launches), plans + 1);
+                        }
+                    }
+                }
+            }
+        }
+        assert_eq!(most, MOST_LAUNCHES);
+        assert!(plans > 10_000, "{plans}");
+    }
 }

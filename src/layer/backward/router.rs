@@ -31,8 +31,11 @@ pub(super) struct Matrix<'a> {
     pub(super) d_matrix: Option<Address<'a>>,
 }
 
-const ROUTER: [BackwardStage; 2] = [BackwardStage::RouterWeight, BackwardStage::RouterInput];
-const GATE: [BackwardStage; 2] = [BackwardStage::SharedGateWeight, BackwardStage::SharedGateInput];
+/// To the weight, to the input, to both.
+pub(super) const ROUTER: [BackwardStage; 3] =
+    [BackwardStage::RouterWeight, BackwardStage::RouterInput, BackwardStage::RouterBoth];
+pub(super) const GATE: [BackwardStage; 3] =
+    [BackwardStage::SharedGateWeight, BackwardStage::SharedGateInput, BackwardStage::SharedGateBoth];
 
 impl RouterBack<'_> {
     /// All gradients that are asked for, the input's written.
@@ -44,6 +47,13 @@ impl RouterBack<'_> {
     ) -> Result<(), Error> {
         let gate = self.gate.as_ref().map(|(_, gate)| gate);
         let of_gate = gate.and_then(|gate| gate.d_matrix);
+        let all = self.of.d_matrix.is_some() && gate.is_none() == of_gate.is_none();
+        if let Some(dx) = self.d_input.filter(|_| self.steps.merges && all) {
+            let (of, to) = ((self.steps, &self.of), (dx, false));
+            both::<T>(scope, workspace, of, gate, (self.seen, self.d_bias), to, self.accumulate)?;
+            observer(ROUTER[2]);
+            return Ok(());
+        }
         if self.of.d_matrix.is_some() {
             self.weight::<T>(scope, workspace, (self.steps, &self.of), gate.filter(|_| of_gate.is_some()))?;
             observer(ROUTER[0]);
@@ -79,6 +89,11 @@ pub(super) fn gate_alone<T: Element>(
     accumulate: bool,
     observer: &mut dyn FnMut(BackwardStage),
 ) -> Result<(), Error> {
+    if let Some(dx) = d_input.filter(|_| steps.merges && of.d_matrix.is_some()) {
+        both::<T>(scope, workspace, (steps, of), None, (seen, None), (dx, added), accumulate)?;
+        observer(GATE[2]);
+        return Ok(());
+    }
     if of.d_matrix.is_some() {
         weight::<T>(scope, workspace, (steps, of), None, (seen, None), accumulate)?;
         observer(GATE[0]);
@@ -88,6 +103,50 @@ pub(super) fn gate_alone<T: Element>(
         observer(GATE[1]);
     }
     Ok(())
+}
+
+/// The gradients of a matrix, of a bias, of a gate beside it, and of what both saw.
+#[allow(clippy::too_many_arguments)]
+fn both<T: Element>(
+    scope: &Scope<'_>,
+    workspace: &Held<'_>,
+    of: (&RouterSteps, &Matrix<'_>),
+    gate: Option<&Matrix<'_>>,
+    seen: (Address<'_>, Option<Address<'_>>),
+    to: (Address<'_>, bool),
+    accumulate: bool,
+) -> Result<(), Error> {
+    match of.1.matrix.map(|matrix| matrix.dtype()) {
+        Some(Dtype::F32) => both_by::<T, f32>(scope, workspace, of, gate, seen, to, accumulate),
+        _ => both_by::<T, T>(scope, workspace, of, gate, seen, to, accumulate),
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+fn both_by<T: Element, W: Element>(
+    scope: &Scope<'_>,
+    workspace: &Held<'_>,
+    (steps, of): (&RouterSteps, &Matrix<'_>),
+    gate: Option<&Matrix<'_>>,
+    (seen, d_bias): (Address<'_>, Option<Address<'_>>),
+    (dx, added): (Address<'_>, bool),
+    accumulate: bool,
+) -> Result<(), Error> {
+    let Some((matrix, d_matrix)) = of.matrix.zip(of.d_matrix) else { return Ok(()) };
+    let RouterBackwardDesc { tokens, experts, hidden, .. } = steps.desc;
+    let d_logits = of.d_logits.input::<f32>(tokens * experts);
+    let mut into_x = InputArgs::<T, W>::new(d_logits, typed("router.matrix", matrix)?, dx.out(tokens * hidden));
+    let mut into_weight = WeightArgs::new(d_logits, seen.input::<T>(tokens * hidden), d_matrix.out(experts * hidden));
+    if let Some((gate, matrix, to)) = gate.and_then(|gate| Some((gate, gate.matrix?, gate.d_matrix?))) {
+        into_x.gate = Some((gate.d_logits.input(tokens), typed("shared.gate", matrix)?));
+        into_weight.gate = Some((gate.d_logits.input(tokens), to.out(hidden)));
+    }
+    into_weight.d_bias = d_bias.map(|sums| sums.out(experts));
+    let desc = steps.desc.accumulate(accumulate).gate(into_x.gate.is_some());
+    let mut scratch = workspace.part(steps.scratch());
+    into_weight.workspace = Some(&mut scratch);
+    router_backward::both(scope.kernels, scope.stream, &desc, into_x, added, into_weight)
+        .map_err(|error| error.within(OPERATION))
 }
 
 /// The gradient of a matrix, of a bias and of a gate beside it, tokens in parts.

@@ -12,17 +12,16 @@ use super::pass::{Inputs, Pass, Wanted};
 use super::router::{Matrix, RouterBack, gate_alone};
 use super::shared::seen_gradient;
 use super::{BackwardPlan, BackwardStage, OPERATION, Origin, Saved};
-use crate::capacity::admission_backward::{self, AdmissionBackwardArgs};
-use crate::experts::choice_backward::{self, ChoiceBackwardArgs, Identities};
+use crate::experts::choice_backward::{self, Admitted, ChoiceBackwardArgs, Identities};
 use crate::experts::combine::{self, CombineArgs, Identity};
 use crate::experts::gemm::{self, GemmArgs};
 use crate::layer::experts::check_device;
 use crate::layer::weights::LayerWeights;
-use crate::routers::gating_backward::{self, GatingBackwardArgs};
+use crate::routers::gating_backward::{self, GatingBackwardArgs, IdentityRows};
 use crate::rules::Weighting;
-use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
+use crate::runtime::launch::{Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
-use crate::{Dtype, Element, Error, In, Kernels, Workspace};
+use crate::{Dtype, Element, Error, In, Kernels, Tensor, Workspace};
 
 /// Buffers of a pass, opened, but for those of weights.
 pub(super) struct Opened<'a> {
@@ -92,14 +91,15 @@ impl BackwardPlan {
         let _experts = weights.experts.open(&scope, desc)?;
         if tokens == 0 {
             let gradients = args.gradients.open(&scope, desc, 0)?;
-            if args.frozen.is_some() {
-                let supported = "no mask where there are no tokens: leave the gradients alone";
-                return Err(Error::unsupported(OPERATION, "frozen", supported, "some"));
+            if self.desc().accumulate {
+                return Ok(());
             }
-            return match self.desc().accumulate {
-                true => Ok(()),
-                false => gradients.without_tokens(&scope, desc, self.desc().keep_empty),
-            };
+            // Nobody is launched who could read the mask.
+            if args.frozen.is_some() && !self.desc().keep_empty && gradients.routed.is_some() {
+                let supported = "no mask without tokens, but with accumulate or keep_empty: leave the gradients alone";
+                return Err(Error::unsupported(OPERATION, "frozen", supported, "a mask, and 0 tokens"));
+            }
+            return gradients.without_tokens(&scope, desc, self.desc().keep_empty);
         }
         let (elements, logits) = (tokens * desc.hidden, tokens * desc.logit_columns());
         let alignment = shape::row_alignment(desc.dtype, desc.hidden);
@@ -236,8 +236,9 @@ impl BackwardPlan {
             }
         }
         let mut gate = self.gate_matrix(weights, at, shared.as_ref());
-        let by_choice =
-            self.enqueue_choices(scope, saved, at, (seen_by_experts, d_sum), workspace, of_logits, observer)?;
+        if !of_logits {
+            self.enqueue_choices(scope, saved, at, (seen_by_experts, d_sum), workspace, observer)?;
+        }
         // What comes through router and gate to x is written there first.
         let mut written = false;
         let (seen, accumulate) = (optional(&at.router_x).unwrap_or_else(|| at.x.address()), self.desc().accumulate);
@@ -248,12 +249,12 @@ impl BackwardPlan {
                 Some(given) => given.input::<f32>(tokens * columns),
                 None => (&saved.logits).into(),
             };
-            let d_weights = match by_choice {
-                Some(by_choice) => by_choice.input(tokens * desc.candidates()),
-                None => self.routed.d_row_weight(workspace).input(rows.slots),
-            };
+            let d_weights = self.routed.d_row_weight(workspace).input(rows.slots);
             let mut args = GatingBackwardArgs::new(logits, &saved.ids, d_weights, d_logits.out(tokens * columns));
-            args.dispatched = by_choice.is_none().then_some(&saved.dispatched);
+            args.dispatched = Some(&saved.dispatched);
+            args.admitted = self.admitted(saved, at);
+            args.identities = self.identity_rows(at, (T::tensor(seen_by_experts), T::tensor(d_sum)));
+            args.d_choices = optional(&gradients.weights).map(|to| to.out(tokens * desc.candidates()));
             let balances = self.desc().losses.is_some_and(|losses| losses.balance != 0.0);
             args.counts = optional(&at.loss_counts).map(|counts| counts.input(desc.experts));
             args.counts = args.counts.or_else(|| balances.then(|| saved.counts().into()));
@@ -383,62 +384,64 @@ impl BackwardPlan {
         desc.local_experts() as u32..desc.experts as u32
     }
 
-    /// The gradients of weights by choice, where somebody asks for these, there are identities, or candidates are not what was admitted; where they lie.
-    #[allow(clippy::too_many_arguments)]
-    fn enqueue_choices<'a, T: Element>(
+    /// What an admission made of the candidates, where their weights are others.
+    fn admitted<'a, T: Element>(&self, saved: &'a Saved<T>, at: &'a Opened<'_>) -> Option<Admitted<'a>> {
+        let (rule, ids) = self.admission.zip(saved.admitted.as_ref())?;
+        let given = self.layer().tokens() * rule.candidates;
+        let weights = match optional(&at.weights) {
+            Some(weights) => Some(weights.input(given)),
+            None => saved.candidate_weights.as_ref().map(Into::into),
+        };
+        let mut admitted = Admitted::new(ids, rule);
+        admitted.weights = weights.filter(|_| rule.renormalise.is_some());
+        Some(admitted)
+    }
+
+    /// Experts whose output is their input, for a gating's way back; `x` is what they saw, `dy` the gradient of the sum.
+    fn identity_rows<'a>(&self, at: &'a Opened<'_>, (x, dy): (Tensor<'a>, Tensor<'a>)) -> Option<IdentityRows<'a>> {
+        let desc = self.layer().desc();
+        let width = desc.expert_width();
+        let rows = match (optional(&at.map), desc.map) {
+            (Some(map), Some(of)) => {
+                IdentityRows::of_map(map.input::<i32>(self.map_entries()), of.max_replicas, width, x, dy)
+            }
+            _ => IdentityRows::new(self.null_experts(), width, x, dy),
+        };
+        self.identities().then(|| rows.scale(desc.routed_scale))
+    }
+
+    /// The gradients of weights by choice, where somebody asks for these and no gating's way back has them.
+    fn enqueue_choices<T: Element>(
         &self,
         scope: &Scope<'_>,
         saved: &Saved<T>,
-        at: &'a Opened<'_>,
+        at: &Opened<'_>,
         (seen, d_sum): (In<'_, T>, In<'_, T>),
-        workspace: &'a Held<'_>,
-        of_logits: bool,
+        workspace: &Held<'_>,
         observer: &mut dyn FnMut(BackwardStage),
-    ) -> Result<Option<Address<'a>>, Error> {
-        let asked = optional(&at.gradients.weights);
-        if asked.is_none() && !(of_logits && (self.identities() || self.admission.is_some())) {
-            return Ok(None);
-        }
+    ) -> Result<(), Error> {
+        let Some(to) = optional(&at.gradients.weights) else { return Ok(()) };
         let (desc, tokens) = (self.layer().desc(), self.layer().tokens());
-        let choices = tokens * desc.all_choices();
-        let to = asked.unwrap_or_else(|| workspace.at(self.regions.d_weights));
         let by_row = self.routed.d_row_weight(workspace).input::<f32>(self.rows().slots);
         let given = tokens * desc.candidates();
         let ids = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| ids.input::<i32>(given));
-        let (kernels, stream) = (scope.kernels, scope.stream);
-        let within = |error: Error| error.within(OPERATION);
-        let by_place = self.admission.map(|_| workspace.at(self.regions.d_admitted));
-        if self.admission.is_none() || self.identities() {
-            let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, by_place.unwrap_or(to).out(choices));
-            if self.identities() {
-                let ids = saved.admitted.as_ref().map_or(ids, Into::into);
-                let (x, dy) = (seen, d_sum);
-                args.identities = Some(match (optional(&at.map), desc.map) {
-                    (Some(map), Some(of)) => {
-                        Identities::of_map(ids, map.input::<i32>(self.map_entries()), of.max_replicas, x, dy)
-                    }
-                    _ => Identities::new(ids, self.null_experts(), x, dy),
-                });
-            }
-            choice_backward::forward(kernels, stream, &self.choices.desc, args).map_err(within)?;
-            observer(BackwardStage::Choices);
+        let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, to.out(given));
+        if let Some(admitted) = self.admitted(saved, at) {
+            args = args.admitted(ids, admitted);
         }
-        if let (Some(step), Some(admitted)) = (&self.admission, &saved.admitted) {
-            let (by_place, rows) = match by_place.filter(|_| self.identities()) {
-                Some(by_place) => (by_place.input(choices), None),
-                None => (by_row, Some(&saved.dispatched)),
-            };
-            let mut args = AdmissionBackwardArgs::new(ids, admitted, by_place, to.out(given));
-            args.dispatched = rows;
-            args.weights = match optional(&at.weights) {
-                Some(weights) => Some(weights.input(given)),
-                None => saved.candidate_weights.as_ref().map(Into::into),
-            };
-            args.weights = args.weights.filter(|_| step.desc.rule.renormalise.is_some());
-            admission_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
-            observer(BackwardStage::Admission);
+        if self.identities() {
+            let ids = saved.admitted.as_ref().map_or(ids, Into::into);
+            args.identities = Some(match (optional(&at.map), desc.map) {
+                (Some(map), Some(of)) => {
+                    Identities::of_map(ids, map.input::<i32>(self.map_entries()), of.max_replicas, seen, d_sum)
+                }
+                _ => Identities::new(ids, self.null_experts(), seen, d_sum),
+            });
         }
-        Ok(Some(to))
+        choice_backward::forward(scope.kernels, scope.stream, &self.choices.desc, args)
+            .map_err(|error| error.within(OPERATION))?;
+        observer(BackwardStage::Choices);
+        Ok(())
     }
 
     /// The pre-activations, by the forward pass's launch.

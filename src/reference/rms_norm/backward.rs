@@ -20,6 +20,7 @@ pub struct NormGradient {
 /// With `u` the row (times its gain if that comes first), `m` the mean of its squares and `f = factor / sqrt(m + epsilon)`, the row is
 /// `y = s f u g`. For `c = s g dy`: `du = f c - f u (c . u) / (W (m + epsilon))`, `dg = sum s f u dy`, `ds = f (u g) . dy`. Where the row is
 /// rounded before it is normalised, the rounding's slope is 1.
+/// Where `m + epsilon` is below the norm's `least` that stands in its place, and `du = f c`.
 ///
 /// # Errors
 /// Those of [`super::rms_norm`], and a `dy` of another length.
@@ -46,10 +47,12 @@ pub fn rms_norm_backward<T: Real>(
         let u: Vec<f64> = v.iter().zip(&gain).map(|(v, g)| if is_first { T::round(v * g) } else { *v }).collect();
         let after = |c: usize| if is_first { 1.0 } else { gain[c] };
         let mean = u.iter().map(|u| u * u).sum::<f64>() / width as f64 + f64::from(norm.epsilon);
+        let least = f64::from(norm.least);
+        let (mean, bends) = if mean < least { (least, 0.0) } else { (mean, 1.0) };
         let factor = f64::from(norm.factor) / mean.sqrt();
         let c: Vec<f64> = dy.iter().enumerate().map(|(i, dy)| row_scale * after(i) * dy).collect();
         let dot: f64 = c.iter().zip(&u).map(|(c, u)| c * u).sum();
-        let d_u = c.iter().zip(&u).map(|(c, u)| factor * (c - u * dot / (width as f64 * mean)));
+        let d_u = c.iter().zip(&u).map(|(c, u)| factor * (c - bends * u * dot / (width as f64 * mean)));
         for (i, d_u) in d_u.enumerate() {
             gradient.sum.push(if is_first { d_u * gain[i] } else { d_u });
             d_gain[i] += if is_first { d_u * v[i] } else { row_scale * factor * u[i] * dy[i] };
@@ -89,8 +92,9 @@ mod tests {
             let error = got.iter().zip(want).map(|(g, w)| (g - w).powi(2)).sum::<f64>().sqrt();
             assert!(error <= 1e-8 * want.iter().map(|w| w * w).sum::<f64>().sqrt(), "{name}: {got:?}, want {want:?}");
         };
-        for gain in [Gain::One, Gain::Weight, Gain::OnePlus, Gain::OnePlusFirst] {
-            let norm = RmsNorm::new(1e-3).gain(gain).factor(0.7);
+        let gains = [Gain::One, Gain::Weight, Gain::OnePlus, Gain::OnePlusFirst];
+        for (gain, least) in gains.into_iter().flat_map(|gain| [0.0, 0.3, 9.0].map(|least| (gain, least))) {
+            let norm = RmsNorm::new(1e-3).least(least).gain(gain).factor(0.7);
             let of = gain.has_weight().then_some(&weight[..]);
             let rows = Rows {
                 x: &x[..],

@@ -1,6 +1,7 @@
 //! Buffers of a gating's backward pass.
 
 use crate::experts::Dispatched;
+use crate::experts::choice_backward::Admitted;
 use crate::runtime::builder::buffers;
 use crate::{In, Out, Tensor, TokenMask, Workspace};
 
@@ -19,6 +20,13 @@ pub struct GatingBackwardArgs<'a> {
     /// ([`crate::experts::activation_backward::ActivationBackwardArgs::d_slot_weight`]). A choice without a slot has no gradient of its own; its score
     /// is in the sums that others were divided by.
     pub dispatched: Option<&'a Dispatched>,
+    /// What an admission made of `ids` before they were dispatched: `dispatched` is of that, of `n` choices a token, and the gradients go back through it
+    /// ([`crate::capacity::admission_backward`]).
+    pub admitted: Option<Admitted<'a>>,
+    /// Experts whose output is their input among what was dispatched; with `dispatched`.
+    pub identities: Option<IdentityRows<'a>>,
+    /// `[T, k + appended]`, written: the gradients of the choices' weights, without what losses add.
+    pub d_choices: Option<Out<'a, f32>>,
     /// Which tokens count. Without, those that have a choice.
     pub mask: TokenMask<'a>,
     /// `[E]`, with [`crate::rules::Gating::expert_scale`].
@@ -60,6 +68,9 @@ impl<'a> GatingBackwardArgs<'a> {
             ids: ids.into(),
             d_weights: d_weights.into(),
             dispatched: None,
+            admitted: None,
+            identities: None,
+            d_choices: None,
             mask: TokenMask::all(),
             expert_scale: None,
             global_scale: None,
@@ -79,6 +90,18 @@ impl<'a> GatingBackwardArgs<'a> {
     #[must_use]
     pub fn dispatched(self, dispatched: &'a Dispatched) -> GatingBackwardArgs<'a> {
         GatingBackwardArgs { dispatched: Some(dispatched), ..self }
+    }
+
+    /// Back through an admission.
+    #[must_use]
+    pub fn admitted(self, admitted: Admitted<'a>) -> GatingBackwardArgs<'a> {
+        GatingBackwardArgs { admitted: Some(admitted), ..self }
+    }
+
+    /// With experts whose output is their input.
+    #[must_use]
+    pub fn identities(self, identities: IdentityRows<'a>) -> GatingBackwardArgs<'a> {
+        GatingBackwardArgs { identities: Some(identities), ..self }
     }
 
     /// With padding among the tokens.
@@ -102,6 +125,55 @@ buffers!(GatingBackwardArgs<'a> {
     importance: In<f32>,
     sequence_counts: In<i32>,
     sequence_tokens: In<u32>,
+    d_choices: Out<f32>,
     d_expert_scale: Out<f32>,
     d_global_scale: Out<f32>,
 });
+
+/// Experts whose output is their input: the gradient of such a choice's weight is `scale <dy[t], x[t]>`.
+#[derive(Clone, Copy)]
+#[non_exhaustive]
+pub struct IdentityRows<'a> {
+    /// Which numbers are such experts, where there is no map; at most `i32::MAX`.
+    pub experts: (u32, u32),
+    /// `[E, R]`: an expert map, in which the row of an identity begins with [`crate::rules::IDENTITY`]; and R.
+    pub map: Option<(In<'a, i32>, usize)>,
+    /// Columns `H` of the rows.
+    pub hidden: usize,
+    /// `[T, H]`: the experts' input.
+    pub x: Tensor<'a>,
+    /// `[T, H]`, of the type of `x`: the gradient of the sum.
+    pub dy: Tensor<'a>,
+    /// Factor of the sum over the experts.
+    pub scale: f32,
+}
+
+impl<'a> IdentityRows<'a> {
+    /// Those of the rows' choices that are one of `experts`.
+    pub fn new(
+        experts: std::ops::Range<u32>,
+        hidden: usize,
+        x: impl Into<Tensor<'a>>,
+        dy: impl Into<Tensor<'a>>,
+    ) -> IdentityRows<'a> {
+        let experts = (experts.start, experts.end);
+        IdentityRows { experts, map: None, hidden, x: x.into(), dy: dy.into(), scale: 1.0 }
+    }
+
+    /// Those whose row of `map [E, columns]` begins with an identity.
+    pub fn of_map(
+        map: impl Into<In<'a, i32>>,
+        columns: usize,
+        hidden: usize,
+        x: impl Into<Tensor<'a>>,
+        dy: impl Into<Tensor<'a>>,
+    ) -> IdentityRows<'a> {
+        IdentityRows { map: Some((map.into(), columns)), ..IdentityRows::new(0..0, hidden, x, dy) }
+    }
+
+    /// With a factor of the sum over the experts.
+    #[must_use]
+    pub fn scale(self, scale: f32) -> IdentityRows<'a> {
+        IdentityRows { scale, ..self }
+    }
+}

@@ -6,6 +6,7 @@ use moe_kernels::layer::{
     Saved, WeightGradients,
 };
 use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBackwardDesc};
+use moe_kernels::routers::router_backward::{self, InputArgs, RouterBackwardDesc, WeightArgs};
 use moe_kernels::rules::{Gating, LossGradient};
 use moe_kernels::{In, Workspace};
 
@@ -46,6 +47,32 @@ pub fn gate_backward(
     args.sequence_counts = sequence_counts.as_ref().map(In::from);
     gating_backward::forward(kernels, &stream, &desc, args).unwrap();
     down(&stream, &to, logits.len())
+}
+
+/// The gradients of a router's input `[T, H]`, of its weight `[E, H]` and of its bias from those of `logits [T, E]`: by two launches, or by one.
+pub fn router_backward<T: Storage>(
+    x: &[T],
+    weight: &[T],
+    d_logits: &[f32],
+    hidden: usize,
+    together: bool,
+) -> (Vec<T>, Vec<f32>, Vec<f32>) {
+    let (kernels, stream) = gpu();
+    let (tokens, experts) = (x.len() / hidden, weight.len() / hidden);
+    let desc = RouterBackwardDesc::new(T::DTYPE, tokens, experts, hidden);
+    let (x_up, weight_up, d) = (up(&stream, x), up(&stream, weight), up(&stream, d_logits));
+    let mut dx = junk::<T>(&stream, x.len());
+    let (mut d_weight, mut d_bias) = (junk::<f32>(&stream, weight.len()), junk::<f32>(&stream, experts));
+    let mut workspace = Workspace::new(&stream, router_backward::workspace_bytes(&desc).unwrap()).unwrap();
+    let into_x = InputArgs::<T, T>::new(&d, &weight_up, &mut dx);
+    let into_weight = WeightArgs::<T>::new(&d, &x_up, &mut d_weight).d_bias(&mut d_bias).workspace(&mut workspace);
+    if together {
+        router_backward::both(kernels, &stream, &desc, into_x, false, into_weight).unwrap();
+    } else {
+        router_backward::input(kernels, &stream, &desc, into_x).unwrap();
+        router_backward::weight(kernels, &stream, &desc, into_weight).unwrap();
+    }
+    (down(&stream, &dx, x.len()), down(&stream, &d_weight, weight.len()), down(&stream, &d_bias, experts))
 }
 
 impl Sorted {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, DeviceRepr};
 use moe_kernels::Kernels;
 
-pub use self::backward::{ExpertsGradients, Losses, gate_backward};
+pub use self::backward::{ExpertsGradients, Losses, gate_backward, router_backward};
 pub use self::layer::{Experts, weight};
 pub use self::routers::{
     balance_loss, cosine, draw, gate, gate_as, load_importance, measure, measure_padded, quantile_bias, router,

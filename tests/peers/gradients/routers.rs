@@ -1,15 +1,17 @@
 //! Routers' ways back: gradients of logits from those of weights and of losses, against differences of the peers' formulas, choices and counts constant.
 
+use moe_kernels::Dtype;
 use moe_kernels::rules::{Gating, LossGradient, LossScore, Renormalise, Score};
 
 use super::formulas::differences;
 use crate::calls::{self, Chosen, Losses};
-use crate::data::{rng, scores, wide32};
+use crate::close::assert_rounded;
+use crate::data::{rng, scores, values, wide, wide32, with_type};
 use crate::formulas::{order, sigmoid, softmax};
 use crate::megatron::{Form, logits as megatron_logits};
 use crate::suite::{Section, product, scaled};
 use crate::support::compare::GATING_GRADIENT;
-use crate::support::inputs::normal;
+use crate::support::inputs::{normal, normals};
 use crate::transformer_engine::router::{groups, pattern};
 
 /// Every token's row within the bound of its own norm and of `scale`: of what cancels in it.
@@ -157,6 +159,38 @@ pub fn te_aux_loss() -> Section {
             });
         }
     }
+    section
+}
+
+/// `router_gating_linear`: gradients of its input, of its weight and of its bias, which the peer sums in f32 too.
+pub fn megatron_product() -> Section {
+    let mut section = Section::new("router_product_backward");
+    let (tokens, experts, hidden) = (96, 16, 448);
+    for (dtype, together) in product(&[Dtype::Bf16, Dtype::F32], &[false, true]) {
+        let name = format!("{dtype} {}", if together { "in one launch" } else { "in two" });
+        let point = name.clone();
+        section.point(name, move || {
+            with_type!(dtype, T => {
+                let rng = &mut rng(&point);
+                let (x, weight): (Vec<T>, Vec<T>) = (values(rng, tokens * hidden), values(rng, experts * hidden));
+                let d = normals::<f32>(rng, tokens * experts, 1.0);
+                let (dx, d_weight, d_bias) = calls::router_backward(&x, &weight, &d, hidden, together);
+                let (x, weight, d) = (wide(&x), wide(&weight), wide32(&d));
+                let sum = |terms: &dyn Fn(usize) -> f64, count: usize| -> f64 { (0..count).map(terms).sum() };
+                let want_dx: Vec<f64> = (0..tokens * hidden)
+                    .map(|i| sum(&|e| d[i / hidden * experts + e] * weight[e * hidden + i % hidden], experts))
+                    .collect();
+                let want_weight: Vec<f64> = (0..experts * hidden)
+                    .map(|i| sum(&|t| d[t * experts + i / hidden] * x[t * hidden + i % hidden], tokens))
+                    .collect();
+                let want_bias: Vec<f64> = (0..experts).map(|e| sum(&|t| d[t * experts + e], tokens)).collect();
+                assert_rounded(&wide(&dx), &want_dx, dtype);
+                assert_rounded(&wide32(&d_weight), &want_weight, Dtype::F32);
+                assert_rounded(&wide32(&d_bias), &want_bias, Dtype::F32);
+            })
+        });
+    }
+    section.refuse(1, "products in f64");
     section
 }
 

@@ -29,6 +29,7 @@ pub fn peer() -> Peer {
         quantile::quantile_balancing(),
         aux_losses(),
         router_product(),
+        routers::megatron_product(),
         routers::megatron_weights(),
         routers::megatron_losses(),
     ];
