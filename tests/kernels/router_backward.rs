@@ -254,7 +254,7 @@ fn both<X: Storage + DeviceRepr, W: Storage + DeviceRepr>(variant: RouterBackwar
         let (mut d, d_gate) = (gradients(rng, tokens, experts, false), gradients(rng, tokens, 1, false));
         let (mut x, mut matrix) = (rows::<X>(rng, tokens * hidden, false), rows::<W>(rng, experts * hidden, false));
         // What no gradient reaches may be anything: tokens, and an expert.
-        (0..tokens).filter(|t| t % 4 == 2).for_each(|t| x[t * hidden..][..hidden].fill(X::from_f64(f64::NAN)));
+        (0..tokens).filter(|&t| without(t)).for_each(|t| x[t * hidden..][..hidden].fill(X::from_f64(f64::NAN)));
         if experts > 1 {
             d.iter_mut().skip(1).step_by(experts).for_each(|d| *d = 0.0);
             matrix[hidden..2 * hidden].fill(W::from_f64(f64::NAN));
