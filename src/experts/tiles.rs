@@ -22,20 +22,21 @@ pub const fn max_tiles(slots: usize, experts: usize, tile_m: usize) -> usize {
 /// Rows of computation that streaming one tile's share of the weight costs as much as.
 ///
 /// A tile of `bm x bn` reads `bn` weight columns whatever `bm` is. A column of 64 depths is 128 bytes of 16-bit weights out of L2, a row of it 64
-/// multiplications, each at the multiprocessor's [rate](Rates); half of it hides behind the products of other blocks: 56 rows on an A100. On Hopper, whose
+/// multiplications, each at the multiprocessor's [rate](Rates); half of it hides behind the products of other blocks: 55 rows on an A100. On Hopper, whose
 /// L2 gives 2.6 times what DRAM does (A100: 1.4), a weight that low tiles take from L2 twice is hidden behind DRAM, and low tiles need a launch less;
 /// of the others nothing is published on L2, and products of f32 take longer: 32 rows.
 fn weight_rows(dtype: Dtype, device: &DeviceInfo) -> u64 {
     let rates = Rates::of(device.compute_capability);
-    if device.compute_capability == (8, 0) && dtype != Dtype::F32 { rates.mma / rates.l2_bytes } else { 32 }
+    if device.compute_capability == (8, 0) && dtype != Dtype::F32 { (rates.mma / rates.l2_bytes) as u64 } else { 32 }
 }
 
 /// Chooses the tile of a GEMM that `slots` rows enter, spread over `experts` experts.
 ///
 /// An active expert gets `r = slots / min(experts, slots)` rows on average. With loads that vary, it needs about
-/// `r / bm + 1/2` tiles, each costing its `bm` rows and a share of `w` for the weight (56 rows on an A100, else 32), so the choice minimises
+/// `r / bm + 1/2` tiles, each costing its `bm` rows and a share of `w` for the weight (55 rows on an A100, else 32), so the choice minimises
 /// `(r / bm + 1/2) (bm + w)`: few rows per expert take low tiles, from 129 rows on the tallest. Both GEMMs of a layer use
-/// the same tile list, so the choice depends on neither's width.
+/// the same tile list, so the choice depends on neither's width; [`LayerDesc::plan`](crate::layer::LayerDesc::plan), which knows both, weighs 64 rows against 128 by what
+/// both products [cost](super::cost).
 ///
 /// A tile of 128 rows of which at most 64 live multiplies and fetches what a tile of 64 does, and an expert with more takes its weight from L2 once. On an
 /// A100, which waits for L2, and for Hopper's own kernels ([`KernelSet::Sm90a`]) 16-bit types take the tallest as soon as experts may have more than 64

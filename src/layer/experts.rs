@@ -17,7 +17,7 @@ use crate::experts::gemm_combine;
 use crate::experts::weight::HeldWeight;
 use crate::registry::Kernel;
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::{Activation, Dropout, Weighting};
+use crate::rules::{Dropout, Weighting};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::shape;
@@ -45,6 +45,23 @@ pub struct ExpertsPlan {
     pub(super) around: AroundPlan,
     pub(super) regions: Regions,
     workspace_bytes: usize,
+}
+
+/// Both products of an expert's rows.
+fn products(desc: &LayerDesc, mlp: &Mlp, rows: Rows, [intermediate, width]: [usize; 2]) -> [GemmDesc; 2] {
+    let of = |n, k| GemmDesc::new(desc.dtype, rows, n, k).kernels(desc.kernels()).split(!desc.batch_invariant);
+    let gate_up =
+        of(intermediate, width).gather(matches!(rows, Rows::Grouped(_))).weight(mlp.gate_up).activation(mlp.activation);
+    [gate_up, of(width, intermediate).weight(mlp.down)]
+}
+
+/// Both products of the routed experts, and of a shared one that has their form.
+pub(super) fn joined_products(desc: &LayerDesc, rows: &SlotShape) -> [GemmDesc; 2] {
+    let shared = desc.shared.filter(|shared| shared.joins(desc) && rows.tokens > 0);
+    let shared_rows = if shared.is_some() { rows.tokens } else { 0 };
+    let widths = [desc.intermediate, desc.expert_width()];
+    let [gate_up, down] = products(desc, &desc.mlp, Rows::Grouped(*rows), widths).map(|it| it.shared_rows(shared_rows));
+    [gate_up.shared_activation(shared.map(|shared| shared.mlp.activation)), down]
 }
 
 impl ExpertsPlan {
@@ -83,34 +100,14 @@ impl ExpertsPlan {
             let desc = measured.map_err(|error| error.within(OPERATION))?;
             Ok::<_, Error>(Step { desc, selection: gemm::select_for(OPERATION, &desc, device)? })
         };
-        let steps = |mlp: &Mlp, rows: Rows, shared: Option<(usize, Activation)>, [intermediate, width]: [usize; 2]| {
-            let (shared_rows, shared_activation) = shared.unzip();
-            let shared_rows = shared_rows.unwrap_or(0);
-            let gate_up = GemmDesc::new(dtype, rows, intermediate, width)
-                .kernels(desc.kernels())
-                .split(!desc.batch_invariant)
-                .gather(matches!(rows, Rows::Grouped(_)))
-                .weight(mlp.gate_up)
-                .activation(mlp.activation)
-                .shared_rows(shared_rows)
-                .shared_activation(shared_activation);
-            let down = GemmDesc::new(dtype, rows, width, intermediate)
-                .kernels(desc.kernels())
-                .split(!desc.batch_invariant)
-                .weight(mlp.down)
-                .shared_rows(shared_rows);
-            Ok::<_, Error>([step(gate_up)?, step(down.activation(Activation::Identity))?])
+        let steps = |[gate_up, down]: [GemmDesc; 2]| Ok::<_, Error>([step(gate_up)?, step(down)?]);
+        let alone = desc.shared.filter(|shared| !shared.joins(desc));
+        let apart = |shared: SharedDesc| {
+            steps(products(desc, &shared.mlp, Rows::Dense(rows.tokens), [shared.intermediate, hidden]))
         };
-        let (together, alone): (Option<SharedDesc>, Option<SharedDesc>) = match desc.shared {
-            Some(shared) if shared.joins(desc) => (Some(shared), None),
-            shared => (None, shared),
-        };
-        let apart =
-            |shared: SharedDesc| steps(&shared.mlp, Rows::Dense(rows.tokens), None, [shared.intermediate, hidden]);
         let apart = alone.map(apart).transpose()?;
-        let joined = together.is_some();
-        let together = together.map(|shared| (rows.tokens, shared.mlp.activation)).filter(|_| rows.tokens > 0);
-        let [gate_up, down] = steps(&desc.mlp, Rows::Grouped(*rows), together, [intermediate, width])?;
+        let joined = desc.shared.is_some() && alone.is_none();
+        let [gate_up, down] = steps(joined_products(desc, rows))?;
         let gate = desc.has_shared_gate().then(|| {
             let desc = RouterDesc::new(dtype, rows.tokens, 0, hidden).weight(desc.router_dtype).shared_gate(true);
             let selection = router::select(&desc, device).map_err(|error| error.within(OPERATION))?;

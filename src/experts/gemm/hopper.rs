@@ -3,7 +3,7 @@
 use super::desc::{GemmDesc, KernelSet, Output, Rows};
 use super::{Addresses, fold};
 use crate::experts::weight::WeightAddresses;
-use crate::registry::{GemmHopper, Kernel, Tile};
+use crate::registry::{GemmHopper, Kernel};
 use crate::rules::Layout;
 use crate::runtime::launch::{Address, Boxes, Scope};
 use crate::runtime::params::{GemmHopperMore, GemmHopperParams, GemmParams, TensorMap};
@@ -60,7 +60,7 @@ fn is_mapped(stride: usize) -> bool {
 }
 
 /// Rows of a tile: those of the lists, or the block's.
-fn tile_height(desc: &GemmDesc) -> usize {
+pub(super) fn tile_height(desc: &GemmDesc) -> usize {
     match desc.rows {
         Rows::Dense(_) => GemmHopper::TILE.bm as usize,
         Rows::Grouped(shape) => shape.tile_m,
@@ -74,46 +74,6 @@ fn row_tiles(desc: &GemmDesc, height: usize) -> usize {
         Rows::Grouped(shape) => shape.max_tiles,
     };
     own + desc.shared_rows.div_ceil(height)
-}
-
-/// Whether the kernel is ahead of the `sm_80` one of this tile.
-///
-/// A tile's time on Hopper goes with what is slower: its products, by the share of the tensor cores' rate (2048 a cycle) that the instructions
-/// reach, 65 % for `mma.sync` and 88 % for `wgmma` of 256 columns (published measurements on an H800); or its rows and columns
-/// through L2, which gives a multiprocessor 32 bytes a cycle. Either set runs in rounds of a tile a multiprocessor; a round that is
-/// not full takes as long as one that is, so few tiles favour small ones.
-pub(in crate::experts) fn is_faster(
-    desc: &GemmDesc,
-    gemm: &GemmHopper,
-    other: (&Tile, u32),
-    device: &DeviceInfo,
-) -> bool {
-    let time = |rows: u64, columns: u32, blocks: u32, products: u64, bytes: u64| {
-        let rounds = (rows * desc.n.div_ceil(columns as usize) as u64).div_ceil(blocks.max(1).into());
-        u128::from(rounds) * u128::from(products.max(bytes / 32))
-    };
-    // Cycles of the products of 64 depths, and the bytes of 64 depths of A and B.
-    let products = |tile: &Tile, percent: u64| u64::from(tile.bm * tile.bn) * 64 * 100 / (2048 * percent);
-    let bytes = |bm: u32, bn: u32| u64::from(bm + bn) * 128;
-    let (tile, columns) = other;
-    let other = time(
-        row_tiles(desc, tile.bm as usize) as u64,
-        columns,
-        device.multiprocessors,
-        products(tile, 65),
-        bytes(tile.bm, tile.bn),
-    );
-    let own = Tile { bm: tile_height(desc) as u32, ..GemmHopper::TILE };
-    // From four tiles an expert on, few are left over.
-    let shares = desc.rows.count() >= 4 * own.bm as usize * desc.rows.experts();
-    let fetched = bytes(own.bm, if shares { own.bn / CLUSTER } else { own.bn });
-    time(
-        row_tiles(desc, own.bm as usize) as u64,
-        gemm.out_columns(),
-        device.multiprocessors,
-        products(&own, 88),
-        fetched,
-    ) <= other
 }
 
 /// What [`KernelSet::Sm90a`] asks for and cannot have.

@@ -9,6 +9,7 @@
 //! keep a relative error of 1e-5, up to the largest; an infinite one makes its sums infinite or NaN.
 
 mod activation;
+pub(crate) mod choice;
 mod desc;
 pub(in crate::experts) mod hopper;
 mod shared_rows;
@@ -22,6 +23,7 @@ use cudarc::driver::CudaStream;
 pub use self::activation::SwigluByExpert;
 use self::activation::Unit;
 pub(crate) use self::activation::{ByExpertAddresses, HeldByExpert, check_activation};
+use self::choice::Candidate;
 use self::desc::OPERATION;
 pub use self::desc::{GemmDesc, KernelSet, Output, Rows, SharedDepth};
 use self::shared_rows::HeldShared;
@@ -31,7 +33,6 @@ pub use self::strides::Strides;
 use self::strides::outputs_apart;
 pub(crate) use self::swapped::most_partial_bytes;
 use super::combine::CombineDesc;
-use super::cost::{TiledRows, expected_tiles, product_cycles};
 use super::dispatched::{Dispatched, RowAddresses};
 use super::gemm_combine::SumArgs;
 use super::tiles::{select_tile_of, select_tile_of_width, tile_of_height};
@@ -169,7 +170,7 @@ pub(crate) fn select_for(operation: &'static str, desc: &GemmDesc, device: &Devi
 pub(crate) fn select_among(
     operation: &'static str,
     desc: &GemmDesc,
-    wide: &[Tile],
+    wide: &'static [Tile],
     device: &DeviceInfo,
 ) -> Result<Selection, Error> {
     desc.check(operation)?;
@@ -202,11 +203,9 @@ pub(crate) fn select_among(
             shape.max_tiles + desc.shared_rows.div_ceil(shape.tile_m),
         ),
     };
-    let with = |tile| Gemm { dtype: desc.dtype, tile, fold: fold(desc.weight.glu), layout };
-    let tile = of_width(operation, desc, [&[tile], wide].concat(), with, device)?;
-    let gemm = with(tile);
+    let gemm = of_width(operation, desc, choice::of_height(desc, layout, tile.bm, wide, device), device)?;
     if let Some((hopper, blocks)) = hopper
-        && hopper::is_faster(desc, &hopper, (&tile, gemm.out_columns()), device)
+        && Candidate::Hopper(hopper).is_ahead_of(Candidate::sm80(&gemm), desc, device)
     {
         return Ok(hopper::selection(Kernel::GemmHopper(hopper), blocks));
     }
@@ -214,34 +213,22 @@ pub(crate) fn select_among(
     Ok(Selection::new(Kernel::Gemm(gemm), [blocks, 1, 1]))
 }
 
-/// Of tiles, those as high as the first: the one that the descriptor asks for, or which takes the fewest cycles (see [`super::cost`]).
+/// The one of these kernels whose width the descriptor asks for, or which takes the fewest cycles (see [`super::cost`]).
 fn of_width(
     operation: &'static str,
     desc: &GemmDesc,
-    tiles: Vec<Tile>,
-    with: impl Fn(Tile) -> Gemm,
+    mut kernels: impl Iterator<Item = Gemm>,
     device: &DeviceInfo,
-) -> Result<Tile, Error> {
-    let height = tiles[0].bm;
-    let mut tiles = tiles
-        .into_iter()
-        .filter(|&tile| tile.bm == height && with(tile).shared_bytes() <= device.shared_bytes_per_block);
+) -> Result<Gemm, Error> {
     if let Some(width) = desc.tile_n {
-        return tiles.find(|tile| tile.bn as usize == width).ok_or_else(|| {
-            let expected = format!("a width of which {} has tiles of {height} rows on this device", desc.dtype);
+        return kernels.find(|gemm| gemm.tile.bn as usize == width).ok_or_else(|| {
+            let expected = format!("a width of which {} has tiles of this height on this device", desc.dtype);
             Error::unsupported(operation, "tile_n", expected, width)
         });
     }
-    let tiles_of_rows = match desc.rows {
-        Rows::Dense(rows) => rows.div_ceil(height as usize) as u64,
-        Rows::Grouped(shape) => expected_tiles(shape.slots, shape.experts, height),
-    } + desc.shared_rows.div_ceil(height as usize) as u64;
-    let rows = TiledRows { live: (desc.rows.count() + desc.shared_rows) as u64, tiles: tiles_of_rows };
-    let cycles = |tile: &Tile| {
-        let columns = desc.n.div_ceil(with(*tile).out_columns() as usize) as u64;
-        product_cycles(tile, rows, columns, desc.k, device)
-    };
-    Ok(tiles.min_by_key(|tile| (cycles(tile), tile.bn)).expect("the first is one of them"))
+    let cycles = |gemm: &Gemm| Candidate::sm80(gemm).cycles(desc, device);
+    let least = kernels.map(|gemm| (cycles(&gemm), gemm)).min_by(|(a, _), (b, _)| a.total_cmp(b));
+    Ok(least.expect("a tile of this height was chosen").1)
 }
 
 /// The plan of the kernels for few rows, where they compute `desc`.

@@ -1,13 +1,14 @@
 //! The `sm_90a` kernels of the way back: when they are chosen, and their tensor maps.
 
 use super::{GemmBackwardDesc, OPERATION};
+use crate::experts::gemm::choice::Candidate;
 use crate::experts::gemm::{KernelSet, hopper};
 use crate::registry::{GemmHopper, Kernel};
 use crate::runtime::launch::{Address, Scope};
 use crate::runtime::params::{GemmBackwardHopperMore, GemmBackwardHopperParams, GemmBackwardParams};
 use crate::{DeviceInfo, Error, Selection};
 
-/// The kernel, which takes a shared expert of the others' sizes and packed rows alone and adds to nothing, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by the cost of [`super::super::gemm`].
+/// The kernel, which takes a shared expert of the others' sizes and packed rows alone and adds to nothing, where the set asks for it, or where it is ahead of the one of the `sm_80` set that `other` launches, by [`crate::experts::cost`].
 pub(super) fn select(
     desc: &GemmBackwardDesc,
     other: &Selection,
@@ -19,14 +20,14 @@ pub(super) fn select(
         .and_then(|layout| hopper::candidate(&product, layout, device))
         .filter(|_| device.shared_bytes_per_block >= GemmHopper::BACKWARD_SHARED_BYTES)
         .filter(|_| desc.a_rows_apart.is_none() && !desc.accumulate);
-    let is_faster = |gemm: &GemmHopper| match other.kernel.variant() {
-        Kernel::Gemm(gemm80) => hopper::is_faster(&product, gemm, (&gemm80.tile, gemm80.out_columns()), device),
+    let is_ahead = |gemm: GemmHopper| match other.kernel.variant() {
+        Kernel::Gemm(sm80) => Candidate::Hopper(gemm).is_ahead_of(Candidate::sm80(&sm80), &product, device),
         _ => false,
     };
     let chosen = match desc.kernels {
         KernelSet::Sm80 => None,
         KernelSet::Sm90a => Some(found.ok_or_else(|| hopper::refusal(OPERATION, &product, device))?),
-        KernelSet::Fastest => found.filter(|(gemm, _)| is_faster(gemm)),
+        KernelSet::Fastest => found.filter(|(gemm, _)| is_ahead(*gemm)),
     };
     Ok(chosen.map(|(gemm, blocks)| hopper::selection(Kernel::GemmBackwardHopper(gemm), blocks)))
 }

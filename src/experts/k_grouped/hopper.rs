@@ -1,7 +1,7 @@
 //! The `sm_90a` kernels: when they are chosen, and the tensor maps of the operand that lies by rows.
 
 use super::{Gathered, KGroupedDesc, OPERATION};
-use crate::experts::cost::Rates;
+use crate::experts::cost::{Block, Rates, STEP, Work, step_bytes};
 use crate::registry::{KGrouped, KGroupedHopper, Kernel};
 use crate::runtime::launch::{Address, Boxes, Scope};
 use crate::runtime::params::{KGroupedHopperMore, KGroupedHopperParams, KGroupedParams};
@@ -46,35 +46,31 @@ fn pairs(desc: &KGroupedDesc) -> u64 {
     (desc.m as u64).div_ceil(256) * (desc.n as u64).div_ceil(256) * desc.groups() as u64
 }
 
-/// Whether the kernel is ahead of the `sm_80` one.
-///
-/// A tile takes, for each stage of its group's rows, the time of the slower of two, its products or its rows through L2 (see
-/// [`crate::experts::cost`]; a pair shares the wider operand), and the stores of its outputs, of which L2 takes as many bytes a cycle. Either kernel's
-/// tiles run in rounds of a block a multiprocessor.
+/// Whether the kernel takes no more cycles than the `sm_80` one.
 pub(super) fn is_ahead(desc: &KGroupedDesc, selection: &Selection, other: &KGrouped, device: &DeviceInfo) -> bool {
     let Kernel::KGroupedHopper(kernel) = selection.kernel.variant() else { return false };
     let rates = Rates::of(device.compute_capability);
-    let stages = |rows: usize| rows.div_ceil(64) as u64;
-    let mean = desc.rows.slots.div_ceil(desc.rows.experts);
-    let all_stages = desc.rows.experts as u64 * stages(mean) + stages(desc.shared_rows);
+    let steps = |rows: usize| rows.div_ceil(STEP) as f64;
+    let (groups, mean) = (desc.groups() as f64, desc.rows.slots.div_ceil(desc.rows.experts));
+    // Of an average group.
+    let steps = (desc.rows.experts as f64 * steps(mean) + steps(desc.shared_rows)) / groups;
     let size = if desc.f32_out { 4 } else { desc.dtype.bytes() };
-    let time = |rounds: u64, stage: u64, tile: u64| {
-        let out = tile * u64::from(size) / rates.l2_bytes;
-        u128::from(rounds) * (u128::from(all_stages) * u128::from(stage) + u128::from(desc.groups() as u64 * out))
+    // `fetched`: columns of both operands that come from L2 for a tile.
+    let cycles = |tiles: u64, block: Block, through_shared: u32, fetched: u32| {
+        let [bm, bn] = [block.bm, block.bn].map(f64::from);
+        let out_bytes = bm * bn * f64::from(size);
+        let end_bytes = bm * bn * f64::from(through_shared) + out_bytes;
+        let l2_bytes = tiles as f64 * (step_bytes(fetched.into(), steps) + out_bytes);
+        Work { tiles, tile: block.tile(&rates, steps, [bm, bm], end_bytes), l2_bytes }.cycles(device)
     };
-    let elements = |bm: u32, bn: u32| u64::from(bm) * u64::from(bn);
     let tile = kernel.tile();
-    let own = elements(tile.bm, tile.bn);
-    // 128 columns of one operand, and of the other half of 256.
-    let stage = (64 * own / rates.wgmma).max(64 * 256 * 2 / rates.l2_bytes);
-    let rounds = pairs(desc).div_ceil((device.multiprocessors / CLUSTER).into());
+    // 128 columns of one operand, and of the other half of 256. An instruction's outputs are columns of B.
+    let own = cycles(2 * pairs(desc), Block::of_warpgroups(tile.bm, tile.bn, tile.bn), 0, 256);
     let tile = other.tile();
     let tiles = [(desc.m, tile.bm), (desc.n, tile.bn)].map(|(size, side)| (size as u64).div_ceil(side.into()));
-    let blocks = tiles[0] * tiles[1] * desc.groups() as u64;
-    let other_rounds = blocks.div_ceil(device.multiprocessors.max(1).into());
-    let (others, bytes) = (elements(tile.bm, tile.bn), 128 * u64::from(tile.bm + tile.bn));
-    let other_stage = (64 * others / rates.mma).max(bytes / rates.l2_bytes);
-    time(rounds, stage, own) <= time(other_rounds, other_stage, others)
+    // Through a tile of f32, written and read.
+    let tiles = tiles[0] * tiles[1] * desc.groups() as u64;
+    own <= cycles(tiles, Block::of_warps(&tile), 8, tile.bm + tile.bn)
 }
 
 /// What [`KernelSet::Sm90a`](crate::experts::gemm::KernelSet::Sm90a) asks for and cannot have.
@@ -144,14 +140,16 @@ mod tests {
         assert_eq!(chosen(&qwen3(4096).kernels(KernelSet::Sm80), &H100), None);
         assert_eq!(chosen(&KGroupedDesc { dtype: Dtype::F32, ..qwen3(4096) }, &H100), None);
         assert_eq!(chosen(&KGroupedDesc { m: 2047, ..qwen3(4096) }, &H100), None);
-        // A block of sm_80 for each multiprocessor does it in one round.
+        // A block of sm_80 for each multiprocessor does it in one round, unless groups are so shallow that its way out, through shared memory, is most of it.
         let one = KGroupedDesc::new(Dtype::F16, SlotShape::new(512, 1, Some(1), 512, 64, 8), 1024, 1024);
         assert_eq!(chosen(&one, &H100), None);
+        let shallow = KGroupedDesc { rows: SlotShape::new(64, 1, Some(1), 64, 64, 1), ..one };
+        assert_eq!(chosen(&shallow, &H100), Some(false));
     }
 
     #[test]
     fn a_set_that_was_asked_for() {
-        let small = KGroupedDesc::new(Dtype::F16, SlotShape::new(64, 3, Some(1), 64, 64, 3), 264, 520);
+        let small = KGroupedDesc::new(Dtype::F16, SlotShape::new(1536, 3, Some(1), 1536, 64, 27), 264, 520);
         let forced = small.kernels(KernelSet::Sm90a);
         assert_eq!(chosen(&small, &H100), None);
         // Two and three pairs a group.

@@ -5,9 +5,11 @@ use crate::capacity::admission::{self, AdmissionDesc};
 use crate::capacity::dispatch::{self, DispatchDesc};
 use crate::capacity::expert_map::{self, ExpertMapDesc};
 use crate::experts::dispatched::SlotShape;
+use crate::experts::gemm::choice::height;
 use crate::experts::rms_norm::{self, RmsNormDesc};
 use crate::experts::tiles::{lowest_tile, max_tiles, select_tile_of};
 use crate::layer::desc::LayerDesc;
+use crate::layer::experts::joined_products;
 use crate::layer::{OPERATION, Stage, Step};
 use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
@@ -83,7 +85,8 @@ impl RoutePlan {
         let (of_token, local_experts) = (desc.all_choices(), desc.local_experts());
         let slots = tokens.saturating_mul(of_token);
         let tile = select_tile_of(desc.kernels(), dtype, slots, local_experts, device).map_err(within)?;
-        let tile_m = tile.bm as usize;
+        let rows = SlotShape::new(tokens, local_experts, Some(of_token), slots, tile.bm as usize, 0);
+        let tile_m = height(&joined_products(desc, &rows), tile.bm, device) as usize;
         let dispatch = DispatchDesc::new(tokens, local_experts, of_token, tile_m).capacity(desc.capacity);
         let dispatch = Step { desc: dispatch, selection: dispatch::select(&dispatch, device).map_err(within)? };
 
