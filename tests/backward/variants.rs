@@ -62,7 +62,7 @@ fn many_tiles_of_weights() {
             let plan = desc.plan(70, device).unwrap().backward_plan(&case.back).unwrap();
             plan.kernels().filter(|kernel| matches!(kernel.variant(), Kernel::KGroupedHopper(_))).count()
         };
-        assert_eq!(own(desc), usize::from(device.compute_capability == (9, 0)));
+        assert_eq!(own(desc) > 0, device.compute_capability == (9, 0));
         assert_eq!(own(desc.batch_invariant(true)), 0);
         check::<bf16, bf16, f32>(case);
         check::<bf16, bf16, bf16>(case.back(BackwardDesc::new().accumulate(true)));

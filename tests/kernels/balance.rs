@@ -12,6 +12,7 @@ use moe_kernels::{In, Workspace};
 
 use crate::any_rule;
 use crate::gating::{Logits, coarse, correction_bias, every_group_rule, garbage, groups, logits, renormalise};
+use crate::registers;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{BATCH_CV2, BATCH_SUMS, FEW_ROUNDINGS, LOG_SUM_EXP, Shares, assert_weights, to_f64};
 use crate::support::device;
@@ -55,6 +56,11 @@ pub fn check(variant: MeasuredGate, rng: &mut fastrand::Rng) {
     for (experts, top_k, groups) in every_group_rule(score, most) {
         let gating = GatingDesc::new(23, experts, top_k, Gating::new(score).groups(Some(groups)));
         case(variant, rng, &MeasuredGatingDesc::new(gating), Logits::Normal);
+    }
+    if variant.values >= 4 {
+        for (name, gating, logits) in registers::batches(score, [least, most], 32, rng) {
+            case_of(variant, rng, &MeasuredGatingDesc::new(gating), name, logits, None);
+        }
     }
 }
 
@@ -180,9 +186,7 @@ fn near(name: &str, got: f32, want: f64, tolerance: f64, scale: f64) {
 }
 
 fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDesc, kind: Logits) {
-    let GatingDesc { tokens, experts, top_k, gating, .. } = desc.gating;
-    let selection = measured_gating::select(desc, device::kernels().device()).unwrap();
-    assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
+    let GatingDesc { tokens, experts, gating, .. } = desc.gating;
     let mut values = logits(rng, kind, tokens * experts);
     let with_bias = gating.score != Score::TopkSoftmax && rng.bool();
     if with_bias || gating.groups.is_some() {
@@ -196,9 +200,23 @@ fn case(variant: MeasuredGate, rng: &mut fastrand::Rng, desc: &MeasuredGatingDes
         let odd = [f32::NAN, f32::NEG_INFINITY, -200.0][rng.usize(..if seen { 2 } else { 3 })];
         values[(tokens - 1) * experts..].fill(odd);
     }
+    case_of(variant, rng, desc, &format!("{kind:?}"), values, bias);
+}
+
+fn case_of(
+    variant: MeasuredGate,
+    rng: &mut fastrand::Rng,
+    desc: &MeasuredGatingDesc,
+    name: &str,
+    mut values: Vec<f32>,
+    bias: Option<Vec<f32>>,
+) {
+    let GatingDesc { tokens, experts, top_k, gating, .. } = desc.gating;
+    let selection = measured_gating::select(desc, device::kernels().device()).unwrap();
+    assert_eq!(selection.kernel.variant(), Kernel::MeasuredGating(variant));
     let on_device = LogitsOn::draw(&device::stream(), rng, &mut values);
     let padding = Padding::draw(&device::stream(), rng, tokens);
-    let name = format!("{desc:?} {kind:?} bias={with_bias} {} {}", on_device.name(), padding.name());
+    let name = format!("{desc:?} {name} bias={} {} {}", bias.is_some(), on_device.name(), padding.name());
     let gated = reference::gating::gate(&values, bias.as_deref(), experts, top_k, &gating).unwrap();
     let gated = gated.without_padding(&padding.valid);
     let counts = reference::balance::counted(&values, experts, &desc.rule, gating.garbage, Some(&padding.valid));

@@ -13,28 +13,42 @@ use crate::support::device;
 use crate::support::inputs::normal;
 
 /// For a kernel of `least` to `most` experts and up to `top_k` choices.
-pub fn check(kernel: Kernel, score: Score, [least, most]: [usize; 2], top_k: usize, rng: &mut fastrand::Rng) {
+pub fn check(kernel: Kernel, score: Score, sizes: [usize; 2], top_k: usize, rng: &mut fastrand::Rng) {
+    for (name, desc, logits) in batches(score, sizes, top_k, rng) {
+        case_of(kernel, rng, &desc, Batch::new(name, logits).behind_padding(0));
+    }
+}
+
+/// What each is about, and its logits.
+pub fn batches(
+    score: Score,
+    [least, most]: [usize; 2],
+    top_k: usize,
+    rng: &mut fastrand::Rng,
+) -> Vec<(&'static str, GatingDesc, Vec<f32>)> {
     let desc = |tokens: usize, experts: usize, groups: Option<Groups>| {
         let eligible = groups.map_or(experts, |groups| experts / groups.count * groups.kept);
         GatingDesc::new(tokens, experts, top_k.min(eligible), Gating::new(score).groups(groups))
     };
+    let mut all = Vec::new();
+    let mut add = |name, desc: GatingDesc, logits| all.push((name, desc, logits));
     let plain = desc(8, most, None);
-    let logits = one_lane(rng, &plain);
-    case_of(kernel, rng, &plain, Batch::new("one lane", logits).behind_padding(0));
+    add("one lane", plain, one_lane(rng, &plain));
     for (experts, count) in ends(least, most) {
-        let grouped = desc(8, experts, Some(Groups::new(count, count / 2).score(GroupScore::TOP_TWO)));
-        let logits = edges(rng, &grouped, count);
-        case_of(kernel, rng, &grouped, Batch::new("edges", logits).behind_padding(0));
+        for (tokens, by) in [(8, GroupScore::TOP_TWO), (2, GroupScore::Max)] {
+            let grouped = desc(tokens, experts, Some(Groups::new(count, count / 2).score(by)));
+            add("edges", grouped, edges(rng, &grouped, count));
+        }
     }
     let count = (most / 32).clamp(4, 32);
     let grouped = desc(16, most, Some(Groups::new(count, count / 2).score(GroupScore::TopSum(3))));
-    let logits = ties(rng, &grouped, count);
-    case_of(kernel, rng, &grouped, Batch::new("ties", logits).behind_padding(0));
+    add("ties", grouped, ties(rng, &grouped, count));
     if score != Score::TopkSoftmax {
         // All groups are kept, and all experts come behind 0: what is no expert must not become that.
         let grouped = desc(2, least + 1, Some(Groups::new(2, 2).masked(Masked::Zero)));
-        case_of(kernel, rng, &grouped, Batch::new("NaN", vec![f32::NAN; 2 * (least + 1)]).behind_padding(0));
+        add("NaN", grouped, vec![f32::NAN; 2 * (least + 1)]);
     }
+    all
 }
 
 /// Two tokens a warp, of which the last warps' alone count: the second one's logits are fetched while the first one's are searched, those of the

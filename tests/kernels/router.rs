@@ -50,8 +50,9 @@ fn check_as<X: Storage, W: Storage>(variant: Router, rng: &mut fastrand::Rng) {
             [8, 63, 2080],
         ],
         _ => {
-            // Fewest tokens at which it is selected, and some more: whole blocks would hide ragged ends.
-            searched = [[512, 8], [129, 40], [62, 136]].map(|[experts, hidden]| {
+            // Fewest tokens at which it is selected, and some more: whole blocks would hide ragged ends. The deepest has experts in all four rows of 32
+            // that a thread copies, and a number of them that is a multiple of four.
+            searched = [[512, 8], [129, 40], [100, 136]].map(|[experts, hidden]| {
                 let selected = |tokens: &usize| {
                     let desc = RouterDesc::new(variant.x, *tokens, experts, hidden).weight(variant.weight);
                     router::select(&desc, device::kernels().device()).unwrap().kernel.variant()

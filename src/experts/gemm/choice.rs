@@ -58,18 +58,18 @@ impl Candidate {
         }
     }
 
-    /// Cycles of the product.
+    /// Cycles of the product. Hopper's blocks walk the tiles, and leave the part of one where no row lives: they are taken to end at once.
     pub(in crate::experts) fn cycles(&self, desc: &GemmDesc, device: &DeviceInfo) -> f64 {
-        self.work(desc, device).cycles(device)
-    }
-
-    /// Cycles of the product, if a kernel whose blocks walk the tiles divides what is left at the end among all of them.
-    fn balanced_cycles(&self, desc: &GemmDesc, device: &DeviceInfo) -> f64 {
         let work = self.work(desc, device);
         match self {
             Candidate::Sm80(..) => work.cycles(device),
             Candidate::Hopper(_) => work.balanced_cycles(device),
         }
+    }
+
+    /// Cycles of the product, whose last round takes as long as any.
+    fn cycles_of_rounds(&self, desc: &GemmDesc, device: &DeviceInfo) -> f64 {
+        self.work(desc, device).cycles(device)
     }
 
     /// Whether it takes no more cycles than the other.
@@ -119,12 +119,12 @@ pub(crate) fn height(products: &[GemmDesc], first: u32, device: &DeviceInfo) -> 
             .map(of)
             .try_fold([0.0; 2], |sum, cycles| cycles.map(|cycles| [sum[0] + cycles[0], sum[1] + cycles[1]]))
     };
-    let Some([rounds, balanced]) = cost(first) else { return first };
-    let is_cheaper = |&height: &u32| cost(height).is_some_and(|cost| cost[0] < rounds && cost[1] <= balanced);
+    let Some([balanced, rounds]) = cost(first) else { return first };
+    let is_cheaper = |&height: &u32| cost(height).is_some_and(|cost| cost[0] <= balanced && cost[1] < rounds);
     HEIGHTS.into_iter().find(|height| *height != first && is_cheaper(height)).unwrap_or(first)
 }
 
-/// Cycles of a product in tiles of so many rows, by the kernel that costs least, and its [balanced](Candidate::balanced_cycles) ones; none where none of 16 bits computes it.
+/// Cycles of a product in tiles of so many rows, by the kernel that costs least, and those of its whole rounds; none where none of 16 bits computes it.
 fn cycles_of_height(product: &GemmDesc, height: u32, device: &DeviceInfo) -> Option<[f64; 2]> {
     let Rows::Grouped(shape) = product.rows else { return None };
     let max_tiles = max_tiles(shape.slots, shape.experts, height as usize);
@@ -138,7 +138,7 @@ fn cycles_of_height(product: &GemmDesc, height: u32, device: &DeviceInfo) -> Opt
     // Rows and results of products of so few tiles that the height matters pass from launch to launch in L2.
     let weights = rows(&desc).matrices() * desc.pre_activation_columns() * desc.k;
     let dram = dram_cycles(weights as f64 * f64::from(desc.dtype.bytes()), device);
-    Some([busy, kernel.balanced_cycles(&desc, device)].map(|busy| busy.max(dram)))
+    Some([busy, kernel.cycles_of_rounds(&desc, device)].map(|busy| busy.max(dram)))
 }
 
 #[cfg(test)]
@@ -150,6 +150,13 @@ mod tests {
 
     const HOPPER: Candidate =
         Candidate::Hopper(GemmHopper { dtype: Dtype::Bf16, fold: Fold::Plain, layout: Layout::Nk });
+
+    fn glu(candidate: Candidate) -> Candidate {
+        match candidate {
+            Candidate::Hopper(gemm) => Candidate::Hopper(GemmHopper { fold: Fold::Glu, ..gemm }),
+            other => other,
+        }
+    }
 
     /// Of 128 rows, and 128 and 256 columns.
     fn narrow_and_wide() -> [Candidate; 2] {
@@ -217,6 +224,10 @@ mod tests {
         assert!(!HOPPER.is_ahead_of(narrow, &deep(4), &H100));
         // Two rounds of those are longer than one.
         assert!(HOPPER.is_ahead_of(narrow, &deep(5), &H100));
+        // 24 tiles of rows by 6 and by 11 of columns: 144 of Hopper's are hardly more than a round, and the others two, or three if one is more.
+        let [gate_up, _] = layer([15, 4, 1024, 704], 512, 128);
+        let [narrow, hopper] = [Candidate::Sm80(Gemm::tiles(Dtype::Bf16)[0], 64), glu(HOPPER)];
+        assert!(hopper.is_ahead_of(narrow, &gate_up, &H100));
     }
 
     #[test]
