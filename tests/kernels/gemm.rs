@@ -247,9 +247,16 @@ fn parts<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
 fn beside_limits<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     let step = unit_roundoff(variant.dtype);
     let limit = |part: f64| Bound::Clamp((0.75 + part * step) as f32);
-    for [gate, up] in [[0.3, 0.3], [0.7, 0.7], [0.3, 0.7], [0.7, 0.3]] {
-        // With an offset of 1, both clamped alike have a loop of their own.
-        let activation = Activation::Swiglu(Swiglu::new().gate(limit(gate)).up(limit(up)).offset(1.0));
+    // The limit of a clamp behind the SiLU, which the gate meets there.
+    let behind = |part: f64| {
+        let gate = 0.75 + part * step;
+        Bound::Clamp((gate * sigmoid(gate)) as f32)
+    };
+    // With an offset of 1, both clamped alike have a loop of their own.
+    let before = [[0.3, 0.3], [0.7, 0.7], [0.3, 0.7], [0.7, 0.3]]
+        .map(|[gate, up]| Swiglu::new().gate(limit(gate)).up(limit(up)).offset(1.0));
+    let after = [0.3, 0.7].map(|part| Swiglu::new().gate(behind(part)).clamp_after(true).up(limit(part)));
+    for activation in before.into_iter().chain(after).map(Activation::Swiglu) {
         let (k, n, glu) = (8, 24, forms(variant.fold)[0]);
         let case =
             Case { k, n, glu, activation, by_expert: false, gather: false, bias: true, scale: false, out_scale: false };
