@@ -54,7 +54,7 @@ pub fn check(variant: Route, rng: &mut fastrand::Rng) {
             None => Case::draw(rng, score, 2, least, 1, Logits::Normal),
             Some(_) => Case::new(rng, Gating::new(score), [2, least, 1], Logits::Normal),
         };
-        of_types(types, variant, rng, &case, 2048);
+        with_and_without(types, variant, rng, &case, 2048);
     }
     // Groups of every kind, up to the last expert.
     if let Some(score) = variant.score {
@@ -83,25 +83,46 @@ fn check_many(variant: Route, rng: &mut fastrand::Rng) {
     // Deep enough for two rounds of the router's product.
     for types in 0..TYPES {
         let case = Case::new(rng, Gating::new(score), [3, least, 2], Logits::Normal);
-        of_types(types, variant, rng, &case, 2056);
+        with_and_without(types, variant, rng, &case, 2056);
     }
 }
 
 fn of_any_types(variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize) {
-    let types = rng.usize(..TYPES);
-    of_types(types, variant, rng, case, hidden);
+    let (types, beside) = (rng.usize(..TYPES), Beside::draw(rng));
+    of_types(types, variant, rng, case, hidden, beside);
+}
+
+/// Of a pair of types, deep, and of as little depth with what that has not: each type's code for it is its own.
+fn with_and_without(types: usize, variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize) {
+    let Beside { gated, biased } = Beside::draw(rng);
+    of_types(types, variant, rng, case, hidden, Beside { gated, biased });
+    of_types(types, variant, rng, case, 40, Beside { gated: !gated, biased: !biased });
+}
+
+/// What the router has beside its weight.
+#[derive(Clone, Copy)]
+struct Beside {
+    /// A shared expert's gate.
+    gated: bool,
+    biased: bool,
+}
+
+impl Beside {
+    fn draw(rng: &mut fastrand::Rng) -> Beside {
+        Beside { gated: rng.bool(), biased: rng.bool() }
+    }
 }
 
 /// Pairs of types that a route takes.
 const TYPES: usize = 5;
 
-fn of_types(types: usize, variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize) {
+fn of_types(types: usize, variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize, beside: Beside) {
     match types {
-        0 => run::<bf16, bf16>(variant, rng, case, hidden),
-        1 => run::<bf16, f32>(variant, rng, case, hidden),
-        2 => run::<f16, f16>(variant, rng, case, hidden),
-        3 => run::<f16, f32>(variant, rng, case, hidden),
-        _ => run::<f32, f32>(variant, rng, case, hidden),
+        0 => run::<bf16, bf16>(variant, rng, case, hidden, beside),
+        1 => run::<bf16, f32>(variant, rng, case, hidden, beside),
+        2 => run::<f16, f16>(variant, rng, case, hidden, beside),
+        3 => run::<f16, f32>(variant, rng, case, hidden, beside),
+        _ => run::<f32, f32>(variant, rng, case, hidden, beside),
     }
 }
 
@@ -113,12 +134,17 @@ struct Made {
     weights: Guarded<f32>,
 }
 
-fn run<X: Storage, W: Storage>(variant: Route, rng: &mut fastrand::Rng, case: &Case, hidden: usize) {
+fn run<X: Storage, W: Storage>(
+    variant: Route,
+    rng: &mut fastrand::Rng,
+    case: &Case,
+    hidden: usize,
+    Beside { gated, biased }: Beside,
+) {
     let (kernels, stream) = (device::kernels(), device::stream());
     let (tokens, experts, appended) = (case.tokens, case.experts, case.rule.appended_experts());
     let (columns, choices) = (experts + case.rule.appended_columns(), tokens * case.all_choices());
     let padding = Padding::draw(&stream, rng, tokens);
-    let (gated, biased) = (rng.bool(), rng.bool());
     let rule = match rng.usize(..3) {
         0 => LogitRule::PLAIN.factor(0.25).softcap(Some(3.0)),
         1 => LogitRule::PLAIN.factor(-0.5),
