@@ -17,7 +17,7 @@ use crate::registry::{Kernel, RouterBackward, RouterBackwardBoth};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
-use crate::runtime::params::{Pointer, RouterBackwardBothParams, RouterBackwardParams};
+use crate::runtime::params::{RouterBackwardBothParams, RouterBackwardParams};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -417,7 +417,6 @@ pub fn both<X: Element, W: Element>(
             weight_parts: parts as u32,
             weight_d_bias: optional(&d_bias).into(),
             weight_gate_a: optional(&d_gate_again).into(),
-            weight_gate_b: Pointer::NULL,
             weight_gate_out: optional(&d_gate_weight).into(),
             weight_workspace: optional(&workspace).into(),
         },

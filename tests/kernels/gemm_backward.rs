@@ -121,6 +121,12 @@ const SWIGLUS: [Swiglu; 8] = [
     Swiglu::new().gate(Bound::Clamp(1.0)).up(Bound::Softcap(2.5)).offset(0.5),
 ];
 
+/// The next of them, whose bounds of the gate are of another kind.
+fn after(unit: Swiglu) -> Swiglu {
+    let at = SWIGLUS.iter().position(|&one| one == unit).expect("one of these");
+    SWIGLUS[(at + 1) % SWIGLUS.len()]
+}
+
 fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::Rng) {
     let plain = [Activation::Relu, Activation::ReluSquared, Activation::Gelu, Activation::GeluTanh, Activation::Silu];
     let gated = [[Activation::Silu; 1].as_slice(), &SWIGLUS.map(Activation::from), &plain[..4]].concat();
@@ -183,6 +189,10 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
         let bm = variant.tile_m;
         let few = [bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1, bm - bm / 4, bm - bm / 4 + 1];
         grouped::<T>(variant, rng, &few, &Case { k: 72, n: 24, ..case });
+        // A tile that ends with the last row of all, in each main loop: what is past the depth is past the end.
+        for quarters in 1..=4 {
+            grouped_of::<T>(variant, rng, &[bm * quarters / 4], 0, &Case { k: 200, n: 136, ..case });
+        }
     }
     if !matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
         for n in [24, 264] {
@@ -289,11 +299,16 @@ fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
 }
 
 fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
+    grouped_of::<T>(variant, rng, loads, 5, case);
+}
+
+/// Beside slots that go nowhere.
+fn grouped_of<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], skipped: usize, case: &Case) {
     let (experts, tile_m) = (loads.len(), variant.tile_m);
     let mut ids: Vec<i32> =
         loads.iter().enumerate().flat_map(|(expert, &load)| std::iter::repeat_n(expert as i32, load)).collect();
     // Skipped slots leave rows that no tile covers, whose junk must survive.
-    ids.extend([-1; 5]);
+    ids.extend(std::iter::repeat_n(-1, skipped));
     rng.shuffle(&mut ids);
     let tokens = ids.len();
     let plan = dispatch(&ids, &rule(experts, 1, tile_m)).unwrap();
@@ -575,8 +590,10 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         kept
     });
 
-    // A shared expert's rows in the same launch, with everything of their own.
-    let shared_rows = if matches!(rows, Rows::Grouped(_)) { [0, 1, variant.tile_m + 1][rng.usize(..3)] } else { 0 };
+    // A shared expert's rows in the same launch, with everything of their own; beside a SwiGLU always, of bounds of another kind.
+    let is_swiglu = matches!(case.activation, Activation::Swiglu(_));
+    let some_rows = [0, 1, variant.tile_m + 1][usize::from(is_swiglu)..][rng.usize(..3 - usize::from(is_swiglu))];
+    let shared_rows = if matches!(rows, Rows::Grouped(_)) { some_rows } else { 0 };
     let shared_case = Case {
         bias: rng.bool(),
         weighted: rng.bool(),
@@ -587,7 +604,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         gather_pre_activation: false,
         activation: match case.activation {
             Activation::Identity => Activation::Relu,
-            Activation::Swiglu(unit) => Activation::Swiglu(unit.alpha(1.25).factor(0.5).offset(-0.25)),
+            Activation::Swiglu(unit) => Activation::Swiglu(after(unit).alpha(1.25).factor(0.5).offset(-0.25)),
             _ => Activation::Silu,
         },
         dropout: false,
@@ -603,7 +620,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         _ => size + unit * (1 + rng.usize(..150 / unit)),
     });
     let shared_case = Case { n, k, ..shared_case };
-    let own = rng.bool();
+    let own = is_swiglu || rng.bool();
     let shared_case = if own { shared_case } else { Case { activation: case.activation, ..shared_case } };
     if shared_rows > 0 {
         desc = desc
