@@ -254,6 +254,11 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     if matches!(variant.kernel, Kernel::Gemm(_)) && variant.fold == Fold::Plain {
         token_sums::check::<T>(variant, rng);
     }
+    if matches!(variant.kernel, Kernel::Gemm(_)) && variant.fold != Fold::Plain {
+        // A clamped SwiGLU whose numbers are the descriptor's has a loop of its own: over all rows of a tile.
+        let activation = Activation::Swiglu(SWIGLUS[0]);
+        grouped::<T>(variant, rng, &[1, bm], &Case { k: 40, activation, by_expert: false, ..case });
+    }
 }
 
 /// Tiles whose depth blocks share, in parts of as many stages and not; tiles of up to 8 rows and more, of several columns; more than a band of them.

@@ -189,9 +189,11 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
         let bm = variant.tile_m;
         let few = [bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1, bm - bm / 4, bm - bm / 4 + 1];
         grouped::<T>(variant, rng, &few, &Case { k: 72, n: 24, ..case });
-        // A tile that ends with the last row of all, in each main loop: what is past the depth is past the end.
-        for quarters in 1..=4 {
-            grouped_of::<T>(variant, rng, &[bm * quarters / 4], 0, &Case { k: 200, n: 136, ..case });
+        // Whole stages. The last token and the last output each in every copy of each main loop: what is past the depth is past the end.
+        for rows in (1..=4).map(|quarters| bm * quarters / 4) {
+            for last in (15..rows).step_by(16) {
+                last_token_at::<T>(variant, rng, rows, last, &Case { k: 192, n: last + 1, ..case });
+            }
         }
     }
     if !matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
@@ -299,16 +301,11 @@ fn walk<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
 }
 
 fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], case: &Case) {
-    grouped_of::<T>(variant, rng, loads, 5, case);
-}
-
-/// Beside slots that go nowhere.
-fn grouped_of<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], skipped: usize, case: &Case) {
     let (experts, tile_m) = (loads.len(), variant.tile_m);
     let mut ids: Vec<i32> =
         loads.iter().enumerate().flat_map(|(expert, &load)| std::iter::repeat_n(expert as i32, load)).collect();
     // Skipped slots leave rows that no tile covers, whose junk must survive.
-    ids.extend(std::iter::repeat_n(-1, skipped));
+    ids.extend([-1; 5]);
     rng.shuffle(&mut ids);
     let tokens = ids.len();
     let plan = dispatch(&ids, &rule(experts, 1, tile_m)).unwrap();
@@ -317,6 +314,14 @@ fn grouped_of<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[us
 }
 
 /// One expert for all rows, in a number of them for which the selection takes the variant.
+/// A tile of so many rows, of which row `last` is the last token's.
+fn last_token_at<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: usize, last: usize, case: &Case) {
+    let mut plan = dispatch(&vec![0; rows], &rule(1, 1, variant.tile_m)).unwrap();
+    plan.slot_token.rotate_right((last + 1) % rows);
+    let shape = SlotShape::new(rows, 1, Some(1), rows, variant.tile_m, max_tiles(rows, 1, variant.tile_m));
+    run::<T>(variant, rng, Rows::Grouped(shape), case, &plan);
+}
+
 fn dense<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
     let bm = variant.tile_m;
     let case = Case { gather: false, gather_pre_activation: false, ..*case };
