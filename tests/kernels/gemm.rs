@@ -477,7 +477,7 @@ fn run<T: Storage>(
     // Without the shared expert's rows nothing is kept.
     let mut launch = |out: &mut Guarded<T>,
                       dropout: Option<(Dropout, &State)>,
-                      more: Option<(Option<&mut Guarded<T>>, &mut Option<Shared<T>>)>,
+                      more: Option<More<'_, T>>,
                       output: Output| {
         let (a, mut view, weight) = (a.view(), out.view_mut(), weight.views());
         let [scale, out_scale] = [&scale, &out_scale].map(|scale| scale.as_ref().map(Guarded::view));
@@ -836,6 +836,9 @@ impl<T: Storage> Views<'_, T> {
         )
     }
 }
+
+/// What a launch may have besides: the rows before the activation, kept here, and a shared expert's.
+type More<'a, T> = (Option<&'a mut Guarded<T>>, &'a mut Option<Shared<T>>);
 
 /// Rows of a shared expert, neither scaled nor dropped, of a weight like the others', with their activation or another.
 struct Shared<T> {
