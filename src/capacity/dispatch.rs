@@ -16,12 +16,12 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::ids::Ids;
 use crate::experts::dispatched::{Dispatched, ListAddresses, SlotShape};
 use crate::experts::tiles::max_tiles;
 use crate::registry::{Dispatch, Kernel};
 use crate::rules::{Capacity, IdFormat};
 use crate::runtime::builder::{buffers, settings};
+use crate::runtime::ids::Ids;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{DispatchParams, DispatchRowsParams};
 use crate::runtime::shape;

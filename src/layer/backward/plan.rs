@@ -15,7 +15,7 @@ use crate::layer::forward::LayerPlan;
 use crate::layer::{Stage, Step};
 use crate::routers::gating_backward::{self, GatingBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
-use crate::rules::{AdmissionRule, Dtype, IdFormat, LogitRule, NullOutput, RmsNorm, Weighting};
+use crate::rules::{AdmissionRule, Dtype, LogitRule, NullOutput, RmsNorm, Weighting};
 use crate::runtime::workspace::{Arena, BARRIER_HEADER, Region};
 use crate::{DeviceInfo, Error, Kernel, Selection};
 
@@ -92,7 +92,7 @@ impl BackwardPlan {
     fn new(layer: &LayerPlan, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         let within = |error: Error| error.within(OPERATION);
         let (of, tokens, device) = (layer.desc(), layer.tokens(), layer.experts().device());
-        check(of, desc)?;
+        check(desc)?;
         let rows = *layer.experts().rows();
         let all = Rows::Dense(tokens);
         let joined = of.shared.filter(|shared| shared.joins_back(of) && tokens > 0).map(|shared| Joined {
@@ -374,15 +374,8 @@ fn has_identities(of: &LayerDesc) -> bool {
 }
 
 /// What has no way back here.
-fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
-    let routed = desc.origin != Origin::Choices;
-    let identities = has_identities(of);
-    let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    if wide_ids {
-        let supported = "ids of 32 bits, where identities are read off them";
-        return Err(Error::unsupported(OPERATION, "choices", supported, format!("{:?}", of.choices)));
-    }
-    if !routed && desc.losses.is_some() {
+fn check(desc: &BackwardDesc) -> Result<(), Error> {
+    if desc.origin == Origin::Choices && desc.losses.is_some() {
         let reason = "the choices come from elsewhere, with their losses";
         return Err(Error::Unexpected { operation: OPERATION, argument: "losses", reason });
     }
