@@ -3,14 +3,15 @@
 use half::{bf16, f16};
 use moe_kernels::layer::{BackwardDesc, LayerDesc, Mlp, SharedDesc};
 use moe_kernels::rules::{
-    Activation, Bound, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, Swiglu,
-    WeightDesc, Weighting,
+    Activation, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, WeightDesc,
+    Weighting,
 };
 use moe_kernels::{Dtype, Element, Error};
 
 use crate::case::{Case, Problem, fits};
 use crate::compare::{compare_terms, norm, tolerance};
 use crate::device;
+use crate::mlp::{PLAIN, bounded_units};
 use crate::seed::generator;
 
 /// `MOE_LAYERS` says how many, in place of these.
@@ -31,22 +32,10 @@ fn width(rng: &mut fastrand::Rng, most: usize) -> usize {
 }
 
 fn activation(rng: &mut fastrand::Rng, dtype: Dtype, glu: Glu) -> Activation {
-    let limited = [
-        Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6)),
-        Swiglu::clamped(0.2).clamp_after(true),
-        Swiglu::softcapped(0.8, 1.2).alpha(0.8).factor(0.5).offset(-0.25),
-    ];
-    let mut all = vec![
-        Activation::Identity,
-        Activation::Relu,
-        Activation::ReluSquared,
-        Activation::Gelu,
-        Activation::GeluTanh,
-        Activation::Silu,
-    ];
+    let mut all = PLAIN.to_vec();
     // What is kept in 16 bits may be rounded to the other side of a bound, where the slope is another.
     if dtype == Dtype::F32 {
-        all.extend(limited.map(Activation::from));
+        all.extend(bounded_units());
     }
     all.retain(|&activation| fits(activation, glu));
     one_of(rng, &all)
