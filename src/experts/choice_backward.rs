@@ -114,7 +114,7 @@ pub struct Admitted<'a> {
     pub ids: In<'a, i32>,
     /// `[T, K]`: the candidates' weights, exactly where the rule divides by what is left of them.
     pub weights: Option<In<'a, f32>>,
-    /// The rule, of `K` candidates, at most 32.
+    /// The rule, of `K` candidates.
     pub rule: AdmissionRule,
 }
 
@@ -136,8 +136,8 @@ impl<'a> Admitted<'a> {
             }
             _ => {}
         }
-        if !(1..=MAX_CANDIDATES).contains(&rule.candidates) {
-            let supported = format!("1 to {MAX_CANDIDATES} candidates");
+        if !(1..=AdmissionRule::MAX_CANDIDATES).contains(&rule.candidates) {
+            let supported = format!("1 to {} candidates", AdmissionRule::MAX_CANDIDATES);
             return Err(Error::unsupported(operation, "admitted.rule", supported, rule.candidates));
         }
         if top_k != Some(rule.top_k) || rule.top_k > rule.candidates {
@@ -147,9 +147,6 @@ impl<'a> Admitted<'a> {
         Ok(())
     }
 }
-
-/// Most candidates of a token: a lane has one.
-const MAX_CANDIDATES: usize = 32;
 
 buffers!(Admitted<'a> { weights: In<f32> });
 
