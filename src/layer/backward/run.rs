@@ -269,8 +269,12 @@ impl BackwardPlan {
             args.d_global_scale = optional(&gradients.global_scale).map(|gradient| gradient.out(1));
             let mut part = workspace.part(self.regions.scratch);
             args.workspace = Some(&mut part);
+            let sums_up = args.d_expert_scale.is_some() || args.d_global_scale.is_some();
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
+            if sums_up && self.factors.is_some() {
+                observer(BackwardStage::Factors);
+            }
             if let Some(steps) = &self.router {
                 let of = Matrix { d_logits, matrix: weights.router.matrix, d_matrix: optional(&gradients.router) };
                 let of_bias = optional(&gradients.router_bias);
