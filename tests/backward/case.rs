@@ -407,6 +407,12 @@ impl<T: Element, W: Element> Problem<T, W> {
         (self.y, self.saved) = (y, saved);
     }
 
+    /// A workspace that no pass has seen.
+    pub fn renew_workspace(&self) {
+        let bytes = self.plan.workspace_bytes().max(self.back.workspace_bytes());
+        *self.workspace.borrow_mut() = Workspace::new(&self.stream, bytes).unwrap();
+    }
+
     /// All gradients that there are.
     pub fn buffers<G: Element>(&self) -> Buffers<T, G> {
         let desc = &self.case.desc;
@@ -704,6 +710,50 @@ impl<T: Element, W: Element> Problem<T, W> {
             added.flat_map(|(_, values)| values).for_each(|value| *value += f64::from(HELD));
         }
         found
+    }
+}
+
+/// Leaves those gradients of which `asked` is false, by their names in [`Found`].
+pub fn keep<T>(gradients: &mut LayerGradients<'_, T>, mut asked: impl FnMut(&str) -> bool) {
+    let (router, norms, latent) = (&mut gradients.router, &mut gradients.norms, &mut gradients.latent);
+    for (name, of) in [
+        ("logits", &mut gradients.logits),
+        ("weights", &mut gradients.weights),
+        ("router", &mut router.matrix),
+        ("router_bias", &mut router.bias),
+        ("expert_scale", &mut router.expert_scale),
+        ("global_scale", &mut router.global_scale),
+        ("router.norm", &mut router.norm),
+        ("bias", &mut gradients.bias),
+        ("norms.experts", &mut norms.experts),
+        ("norms.slots", &mut norms.slots),
+        ("norms.output", &mut norms.output),
+        ("latent.norm", &mut latent.norm),
+        ("shared.gate", &mut gradients.shared.gate),
+    ] {
+        of.take_if(|_| !asked(name));
+    }
+    for (name, of) in [("x", &mut gradients.x), ("router_x", &mut gradients.router_x)] {
+        of.take_if(|_| !asked(name));
+    }
+    let shared = &mut gradients.shared;
+    for (names, of) in
+        [(NAMES[0], [&mut gradients.gate_up, &mut gradients.down]), (NAMES[1], [&mut shared.gate_up, &mut shared.down])]
+    {
+        let [up, down] = of;
+        let all = [&mut up.matrix, &mut up.up, &mut down.matrix, &mut up.bias, &mut up.up_bias, &mut down.bias];
+        for (name, of) in names.into_iter().zip(all) {
+            of.take_if(|_| !asked(name));
+        }
+    }
+    for ([name, bias_name], of) in [
+        (["latent.input", "latent.input.bias"], &mut latent.input),
+        (["latent.output", "latent.output.bias"], &mut latent.output),
+    ] {
+        of.matrix.take_if(|_| !asked(name));
+        // A bias's goes along with its matrix's.
+        let matrix = of.matrix.is_some();
+        of.bias.take_if(|_| !matrix || !asked(bias_name));
     }
 }
 
