@@ -168,6 +168,21 @@ pub(crate) struct Work {
 }
 
 impl Work {
+    /// Both in one launch, tiles after tiles.
+    pub(crate) fn beside(self, other: Work) -> Work {
+        let tiles = self.tiles + other.tiles;
+        let share = self.tiles as f64 / tiles.max(1) as f64;
+        let mean = |own: f64, other: f64| share * own + (1.0 - share) * other;
+        Work {
+            tiles,
+            tile: TileCost {
+                products: mean(self.tile.products, other.tile.products),
+                passes: mean(self.tile.passes, other.tile.passes),
+            },
+            l2_bytes: self.l2_bytes + other.l2_bytes,
+        }
+    }
+
     /// Cycles on a device whose memory is not asked: all kernels of a product ask it for the same bytes.
     pub(crate) fn cycles(&self, device: &DeviceInfo) -> f64 {
         self.of_rounds(self.tiles.div_ceil(device.multiprocessors.max(1).into()) as f64, device)
@@ -245,6 +260,15 @@ mod tests {
         assert_eq!(of(109, tile, 2008.0 * 2500.0), 2500.0);
         let balanced = |tiles| Work { tiles, tile, l2_bytes: 0.0 }.balanced_cycles(&A100);
         assert_eq!([1, 108, 135].map(balanced), [1000.0, 1000.0, 1250.0]);
+    }
+
+    #[test]
+    fn two_kinds_of_tiles_in_one_launch() {
+        let work = |tiles, products, l2_bytes| Work { tiles, tile: TileCost { products, passes: 10.0 }, l2_bytes };
+        let both = work(54, 1000.0, 5.0).beside(work(162, 200.0, 7.0));
+        assert_eq!((both.tiles, both.tile.products, both.tile.passes, both.l2_bytes), (216, 400.0, 10.0, 12.0));
+        assert_eq!(both.cycles(&A100), 800.0);
+        assert_eq!(work(0, 0.0, 0.0).beside(work(108, 300.0, 0.0)).cycles(&A100), 300.0);
     }
 
     #[test]

@@ -161,11 +161,6 @@ impl KGroupedDesc {
         }
     }
 
-    /// Experts, and a shared one.
-    fn groups(&self) -> usize {
-        self.rows.experts + usize::from(self.shared_rows > 0)
-    }
-
     fn places(&self) -> KGroupedStrides {
         self.strides.unwrap_or(KGroupedStrides::packed(self.m, self.n))
     }

@@ -297,6 +297,10 @@ fn many_rows_an_expert() {
     let invariant = own(desc.batch_invariant(true), 1920);
     assert!(invariant.iter().all(|kernel| !kernel.ends_with("_sm90a")), "{invariant:?}");
     check::<bf16, bf16, bf16>(Case { biases: true, ..Case::new(desc, 1920) });
+    // Of another width: more column tiles than the others', and another depth on the way to the inputs.
+    let desc = desc.shared(Some(SharedDesc::new(528, Mlp::swiglu(Dtype::Bf16)).gated(true)));
+    takes_its_own(desc, 1920);
+    check::<bf16, bf16, bf16>(Case { biases: true, ..Case::new(desc, 1920) });
 }
 
 /// The same where weights scale the input, and the first product goes back by the second's kernel.

@@ -840,7 +840,7 @@ impl<T: Storage> Shared<T> {
         let stream = device::stream();
         let rows = [1, variant.tile_m + 1][rng.usize(..2)];
         // Where the kernel can, of another depth, rows apart.
-        let depth = (matches!(variant.kernel, Kernel::Gemm(_) | Kernel::GemmAny(_)) && rng.bool()).then(|| {
+        let depth = (!variant.is_swapped() && rng.bool()).then(|| {
             let unit = if matches!(variant.kernel, Kernel::GemmAny(_)) { 1 } else { 8 };
             let k = unit * (1 + rng.usize(..200 / unit));
             SharedDepth::new(k).a_row(k + unit * rng.usize(..3))

@@ -593,14 +593,13 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         dropout: false,
         ..*case
     };
-    // Of another width than the others' now and then, where the kernel can: fewer and more column tiles, another depth.
-    let one_width = matches!(variant.kernel, Kernel::GemmBackwardHopper(_));
+    // Of another width than the others' now and then: fewer and more column tiles, another depth.
     let unit = if variant.shift > 0 { 1 } else { 8 };
+    let is_hopper = matches!(variant.kernel, Kernel::GemmBackwardHopper(_));
     let [n, k] = [case.n, case.k].map(|size| match rng.usize(..3) {
-        _ if one_width => size,
         0 => size,
         1 => unit * (1 + rng.usize(..size.div_ceil(unit))),
-        _ => size + unit * (1 + rng.usize(..150 / unit)),
+        _ => size + unit * (1 + rng.usize(..if is_hopper { 300 } else { 150 } / unit)),
     });
     let shared_case = Case { n, k, ..shared_case };
     let own = rng.bool();

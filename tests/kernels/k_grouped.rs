@@ -321,7 +321,6 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize], c
         _ if column_major => size,
         _ => size + unit * (1 + rng.usize(..150 / unit)),
     });
-    let shared_sizes = if variant.kernels == KernelSet::Sm90a { [m, n] } else { shared_sizes };
     let mut shared = (shared_rows > 0).then(|| Shared::<T>::draw(rng, variant, case, shared_rows, shared_sizes));
     let frozen_in = frozen.as_ref().map(|frozen| Guarded::input(&stream, "frozen", frozen));
     let shape = SlotShape::new(tokens, experts, Some(1), slots, 16, slots);

@@ -58,9 +58,17 @@ impl Candidate {
         }
     }
 
-    /// Cycles of the product. Hopper's blocks walk the tiles, and leave the part of one where no row lives: they are taken to end at once.
-    pub(in crate::experts) fn cycles(&self, desc: &GemmDesc, device: &DeviceInfo) -> f64 {
-        let work = self.work(desc, device);
+    /// The same with a shared expert's rows of so many outputs, and of their own depth.
+    fn work_beside(&self, desc: &GemmDesc, shared_n: usize, device: &DeviceInfo) -> Work {
+        if desc.shared_rows == 0 || [shared_n, desc.shared_k()] == [desc.n, desc.k] {
+            return self.work(desc, device);
+        }
+        self.work(&desc.alone(), device).beside(self.work(&desc.of_shared(shared_n), device))
+    }
+
+    /// Cycles of the product, with a shared expert's rows of so many outputs. Hopper's blocks walk the tiles, and leave the part of one where no row lives: they are taken to end at once.
+    pub(in crate::experts) fn cycles(&self, desc: &GemmDesc, shared_n: usize, device: &DeviceInfo) -> f64 {
+        let work = self.work_beside(desc, shared_n, device);
         match self {
             Candidate::Sm80(..) => work.cycles(device),
             Candidate::Hopper(_) => work.balanced_cycles(device),
@@ -69,12 +77,18 @@ impl Candidate {
 
     /// Cycles of the product, whose last round takes as long as any.
     fn cycles_of_rounds(&self, desc: &GemmDesc, device: &DeviceInfo) -> f64 {
-        self.work(desc, device).cycles(device)
+        self.work_beside(desc, desc.n, device).cycles(device)
     }
 
-    /// Whether it takes no more cycles than the other.
-    pub(in crate::experts) fn is_ahead_of(&self, other: Candidate, desc: &GemmDesc, device: &DeviceInfo) -> bool {
-        self.cycles(desc, device) <= other.cycles(desc, device)
+    /// Whether it takes no more [`cycles`](Self::cycles) than the other.
+    pub(in crate::experts) fn is_ahead_of(
+        &self,
+        other: Candidate,
+        desc: &GemmDesc,
+        shared_n: usize,
+        device: &DeviceInfo,
+    ) -> bool {
+        self.cycles(desc, shared_n, device) <= other.cycles(desc, shared_n, device)
     }
 }
 
@@ -131,9 +145,9 @@ fn cycles_of_height(product: &GemmDesc, height: u32, device: &DeviceInfo) -> Opt
     let desc = GemmDesc { rows: Rows::Grouped(SlotShape { tile_m: height as usize, max_tiles, ..shape }), ..*product };
     let layout = desc.vector_layout().filter(|_| desc.dtype != Dtype::F32)?;
     let own = of_height(&desc, layout, height, Gemm::wide_tiles(desc.dtype), device).map(|gemm| Candidate::sm80(&gemm));
-    let hopper = hopper::candidate(&desc, layout, device).filter(|_| desc.kernels != KernelSet::Sm80);
+    let hopper = hopper::candidate(&desc, desc.n, layout, device).filter(|_| desc.kernels != KernelSet::Sm80);
     let all = own.chain(hopper.map(|(gemm, _)| Candidate::Hopper(gemm)));
-    let cycles = all.map(|kernel| (kernel.cycles(&desc, device), kernel));
+    let cycles = all.map(|kernel| (kernel.cycles(&desc, desc.n, device), kernel));
     let (busy, kernel) = cycles.min_by(|(a, _), (b, _)| a.total_cmp(b))?;
     // Rows and results of products of so few tiles that the height matters pass from launch to launch in L2.
     let weights = rows(&desc).matrices() * desc.pre_activation_columns() * desc.k;
@@ -180,7 +194,7 @@ mod tests {
 
     #[test]
     fn l2_bounds_narrow_tiles_of_an_a100() {
-        let cycles = |tiles, n| narrow_and_wide().map(|candidate| candidate.cycles(&dense(tiles, n), &A100));
+        let cycles = |tiles, n| narrow_and_wide().map(|candidate| candidate.cycles(&dense(tiles, n), n, &A100));
         // Ten rounds, 32 KB of L2 for each million of products and 32 for its results; the wide tile has three quarters of the rows and outputs.
         let [narrow, wide] = cycles(135, 1024);
         assert_eq!(narrow, (8 * 135 * (128 * 256 + 2 * 128 * 128)) as f64 / 2008.0);
@@ -194,7 +208,7 @@ mod tests {
     fn a_round_that_is_not_full_leaves_l2_to_its_blocks() {
         let deep = |tiles| GemmDesc { k: 64 * 64, ..dense(tiles, 1024) };
         // 1.2 rounds of wide tiles are two by their products, and 2.4 of narrow ones more by their bytes.
-        let [narrow, wide] = narrow_and_wide().map(|candidate| candidate.cycles(&deep(32), &A100));
+        let [narrow, wide] = narrow_and_wide().map(|candidate| candidate.cycles(&deep(32), 1024, &A100));
         assert_eq!(wide, 2.0 * 64.0 * 2048.0);
         assert_eq!(narrow, (8 * 32 * (64 * 128 * 256 + 2 * 128 * 128)) as f64 / 2008.0);
     }
@@ -205,7 +219,7 @@ mod tests {
             let [narrow, wide] = narrow_and_wide();
             for candidate in [narrow, wide, HOPPER] {
                 let all = |descs: Vec<GemmDesc>| {
-                    let cycles: Vec<f64> = descs.iter().map(|desc| candidate.cycles(desc, &device)).collect();
+                    let cycles: Vec<f64> = descs.iter().map(|desc| candidate.cycles(desc, desc.n, &device)).collect();
                     assert!(cycles.is_sorted(), "{candidate:?}: {cycles:?}");
                 };
                 all((1..60).map(|i| dense(i, 1024)).collect());
@@ -219,15 +233,15 @@ mod tests {
     fn wgmma_where_there_is_work_for_all() {
         let [narrow, _] = narrow_and_wide();
         let deep = |tiles| GemmDesc { k: 4096, ..dense(tiles, 4096) };
-        assert!(HOPPER.is_ahead_of(narrow, &deep(33), &H100));
+        assert!(HOPPER.is_ahead_of(narrow, &deep(33), 4096, &H100));
         // 128 tiles of half the size take one round all the same.
-        assert!(!HOPPER.is_ahead_of(narrow, &deep(4), &H100));
+        assert!(!HOPPER.is_ahead_of(narrow, &deep(4), 4096, &H100));
         // Two rounds of those are longer than one.
-        assert!(HOPPER.is_ahead_of(narrow, &deep(5), &H100));
+        assert!(HOPPER.is_ahead_of(narrow, &deep(5), 4096, &H100));
         // 24 tiles of rows by 6 and by 11 of columns: 144 of Hopper's are hardly more than a round, and the others two, or three if one is more.
         let [gate_up, _] = layer([15, 4, 1024, 704], 512, 128);
         let [narrow, hopper] = [Candidate::Sm80(Gemm::tiles(Dtype::Bf16)[0], 64), glu(HOPPER)];
-        assert!(hopper.is_ahead_of(narrow, &gate_up, &H100));
+        assert!(hopper.is_ahead_of(narrow, &gate_up, gate_up.n, &H100));
     }
 
     #[test]

@@ -263,6 +263,14 @@ impl GemmDesc {
         self.shared_depth.map_or(self.k, |depth| depth.k)
     }
 
+    /// A shared expert's rows alone, of so many outputs.
+    pub(in crate::experts) fn of_shared(&self, n: usize) -> GemmDesc {
+        let (places, k) = (self.shared_places(), self.shared_k());
+        let weight = if n == self.n { places.weight } else { self.weight.strides(n, k) };
+        let rows = Rows::Dense(self.shared_rows);
+        GemmDesc { rows, n, k, gather: false, strides: Some(Strides { weight, ..places }), ..self.alone() }
+    }
+
     fn check_shared_depth(&self, operation: &'static str) -> Result<(), Error> {
         let Some(SharedDepth { k, a_row }) = self.shared_depth else { return Ok(()) };
         if self.shared_rows == 0 {

@@ -1,6 +1,7 @@
 //! The `sm_90a` kernels: when they are chosen, and the tensor maps of their weights.
 
 use super::desc::{GemmDesc, KernelSet, Output, Rows};
+use super::strides::Strides;
 use super::{Addresses, fold};
 use crate::experts::weight::WeightAddresses;
 use crate::registry::{GemmHopper, Kernel};
@@ -33,9 +34,14 @@ pub(in crate::experts) fn selection(kernel: Kernel, blocks: u32) -> Selection {
     Selection { cluster: [CLUSTER, 1, 1], ..Selection::new(kernel, [blocks, 1, 1]) }
 }
 
-/// The kernel and its grid of persistent blocks, where it computes `desc` in row tiles of its own height on this device; `layout` is that of
-/// [`GemmDesc::vector_layout`].
-pub(in crate::experts) fn candidate(desc: &GemmDesc, layout: Layout, device: &DeviceInfo) -> Option<(GemmHopper, u32)> {
+/// The kernel and its grid of persistent blocks, where it computes `desc` in row tiles of its own height on this device, with a shared expert's rows of so many
+/// outputs; `layout` is that of [`GemmDesc::vector_layout`].
+pub(in crate::experts) fn candidate(
+    desc: &GemmDesc,
+    shared_n: usize,
+    layout: Layout,
+    device: &DeviceInfo,
+) -> Option<(GemmHopper, u32)> {
     let places = desc.places();
     let [expert, output, depth] = places.weight;
     let height = tile_height(desc);
@@ -43,13 +49,13 @@ pub(in crate::experts) fn candidate(desc: &GemmDesc, layout: Layout, device: &De
         && desc.output != Output::TokenSums
         && device.shared_bytes_per_block >= GemmHopper::SHARED_BYTES
         && GemmHopper::DTYPES.contains(&desc.dtype)
-        && [expert, output.max(depth), places.a[0]].iter().all(|&stride| is_mapped(stride))
-        && HEIGHTS.contains(&height)
-        && desc.shared_depth.is_none();
+        && [expert, output.max(depth), places.a[0], desc.shared_places().a[0]].iter().all(|&stride| is_mapped(stride))
+        && HEIGHTS.contains(&height);
     let gemm = GemmHopper { dtype: desc.dtype, fold: fold(desc.weight.glu), layout };
-    // The kernel counts tiles in 32 bits, two a step.
-    let tiles =
-        row_tiles(desc, GemmHopper::TILE.bm as usize) as u64 * desc.n.div_ceil(gemm.out_columns() as usize) as u64;
+    // The kernel counts tiles in 32 bits, two a step, none of which has tiles of a shared expert and of others.
+    let tiles = |rows: usize, n: usize| rows as u64 * n.div_ceil(gemm.out_columns() as usize) as u64;
+    let [own, shared] = row_tiles(desc, GemmHopper::TILE.bm as usize);
+    let tiles = tiles(shared, shared_n).next_multiple_of(CLUSTER.into()) + tiles(own, desc.n);
     let clusters = tiles.div_ceil(CLUSTER.into()).min((device.multiprocessors / CLUSTER).into()) as u32;
     (fits && device.multiprocessors >= CLUSTER && tiles <= i32::MAX as u64).then_some((gemm, CLUSTER * clusters))
 }
@@ -67,13 +73,13 @@ pub(super) fn tile_height(desc: &GemmDesc) -> usize {
     }
 }
 
-/// Row tiles at most, of dense rows of this height, those of a shared expert too.
-fn row_tiles(desc: &GemmDesc, height: usize) -> usize {
+/// Row tiles at most, of dense rows of this height, and those of a shared expert.
+fn row_tiles(desc: &GemmDesc, height: usize) -> [usize; 2] {
     let own = match desc.rows {
         Rows::Dense(rows) => rows.div_ceil(height),
         Rows::Grouped(shape) => shape.max_tiles,
     };
-    own + desc.shared_rows.div_ceil(height)
+    [own, desc.shared_rows.div_ceil(height)]
 }
 
 /// What [`KernelSet::Sm90a`] asks for and cannot have.
@@ -89,14 +95,14 @@ pub(in crate::experts) fn refusal(operation: &'static str, desc: &GemmDesc, devi
     Error::unsupported(operation, "kernels", expected, got)
 }
 
-/// The map of a tensor of the weight, of so many experts.
+/// The map of a tensor of the weight.
 pub(in crate::experts) fn weight_map(
     scope: &Scope<'_>,
     desc: &GemmDesc,
     gemm: &GemmHopper,
     first: Address<'_>,
-    experts: usize,
 ) -> Result<TensorMap, Error> {
+    let experts = desc.rows.experts();
     let [expert, output, depth] = desc.places().weight;
     let (box_outputs, box_depths) = gemm.map_box();
     // Gate and up have a map each; where they alternate one has both.
@@ -138,9 +144,11 @@ pub(in crate::experts) fn a_maps(
     shared: Option<Address<'_>>,
     unused: TensorMap,
 ) -> Result<[TensorMap; 2], Error> {
-    let of = |first, rows| rows_map(scope, desc, first, [rows, desc.k], desc.places().a[0]);
-    let own = if desc.gather || desc.a_rows() == 0 { unused } else { of(a, desc.a_rows())? };
-    Ok([own, shared.map_or(Ok(own), |shared| of(shared, desc.shared_rows))?])
+    let of = |first, sizes, places: Strides| rows_map(scope, desc, first, sizes, places.a[0]);
+    let rows = desc.a_rows();
+    let own = if desc.gather || rows == 0 { unused } else { of(a, [rows, desc.k], desc.places())? };
+    let of_shared = |first| of(first, [desc.shared_rows, desc.shared_k()], desc.shared_places());
+    Ok([own, shared.map_or(Ok(own), of_shared)?])
 }
 
 /// The launch's parameters with the maps of weights, rows and results.
@@ -152,15 +160,16 @@ pub(super) fn with_maps<'a>(
     at: &Addresses<'_>,
 ) -> Result<GemmHopperParams<'a>, Error> {
     let places = desc.places();
-    let maps = |weight: WeightAddresses<'_>, experts| {
-        let first = weight_map(scope, desc, gemm, weight.b, experts)?;
+    let maps = |desc: &GemmDesc, weight: WeightAddresses<'_>| {
+        let of = |first| weight_map(scope, desc, gemm, first);
+        let first = of(weight.b)?;
         let up = weight.b_up.filter(|_| gemm.fold == crate::registry::Fold::Glu);
-        Ok::<_, Error>([first, up.map_or(Ok(first), |up| weight_map(scope, desc, gemm, up, experts))?])
+        Ok::<_, Error>([first, up.map_or(Ok(first), of)?])
     };
-    let [map_b, map_b_up] = maps(at.weight, desc.rows.experts())?;
+    let [map_b, map_b_up] = maps(desc, at.weight)?;
     // Those that the kernel does not use are the weight's.
     let [map_shared_b, map_shared_b_up]: [TensorMap; 2] =
-        at.shared.map_or(Ok([map_b, map_b_up]), |shared| maps(shared.weight, 1))?;
+        at.shared.map_or(Ok([map_b, map_b_up]), |shared| maps(&desc.of_shared(desc.n), shared.weight))?;
     let [map_a, map_shared_a] = a_maps(scope, desc, at.a, at.shared.map(|shared| shared.a), map_b)?;
     let out_of = |first, rows: usize| {
         // A tile of 64 rows is stored by the map; fewer rows may have any stride.

@@ -183,7 +183,7 @@ pub(crate) fn select_among(
     if let Some(plan) = swapped::plan(operation, desc, layout, device)? {
         return Ok(plan.selection());
     }
-    let hopper = hopper::candidate(desc, layout, device)
+    let hopper = hopper::candidate(desc, desc.n, layout, device)
         .filter(|_| desc.kernels != KernelSet::Sm80 && (desc.tile_n.is_none() || desc.kernels == KernelSet::Sm90a));
     match hopper {
         Some((gemm, blocks)) if desc.kernels == KernelSet::Sm90a => {
@@ -205,7 +205,7 @@ pub(crate) fn select_among(
     };
     let gemm = of_width(operation, desc, choice::of_height(desc, layout, tile.bm, wide, device), device)?;
     if let Some((hopper, blocks)) = hopper
-        && Candidate::Hopper(hopper).is_ahead_of(Candidate::sm80(&gemm), desc, device)
+        && Candidate::Hopper(hopper).is_ahead_of(Candidate::sm80(&gemm), desc, desc.n, device)
     {
         return Ok(hopper::selection(Kernel::GemmHopper(hopper), blocks));
     }
@@ -226,7 +226,7 @@ fn of_width(
             Error::unsupported(operation, "tile_n", expected, width)
         });
     }
-    let cycles = |gemm: &Gemm| Candidate::sm80(gemm).cycles(desc, device);
+    let cycles = |gemm: &Gemm| Candidate::sm80(gemm).cycles(desc, desc.n, device);
     let least = kernels.map(|gemm| (cycles(&gemm), gemm)).min_by(|(a, _), (b, _)| a.total_cmp(b));
     Ok(least.expect("a tile of this height was chosen").1)
 }

@@ -1,6 +1,6 @@
 //! The `sm_90a` kernels: when they are chosen, and the tensor maps of the operand that lies by rows.
 
-use super::{Gathered, KGroupedDesc, OPERATION};
+use super::{Gathered, KGroupedDesc, OPERATION, SharedSizes};
 use crate::experts::cost::{Block, Rates, STEP, Work, step_bytes};
 use crate::registry::{KGrouped, KGroupedHopper, Kernel};
 use crate::runtime::launch::{Address, Boxes, Scope};
@@ -21,12 +21,12 @@ pub(super) fn candidate(desc: &KGroupedDesc, device: &DeviceInfo) -> Option<Sele
         && KGroupedHopper::DTYPES.contains(&desc.dtype)
         && desc.packed_in_vectors()
         && desc.second.is_none()
-        && desc.shared_sizes.is_none()
         && desc.rows.slots + desc.shared_rows > 0;
     let gathers_b = desc.gathered == Gathered::B;
     let kernel = KGroupedHopper { dtype: desc.dtype, gathers_b };
     // Rows of a tensor map lie apart, and the kernel counts pairs of tiles in 32 bits.
-    let counts = by_rows(desc, &kernel).1 > 0 && pairs(desc) <= i32::MAX as u64;
+    let [own, shared] = by_rows(desc, &kernel);
+    let counts = own.1 > 0 && shared.1 > 0 && pairs(desc) <= i32::MAX as u64;
     if !fits || !counts {
         return None;
     }
@@ -35,49 +35,75 @@ pub(super) fn candidate(desc: &KGroupedDesc, device: &DeviceInfo) -> Option<Sele
     Some(Selection { cluster: [CLUSTER, 1, 1], ..selection })
 }
 
-/// Columns of the operand that is not gathered, and elements from a row of it to the next.
-fn by_rows(desc: &KGroupedDesc, kernel: &KGroupedHopper) -> (usize, usize) {
-    let places = desc.places();
-    if kernel.gathers_b { (desc.m, places.a[0]) } else { (desc.n, places.b[0]) }
+/// Columns of the operand that is not gathered, and elements from a row of it to the next; the same of a shared expert's.
+fn by_rows(desc: &KGroupedDesc, kernel: &KGroupedHopper) -> [(usize, usize); 2] {
+    let (places, SharedSizes { m, n, rows: [a, b, _] }) = (desc.places(), desc.shared());
+    if kernel.gathers_b { [(desc.m, places.a[0]), (m, a)] } else { [(desc.n, places.b[0]), (n, b)] }
+}
+
+/// Groups of one size.
+#[derive(Clone, Copy)]
+struct Groups {
+    count: u64,
+    m: u64,
+    n: u64,
+    /// Rows of an average one.
+    rows: usize,
+}
+
+impl Groups {
+    /// The experts', and a shared one's.
+    fn of(desc: &KGroupedDesc) -> [Groups; 2] {
+        let (experts, SharedSizes { m, n, .. }) = (desc.rows.experts, desc.shared());
+        let rows = desc.rows.slots.div_ceil(experts);
+        [
+            Groups { count: experts as u64, m: desc.m as u64, n: desc.n as u64, rows },
+            Groups { count: u64::from(desc.shared_rows > 0), m: m as u64, n: n as u64, rows: desc.shared_rows },
+        ]
+    }
+
+    /// Tiles of so many rows and columns.
+    fn tiles(&self, [bm, bn]: [u32; 2]) -> u64 {
+        self.m.div_ceil(bm.into()) * self.n.div_ceil(bn.into()) * self.count
+    }
 }
 
 /// Pairs of tiles, which a cluster computes at once: 256 columns of either operand.
 fn pairs(desc: &KGroupedDesc) -> u64 {
-    (desc.m as u64).div_ceil(256) * (desc.n as u64).div_ceil(256) * desc.groups() as u64
+    Groups::of(desc).iter().map(|groups| groups.tiles([256; 2])).sum()
 }
 
 /// Whether the kernel takes no more cycles than the `sm_80` one.
 pub(super) fn is_ahead(desc: &KGroupedDesc, selection: &Selection, other: &KGrouped, device: &DeviceInfo) -> bool {
     let Kernel::KGroupedHopper(kernel) = selection.kernel.variant() else { return false };
     let rates = Rates::of(device.compute_capability);
-    let steps = |rows: usize| rows.div_ceil(STEP) as f64;
-    let (groups, mean) = (desc.groups() as f64, desc.rows.slots.div_ceil(desc.rows.experts));
-    // Of an average group.
-    let steps = (desc.rows.experts as f64 * steps(mean) + steps(desc.shared_rows)) / groups;
     let size = if desc.f32_out { 4 } else { desc.dtype.bytes() };
-    // `fetched`: columns of both operands that come from L2 for a tile.
-    let cycles = |tiles: u64, block: Block, through_shared: u32, fetched: u32| {
+    // `together`: tiles of so many rows and columns are computed at once; `fetched`: columns of both operands that come from L2 for a tile.
+    let cycles = |together: [u32; 2], block: Block, through_shared: u32, fetched: u32| {
         let [bm, bn] = [block.bm, block.bn].map(f64::from);
         let out_bytes = bm * bn * f64::from(size);
         let end_bytes = bm * bn * f64::from(through_shared) + out_bytes;
-        let l2_bytes = tiles as f64 * (step_bytes(fetched.into(), steps) + out_bytes);
-        Work { tiles, tile: block.tile(&rates, steps, [bm, bm], end_bytes), l2_bytes }.cycles(device)
+        let at_once = u64::from(together[0] * together[1] / (block.bm * block.bn));
+        let [own, shared] = Groups::of(desc).map(|groups| {
+            let (tiles, steps) = (at_once * groups.tiles(together), groups.rows.div_ceil(STEP) as f64);
+            let l2_bytes = tiles as f64 * (step_bytes(fetched.into(), steps) + out_bytes);
+            Work { tiles, tile: block.tile(&rates, steps, [bm, bm], end_bytes), l2_bytes }
+        });
+        own.beside(shared).cycles(device)
     };
     let tile = kernel.tile();
     // 128 columns of one operand, and of the other half of 256. An instruction's outputs are columns of B.
-    let own = cycles(2 * pairs(desc), Block::of_warpgroups(tile.bm, tile.bn, tile.bn), 0, 256);
+    let own = cycles([256; 2], Block::of_warpgroups(tile.bm, tile.bn, tile.bn), 0, 256);
     let tile = other.tile();
-    let tiles = [(desc.m, tile.bm), (desc.n, tile.bn)].map(|(size, side)| (size as u64).div_ceil(side.into()));
     // Through a tile of f32, written and read.
-    let tiles = tiles[0] * tiles[1] * desc.groups() as u64;
-    own <= cycles(tiles, Block::of_warps(&tile), 8, tile.bm + tile.bn)
+    own <= cycles([tile.bm, tile.bn], Block::of_warps(&tile), 8, tile.bm + tile.bn)
 }
 
 /// What [`KernelSet::Sm90a`](crate::experts::gemm::KernelSet::Sm90a) asks for and cannot have.
 pub(super) fn refusal(desc: &KGroupedDesc, device: &DeviceInfo) -> Error {
     let (major, minor) = device.compute_capability;
     let got = format!("{:?} of {} on compute capability {major}.{minor}", desc.kernels, desc.dtype);
-    let expected = "another set, unless 16-bit, of rows that begin on 16 bytes, at most one gathered, of one matrix a group, all of one size, on 9.0";
+    let expected = "another set, unless 16-bit, of rows that begin on 16 bytes, at most one gathered, of one matrix a group, on 9.0";
     Error::unsupported(OPERATION, "kernels", expected, got)
 }
 
@@ -90,19 +116,19 @@ pub(super) fn with_maps<'a>(
     sides: [Address<'_>; 2],
     shared: Option<[Address<'_>; 2]>,
 ) -> Result<KGroupedHopperParams<'a>, Error> {
-    let (columns, row) = by_rows(desc, kernel);
+    let [own, of_shared] = by_rows(desc, kernel);
     let side = usize::from(!kernel.gathers_b);
     // Element (c, y, z) is column c of row y + z: a box whose y begins below 0 begins with zeros.
-    let map_of = |first: Address<'_>, rows: usize| {
+    let map_of = |first: Address<'_>, rows: usize, (columns, row): (usize, usize)| {
         let [_, deep] = BOX;
         let sizes = [columns, deep as usize, rows];
         scope.tensor_map(first, &Boxes { dtype: desc.dtype, sizes, strides: [row; 2], extent: BOX })
     };
-    let own = (desc.rows.slots > 0).then(|| map_of(sides[side], desc.rows.slots)).transpose()?;
-    let of_shared = shared.map(|shared| map_of(shared[side], desc.shared_rows)).transpose()?;
+    let own = (desc.rows.slots > 0).then(|| map_of(sides[side], desc.rows.slots, own)).transpose()?;
+    let of_shared = shared.map(|shared| map_of(shared[side], desc.shared_rows, of_shared)).transpose()?;
     // One that the kernel does not use is the other.
     let map = own.or(of_shared).expect("there are rows, as the kernel was chosen");
-    let more = KGroupedHopperMore { groups: desc.groups() as u32, map, map_shared: of_shared.unwrap_or(map) };
+    let more = KGroupedHopperMore { experts: desc.rows.experts as u32, map, map_shared: of_shared.unwrap_or(map) };
     Ok(KGroupedHopperParams::with(params, more))
 }
 

@@ -9,7 +9,6 @@ use crate::experts::gemm_backward::{self, GemmBackwardDesc};
 use crate::experts::k_grouped::{self, Gathered, KGroupedDesc, KGroupedStrides, Second, SharedSizes};
 use crate::layer::Step;
 use crate::layer::desc::Mlp;
-use crate::registry::Kernel;
 use crate::rules::{Activation, Dtype, Glu, Layout, WeightDesc, Weighting};
 use crate::runtime::launch::{Address, Held};
 use crate::runtime::shape;
@@ -248,10 +247,7 @@ impl MlpPlan {
                 desc.strides = Some(Strides::packed(&desc).a(columns, 1));
             }
             let depth = |other| SharedDepth::new(mlp.gate_up.outputs(other)).a_row(columns_of(other));
-            let with_shared = desc.shared_rows(shared_rows).shared_depth(other.map(depth));
-            // Another depth is the sm_80 set's alone: where a faster one takes the others, a launch more is less than that.
-            let faster = other.is_some() && apart.is_none() && is_of_hopper(&product(desc)?.selection);
-            let desc = if faster { desc } else { with_shared };
+            let desc = desc.shared_rows(shared_rows).shared_depth(other.map(depth));
             let up = apart.map(|_| product(desc.output(Output::Added))).transpose()?;
             Input::Product(product(desc)?, up)
         };
@@ -344,10 +340,6 @@ impl MlpPlan {
     pub(super) fn d_row_weight<'a>(&self, workspace: &'a Held<'_>) -> Address<'a> {
         workspace.at(self.regions.d_slot_weight)
     }
-}
-
-fn is_of_hopper(selection: &Selection) -> bool {
-    matches!(selection.kernel.variant(), Kernel::GemmHopper(_))
 }
 
 /// Columns of the product beside the sums of a bias alone.
