@@ -15,7 +15,7 @@ use softcuda::profile::LaunchProfile;
 const WITHIN: f64 = 1.05;
 
 /// Experts, choices of a token, hidden size, intermediate size, tokens.
-const LAYERS: [[usize; 5]; 4] = [
+const LAYERS: [[usize; 5]; 5] = [
     // Few tiles: low ones.
     [4, 2, 512, 512, 160],
     // By wgmma in low tiles, as tall ones leave multiprocessors idle.
@@ -24,6 +24,8 @@ const LAYERS: [[usize; 5]; 4] = [
     [8, 4, 736, 256, 96],
     // By wgmma in more than a round of tall tiles.
     [8, 4, 128, 2048, 256],
+    // By wgmma in a round of tall tiles, where those of mma.sync take two: their rates decide.
+    [1, 1, 256, 1792, 640],
 ];
 
 fn busiest(launch: &LaunchProfile) -> f64 {

@@ -57,7 +57,7 @@ const OPERATION: &str = "admission";
 pub struct AdmissionDesc {
     /// Tokens `T`; 0 is allowed.
     pub tokens: usize,
-    /// The rule. Experts are 1 to 4096, candidates `K` 1 to 32.
+    /// The rule. Experts are 1 to 4096.
     pub rule: AdmissionRule,
 }
 
@@ -121,8 +121,8 @@ impl AdmissionDesc {
         shape::size(OPERATION, "tokens", self.tokens)?;
         shape::experts(OPERATION, rule.experts)?;
         let candidates = rule.candidates;
-        if candidates > shape::LANES {
-            let supported = format!("at most {}", shape::LANES);
+        if candidates > AdmissionRule::MAX_CANDIDATES {
+            let supported = format!("at most {}", AdmissionRule::MAX_CANDIDATES);
             return Err(Error::unsupported(OPERATION, "candidates", supported, candidates));
         }
         shape::positive(OPERATION, "candidates", candidates)?;

@@ -7,6 +7,50 @@
 //! With a [`Capacity`], each expert takes at most so many slots of a sequence, in token order, and drops the others (Fedus
 //! et al., *Switch Transformers*, 2021, section 2.2; Lepikhin et al., *GShard*, 2020, section 2.2).
 //!
+//! Sequences follow each other there (`[B, S]`), as the dispatch counts in the order of tokens. Where their tokens alternate (`[S, B]`, time first), an
+//! [admission](crate::capacity::admission) in front of it has the same limit, in a launch of its own, and what it drops the dispatch skips. In a layer it
+//! is [`LayerDesc::admission`](crate::layer::LayerDesc::admission) in place of [`LayerDesc::capacity`](crate::layer::LayerDesc::capacity); for the padded
+//! layout beside `Capacity::new(per_expert * sequences, tokens).padded(true)`, which drops nothing more.
+//!
+//! ```
+//! use moe_kernels::Workspace;
+//! use moe_kernels::capacity::admission::{self, AdmissionArgs, AdmissionDesc};
+//! use moe_kernels::capacity::dispatch::{self, DispatchArgs, DispatchDesc};
+//! use moe_kernels::experts::Dispatched;
+//! use moe_kernels::rules::{AdmissionRule, Capacity, Sequences};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # softcuda::install_if_no_gpu()?;
+//! # let stream = moe_kernels::device::open(0)?.default_stream();
+//! # let kernels = moe_kernels::Kernels::new(stream.context())?;
+//! // Two sequences of three tokens, all of which want expert 0 but one; it takes two of each sequence.
+//! let (tokens, experts, per_expert, per_sequence) = (6, 2, 2, 3);
+//! let [following, alternating] = [[0, 0, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0]];
+//! let desc = DispatchDesc::new(tokens, experts, 1, 16);
+//! # let device = kernels.device();
+//! let mut kept = |desc: &DispatchDesc, ids: &[i32]| -> Result<Vec<bool>, Box<dyn std::error::Error>> {
+//!     let mut dispatched = Dispatched::new(&stream, &desc.shape())?;
+//!     let mut workspace = Workspace::new(&stream, dispatch::workspace_bytes(desc, device)?)?;
+//!     let ids = stream.clone_htod(ids)?;
+//!     dispatch::forward(&kernels, &stream, desc, DispatchArgs::new(&ids, &mut dispatched, &mut workspace))?;
+//!     Ok(stream.clone_dtoh(dispatched.token_slot())?.iter().map(|&slot| slot >= 0).collect())
+//! };
+//! let limited = desc.capacity(Some(Capacity::new(per_expert, per_sequence)));
+//! assert_eq!(kept(&limited, &following)?, [true, true, false, true, true, true]);
+//!
+//! // The same tokens, those of both sequences in turns.
+//! let rule = AdmissionRule::new(experts, 1, per_expert, per_sequence).groups(Sequences::Alternating);
+//! let admitting = AdmissionDesc::new(tokens, rule);
+//! let (ids, weights) = (stream.clone_htod(&alternating)?, stream.clone_htod(&[1.0_f32; 6])?);
+//! let (mut admitted, mut admitted_weights) = (stream.alloc_zeros(tokens)?, stream.alloc_zeros(tokens)?);
+//! let mut workspace = Workspace::new(&stream, admission::workspace_bytes(&admitting)?)?;
+//! let args = AdmissionArgs::new(&ids, &weights, &mut admitted, &mut admitted_weights, &mut workspace);
+//! admission::forward(&kernels, &stream, &admitting, args)?;
+//! assert_eq!(kept(&desc, &stream.clone_dtoh(&admitted)?)?, [true, true, true, true, false, true]);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! [`DispatchDesc::row_multiple`] rounds every expert's rows up, and [`DispatchDesc::max_rows`] ends all rows: the slots of the last experts that would
 //! stand past it are dropped, and [`DispatchArgs::dropped`] says how many.
 //!
@@ -16,12 +60,12 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::ids::Ids;
 use crate::experts::dispatched::{Dispatched, ListAddresses, SlotShape};
 use crate::experts::tiles::max_tiles;
 use crate::registry::{Dispatch, Kernel};
 use crate::rules::{Capacity, IdFormat};
 use crate::runtime::builder::{buffers, settings};
+use crate::runtime::ids::Ids;
 use crate::runtime::launch::{Address, SCALAR, Scope, optional};
 use crate::runtime::params::{DispatchParams, DispatchRowsParams};
 use crate::runtime::shape;

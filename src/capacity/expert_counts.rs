@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::ids::Ids;
 use crate::registry::{Kernel, MAX_COUNTED};
 use crate::rules::IdFormat;
 use crate::runtime::builder::{buffers, settings};
+use crate::runtime::ids::Ids;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::ExpertCountsParams;
 use crate::runtime::shape;

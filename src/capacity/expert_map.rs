@@ -39,10 +39,10 @@ use std::sync::Arc;
 
 use cudarc::driver::CudaStream;
 
-use super::ids::Ids;
 use crate::registry::{BLOCK_WARPS, Kernel};
 use crate::rules::IdFormat;
 use crate::runtime::builder::{buffers, settings};
+use crate::runtime::ids::Ids;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::ExpertMapParams;
 use crate::runtime::shape;

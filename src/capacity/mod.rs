@@ -6,11 +6,10 @@ pub mod chunks;
 pub mod dispatch;
 pub mod expert_counts;
 pub mod expert_map;
-mod ids;
 pub mod keep_largest;
 pub mod lists;
 pub mod routing_map;
 pub mod row_groups;
 pub mod token_slots;
 
-pub use ids::Ids;
+pub use crate::runtime::ids::Ids;

@@ -12,8 +12,9 @@ use cudarc::driver::CudaStream;
 
 use super::dispatched::{Dispatched, SlotShape};
 use crate::registry::{BLOCK_WARPS, Kernel};
-use crate::rules::{AdmissionRule, Dtype};
+use crate::rules::{AdmissionRule, Dtype, IdFormat};
 use crate::runtime::builder::{buffers, settings};
+use crate::runtime::ids::Ids;
 use crate::runtime::launch::{SCALAR, Scope, optional};
 use crate::runtime::params::ChoiceBackwardParams;
 use crate::runtime::shape;
@@ -113,7 +114,7 @@ pub struct Admitted<'a> {
     pub ids: In<'a, i32>,
     /// `[T, K]`: the candidates' weights, exactly where the rule divides by what is left of them.
     pub weights: Option<In<'a, f32>>,
-    /// The rule, of `K` candidates, at most 32.
+    /// The rule, of `K` candidates.
     pub rule: AdmissionRule,
 }
 
@@ -135,8 +136,8 @@ impl<'a> Admitted<'a> {
             }
             _ => {}
         }
-        if !(1..=MAX_CANDIDATES).contains(&rule.candidates) {
-            let supported = format!("1 to {MAX_CANDIDATES} candidates");
+        if !(1..=AdmissionRule::MAX_CANDIDATES).contains(&rule.candidates) {
+            let supported = format!("1 to {} candidates", AdmissionRule::MAX_CANDIDATES);
             return Err(Error::unsupported(operation, "admitted.rule", supported, rule.candidates));
         }
         if top_k != Some(rule.top_k) || rule.top_k > rule.candidates {
@@ -147,17 +148,14 @@ impl<'a> Admitted<'a> {
     }
 }
 
-/// Most candidates of a token: a lane has one.
-const MAX_CANDIDATES: usize = 32;
-
 buffers!(Admitted<'a> { weights: In<f32> });
 
 /// Choices of experts whose output is their input; those that have a row are none.
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct Identities<'a, T> {
-    /// `[T, k]`: ids as the router knows them. Where an admission says what tokens got, those are read in their place.
-    pub ids: In<'a, i32>,
+    /// `[T, k]`, in whatever integers: ids as the router knows them. Where an admission says what tokens got, those are read in their place.
+    pub ids: Ids<'a>,
     /// Which of them are an identity, where there is no map; at most `i32::MAX`.
     pub experts: (u32, u32),
     /// `[E, R]`: an expert map ([`crate::capacity::expert_map`]), in which the row of an identity begins with [`crate::rules::IDENTITY`]; and R.
@@ -171,7 +169,7 @@ pub struct Identities<'a, T> {
 impl<'a, T> Identities<'a, T> {
     /// Those of `ids` that are one of `experts`.
     pub fn new(
-        ids: impl Into<In<'a, i32>>,
+        ids: impl Into<Ids<'a>>,
         experts: std::ops::Range<u32>,
         x: impl Into<In<'a, T>>,
         dy: impl Into<In<'a, T>>,
@@ -182,7 +180,7 @@ impl<'a, T> Identities<'a, T> {
 
     /// Those of `ids` whose row of `map [E, columns]` begins with an identity.
     pub fn of_map(
-        ids: impl Into<In<'a, i32>>,
+        ids: impl Into<Ids<'a>>,
         map: impl Into<In<'a, i32>>,
         columns: usize,
         x: impl Into<In<'a, T>>,
@@ -250,7 +248,8 @@ pub fn forward<T: Element>(
     let lists = args.dispatched.read(&scope)?;
     let (elements, element) = (rows.tokens * desc.hidden, desc.dtype.bytes().into());
     let ids = args.identities.as_ref().map(|identities| identities.ids);
-    let ids = scope.read_some("identities.ids", ids, choices, SCALAR)?;
+    let format = ids.filter(|_| args.admitted.is_none()).map_or(IdFormat::I32, |ids| ids.format());
+    let ids = ids.map(|ids| ids.open(&scope, "identities.ids", ids.format(), choices)).transpose()?;
     let admitted = scope.read_some("admitted.ids", args.admitted.map(|admitted| admitted.ids), choices, SCALAR)?;
     let given = rows.tokens * rule.map_or(0, |rule| rule.candidates);
     let candidates = scope.read_some("candidates", args.candidates, given, SCALAR)?;
@@ -269,6 +268,7 @@ pub fn forward<T: Element>(
             d_slot_weight: d_slot_weight.address().into(),
             token_slot: lists.addresses().token_slot.into(),
             place_ids: optional(&admitted).or(optional(&ids)).into(),
+            id_bytes: format.bytes(),
             map: optional(&map).into(),
             x: optional(&x).into(),
             dy: optional(&dy).into(),

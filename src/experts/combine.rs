@@ -15,8 +15,9 @@ use cudarc::driver::CudaStream;
 use super::dispatched::{Dispatched, RowAddresses, SlotShape};
 use super::gemm::swapped::Sum;
 use crate::registry::{Combine, CombineRagged, Kernel};
-use crate::rules::Dtype;
+use crate::rules::{Dtype, IdFormat};
 use crate::runtime::builder::{buffers, settings};
+use crate::runtime::ids::Ids;
 use crate::runtime::launch::{Address, SCALAR, Scope, VECTOR, optional};
 use crate::runtime::params::{CombineParams, CombineRaggedParams};
 use crate::runtime::shape;
@@ -169,8 +170,8 @@ pub struct Identity<'a, T> {
 #[derive(Clone, Copy)]
 #[non_exhaustive]
 pub struct IdentityChoices<'a> {
-    /// `[T, k]`.
-    pub ids: In<'a, i32>,
+    /// `[T, k]`, in whatever integers.
+    pub ids: Ids<'a>,
     /// The numbers of such experts, at most `i32::MAX`.
     pub experts: (u32, u32),
 }
@@ -184,7 +185,7 @@ impl<'a, T> Identity<'a, T> {
     /// The sum of those `weights` `[T, k]` whose expert is one of `experts`, times `x[t]`.
     pub fn of_choices(
         x: impl Into<In<'a, T>>,
-        ids: impl Into<In<'a, i32>>,
+        ids: impl Into<Ids<'a>>,
         weights: impl Into<In<'a, f32>>,
         experts: std::ops::Range<u32>,
     ) -> Identity<'a, T> {
@@ -282,8 +283,9 @@ pub fn forward<T: Element>(
     let identity = scope.read_some("identity.x", x, elements, alignment)?;
     let weights_given = if choices.is_some() { rows.token_slots() } else { rows.tokens };
     let identity_weight = scope.read_some("identity.weight", weight, weights_given, SCALAR)?;
-    let identity_ids = choices.map(|choices| choices.ids);
-    let identity_ids = scope.read_some("identity.choices.ids", identity_ids, rows.token_slots(), SCALAR)?;
+    let ids = choices.map(|choices| choices.ids);
+    let format = ids.map_or(IdFormat::I32, |ids| ids.format());
+    let ids = ids.map(|ids| ids.open(&scope, "identity.choices.ids", format, rows.token_slots())).transpose()?;
     if let Some(IdentityChoices { experts: (first, last), .. }) = choices
         && (first > last || last > i32::MAX as u32)
     {
@@ -302,7 +304,7 @@ pub fn forward<T: Element>(
         identity: optional(&identity).zip(optional(&identity_weight)).map(|(x, weight)| IdentityAddresses {
             x,
             weight,
-            choices: optional(&identity_ids).zip(choices.map(|choices| choices.experts)),
+            choices: optional(&ids).zip(choices).map(|(ids, choices)| (ids, format, choices.experts)),
         }),
         y: y.address(),
     };
@@ -330,8 +332,8 @@ pub(crate) struct Addresses<'a> {
 pub(crate) struct IdentityAddresses<'a> {
     pub(crate) x: Address<'a>,
     pub(crate) weight: Address<'a>,
-    /// Where `weight` is `[T, k]`: the ids beside it, and which experts are identities.
-    pub(crate) choices: Option<(Address<'a>, (u32, u32))>,
+    /// Where `weight` is `[T, k]`: the ids beside it, how they are stored, and which experts are identities.
+    pub(crate) choices: Option<(Address<'a>, IdFormat, (u32, u32))>,
 }
 
 /// The sums as the end of the launch that writes their rows. Rows have their weights; there is no identity. `early` as in [`Sum`].
@@ -377,8 +379,8 @@ pub(crate) fn enqueue(
         };
         return scope.launch(selection, params);
     };
-    let (identity_ids, identities) = at.identity.and_then(|identity| identity.choices).unzip();
-    let (first_identity, last_identity) = identities.unwrap_or((0, 0));
+    let choices = at.identity.and_then(|identity| identity.choices);
+    let (first_identity, last_identity) = choices.map_or((0, 0), |(_, _, identities)| identities);
     scope.launch(
         selection,
         CombineParams {
@@ -394,7 +396,8 @@ pub(crate) fn enqueue(
             y: at.y.into(),
             identity: at.identity.map(|identity| identity.x).into(),
             identity_weight: at.identity.map(|identity| identity.weight).into(),
-            identity_ids: identity_ids.into(),
+            identity_ids: choices.map(|(ids, _, _)| ids).into(),
+            identity_id_bytes: choices.map_or(IdFormat::I32, |(_, format, _)| format).bytes(),
             identity_scale: desc.identity_scale,
             first_identity,
             last_identity,

@@ -44,7 +44,8 @@ pub struct LayerDesc {
     pub map: Option<MapDesc>,
     /// The last of the `E` experts compute nothing. Not with a map, which can say so of any expert, nor with an admission or appended experts.
     pub null: Option<NullExperts>,
-    /// Limit on the rows of an expert; none is dropless. Dropped slots add nothing to `y`.
+    /// Limit on the rows of an expert; none is dropless. Dropped slots add nothing to `y`. Of sequences whose tokens alternate the limit is an
+    /// `admission`'s ([`crate::capacity::dispatch`]).
     pub capacity: Option<Capacity>,
     /// What the weights of the choices scale.
     pub weighting: Weighting,

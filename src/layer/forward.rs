@@ -13,7 +13,7 @@ use super::{Choices, LayerDesc, OPERATION, Stage};
 use crate::experts::dispatched::{Dispatched, Filling};
 use crate::experts::gemm::swapped::Scratch;
 use crate::experts::{combine, gemm};
-use crate::rules::{Dropout, NullOutput};
+use crate::rules::{Dropout, IdFormat, NullOutput};
 use crate::runtime::builder::buffers;
 use crate::runtime::launch::{Held, SCALAR, Scope, optional};
 use crate::runtime::shape;
@@ -295,9 +295,12 @@ impl LayerPlan {
                     Some(combine::IdentityAddresses { x: input, weight: at.identity_weight, choices: None })
                 }
                 (None, Some(NullOutput::Input)) => {
-                    let (ids, weight) = given_choices.unwrap_or((at.ids, at.weights));
+                    let (format, ids, weight) = match given_choices {
+                        Some((ids, weights)) => (desc.choices, ids, weights),
+                        None => (IdFormat::I32, at.ids, at.weights),
+                    };
                     let identities = (desc.local_experts() as u32, desc.experts as u32);
-                    Some(combine::IdentityAddresses { x: input, weight, choices: Some((ids, identities)) })
+                    Some(combine::IdentityAddresses { x: input, weight, choices: Some((ids, format, identities)) })
                 }
                 _ => None,
             },

@@ -133,8 +133,9 @@ fn null_experts_cost_no_launch_and_stand_alone() {
     assert_eq!(fault(mixtral().null(Some(NullExperts::zero(8)))), "null.count");
     assert_eq!(fault(identity.map(Some(MapDesc::new(2)))), "map");
     assert_eq!(fault(identity.admission(in_many_steps().admission)), "admission");
-    assert_eq!(fault(identity.choices(IdFormat::I64)), "choices");
-    assert!(mixtral().null(Some(NullExperts::zero(3))).choices(IdFormat::I64).plan(1, &A100).is_ok());
+    for null in [NullExperts::zero(3), NullExperts::identity(3)] {
+        assert!(mixtral().null(Some(null)).choices(IdFormat::I64).plan(1, &A100).is_ok());
+    }
 }
 
 #[test]

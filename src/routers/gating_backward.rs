@@ -250,6 +250,12 @@ pub(crate) fn select_for(
     })
 }
 
+/// The launch that adds up gradients of learned factors over tokens, where that of the logits, `of_logits`, has no barrier.
+pub(crate) fn select_sums(desc: &GatingBackwardDesc, of_logits: &Selection) -> Option<Selection> {
+    let sums = Selection::new(Kernel::ScaleSums, [desc.experts as u32 + 1, 1, 1]);
+    (!of_logits.cooperative).then_some(sums)
+}
+
 /// Blocks of the kernel that knows every rule that a multiprocessor holds at once.
 const RESIDENT_BLOCKS: u32 = 2;
 
@@ -566,12 +572,10 @@ pub fn forward(
             workspace: at(sums).filter(|_| selection.cooperative).map_or(Pointer::NULL, Pointer::from),
         },
     )?;
-    if selection.cooperative {
-        return Ok(());
-    }
+    let Some(apart) = select_sums(desc, &selection) else { return Ok(()) };
     let (Some(sums), Some(terms)) = (at(sums), at(terms)) else { return Ok(()) };
     scope.launch(
-        &Selection::new(Kernel::ScaleSums, [desc.experts as u32 + 1, 1, 1]),
+        &apart,
         ScaleSumsParams {
             ids,
             terms: terms.into(),

@@ -16,7 +16,7 @@ use cudarc::driver::CudaStream;
 use crate::registry::{Kernel, RouterBackward, RouterBackwardBoth};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
-use crate::runtime::launch::{Address, SCALAR, Scope, optional};
+use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
 use crate::runtime::params::{RouterBackwardBothParams, RouterBackwardParams};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
@@ -191,6 +191,38 @@ impl<'a, X, W> InputArgs<'a, X, W> {
     }
 }
 
+/// [`InputArgs`], opened.
+struct HeldInput<'a> {
+    d_logits: Held<'a>,
+    weight: Held<'a>,
+    d_gate: Option<Held<'a>>,
+    gate: Option<Held<'a>>,
+    dx: Held<'a>,
+}
+
+impl<'a, X: Element, W: Element> InputArgs<'a, X, W> {
+    fn check(&self, scope: &Scope<'_>, desc: &RouterBackwardDesc) -> Result<(), Error> {
+        scope.check_dtype::<X>("dx", desc.x)?;
+        scope.check_dtype::<W>("weight", desc.weight)?;
+        check_gate(desc, self.gate.is_some())
+    }
+
+    fn open<'b>(self, scope: &Scope<'b>, desc: &RouterBackwardDesc) -> Result<HeldInput<'b>, Error>
+    where
+        'a: 'b,
+    {
+        let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
+        let (d_gate, gate) = self.gate.unzip();
+        Ok(HeldInput {
+            d_logits: scope.read("d_logits", self.d_logits, tokens * experts, SCALAR)?,
+            weight: scope.read("weight", self.weight, experts * hidden, SCALAR)?,
+            d_gate: scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?,
+            gate: scope.read_some("gate.weight", gate, hidden, desc.weight.bytes().into())?,
+            dx: scope.write("dx", self.dx, tokens * hidden, SCALAR)?,
+        })
+    }
+}
+
 /// [`into_x`], with a shared expert's gate where there is one: one launch.
 ///
 /// # Errors
@@ -203,23 +235,15 @@ pub fn input<X: Element, W: Element>(
 ) -> Result<(), Error> {
     let selection = select_into_x(desc, kernels.device())?;
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<X>("dx", desc.x)?;
-    scope.check_dtype::<W>("weight", desc.weight)?;
-    check_gate(desc, args.gate.is_some())?;
-    let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
-    if tokens == 0 {
+    args.check(&scope, desc)?;
+    if desc.tokens == 0 {
         return Ok(());
     }
-    let d_logits = scope.read("d_logits", args.d_logits, tokens * experts, SCALAR)?;
-    let weight = scope.read("weight", args.weight, experts * hidden, SCALAR)?;
-    let (d_gate, gate) = args.gate.unzip();
-    let d_gate = scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?;
-    let gate = scope.read_some("gate.weight", gate, hidden, desc.weight.bytes().into())?;
-    let dx = scope.write("dx", args.dx, tokens * hidden, SCALAR)?;
-    let a = Gradients { at: d_logits.address(), strides: [experts, 1], of_gate: optional(&d_gate) };
-    let b = Rows { at: weight.address(), of_gate: optional(&gate) };
-    let to = Results { out: dx.address(), d_bias: None, of_gate: None, workspace: None, parts: 1 };
-    launch(&scope, desc, &selection, a, b, [tokens, experts], to)
+    let held = args.open(&scope, desc)?;
+    let a = Gradients { at: held.d_logits.address(), strides: [desc.experts, 1], of_gate: optional(&held.d_gate) };
+    let b = Rows { at: held.weight.address(), of_gate: optional(&held.gate) };
+    let to = Results { out: held.dx.address(), d_bias: None, of_gate: None, workspace: None, parts: 1 };
+    launch(&scope, desc, &selection, a, b, [desc.tokens, desc.experts], to)
 }
 
 fn check_gate(desc: &RouterBackwardDesc, given: bool) -> Result<(), Error> {
@@ -291,6 +315,43 @@ impl<'a, X> WeightArgs<'a, X> {
 
 buffers!(WeightArgs<'a, X> { d_bias: Out<f32> });
 
+/// [`WeightArgs`], opened.
+struct HeldWeight<'a> {
+    d_logits: Held<'a>,
+    x: Held<'a>,
+    d_weight: Held<'a>,
+    d_bias: Option<Held<'a>>,
+    d_gate: Option<Held<'a>>,
+    d_gate_weight: Option<Held<'a>>,
+    /// Where there are parts.
+    workspace: Option<Held<'a>>,
+}
+
+impl<'a, X: Element> WeightArgs<'a, X> {
+    fn check(&self, scope: &Scope<'_>, desc: &RouterBackwardDesc) -> Result<(), Error> {
+        scope.check_dtype::<X>("x", desc.x)?;
+        check_gate(desc, self.gate.is_some())
+    }
+
+    fn open<'b>(self, scope: &Scope<'b>, desc: &RouterBackwardDesc, parts: usize) -> Result<HeldWeight<'b>, Error>
+    where
+        'a: 'b,
+    {
+        let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
+        let (d_gate, d_gate_weight) = self.gate.unzip();
+        let (bytes, workspace) = (workspace_bytes(desc)?, self.workspace.filter(|_| parts > 1));
+        Ok(HeldWeight {
+            d_logits: scope.read("d_logits", self.d_logits, tokens * experts, SCALAR)?,
+            x: scope.read("x", self.x, tokens * hidden, SCALAR)?,
+            d_weight: scope.write("d_weight", self.d_weight, experts * hidden, SCALAR)?,
+            d_bias: scope.write_some("d_bias", self.d_bias, experts, SCALAR)?,
+            d_gate: scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?,
+            d_gate_weight: scope.write_some("gate.d_weight", d_gate_weight, hidden, SCALAR)?,
+            workspace: workspace.map(|workspace| workspace.open(scope, bytes)).transpose()?,
+        })
+    }
+}
+
 /// [`into_weight`] with the bias's gradient and a shared expert's gate's, in parts where a workspace is lent: one launch.
 ///
 /// # Errors
@@ -306,27 +367,18 @@ pub fn weight<X: Element>(
         None => (select_into_weight(desc, kernels.device())?, 1),
     };
     let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<X>("x", desc.x)?;
-    check_gate(desc, args.gate.is_some())?;
-    let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
-    let d_logits = scope.read("d_logits", args.d_logits, tokens * experts, SCALAR)?;
-    let (d_gate, d_gate_weight) = args.gate.unzip();
-    let d_gate = scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?;
-    let d_gate_weight = scope.write_some("gate.d_weight", d_gate_weight, hidden, SCALAR)?;
-    let x = scope.read("x", args.x, tokens * hidden, SCALAR)?;
-    let d_weight = scope.write("d_weight", args.d_weight, experts * hidden, SCALAR)?;
-    let d_bias = scope.write_some("d_bias", args.d_bias, experts, SCALAR)?;
-    let bytes = workspace_bytes(desc)?;
-    let workspace = args.workspace.filter(|_| parts > 1).map(|workspace| workspace.open(&scope, bytes)).transpose()?;
-    let a = Gradients { at: d_logits.address(), strides: [1, experts], of_gate: optional(&d_gate) };
+    args.check(&scope, desc)?;
+    let held = args.open(&scope, desc, parts)?;
+    let a = Gradients { at: held.d_logits.address(), strides: [1, desc.experts], of_gate: optional(&held.d_gate) };
     let to = Results {
-        out: d_weight.address(),
-        d_bias: optional(&d_bias),
-        of_gate: optional(&d_gate_weight),
-        workspace: optional(&workspace),
+        out: held.d_weight.address(),
+        d_bias: optional(&held.d_bias),
+        of_gate: optional(&held.d_gate_weight),
+        workspace: optional(&held.workspace),
         parts,
     };
-    launch(&scope, desc, &selection, a, Rows { at: x.address(), of_gate: None }, [experts, tokens], to)
+    let b = Rows { at: held.x.address(), of_gate: None };
+    launch(&scope, desc, &selection, a, b, [desc.experts, desc.tokens], to)
 }
 
 /// Chooses kernel, grid and parts of [`both`] with a workspace: as many blocks as are resident at once.
@@ -362,52 +414,36 @@ pub fn both<X: Element, W: Element>(
     added: bool,
     into_weight: WeightArgs<'_, X>,
 ) -> Result<(), Error> {
+    let (selection, parts) = select_both(desc, kernels.device())?;
+    let scope = Scope::begin(OPERATION, kernels, stream)?;
+    into_x.check(&scope, desc)?;
     if desc.tokens == 0 {
         return weight(kernels, stream, desc, into_weight);
     }
-    let (selection, parts) = select_both(desc, kernels.device())?;
-    let scope = Scope::begin(OPERATION, kernels, stream)?;
-    scope.check_dtype::<X>("dx", desc.x)?;
-    scope.check_dtype::<W>("weight", desc.weight)?;
-    check_gate(desc, into_x.gate.is_some())?;
-    check_gate(desc, into_weight.gate.is_some())?;
-    let Some(workspace) = into_weight.workspace else {
+    into_weight.check(&scope, desc)?;
+    if into_weight.workspace.is_none() {
         let reason = "tokens are added up in parts (router_backward::workspace_bytes)";
         return Err(Error::Missing { operation: OPERATION, argument: "workspace", reason });
-    };
+    }
     let &RouterBackwardDesc { tokens, experts, hidden, .. } = desc;
-    let d_logits = scope.read("d_logits", into_x.d_logits, tokens * experts, SCALAR)?;
-    let matrix = scope.read("weight", into_x.weight, experts * hidden, SCALAR)?;
-    let (d_gate, gate) = into_x.gate.unzip();
-    let d_gate = scope.read_some("gate.d_logits", d_gate, tokens, SCALAR)?;
-    let gate = scope.read_some("gate.weight", gate, hidden, desc.weight.bytes().into())?;
-    let dx = scope.write("dx", into_x.dx, tokens * hidden, SCALAR)?;
-    let of_weight = scope.read("d_logits", into_weight.d_logits, tokens * experts, SCALAR)?;
-    let (d_gate_again, d_gate_weight) = into_weight.gate.unzip();
-    let d_gate_again = scope.read_some("gate.d_logits", d_gate_again, tokens, SCALAR)?;
-    let d_gate_weight = scope.write_some("gate.d_weight", d_gate_weight, hidden, SCALAR)?;
-    let x = scope.read("x", into_weight.x, tokens * hidden, SCALAR)?;
-    let d_weight = scope.write("d_weight", into_weight.d_weight, experts * hidden, SCALAR)?;
-    let d_bias = scope.write_some("d_bias", into_weight.d_bias, experts, SCALAR)?;
-    let bytes = workspace_bytes(desc)?;
-    let workspace = (parts > 1).then(|| workspace.open(&scope, bytes)).transpose()?;
+    let (input, weight) = (into_x.open(&scope, desc)?, into_weight.open(&scope, desc, parts)?);
     scope.launch(
         &selection,
         RouterBackwardBothParams {
-            into_a: d_logits.address().into(),
-            into_b: matrix.address().into(),
-            into_out: dx.address().into(),
+            into_a: input.d_logits.address().into(),
+            into_b: input.weight.address().into(),
+            into_out: input.dx.address().into(),
             into_m: tokens as u32,
             into_n: hidden as u32,
             into_k: experts as u32,
             into_a_row: experts as u32,
             into_a_column: 1,
             into_accumulate: u32::from(added),
-            into_gate_a: optional(&d_gate).into(),
-            into_gate_b: optional(&gate).into(),
-            weight_a: of_weight.address().into(),
-            weight_b: x.address().into(),
-            weight_out: d_weight.address().into(),
+            into_gate_a: optional(&input.d_gate).into(),
+            into_gate_b: optional(&input.gate).into(),
+            weight_a: weight.d_logits.address().into(),
+            weight_b: weight.x.address().into(),
+            weight_out: weight.d_weight.address().into(),
             weight_m: experts as u32,
             weight_n: hidden as u32,
             weight_k: tokens as u32,
@@ -415,10 +451,10 @@ pub fn both<X: Element, W: Element>(
             weight_a_column: experts as u32,
             weight_accumulate: u32::from(desc.accumulate),
             weight_parts: parts as u32,
-            weight_d_bias: optional(&d_bias).into(),
-            weight_gate_a: optional(&d_gate_again).into(),
-            weight_gate_out: optional(&d_gate_weight).into(),
-            weight_workspace: optional(&workspace).into(),
+            weight_d_bias: optional(&weight.d_bias).into(),
+            weight_gate_a: optional(&weight.d_gate).into(),
+            weight_gate_out: optional(&weight.d_gate_weight).into(),
+            weight_workspace: optional(&weight.workspace).into(),
         },
     )
 }

@@ -5,7 +5,8 @@ use super::gating::Renormalise;
 use super::noise::NoiseSource;
 use super::settings::settings;
 
-/// A limit on the slots of an expert.
+/// A limit on the slots of an expert, of each sequence; sequences follow each other (`[B, S]`). Where their tokens alternate (`[S, B]`) the same limit is
+/// an [`AdmissionRule`]'s: see [`crate::capacity::dispatch`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Capacity {
@@ -67,7 +68,7 @@ impl SecondExpert {
 pub struct AdmissionRule {
     /// Experts, `E`.
     pub experts: usize,
-    /// Choices of a token, `K`, best first.
+    /// Choices of a token, `K`, best first; at most [`AdmissionRule::MAX_CANDIDATES`].
     pub candidates: usize,
     /// Experts that a token gets at most, `n <= K`. If fewer, a choice whose expert is full is passed on to the next one
     /// (Switch Transformers, appendix B, "no token left behind": with [`Order::ByChoice`]); if equal, it is dropped.
@@ -91,6 +92,9 @@ pub struct AdmissionRule {
 }
 
 impl AdmissionRule {
+    /// Most choices of a token, `K`: a lane of a warp has one.
+    pub const MAX_CANDIDATES: usize = 32;
+
     /// Token by token, as they come, a choice whose expert is full dropped (Switch Transformers).
     pub const fn new(experts: usize, top_k: usize, capacity: usize, tokens_per_group: usize) -> AdmissionRule {
         AdmissionRule {

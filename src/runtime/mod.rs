@@ -9,6 +9,7 @@ mod driver;
 pub(crate) mod element;
 pub(crate) mod embedded;
 pub(crate) mod error;
+pub(crate) mod ids;
 #[allow(unsafe_code)]
 pub mod interop;
 pub mod kernels;

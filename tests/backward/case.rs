@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream};
+use moe_kernels::capacity::Ids;
 use moe_kernels::experts::Weight;
 use moe_kernels::experts::gemm::SwigluByExpert;
 use moe_kernels::layer::{
@@ -12,7 +13,7 @@ use moe_kernels::layer::{
     RouterWeights, Saved, SharedGradients, SharedWeights, WeightGradients,
 };
 use moe_kernels::reference::layer::{self, Layer};
-use moe_kernels::rules::{Activation, Bound, Dropout, Glu, IDENTITY, NONE, NullOutput};
+use moe_kernels::rules::{Activation, Bound, Dropout, Glu, IDENTITY, IdFormat, NONE, NullOutput};
 use moe_kernels::{Element, Error, Kernels, TokenMask, Workspace};
 
 use crate::compare::{Found, GUARD, HELD, JUNK, compare, read};
@@ -39,6 +40,8 @@ pub struct Case {
     pub padding: usize,
     /// Whether the router sees other rows than the experts.
     pub router_x: bool,
+    /// Whether every fifth token's first choice from elsewhere is no expert's number; of 64 bits its lower half is one.
+    pub odd_ids: bool,
     /// Size of `dy`.
     pub dy: f32,
     pub seed: u64,
@@ -59,6 +62,7 @@ impl Case {
             noise_state: false,
             padding: 0,
             router_x: false,
+            odd_ids: false,
             dy: 1.0,
             seed: 1,
         }
@@ -118,7 +122,7 @@ pub struct Problem<T, W> {
     swiglu_on_device: [CudaSlice<f32>; 4],
     x_on_device: CudaSlice<T>,
     router_x_on_device: CudaSlice<T>,
-    given_on_device: (CudaSlice<f32>, CudaSlice<i32>, CudaSlice<f32>),
+    given_on_device: (CudaSlice<f32>, GivenIds, CudaSlice<f32>),
     map_on_device: CudaSlice<i32>,
     mask_on_device: CudaSlice<u8>,
     /// Experts whose weights have no gradient.
@@ -129,6 +133,31 @@ pub struct Problem<T, W> {
     workspace: RefCell<Workspace>,
     pub saved: Saved<T>,
     pub y: CudaSlice<T>,
+}
+
+/// Ids of choices from elsewhere, as the descriptor has them stored.
+enum GivenIds {
+    Narrow(CudaSlice<i32>),
+    Wide(CudaSlice<i64>),
+}
+
+impl GivenIds {
+    fn new(stream: &Arc<CudaStream>, case: &Case, mut ids: Vec<i32>, candidates: usize) -> GivenIds {
+        let wide = case.desc.choices == IdFormat::I64;
+        let mut all: Vec<i64> = ids.iter().map(|&id| id.into()).collect();
+        if case.odd_ids {
+            all.iter_mut().step_by(5 * candidates).for_each(|id| *id |= 1 << 32);
+            ids.iter_mut().step_by(5 * candidates).for_each(|id| *id = -1);
+        }
+        if wide { GivenIds::Wide(upload_numbers(stream, &all)) } else { GivenIds::Narrow(upload_numbers(stream, &ids)) }
+    }
+
+    fn ids(&self) -> Ids<'_> {
+        match self {
+            GivenIds::Narrow(ids) => ids.into(),
+            GivenIds::Wide(ids) => ids.into(),
+        }
+    }
 }
 
 /// Gradients on the device; those of weights are of `G`.
@@ -219,7 +248,7 @@ impl<T: Element, W: Element> Problem<T, W> {
             router_x_on_device: upload(&stream, &router_x),
             given_on_device: (
                 upload(&stream, &given_logits),
-                upload_numbers(&stream, &given_ids),
+                GivenIds::new(&stream, &case, given_ids, candidates),
                 upload(&stream, &given_weights),
             ),
             map_on_device: upload_numbers(&stream, &map),
@@ -361,7 +390,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         let (logits, ids, chosen) = &self.given_on_device;
         match self.case.back.origin {
             Origin::Logits => args.route.given_logits = Some(logits.into()),
-            Origin::Choices => args.choices = Some(Choices::new(ids, chosen)),
+            Origin::Choices => args.choices = Some(Choices::new(ids.ids(), chosen)),
             _ => {}
         }
         if self.case.router_x {
@@ -376,6 +405,12 @@ impl<T: Element, W: Element> Problem<T, W> {
         drop(workspace);
         self.stream.memcpy_htod(&[12, 23], &mut state).unwrap();
         (self.y, self.saved) = (y, saved);
+    }
+
+    /// A workspace that no pass has seen.
+    pub fn renew_workspace(&self) {
+        let bytes = self.plan.workspace_bytes().max(self.back.workspace_bytes());
+        *self.workspace.borrow_mut() = Workspace::new(&self.stream, bytes).unwrap();
     }
 
     /// All gradients that there are.
@@ -504,7 +539,7 @@ impl<T: Element, W: Element> Problem<T, W> {
         let (logits, ids, chosen) = &self.given_on_device;
         let regraded = self.case.desc.admission.is_some_and(|rule| rule.regrades());
         let asked = self.case.desc.map.is_some() || self.identities() || regraded;
-        let choices = asked.then(|| Choices::new(ids, chosen));
+        let choices = asked.then(|| Choices::new(ids.ids(), chosen));
         let mut args = BackwardArgs::new(&self.x_on_device, &self.dy_on_device, gradients);
         args.router_x = self.case.router_x.then_some((&self.router_x_on_device).into());
         args.given_logits = (self.case.back.origin == Origin::Logits).then_some(logits.into());
@@ -675,6 +710,50 @@ impl<T: Element, W: Element> Problem<T, W> {
             added.flat_map(|(_, values)| values).for_each(|value| *value += f64::from(HELD));
         }
         found
+    }
+}
+
+/// Leaves those gradients of which `asked` is false, by their names in [`Found`].
+pub fn keep<T>(gradients: &mut LayerGradients<'_, T>, mut asked: impl FnMut(&str) -> bool) {
+    let (router, norms, latent) = (&mut gradients.router, &mut gradients.norms, &mut gradients.latent);
+    for (name, of) in [
+        ("logits", &mut gradients.logits),
+        ("weights", &mut gradients.weights),
+        ("router", &mut router.matrix),
+        ("router_bias", &mut router.bias),
+        ("expert_scale", &mut router.expert_scale),
+        ("global_scale", &mut router.global_scale),
+        ("router.norm", &mut router.norm),
+        ("bias", &mut gradients.bias),
+        ("norms.experts", &mut norms.experts),
+        ("norms.slots", &mut norms.slots),
+        ("norms.output", &mut norms.output),
+        ("latent.norm", &mut latent.norm),
+        ("shared.gate", &mut gradients.shared.gate),
+    ] {
+        of.take_if(|_| !asked(name));
+    }
+    for (name, of) in [("x", &mut gradients.x), ("router_x", &mut gradients.router_x)] {
+        of.take_if(|_| !asked(name));
+    }
+    let shared = &mut gradients.shared;
+    for (names, of) in
+        [(NAMES[0], [&mut gradients.gate_up, &mut gradients.down]), (NAMES[1], [&mut shared.gate_up, &mut shared.down])]
+    {
+        let [up, down] = of;
+        let all = [&mut up.matrix, &mut up.up, &mut down.matrix, &mut up.bias, &mut up.up_bias, &mut down.bias];
+        for (name, of) in names.into_iter().zip(all) {
+            of.take_if(|_| !asked(name));
+        }
+    }
+    for ([name, bias_name], of) in [
+        (["latent.input", "latent.input.bias"], &mut latent.input),
+        (["latent.output", "latent.output.bias"], &mut latent.output),
+    ] {
+        of.matrix.take_if(|_| !asked(name));
+        // A bias's goes along with its matrix's.
+        let matrix = of.matrix.is_some();
+        of.bias.take_if(|_| !matrix || !asked(bias_name));
     }
 }
 

@@ -7,7 +7,7 @@ use moe_kernels::Element;
 use moe_kernels::experts::Weight;
 use moe_kernels::layer::{Mlp as Form, WeightGradients};
 use moe_kernels::reference::gemm::{ExpertMatrix, MatrixGradient};
-use moe_kernels::rules::{Glu, Layout, WeightDesc};
+use moe_kernels::rules::{Activation, Bound, Glu, Layout, Swiglu, WeightDesc};
 
 /// Both products' weights on host and device; of gate and up apart the halves.
 pub struct Mlp<T> {
@@ -19,6 +19,26 @@ pub struct Mlp<T> {
     pub biases: Option<[Vec<T>; 2]>,
     /// Gate or all, up, down, and as many biases.
     on_device: [CudaSlice<T>; 6],
+}
+
+/// Activations without numbers.
+pub const PLAIN: [Activation; 6] = [
+    Activation::Identity,
+    Activation::Relu,
+    Activation::ReluSquared,
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::Silu,
+];
+
+/// Gated units with numbers, bounds among them.
+pub fn bounded_units() -> [Activation; 3] {
+    [
+        Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6)),
+        Swiglu::clamped(0.2).clamp_after(true),
+        Swiglu::softcapped(0.8, 1.2).alpha(0.8).factor(0.5).offset(-0.25),
+    ]
+    .map(Activation::from)
 }
 
 /// Elements of each gradient: of gate or all, up, down, and as many biases.

@@ -8,7 +8,8 @@ use moe_kernels::layer::{
     SharedGradients, WeightGradients,
 };
 use moe_kernels::rules::{
-    AdmissionRule, Capacity, Dropout, Glu, LossGradient, LossScore, NoiseSource, Renormalise, Weighting,
+    AdmissionRule, Capacity, Dropout, Glu, IdFormat, LossGradient, LossScore, NoiseSource, NullExperts, Renormalise,
+    Weighting,
 };
 use moe_kernels::{Dtype, Element, Kernels};
 
@@ -58,6 +59,37 @@ fn the_same_bits() {
     }
     case::<f32, f32>();
     case::<bf16, f32>();
+}
+
+/// Choices from elsewhere in torch's integers: the same bits as in ours, where identities are read off them, or a map is asked.
+#[test]
+fn ids_of_64_bits() {
+    fn case<T: Element>(desc: LayerDesc) {
+        let of = |format| {
+            let back = BackwardDesc::new().origin(Origin::Choices);
+            let case = Case { odd_ids: true, ..Case::new(desc.choices(format), TOKENS).back(back) };
+            let mut problem = Problem::<T, T>::new(case);
+            problem.forward();
+            let y: Vec<u32> =
+                problem.stream.clone_dtoh(&problem.y).unwrap().iter().map(|v| v.to_f32().to_bits()).collect();
+            (y, run::<T, T, f32>(&problem))
+        };
+        let [narrow, wide] = [IdFormat::I32, IdFormat::I64].map(of);
+        let weights = &narrow.1.iter().find(|(name, _)| *name == "weights").unwrap().1;
+        let none = weights.iter().filter(|d| **d == 0.0).count();
+        assert!(none >= TOKENS.div_ceil(5) && none < weights.len(), "{none} choices without a gradient");
+        assert!(wide.0 == narrow.0, "{desc:?}: y");
+        for ((name, wide), (_, narrow)) in wide.1.iter().zip(&narrow.1) {
+            assert!(wide == narrow, "{desc:?}: {name}");
+        }
+    }
+    let identities = |dtype| layer(dtype).null(Some(NullExperts::identity(2)));
+    case::<f32>(identities(Dtype::F32));
+    case::<bf16>(identities(Dtype::Bf16).routed_scale(0.5));
+    case::<f32>(layer(Dtype::F32).null(Some(NullExperts::zero(2))));
+    case::<f32>(layer(Dtype::F32).map(Some(MapDesc::new(2))));
+    // Rows that begin on any element.
+    case::<f32>(LayerDesc::new(Dtype::F32, 37, 21, 6, 3).null(Some(NullExperts::identity(2))));
 }
 
 #[test]

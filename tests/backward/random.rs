@@ -1,16 +1,17 @@
 //! Layers drawn at random: what is tested one by one elsewhere, in each other's company.
 
 use half::{bf16, f16};
-use moe_kernels::layer::{BackwardDesc, LayerDesc, Mlp, SharedDesc};
+use moe_kernels::layer::{BackwardDesc, LatentDesc, LayerDesc, MapDesc, Mlp, Norms, Origin, SharedDesc};
 use moe_kernels::rules::{
-    Activation, Bound, Capacity, Gating, Glu, Layout, LossGradient, LossScore, NullExperts, Renormalise, Score, Swiglu,
-    WeightDesc, Weighting,
+    Activation, AdmissionRule, Capacity, Dropout, Gating, Glu, IdFormat, Layout, LossGradient, LossScore, NoiseSource,
+    NullExperts, Renormalise, RmsNorm, Score, WeightDesc, Weighting,
 };
 use moe_kernels::{Dtype, Element, Error};
 
-use crate::case::{Case, Problem, fits};
-use crate::compare::{compare_terms, norm, tolerance};
+use crate::case::{Case, Problem, fits, keep};
+use crate::compare::{Found, HELD, JUNK, compare_terms, norm, tolerance};
 use crate::device;
+use crate::mlp::{PLAIN, bounded_units};
 use crate::seed::generator;
 
 /// `MOE_LAYERS` says how many, in place of these.
@@ -31,22 +32,10 @@ fn width(rng: &mut fastrand::Rng, most: usize) -> usize {
 }
 
 fn activation(rng: &mut fastrand::Rng, dtype: Dtype, glu: Glu) -> Activation {
-    let limited = [
-        Swiglu::GPT_OSS.gate(Bound::Clamp(0.5)).up(Bound::Clamp(0.6)),
-        Swiglu::clamped(0.2).clamp_after(true),
-        Swiglu::softcapped(0.8, 1.2).alpha(0.8).factor(0.5).offset(-0.25),
-    ];
-    let mut all = vec![
-        Activation::Identity,
-        Activation::Relu,
-        Activation::ReluSquared,
-        Activation::Gelu,
-        Activation::GeluTanh,
-        Activation::Silu,
-    ];
+    let mut all = PLAIN.to_vec();
     // What is kept in 16 bits may be rounded to the other side of a bound, where the slope is another.
     if dtype == Dtype::F32 {
-        all.extend(limited.map(Activation::from));
+        all.extend(bounded_units());
     }
     all.retain(|&activation| fits(activation, glu));
     one_of(rng, &all)
@@ -170,4 +159,121 @@ fn in_company() {
         elsewhere += usize::from(!holds);
     }
     assert!(elsewhere <= 1 + layers / 50, "{elsewhere} of {layers} chose other experts");
+}
+
+/// What the reference has no whole layer for, beside what it has: norms, a latent width, maps, admissions, learned factors, dropout, choices and logits from elsewhere.
+fn beyond_the_reference(rng: &mut fastrand::Rng, dtype: Dtype) -> Case {
+    let case = case(rng, dtype, dtype);
+    let mut desc = case.desc;
+    let norm = RmsNorm::new(1e-5);
+    let mut some = |times: usize| once_in(rng, times).then_some(norm);
+    desc = desc.norms(Norms::new().router(some(4)).experts(some(4)).slots(some(4)).output(some(4)));
+    if once_in(rng, 4) {
+        let latent = LatentDesc::new(dtype, 8 * rng.usize(2..=8)).norm(once_in(rng, 2).then_some(norm));
+        desc = desc.latent(Some(latent));
+    }
+    if desc.null.is_none() {
+        desc = desc.map(once_in(rng, 4).then_some(MapDesc::new(desc.experts.div_ceil(3))));
+        if once_in(rng, 4) {
+            let candidates = rng.usize(desc.top_k..=desc.experts);
+            let rule = AdmissionRule::new(desc.experts, desc.top_k, rng.usize(1..=8), rng.usize(1..=40));
+            let renormalise = one_of(rng, &[None, Some(Renormalise::Plus(0.0))]);
+            desc = desc.admission(Some(rule.candidates(candidates).renormalise(renormalise)));
+        }
+    }
+    desc = desc.gating(desc.gating.expert_scale(once_in(rng, 4)).global_scale(once_in(rng, 4)));
+    if desc.admission.is_none() {
+        desc = desc.choices(one_of(rng, &[IdFormat::I32, IdFormat::I64]));
+    }
+    let origin = one_of(rng, &[Origin::Router, Origin::Router, Origin::Logits, Origin::Choices]);
+    let losses = case.back.losses.filter(|_| origin != Origin::Choices);
+    if origin != Origin::Router {
+        desc.norms.router = None;
+    }
+    let norms = [desc.norms.router, desc.norms.experts, desc.norms.slots, desc.norms.output];
+    let normed = norms.iter().any(Option::is_some) || desc.latent.is_some_and(|latent| latent.norm.is_some());
+    // Gradients of norms' weights are written.
+    let accumulate = case.back.accumulate && !normed;
+    Case {
+        desc,
+        back: case.back.origin(origin).losses(losses).accumulate(accumulate),
+        router_bias: case.router_bias && origin == Origin::Router,
+        bias: case.bias && desc.latent.is_none(),
+        router_x: once_in(rng, 4) && origin == Origin::Router,
+        dropout: once_in(rng, 4).then_some(Dropout::new(0.3, NoiseSource::new(3, 4))),
+        ..case
+    }
+}
+
+/// What is asked for is the same whatever else is asked for, and what is not is left alone. The same to the bit, but for a bias without its weight, whose sum is
+/// another launch's, and beside a shared expert, whose rows may have been in the launch, and have made it another kernel's.
+fn parts_hold<T: Element, G: Element>(case: Case, rng: &mut fastrand::Rng) {
+    let mut problem = Problem::<T, T>::new(case);
+    problem.forward();
+    let some_of = |rng: Option<&mut fastrand::Rng>| -> (Vec<String>, Found) {
+        let mut buffers = problem.buffers::<G>();
+        let mut gradients = problem.gradients(&mut buffers);
+        let mut asked = Vec::new();
+        if let Some(rng) = rng {
+            keep(&mut gradients, |name| {
+                let asks = rng.bool();
+                asked.extend(asks.then(|| name.to_owned()));
+                asks
+            });
+        }
+        // Nothing that another pass has left there.
+        problem.renew_workspace();
+        problem.backward(gradients).unwrap();
+        (asked, problem.found(&buffers))
+    };
+    let (_, whole) = some_of(None);
+    assert!(whole.iter().all(|(_, values)| values.iter().all(|value| value.is_finite())));
+    for _ in 0..2 {
+        let (asked, some) = some_of(Some(rng));
+        for ((name, got), (_, want)) in some.iter().zip(&whole) {
+            let is_asked = |name: &str| asked.iter().any(|known| known == name);
+            if is_asked(name) {
+                let elsewhere = case.desc.shared.is_some() || bias_of(name).is_some_and(|weight| !is_asked(weight));
+                let off = norm(got.iter().zip(want).map(|(got, want)| got - want));
+                let most = if elsewhere { tolerance(T::DTYPE) * (1.0 + norm(want.iter().copied())) } else { 0.0 };
+                assert!(off <= most, "{name} beside {asked:?}: {off:e}");
+            } else {
+                let untouched = |value: &f64| [JUNK, HELD].map(f64::from).contains(value);
+                assert!(got.iter().all(untouched), "{name} was not asked for, but {asked:?}");
+            }
+        }
+    }
+}
+
+/// The weight that a bias stands beside.
+fn bias_of(name: &str) -> Option<&str> {
+    match name {
+        "router_bias" => Some("router"),
+        "gate_up.up_bias" => Some("gate_up.up"),
+        "shared.gate_up.up_bias" => Some("shared.gate_up.up"),
+        name => name.strip_suffix(".bias"),
+    }
+}
+
+#[test]
+fn in_part() {
+    let layers = std::env::var("MOE_LAYERS").ok().map_or(LAYERS, |text| text.parse().expect("MOE_LAYERS: a number"));
+    let rng = &mut generator("parts of layers at random");
+    let mut tried = 0;
+    while tried < layers {
+        let half = rng.bool();
+        let case = beyond_the_reference(rng, if half { Dtype::Bf16 } else { Dtype::F32 });
+        if let Some(why) = refused(&case) {
+            assert!(matches!(why, Error::Unsupported { .. } | Error::Invalid { .. }), "{why}");
+            println!("refused: {why}");
+            continue;
+        }
+        tried += 1;
+        println!("{tried}: {case:?}");
+        match (half, rng.bool()) {
+            (false, _) => parts_hold::<f32, f32>(case, rng),
+            (true, false) => parts_hold::<bf16, f32>(case, rng),
+            (true, true) => parts_hold::<bf16, bf16>(case, rng),
+        }
+    }
 }

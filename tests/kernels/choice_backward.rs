@@ -10,6 +10,7 @@ use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBack
 use moe_kernels::rules::{AdmissionRule, Capacity, ChoiceBy, Gating, IDENTITY, NONE, Renormalise, Score, capacity};
 use moe_kernels::{Dtype, Workspace};
 
+use crate::ids::{self, Stored};
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, Storage, UNIT, assert_bounded, to_f64};
 use crate::support::device;
@@ -227,6 +228,10 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, sizes: [usize; 4], kind: Kind, admi
     let (d_slots, weights) = (input("d_slots", &problem.d_slots), input("weights", &problem.weights));
     let [ids, places, map] =
         [("ids", &problem.ids), ("admitted", &problem.places), ("map", &problem.map)].map(|(what, of)| ints(what, of));
+    let bytes = [4, 8][rng.usize(..2)];
+    let format = ids::format(rng, bytes);
+    // Of admitted ids those alone are read.
+    let of_identities = Stored::new(&stream, rng, format, &problem.places, problem.experts + 2);
     let (x, dy) = (Guarded::input(&stream, "x", &problem.x), Guarded::input(&stream, "dy", &problem.dy));
     let mut d_weights = Guarded::<f32>::output(&stream, "d_weights", want.len());
     let mut launch = || {
@@ -235,17 +240,20 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, sizes: [usize; 4], kind: Kind, admi
             let (d_slots, weights, ids, places) = (d_slots.view(), weights.view(), ids.view(), places.view());
             let (x, dy, map, mut to) = (x.view(), dy.view(), map.view(), d_weights.view_mut());
             let mut args = ChoiceBackwardArgs::new(&d_slots, dispatched, &mut to);
-            args.identities = match kind {
-                Kind::Nothing => None,
-                Kind::Range => Some(Identities::new(&places, problem.identities(), &x, &dy)),
-                Kind::Map(columns) => Some(Identities::of_map(&places, &map, columns, &x, &dy)),
-            };
             if let Some(rule) = rule {
                 let mut admitted = Admitted::new(&places, *rule);
                 admitted.weights = divides.then_some((&weights).into());
                 args = args.admitted(&ids, admitted);
             }
-            choice_backward::forward::<T>(kernels, &stream, &desc, args).unwrap();
+            of_identities.with(|ids| {
+                let mut args = args;
+                args.identities = match kind {
+                    Kind::Nothing => None,
+                    Kind::Range => Some(Identities::new(ids, problem.identities(), &x, &dy)),
+                    Kind::Map(columns) => Some(Identities::of_map(ids, &map, columns, &x, &dy)),
+                };
+                choice_backward::forward::<T>(kernels, &stream, &desc, args).unwrap();
+            });
         }
         d_weights.read(&stream)
     };

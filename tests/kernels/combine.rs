@@ -6,6 +6,7 @@ use moe_kernels::experts::combine::{self, CombineArgs, CombineDesc, Identity};
 use moe_kernels::registry::{Combine, Kernel};
 use moe_kernels::{Dtype, In, reference};
 
+use crate::ids::{self, Stored};
 use crate::rows::Rows;
 use crate::support::buffer::Guarded;
 use crate::support::compare::{Arithmetic, FEW_ROUNDINGS, Storage, assert_sums, to_f64};
@@ -154,7 +155,9 @@ fn case<T: Storage>(
     let identity = identity.map(|values| Guarded::shifted_input(&stream, "identity", &values, shift(1)));
     let identity_weight =
         Guarded::input(&stream, "identity_weight", if by_choices { &choice_weights } else { &identity_weight });
-    let ids = Guarded::input(&stream, "ids", &ids);
+    let bytes = [4, 8][rng.usize(..2)];
+    let format = ids::format(rng, bytes);
+    let ids = Stored::new(&stream, rng, format, &ids, identities.end as usize);
     let bias = bias.map(|values| Guarded::shifted_input(&stream, "bias", &values, shift(3)));
     let junk = vec![Guarded::<T>::junk(); tokens * hidden];
     let mut y = Guarded::filled_output(&stream, "y", &junk, shift(1));
@@ -172,19 +175,22 @@ fn case<T: Storage>(
         args.addend_gate = gate.as_ref().map(In::from);
         args.weights = weights.as_ref().map(In::from);
         args.addend = addend.as_ref().map(In::from);
-        let (ids, bias) = (ids.view(), bias.as_ref().map(Guarded::view));
+        let bias = bias.as_ref().map(Guarded::view);
         let numbers = identities.start as u32..identities.end as u32;
-        args.identity = identity.as_ref().map(|x| match by_choices {
-            true => Identity::of_choices(x, &ids, &identity_weight, numbers),
-            false => Identity::new(x, &identity_weight),
-        });
         args.bias = bias.as_ref().map(In::from);
         if accumulate {
             args = args.accumulate();
         } else {
             args.residual = residual.as_ref().map(In::from);
         }
-        combine::forward(kernels, &stream, &desc, args).unwrap()
+        ids.with(|ids| {
+            let mut args = args;
+            args.identity = identity.as_ref().map(|x| match by_choices {
+                true => Identity::of_choices(x, ids, &identity_weight, numbers),
+                false => Identity::new(x, &identity_weight),
+            });
+            combine::forward(kernels, &stream, &desc, args).unwrap()
+        })
     };
     launch(&mut y, false);
     let first = y.read(&stream);

@@ -243,8 +243,12 @@ mod tests {
 
     /// Sectors that L2 fetches for these blocks.
     fn fetched(blocks: &[Vec<Run>]) -> u64 {
-        let mut model = Model::new(&PAIR);
-        model.replay(&PAIR, blocks.iter().map(Vec::as_slice));
+        fetched_by(&PAIR, blocks)
+    }
+
+    fn fetched_by(h: &Hierarchy, blocks: &[Vec<Run>]) -> u64 {
+        let mut model = Model::new(h);
+        model.replay(h, blocks.iter().map(Vec::as_slice));
         model.take_traffic().dram_read_bytes / u64::from(SECTOR_BYTES)
     }
 
@@ -261,6 +265,17 @@ mod tests {
         assert_eq!(fetched(&[awaits.clone(), says.clone()]), each_once + 1);
         assert_eq!(fetched(&[says, awaits.clone()]), each_once + 1);
         assert_eq!(fetched(&[awaits, early]), each_once);
+    }
+
+    #[test]
+    fn what_a_block_says_at_its_end_is_heard_in_the_same_turn() {
+        let trio = Hierarchy { sm_count: 3, ..PAIR };
+        let ways = WAYS as u64;
+        let says = [reads(0..ways), vec![Run::says(7)]].concat();
+        // In the turn after its last one line 0 would be gone.
+        let goes_on = reads(0..ways + 1);
+        let awaits = [vec![Run::awaits(7)], reads(0..1)].concat();
+        assert_eq!(fetched_by(&trio, &[says, goes_on, awaits]), ways + 1);
     }
 
     #[test]

@@ -178,6 +178,8 @@ pub enum BackwardStage {
     Choices,
     /// From rows' weights and losses to logits and learned factors, back through an admission, with the gradients of choices where these are asked for.
     Gating,
+    /// Sums of learned factors' gradients over tokens, on a device without cooperative launches; else [`BackwardStage::Gating`] has them.
+    Factors,
     /// Gradient of the router's weight.
     RouterWeight,
     /// Logits through the router's product.
@@ -289,6 +291,7 @@ impl BackwardStage {
             BackwardStage::GateUpBias => "d b gate_up",
             BackwardStage::Choices => "d choices",
             BackwardStage::Gating => "d gating",
+            BackwardStage::Factors => "d factors",
             BackwardStage::RouterWeight => "d W router",
             BackwardStage::RouterInput => "d router input",
             BackwardStage::RouterBoth => "d router",

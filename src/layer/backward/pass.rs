@@ -260,9 +260,9 @@ impl<'a, T: Element> Pass<'a, T> {
                 }
             }
             Input::Weighted(step, of_up) => {
-                // The weighted rows of x, for the weight's gradient or beside the sums of a bias alone.
+                // The weighted rows of x, for a weight's gradient or beside the sums of a bias alone.
                 let of = &self.gradients.gate_up;
-                let reads_x = of.matrix.is_some() || of.bias.is_some();
+                let reads_x = [&of.matrix, &of.up, &of.bias, &of.up_bias].into_iter().any(Option::is_some);
                 let shared = shared.filter(|_| wanted.input);
                 if wanted.input || wanted.weights || reads_x {
                     for (number, step) in [Some(step), of_up.as_ref()].into_iter().flatten().enumerate() {

@@ -15,11 +15,11 @@ use crate::layer::forward::LayerPlan;
 use crate::layer::{Stage, Step};
 use crate::routers::gating_backward::{self, GatingBackwardDesc};
 use crate::routers::router_backward::{self, RouterBackwardDesc};
-use crate::rules::{AdmissionRule, Dtype, IdFormat, LogitRule, NullOutput, RmsNorm, Weighting};
+use crate::rules::{AdmissionRule, Dtype, LogitRule, NullOutput, RmsNorm, Weighting};
 use crate::runtime::workspace::{Arena, BARRIER_HEADER, Region};
 use crate::{DeviceInfo, Error, Kernel, Selection};
 
-/// Most launches, but for those of norms, projections and a shared expert of another form.
+/// Most launches, but for those of norms, projections and a shared expert of another form, and of sums of learned factors where these have one.
 const MOST_LAUNCHES: usize = 9;
 
 /// Every choice for a layer's backward pass and a number of tokens: kernels, grids, and places in the workspace.
@@ -39,6 +39,8 @@ pub struct BackwardPlan {
     /// Where candidates' weights are not those of what was admitted, or an identity may have been dropped.
     pub(super) admission: Option<AdmissionRule>,
     pub(super) gating: Option<Step<GatingBackwardDesc>>,
+    /// Sums of learned factors' gradients, where the gating's launch does not have them.
+    pub(super) factors: Option<Selection>,
     pub(super) router: Option<RouterSteps>,
     pub(super) sum: Step<CombineDesc>,
     /// Of what the router sees, where the layer's is asked, and of what the routed experts see.
@@ -92,7 +94,7 @@ impl BackwardPlan {
     fn new(layer: &LayerPlan, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         let within = |error: Error| error.within(OPERATION);
         let (of, tokens, device) = (layer.desc(), layer.tokens(), layer.experts().device());
-        check(of, desc)?;
+        check(desc)?;
         let rows = *layer.experts().rows();
         let all = Rows::Dense(tokens);
         let joined = of.shared.filter(|shared| shared.joins_back(of) && tokens > 0).map(|shared| Joined {
@@ -168,6 +170,8 @@ impl BackwardPlan {
         let kept = if desc.recompute { rows.slots * routed.columns() } else { 0 };
         let gating = gating.transpose()?;
         let learned = of.gating.expert_scale || of.gating.global_scale;
+        let factors = gating.filter(|_| learned);
+        let factors = factors.and_then(|step| gating_backward::select_sums(&step.desc, &step.selection));
         let gating_bytes = match &gating {
             Some(step) if learned => gating_backward::workspace_bytes(&step.desc).map_err(within)?,
             _ => 0,
@@ -207,6 +211,7 @@ impl BackwardPlan {
             admission,
             again: again.map(|(_, selection)| selection),
             gating,
+            factors,
             router,
             sum,
             router_norm,
@@ -286,6 +291,7 @@ impl BackwardPlan {
         let asks = self.gating.is_none();
         let choices = asks.then_some((BackwardStage::Choices, self.choices.selection));
         let gating = self.gating.map(|step| (BackwardStage::Gating, step.selection));
+        let factors = self.factors.map(|selection| (BackwardStage::Factors, selection));
         let router = self.router.map(|steps| steps.stages(ROUTER));
         let again = self.again.map(|selection| (BackwardStage::GateUp, selection));
         // Beside a router the gate is part of its launches.
@@ -305,6 +311,7 @@ impl BackwardPlan {
             .chain(shared.into_iter().flatten())
             .chain(choices)
             .chain(gating)
+            .chain(factors)
             .chain(router_norm_again)
             .chain(router.into_iter().flatten())
             .chain(router_norm)
@@ -322,7 +329,7 @@ impl BackwardPlan {
     }
 
     /// Kernel launches where all gradients are asked for: at most nine, and those of norms and projections; three more where a shared expert's weights have
-    /// another form than the others'.
+    /// another form than the others'; on a device without cooperative launches one more where factors are learned.
     pub fn launches(&self) -> usize {
         self.stages().count()
     }
@@ -374,15 +381,8 @@ fn has_identities(of: &LayerDesc) -> bool {
 }
 
 /// What has no way back here.
-fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
-    let routed = desc.origin != Origin::Choices;
-    let identities = has_identities(of);
-    let wide_ids = identities && !routed && of.choices == IdFormat::I64;
-    if wide_ids {
-        let supported = "ids of 32 bits, where identities are read off them";
-        return Err(Error::unsupported(OPERATION, "choices", supported, format!("{:?}", of.choices)));
-    }
-    if !routed && desc.losses.is_some() {
+fn check(desc: &BackwardDesc) -> Result<(), Error> {
+    if desc.origin == Origin::Choices && desc.losses.is_some() {
         let reason = "the choices come from elsewhere, with their losses";
         return Err(Error::Unexpected { operation: OPERATION, argument: "losses", reason });
     }
@@ -433,9 +433,14 @@ mod tests {
     fn never_more_than_nine_launches() {
         let (mut most, mut plans) = (0, 0);
         let losses = LossGradient::new(LossScore::Softmax).balance(0.01).importance(0.1).sequence(0.1);
-        for (device, dtype, router) in
-            [(A100, Dtype::Bf16, Dtype::Bf16), (H100, Dtype::Bf16, Dtype::F32), (A100, Dtype::F32, Dtype::F32)]
-        {
+        // On one without cooperative launches sums of learned factors are a launch more.
+        let plain = DeviceInfo { cooperative_launch: false, ..A100 };
+        for (device, dtype, router) in [
+            (A100, Dtype::Bf16, Dtype::Bf16),
+            (H100, Dtype::Bf16, Dtype::F32),
+            (A100, Dtype::F32, Dtype::F32),
+            (plain, Dtype::Bf16, Dtype::Bf16),
+        ] {
             for desc in forms(dtype, router).into_iter().flat_map(admitted) {
                 for learned in [false, true] {
                     let gating = Gating::new(Score::Softmax).expert_scale(learned).global_scale(learned);
@@ -446,6 +451,9 @@ mod tests {
                             let asked = asked.losses((learned && origin != Origin::Choices).then_some(losses));
                             let back = plan.backward_plan(&asked).unwrap();
                             let launches = back.launches();
+                            let apart = learned && origin != Origin::Choices && !device.cooperative_launch;
+                            assert_eq!(back.stages().any(|(stage, _)| stage == BackwardStage::Factors), apart);
+                            let launches = launches - usize::from(apart);
                             assert!(launches <= MOST_LAUNCHES, "{launches} of {asked:?} {:?}", plan.desc());
                             (most, plans) = (most.max(launches), plans + 1);
                         }

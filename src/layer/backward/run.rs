@@ -16,6 +16,7 @@ use crate::experts::choice_backward::{self, Admitted, ChoiceBackwardArgs, Identi
 use crate::experts::combine::{self, CombineArgs, Identity};
 use crate::experts::gemm::{self, GemmArgs};
 use crate::layer::experts::check_device;
+use crate::layer::route::format_of;
 use crate::layer::weights::LayerWeights;
 use crate::routers::gating_backward::{self, GatingBackwardArgs, IdentityRows};
 use crate::rules::Weighting;
@@ -268,8 +269,12 @@ impl BackwardPlan {
             args.d_global_scale = optional(&gradients.global_scale).map(|gradient| gradient.out(1));
             let mut part = workspace.part(self.regions.scratch);
             args.workspace = Some(&mut part);
+            let sums_up = args.d_expert_scale.is_some() || args.d_global_scale.is_some();
             gating_backward::forward(kernels, stream, &step.desc, args).map_err(within)?;
             observer(BackwardStage::Gating);
+            if sums_up && self.factors.is_some() {
+                observer(BackwardStage::Factors);
+            }
             if let Some(steps) = &self.router {
                 let of = Matrix { d_logits, matrix: weights.router.matrix, d_matrix: optional(&gradients.router) };
                 let of_bias = optional(&gradients.router_bias);
@@ -371,7 +376,9 @@ impl BackwardPlan {
         }
         let choices = self.layer().tokens() * self.layer().desc().all_choices();
         let (ids, weights) = match (&saved.weights, optional(&at.ids), optional(&at.weights)) {
-            (_, Some(ids), Some(weights)) => (ids.input(choices), weights.input(choices)),
+            (_, Some(ids), Some(weights)) => {
+                (format_of(ids, self.layer().desc().choices, choices), weights.input(choices))
+            }
             (Some(weights), ..) => ((&saved.ids).into(), weights.into()),
             _ => return None,
         };
@@ -424,10 +431,12 @@ impl BackwardPlan {
         let (desc, tokens) = (self.layer().desc(), self.layer().tokens());
         let by_row = self.routed.d_row_weight(workspace).input::<f32>(self.rows().slots);
         let given = tokens * desc.candidates();
-        let ids = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| ids.input::<i32>(given));
+        let ids = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| format_of(ids, desc.choices, given));
         let mut args = ChoiceBackwardArgs::<T>::new(by_row, &saved.dispatched, to.out(given));
         if let Some(admitted) = self.admitted(saved, at) {
-            args = args.admitted(ids, admitted);
+            // An admission takes ids of 32 bits alone.
+            let candidates = optional(&at.ids).map_or_else(|| (&saved.ids).into(), |ids| ids.input::<i32>(given));
+            args = args.admitted(candidates, admitted);
         }
         if self.identities() {
             let ids = saved.admitted.as_ref().map_or(ids, Into::into);

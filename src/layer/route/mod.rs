@@ -7,5 +7,5 @@ mod plan;
 mod regions;
 
 pub use args::{Choices, MapTable, Measured, RouteArgs};
-pub(super) use places::{ChoiceAddresses, HeldRoute, RouteAddresses};
+pub(super) use places::{ChoiceAddresses, HeldRoute, RouteAddresses, format_of};
 pub use plan::RoutePlan;

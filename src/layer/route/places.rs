@@ -21,7 +21,7 @@ pub(in crate::layer) struct ChoiceAddresses<'a> {
 }
 
 /// Ids at an address as the buffer that they are.
-pub(super) fn format_of(ids: Address<'_>, format: IdFormat, len: usize) -> Ids<'_> {
+pub(in crate::layer) fn format_of(ids: Address<'_>, format: IdFormat, len: usize) -> Ids<'_> {
     match format {
         IdFormat::I32 => Ids::I32(ids.input(len)),
         IdFormat::U32 => Ids::U32(ids.input(len)),

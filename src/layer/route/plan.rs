@@ -16,7 +16,7 @@ use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
 use crate::routers::measured_gating::{self, MeasuredGatingDesc};
 use crate::routers::route;
 use crate::routers::router::{self, RouterDesc};
-use crate::rules::{Dtype, IdFormat, NullOutput};
+use crate::rules::{Dtype, IdFormat};
 use crate::runtime::shape;
 use crate::runtime::workspace::Arena;
 use crate::{DeviceInfo, Error, Selection, registry};
@@ -283,10 +283,6 @@ fn check_null(desc: &LayerDesc) -> Result<(), Error> {
     ];
     if let Some((argument, _)) = beside.into_iter().find(|(_, there)| *there) {
         return Err(Error::unsupported(OPERATION, argument, "none beside null experts", "Some"));
-    }
-    if desc.choices == IdFormat::I64 && null.output == NullOutput::Input {
-        let supported = "ids of 32 bits, where identities are read off them";
-        return Err(Error::unsupported(OPERATION, "choices", supported, "IdFormat::I64"));
     }
     Ok(())
 }
