@@ -150,7 +150,8 @@ impl BackwardPlan {
         });
         let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, of.logit_columns(), device));
         let router = router.transpose()?;
-        let norm = |norm: RmsNorm, seen| NormSteps::new(norm, [of.dtype, seen], [tokens, of.hidden], device);
+        let norm =
+            |norm: RmsNorm, seen| NormSteps::new(norm, [of.dtype, seen], [tokens, of.hidden], desc.accumulate, device);
         let asked = of.norms.router.filter(|_| desc.origin == Origin::Router);
         let mut router_norm = asked.map(|rule| norm(rule, seen_by_router(of))).transpose()?;
         let mut expert_norm = of.norms.experts.map(|rule| norm(rule, of.dtype)).transpose()?;
