@@ -94,7 +94,7 @@ impl BackwardPlan {
     fn new(layer: &LayerPlan, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         let within = |error: Error| error.within(OPERATION);
         let (of, tokens, device) = (layer.desc(), layer.tokens(), layer.experts().device());
-        check(desc)?;
+        check(of, desc)?;
         let rows = *layer.experts().rows();
         let all = Rows::Dense(tokens);
         let joined = of.shared.filter(|shared| shared.joins_back(of) && tokens > 0).map(|shared| Joined {
@@ -382,7 +382,12 @@ fn has_identities(of: &LayerDesc) -> bool {
 }
 
 /// What has no way back here.
-fn check(desc: &BackwardDesc) -> Result<(), Error> {
+fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
+    // A norm of each expert's output has the factor of the sum on the way back.
+    if let Some(norm) = of.norms.slots.filter(|norm| !(norm.factor * of.routed_scale).is_finite()) {
+        let expected = format!("one whose product with the factor of norms.slots, {}, is finite", norm.factor);
+        return Err(Error::invalid(OPERATION, "routed_scale", expected, of.routed_scale));
+    }
     if desc.origin == Origin::Choices && desc.losses.is_some() {
         let reason = "the choices come from elsewhere, with their losses";
         return Err(Error::Unexpected { operation: OPERATION, argument: "losses", reason });
