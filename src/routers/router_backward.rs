@@ -17,7 +17,7 @@ use crate::registry::{Kernel, RouterBackward, RouterBackwardBoth};
 use crate::rules::Dtype;
 use crate::runtime::builder::{buffers, settings};
 use crate::runtime::launch::{Address, Held, SCALAR, Scope, optional};
-use crate::runtime::params::{Pointer, RouterBackwardBothParams, RouterBackwardParams};
+use crate::runtime::params::{RouterBackwardBothParams, RouterBackwardParams};
 use crate::runtime::shape;
 use crate::runtime::workspace::BARRIER_HEADER;
 use crate::{DeviceInfo, Element, Error, In, Kernels, Out, Selection, Workspace};
@@ -453,7 +453,6 @@ pub fn both<X: Element, W: Element>(
             weight_parts: parts as u32,
             weight_d_bias: optional(&weight.d_bias).into(),
             weight_gate_a: optional(&weight.d_gate).into(),
-            weight_gate_b: Pointer::NULL,
             weight_gate_out: optional(&weight.d_gate_weight).into(),
             weight_workspace: optional(&weight.workspace).into(),
         },

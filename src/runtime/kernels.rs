@@ -76,6 +76,12 @@ impl Kernels {
         Kernels { device: DeviceInfo { multiprocessors, ..self.device }, loaded, ..self }
     }
 
+    /// The same, nothing loaded, for a context whose device launches no grid as a whole: what meets at a grid's barrier takes one block or a launch more.
+    pub fn without_cooperative_launch(self) -> Kernels {
+        let loaded = embedded().iter().map(|_| OnceLock::new()).collect();
+        Kernels { device: DeviceInfo { cooperative_launch: false, ..self.device }, loaded, ..self }
+    }
+
     /// The same, nothing loaded, where no more than `blocks` are resident at once.
     #[cfg(test)]
     pub(crate) fn with_resident_limit(self, blocks: u32) -> Kernels {

@@ -8,7 +8,7 @@ use moe_kernels::routers::gating_backward::{self, GatingBackwardArgs, GatingBack
 use moe_kernels::rules::{
     Appended, AppendedWeight, ChoiceBy, Gating, LogitRule, LossGradient, LossScore, Renormalise, Score, Sequences,
 };
-use moe_kernels::{Error, In, Out, Workspace};
+use moe_kernels::{Error, In, Kernels, Out, Workspace};
 
 use crate::gating_backward::parts_of;
 use crate::support::buffer::Guarded;
@@ -47,8 +47,9 @@ pub fn check(rng: &mut fastrand::Rng) {
     refuses(rng);
 }
 
-/// The second launch alone decides it: many tokens, few and many experts.
+/// Without a grid's barrier the sums are a launch of their own: few and many choices and experts.
 pub fn check_scale_sums(rng: &mut fastrand::Rng) {
+    let kernels = Kernels::new(&device::context()).unwrap().without_cooperative_launch();
     for (tokens, experts, top_k) in [(1, 1, 1), (700, 5, 2), (90, 40, 8), (2000, 3, 3)] {
         for score in [Score::Softmax, Score::Sigmoid] {
             for appended in [false, true] {
@@ -61,7 +62,7 @@ pub fn check_scale_sums(rng: &mut fastrand::Rng) {
                     .appended((appended && score == Score::Sigmoid).then_some(columns));
                 let desc = GatingBackwardDesc::new(tokens, experts, top_k, gating).accumulate(rng.bool());
                 let case = Case::new(rng, desc, Logits::Normal);
-                let got = case.run(rng);
+                let got = case.run_on(&kernels, rng);
                 case.compare(&got);
             }
         }
@@ -209,9 +210,13 @@ impl Case {
         self.desc.losses.as_ref().is_some_and(|losses| factor(losses) != 0.0)
     }
 
-    /// Launches twice: gradients of logits, of factors of experts and of the factor of all.
     fn run(&self, rng: &mut fastrand::Rng) -> [Vec<f32>; 3] {
-        let (kernels, stream) = (device::kernels(), device::stream());
+        self.run_on(device::kernels(), rng)
+    }
+
+    /// Launches twice: gradients of logits, of factors of experts and of the factor of all.
+    fn run_on(&self, kernels: &Kernels, rng: &mut fastrand::Rng) -> [Vec<f32>; 3] {
+        let stream = device::stream();
         let Case { desc, name, .. } = self;
         let gating = &desc.gating;
         let floats = |what, values: &[f32]| Guarded::input(&stream, what, values);

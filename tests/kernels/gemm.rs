@@ -248,12 +248,16 @@ fn check_as<T: Storage>(variant: Variant, rng: &mut fastrand::Rng) {
     if !variant.combines() {
         strides::check::<T>(variant, rng);
     }
-    let has_own_limits = matches!(variant.kernel, Kernel::Gemm(_) | Kernel::GemmSwapped(_));
-    if has_own_limits && variant.fold != Fold::Plain && variant.dtype != Dtype::F32 {
+    if variant.fold != Fold::Plain && variant.dtype != Dtype::F32 {
         beside_limits::<T>(variant, rng);
     }
     if matches!(variant.kernel, Kernel::Gemm(_)) && variant.fold == Fold::Plain {
         token_sums::check::<T>(variant, rng);
+    }
+    if matches!(variant.kernel, Kernel::Gemm(_)) && variant.fold != Fold::Plain {
+        // A clamped SwiGLU whose numbers are the descriptor's has a loop of its own: over all rows of a tile.
+        let activation = Activation::Swiglu(SWIGLUS[0]);
+        grouped::<T>(variant, rng, &[1, bm], &Case { k: 40, activation, by_expert: false, ..case });
     }
 }
 
@@ -322,7 +326,8 @@ fn walk<T: Storage>(variant: Variant, gather: bool, rng: &mut fastrand::Rng) {
         out_scale: false,
         once: false,
     };
-    grouped::<T>(variant, rng, &FEW_WALKED, &case);
+    // A block that comes from the shared expert's bias has none here, but a scale, which goes the same way.
+    grouped::<T>(variant, rng, &FEW_WALKED, &Case { scale: true, ..case });
     if gather {
         grouped::<T>(variant, rng, &many_walked(), &Case { k: 72, once: true, ..case });
     } else {
@@ -469,15 +474,16 @@ fn run<T: Storage>(
     let mut kept = output("pre_activation", rows * columns);
     let mut shared =
         (dispatched.is_some() && k < 1000 && !variant.combines()).then(|| Shared::<T>::new(variant, rng, case));
-    // What is kept and the shared expert's rows are in the launch, or neither is.
+    // Without the shared expert's rows nothing is kept.
     let mut launch = |out: &mut Guarded<T>,
                       dropout: Option<(Dropout, &State)>,
-                      more: Option<(&mut Guarded<T>, &mut Option<Shared<T>>)>,
+                      more: Option<More<'_, T>>,
                       output: Output| {
         let (a, mut view, weight) = (a.view(), out.view_mut(), weight.views());
         let [scale, out_scale] = [&scale, &out_scale].map(|scale| scale.as_ref().map(Guarded::view));
-        let (mut desc, mut more) = (*desc, more.map(|(kept, shared)| (kept.view_mut(), shared.as_mut())));
-        let mut shared = more.as_mut().and_then(|(_, shared)| shared.take()).map(|shared| {
+        let (kept, shared) = more.unzip();
+        let (mut desc, mut kept) = (*desc, kept.flatten().map(Guarded::view_mut));
+        let mut shared = shared.and_then(Option::as_mut).map(|shared| {
             desc.shared_rows = shared.rows;
             desc.shared_activation = shared.activation;
             desc.shared_depth = shared.depth;
@@ -490,10 +496,12 @@ fn run<T: Storage>(
             workspace = Workspace::new(&stream, needed).unwrap();
         }
         let mut args = GemmArgs::new(&a, weight.weight(), &mut view).workspace(&mut workspace);
-        args.pre_activation = more.as_mut().map(|(kept, _)| Out::from(kept));
-        args.shared = shared
-            .as_mut()
-            .map(|(a, weight, out, kept)| SharedRows::new(&*a, weight.weight(), out).pre_activation(kept));
+        let keeps = kept.is_some();
+        args.pre_activation = kept.as_mut().map(Out::from);
+        args.shared = shared.as_mut().map(|(a, weight, out, kept)| {
+            let rows = SharedRows::new(&*a, weight.weight(), out);
+            if keeps { rows.pre_activation(kept) } else { rows }
+        });
         args.dispatched = dispatched.as_ref();
         let by_expert = by_expert.each_ref().map(|values| values.as_ref().map(Guarded::view));
         let [alpha, gate, up, offset] = by_expert.each_ref().map(|values| values.as_ref().map(In::from));
@@ -531,7 +539,7 @@ fn run<T: Storage>(
         return;
     }
     out.reset(&stream);
-    launch(&mut out, None, Some((&mut kept, &mut shared)), Output::Rounded);
+    launch(&mut out, None, Some((Some(&mut kept), &mut shared)), Output::Rounded);
     let again = out.read(&stream);
     let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
     assert!(same, "{name}: another run, with more in the launch, gave other bits");
@@ -542,8 +550,18 @@ fn run<T: Storage>(
     shared.iter().for_each(|shared| shared.check(&name));
     if shared.is_some() {
         // Onto what is there: the shared expert's rows too.
-        launch(&mut out, None, Some((&mut kept, &mut shared)), Output::Added);
+        launch(&mut out, None, Some((Some(&mut kept), &mut shared)), Output::Added);
         shared.iter_mut().for_each(|shared| shared.check_added(&name));
+    }
+    if shared.is_some() && matches!(variant.kernel, Kernel::GemmHopper(_)) {
+        // Nothing is kept: the shared expert's rows end in registers too, where their activation does.
+        out.reset(&stream);
+        shared.iter_mut().for_each(Shared::reset);
+        launch(&mut out, None, Some((None, &mut shared)), Output::Rounded);
+        let again = out.read(&stream);
+        let same = bytemuck::cast_slice::<T, u8>(&again) == bytemuck::cast_slice::<T, u8>(&first);
+        assert!(same, "{name}: beside a shared expert it gave other bits");
+        shared.iter().for_each(|shared| shared.check_outputs(&name));
     }
 
     // The mask is the host's, exactly; what is kept is scaled before the one rounding.
@@ -559,7 +577,7 @@ fn run<T: Storage>(
     kept.reset(&stream);
     shared.iter_mut().for_each(Shared::reset);
     let more = rng.bool();
-    launch(&mut out, Some((dropout, &state)), more.then_some((&mut kept, &mut shared)), Output::Rounded);
+    launch(&mut out, Some((dropout, &state)), more.then_some((Some(&mut kept), &mut shared)), Output::Rounded);
     if more {
         // Nothing is dropped of them.
         assert_products(
@@ -819,6 +837,9 @@ impl<T: Storage> Views<'_, T> {
     }
 }
 
+/// What a launch may have besides: the rows before the activation, kept here, and a shared expert's.
+type More<'a, T> = (Option<&'a mut Guarded<T>>, &'a mut Option<Shared<T>>);
+
 /// Rows of a shared expert, neither scaled nor dropped, of a weight like the others', with their activation or another.
 struct Shared<T> {
     rows: usize,
@@ -845,7 +866,9 @@ impl<T: Storage> Shared<T> {
             let k = unit * (1 + rng.usize(..200 / unit));
             SharedDepth::new(k).a_row(k + unit * rng.usize(..3))
         });
-        let case = &Case { k: depth.map_or(case.k, |depth| depth.k), ..*case };
+        // On Hopper a bias beside rows without one, and none beside a bias: a block goes from one to the other.
+        let bias = case.bias != matches!(variant.kernel, Kernel::GemmHopper(_));
+        let case = &Case { k: depth.map_or(case.k, |depth| depth.k), bias, ..*case };
         let (a, values): (Vec<T>, _) = (normals(rng, rows * case.k, 1.0), Values::draw(rng, case, 1));
         let a_row = depth.map_or(case.k, |depth| depth.a_row);
         let apart = spread(&a, [1, rows, case.k], [0, a_row, 1], T::from_f64(f64::NAN));
@@ -854,7 +877,8 @@ impl<T: Storage> Shared<T> {
         let others = activations(variant.fold);
         // Of a SwiGLU nearly always another, whose numbers are not those of the routed rows.
         let another = rng.u8(..8) < if matches!(case.activation, Activation::Swiglu(_)) { 7 } else { 4 };
-        let own = another.then(|| others[rng.usize(..others.len())]);
+        // A walk has the others', which ends in registers.
+        let own = (another && !variant.few).then(|| others[rng.usize(..others.len())]);
         let activation = own.unwrap_or(case.activation);
         let want = reference::gemm::grouped_gemm(&a, &matrix, &plan, false, None, activation).unwrap();
         let products = products(&a, &matrix, &plan, false, None, &[activation], arithmetic(variant.dtype));
@@ -886,11 +910,15 @@ impl<T: Storage> Shared<T> {
         assert_sums(&format!("{name}: shared expert, twice"), &got, &want, &bounds, T::DTYPE);
     }
 
-    fn check(&self, name: &str) {
-        let stream = device::stream();
-        let (name, out) = (format!("{name}: shared expert"), to_f64(&self.out.read(&stream)));
+    fn check_outputs(&self, name: &str) {
+        let (name, out) = (format!("{name}: shared expert"), to_f64(&self.out.read(&device::stream())));
         assert_sums(&name, &out, &self.want, &self.products.after, T::DTYPE);
         *self.found.borrow_mut() = out;
+    }
+
+    fn check(&self, name: &str) {
+        self.check_outputs(name);
+        let (stream, name) = (device::stream(), format!("{name}: shared expert"));
         assert_products(
             &format!("{name}, before the activation"),
             &self.kept.read(&stream),

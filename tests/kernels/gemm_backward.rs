@@ -121,6 +121,12 @@ const SWIGLUS: [Swiglu; 8] = [
     Swiglu::new().gate(Bound::Clamp(1.0)).up(Bound::Softcap(2.5)).offset(0.5),
 ];
 
+/// The next of them, whose bounds of the gate are of another kind.
+fn after(unit: Swiglu) -> Swiglu {
+    let at = SWIGLUS.iter().position(|&one| one == unit).expect("one of these");
+    SWIGLUS[(at + 1) % SWIGLUS.len()]
+}
+
 fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::Rng) {
     let plain = [Activation::Relu, Activation::ReluSquared, Activation::Gelu, Activation::GeluTanh, Activation::Silu];
     let gated = [[Activation::Silu; 1].as_slice(), &SWIGLUS.map(Activation::from), &plain[..4]].concat();
@@ -183,6 +189,12 @@ fn check_as<T: Storage>(variant: &dyn Fn(usize) -> Variant, rng: &mut fastrand::
         let bm = variant.tile_m;
         let few = [bm / 2, bm / 4, bm / 2 + 1, bm / 4 + 1, bm - bm / 4, bm - bm / 4 + 1];
         grouped::<T>(variant, rng, &few, &Case { k: 72, n: 24, ..case });
+        // Whole stages. The last token and the last output each in every copy of each main loop: what is past the depth is past the end.
+        for rows in (1..=4).map(|quarters| bm * quarters / 4) {
+            for last in (15..rows).step_by(16) {
+                last_token_at::<T>(variant, rng, rows, last, &Case { k: 192, n: last + 1, ..case });
+            }
+        }
     }
     if !matches!(variant.kernel, Kernel::GemmBackwardHopper(_)) {
         for n in [24, 264] {
@@ -302,6 +314,14 @@ fn grouped<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, loads: &[usize
 }
 
 /// One expert for all rows, in a number of them for which the selection takes the variant.
+/// A tile of so many rows, of which row `last` is the last token's.
+fn last_token_at<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: usize, last: usize, case: &Case) {
+    let mut plan = dispatch(&vec![0; rows], &rule(1, 1, variant.tile_m)).unwrap();
+    plan.slot_token.rotate_right((last + 1) % rows);
+    let shape = SlotShape::new(rows, 1, Some(1), rows, variant.tile_m, max_tiles(rows, 1, variant.tile_m));
+    run::<T>(variant, rng, Rows::Grouped(shape), case, &plan);
+}
+
 fn dense<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, case: &Case) {
     let bm = variant.tile_m;
     let case = Case { gather: false, gather_pre_activation: false, ..*case };
@@ -575,8 +595,10 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         kept
     });
 
-    // A shared expert's rows in the same launch, with everything of their own.
-    let shared_rows = if matches!(rows, Rows::Grouped(_)) { [0, 1, variant.tile_m + 1][rng.usize(..3)] } else { 0 };
+    // A shared expert's rows in the same launch, with everything of their own; beside a SwiGLU always, of bounds of another kind.
+    let is_swiglu = matches!(case.activation, Activation::Swiglu(_));
+    let some_rows = [0, 1, variant.tile_m + 1][usize::from(is_swiglu)..][rng.usize(..3 - usize::from(is_swiglu))];
+    let shared_rows = if matches!(rows, Rows::Grouped(_)) { some_rows } else { 0 };
     let shared_case = Case {
         bias: rng.bool(),
         weighted: rng.bool(),
@@ -587,7 +609,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         gather_pre_activation: false,
         activation: match case.activation {
             Activation::Identity => Activation::Relu,
-            Activation::Swiglu(unit) => Activation::Swiglu(unit.alpha(1.25).factor(0.5).offset(-0.25)),
+            Activation::Swiglu(unit) => Activation::Swiglu(after(unit).alpha(1.25).factor(0.5).offset(-0.25)),
             _ => Activation::Silu,
         },
         dropout: false,
@@ -602,7 +624,7 @@ fn run<T: Storage>(variant: Variant, rng: &mut fastrand::Rng, rows: Rows, case: 
         _ => size + unit * (1 + rng.usize(..if is_hopper { 300 } else { 150 } / unit)),
     });
     let shared_case = Case { n, k, ..shared_case };
-    let own = rng.bool();
+    let own = is_swiglu || rng.bool();
     let shared_case = if own { shared_case } else { Case { activation: case.activation, ..shared_case } };
     if shared_rows > 0 {
         desc = desc
