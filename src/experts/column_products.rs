@@ -30,12 +30,14 @@ pub struct ColumnProductsDesc {
     pub width: usize,
     /// Type of `d`: `dtype`, or f32.
     pub gradient: Dtype,
+    /// Adds to what `out` holds, once.
+    pub accumulate: bool,
 }
 
 impl ColumnProductsDesc {
     /// `rows` rows of `width` elements.
     pub const fn new(dtype: Dtype, rows: usize, width: usize) -> ColumnProductsDesc {
-        ColumnProductsDesc { dtype, rows, width, gradient: dtype }
+        ColumnProductsDesc { dtype, rows, width, gradient: dtype, accumulate: false }
     }
 
     /// Checks all that can be checked without buffers.
@@ -61,7 +63,7 @@ impl ColumnProductsDesc {
 /// Columns of a block: the lanes of a warp.
 const COLUMNS: usize = 32;
 
-settings!(ColumnProductsDesc { gradient: Dtype });
+settings!(ColumnProductsDesc { gradient: Dtype, accumulate: bool });
 
 /// Chooses kernel and grid.
 ///
@@ -72,7 +74,7 @@ pub fn select(desc: &ColumnProductsDesc, _device: &DeviceInfo) -> Result<Selecti
     Ok(desc.selection())
 }
 
-/// `out [W]` of `x [R,W]` and `d [R,W]`; zero with no rows.
+/// `out [W]` of `x [R,W]` and `d [R,W]`; zero with no rows, or with `accumulate` as it was.
 ///
 /// # Errors
 /// Those of [`ColumnProductsDesc::validate`]; those of a buffer: [`Error::WrongDtype`], [`Error::BufferTooShort`], [`Error::Misaligned`],
@@ -129,6 +131,7 @@ pub(super) fn enqueue(
             width: desc.width as u32,
             d_f32: u32::from(desc.gradient != desc.dtype),
             gain_base,
+            accumulate: u32::from(desc.accumulate),
         },
     )
 }

@@ -56,12 +56,15 @@ pub struct RmsNormBackwardDesc {
     pub gradient: Dtype,
     /// Adds to what `dx` holds, in f32 and once, before it is rounded.
     pub accumulate: bool,
+    /// Adds to what `d_weight` holds, once.
+    pub accumulate_weight: bool,
 }
 
 impl RmsNormBackwardDesc {
     /// `rows` rows of `width` elements.
     pub const fn new(dtype: Dtype, rows: usize, width: usize, norm: RmsNorm) -> RmsNormBackwardDesc {
-        RmsNormBackwardDesc { dtype, rows, width, norm, gradient: dtype, accumulate: false }
+        let (accumulate, accumulate_weight) = (false, false);
+        RmsNormBackwardDesc { dtype, rows, width, norm, gradient: dtype, accumulate, accumulate_weight }
     }
 
     /// Checks all that can be checked without buffers.
@@ -83,11 +86,12 @@ impl RmsNormBackwardDesc {
 
     /// The sums of the weight's gradient.
     fn sums(&self) -> ColumnProductsDesc {
-        ColumnProductsDesc::new(self.dtype, self.rows, self.width).gradient(self.gradient)
+        let sums = ColumnProductsDesc::new(self.dtype, self.rows, self.width).gradient(self.gradient);
+        sums.accumulate(self.accumulate_weight)
     }
 }
 
-settings!(RmsNormBackwardDesc { gradient: Dtype, accumulate: bool });
+settings!(RmsNormBackwardDesc { gradient: Dtype, accumulate: bool, accumulate_weight: bool });
 
 /// A gradient of rows.
 #[derive(Clone, Copy)]
@@ -214,7 +218,7 @@ pub fn select(desc: &RmsNormBackwardDesc, _device: &DeviceInfo) -> Result<Select
 
 /// From `dy` to `dx` and to what else is asked for.
 ///
-/// With no rows nothing is launched but for `d_weight`, which becomes zero.
+/// With no rows nothing is launched but for `d_weight`, which becomes zero, or with `accumulate_weight` stays.
 ///
 /// # Errors
 /// Those of [`RmsNormBackwardDesc::validate`]; [`Error::Missing`] or [`Error::Unexpected`] for a weight or its gradient against the rule, `factors`
@@ -258,8 +262,8 @@ pub fn backward<T: Element>(
     let d_weight = scope.write_some("d_weight", args.d_weight, width, SCALAR)?;
     if rows == 0 {
         return match &d_weight {
-            Some(d_weight) => scope.zero(d_weight.address(), width * size_of::<f32>()),
-            None => Ok(()),
+            Some(d_weight) if !desc.accumulate_weight => scope.zero(d_weight.address(), width * size_of::<f32>()),
+            _ => Ok(()),
         };
     }
     let sources = shape.map_or(rows, |shape| shape.tokens);

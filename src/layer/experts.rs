@@ -55,6 +55,18 @@ fn products(desc: &LayerDesc, mlp: &Mlp, rows: Rows, [intermediate, width]: [usi
     [gate_up, of(width, intermediate).weight(mlp.down)]
 }
 
+/// Widths that products can be cut into, gate and up side by side included.
+pub(super) fn check_widths(desc: &LayerDesc) -> Result<(), Error> {
+    shape::positive(OPERATION, "hidden", desc.hidden)?;
+    desc.latent.map(|latent| shape::positive(OPERATION, "latent.width", latent.width)).transpose()?;
+    let shared = desc.shared.map(|shared| ("shared.intermediate", shared.intermediate));
+    for (argument, intermediate) in [("intermediate", desc.intermediate)].into_iter().chain(shared) {
+        shape::positive(OPERATION, argument, intermediate)?;
+        shape::product_i32(OPERATION, argument, &[2, intermediate])?;
+    }
+    Ok(())
+}
+
 /// Both products of the routed experts, and of a shared one that has their form.
 pub(super) fn joined_products(desc: &LayerDesc, rows: &SlotShape) -> [GemmDesc; 2] {
     let shared = desc.shared.filter(|shared| shared.joins(desc) && rows.tokens > 0);
@@ -81,12 +93,9 @@ impl ExpertsPlan {
         device: &DeviceInfo,
     ) -> Result<ExpertsPlan, Error> {
         let &LayerDesc { dtype, hidden, intermediate, .. } = desc;
-        shape::positive(OPERATION, "hidden", hidden)?;
-        shape::positive(OPERATION, "intermediate", intermediate)?;
-        desc.latent.map(|latent| shape::positive(OPERATION, "latent.width", latent.width)).transpose()?;
+        check_widths(desc)?;
         gemm::check_activation(OPERATION, "mlp.activation", desc.mlp.activation, desc.mlp.gate_up.glu)?;
         if let Some(shared) = &desc.shared {
-            shape::positive(OPERATION, "shared.intermediate", shared.intermediate)?;
             let (activation, glu) = (shared.mlp.activation, shared.mlp.gate_up.glu);
             gemm::check_activation(OPERATION, "shared.mlp.activation", activation, glu)?;
         }

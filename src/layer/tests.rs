@@ -149,6 +149,14 @@ fn faults_name_their_field() {
     assert_eq!(fault(&|d| d.hidden = 0, 1), "hidden");
     assert_eq!(fault(&|d| d.intermediate = 0, 1), "intermediate");
     assert_eq!(fault(&|d| d.top_k = 9, 1), "top_k");
+    // Nothing is computed with sizes past all limits.
+    for many in [1 << 31, 1 << 40, usize::MAX] {
+        assert_eq!(fault(&|d| d.hidden = many, 1), "hidden");
+        assert_eq!(fault(&|d| d.intermediate = many, 100), "intermediate");
+        assert_eq!(fault(&|d| d.top_k = many, 100), "top_k");
+        let shared = SharedDesc::new(many, Mlp::swiglu(Dtype::Bf16));
+        assert_eq!(fault(&|d| d.shared = Some(shared), 100), "shared.intermediate");
+    }
     assert_eq!(fault(&|d| d.experts = 0, 1), "experts");
     assert_eq!(fault(&|d| d.router_dtype = Dtype::F16, 1), "weight");
     assert_eq!(fault(&|_| (), usize::MAX), "tokens");

@@ -4,12 +4,12 @@ use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
 use cudarc::driver::{CudaContext, CudaSlice};
 use half::bf16;
 use moe_kernels::layer::{
-    BackwardDesc, BackwardStage, LayerDesc, LayerGradients, MapDesc, Mlp, Origin, RouterGradients, SharedDesc,
-    SharedGradients, WeightGradients,
+    BackwardDesc, BackwardStage, LatentDesc, LayerDesc, LayerGradients, MapDesc, Mlp, Norms, Origin, RouterGradients,
+    SharedDesc, SharedGradients, WeightGradients,
 };
 use moe_kernels::rules::{
     AdmissionRule, Capacity, Dropout, Glu, IdFormat, LossGradient, LossScore, NoiseSource, NullExperts, Renormalise,
-    Weighting,
+    RmsNorm, Weighting,
 };
 use moe_kernels::{Dtype, Element, Kernels};
 
@@ -247,6 +247,30 @@ fn micro_batches() {
         let got = &got.iter().find(|(known, _)| known == name).unwrap().1;
         let error = norm(got.iter().zip(want).map(|(got, want)| got - f64::from(HELD) - want));
         assert!(error <= 2e-6 * norm(want.iter().copied()) + 1e-5, "{name}: {error}");
+    }
+}
+
+/// Gradients of norms' weights too are added to what there is: once, in f32.
+#[test]
+fn norms_over_micro_batches() {
+    let norm = Some(RmsNorm::new(1e-5));
+    let norms = Norms::new().router(norm).experts(norm).slots(norm).output(norm);
+    for (desc, of) in [
+        (layer(Dtype::F32).norms(norms), &["router.norm", "norms.experts", "norms.slots", "norms.output"][..]),
+        (layer(Dtype::F32).latent(Some(LatentDesc::new(Dtype::F32, 16).norm(norm))), &["latent.norm"][..]),
+    ] {
+        let found = [false, true].map(|accumulate| {
+            let back = BackwardDesc::new().accumulate(accumulate);
+            let mut problem = Problem::<f32, f32>::new(Case::new(desc, TOKENS).back(back));
+            problem.forward();
+            run::<f32, f32, f32>(&problem)
+        });
+        for name in of {
+            let [written, added] =
+                found.each_ref().map(|found| &found.iter().find(|(known, _)| known == name).unwrap().1);
+            let want: Vec<f64> = written.iter().map(|&value| f64::from(value as f32 + HELD)).collect();
+            assert!(*added == want, "{name}");
+        }
     }
 }
 

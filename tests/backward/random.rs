@@ -190,13 +190,9 @@ fn beyond_the_reference(rng: &mut fastrand::Rng, dtype: Dtype) -> Case {
     if origin != Origin::Router {
         desc.norms.router = None;
     }
-    let norms = [desc.norms.router, desc.norms.experts, desc.norms.slots, desc.norms.output];
-    let normed = norms.iter().any(Option::is_some) || desc.latent.is_some_and(|latent| latent.norm.is_some());
-    // Gradients of norms' weights are written.
-    let accumulate = case.back.accumulate && !normed;
     Case {
         desc,
-        back: case.back.origin(origin).losses(losses).accumulate(accumulate),
+        back: case.back.origin(origin).losses(losses),
         router_bias: case.router_bias && origin == Origin::Router,
         bias: case.bias && desc.latent.is_none(),
         router_x: once_in(rng, 4) && origin == Origin::Router,

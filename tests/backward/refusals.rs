@@ -44,6 +44,8 @@ fn of_plans() {
     let losses = LossGradient::new(LossScore::Softmax).balance(1.0);
     assert_eq!(fault(layer(), none.origin(Origin::Choices).losses(Some(losses))), "losses");
     assert_eq!(fault(layer(), none.losses(Some(losses.z(f32::NAN)))), "losses.z");
+    let large = Norms::new().slots(norm.map(|norm| norm.factor(1e30)));
+    assert_eq!(fault(layer().norms(large).routed_scale(1e30), none), "routed_scale");
     // The layer's own router is not asked.
     assert!(plan(layer().norms(Norms::new().router(norm)), none.origin(Origin::Choices)).is_ok());
 }

@@ -29,6 +29,7 @@ fn typed<T: Storage>(rng: &mut fastrand::Rng) {
         for width in [1, 7, 32, 65] {
             case::<T>(rng, &ColumnProductsDesc::new(T::DTYPE, rows, width));
             case::<T>(rng, &ColumnProductsDesc::new(T::DTYPE, rows, width).gradient(Dtype::F32));
+            case::<T>(rng, &ColumnProductsDesc::new(T::DTYPE, rows, width).accumulate(true));
         }
     }
     // With factors of rows, weights of columns, and rows by way of tokens.
@@ -46,10 +47,17 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &ColumnProductsDesc) {
     let wide: Vec<f32> = normals(rng, rows * width, 1e-5);
     let to_f32 = desc.gradient != desc.dtype;
     let d_values = if to_f32 { to_f64(&wide) } else { to_f64(&d) };
-    let want = reference(&x, &d_values, width, None, None, |_| true).unwrap();
+    let mut want = reference(&x, &d_values, width, None, None, |_| true).unwrap();
+    let held: Vec<f32> = normals(rng, width, 1e-5);
+    if desc.accumulate {
+        want.iter_mut().zip(&held).for_each(|(want, held)| *want += f64::from(*held));
+    }
     let (x_on_device, d, wide) =
         (Guarded::input(&stream, "x", &x), Guarded::input(&stream, "d", &d), Guarded::input(&stream, "d", &wide));
-    let mut out = Guarded::<f32>::output(&stream, "out", width);
+    let mut out = match desc.accumulate {
+        true => Guarded::filled_output(&stream, "out", &held, 0),
+        false => Guarded::<f32>::output(&stream, "out", width),
+    };
     let mut launch = || {
         out.reset(&stream);
         let (x, d, wide) = (x_on_device.view(), d.view(), wide.view());
@@ -63,7 +71,9 @@ fn case<T: Storage>(rng: &mut fastrand::Rng, desc: &ColumnProductsDesc) {
     assert_eq!(bits(&launch()), bits(&got), "{name}: another run gave other bits");
     time(&stream, &name, || drop(launch()));
     x_on_device.assert_unchanged(&stream);
-    let mut bounds = vec![0.0; width];
+    // The last addition.
+    let mut bounds: Vec<f64> =
+        held.iter().map(|held| if desc.accumulate { UNIT * f64::from(held.abs()) } else { 0.0 }).collect();
     for (i, (&x, d)) in x.iter().zip(&d_values).enumerate() {
         let x: f64 = x.into();
         // A product, a warp's additions and those of the warps.

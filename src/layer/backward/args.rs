@@ -186,14 +186,6 @@ impl BackwardPlan {
                 let reason = "no norm with a weight stands there";
                 return Err(Error::Unexpected { operation, argument, reason });
             }
-            if given && self.desc().accumulate {
-                return Err(Error::unsupported(
-                    operation,
-                    argument,
-                    "a gradient that is written",
-                    "one that is added to",
-                ));
-            }
         }
         let (experts, of) = (&weights.experts, &args.gradients);
         let shared = experts.shared.as_ref();

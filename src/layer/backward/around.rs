@@ -71,7 +71,7 @@ impl AroundBack {
         let slots = layer.experts().rows().slots;
         let behind = |norm, rows: usize, width: usize| {
             Ok::<_, Error>(NormBehind {
-                back: NormBack::new(norm, [of.dtype; 2], [rows, width], device)?,
+                back: NormBack::new(norm, [of.dtype; 2], [rows, width], desc.accumulate, device)?,
                 elements: shape::product(OPERATION, "norms", &[rows, width])?,
                 d: Region::default(),
             })
@@ -281,7 +281,8 @@ impl LatentBack {
             let desc = KGroupedDesc::new(of.dtype, rows, m, n).accumulate(desc.accumulate);
             Ok::<_, Error>(Step { desc, selection: k_grouped::select(&desc, device).map_err(within)? })
         };
-        let norm = latent.norm.map(|norm| NormSteps::new(norm, [of.dtype; 2], [tokens, width], device));
+        let norm =
+            latent.norm.map(|norm| NormSteps::new(norm, [of.dtype; 2], [tokens, width], desc.accumulate, device));
         Ok(LatentBack {
             tokens,
             hidden,

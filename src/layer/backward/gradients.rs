@@ -24,7 +24,7 @@ pub struct LayerGradients<'a, T> {
     pub shared: SharedGradients<'a>,
     /// `[H]`, of f32: of the vector that is added to every token's sum.
     pub bias: Option<Out<'a, f32>>,
-    /// Of norms' weights; not with [`super::BackwardDesc::accumulate`].
+    /// Of norms' weights.
     pub norms: NormGradients<'a>,
     /// Of the projections round experts of a latent width.
     pub latent: LatentGradients<'a>,
@@ -134,7 +134,7 @@ pub struct RouterGradients<'a> {
     pub expert_scale: Option<Out<'a, f32>>,
     /// `[1]`: of the factor of all weights, where the rule has one.
     pub global_scale: Option<Out<'a, f32>>,
-    /// `[H]`: of the weight of the norm of its input, where that has one; not with [`super::BackwardDesc::accumulate`].
+    /// `[H]`: of the weight of the norm of its input, where that has one.
     pub norm: Option<Out<'a, f32>>,
 }
 
@@ -156,7 +156,7 @@ pub struct NormGradients<'a> {
 pub struct LatentGradients<'a> {
     /// Of the projection before the experts.
     pub input: WeightGradients<'a>,
-    /// `[L]`, of f32: of the weight of the norm between them; not with [`super::BackwardDesc::accumulate`].
+    /// `[L]`, of f32: of the weight of the norm between them.
     pub norm: Option<Out<'a, f32>>,
     /// Of the projection of their sum.
     pub output: WeightGradients<'a>,

@@ -25,15 +25,16 @@ pub(super) struct NormBack {
 pub(super) type BackNames = [BackwardStage; 2];
 
 impl NormBack {
-    /// Of so many rows and columns, of gradients of `seen`: `dtype`, or f32.
+    /// Of so many rows and columns, of gradients of `seen`: `dtype`, or f32. `accumulate`: the weight's gradient is added to what lies there.
     pub(super) fn new(
         norm: RmsNorm,
         [dtype, seen]: [Dtype; 2],
         [rows, width]: [usize; 2],
+        accumulate: bool,
         device: &DeviceInfo,
     ) -> Result<NormBack, Error> {
         let within = |error: Error| error.within(OPERATION);
-        let desc = RmsNormBackwardDesc::new(dtype, rows, width, norm).gradient(seen);
+        let desc = RmsNormBackwardDesc::new(dtype, rows, width, norm).gradient(seen).accumulate_weight(accumulate);
         let sums = ColumnProductsDesc::new(dtype, rows, width).gradient(seen);
         let sums = norm.gain.has_weight().then(|| column_products::select(&sums, device).map_err(within));
         Ok(NormBack {
@@ -106,13 +107,14 @@ impl NormSteps {
         norm: RmsNorm,
         [dtype, seen]: [Dtype; 2],
         [tokens, width]: [usize; 2],
+        accumulate: bool,
         device: &DeviceInfo,
     ) -> Result<NormSteps, Error> {
         let forward = RmsNormDesc::new(dtype, tokens, width, norm).output(seen);
         let selection = rms_norm::select(&forward, device).map_err(|error| error.within(OPERATION))?;
         Ok(NormSteps {
             forward: Step { desc: forward, selection },
-            back: NormBack::new(norm, [dtype, seen], [tokens, width], device)?,
+            back: NormBack::new(norm, [dtype, seen], [tokens, width], accumulate, device)?,
             normed: Region::default(),
             d_normed: Region::default(),
         })

@@ -94,7 +94,7 @@ impl BackwardPlan {
     fn new(layer: &LayerPlan, desc: &BackwardDesc) -> Result<BackwardPlan, Error> {
         let within = |error: Error| error.within(OPERATION);
         let (of, tokens, device) = (layer.desc(), layer.tokens(), layer.experts().device());
-        check(desc)?;
+        check(of, desc)?;
         let rows = *layer.experts().rows();
         let all = Rows::Dense(tokens);
         let joined = of.shared.filter(|shared| shared.joins_back(of) && tokens > 0).map(|shared| Joined {
@@ -150,7 +150,8 @@ impl BackwardPlan {
         });
         let router = (desc.origin == Origin::Router).then(|| RouterSteps::new(of, tokens, of.logit_columns(), device));
         let router = router.transpose()?;
-        let norm = |norm: RmsNorm, seen| NormSteps::new(norm, [of.dtype, seen], [tokens, of.hidden], device);
+        let norm =
+            |norm: RmsNorm, seen| NormSteps::new(norm, [of.dtype, seen], [tokens, of.hidden], desc.accumulate, device);
         let asked = of.norms.router.filter(|_| desc.origin == Origin::Router);
         let mut router_norm = asked.map(|rule| norm(rule, seen_by_router(of))).transpose()?;
         let mut expert_norm = of.norms.experts.map(|rule| norm(rule, of.dtype)).transpose()?;
@@ -381,7 +382,12 @@ fn has_identities(of: &LayerDesc) -> bool {
 }
 
 /// What has no way back here.
-fn check(desc: &BackwardDesc) -> Result<(), Error> {
+fn check(of: &LayerDesc, desc: &BackwardDesc) -> Result<(), Error> {
+    // A norm of each expert's output has the factor of the sum on the way back.
+    if let Some(norm) = of.norms.slots.filter(|norm| !(norm.factor * of.routed_scale).is_finite()) {
+        let expected = format!("one whose product with the factor of norms.slots, {}, is finite", norm.factor);
+        return Err(Error::invalid(OPERATION, "routed_scale", expected, of.routed_scale));
+    }
     if desc.origin == Origin::Choices && desc.losses.is_some() {
         let reason = "the choices come from elsewhere, with their losses";
         return Err(Error::Unexpected { operation: OPERATION, argument: "losses", reason });

@@ -9,7 +9,7 @@ use crate::experts::gemm::choice::height;
 use crate::experts::rms_norm::{self, RmsNormDesc};
 use crate::experts::tiles::{lowest_tile, max_tiles, select_tile_of};
 use crate::layer::desc::LayerDesc;
-use crate::layer::experts::joined_products;
+use crate::layer::experts::{check_widths, joined_products};
 use crate::layer::{OPERATION, Stage, Step};
 use crate::routers::gating::{self, GatingDesc};
 use crate::routers::gating_dispatch::{self, GatingDispatchDesc};
@@ -81,9 +81,11 @@ impl RoutePlan {
         let norm = norm.transpose()?;
 
         check_null(desc)?;
-        // The height of a tile follows from the number of slots, which is checked by `validate` below.
         let (of_token, local_experts) = (desc.all_choices(), desc.local_experts());
-        let slots = tokens.saturating_mul(of_token);
+        // The height of a tile follows from numbers of slots, experts and columns, whatever it is.
+        check_widths(desc)?;
+        DispatchDesc::new(tokens, local_experts, of_token, 1).validate().map_err(within)?;
+        let slots = tokens * of_token;
         let tile = select_tile_of(desc.kernels(), dtype, slots, local_experts, device).map_err(within)?;
         let rows = SlotShape::new(tokens, local_experts, Some(of_token), slots, tile.bm as usize, 0);
         let tile_m = height(&joined_products(desc, &rows), tile.bm, device) as usize;
