@@ -138,7 +138,9 @@ impl GemmBackwardDesc {
 
     /// Without a shared expert's rows.
     pub(crate) fn alone(self) -> GemmBackwardDesc {
-        self.shared_rows(0).shared_sizes(None).shared_activation(None)
+        let alone = self.shared_rows(0).shared_sizes(None).shared_activation(None);
+        // Those of a shared expert may be nearer than this product is deep.
+        alone.a_rows_apart(self.a_rows_apart.map(|[row, _]| [row; 2]))
     }
 
     /// Sizes `[n, k]` of a shared expert's rows, and the columns of its pre-activations.

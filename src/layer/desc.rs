@@ -34,7 +34,7 @@ pub struct LayerDesc {
     /// Kernels chosen without regard to the number of tokens, the products' from the `sm_80` set alone: a token's result has the same bits whatever
     /// batch it is in, and wherever (products of one set add in the same order in tiles of every height). Not so where tokens compete: capacity, admission.
     pub batch_invariant: bool,
-    /// How the ids of choices from elsewhere are stored ([`super::LayerArgs::choices`]).
+    /// How the ids of choices from elsewhere are stored ([`super::LayerArgs::choices`]); of 32 bits where an admission looks at them.
     pub choices: IdFormat,
     /// Losses and statistics that the gating takes of the batch.
     pub measure: Option<BalanceRule>,

@@ -8,12 +8,12 @@ use moe_kernels::layer::{
     SharedDesc, SharedGradients, WeightGradients,
 };
 use moe_kernels::rules::{
-    AdmissionRule, Capacity, Dropout, Glu, IdFormat, LossGradient, LossScore, NoiseSource, NullExperts, Renormalise,
-    RmsNorm, Weighting,
+    AdmissionRule, Capacity, Dropout, Glu, IdFormat, Layout, LossGradient, LossScore, NoiseSource, NullExperts,
+    Renormalise, RmsNorm, Weighting,
 };
 use moe_kernels::{Dtype, Element, Kernels};
 
-use crate::case::{Case, Problem, check};
+use crate::case::{Case, Problem, check, keep};
 use crate::compare::{Found, HELD, JUNK, norm};
 use crate::device;
 
@@ -377,6 +377,33 @@ fn parts_of(shared: SharedDesc) {
     for (name, got) in names.into_iter().zip(got) {
         let got: Vec<f64> = problem.stream.clone_dtoh(got).unwrap().into_iter().map(f64::from).collect();
         assert!(got == of(name), "{name}");
+    }
+}
+
+/// The same where weights scale the input, gate and up have a tensor each, and the shared expert is narrower: what is asked for is made without the rest.
+#[test]
+fn parts_where_weights_scale_the_input() {
+    let plain = Mlp::swiglu(Dtype::F32);
+    for layout in Layout::ALL {
+        let mlp = plain.gate_up(plain.gate_up.glu(Glu::Apart).layout(layout));
+        let desc = layer(Dtype::F32).mlp(mlp).weighting(Weighting::Input).shared(Some(SharedDesc::new(8, mlp)));
+        let mut problem = Problem::<f32, f32>::new(Case { biases: true, ..Case::new(desc, TOKENS) });
+        problem.forward();
+        let whole = run::<f32, f32, f32>(&problem);
+        for asked in [&["router"][..], &["gate_up"], &["gate_up.up"], &["gate_up.up_bias", "shared.gate_up.up"], &["x"]]
+        {
+            let mut buffers = problem.buffers::<f32>();
+            let mut gradients = problem.gradients(&mut buffers);
+            keep(&mut gradients, |name| asked.contains(&name));
+            // Nothing that another pass has left there.
+            problem.renew_workspace();
+            problem.backward(gradients).unwrap();
+            let found = problem.found(&buffers);
+            for ((name, got), (_, want)) in found.iter().zip(&whole).filter(|((name, _), _)| asked.contains(name)) {
+                let error = norm(got.iter().zip(want).map(|(got, want)| got - want));
+                assert!(error <= 5e-6 * norm(want.iter().copied()), "{layout:?} {name} beside {asked:?}: {error:e}");
+            }
+        }
     }
 }
 

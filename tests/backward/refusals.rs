@@ -144,6 +144,12 @@ fn of_calls() {
     assert_eq!(ready.fault(|args, _| args.sequence_tokens = Some((&words).into())), "sequence_tokens");
     assert_eq!(ready.fault(|args, _| args.x = (&small).into()), "x");
     assert_eq!(ready.fault(|args, _| args.dy = (&small).into()), "dy");
+    let Ready { back, saved, workspace, values, .. } = &mut ready;
+    let mut dx = stream.alloc_zeros::<f32>(4096).unwrap();
+    let args = BackwardArgs::new(&*values, &*values, none().x(&mut dx));
+    let without = LayerWeights::new(RouterWeights::of_logits(), weights(values).experts);
+    let result = back.backward(device::kernels(), &stream, &without, saved, args, workspace);
+    assert_eq!(result.unwrap_err().argument(), Some("router.matrix"));
     let losses = LossGradient::new(LossScore::Softmax);
     let with = |losses| BackwardDesc::new().losses(Some(losses));
     // Where rows are not all choices their counts are not the loss's.

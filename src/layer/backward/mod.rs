@@ -114,8 +114,8 @@ pub struct BackwardDesc {
     pub origin: Origin,
     /// Losses of the router, whose gradient joins that of the weights; with [`Origin::Choices`] none.
     pub losses: Option<LossGradient>,
-    /// Adds the parameters' gradients to what their buffers hold (micro-batches), in f32 and once, before they are rounded; gradients of `x` and of
-    /// logits are written.
+    /// Adds the parameters' gradients to what their buffers hold (micro-batches), in f32 and once, before they are rounded; gradients of `x`, of
+    /// logits and of choices are written.
     pub accumulate: bool,
     /// Whether the gradient of an expert without rows is left as it is; else it becomes zero, or with `accumulate` stays.
     pub keep_empty: bool,

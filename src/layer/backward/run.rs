@@ -89,6 +89,10 @@ impl BackwardPlan {
             Origin::Choices => None,
             _ => Some(weights.router.open(&scope, desc)?),
         };
+        if self.desc().origin == Origin::Router && weights.router.matrix.is_none() {
+            let reason = "the logits were the layer's own";
+            return Err(Error::Missing { operation: OPERATION, argument: "router.matrix", reason });
+        }
         let _experts = weights.experts.open(&scope, desc)?;
         if tokens == 0 {
             let gradients = args.gradients.open(&scope, desc, 0)?;
