@@ -58,7 +58,7 @@ impl Kernels {
         Ok(Kernels {
             context: context.clone(),
             device,
-            loaded: embedded().iter().map(|_| OnceLock::new()).collect(),
+            loaded: nothing_loaded(),
             loading: Mutex::new(()),
             order: OnceLock::new(),
             launches_dependents: driver::version()? >= DEPENDENTS_IN_GRAPHS,
@@ -72,14 +72,17 @@ impl Kernels {
     /// ever: to bound it too, give the context a partition of the device.
     pub fn on_multiprocessors(self, most: u32) -> Kernels {
         let multiprocessors = self.device.multiprocessors.min(most).max(1);
-        let loaded = embedded().iter().map(|_| OnceLock::new()).collect();
-        Kernels { device: DeviceInfo { multiprocessors, ..self.device }, loaded, ..self }
+        self.of_device(|device| DeviceInfo { multiprocessors, ..device })
     }
 
     /// The same, nothing loaded, for a context whose device launches no grid as a whole: what meets at a grid's barrier takes one block or a launch more.
     pub fn without_cooperative_launch(self) -> Kernels {
-        let loaded = embedded().iter().map(|_| OnceLock::new()).collect();
-        Kernels { device: DeviceInfo { cooperative_launch: false, ..self.device }, loaded, ..self }
+        self.of_device(|device| DeviceInfo { cooperative_launch: false, ..device })
+    }
+
+    /// The same, nothing loaded, of a device with less.
+    fn of_device(self, less: impl FnOnce(DeviceInfo) -> DeviceInfo) -> Kernels {
+        Kernels { device: less(self.device), loaded: nothing_loaded(), ..self }
     }
 
     /// The same, nothing loaded, where no more than `blocks` are resident at once.
@@ -156,6 +159,11 @@ impl Kernels {
         let loaded = loaded.with_resident_limit(self.resident_limit);
         Ok(self.loaded[index].get_or_init(|| loaded))
     }
+}
+
+/// A place for each kernel.
+fn nothing_loaded() -> Vec<OnceLock<Loaded>> {
+    embedded().iter().map(|_| OnceLock::new()).collect()
 }
 
 /// The kernel's place in the embedded table.
